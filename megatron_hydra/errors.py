@@ -1,0 +1,35 @@
+"""The one exception that users are meant to see, and how a command turns it into an exit."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+
+class HydraError(Exception):
+    """Bad input, described for the person who can mend it.
+
+    The message names the file, key or flag that is wrong and says what to do.
+    Commands print it without a traceback and exit with status 2.
+    """
+
+
+def command(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Wrap a command's ``main`` so that a :class:`HydraError` becomes one line and exit status 2.
+
+    Set ``MEGATRON_HYDRA_TRACEBACK=1`` to see the traceback as well.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except HydraError as error:
+            if os.environ.get("MEGATRON_HYDRA_TRACEBACK") == "1":
+                raise
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2
+
+    return wrapped

