@@ -1,0 +1,190 @@
+"""What a model is. Stored as ``model.json`` in every checkpoint; nothing is guessed from a path."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.head_map import HeadMap, ModelIdentity
+
+
+@dataclasses.dataclass(frozen=True)
+class HydraConfig:
+    """The switches of a HydraHead layer (design §2); each is a row of the paper's ablations.
+
+    Attributes:
+        fusion: how head outputs are joined: ``scale`` (a learned scalar γ per head), ``gated`` (a
+            learned, input-dependent competition between heads), ``concat`` (as they are).
+        fusion_norm: ``rms`` normalises every head's output over its channels in fp32; ``none``.
+        fa_position: position information of FA heads: ``log-scale`` (no rotary, queries scaled by
+            ln(t+a)/ln(a)), ``rope``, ``both``, or ``none``.
+        fa_gate: the per-channel output gate 2σ(W_g x) of FA heads.
+        gdn_kv: ``mha``: every GDN head has its own k and v; ``gqa``: heads of a KV group share them.
+        gdn_gate: the per-channel output gate of GDN heads.
+        short_conv: causal depthwise convolution on q, k, v of GDN heads.
+        conv_width: its width in tokens.
+        log_scale_a: a of the log scale; t is counted from the start of the document.
+        granularity: the unit of the FA/GDN assignment, ``query_head`` or ``kv_group``; a head map
+            of the other granularity is refused.
+    """
+
+    fusion: Literal["scale", "gated", "concat"] = "scale"
+    fusion_norm: Literal["rms", "none"] = "rms"
+    fa_position: Literal["log-scale", "rope", "both", "none"] = "log-scale"
+    fa_gate: bool = True
+    gdn_kv: Literal["mha", "gqa"] = "mha"
+    gdn_gate: bool = True
+    short_conv: bool = True
+    conv_width: int = 4
+    log_scale_a: float = 500.0
+    granularity: Literal["query_head", "kv_group"] = "query_head"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.conv_width <= 8:
+            raise HydraError(f"hydra.conv_width is {self.conv_width}: it must be 1..8")
+        if self.log_scale_a <= 1:
+            raise HydraError(f"hydra.log_scale_a is {self.log_scale_a}: it must be above 1")
+
+
+DENSE_ATTENTION = HydraConfig(
+    fusion="concat",
+    fusion_norm="none",
+    fa_position="rope",
+    fa_gate=False,
+    gdn_gate=False,
+    short_conv=False,
+)
+"""With every head FA, these switches make the layer the teacher's own attention (design §2)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder's architecture, dense or hybrid.
+
+    Attributes:
+        family: ``qwen3``, ``qwen2`` or ``llama``: decides the Hugging Face names.
+        num_layers, hidden_size, ffn_hidden_size, vocab_size: as usual (L, D, F, V).
+        num_query_heads, num_kv_heads, head_dim: H, G, d; d need not be D/H.
+        norm_eps: epsilon of every RMSNorm.
+        rope_parameters: transformers 5's dict: ``rope_type``, ``rope_theta`` and what the type needs.
+        max_position_embeddings: the native context length (informative; nothing is cut there).
+        tie_embeddings: the LM head is the embedding.
+        qk_norm: RMSNorm over d on q and k (Qwen3).
+        qkv_bias: biases on the q, k, v projections (Qwen2).
+        out_bias: bias on the output projection (Llama with ``attention_bias``).
+        hydra: the switches of a hybrid; ``None`` for the dense model.
+        full_attention_heads: for each layer the sorted FA heads; ``None`` for the dense model.
+        head_map: the whole head map as JSON (provenance), or ``None``.
+        source: where the weights come from: name, revision, fingerprint.
+        hf_config: the original ``config.json``, kept so that an export can restore what we do not read.
+    """
+
+    family: Literal["qwen3", "qwen2", "llama"]
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    vocab_size: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float = 1e-6
+    rope_parameters: dict[str, Any] = dataclasses.field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
+    )
+    max_position_embeddings: int = 32768
+    tie_embeddings: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    hydra: HydraConfig | None = None
+    full_attention_heads: tuple[tuple[int, ...], ...] | None = None
+    head_map: dict[str, Any] | None = None
+    source: dict[str, str] = dataclasses.field(default_factory=dict)
+    hf_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.num_query_heads % self.num_kv_heads:
+            raise HydraError(
+                f"num_query_heads {self.num_query_heads} is not a multiple of num_kv_heads "
+                f"{self.num_kv_heads}"
+            )
+        if (self.hydra is None) != (self.full_attention_heads is None):
+            raise HydraError("hydra and full_attention_heads are given together or not at all")
+        if self.full_attention_heads is not None:
+            heads = tuple(tuple(int(h) for h in layer) for layer in self.full_attention_heads)
+            object.__setattr__(self, "full_attention_heads", heads)
+            if len(heads) != self.num_layers:
+                raise HydraError(
+                    f"full_attention_heads has {len(heads)} layers, the model {self.num_layers}"
+                )
+            for layer, chosen in enumerate(heads):
+                if list(chosen) != sorted(set(chosen)) or any(
+                    not 0 <= h < self.num_query_heads for h in chosen
+                ):
+                    raise HydraError(
+                        f"full_attention_heads, layer {layer}: {list(chosen)} must be sorted head "
+                        f"indices below {self.num_query_heads}, without repeats"
+                    )
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether this is a HydraHead model (or one of its baselines) and not the dense teacher."""
+        return self.hydra is not None
+
+    @property
+    def switches(self) -> HydraConfig:
+        """The layer's switches; for the dense model those that make it the teacher's attention."""
+        return self.hydra or DENSE_ATTENTION
+
+    def fa_heads(self, layer: int) -> tuple[int, ...]:
+        """Original indices of the FA heads of ``layer`` (0-based); all of them in a dense model."""
+        if self.full_attention_heads is None:
+            return tuple(range(self.num_query_heads))
+        return self.full_attention_heads[layer]
+
+    def gdn_heads(self, layer: int) -> tuple[int, ...]:
+        """Original indices of the GDN heads of ``layer``, ascending."""
+        chosen = set(self.fa_heads(layer))
+        return tuple(h for h in range(self.num_query_heads) if h not in chosen)
+
+    def kv_group(self, head: int) -> int:
+        """κ(h): the KV head that query head ``head`` of the dense model reads."""
+        return head // (self.num_query_heads // self.num_kv_heads)
+
+    def identity(self) -> ModelIdentity:
+        """What a head map is checked against."""
+        return ModelIdentity(
+            name=self.source.get("name", ""),
+            revision=self.source.get("revision", ""),
+            family=self.family,
+            num_layers=self.num_layers,
+            num_query_heads=self.num_query_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            hidden_size=self.hidden_size,
+            fingerprint=self.source.get("fingerprint", ""),
+        )
+
+    def dense(self) -> ModelConfig:
+        """The dense model of the same shape."""
+        return dataclasses.replace(self, hydra=None, full_attention_heads=None, head_map=None)
+
+    def with_head_map(self, head_map: HeadMap, hydra: HydraConfig) -> ModelConfig:
+        """The hybrid that ``head_map`` makes of this dense model.
+
+        Raises:
+            HydraError: the map is for another model, or of another granularity.
+        """
+        head_map.check_model(self.identity())
+        if hydra.granularity == "kv_group" and head_map.granularity != "kv_group":
+            raise HydraError(
+                "hydra.granularity is kv_group, the head map assigns single query heads; make the "
+                "map with --granularity kv_group"
+            )
+        return dataclasses.replace(
+            self,
+            hydra=dataclasses.replace(hydra, granularity=head_map.granularity),  # type: ignore[arg-type]
+            full_attention_heads=head_map.full_attention_heads,
+            head_map=head_map.to_dict(),
+        )

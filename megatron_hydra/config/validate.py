@@ -1,0 +1,246 @@
+"""Checks across keys, made when a config is read: what cannot work is refused before it starts.
+
+:func:`check_run` needs the config alone, :func:`check_layout` also the world size and the models'
+shapes. Every message names the key to change.
+"""
+
+from __future__ import annotations
+
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.config.run import RunConfig
+from megatron_hydra.errors import HydraError
+
+VERBS_WITH_TEACHER = ("align", "distill")
+RECOMPUTE_MODULES = ("attention", "mlp")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise HydraError(message)
+
+
+def check_run(config: RunConfig) -> None:
+    """Refuse keys that contradict each other.
+
+    Raises:
+        HydraError: naming the key.
+    """
+    _check_inputs(config)
+    _check_numbers(config)
+    _check_switches(config)
+
+
+def _check_inputs(config: RunConfig) -> None:
+    verb = config.verb
+    _require(bool(config.output), "output is empty: name the folder that this run writes")
+    _require(
+        bool(config.student.checkpoint),
+        f"student.checkpoint is empty: {verb} starts from a checkpoint made by "
+        "tools/hf_to_megatron.py or by an earlier stage",
+    )
+    needs_teacher = verb in VERBS_WITH_TEACHER
+    _require(
+        bool(config.teacher.checkpoint) == needs_teacher,
+        f"teacher.checkpoint is empty: {verb} needs the dense model's checkpoint"
+        if needs_teacher
+        else f"teacher.checkpoint is set, but {verb} has no teacher: remove it",
+    )
+    _require(bool(config.data.blend), "data.blend is empty: name at least one source")
+    for i, source in enumerate(config.data.blend):
+        key = f"data.blend.{i}"
+        _require(source.weight > 0, f"{key}.weight is {source.weight}: it must be above 0")
+        if source.kind == "indexed":
+            _require(bool(source.path), f"{key}.path is empty: an indexed source needs one")
+        else:
+            _require(bool(source.task), f"{key}.task is empty: a synthetic source needs one")
+
+
+def _check_numbers(config: RunConfig) -> None:
+    at_least_one = {
+        "batch": ("micro_batch_size", "global_batch_size"),
+        "data": ("sequence_length",),
+        "schedule": ("steps",),
+        "loss": ("chunk_tokens",),
+        "parallel": ("tensor", "context", "pipeline", "virtual_pipeline"),
+        "recompute": ("num_layers",),
+        "checkpoint": ("interval",),
+        "logging": ("interval",),
+        "faults": ("timeout_seconds",),
+    }
+    for section, keys in at_least_one.items():
+        for key in keys:
+            value = getattr(getattr(config, section), key)
+            _require(value >= 1, f"{section}.{key} is {value}: it must be at least 1")
+    optimizer, schedule, loss = config.optimizer, config.schedule, config.loss
+    _require(optimizer.lr > 0, f"optimizer.lr is {optimizer.lr}: it must be above 0")
+    _require(
+        0 <= optimizer.min_lr <= optimizer.lr,
+        f"optimizer.min_lr is {optimizer.min_lr}: it must be between 0 and optimizer.lr "
+        f"({optimizer.lr})",
+    )
+    for key in ("weight_decay", "clip_grad"):
+        value = getattr(optimizer, key)
+        _require(value >= 0, f"optimizer.{key} is {value}: it must not be negative")
+    _require(
+        0 <= schedule.warmup_steps < schedule.steps,
+        f"schedule.warmup_steps is {schedule.warmup_steps}: it must be below schedule.steps "
+        f"({schedule.steps})",
+    )
+    _require(0 <= loss.kl_weight <= 1, f"loss.kl_weight is {loss.kl_weight}: it must be in 0..1")
+    _require(loss.temperature > 0, f"loss.temperature is {loss.temperature}: it must be above 0")
+    for section, key in (("checkpoint", "keep"), ("faults", "max_skipped_steps")):
+        value = getattr(getattr(config, section), key)
+        _require(value >= 0, f"{section}.{key} is {value}: it must not be negative")
+
+
+def _check_switches(config: RunConfig) -> None:
+    parallel, recompute = config.parallel, config.recompute
+    _require(
+        not parallel.sequence or parallel.tensor > 1,
+        "parallel.sequence is true, but parallel.tensor is 1: sequence parallelism shards over the "
+        "tensor-parallel group",
+    )
+    _require(
+        parallel.virtual_pipeline == 1 or parallel.pipeline > 1,
+        f"parallel.virtual_pipeline is {parallel.virtual_pipeline}, but parallel.pipeline is 1",
+    )
+    _require(
+        not parallel.overlap_param_gather or parallel.distributed_optimizer,
+        "parallel.overlap_param_gather needs parallel.distributed_optimizer=true",
+    )
+    _require(
+        not parallel.overlap_param_gather or parallel.overlap_grad_reduce,
+        "parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true",
+    )
+    _require(
+        config.verb != "align" or not parallel.overlap_grad_reduce,
+        "parallel.overlap_grad_reduce cannot be used by align: its gradients come layer by layer "
+        "inside the forward, there is no backward to overlap with",
+    )
+    if recompute.granularity == "selective":
+        unknown = [m for m in recompute.modules if m not in RECOMPUTE_MODULES]
+        _require(
+            not unknown,
+            f"recompute.modules: {unknown[:1]} is unknown; known: {', '.join(RECOMPUTE_MODULES)}",
+        )
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """What is left of the world for data parallelism.
+
+    Raises:
+        HydraError: the world is no multiple of the model-parallel size.
+    """
+    parallel = config.parallel
+    model_size = parallel.tensor * parallel.context * parallel.pipeline
+    _require(
+        world_size % model_size == 0,
+        f"parallel.tensor · context · pipeline = {parallel.tensor}·{parallel.context}·"
+        f"{parallel.pipeline} = {model_size} does not divide the {world_size} processes of this "
+        "run",
+    )
+    return world_size // model_size
+
+
+def accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Micro-batches that each data-parallel rank runs per step.
+
+    Raises:
+        HydraError: the batch cannot be divided so.
+    """
+    replicas = data_parallel_size(config, world_size)
+    per_round = config.batch.micro_batch_size * replicas
+    _require(
+        config.batch.global_batch_size % per_round == 0,
+        f"batch.global_batch_size {config.batch.global_batch_size} is not a multiple of "
+        f"batch.micro_batch_size · data-parallel size = {config.batch.micro_batch_size}·{replicas}",
+    )
+    return config.batch.global_batch_size // per_round
+
+
+def check_layout(
+    config: RunConfig, world_size: int, student: ModelConfig, teacher: ModelConfig | None = None
+) -> None:
+    """Refuse a layout that the world, the batch or a model's shape does not allow.
+
+    Raises:
+        HydraError: naming the key or the layer.
+    """
+    micro_batches = accumulation_steps(config, world_size)
+    parallel = config.parallel
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    for model, name in ((student, "student"), (teacher, "teacher")):
+        if model is None:
+            continue
+        _require(
+            model.num_layers % stages == 0,
+            f"parallel.pipeline · parallel.virtual_pipeline = {stages} does not divide the "
+            f"{name}'s {model.num_layers} layers",
+        )
+        _require(
+            model.num_query_heads >= parallel.tensor,
+            f"parallel.tensor is {parallel.tensor}, but the {name} has {model.num_query_heads} "
+            "query heads a layer",
+        )
+        _require(
+            model.ffn_hidden_size % parallel.tensor == 0,
+            f"parallel.tensor {parallel.tensor} does not divide the {name}'s ffn_hidden_size "
+            f"{model.ffn_hidden_size}",
+        )
+        _require(
+            model.vocab_size % parallel.tensor == 0,
+            f"parallel.tensor {parallel.tensor} does not divide the {name}'s vocabulary of "
+            f"{model.vocab_size}",
+        )
+    _require(
+        parallel.virtual_pipeline == 1 or micro_batches % parallel.pipeline == 0,
+        f"the interleaved schedule needs micro-batches per step in multiples of parallel.pipeline "
+        f"({parallel.pipeline}), there are {micro_batches}: change batch.global_batch_size",
+    )
+    if teacher is not None:
+        check_teacher(student, teacher)
+
+
+def check_teacher(student: ModelConfig, teacher: ModelConfig) -> None:
+    """Refuse a teacher that is hybrid, of another shape, or not the one the student was made from.
+
+    Raises:
+        HydraError: naming what differs.
+    """
+    _require(
+        not teacher.is_hybrid, "teacher.checkpoint holds a hybrid: the teacher is the dense model"
+    )
+    for field in (
+        "family",
+        "num_layers",
+        "hidden_size",
+        "vocab_size",
+        "num_query_heads",
+        "head_dim",
+    ):
+        mine, theirs = getattr(student, field), getattr(teacher, field)
+        _require(
+            mine == theirs,
+            f"teacher.checkpoint: its {field} is {theirs}, the student's is {mine}",
+        )
+    mine, theirs = student.source.get("fingerprint", ""), teacher.source.get("fingerprint", "")
+    _require(
+        not (mine and theirs) or mine == theirs,
+        f"teacher.checkpoint is not the model that the student was made from: its weights have "
+        f"fingerprint {theirs[:19]}…, the student's origin {mine[:19]}…",
+    )
+
+
+def rounded_stream_length(config: RunConfig) -> int:
+    """Tokens of a micro-batch after padding to what the layout can cut evenly.
+
+    Context-parallel shards are mirrored in halves; sequence parallelism, and full attention by
+    slices of the sequence, cut each shard again.
+    """
+    parallel = config.parallel
+    cut_again = parallel.sequence or parallel.fa_partition == "sequence"
+    multiple = parallel.context * (parallel.tensor if cut_again else 1)
+    if parallel.context > 1:
+        multiple *= 2
+    length = config.batch.micro_batch_size * config.data.sequence_length
+    return -(-length // multiple) * multiple

@@ -1,0 +1,295 @@
+"""The head map: the file that says which query heads keep full attention (design §3).
+
+It is the one artefact that joins selection, conversion, training and export, so everything that
+reads one goes through :meth:`HeadMap.load` and :meth:`HeadMap.check_model`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_hydra.errors import HydraError
+
+FORMAT = "hydra-head-map"
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelIdentity:
+    """What a head map was made for; every field but ``name`` and ``revision`` must match at use.
+
+    Attributes:
+        name: where the model came from (a path or a Hub name); informative only.
+        revision: Hub revision, or ``""``.
+        family: ``qwen3``, ``qwen2`` or ``llama``.
+        num_layers, num_query_heads, num_kv_heads, head_dim, hidden_size: the model's shape.
+        fingerprint: hash of the weights that the heads are read from (see
+            :func:`fingerprint_tensors`), or ``""`` where the map does not depend on weights.
+    """
+
+    name: str
+    revision: str
+    family: str
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    fingerprint: str = ""
+
+
+def parse_ratio(text: str) -> int | None:
+    """Read a GDN:FA ratio such as ``"7:1"``.
+
+    Returns:
+        ``r`` of ``r:1``; ``0`` for ``"dense"`` (every head FA); ``None`` for ``"all-gdn"``.
+
+    Raises:
+        HydraError: the text is no ratio.
+    """
+    if text == "all-gdn":
+        return None
+    if text == "dense":
+        return 0
+    left, colon, right = text.partition(":")
+    if not colon or not left.isdecimal() or right != "1":
+        raise HydraError(
+            f"ratio {text!r} is not understood: write GDN:FA as 'r:1', for example 7:1; "
+            "'dense' keeps every head FA, 'all-gdn' keeps none"
+        )
+    return int(left)
+
+
+def num_full_attention_heads(num_layers: int, num_query_heads: int, ratio: str) -> int:
+    """How many heads are FA at a ratio: round(L·H / (r+1)), at least one for any ``r:1``."""
+    r = parse_ratio(ratio)
+    if r is None:
+        return 0
+    total = num_layers * num_query_heads
+    return max(1, math.floor(total / (r + 1) + 0.5))
+
+
+def fingerprint_tensors(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 over names, shapes and float32 bytes of a few torch tensors, independent of dict order.
+
+    Callers pass the attention projections of the first and last layers: enough to tell two
+    checkpoints apart without reading tens of gigabytes.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu").float().contiguous()
+        digest.update(f"{name}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return "sha256:" + digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadMap:
+    """Which heads keep full attention, and how that was decided.
+
+    Attributes:
+        model: the model this map is for.
+        full_attention_heads: for each layer, the sorted original indices of its FA heads.
+        strategy: name of the selection strategy (``interp``, ``random``, ...).
+        ratio: the requested GDN:FA ratio, e.g. ``"7:1"``.
+        seed: seed of the strategy and of its prompts.
+        granularity: ``query_head`` or ``kv_group``.
+        prompts_fingerprint: hash of the prompts used, or ``""``.
+        scores: capability -> ``[layer][head]`` scores, as the strategy produced them.
+        ranking: all heads ``[layer, head]``, best first; may be empty for maps without ranking.
+        details: strategy-specific facts (dropped prompts, receivers and senders, options).
+    """
+
+    model: ModelIdentity
+    full_attention_heads: tuple[tuple[int, ...], ...]
+    strategy: str
+    ratio: str
+    seed: int = 0
+    granularity: str = "query_head"
+    prompts_fingerprint: str = ""
+    scores: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
+    ranking: tuple[tuple[int, int], ...] = ()
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        heads = tuple(tuple(int(h) for h in layer) for layer in self.full_attention_heads)
+        object.__setattr__(self, "full_attention_heads", heads)
+        object.__setattr__(self, "ranking", tuple((int(a), int(b)) for a, b in self.ranking))
+        self._validate("head map")
+
+    # -- reading it ---------------------------------------------------------------------------
+
+    @property
+    def num_full_attention(self) -> int:
+        """FA heads in all layers together."""
+        return sum(len(layer) for layer in self.full_attention_heads)
+
+    def gated_delta_net_heads(self, layer: int) -> tuple[int, ...]:
+        """Original indices of the layer's GDN heads (those that are not FA), ascending."""
+        chosen = set(self.full_attention_heads[layer])
+        return tuple(h for h in range(self.model.num_query_heads) if h not in chosen)
+
+    # -- checks -------------------------------------------------------------------------------
+
+    def _validate(self, source: str) -> None:
+        m = self.model
+        if len(self.full_attention_heads) != m.num_layers:
+            raise HydraError(
+                f"{source}: full_attention_heads has {len(self.full_attention_heads)} layers, "
+                f"its model has {m.num_layers}"
+            )
+        if m.num_kv_heads < 1 or m.num_query_heads % m.num_kv_heads:
+            raise HydraError(
+                f"{source}: {m.num_query_heads} query heads are not a multiple of "
+                f"{m.num_kv_heads} key-value heads"
+            )
+        group = m.num_query_heads // m.num_kv_heads
+        for layer, heads in enumerate(self.full_attention_heads):
+            if list(heads) != sorted(set(heads)):
+                raise HydraError(
+                    f"{source}: layer {layer}: heads {list(heads)} must be sorted, no repeats"
+                )
+            bad = [h for h in heads if not 0 <= h < m.num_query_heads]
+            if bad:
+                raise HydraError(
+                    f"{source}: layer {layer}: head {bad[0]} does not exist "
+                    f"(the model has heads 0..{m.num_query_heads - 1})"
+                )
+            if self.granularity == "kv_group":
+                partial = {h // group for h in heads if h // group * group not in heads}
+                counts = {
+                    g: sum(h // group == g for h in heads) for g in {h // group for h in heads}
+                }
+                partial |= {g for g, n in counts.items() if n != group}
+                if partial:
+                    raise HydraError(
+                        f"{source}: layer {layer}: granularity is kv_group, but only some heads of "
+                        f"KV group {min(partial)} are FA"
+                    )
+        if self.granularity not in ("query_head", "kv_group"):
+            raise HydraError(
+                f"{source}: granularity {self.granularity!r} must be query_head or kv_group"
+            )
+        parse_ratio(self.ratio)
+
+    def check_model(self, other: ModelIdentity, source: str = "head map") -> None:
+        """Refuse a map that was made for another model.
+
+        Args:
+            other: the model at hand. An empty fingerprint on either side is not compared.
+            source: the file's name, for the message.
+
+        Raises:
+            HydraError: naming the first field that differs.
+        """
+        for field in (
+            "family",
+            "num_layers",
+            "num_query_heads",
+            "num_kv_heads",
+            "head_dim",
+            "hidden_size",
+        ):
+            mine, theirs = getattr(self.model, field), getattr(other, field)
+            if mine != theirs:
+                raise HydraError(
+                    f"{source} was made for another model ({self.model.name}): its {field} is "
+                    f"{mine}, that of {other.name} is {theirs}; make a map for this model with "
+                    "tools/select_heads.py"
+                )
+        mine, theirs = self.model.fingerprint, other.fingerprint
+        if mine and theirs and mine != theirs:
+            raise HydraError(
+                f"{source} was made for another model ({self.model.name}): same shape, other "
+                f"weights (fingerprint {mine[:19]}…, {other.name} has {theirs[:19]}…); make a map "
+                "for this model with tools/select_heads.py"
+            )
+
+    # -- the file -----------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, with ``format`` and ``version``."""
+        body = dataclasses.asdict(self)
+        body["full_attention_heads"] = [list(x) for x in self.full_attention_heads]
+        body["ranking"] = [list(x) for x in self.ranking]
+        return {"format": FORMAT, "version": VERSION, **body}
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any], source: str = "head map") -> HeadMap:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            HydraError: another format or version, a missing or unknown key, an invalid head.
+        """
+        if not isinstance(body, Mapping) or body.get("format") != FORMAT:
+            raise HydraError(f"{source} is not a head map: its key 'format' is not {FORMAT!r}")
+        if body.get("version") != VERSION:
+            raise HydraError(
+                f"{source}: head map version {body.get('version')!r} is not supported "
+                f"(this is version {VERSION})"
+            )
+        body = {k: v for k, v in body.items() if k not in ("format", "version")}
+        model_body = body.pop("model", None)
+        known = {f.name for f in dataclasses.fields(cls)} - {"model"}
+        _check_keys(body, known, ("full_attention_heads", "strategy", "ratio"), source)
+        model_fields = [f.name for f in dataclasses.fields(ModelIdentity)]
+        if not isinstance(model_body, Mapping):
+            raise HydraError(f"{source}: key 'model' is missing or no object")
+        _check_keys(model_body, set(model_fields), model_fields[:-1], f"{source}: model")
+        try:
+            return cls(model=ModelIdentity(**model_body), **body)
+        except HydraError as error:
+            raise HydraError(f"{source}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise HydraError(f"{source}: a value has the wrong type: {error}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file atomically (never half-written), one layer a line."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> HeadMap:
+        """Read and validate a file.
+
+        Raises:
+            HydraError: no such file, no JSON, or not a valid head map; the file is named.
+        """
+        try:
+            body = json.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise HydraError(
+                f"head map {path} does not exist; make one with tools/select_heads.py"
+            ) from None
+        except OSError as error:
+            raise HydraError(f"head map {path} cannot be read: {error}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise HydraError(f"head map {path} is not valid JSON: {error}") from None
+        return cls.from_dict(body, source=str(path))
+
+    def fingerprint(self) -> str:
+        """Hash of what the map decides (the heads and the model), not of how it was made."""
+        body = {
+            "heads": [list(x) for x in self.full_attention_heads],
+            "model": dataclasses.asdict(self.model) | {"name": "", "revision": ""},
+        }
+        return "sha256:" + hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _check_keys(body: Mapping, known: set[str], required: Sequence[str], source: str) -> None:
+    missing = [key for key in required if key not in body]
+    if missing:
+        raise HydraError(f"{source}: key {missing[0]!r} is missing")
+    extra = sorted(set(body) - known)
+    if extra:
+        raise HydraError(f"{source}: key {extra[0]!r} is unknown")

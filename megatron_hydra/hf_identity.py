@@ -1,0 +1,208 @@
+"""Who a Hugging Face model is, as a head map sees it: shape and fingerprint of its attention.
+
+    identity = model_identity_from_hf(path_or_model, config=None, name="", revision="")
+
+Needs neither Megatron nor the whole model in memory: of a folder it reads ``config.json`` and,
+lazily, the attention projections of the first and the last layer. Selection and conversion both
+call it, so that a map can be refused wherever it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.head_map import ModelIdentity, fingerprint_tensors
+
+FAMILIES = ("qwen3", "qwen2", "llama")
+"""``model_type`` values of ``config.json`` that can be selected on and converted."""
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def fingerprint_keys(num_layers: int) -> list[str]:
+    """Names of the weights that the fingerprint covers: q, k, v, o of the first and last layer."""
+    layers = sorted({0, num_layers - 1})
+    return [f"model.layers.{i}.self_attn.{p}.weight" for i in layers for p in PROJECTIONS]
+
+
+def model_identity_from_hf(
+    path_or_model: str | os.PathLike[str] | torch.nn.Module,
+    config: Any = None,
+    *,
+    name: str = "",
+    revision: str = "",
+) -> ModelIdentity:
+    """Identity of a Hugging Face model, from its folder or from a loaded module.
+
+    Args:
+        path_or_model: a folder with ``config.json`` and safetensors (one file or a sharded index),
+            or a ``PreTrainedModel``. Prefer the folder: a model loaded in a narrower dtype than its
+            file has another fingerprint.
+        config: its configuration as a dict or a transformers config; read from the folder or taken
+            from the model if left out.
+        name: what the identity is called; default: the folder, or the config's ``_name_or_path``.
+        revision: Hub revision, informative.
+
+    Raises:
+        HydraError: no such folder or file, an unsupported ``model_type``, a missing key; each
+            named.
+    """
+    if isinstance(path_or_model, torch.nn.Module):
+        source = "the model"
+        body = _config_dict(getattr(path_or_model, "config", None) if config is None else config)
+        shape = identity_shape(body, source)
+        tensors = _tensors_of_model(path_or_model, fingerprint_keys(shape["num_layers"]))
+        name = name or str(body.get("_name_or_path") or "")
+    else:
+        folder = Path(path_or_model)
+        source = str(folder / "config.json")
+        body = read_config(folder) if config is None else _config_dict(config)
+        shape = identity_shape(body, source)
+        tensors = read_tensors(folder, fingerprint_keys(shape["num_layers"]))
+        name = name or str(path_or_model)
+    return ModelIdentity(
+        name=name, revision=revision, fingerprint=fingerprint_tensors(tensors), **shape
+    )
+
+
+def identity_shape(config: Mapping[str, Any], source: str = "config.json") -> dict[str, Any]:
+    """The shape part of a :class:`ModelIdentity`, from the keys of ``config.json``.
+
+    Raises:
+        HydraError: an unsupported ``model_type`` or a missing key.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise HydraError(
+            f"{source}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+        if not isinstance(config.get(key), int):
+            raise HydraError(f"{source}: key {key!r} is missing or no integer")
+    num_query_heads = config["num_attention_heads"]
+    return {
+        "family": family,
+        "num_layers": config["num_hidden_layers"],
+        "num_query_heads": num_query_heads,
+        "num_kv_heads": config.get("num_key_value_heads") or num_query_heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // num_query_heads,
+        "hidden_size": config["hidden_size"],
+    }
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """``config.json`` of a Hugging Face folder.
+
+    Raises:
+        HydraError: no folder, no file, or not a JSON object.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        body = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise HydraError(
+            f"{path} does not exist: {folder} is no Hugging Face model folder"
+        ) from None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise HydraError(f"{path} cannot be read: {error}") from None
+    if not isinstance(body, dict):
+        raise HydraError(f"{path} holds no JSON object")
+    return body
+
+
+def resolve_hf_folder(name_or_path: str | os.PathLike[str], revision: str = "") -> Path:
+    """A local folder for a path or a Hub name (downloaded into the Hub's cache if need be).
+
+    Raises:
+        HydraError: neither a folder nor a model that the Hub (or its cache) has.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    text = str(name_or_path)
+    if path.is_absolute() or text.startswith(".") or text.count("/") > 1:
+        raise HydraError(f"{text} is no folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                text,
+                revision=revision or None,
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+            )
+        )
+    except Exception as error:  # the Hub client raises many kinds; the user needs one line
+        raise HydraError(
+            f"{text} is neither a folder nor a model on the Hugging Face Hub: {error}"
+        ) from None
+
+
+def read_tensors(folder: str | os.PathLike[str], keys: list[str]) -> dict[str, torch.Tensor]:
+    """Some tensors of a safetensors folder by Hugging Face name; no other weight is read.
+
+    Raises:
+        HydraError: no safetensors, a broken index, a missing shard or key; the file is named.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    by_file: dict[Path, list[str]] = {}
+    for key, path in _locate(Path(folder), keys).items():
+        by_file.setdefault(path, []).append(key)
+    tensors = {}
+    for path, wanted in by_file.items():
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                names = set(file.keys())
+                for key in wanted:
+                    if key not in names:
+                        raise HydraError(f"{path}: tensor {key!r} is missing")
+                    tensors[key] = file.get_tensor(key)
+        except FileNotFoundError:
+            raise HydraError(f"{path} does not exist") from None
+        except (OSError, SafetensorError) as error:
+            raise HydraError(f"{path} cannot be read as safetensors: {error}") from None
+    return tensors
+
+
+def _locate(folder: Path, keys: list[str]) -> dict[str, Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        single = folder / "model.safetensors"
+        if not single.is_file():
+            raise HydraError(
+                f"{folder} holds neither model.safetensors nor model.safetensors.index.json; "
+                "pickled weights (*.bin) are not opened: save the model as safetensors"
+            )
+        return dict.fromkeys(keys, single)
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        missing = [key for key in keys if key not in weight_map]
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise HydraError(f"{index} is no safetensors index: {error!r}") from None
+    if missing:
+        raise HydraError(f"{index}: tensor {missing[0]!r} is missing")
+    return {key: folder / weight_map[key] for key in keys}
+
+
+def _config_dict(config: Any) -> dict[str, Any]:
+    if isinstance(config, Mapping):
+        return dict(config)
+    if hasattr(config, "to_dict"):
+        return {**config.to_dict(), "_name_or_path": getattr(config, "_name_or_path", "")}
+    raise HydraError("the model has no Hugging Face config; pass config=")
+
+
+def _tensors_of_model(model: torch.nn.Module, keys: list[str]) -> dict[str, torch.Tensor]:
+    parameters = dict(model.named_parameters())
+    missing = [key for key in keys if key not in parameters]
+    if missing:
+        raise HydraError(f"the model has no parameter {missing[0]!r}")
+    return {key: parameters[key] for key in keys}

@@ -1,0 +1,115 @@
+"""Unknown keys, wrong types and malformed overrides are refused by path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_hydra.config import (
+    ModelConfig,
+    RunConfig,
+    apply_overrides,
+    from_dict,
+    load_run_config,
+    to_dict,
+    to_yaml,
+)
+from megatron_hydra.config.loading import parse_yaml
+from megatron_hydra.config.model import HydraConfig
+from megatron_hydra.errors import HydraError
+
+MINIMAL = """
+verb: finetune
+output: runs/x
+student: {checkpoint: models/student}
+data: {blend: [{path: data/text}, {path: data/more, weight: 3}]}
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_round_trip(config_file: Path) -> None:
+    config = load_run_config(config_file, ["optimizer.lr=1e-4", "data.blend.1.weight=2"])
+    assert config.optimizer.lr == 1e-4
+    assert [part.weight for part in config.data.blend] == [1.0, 2.0]
+    assert from_dict(RunConfig, parse_yaml(to_yaml(config), "x")) == config
+
+
+def test_model_config_round_trip() -> None:
+    model = ModelConfig(
+        family="qwen3", num_layers=2, hidden_size=8, ffn_hidden_size=8, vocab_size=8,
+        num_query_heads=2, num_kv_heads=1, head_dim=4, hydra=HydraConfig(fusion="gated"),
+        full_attention_heads=((), (0, 1)), source={"name": "x"},
+    )  # fmt: skip
+    assert from_dict(ModelConfig, to_dict(model)) == model
+    assert from_dict(ModelConfig, to_dict(model.dense())) == model.dense()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("paralel.tensor=2", "unknown key 'paralel'; did you mean 'parallel'"),
+        ("parallel.tensr=2", "unknown key 'parallel.tensr'; did you mean 'tensor'"),
+        ("parallel.tensor=two", "parallel.tensor must be a whole number, not 'two'"),
+        ("parallel.tensor=1.5", "parallel.tensor must be a whole number, not 1.5"),
+        ("parallel.tensor=true", "parallel.tensor must be a whole number, not True"),
+        ("parallel.sequence=1", "parallel.sequence must be true or false, not 1"),
+        ("optimizer.lr=fast", "optimizer.lr must be a number, not 'fast'"),
+        ("schedule.kind=linear", "schedule.kind must be one of 'cosine', 'constant', not 'linear'"),
+        ("data.blend=3", "data.blend must be a list, not 3"),
+        ("data.blend.0.weigth=3", "unknown key 'data.blend.0.weigth'; did you mean 'weight'"),
+        ("data.blend.7.weight=3", "has 2 items; '7' is none of them"),
+        ("optimizer=3", "optimizer must be a mapping, not 3"),
+        ("output=3", "output must be a string, not 3"),
+        ("output", "is not of the form section.key=value"),
+        ("verb.x=3", "verb has no keys"),
+    ],
+)
+def test_refused_overrides(config_file: Path, override: str, message: str) -> None:
+    with pytest.raises(HydraError) as error:
+        load_run_config(config_file, [override])
+    assert message in str(error.value)
+
+
+def test_unknown_key_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(MINIMAL + "optimiser: {lr: 1}\n")
+    with pytest.raises(HydraError, match=r"bad\.yaml: unknown key 'optimiser'; did you mean"):
+        load_run_config(path)
+
+
+def test_repeated_key_and_bad_syntax(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text(MINIMAL + "verb: align\n")
+    with pytest.raises(HydraError, match=r"twice\.yaml: line 6: key 'verb' is given twice"):
+        load_run_config(path)
+    path.write_text("verb: [")
+    with pytest.raises(HydraError, match="is not valid YAML"):
+        load_run_config(path)
+    with pytest.raises(HydraError, match=r"nowhere\.yaml cannot be read"):
+        load_run_config(tmp_path / "nowhere.yaml")
+
+
+def test_later_files_override_key_by_key(config_file: Path, tmp_path: Path) -> None:
+    layout = tmp_path / "layout.yaml"
+    layout.write_text("parallel: {tensor: 2}\nbatch: {global_batch_size: 64}\n")
+    config = load_run_config([config_file, layout], ["parallel.tensor=4"])
+    assert (config.parallel.tensor, config.batch.global_batch_size) == (4, 64)
+    assert config.verb == "finetune"
+    assert len(config.data.blend) == 2
+
+
+def test_exponents_without_a_dot_are_numbers() -> None:
+    assert parse_yaml("[1e-4, 2E3, -1e+2, 1.5e-3]", "x") == [1e-4, 2000.0, -100.0, 1.5e-3]
+    assert parse_yaml("e4", "x") == "e4"
+
+
+def test_empty_value_is_an_empty_string(config_file: Path) -> None:
+    config = load_run_config(config_file)
+    assert apply_overrides(config, ["data.tokenizer="]).data.tokenizer == ""

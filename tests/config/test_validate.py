@@ -1,0 +1,113 @@
+"""What cannot work is refused when the config is read, naming the key."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megatron_hydra.config import ModelConfig, RunConfig, apply_overrides, from_dict
+from megatron_hydra.config.validate import (
+    accumulation_steps,
+    check_layout,
+    check_run,
+    rounded_stream_length,
+)
+from megatron_hydra.errors import HydraError
+
+DENSE = ModelConfig(
+    family="qwen3", num_layers=4, hidden_size=32, ffn_hidden_size=48, vocab_size=64,
+    num_query_heads=8, num_kv_heads=4, head_dim=8, source={"fingerprint": "sha256:a"},
+)  # fmt: skip
+
+
+def _config(*overrides: str) -> RunConfig:
+    body = {
+        "verb": "distill", "output": "o", "student": {"checkpoint": "s"},
+        "teacher": {"checkpoint": "t"}, "data": {"blend": [{"path": "p"}]},
+    }  # fmt: skip
+    return apply_overrides(from_dict(RunConfig, body), overrides)
+
+
+def test_a_good_config_passes() -> None:
+    check_run(_config())
+    check_layout(_config("parallel.tensor=2", "parallel.pipeline=2"), 8, DENSE, DENSE)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["output="], "output is empty"),
+        (["student.checkpoint="], "student.checkpoint is empty"),
+        (["teacher.checkpoint="], "teacher.checkpoint is empty: distill needs"),
+        (["verb=finetune"], "teacher.checkpoint is set, but finetune has no teacher"),
+        (["data.blend=[]"], "data.blend is empty"),
+        (["data.blend.0.path="], "data.blend.0.path is empty"),
+        (["data.blend.0.kind=synthetic"], "data.blend.0.task is empty"),
+        (["data.blend.0.weight=0"], "data.blend.0.weight is 0"),
+        (["parallel.tensor=0"], "parallel.tensor is 0: it must be at least 1"),
+        (["optimizer.min_lr=1"], "optimizer.min_lr is 1"),
+        (["schedule.warmup_steps=100"], "schedule.warmup_steps is 100"),
+        (["loss.kl_weight=1.1"], "loss.kl_weight is 1.1"),
+        (["parallel.sequence=true"], "parallel.sequence is true, but parallel.tensor is 1"),
+        (["parallel.virtual_pipeline=2"], "but parallel.pipeline is 1"),
+        (["parallel.overlap_param_gather=true"], "needs parallel.overlap_grad_reduce=true"),
+        (
+            ["verb=align", "parallel.overlap_grad_reduce=true"],
+            "parallel.overlap_grad_reduce cannot be used by align",
+        ),
+        (
+            ["recompute.granularity=selective", "recompute.modules=[norm]"],
+            "recompute.modules: ['norm'] is unknown",
+        ),
+    ],
+)
+def test_contradictions(overrides: list[str], message: str) -> None:
+    with pytest.raises(HydraError) as error:
+        check_run(_config(*overrides))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "message"),
+    [
+        (["parallel.tensor=3"], 4, "does not divide the 4 processes"),
+        (["batch.global_batch_size=6"], 4, "batch.global_batch_size 6 is not a multiple"),
+        (["parallel.pipeline=3"], 3, "does not divide the student's 4 layers"),
+        (["parallel.tensor=16"], 16, "the student has 8 query heads"),
+        (["parallel.tensor=5"], 5, "does not divide the student's ffn_hidden_size"),
+        (
+            ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "batch.global_batch_size=3"],
+            2,
+            "micro-batches per step in multiples of parallel.pipeline",
+        ),
+    ],
+)
+def test_layouts_that_cannot_work(overrides: list[str], world: int, message: str) -> None:
+    with pytest.raises(HydraError) as error:
+        check_layout(_config(*overrides), world, DENSE, DENSE)
+    assert message in str(error.value)
+
+
+def test_vocabulary_must_divide_over_tensor_ranks() -> None:
+    model = dataclasses.replace(DENSE, vocab_size=65)
+    with pytest.raises(HydraError, match="vocabulary of 65"):
+        check_layout(_config("parallel.tensor=2"), 2, model, model)
+
+
+def test_foreign_teacher_is_refused() -> None:
+    other = dataclasses.replace(DENSE, source={"fingerprint": "sha256:b"})
+    with pytest.raises(HydraError, match="not the model that the student was made from"):
+        check_layout(_config(), 1, DENSE, other)
+    wider = dataclasses.replace(DENSE, hidden_size=64)
+    with pytest.raises(HydraError, match="its hidden_size is 64, the student's is 32"):
+        check_layout(_config(), 1, DENSE, wider)
+
+
+def test_accumulation_and_padding() -> None:
+    config = _config("batch.micro_batch_size=2", "batch.global_batch_size=8")
+    assert [accumulation_steps(config, n) for n in (1, 2, 4)] == [4, 2, 1]
+    config = _config("data.sequence_length=50", "parallel.context=2", "parallel.tensor=2")
+    assert rounded_stream_length(config) == 52
+    config = apply_overrides(config, ["parallel.sequence=true", "batch.micro_batch_size=3"])
+    assert rounded_stream_length(config) == 152
