@@ -1,0 +1,219 @@
+"""Which implementation of each kernel runs: chosen once per run, by name or by ``auto`` (design §7).
+
+Every kernel has a torch twin that runs anywhere. On a GPU, ``auto`` takes the fastest that is
+installed and supports the model's shape and precision; a named one that cannot run here is an error
+that says why. Before the first use on a GPU, what was chosen is compared with the twins on a small
+input (:mod:`megatron_hydra.ops.self_check`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_hydra.config.run import BackendConfig
+from megatron_hydra.errors import HydraError
+from megatron_hydra.ops import fusion_tail, gated_delta_rule, qk_preparation, short_conv
+from megatron_hydra.ops.varlen_attention import varlen_attention
+
+Kernel = Callable[..., torch.Tensor]
+DeltaRule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """The kernels that a model's layers call; the torch twins unless chosen otherwise.
+
+    Attributes:
+        attention: as :func:`~megatron_hydra.ops.varlen_attention.varlen_attention`.
+        delta_rule: as :func:`~megatron_hydra.ops.gated_delta_rule.chunked_gated_delta_rule`; may
+            return ``None`` for the final states.
+        prepare_heads: as :func:`~megatron_hydra.ops.qk_preparation.prepare_heads`.
+        short_conv: as :func:`~megatron_hydra.ops.short_conv.short_conv`.
+        fusion_tail: as :func:`~megatron_hydra.ops.fusion_tail.fusion_tail`.
+        names: by key of the ``backend`` section, what was chosen; for logs and the self-check.
+    """
+
+    attention: Kernel = varlen_attention
+    delta_rule: DeltaRule = gated_delta_rule.chunked_gated_delta_rule
+    prepare_heads: Kernel = qk_preparation.prepare_heads
+    short_conv: Kernel = short_conv.short_conv
+    fusion_tail: Kernel = fusion_tail.fusion_tail
+    names: dict[str, str] = dataclasses.field(
+        default_factory=lambda: {
+            "full_attention": "torch", "gated_delta_net": "torch", "fused_kernels": "torch"
+        }
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What kernels are chosen for.
+
+    Attributes:
+        device: where the model runs.
+        dtype: of its activations.
+        head_dim: d.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One way to run a part.
+
+    Attributes:
+        name: as in the config.
+        missing: why it cannot run a case here, or ``None`` where it can.
+        load: imports it and returns its kernels by their names in :class:`Kernels`.
+    """
+
+    name: str
+    missing: Callable[[Case], str | None]
+    load: Callable[[], dict[str, Any]]
+
+
+def _needs(*modules: str, low_precision: bool = True, head_dims: int = 256) -> Callable:
+    """A capability check: a GPU, installed modules, bf16 or fp16, a head dimension."""
+
+    def missing(case: Case) -> str | None:
+        if case.device.type != "cuda":
+            return "it needs a GPU"
+        absent = [name for name in modules if not _installed(name)]
+        if absent:
+            return f"{' or '.join(absent)} is not installed"
+        if low_precision and case.dtype not in (torch.bfloat16, torch.float16):
+            return f"it computes in bf16 or fp16, the run in {str(case.dtype).rpartition('.')[2]}"
+        if case.head_dim > head_dims or case.head_dim % 8:
+            return f"head dimension {case.head_dim}: it takes multiples of 8 up to {head_dims}"
+        return None
+
+    return missing
+
+
+def _installed(module: str) -> bool:
+    """Whether a module can be found, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package is absent
+        return False
+
+
+def _flash_attn_missing(case: Case) -> str | None:
+    version_3, version_2 = _needs("flash_attn_interface")(case), _needs("flash_attn")(case)
+    return None if version_3 is None else version_2
+
+
+def _load_flash_attn() -> dict[str, Any]:
+    from megatron_hydra.ops import gpu_attention
+
+    packed = gpu_attention.flash_attn_varlen()
+    return {"attention": packed}
+
+
+def _load_torch_varlen() -> dict[str, Any]:
+    from megatron_hydra.ops import gpu_attention
+
+    return {"attention": gpu_attention.torch_varlen()}
+
+
+def _load_cudnn() -> dict[str, Any]:
+    from megatron_hydra.ops import gpu_attention
+
+    packed = (
+        gpu_attention.torch_varlen()
+        if _installed("torch.nn.attention.varlen")
+        else varlen_attention
+    )
+    dense = gpu_attention.sdpa_attention
+    return {"attention": gpu_attention.dense_or_packed(dense, packed)}
+
+
+def _load_fla() -> dict[str, Any]:
+    from megatron_hydra.ops.fla_delta_rule import fla_gated_delta_rule
+
+    return {"delta_rule": fla_gated_delta_rule}
+
+
+def _load_triton() -> dict[str, Any]:
+    from megatron_hydra.ops import triton_fusion_tail, triton_qk_preparation, triton_short_conv
+
+    return {
+        "fusion_tail": triton_fusion_tail.fusion_tail,
+        "prepare_heads": triton_qk_preparation.prepare_heads,
+        "short_conv": triton_short_conv.short_conv,
+    }
+
+
+_TORCH = Backend("torch", lambda case: None, dict)
+
+BACKENDS: dict[str, tuple[Backend, ...]] = {
+    "full_attention": (
+        Backend("sdpa", _needs(), _load_cudnn),
+        Backend("flash_attn", _flash_attn_missing, _load_flash_attn),
+        Backend("varlen", _needs("torch.nn.attention.varlen"), _load_torch_varlen),
+        _TORCH,
+    ),
+    "gated_delta_net": (Backend("fla", _needs("fla", "triton"), _load_fla), _TORCH),
+    "fused_kernels": (
+        Backend("triton", _needs("triton", low_precision=False), _load_triton),
+        _TORCH,
+    ),
+}
+"""By key of the ``backend`` section, its back ends, the one that ``auto`` prefers first."""
+
+
+def choose_kernels(backend: BackendConfig, case: Case, *, check: bool = True) -> Kernels:
+    """Resolve a run's ``backend`` section, and on a GPU check what was chosen.
+
+    Args:
+        backend: names, or ``auto``.
+        case: the device, precision and head dimension to choose for.
+        check: compare the chosen kernels with their twins (GPU only; once per process and choice).
+
+    Raises:
+        HydraError: a name that does not exist, a back end that cannot run here, or one whose
+            results differ from its twin's; the message names the key.
+    """
+    chosen: dict[str, Any] = {}
+    names = {}
+    for key, candidates in BACKENDS.items():
+        selected = _select(key, getattr(backend, key), candidates, case)
+        chosen.update(selected.load())
+        names[key] = selected.name
+    kernels = Kernels(**chosen, names=names)
+    if check and case.device.type == "cuda":
+        from megatron_hydra.ops.self_check import check_kernels
+
+        check_kernels(kernels, case)
+    return kernels
+
+
+def _select(key: str, name: str, candidates: tuple[Backend, ...], case: Case) -> Backend:
+    """The named back end, or for ``auto`` the first that can run the case."""
+    if name == "auto":
+        return next(b for b in candidates if b.missing(case) is None)
+    for candidate in candidates:
+        if candidate.name == name:
+            reason = candidate.missing(case)
+            if reason is not None:
+                raise HydraError(
+                    f"backend.{key}={name} cannot run here: {reason}; name another one "
+                    f"({', '.join(_available(candidates, case))}) or auto"
+                )
+            return candidate
+    raise HydraError(
+        f"backend.{key}={name!r} does not exist; here there are "
+        f"{', '.join(_available(candidates, case))}, and auto"
+    )
+
+
+def _available(candidates: tuple[Backend, ...], case: Case) -> list[str]:
+    return [b.name for b in candidates if b.missing(case) is None]

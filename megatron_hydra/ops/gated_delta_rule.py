@@ -1,0 +1,325 @@
+"""The gated delta rule, chunked, over packed documents and across context-parallel shards.
+
+    S_t = α_t (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ        o_t = S_tᵀ q_t / √d
+
+(design §2; Yang et al., Gated Delta Networks, arXiv 2412.06464). A chunk of C tokens turns the
+recurrence into matrix products: with g the running sum of log α inside the chunk and
+Γ_ij = exp(g_i − g_j),
+
+    (I + A) [W | U] = diag(β) [diag(e^g) K | V]        A = strictly lower part of diag(β)(K Kᵀ ∘ Γ)
+    S' = (e^{g_C} I − K̃ᵀ W) S + K̃ᵀ U                   K̃ = diag(e^{g_C − g}) K
+    O  = (diag(e^g) Q − P W) S + P U                   P = lower part of Q Kᵀ ∘ Γ
+
+so every chunk is an affine map of its incoming state, S' = M S + B. Three steps follow: build all
+chunks' maps at once, scan the states over the chunks of each document, read all outputs at once.
+Only the scan is sequential, and only it knows about documents and shards, which is why packing and
+context parallelism change nothing else: a shard's own map (M, S_ext) is a scan of its last document
+fragment, and the states that enter later shards are a scan over the gathered maps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Protocol
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+
+MIN_CHUNK, MAX_CHUNK = 16, 64
+"""Bounds of the chunk length in tokens. Intra-chunk work grows with it and scan work shrinks; the two
+meet near the head dimension, which is the default inside these bounds."""
+
+
+class StateExchange(Protocol):
+    """How a context-parallel shard learns the state that enters it (``parallel.context_parallel``).
+
+    Attributes:
+        group: the ranks that share the sequence, in the order of their shards.
+        cu_seqlens_global: document boundaries of the whole stream.
+    """
+
+    @property
+    def group(self) -> torch.distributed.ProcessGroup:
+        """The ranks that share the sequence."""
+        ...
+
+    @property
+    def cu_seqlens_global(self) -> tuple[int, ...]:
+        """Document boundaries of the whole stream."""
+        ...
+
+    def __call__(self, transition: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """Given the shard's transition ``[H, d, d]`` and state ``[H, d, dv]`` of its last fragment,
+        the state ``[H, d, dv]`` that enters its first fragment.
+        """
+        ...
+
+
+def recurrent_gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_alpha: torch.Tensor,
+    beta: torch.Tensor,
+    cu_seqlens: tuple[int, ...] | None = None,
+    initial_state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, token by token: the plain twin of :func:`chunked_gated_delta_rule`.
+
+    Same arguments and results; computes in the dtype it is given. Slow; for tests and self-checks.
+    """
+    cu = cu_seqlens or (0, q.shape[0])
+    outputs, finals = [], []
+    scale = q.shape[-1] ** -0.5
+    for n in range(len(cu) - 1):
+        if initial_state is None:
+            state = q.new_zeros(q.shape[1], q.shape[2], v.shape[2])
+        else:
+            state = initial_state[n].to(q.dtype)
+        for t in range(cu[n], cu[n + 1]):
+            state = state * log_alpha[t].exp()[:, None, None]
+            error = v[t] - torch.einsum("hkv,hk->hv", state, k[t])
+            state = state + torch.einsum("hk,hv->hkv", k[t], error * beta[t][:, None])
+            outputs.append(torch.einsum("hkv,hk->hv", state, q[t]) * scale)
+        finals.append(state)
+    return torch.stack(outputs), torch.stack(finals)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkLayout:
+    """How documents are cut into chunks; a function of the document lengths alone.
+
+    Chunks are numbered step-major: first the first chunk of every document (longest document
+    first), then the second chunks, and so on, so that a scan step works on one contiguous slice.
+
+    Attributes:
+        chunk: tokens of a chunk.
+        gather: ``[N·C]`` stream index of every chunk slot, ``T`` where the slot is padding; ``None``
+            when slots are exactly the stream's tokens in order.
+        scatter: ``[T]`` chunk slot of every token, ``None`` likewise.
+        widths: for each scan step, how many documents still have a chunk.
+        order: scan position → document, longest first.
+        last_step: for each document, the step of its last chunk.
+    """
+
+    chunk: int
+    gather: torch.Tensor | None
+    scatter: torch.Tensor | None
+    widths: tuple[int, ...]
+    order: tuple[int, ...]
+    last_step: tuple[int, ...]
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of all documents together."""
+        return sum(self.widths)
+
+    @property
+    def first_chunk_of_step(self) -> tuple[int, ...]:
+        """Number of the first chunk of every step."""
+        starts, total = [], 0
+        for width in self.widths:
+            starts.append(total)
+            total += width
+        return tuple(starts)
+
+
+@functools.lru_cache(maxsize=256)
+def chunk_layout(cu_seqlens: tuple[int, ...], chunk: int, device: torch.device) -> ChunkLayout:
+    """The chunks of documents with the given boundaries (cached: layers of a model share it)."""
+    lengths = [b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+    total = cu_seqlens[-1]
+    counts = [-(-length // chunk) for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda i: -counts[i])
+    widths = tuple(sum(count > step for count in counts) for step in range(max(counts)))
+
+    rank = {document: position for position, document in enumerate(order)}
+    starts, running = [], 0
+    for width in widths:
+        starts.append(running)
+        running += width
+    gather = torch.full((running, chunk), total, dtype=torch.int64)
+    for document, length in enumerate(lengths):
+        index = torch.arange(cu_seqlens[document], cu_seqlens[document] + length)
+        padded = F.pad(index, (0, counts[document] * chunk - length), value=total)
+        slots = torch.tensor([starts[s] + rank[document] for s in range(counts[document])])
+        gather[slots] = padded.view(-1, chunk)
+    flat = gather.reshape(-1)
+    if flat.numel() == total and torch.equal(flat, torch.arange(total)):
+        gather_or_none = scatter_or_none = None
+    else:
+        scatter = torch.empty(total + 1, dtype=torch.int64)
+        scatter[flat] = torch.arange(flat.numel())
+        gather_or_none, scatter_or_none = flat.to(device), scatter[:total].to(device)
+    return ChunkLayout(
+        chunk=chunk,
+        gather=gather_or_none,
+        scatter=scatter_or_none,
+        widths=widths,
+        order=tuple(order),
+        last_step=tuple(count - 1 for count in counts),
+    )
+
+
+def chunked_gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_alpha: torch.Tensor,
+    beta: torch.Tensor,
+    cu_seqlens: tuple[int, ...] | None = None,
+    initial_state: torch.Tensor | None = None,
+    *,
+    chunk: int | None = None,
+    exchange: StateExchange | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gated delta rule over a packed stream; differentiable in every tensor argument.
+
+    Args:
+        q, k: ``[T, H, d]``, k usually of unit norm.
+        v: ``[T, H, dv]``.
+        log_alpha: ``[T, H]``, log of the decay, ≤ 0.
+        beta: ``[T, H]``, write strength in (0, 1).
+        cu_seqlens: boundaries of the documents (or fragments), ``0 … T``; one document when absent.
+        initial_state: ``[N, H, d, dv]``, the state each document starts from; zeros when absent.
+        chunk: chunk length in tokens; chosen from d when absent.
+        exchange: for a context-parallel shard, gives the state that enters the first fragment.
+
+    Returns:
+        Output ``[T, H, dv]`` in ``q``'s dtype and final states ``[N, H, d, dv]`` in the dtype of the
+        computation: float32, or float64 for float64 inputs.
+    """
+    cu = cu_seqlens or (0, q.shape[0])
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    longest = max(b - a for a, b in zip(cu, cu[1:], strict=False))
+    chunk = chunk or min(MAX_CHUNK, max(MIN_CHUNK, 1 << (q.shape[-1] - 1).bit_length()))
+    chunk = min(chunk, max(MIN_CHUNK, 1 << (longest - 1).bit_length()))
+    layout = chunk_layout(cu, chunk, q.device)
+
+    maps = _chunk_maps(
+        *(_to_chunks(x.to(wide), layout) for x in (q, k, v, log_alpha[..., None], beta[..., None]))
+    )
+    if exchange is not None:
+        transition, state = _shard_map(maps, layout, len(cu) - 2)
+        first = exchange(transition, state)
+        rest = first.new_zeros(len(cu) - 2, *first.shape)
+        initial_state = torch.cat((first[None], rest))
+    states, finals = _scan(maps, layout, initial_state)
+    output = torch.baddbmm(
+        maps.own_output.flatten(0, 1), maps.read.flatten(0, 1), states.flatten(0, 1)
+    )
+    return _from_chunks(output.view_as(maps.own_output), layout).to(q.dtype), finals
+
+
+@dataclasses.dataclass(frozen=True)
+class _ChunkMaps:
+    """Every chunk as an affine map of its incoming state; all ``[N, H, …]``."""
+
+    transition: torch.Tensor  # M  [N, H, d, d]
+    write: torch.Tensor  # B  [N, H, d, dv]
+    read: torch.Tensor  # O = read · S + own_output  [N, H, C, d]
+    own_output: torch.Tensor  # [N, H, C, dv]
+
+
+def _to_chunks(x: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
+    """``[T, H, c]`` → ``[N, H, C, c]``; padded slots are zero, which leaves states unchanged."""
+    if layout.gather is not None:
+        x = F.pad(x, (0, 0, 0, 0, 0, 1)).index_select(0, layout.gather)
+    return x.view(layout.num_chunks, layout.chunk, *x.shape[1:]).transpose(1, 2)
+
+
+def _from_chunks(x: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
+    """Inverse of :func:`_to_chunks`."""
+    x = x.transpose(1, 2).flatten(0, 1)
+    return x if layout.scatter is None else x.index_select(0, layout.scatter)
+
+
+def _chunk_maps(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_alpha: torch.Tensor,
+    beta: torch.Tensor,
+) -> _ChunkMaps:
+    """The affine map of every chunk; inputs ``[N, H, C, ·]``."""
+    d, size = q.shape[-1], q.shape[-2]
+    g = log_alpha.cumsum(-2)
+    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+    # Masked before exp: above the diagonal g_i − g_j is positive and may overflow.
+    decay = (g - g.transpose(-1, -2)).masked_fill(~causal, float("-inf")).exp()
+    grown = g.exp()
+
+    attention = (k @ k.transpose(-1, -2)) * decay * beta
+    right = torch.cat((k * (beta * grown), v * beta), dim=-1)
+    # unitriangular reads only the strictly lower part of its argument: the diagonal counts as 1.
+    solved = torch.linalg.solve_triangular(attention, right, upper=False, unitriangular=True)
+
+    to_end = (k * (g[..., -1:, :] - g).exp()).transpose(-1, -2)
+    pushed = to_end @ solved
+    eye = torch.eye(d, dtype=q.dtype, device=q.device)
+    transition = eye * grown[..., -1:, :] - pushed[..., :d]
+
+    scaled = q * d**-0.5
+    read_out = ((scaled @ k.transpose(-1, -2)) * decay) @ solved
+    return _ChunkMaps(
+        transition=transition,
+        write=pushed[..., d:],
+        read=scaled * grown - read_out[..., :d],
+        own_output=read_out[..., d:],
+    )
+
+
+def _scan(
+    maps: _ChunkMaps, layout: ChunkLayout, initial_state: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States entering every chunk ``[N, H, d, dv]`` and leaving every document ``[n, H, d, dv]``."""
+    if initial_state is None:
+        state = maps.write.new_zeros(layout.widths[0], *maps.write.shape[1:])
+    else:
+        state = _permuted(initial_state.to(maps.write.dtype), layout.order)
+    entering, finals = [], []
+    # split, not slices: the gradient of n slices is n tensors of full size.
+    transitions, writes = maps.transition.split(layout.widths), maps.write.split(layout.widths)
+    next_widths = (*layout.widths[1:], 0)
+    for transition, write, going_on in zip(transitions, writes, next_widths, strict=True):
+        entering.append(state)
+        state = _affine(transition, state, write)
+        if going_on < state.shape[0]:
+            state, ended = state.split((going_on, state.shape[0] - going_on))
+            finals.append(ended)
+    # The longest documents come first in scan order and end last.
+    final = torch.cat(finals[::-1])
+    inverse = sorted(range(len(layout.order)), key=lambda position: layout.order[position])
+    return torch.cat(entering), _permuted(final, tuple(inverse))
+
+
+def _permuted(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """``x[order]`` along the first axis, without work when the order is the identity."""
+    if order == tuple(range(len(order))):
+        return x
+    return x.index_select(0, torch.tensor(order, device=x.device))
+
+
+def _affine(transition: torch.Tensor, state: torch.Tensor, write: torch.Tensor) -> torch.Tensor:
+    """M S + B, batched over leading dimensions."""
+    flat = torch.baddbmm(write.flatten(0, 1), transition.flatten(0, 1), state.flatten(0, 1))
+    return flat.view_as(write)
+
+
+def _shard_map(
+    maps: _ChunkMaps, layout: ChunkLayout, fragment: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Transition ``[H, d, d]`` and final state from zero ``[H, d, dv]`` of one fragment."""
+    position = layout.order.index(fragment)
+    starts = layout.first_chunk_of_step
+    chunks = [starts[step] + position for step in range(layout.last_step[fragment] + 1)]
+    index = torch.tensor(chunks, device=maps.write.device)
+    transitions = maps.transition.index_select(0, index).unbind(0)
+    writes = maps.write.index_select(0, index).unbind(0)
+    transition, state = transitions[0], writes[0]
+    for step_transition, write in zip(transitions[1:], writes[1:], strict=True):
+        state = torch.baddbmm(write, step_transition, state)
+        transition = step_transition @ transition
+    return transition, state

@@ -1,0 +1,122 @@
+"""Full-attention kernels of GPUs, behind the signature of ``varlen_attention`` (its torch twin).
+
+No kernel here repeats the keys of grouped queries or sees a mask, and none reads boundaries back
+from the device.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_hydra.ops.device_cache import int_tensor
+
+Boundaries = tuple[int, ...]
+Attention = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Boundaries, Boundaries], torch.Tensor
+]
+
+DENSE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+"""In order of preference: cuDNN's kernel uses Hopper's own instructions, torch's flash does not."""
+
+
+def _lengths(cu: Boundaries) -> list[int]:
+    return [b - a for a, b in zip(cu, cu[1:], strict=False)]
+
+
+def is_uniform(cu_q: Boundaries, cu_k: Boundaries) -> bool:
+    """Whether all documents have one length and every query its own key: a dense batch."""
+    return cu_q == cu_k and len(set(_lengths(cu_q))) == 1
+
+
+def sdpa_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: Boundaries, cu_k: Boundaries
+) -> torch.Tensor:
+    """Torch's SDPA (cuDNN, else flash) on documents of equal length; see ``varlen_attention``.
+
+    Raises:
+        ValueError: documents of different lengths, or queries that are a document's tail.
+    """
+    if not is_uniform(cu_q, cu_k):
+        raise ValueError("sdpa_attention takes documents of one length, every query with its key")
+    batch = len(cu_q) - 1
+    q4, k4, v4 = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(DENSE_KERNELS, set_priority=True):
+        out = F.scaled_dot_product_attention(
+            q4, k4, v4, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def torch_varlen() -> Attention:
+    """Torch's ``varlen_attn`` (flash attention over packed documents).
+
+    Raises:
+        ImportError: this torch has none (2.10 brought it).
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    # The API is young: causality moved from a flag into the window between releases.
+    known = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = (
+        {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    )
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in known else {}
+
+    def attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: Boundaries, cu_k: Boundaries
+    ) -> torch.Tensor:
+        boundaries = _device_boundaries(cu_q, cu_k, q.device)
+        output: torch.Tensor = varlen_attn(q, k, v, *boundaries, **causal, **grouped)  # type: ignore
+        return output
+
+    return attention
+
+
+def flash_attn_varlen() -> Attention:
+    """flash-attn's ``flash_attn_varlen_func``: version 3 for Hopper if installed, else version 2.
+
+    Raises:
+        ImportError: neither is installed.
+    """
+    try:
+        from flash_attn_interface import flash_attn_varlen_func
+    except ImportError:
+        from flash_attn import flash_attn_varlen_func
+
+    def attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: Boundaries, cu_k: Boundaries
+    ) -> torch.Tensor:
+        boundaries = _device_boundaries(cu_q, cu_k, q.device)
+        out = flash_attn_varlen_func(q, k, v, *boundaries, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+
+    return attention
+
+
+def dense_or_packed(dense: Attention, packed: Attention) -> Attention:
+    """``dense`` where a stream is a dense batch (one document, say), ``packed`` elsewhere."""
+
+    def attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: Boundaries, cu_k: Boundaries
+    ) -> torch.Tensor:
+        return (dense if is_uniform(cu_q, cu_k) else packed)(q, k, v, cu_q, cu_k)
+
+    return attention
+
+
+def _device_boundaries(
+    cu_q: Boundaries, cu_k: Boundaries, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """What varlen kernels take: int32 boundaries on the device, the longest lengths on the host."""
+    return (
+        int_tensor(cu_q, torch.int32, device),
+        int_tensor(cu_k, torch.int32, device),
+        max(_lengths(cu_q)),
+        max(_lengths(cu_k)),
+    )

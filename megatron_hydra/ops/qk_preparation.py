@@ -1,0 +1,66 @@
+"""From projections to what the kernels of both branches read: norm, rotary, scale, l2 (design §2).
+
+Queries and keys of a branch go through the same steps, each of them optional. On a GPU one Triton
+kernel does them in one pass (:mod:`megatron_hydra.ops.triton_qk_preparation`); the functions here
+are its torch twin and the CPU path.
+"""
+
+from __future__ import annotations
+
+import torch
+
+L2_EPS = 1e-6
+"""Added to the sum of squares of q and k before the inverse square root."""
+
+
+def rms_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """X / RMS(x) over the last axis, computed in fp32 (fp64 for fp64), times ``weight`` if given.
+
+    The weight multiplies after the cast back to ``x``'s dtype, as Hugging Face's Qwen3 does.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return normed if weight is None else normed * weight
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate ``x [T, n, d]`` by tables ``[T, 1, d]``; computed in the wider of the two dtypes."""
+    half = x.shape[-1] // 2
+    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return (x * cos + rotated * sin).to(x.dtype)
+
+
+def l2_norm(x: torch.Tensor) -> torch.Tensor:
+    """X / ‖x‖ over the last axis, in fp32 (fp64 for fp64)."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + L2_EPS)).to(x.dtype)
+
+
+def prepare_heads(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    tables: tuple[torch.Tensor, torch.Tensor] | None,
+    scale: torch.Tensor | None,
+    l2: bool,
+) -> torch.Tensor:
+    """l2(s_t · R_t N(x)), each step where it is asked for.
+
+    Args:
+        x: ``[T, n, d]`` queries or keys; any strides with contiguous channels.
+        norm_weight: ``[d]`` of the RMSNorm over d, or ``None`` for no norm.
+        eps: its epsilon.
+        tables: cos and sin, fp32 ``[T, 1, d]`` with repeated halves (``model.rotary``), or ``None``.
+        scale: fp32 ``[T]``, the log scale of queries, or ``None``.
+        l2: end with unit norm.
+
+    Returns:
+        ``[T, n, d]`` in ``x``'s dtype.
+    """
+    if norm_weight is not None:
+        x = rms_norm(x, eps, norm_weight)
+    if tables is not None:
+        x = apply_rotary(x, *tables)
+    if scale is not None:
+        x = (x * scale[:, None, None]).to(x.dtype)
+    return l2_norm(x) if l2 else x

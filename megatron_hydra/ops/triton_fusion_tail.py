@@ -1,0 +1,157 @@
+"""Triton kernels of the fusion tail; twin: :func:`megatron_hydra.ops.fusion_tail.fusion_tail`.
+
+A row is one head of one token. The forward reads o and the gate once and writes o_proj's input
+once; the backward recomputes the norm from them, reads the incoming gradient once and writes both
+gradients once. Everything between load and store is fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from megatron_hydra.ops.fusion_tail import Branch
+
+ROWS, WARPS = 16, 4
+"""Rows of a program and its warps: 32 bytes of each tensor per thread at d = 128 in bf16."""
+
+
+@triton.jit
+def _forward_kernel(
+    o, gate, scale, y, rows, heads, eps,
+    o_t, o_h, g_t, g_h, s_t, s_h, y_t,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = row < rows
+    t, h = row // heads, row % heads
+    c = tl.arange(0, BLOCK)
+    mask = valid[:, None] & (c < D)[None, :]
+    x = tl.load(o + (t * o_t + h * o_h)[:, None] + c[None, :], mask, 0.0).to(tl.float32)
+    if HAS_GATE:
+        g = tl.load(gate + (t * g_t + h * g_h)[:, None] + c[None, :], mask, 0.0).to(tl.float32)
+        x = x * (2.0 * tl.sigmoid(g))
+    if HAS_NORM:
+        x = x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+    if HAS_SCALE:
+        x = x * tl.load(scale + t * s_t + h * s_h, valid, 0.0).to(tl.float32)[:, None]
+    out = y + (t * y_t + h * D)[:, None] + c[None, :]
+    tl.store(out, x.to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def _backward_kernel(
+    o, gate, scale, dy, d_o, d_gate, d_scale, rows, heads, eps,
+    o_t, o_h, g_t, g_h, s_t, s_h, dy_t, ds_t,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = row < rows
+    t, h = row // heads, row % heads
+    c = tl.arange(0, BLOCK)
+    mask = valid[:, None] & (c < D)[None, :]
+    x = tl.load(o + (t * o_t + h * o_h)[:, None] + c[None, :], mask, 0.0).to(tl.float32)
+    grad = tl.load(dy + (t * dy_t + h * D)[:, None] + c[None, :], mask, 0.0).to(tl.float32)
+    gated = x
+    if HAS_GATE:
+        g = tl.load(gate + (t * g_t + h * g_h)[:, None] + c[None, :], mask, 0.0).to(tl.float32)
+        sigma = tl.sigmoid(g)
+        gated = x * (2.0 * sigma)
+    normed = gated
+    if HAS_NORM:
+        rstd = tl.rsqrt(tl.sum(gated * gated, 1) / D + eps)
+        normed = gated * rstd[:, None]
+    if HAS_SCALE:
+        tl.store(d_scale + t * ds_t + h, tl.sum(grad * normed, 1), valid)
+        grad = grad * tl.load(scale + t * s_t + h * s_h, valid, 0.0).to(tl.float32)[:, None]
+    if HAS_NORM:
+        grad = rstd[:, None] * (grad - normed * (tl.sum(grad * normed, 1) / D)[:, None])
+    own = (row * D)[:, None] + c[None, :]
+    if HAS_GATE:
+        d_g = grad * x * (2.0 * sigma * (1.0 - sigma))
+        tl.store(d_gate + own, d_g.to(d_gate.dtype.element_ty), mask)
+        grad = grad * (2.0 * sigma)
+    tl.store(d_o + own, grad.to(d_o.dtype.element_ty), mask)
+
+
+def _channels_contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(x: torch.Tensor | None) -> tuple[int, int]:
+    """Strides of the token and head axes; of a per-head scale ``[N]`` the former is 0."""
+    if x is None:
+        return 0, 0
+    return (0, x.stride(0)) if x.dim() == 1 else (x.stride(0), x.stride(1))
+
+
+class _FusionTail(torch.autograd.Function):
+    """Forward and backward over all branches; inputs are scale, eps, then o, gate of each branch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scale: torch.Tensor | None, eps: float | None, *flat: torch.Tensor | None
+    ) -> torch.Tensor:
+        tensors = [_channels_contiguous(x) for x in flat]
+        outputs = [x for x in tensors[::2] if x is not None]
+        heads = sum(o.shape[1] for o in outputs)
+        tokens, _, d = outputs[0].shape
+        y = outputs[0].new_empty(tokens, heads * d)
+        start = 0
+        for o, gate in zip(outputs, tensors[1::2], strict=True):
+            n = o.shape[1]
+            part = None if scale is None else scale[..., start : start + n]
+            _forward_kernel[(triton.cdiv(tokens * n, ROWS),)](
+                o, gate, part, y[:, start * d :], tokens * n, n, eps or 0.0,
+                *_strides(o), *_strides(gate), *_strides(part), y.stride(0),
+                D=d, BLOCK=triton.next_power_of_2(d), ROWS=ROWS, num_warps=WARPS,
+                HAS_GATE=gate is not None, HAS_SCALE=part is not None, HAS_NORM=eps is not None,
+            )  # fmt: skip
+            start += n
+        ctx.save_for_backward(scale, *tensors)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scale, *tensors = ctx.saved_tensors
+        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+        tokens, heads = dy.shape[0], sum(o.shape[1] for o in tensors[::2])
+        # One number per head of every token; for a per-head scale torch sums it over the tokens.
+        d_scale = None if scale is None else dy.new_empty(tokens, heads, dtype=torch.float32)
+        grads: list[torch.Tensor | None] = []
+        start = 0
+        for o, gate in zip(tensors[::2], tensors[1::2], strict=True):
+            n, d = o.shape[1:]
+            part = None if scale is None else scale[..., start : start + n]
+            d_o = torch.empty(o.shape, dtype=o.dtype, device=o.device)
+            d_gate = None if gate is None else torch.empty_like(d_o, dtype=gate.dtype)
+            _backward_kernel[(triton.cdiv(tokens * n, ROWS),)](
+                o, gate, part, dy[:, start * d :], d_o, d_gate,
+                None if d_scale is None else d_scale[:, start:], tokens * n, n, ctx.eps or 0.0,
+                *_strides(o), *_strides(gate), *_strides(part), dy.stride(0), heads,
+                D=d, BLOCK=triton.next_power_of_2(d), ROWS=ROWS, num_warps=WARPS,
+                HAS_GATE=gate is not None, HAS_SCALE=part is not None, HAS_NORM=ctx.eps is not None,
+            )  # fmt: skip
+            grads += [d_o, d_gate]
+            start += n
+        if scale is not None and d_scale is not None:
+            d_scale = (d_scale if scale.dim() == 2 else d_scale.sum(0)).to(scale.dtype)
+        return d_scale, None, *grads
+
+
+def fusion_tail(
+    branches: Sequence[Branch], scale: torch.Tensor | None, eps: float | None
+) -> torch.Tensor:
+    """As :func:`megatron_hydra.ops.fusion_tail.fusion_tail`, in one pass over every branch."""
+    flat = [tensor for branch in branches for tensor in branch]
+    output: torch.Tensor = _FusionTail.apply(scale, eps, *flat)
+    return output

@@ -1,0 +1,226 @@
+"""Triton kernels of q/k preparation; twin: :func:`megatron_hydra.ops.qk_preparation.prepare_heads`.
+
+A row is one head of one token, held as its two rotary halves. The forward reads it once and writes
+it once; the backward recomputes every step from the input. Everything in between is fp32 (the twin
+rounds after every step, as Hugging Face's models do).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from megatron_hydra.ops.qk_preparation import L2_EPS
+
+ROWS, WARPS = 16, 4
+PROGRAMS_PER_UNIT = 16
+"""Backward programs per multiprocessor: each sums the norm weight's gradient over many rows."""
+
+
+@triton.jit
+def _prepared(
+    x1, x2, w1, w2, cos, sin, s, eps, l2_eps,
+    D: tl.constexpr, HAS_NORM: tl.constexpr, HAS_ROTARY: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_L2: tl.constexpr,
+):  # fmt: skip
+    """The chain in fp32; returns the result's halves and what the backward needs of the steps."""
+    rstd = tl.zeros([x1.shape[0]], tl.float32) + 1.0
+    if HAS_NORM:
+        rstd = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / D + eps)
+        z1, z2 = x1 * rstd[:, None] * w1[None, :], x2 * rstd[:, None] * w2[None, :]
+    else:
+        z1, z2 = x1, x2
+    if HAS_ROTARY:
+        r1, r2 = z1 * cos - z2 * sin, z2 * cos + z1 * sin
+    else:
+        r1, r2 = z1, z2
+    if HAS_SCALE:
+        r1, r2 = r1 * s[:, None], r2 * s[:, None]
+    length = tl.zeros([x1.shape[0]], tl.float32) + 1.0
+    if HAS_L2:
+        length = tl.rsqrt(tl.sum(r1 * r1, 1) + tl.sum(r2 * r2, 1) + l2_eps)
+        r1, r2 = r1 * length[:, None], r2 * length[:, None]
+    return r1, r2, rstd, length
+
+
+@triton.jit
+def _forward_kernel(
+    x, weight, cos_table, sin_table, scale, y, rows, heads, x_t, x_h, table_t, eps, l2_eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_ROTARY: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_L2: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = D // 2
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = row < rows
+    t, h = row // heads, row % heads
+    c = tl.arange(0, BLOCK)
+    mask = valid[:, None] & (c < HALF)[None, :]
+    start = x + (t * x_t + h * x_h)[:, None] + c[None, :]
+    x1 = tl.load(start, mask, 0.0).to(tl.float32)
+    x2 = tl.load(start + HALF, mask, 0.0).to(tl.float32)
+    w1, w2, cos, sin, s = x1, x2, x1, x2, x1
+    if HAS_NORM:
+        w1 = tl.load(weight + c, c < HALF, 0.0).to(tl.float32)
+        w2 = tl.load(weight + HALF + c, c < HALF, 0.0).to(tl.float32)
+    if HAS_ROTARY:
+        cos = tl.load(cos_table + (t * table_t)[:, None] + c[None, :], mask, 0.0)
+        sin = tl.load(sin_table + (t * table_t)[:, None] + c[None, :], mask, 0.0)
+    if HAS_SCALE:
+        s = tl.load(scale + t, valid, 0.0)
+    y1, y2, _, _ = _prepared(
+        x1, x2, w1, w2, cos, sin, s, eps, l2_eps, D, HAS_NORM, HAS_ROTARY, HAS_SCALE, HAS_L2
+    )
+    out = y + (row * D)[:, None] + c[None, :]
+    tl.store(out, y1.to(y.dtype.element_ty), mask)
+    tl.store(out + HALF, y2.to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def _backward_kernel(
+    x, weight, cos_table, sin_table, scale, dy, dx, dw, rows, heads, x_t, x_h, table_t, eps, l2_eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_ROTARY: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_L2: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = D // 2
+    c = tl.arange(0, BLOCK)
+    inside = c < HALF
+    sum1 = tl.zeros([BLOCK], tl.float32)
+    sum2 = tl.zeros([BLOCK], tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        valid = row < rows
+        t, h = row // heads, row % heads
+        mask = valid[:, None] & inside[None, :]
+        start = x + (t * x_t + h * x_h)[:, None] + c[None, :]
+        x1 = tl.load(start, mask, 0.0).to(tl.float32)
+        x2 = tl.load(start + HALF, mask, 0.0).to(tl.float32)
+        own = (row * D)[:, None] + c[None, :]
+        g1 = tl.load(dy + own, mask, 0.0).to(tl.float32)
+        g2 = tl.load(dy + own + HALF, mask, 0.0).to(tl.float32)
+        w1, w2, cos, sin, s = x1, x2, x1, x2, x1
+        if HAS_NORM:
+            w1 = tl.load(weight + c, inside, 0.0).to(tl.float32)
+            w2 = tl.load(weight + HALF + c, inside, 0.0).to(tl.float32)
+        if HAS_ROTARY:
+            cos = tl.load(cos_table + (t * table_t)[:, None] + c[None, :], mask, 0.0)
+            sin = tl.load(sin_table + (t * table_t)[:, None] + c[None, :], mask, 0.0)
+        if HAS_SCALE:
+            s = tl.load(scale + t, valid, 0.0)
+        y1, y2, rstd, length = _prepared(
+            x1, x2, w1, w2, cos, sin, s, eps, l2_eps, D, HAS_NORM, HAS_ROTARY, HAS_SCALE, HAS_L2
+        )
+        if HAS_L2:
+            along = tl.sum(g1 * y1, 1) + tl.sum(g2 * y2, 1)
+            g1 = length[:, None] * (g1 - y1 * along[:, None])
+            g2 = length[:, None] * (g2 - y2 * along[:, None])
+        if HAS_SCALE:
+            g1, g2 = g1 * s[:, None], g2 * s[:, None]
+        if HAS_ROTARY:
+            g1, g2 = g1 * cos + g2 * sin, g2 * cos - g1 * sin
+        if HAS_NORM:
+            n1, n2 = x1 * rstd[:, None], x2 * rstd[:, None]
+            sum1 += tl.sum(g1 * n1, 0)
+            sum2 += tl.sum(g2 * n2, 0)
+            g1, g2 = g1 * w1[None, :], g2 * w2[None, :]
+            mean = (tl.sum(g1 * n1, 1) + tl.sum(g2 * n2, 1)) / D
+            g1 = rstd[:, None] * (g1 - n1 * mean[:, None])
+            g2 = rstd[:, None] * (g2 - n2 * mean[:, None])
+        tl.store(dx + own, g1.to(dx.dtype.element_ty), mask)
+        tl.store(dx + own + HALF, g2.to(dx.dtype.element_ty), mask)
+    if HAS_NORM:
+        partial = dw + tl.program_id(0) * D + c
+        tl.store(partial, sum1, inside)
+        tl.store(partial + HALF, sum2, inside)
+
+
+def _settings(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    tables: tuple[torch.Tensor, torch.Tensor] | None,
+    scale: torch.Tensor | None,
+    l2: bool,
+) -> dict[str, Any]:
+    return {
+        "D": x.shape[2],
+        "BLOCK": triton.next_power_of_2(x.shape[2] // 2),
+        "ROWS": ROWS,
+        "HAS_NORM": weight is not None,
+        "HAS_ROTARY": tables is not None,
+        "HAS_SCALE": scale is not None,
+        "HAS_L2": l2,
+        "num_warps": WARPS,
+    }
+
+
+class _PrepareHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        eps: float,
+        l2: bool,
+    ) -> torch.Tensor:
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        rows = x.shape[0] * x.shape[1]
+        settings = _settings(
+            x, weight, None if cos is None or sin is None else (cos, sin), scale, l2
+        )
+        _forward_kernel[(triton.cdiv(rows, ROWS),)](
+            x, weight, cos, sin, scale, y, rows, x.shape[1], x.stride(0), x.stride(1),
+            0 if cos is None else cos.stride(0), eps, L2_EPS, **settings,
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, cos, sin, scale)
+        ctx.eps, ctx.settings = eps, settings
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, cos, sin, scale = ctx.saved_tensors
+        dy = dy.contiguous()
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        rows = x.shape[0] * x.shape[1]
+        programs = min(triton.cdiv(rows, ROWS), PROGRAMS_PER_UNIT * _units(x.device))
+        partial = None
+        if weight is not None:
+            partial = torch.empty(programs, x.shape[2], dtype=torch.float32, device=x.device)
+        _backward_kernel[(programs,)](
+            x, weight, cos, sin, scale, dy, dx, partial, rows, x.shape[1], x.stride(0), x.stride(1),
+            0 if cos is None else cos.stride(0), ctx.eps, L2_EPS, **ctx.settings,
+        )  # fmt: skip
+        dw = None if partial is None else partial.sum(0).to(weight.dtype)
+        return dx, dw, None, None, None, None, None
+
+
+def _units(device: torch.device) -> int:
+    """Multiprocessors of a GPU; one for Triton's interpreter on the CPU."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def prepare_heads(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    tables: tuple[torch.Tensor, torch.Tensor] | None,
+    scale: torch.Tensor | None,
+    l2: bool,
+) -> torch.Tensor:
+    """As :func:`megatron_hydra.ops.qk_preparation.prepare_heads`, in one pass."""
+    if norm_weight is None and tables is None and scale is None and not l2:
+        return x
+    cos, sin = tables if tables is not None else (None, None)
+    prepared: torch.Tensor = _PrepareHeads.apply(x, norm_weight, cos, sin, scale, eps, l2)
+    return prepared

@@ -1,0 +1,68 @@
+"""Causal softmax attention over packed documents, queries and keys of different lengths.
+
+The torch implementation here is the reference and the CPU path. It groups documents of equal
+lengths into one batched call, so a stream of equal rows costs no Python loop and never sees a mask
+of size T².
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+
+
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: tuple[int, ...],
+    cu_k: tuple[int, ...],
+) -> torch.Tensor:
+    """softmax(q kᵀ/√d) v per segment, causal, the last query aligned with the last key.
+
+    Args:
+        q: ``[Tq, n, d]``.
+        k, v: ``[Tk, g, d]`` with g dividing n (grouped queries: query head i reads kv head i·g/n).
+        cu_q, cu_k: segment boundaries, ``0 … Tq`` and ``0 … Tk``; a segment has at least as many keys
+            as queries.
+
+    Returns:
+        ``[Tq, n, d]`` in ``q``'s dtype.
+    """
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i in range(len(cu_q) - 1):
+        groups[cu_q[i + 1] - cu_q[i], cu_k[i + 1] - cu_k[i]].append(i)
+    if len(groups) == 1:
+        ((len_q, len_k),) = groups
+        return _batched(q, k, v, len(cu_q) - 1, len_q, len_k).reshape(q.shape)
+
+    pieces: list[torch.Tensor | None] = [None] * (len(cu_q) - 1)
+    for (len_q, len_k), members in groups.items():
+        q_rows = torch.cat([q[cu_q[i] : cu_q[i + 1]] for i in members])
+        k_rows = torch.cat([k[cu_k[i] : cu_k[i + 1]] for i in members])
+        v_rows = torch.cat([v[cu_k[i] : cu_k[i + 1]] for i in members])
+        out = _batched(q_rows, k_rows, v_rows, len(members), len_q, len_k)
+        for i, piece in zip(members, out, strict=True):
+            pieces[i] = piece
+    return torch.cat([piece for piece in pieces if piece is not None])
+
+
+def _batched(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: int, len_q: int, len_k: int
+) -> torch.Tensor:
+    """Attention of ``segments`` equal segments at once; returns ``[segments, len_q, n, d]``."""
+    q = q.view(segments, len_q, *q.shape[1:]).transpose(1, 2)
+    k = k.view(segments, len_k, *k.shape[1:]).transpose(1, 2)
+    v = v.view(segments, len_k, *v.shape[1:]).transpose(1, 2)
+    repeats = q.shape[1] // k.shape[1]
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    if len_q == len_k:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=len_q > 1)
+    else:
+        rows = torch.arange(len_k - len_q, len_k, device=q.device)[:, None]
+        mask = rows >= torch.arange(len_k, device=q.device)[None, :]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2)

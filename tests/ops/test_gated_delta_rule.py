@@ -1,0 +1,111 @@
+"""The chunked rule against the definition, FLA's naive recurrence and transformers' Qwen3-Next."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_hydra.ops.gated_delta_rule import (
+    chunked_gated_delta_rule,
+    recurrent_gated_delta_rule,
+)
+
+PACKINGS = [(0, 70), (0, 64, 128), (0, 5, 133, 134, 200), (0, 1, 2, 3)]
+
+
+def slow_inputs(length: int, heads: int = 3, d: int = 8, dtype=torch.float64, seed: int = 0):
+    """q, k, v, log α, β with half-lives far beyond the sequence: fast decay would hide leaks."""
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(length, heads, d, generator=g, dtype=torch.float64) for _ in range(3))
+    log_alpha = -torch.rand(length, heads, generator=g, dtype=torch.float64) * 1e-3
+    beta = torch.rand(length, heads, generator=g, dtype=torch.float64)
+    inputs = (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, log_alpha, beta)
+    return [x.to(dtype).requires_grad_() for x in inputs]
+
+
+@pytest.mark.parametrize("cu", PACKINGS)
+@pytest.mark.parametrize("chunk", [None, 16, 64])
+def test_equals_the_recurrence_forward_and_backward(cu, chunk):
+    inputs = slow_inputs(cu[-1])
+    initial = torch.randn(len(cu) - 1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    expected = recurrent_gated_delta_rule(*inputs, cu, initial)
+    actual = chunked_gated_delta_rule(*inputs, cu, initial, chunk=chunk)
+    cotangents = [torch.randn_like(x) for x in expected]
+    expected_grads = torch.autograd.grad(expected, [*inputs, initial], cotangents)
+    actual_grads = torch.autograd.grad(actual, [*inputs, initial], cotangents)
+    for a, b in zip([*expected, *expected_grads], [*actual, *actual_grads], strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)
+
+
+def test_fast_decay_does_not_overflow():
+    q, k, v, log_alpha, beta = slow_inputs(130)
+    log_alpha = log_alpha.detach() * 3e4  # down to e^-30 a token
+    expected, _ = recurrent_gated_delta_rule(q, k, v, log_alpha, beta)
+    actual, _ = chunked_gated_delta_rule(q, k, v, log_alpha, beta)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_low_precision_stays_near_float64(dtype, tolerance):
+    exact = slow_inputs(200)
+    rounded = [x.detach().to(dtype) for x in exact]
+    rounded[3:] = [x.detach().float() for x in exact[3:]]  # decay and β are fp32 in the model
+    expected, _ = recurrent_gated_delta_rule(*exact)
+    actual, state = chunked_gated_delta_rule(*rounded)
+    assert actual.dtype == dtype
+    assert state.dtype == torch.float32
+    error = (actual.double() - expected).norm() / expected.norm()
+    assert error < tolerance
+
+
+def test_state_carries_a_stream_across_calls():
+    inputs = slow_inputs(150)
+    whole, final = chunked_gated_delta_rule(*inputs)
+    first, state = chunked_gated_delta_rule(*(x[:77] for x in inputs))
+    second, last = chunked_gated_delta_rule(*(x[77:] for x in inputs), initial_state=state)
+    torch.testing.assert_close(torch.cat((first, second)), whole)
+    torch.testing.assert_close(last, final)
+
+
+def test_documents_are_isolated_bit_for_bit():
+    cu = (0, 37, 100, 164)
+    inputs = [x.detach().float() for x in slow_inputs(164)]
+    changed = [x.clone() for x in inputs]
+    for x in changed:
+        x[36] = float("nan")  # the last token of the first document
+    before, _ = chunked_gated_delta_rule(*inputs, cu)
+    after, _ = chunked_gated_delta_rule(*changed, cu)
+    assert torch.equal(before[37:], after[37:])
+    assert not torch.equal(before[:37], after[:37])
+
+
+def test_equals_fla_naive():
+    fla = pytest.importorskip("fla.ops.gated_delta_rule.naive")
+    inputs = [x.detach().float() for x in slow_inputs(90)]
+    q, k, v, log_alpha, beta = (x[None] for x in inputs)
+    expected, state = fla.naive_recurrent_gated_delta_rule(
+        q, k, v, beta, log_alpha, output_final_state=True
+    )
+    actual, final = chunked_gated_delta_rule(*inputs)
+    torch.testing.assert_close(actual, expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(final[0], state[0], rtol=1e-5, atol=1e-6)
+
+
+def test_equals_transformers_qwen3_next(monkeypatch):
+    # With FLA importable, transformers picks its GPU kernels even where there is no GPU.
+    name = "transformers.models.qwen3_next.modeling_qwen3_next"
+    monkeypatch.setitem(sys.modules, "fla", None)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    module = importlib.import_module(name)
+    inputs = [x.detach().float() for x in slow_inputs(150)]
+    q, k, v, log_alpha, beta = (x[None] for x in inputs)
+    expected, state = module.torch_chunk_gated_delta_rule(
+        q, k, v, g=log_alpha, beta=beta, output_final_state=True
+    )
+    actual, final = chunked_gated_delta_rule(*inputs)
+    torch.testing.assert_close(actual, expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(final[0], state[0], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,36 @@
+"""Every Triton kernel of ours equals its torch twin: interpreted here, compiled where a GPU is."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ops import kernel_cases
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_kernels_equal_their_twins_in_the_interpreter():
+    # Triton reads the variable when it is first imported, so in a process of its own.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(  # noqa: PLW1510
+        [sys.executable, "-m", "tests.ops.kernel_cases"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.split() == [check.__name__ for check in kernel_cases.CHECKS]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("check", kernel_cases.CHECKS)
+def test_kernels_equal_their_twins_on_the_gpu(check, dtype):
+    torch.manual_seed(0)
+    check(torch.device("cuda"), dtype)
