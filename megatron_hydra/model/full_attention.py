@@ -1,0 +1,94 @@
+"""The full-attention branch of a HydraHead layer: q, k, v in, head outputs out (design §2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.model.rotary import Rotary
+from megatron_hydra.ops.backends import Kernels
+from megatron_hydra.ops.device_cache import int_tensor
+from megatron_hydra.parallel.context_parallel import sharded_attention
+from megatron_hydra.parallel.gradients import mark_partial
+from megatron_hydra.parallel.packed_sequence import PackedSequence
+
+
+class FullAttention(torch.nn.Module):
+    """Softmax attention of this rank's FA heads.
+
+    Args:
+        model: shapes and switches.
+        groups_of_heads: for each local head, the index of its KV head among the local KV heads.
+        dtype: parameter dtype.
+        kernels: the chosen implementations.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        groups_of_heads: Sequence[int],
+        dtype: torch.dtype,
+        kernels: Kernels,
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.eps = model.head_dim, model.norm_eps
+        self.switches = model.switches
+        self.kernels = kernels
+        self.groups_of_heads = tuple(groups_of_heads)
+        self.rotary = Rotary(model.rope_parameters, model.head_dim, model.max_position_embeddings)
+        device = torch.cuda.current_device()
+        self.q_norm: torch.nn.Parameter | None = None
+        self.k_norm: torch.nn.Parameter | None = None
+        if model.qk_norm:
+            self.q_norm = torch.nn.Parameter(torch.ones(self.head_dim, dtype=dtype, device=device))
+            self.k_norm = torch.nn.Parameter(torch.ones(self.head_dim, dtype=dtype, device=device))
+            mark_partial(self.q_norm, self.k_norm)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        packed: PackedSequence,
+        sequence_group: dist.ProcessGroup,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            q: ``[T_shard, n·d]``, the shard of the sequence that ``sequence_group.rank()`` holds.
+            k, v: ``[T_shard, g·d]``.
+            packed: documents of the stream.
+            sequence_group: ranks that share the sequence.
+            positions: ``[T_shard]`` of these tokens in their documents.
+
+        Returns:
+            ``[T_shard, n, d]``, before the gate.
+        """
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        tables = scale = None
+        if self.switches.fa_position in ("rope", "both"):
+            tables = self.rotary.tables(positions, packed)
+        if self.switches.fa_position in ("log-scale", "both"):
+            a = self.switches.log_scale_a
+            scale = packed.cached(
+                ("log-scale", a, positions.data_ptr(), len(positions)),
+                lambda: packed.log_scale(a, positions),
+            )
+        prepare = self.kernels.prepare_heads
+        q = prepare(q, self.q_norm, self.eps, tables, scale, False)
+        k = prepare(k, self.k_norm, self.eps, tables, None, False)
+        k, v = self._grouped(k), self._grouped(v)
+        return sharded_attention(q, k, v, packed, sequence_group, self.kernels.attention)
+
+    def _grouped(self, x: torch.Tensor) -> torch.Tensor:
+        """KV heads such that query head i reads KV head i·g/n: as they are, or one per query head."""
+        heads, groups = len(self.groups_of_heads), x.shape[1]
+        if heads % groups == 0 and self.groups_of_heads == tuple(
+            i // (heads // groups) for i in range(heads)
+        ):
+            return x
+        return x.index_select(1, int_tensor(self.groups_of_heads, torch.int64, x.device))

@@ -1,0 +1,151 @@
+"""The Gated DeltaNet branch of a HydraHead layer: projections in, head outputs out (design §2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.model.rotary import Rotary
+from megatron_hydra.ops.backends import Kernels
+from megatron_hydra.ops.device_cache import int_tensor
+from megatron_hydra.parallel.context_parallel import convolution_halo, state_exchange
+from megatron_hydra.parallel.gradients import mark_partial
+from megatron_hydra.parallel.packed_sequence import PackedSequence
+
+
+class GatedDeltaNet(torch.nn.Module):
+    """The gated delta rule of this rank's GDN heads.
+
+    Args:
+        model: shapes and switches.
+        kv_of_heads: for each local head, the index of its k and v among the local ones: first those
+            that only this rank reads, then ``shared_kv``.
+        shared_kv: which of the ``num_shared_kv`` KV groups that several ranks read are read here.
+        num_shared_kv: KV groups of the layer that several tensor-parallel ranks read.
+        num_heads_padded, num_conv_padded: parameter sizes, equal on all tensor-parallel ranks
+            (Megatron's optimizer wants equal buffers); only the first local entries are used.
+        dtype: parameter dtype; A_log and dt_bias are fp32 always.
+        kernels: the chosen implementations.
+        cp_group: context-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        kv_of_heads: Sequence[int],
+        shared_kv: Sequence[int],
+        num_shared_kv: int,
+        num_heads_padded: int,
+        num_conv_padded: int,
+        dtype: torch.dtype,
+        kernels: Kernels,
+        cp_group: dist.ProcessGroup,
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.eps = model.head_dim, model.norm_eps
+        self.num_heads = len(kv_of_heads)
+        self.kv_of_heads = tuple(kv_of_heads)
+        self.shared_kv = tuple(shared_kv)
+        self.switches = model.switches
+        self.kernels, self.cp_group = kernels, cp_group
+        self.rotary = Rotary(model.rope_parameters, model.head_dim, model.max_position_embeddings)
+        device = torch.cuda.current_device()
+        self.A_log = torch.nn.Parameter(torch.zeros(num_heads_padded, device=device))
+        self.dt_bias = torch.nn.Parameter(torch.zeros(num_heads_padded, device=device))
+        self.q_norm: torch.nn.Parameter | None = None
+        self.k_norm: torch.nn.Parameter | None = None
+        self.conv: torch.nn.Parameter | None = None
+        self.shared_conv: torch.nn.Parameter | None = None
+        if model.qk_norm:
+            self.q_norm = torch.nn.Parameter(torch.ones(self.head_dim, dtype=dtype, device=device))
+            self.k_norm = torch.nn.Parameter(torch.ones(self.head_dim, dtype=dtype, device=device))
+            mark_partial(self.q_norm, self.k_norm)
+        if self.switches.short_conv:
+            width, d = self.switches.conv_width, self.head_dim
+            self.conv = torch.nn.Parameter(
+                torch.zeros(num_conv_padded * d, width, dtype=dtype, device=device)
+            )
+            if num_shared_kv:
+                self.shared_conv = torch.nn.Parameter(  # rows: all k channels, then all v channels
+                    torch.zeros(2 * num_shared_kv * d, width, dtype=dtype, device=device)
+                )
+                mark_partial(self.shared_conv)
+        for parameter in (self.A_log, self.dt_bias, self.conv):
+            if parameter is not None:
+                # its heads are this rank's alone
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        b: torch.Tensor,
+        a: torch.Tensor,
+        packed: PackedSequence,
+    ) -> torch.Tensor:
+        """Run the recurrence.
+
+        Args:
+            q: ``[T_local, n·d]``; k, v: ``[T_local, m·d]``; b, a: ``[T_local, n]`` logits.
+            packed: documents and shard.
+
+        Returns:
+            ``[T_local, n, d]``, before the gate.
+        """
+        if self.conv is not None:
+            q, k, v = self._convolved(q, k, v, packed)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        tables = self.rotary.tables(packed.positions_local, packed)
+        q = self.kernels.prepare_heads(q, self.q_norm, self.eps, tables, None, True)
+        k = self.kernels.prepare_heads(k, self.k_norm, self.eps, tables, None, True)
+        if self.kv_of_heads != tuple(range(self.num_heads)):
+            index = int_tensor(self.kv_of_heads, torch.int64, k.device)
+            k, v = k.index_select(1, index), v.index_select(1, index)
+
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        n = self.num_heads
+        dt = F.softplus(a.to(wide) + self.dt_bias[:n].to(wide))
+        log_alpha = -self.A_log[:n].to(wide).exp() * dt
+        output, _ = self.kernels.delta_rule(
+            q,
+            k,
+            v,
+            log_alpha,
+            torch.sigmoid(b.to(wide)),
+            packed.local_cu_seqlens,
+            exchange=state_exchange(packed, self.cp_group),
+        )
+        return output
+
+    def _convolved(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSequence
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Short convolution of q, k and v: one exchange of halos, no joined copy of the three."""
+        parts, sizes = (q, k, v), (q.shape[1], k.shape[1], v.shape[1])
+        weight = self._conv_weight(q.shape[1], k.shape[1])
+        width = weight.shape[1]
+        ends = torch.cat([x[x.shape[0] - (width - 1) :] for x in parts], dim=1)
+        halo = convolution_halo(ends, width, self.cp_group)
+        halos = (None, None, None) if halo is None else halo.split(sizes, dim=1)
+        q, k, v = (
+            self.kernels.short_conv(x, part, packed.positions_local, halo)
+            for x, part, halo in zip(parts, weight.split(sizes), halos, strict=True)
+        )
+        return q, k, v
+
+    def _conv_weight(self, q_channels: int, kv_channels: int) -> torch.Tensor:
+        """Kernels ``[C, W]`` of the local q, k and v channels, shared KV groups last in k and in v."""
+        assert self.conv is not None
+        if not self.shared_kv:
+            return self.conv[: q_channels + 2 * kv_channels]
+        own = kv_channels - len(self.shared_kv) * self.head_dim
+        of_q, of_k, of_v = self.conv[: q_channels + 2 * own].split((q_channels, own, own))
+        assert self.shared_conv is not None
+        shared = self.shared_conv.view(2, -1, self.head_dim, self.shared_conv.shape[1])
+        shared = shared[:, list(self.shared_kv)].flatten(1, 2)
+        return torch.cat((of_q, of_k, shared[0], of_v, shared[1]))

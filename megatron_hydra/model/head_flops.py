@@ -1,0 +1,80 @@
+"""Forward FLOPs of one head, for judging how evenly a head partition loads its ranks.
+
+A multiplication and an addition count as two. Norms, gates and rotary are left out: they are linear
+in the tokens and small beside the projections.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.model.local_heads import LocalHeads
+from megatron_hydra.parallel.head_partition import LayerPartition
+
+GDN_CHUNK = 64
+"""Chunk length that GDN's work is counted at, that of the GPU kernels."""
+
+
+def full_attention_flops(length: int, head_dim: int) -> int:
+    """Scores and weighted values of one causal head over ``length`` tokens: 4·d for every pair."""
+    return 2 * head_dim * length * (length + 1)
+
+
+def gated_delta_net_flops(length: int, head_dim: int, chunk: int = GDN_CHUNK) -> int:
+    """One GDN head over ``length`` tokens, chunked (see :mod:`megatron_hydra.ops.gated_delta_rule`).
+
+    Per token: K Kᵀ and Q Kᵀ (2·2·C·d), the triangular solve for W and U (C·2d), P applied to them
+    (2·C·d), and four products with d×d states (8·d²).
+    """
+    per_token = 4 * chunk * head_dim + 2 * chunk * head_dim + 2 * chunk * head_dim + 8 * head_dim**2
+    return length * per_token
+
+
+@dataclasses.dataclass(frozen=True)
+class RankLoad:
+    """Forward FLOPs of one tensor-parallel rank in one layer.
+
+    Attributes:
+        full_attention: attention cores of FA heads.
+        gated_delta_net: recurrences of GDN heads.
+        projections: input and output projections of all heads.
+    """
+
+    full_attention: float
+    gated_delta_net: float
+    projections: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.full_attention + self.gated_delta_net + self.projections
+
+
+def rank_loads(
+    model: ModelConfig, partition: LayerPartition, sequence_length: int
+) -> tuple[RankLoad, ...]:
+    """What every rank computes in one layer for one sequence of ``sequence_length`` tokens."""
+    loads = []
+    d, hidden = model.head_dim, model.hidden_size
+    for rank, share in enumerate(partition.full_attention_share()):
+        heads = LocalHeads(model, partition, rank)
+        rows = sum(s.rows for s in heads.in_segments)
+        replicated = sum(s.rows for s in (*heads.fa_in_segments, *heads.shared_kv_segments))
+        columns = len(heads.sharded) * d
+        columns_replicated = len(heads.replicated_fa) * d
+        weights = rows + columns + (replicated + columns_replicated) / partition.tp_size
+        loads.append(
+            RankLoad(
+                full_attention=share * full_attention_flops(sequence_length, d),
+                gated_delta_net=len(heads.gdn) * gated_delta_net_flops(sequence_length, d),
+                projections=2.0 * sequence_length * hidden * weights,
+            )
+        )
+    return tuple(loads)
+
+
+def imbalance(loads: tuple[RankLoad, ...]) -> float:
+    """Largest total over the mean: the slowest rank's work against the work of an even split."""
+    totals = [load.total for load in loads]
+    return max(totals) / (sum(totals) / len(totals))

@@ -1,0 +1,426 @@
+"""The HydraHead layer's attention: a Megatron-Core self-attention that mixes FA and GDN heads.
+
+Projections live here, fused over heads, so that each branch sees only its own q, k, v; the head
+partition decides which rows a rank holds. The dense teacher is this module with every head FA and
+the switches of :data:`megatron_hydra.config.model.DENSE_ATTENTION`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_pg_rank
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.model.full_attention import FullAttention
+from megatron_hydra.model.gated_delta_net import GatedDeltaNet
+from megatron_hydra.model.local_heads import LocalHeads
+from megatron_hydra.ops.backends import Kernels
+from megatron_hydra.ops.device_cache import int_tensor
+from megatron_hydra.ops.fusion_tail import Branch
+from megatron_hydra.parallel.context_parallel import gather_sequence, keep_in_graph
+from megatron_hydra.parallel.gradients import mark_partial
+from megatron_hydra.parallel.head_partition import LayerPartition
+from megatron_hydra.parallel.head_weights import (
+    Segment,
+    segments_factory,
+    split_segments,
+    total_rows,
+)
+from megatron_hydra.parallel.packed_sequence import PackedSequence
+
+Parts = dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass
+class HydraAttentionSubmodules:
+    """The linears of the layer, from Megatron-Core's backend provider."""
+
+    in_proj: Any = None
+    out_proj: Any = None
+
+
+class HydraAttention(MegatronModule):
+    """Head-level hybrid attention (design §2), tensor-, sequence- and context-parallel (§6).
+
+    Args:
+        config: Megatron-Core's config.
+        submodules: column- and row-parallel linears.
+        layer_number: 1-based global layer number, as Megatron-Core counts.
+        model: shapes, switches, and the FA heads of every layer.
+        partitions: head partition of every layer.
+        kernels: the chosen implementations.
+        recompute: recompute both branches in the backward pass instead of keeping their activations.
+        pg_collection: process groups (tp, cp, tp_cp are used).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: HydraAttentionSubmodules,
+        layer_number: int,
+        model: ModelConfig,
+        partitions: tuple[LayerPartition, ...],
+        kernels: Kernels,
+        recompute: bool = False,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.layer_number, self.model, self.kernels = layer_number, model, kernels
+        self.switches, self.head_dim = model.switches, model.head_dim
+        self.recompute = recompute
+        self.tp_group, self.cp_group, self.tp_cp_group = groups.tp, groups.cp, groups.tp_cp
+        self.tp_rank = get_pg_rank(self.tp_group)
+        self.heads = LocalHeads(model, partitions[layer_number - 1], self.tp_rank)
+        self._build_projections(submodules)
+        self._build_branches()
+        self._build_fusion()
+        self._idle = self._idle_parameters()
+
+    # -- construction -------------------------------------------------------------------------
+
+    def _build_projections(self, submodules: HydraAttentionSubmodules) -> None:
+        heads, tp_size = self.heads, self.tp_group.size()
+        common: dict[str, Any] = {
+            "config": self.config,
+            "init_method": self.config.init_method,
+            "skip_bias_add": True,
+            "is_expert": False,
+            "tp_group": self.tp_group,
+        }
+        self.in_proj = self.out_proj = None
+        if heads.num_sharded_padded:
+            # Sizes are per rank and padded to the largest: ranks may hold different heads, but
+            # Megatron's distributed optimizer wants the same buffer layout on all of them.
+            self.in_proj = build_module(
+                submodules.in_proj,
+                self.model.hidden_size,
+                heads.in_rows_padded * tp_size,
+                gather_output=False,
+                bias=False,
+                tp_comm_buffer_name="qkv",
+                **common,
+            )
+            self.out_proj = build_module(
+                submodules.out_proj,
+                heads.num_sharded_padded * self.head_dim * tp_size,
+                self.model.hidden_size,
+                input_is_parallel=True,
+                bias=False,
+                tp_comm_buffer_name="proj",
+                **common,
+            )
+        hidden, d = self.model.hidden_size, self.head_dim
+        self.in_bias = self._optional(heads.in_bias_padded, sharded=True)
+        self.shared_kv = self._optional(total_rows(heads.shared_kv_segments), hidden)
+        self.shared_kv_bias = (
+            self._optional(total_rows(heads.shared_kv_segments)) if self.model.qkv_bias else None
+        )
+        self.fa_in = self._optional(total_rows(heads.fa_in_segments), hidden)
+        self.fa_in_bias = self._optional(total_rows(heads.fa_bias_segments))
+        self.fa_out = self._optional(len(heads.replicated_fa) * d, hidden, transposed=True)
+        self.out_bias = None
+        if self.model.out_bias:  # added to every token once, like a layer norm's weight
+            bias = torch.zeros(
+                hidden, dtype=self.config.params_dtype, device=torch.cuda.current_device()
+            )
+            self.out_bias = torch.nn.Parameter(bias)
+            self.out_bias.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+
+    def _optional(
+        self,
+        rows: int,
+        columns: int | None = None,
+        *,
+        sharded: bool = False,
+        transposed: bool = False,
+    ) -> torch.nn.Parameter | None:
+        """A parameter of the layer, or ``None`` where it would be empty."""
+        if not rows:
+            return None
+        shape = (rows,) if columns is None else (columns, rows) if transposed else (rows, columns)
+        parameter = torch.nn.Parameter(
+            torch.zeros(shape, dtype=self.config.params_dtype, device=torch.cuda.current_device())
+        )
+        if sharded:
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        else:
+            mark_partial(parameter)
+        return parameter
+
+    def _build_branches(self) -> None:
+        heads, dtype = self.heads, self.config.params_dtype
+        self.fa = self.gdn = None
+        if heads.layer_has_fa:
+            self.fa = FullAttention(self.model, heads.fa_kv_of_heads, dtype, self.kernels)
+        if heads.layer_has_gdn:
+            self.gdn = GatedDeltaNet(
+                self.model,
+                heads.gdn_kv_of_heads,
+                heads.gdn_shared_kv,
+                heads.num_gdn_shared_kv,
+                heads.num_gdn_padded,
+                heads.num_conv_padded,
+                dtype,
+                self.kernels,
+                self.cp_group,
+            )
+
+    def _build_fusion(self) -> None:
+        self.gamma = self.fa_gamma = self.fusion_gate = None
+        if self.switches.fusion == "concat":
+            return
+        self.gamma = self._optional(self.heads.num_sharded_padded, sharded=True)
+        self.fa_gamma = self._optional(len(self.heads.replicated_fa))
+        if self.switches.fusion == "gated":
+            self.fusion_gate = self._optional(self.model.num_query_heads, self.model.hidden_size)
+
+    def _idle_parameters(self) -> tuple[torch.nn.Parameter, ...]:
+        """Parameters without work on this rank: it has no head of their branch."""
+        idle: list[torch.nn.Parameter] = []
+        if self.fa is not None and not self.heads.num_fa_here:
+            idle += self.fa.parameters()
+        if self.gdn is not None and not self.heads.gdn:
+            idle += self.gdn.parameters()
+        if self.gamma is not None and not self.heads.sharded:
+            idle.append(self.gamma)
+        return tuple(idle)
+
+    # -- forward ------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        packed_seq_params: PackedSequence | None = None,
+        **unused: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mix tokens.
+
+        Args:
+            hidden_states: ``[T_local, 1, D]`` of one packed stream (``T_local/TP`` under sequence
+                parallelism), after the input norm.
+            attention_mask: not used; documents come from ``packed_seq_params``.
+            packed_seq_params: the stream's documents and this rank's shard.
+            unused: what a stock ``TransformerLayer`` passes for other attentions.
+
+        Returns:
+            Output like ``hidden_states``, and a bias to add to it or ``None``.
+        """
+        if packed_seq_params is None or hidden_states.shape[1] != 1:
+            raise ValueError(
+                "HydraAttention takes one packed stream [T, 1, D] and its PackedSequence"
+            )
+        packed = packed_seq_params
+        for parameter in self._idle:  # overlapped gradient reduction waits for every parameter
+            hidden_states = keep_in_graph(hidden_states, parameter)
+        sliced = self._sequence_slice(hidden_states) if self.heads.needs_slice else None
+        parts = self._project(hidden_states, sliced)
+        weights = self._fusion_weights(sliced)
+        if self.recompute and torch.is_grad_enabled():
+            # Stopping a recomputation early could skip a collective on some ranks only.
+            with set_checkpoint_early_stop(False):
+                mixed = checkpoint(
+                    self._mix, parts, packed, weights, use_reentrant=False, preserve_rng_state=False
+                )
+        else:
+            mixed = self._mix(parts, packed, weights)
+        return self._output(*mixed), self.out_bias
+
+    def _sequence_slice(self, x: torch.Tensor) -> torch.Tensor:
+        """This tensor-parallel rank's slice of the sequence, ``[T_local/TP, D]``."""
+        if not self.config.sequence_parallel:
+            x = scatter_to_sequence_parallel_region(x, group=self.tp_group)
+        return x.squeeze(1)
+
+    def _project(self, x: torch.Tensor, sliced: torch.Tensor | None) -> Parts:
+        """All projections of the layer by canonical name, as ``[T, rows]``."""
+        heads, parts = self.heads, {}
+        if self.in_proj is not None:
+            projected, _ = self.in_proj(x)
+            parts.update(split_segments(projected.squeeze(1), heads.in_segments, 1))
+            if not heads.sharded:
+                parts["idle"] = projected.squeeze(1)
+            if self.in_bias is not None:
+                biases = split_segments(self.in_bias, heads.in_bias_segments, 0)
+                parts.update({key: parts[key] + bias for key, bias in biases.items()})
+        if self.fa_in is not None and sliced is not None:
+            projected = F.linear(sliced, self.fa_in)
+            parts.update(split_segments(projected, heads.fa_in_segments, 1))
+            if self.fa_in_bias is not None:
+                biases = split_segments(self.fa_in_bias, heads.fa_bias_segments, 0)
+                parts.update({key: parts[key] + bias for key, bias in biases.items()})
+        if self.shared_kv is not None and sliced is not None:
+            self._add_shared_kv(parts, sliced)
+        return parts
+
+    def _add_shared_kv(self, parts: Parts, sliced: torch.Tensor) -> None:
+        """Append to k and v the KV groups that several tensor-parallel ranks read.
+
+        Each rank projects its slice of the sequence and the slices are gathered, so the work is not
+        repeated and the gradient is the sum over all readers.
+        """
+        assert self.shared_kv is not None
+        projected = F.linear(sliced, self.shared_kv, self.shared_kv_bias)
+        gathered = gather_sequence(projected, self.tp_group)
+        shared = split_segments(gathered, self.heads.shared_kv_segments, 1)
+        for key, used in self.heads.shared_kv_used.items():
+            columns = shared[key].unflatten(-1, (-1, self.head_dim))[:, list(used)].flatten(1)
+            own = parts.get(key)
+            parts[key] = columns if own is None else torch.cat((own, columns), dim=1)
+        if not self.heads.shared_kv_used:
+            first = next(iter(parts))
+            parts[first] = keep_in_graph(parts[first], gathered)
+
+    def _fusion_weights(self, sliced: torch.Tensor | None) -> torch.Tensor | None:
+        """Gated competition: H · softmax over all heads of W_f x, ``[T_local, H]`` on every rank."""
+        if self.fusion_gate is None or sliced is None:
+            return None
+        logits = F.linear(sliced, self.fusion_gate).float()
+        return gather_sequence(logits.softmax(-1) * self.model.num_query_heads, self.tp_group)
+
+    def _mix(
+        self, parts: Parts, packed: PackedSequence, weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Both branches and the fusion: ``[T_local, n·d]`` of sharded and ``[T_slice, m·d]`` of
+        replicated heads (``None`` where there are none).
+        """
+        sharded: list[Branch] = []
+        replicated = None
+        if self.fa is not None and self.heads.num_fa_here:
+            output = self._full_attention(parts, packed)
+            if self.heads.replicated_fa:
+                branch = (output, parts.get("fa.gate"))
+                replicated = self._fused([branch], self._fa_scale(weights))
+            else:
+                sharded.append((output, parts.get("fa.gate")))
+        if self.gdn is not None and self.heads.gdn:
+            arguments = [parts[f"gdn.{name}"] for name in ("q", "k", "v", "b", "a")]
+            sharded.append((self.gdn(*arguments, packed), parts.get("gdn.gate")))
+
+        joined = self._fused(sharded, self._scale(weights)) if sharded else None
+        if "idle" in parts:  # a rank without heads still takes part in the collectives
+            idle = parts["idle"]
+            joined = keep_in_graph(idle.new_zeros(idle.shape[0], 0), idle)
+            joined = joined if weights is None else keep_in_graph(joined, weights)
+        return joined, replicated
+
+    def _full_attention(self, parts: Parts, packed: PackedSequence) -> torch.Tensor:
+        q, k, v = (parts[f"fa.{name}"] for name in "qkv")
+        positions, group = packed.positions_local, self.cp_group
+        if self.heads.replicated_fa:
+            length = q.shape[0]
+            positions = positions[self.tp_rank * length : (self.tp_rank + 1) * length]
+            group = self.tp_cp_group
+        assert self.fa is not None
+        output: torch.Tensor = self.fa(q, k, v, packed, group, positions)
+        return output
+
+    def _fused(self, branches: list[Branch], scale: torch.Tensor | None) -> torch.Tensor:
+        """Gate, norm and scale of the branches' heads, side by side: ``[T, n·d]``."""
+        eps = self.model.norm_eps if self.switches.fusion_norm == "rms" else None
+        shaped: list[Branch] = [
+            (output, None if gate is None else gate.unflatten(-1, (-1, self.head_dim)))
+            for output, gate in branches
+        ]
+        return self.kernels.fusion_tail(shaped, scale, eps)
+
+    def _scale(self, weights: torch.Tensor | None) -> torch.Tensor | None:
+        """γ of the sharded heads, times their share of the competition."""
+        if self.gamma is None:
+            return None
+        gamma = self.gamma[: len(self.heads.sharded)]
+        return gamma if weights is None else gamma * self._of_heads(weights, self.heads.sharded)
+
+    @staticmethod
+    def _of_heads(weights: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
+        return weights.index_select(1, int_tensor(tuple(heads), torch.int64, weights.device))
+
+    def _fa_scale(self, weights: torch.Tensor | None) -> torch.Tensor | None:
+        if self.fa_gamma is None:
+            return None
+        if weights is None:
+            return self.fa_gamma
+        length = weights.shape[0] // self.tp_group.size()
+        own = weights[self.tp_rank * length : (self.tp_rank + 1) * length]
+        return self.fa_gamma * self._of_heads(own, self.heads.replicated_fa)
+
+    def _output(self, joined: torch.Tensor | None, replicated: torch.Tensor | None) -> torch.Tensor:
+        """Output projection of both parts, ``[T, 1, D]`` laid out like the layer's input."""
+        output = None
+        if self.out_proj is not None:
+            assert joined is not None
+            missing = self.heads.num_sharded_padded * self.head_dim - joined.shape[1]
+            if missing:
+                joined = F.pad(joined, (0, missing))
+            output, _ = self.out_proj(joined.unsqueeze(1))
+        if replicated is not None:
+            assert self.fa_out is not None
+            added = F.linear(replicated, self.fa_out).unsqueeze(1)
+            output = added if output is None else output + added
+        assert output is not None
+        return output
+
+    # -- checkpoint ---------------------------------------------------------------------------
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Parameters as canonical per-head slices, the same for every layout (design §6).
+
+        Args:
+            prefix: this module's prefix, ending in a dot; checkpoint keys start with it.
+            sharded_offsets: must be empty: layers are stored one by one.
+            metadata: Megatron-Core's, with ``dp_cp_group``.
+        """
+        assert not sharded_offsets, "layers of a head-level hybrid are stored one by one"
+        assert metadata is not None
+        data_rank = metadata["dp_cp_group"].rank()
+        state: dict[str, Any] = {}
+        for name, parameter in self.named_parameters():
+            key, segments, replicated, axis = self._stored_as(name)
+            replica = (0, self.tp_rank if replicated else 0, data_rank)
+            if segments is None:
+                state[prefix + name] = ShardedTensor.from_rank_offsets(
+                    prefix + key, parameter, replica_id=replica
+                )
+            else:
+                state[prefix + name] = segments_factory(
+                    prefix + key, parameter, segments, replica, axis
+                )
+        return state
+
+    def _stored_as(self, name: str) -> tuple[str, tuple[Segment, ...] | None, bool, int]:
+        """(canonical key, content or ``None`` for a whole tensor, on all ranks?, fused axis)."""
+        heads, d = self.heads, self.head_dim
+        table: dict[str, tuple[str, tuple[Segment, ...], bool, int]] = {
+            "in_proj.weight": ("in", heads.in_segments, False, 0),
+            "in_bias": ("in_bias", heads.in_bias_segments, False, 0),
+            "shared_kv": ("in", heads.shared_kv_segments, True, 0),
+            "shared_kv_bias": ("in_bias", heads.shared_kv_segments, True, 0),
+            "fa_in": ("in", heads.fa_in_segments, True, 0),
+            "fa_in_bias": ("in_bias", heads.fa_bias_segments, True, 0),
+            "out_proj.weight": ("out", heads.head_segments(heads.sharded, d), False, 1),
+            "fa_out": ("out", heads.head_segments(heads.replicated_fa, d), True, 1),
+            "gamma": ("gamma", heads.head_segments(heads.sharded, 0), False, 0),
+            "fa_gamma": ("gamma", heads.head_segments(heads.replicated_fa, 0), True, 0),
+            "gdn.conv": ("gdn", heads.conv_segments, False, 0),
+            "gdn.shared_conv": ("gdn", heads.shared_conv_segments, True, 0),
+            "gdn.A_log": ("gdn.A_log", heads.per_gdn_head_segments, False, 0),
+            "gdn.dt_bias": ("gdn.dt_bias", heads.per_gdn_head_segments, False, 0),
+        }
+        # What is left (norms, output bias, competition gate) is whole and on every rank.
+        return table.get(name, (name, None, True, 0))

@@ -1,0 +1,118 @@
+"""Per-head weights: fused on the rank, stored by head (design §6, checkpoints).
+
+On a rank, the weights of many heads and many projections are rows of one matrix, so that one GEMM
+serves them all. On disk every head is one slice of a tensor ``[heads, …]`` in original head order.
+:class:`Segment` says which rows are which; :func:`segments_factory` turns a fused parameter (and
+with it its optimizer state) into those slices and back. No row order, tensor-parallel size or
+padding ever reaches a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedTensorFactory,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Consecutive rows (or columns) of a fused weight that belong to one projection.
+
+    Attributes:
+        key: the projection's canonical name below the layer's, e.g. ``fa.q``.
+        slots: for each local entry, its place along the first axis of the canonical tensor.
+        total: length of that axis (all ranks together).
+        size: rows per entry; an entry of size 0 has one row and no axis of its own (β and a logits).
+    """
+
+    key: str
+    slots: tuple[int, ...]
+    total: int
+    size: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole segment."""
+        return len(self.slots) * max(self.size, 1)
+
+
+def total_rows(segments: Sequence[Segment]) -> int:
+    """Rows of all segments together."""
+    return sum(segment.rows for segment in segments)
+
+
+def split_segments(
+    x: torch.Tensor, segments: Sequence[Segment], dim: int
+) -> dict[str, torch.Tensor]:
+    """Cut a fused tensor along ``dim`` by segment; padding behind the last one is dropped."""
+    sizes = [segment.rows for segment in segments]
+    if x.shape[dim] != sum(sizes):  # where nothing is padded, the slice's backward would be a copy
+        x = x.narrow(dim, 0, sum(sizes))
+    pieces = x.split(sizes, dim=dim)
+    return {segment.key: piece for segment, piece in zip(segments, pieces, strict=True)}
+
+
+def segments_factory(
+    key: str,
+    parameter: torch.Tensor,
+    segments: Sequence[Segment],
+    replica_id: tuple[int, int, int],
+    axis: int = 0,
+) -> ShardedTensorFactory:
+    """A fused parameter as canonical per-head slices for ``dist_checkpointing``.
+
+    Args:
+        key: canonical prefix; a segment's tensor is ``{key}.{segment.key}`` (``{key}`` for ``""``).
+        parameter: the local fused tensor, possibly padded behind the last segment.
+        segments: its content along ``axis``.
+        replica_id: Megatron-Core's replica id; all zero on exactly one copy.
+        axis: the fused axis. Slices are stored with the head axis first.
+    """
+
+    def build(
+        key: str, tensor: torch.Tensor, replica_id: Any, flattened_range: Any
+    ) -> list[ShardedTensor | LocalNonpersistentObject]:
+        shards: list[ShardedTensor | LocalNonpersistentObject] = []
+        pieces = split_segments(tensor.detach(), segments, axis)
+        for segment in segments:
+            name = f"{key}.{segment.key}" if segment.key else key
+            for slot, piece in zip(
+                segment.slots,
+                pieces[segment.key].chunk(max(len(segment.slots), 1), axis),
+                strict=False,
+            ):
+                piece = piece.squeeze(axis) if segment.size == 0 else piece
+                shards.append(
+                    ShardedTensor.from_rank_offsets(
+                        name,
+                        piece.contiguous()[None],
+                        (0, slot, segment.total),
+                        replica_id=replica_id,
+                    )
+                )
+        # All padding: dist_checkpointing drops an empty list, and then misses the parameter at load.
+        return shards or [LocalNonpersistentObject(None)]
+
+    def merge(loaded: list[torch.Tensor]) -> torch.Tensor:
+        sizes = [segment.size for segment in segments for _ in segment.slots]
+        loaded = loaded if sizes else []
+        pieces = [
+            piece.squeeze(0).unsqueeze(axis) if size == 0 else piece.squeeze(0)
+            for piece, size in zip(loaded, sizes, strict=True)
+        ]
+        merged = torch.cat(pieces, axis) if pieces else parameter.detach().narrow(axis, 0, 0)
+        missing = parameter.shape[axis] - merged.shape[axis]
+        if missing:
+            padding = list(merged.shape)
+            padding[axis] = missing
+            merged = torch.cat((merged, merged.new_zeros(padding)), axis)
+        return merged
+
+    return ShardedTensorFactory(key, parameter, build, merge, replica_id)

@@ -1,0 +1,122 @@
+"""The machine we run on: GPU with NCCL, or CPU with gloo. The only file that asks which.
+
+Megatron-Core 0.16 assumes CUDA in a few dozen places of its training path: it allocates on
+``torch.cuda.current_device()``, draws and restores the CUDA generator's state, and names tensor
+types ``torch.cuda.FloatTensor``. :func:`install` gives those calls a CPU meaning on a machine
+without a GPU, so that the same code trains, checkpoints and is tested there. Where a GPU is
+present it changes nothing at all.
+
+Importing this module is enough (``megatron_hydra.parallel`` users import it first): it must run
+before any ``megatron`` import, because Megatron binds some of these names at import time.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._device
+
+_CUDA_AVAILABLE = torch.cuda.is_available()
+_installed = False
+
+
+def has_gpu() -> bool:
+    """Whether CUDA devices are used. Kernel choice asks this; nothing else should need to."""
+    return _CUDA_AVAILABLE
+
+
+def device() -> torch.device:
+    """The device of this process: the current CUDA device, or the CPU."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if _CUDA_AVAILABLE
+        else torch.device("cpu")
+    )
+
+
+def communication_backend() -> str:
+    """``nccl`` on GPUs, ``gloo`` without."""
+    return "nccl" if _CUDA_AVAILABLE else "gloo"
+
+
+def bind_process_to_device(local_rank: int) -> None:
+    """Select this process's GPU; on CPU, leave thread counts to ``OMP_NUM_THREADS``."""
+    if _CUDA_AVAILABLE:
+        torch.cuda.set_device(local_rank)
+
+
+def peak_memory_bytes() -> int:
+    """Highest memory use so far: of this process's GPU, or its resident set on the CPU."""
+    if _CUDA_AVAILABLE:
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def synchronize() -> None:
+    """Wait for the device (before reading a clock)."""
+    if _CUDA_AVAILABLE:
+        torch.cuda.synchronize()
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A tensor factory whose CUDA device and pinned memory requests mean plain CPU memory."""
+
+    @functools.wraps(factory)
+    def wrapped(
+        *args: Any, pin_memory: bool = False, device: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
+        if device is not None and "cuda" in str(device):
+            device = "cpu"
+        return factory(*args, device=device, **kwargs)
+
+    return wrapped
+
+
+def _tensor_type(original: Callable) -> Callable:
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original(self, *args, **kwargs)
+        # Megatron groups gradients and parameters by names such as torch.cuda.FloatTensor.
+        return original(self).replace("torch.", "torch.cuda.", 1)
+
+    return tensor_type
+
+
+def install() -> None:
+    """Make Megatron-Core run without a GPU. Idempotent; does nothing where a GPU is present."""
+    global _installed
+    if _installed or _CUDA_AVAILABLE:
+        return
+    _installed = True
+    # Megatron's jit_fuser is torch.compile; on the CPU its warm-up costs minutes and gains nothing.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+    # ``with torch.device(…)`` recognises factories by identity, in a set that it builds on first use:
+    # let it see the originals, or transformers' from_pretrained leaves rotary buffers uninitialised.
+    torch.utils._device._device_constructors()
+    for name in ("tensor", "zeros", "ones", "empty", "empty_like", "zeros_like", "full"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign]
+
+    # Each name gets a function object of its own: torch.compile asserts when two names share one.
+    cuda = torch.cuda
+    cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]  # noqa: PLW0108
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+install()

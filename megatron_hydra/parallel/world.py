@@ -1,0 +1,119 @@
+"""Who this process is: the process group, Megatron's parallel state, seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import math
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_hydra.config.run import RunConfig
+from megatron_hydra.parallel import platform
+
+from megatron.core import parallel_state, tensor_parallel  # isort: skip  (after the platform)
+
+
+_owned_process_group = False
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process's place in the layout. Ranks and sizes of Megatron-Core's groups."""
+
+    rank: int
+    size: int
+    tp_rank: int
+    tp_size: int
+    cp_rank: int
+    cp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    sequence_parallel: bool
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes logs."""
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank's last model chunk ends the model."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank's first model chunk begins the model."""
+        return self.pp_rank == 0
+
+
+def world_size_from_environment() -> int:
+    """Processes of this run, before anything is initialised: torchrun's WORLD_SIZE, or 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_world(config: RunConfig) -> World:
+    """Join the process group, build Megatron's groups and seed every generator.
+
+    Works under torchrun and, with one process, under plain ``python -m``.
+    """
+    platform.install()
+    timeout = dt.timedelta(seconds=config.faults.timeout_seconds)
+    platform.bind_process_to_device(int(os.environ.get("LOCAL_RANK", "0")))
+    global _owned_process_group
+    _owned_process_group = not dist.is_initialized()
+    if _owned_process_group:
+        backend = platform.communication_backend()
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    parallel = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+        context_parallel_size=parallel.context,
+        distributed_timeout_minutes=math.ceil(config.faults.timeout_seconds / 60),
+    )
+    _seed(config)
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel.tensor,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel.context,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel.pipeline,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        sequence_parallel=parallel.sequence,
+    )
+
+
+def _seed(config: RunConfig) -> None:
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def stop_world() -> None:
+    """Undo :func:`start_world`; a process group that existed before it stays."""
+    parallel_state.destroy_model_parallel()
+    if _owned_process_group and dist.is_initialized():
+        dist.destroy_process_group()

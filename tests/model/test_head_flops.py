@@ -1,0 +1,42 @@
+"""FLOPs per rank: sums that do not depend on the layout, and the balance that each partition gives."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from megatron_hydra.config.model import HydraConfig, ModelConfig
+from megatron_hydra.model.head_flops import full_attention_flops, imbalance, rank_loads
+from megatron_hydra.parallel.head_partition import plan_model
+
+
+def qwen3_1b7(seed: int) -> ModelConfig:
+    """Qwen3-1.7B's shape with 56 FA heads thrown at random: layers with none and with many."""
+    chosen = random.Random(seed).sample(range(28 * 16), 56)
+    heads = tuple(tuple(sorted(c % 16 for c in chosen if c // 16 == layer)) for layer in range(28))
+    return ModelConfig(
+        family="qwen3", num_layers=28, hidden_size=2048, ffn_hidden_size=6144, vocab_size=151936,
+        num_query_heads=16, num_kv_heads=8, head_dim=128, hydra=HydraConfig(),
+        full_attention_heads=heads,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_sequence_partition_spreads_the_work_of_any_map(tp):
+    model, length = qwen3_1b7(0), 524_288
+    worst = 1.0
+    for partition in plan_model(model, tp, "sequence"):
+        loads = rank_loads(model, partition, length)
+        expected = len(model.fa_heads(partition.layer)) * full_attention_flops(length, 128)
+        assert sum(load.full_attention for load in loads) == pytest.approx(expected)
+        shares = [load.full_attention for load in loads]
+        assert max(shares) == pytest.approx(min(shares))
+        worst = max(worst, imbalance(loads))
+    assert worst < 1.1  # what is left is GDN heads that do not divide by the ranks
+
+
+def test_heads_partition_leaves_ranks_idle_at_long_context():
+    model = qwen3_1b7(0)
+    by_heads = [rank_loads(model, p, 524_288) for p in plan_model(model, 8, "heads")]
+    assert max(imbalance(loads) for loads in by_heads) > 4

@@ -1,0 +1,221 @@
+"""Worker: every layout's loss and gradients against one rank, whole models, in four processes.
+
+Run by test_layouts.py under torchrun; prints one JSON line of relative errors per case on rank 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+
+from megatron_hydra.parallel import platform
+
+from megatron.core import parallel_state  # isort: skip
+from megatron.core.distributed import (  # isort: skip
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+)
+
+from megatron_hydra.checkpoint.canonical import canonical_shapes
+from megatron_hydra.config.model import HydraConfig, ModelConfig
+from megatron_hydra.config.run import ParallelConfig, RecomputeConfig, RunConfig
+from megatron_hydra.model.forward import final_hidden_states
+from megatron_hydra.model.layer_spec import build_gpt_model
+from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
+from megatron_hydra.parallel.gradients import finalize_gradients
+from megatron_hydra.parallel.packed_sequence import PackedSequence
+from megatron_hydra.parallel.world import World
+from megatron_hydra.transfer.verb import lm_head_weight, replicate_sequence
+from tests import canonical_access
+
+LENGTH, VOCABULARY = 96, 64
+
+DOCUMENTS = {
+    "one": (0, LENGTH),
+    # documents shorter than a shard, longer than one, over three shards, and of a single token
+    "packed": (0, 5, 6, 40, 41, 90, LENGTH),
+    "aligned": (0, 24, 48, 72, LENGTH),
+}
+
+
+def tiny(hydra: HydraConfig | None, fa: tuple | None, **changes) -> ModelConfig:
+    """A model small enough to run hundreds of times."""
+    base = ModelConfig(
+        family="qwen3", num_layers=2, hidden_size=32, ffn_hidden_size=48, vocab_size=VOCABULARY,
+        num_query_heads=8, num_kv_heads=4, head_dim=8, qk_norm=True, tie_embeddings=True,
+        # A first token's GDN output is β(q·k)v, which may vanish by chance; its RMSNorm then
+        # magnifies one rounding error (1 ulp of the weights: 3e-4 of a gradient at eps 1e-6).
+        norm_eps=1e-4,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    return dataclasses.replace(base, hydra=hydra, full_attention_heads=fa, **changes)
+
+
+MODELS = {
+    "dense": tiny(None, None),
+    "hydra": tiny(HydraConfig(), ((1, 6), (0, 1, 5))),
+    "no-fa-layer": tiny(HydraConfig(), ((), (3,))),
+    "all-fa-layer": tiny(HydraConfig(), (tuple(range(8)), (2,))),
+    # nothing divides: 6 heads, 2 KV heads, 3 or 1 of them FA
+    "uneven": tiny(HydraConfig(), ((0, 1, 4), (5,)), num_query_heads=6, num_kv_heads=2),
+    "one-kv": tiny(HydraConfig(gdn_kv="gqa"), ((0, 3), (1, 2, 7)), num_kv_heads=1),
+    "one-kv-dense": tiny(None, None, num_kv_heads=1),
+    "gqa-bias": tiny(
+        HydraConfig(gdn_kv="gqa", fusion="gated"),
+        ((0,), (1, 2)),
+        num_kv_heads=2,
+        qk_norm=False,
+        qkv_bias=True,
+        out_bias=True,
+        tie_embeddings=False,
+    ),
+    "plain": tiny(
+        HydraConfig(
+            fusion="concat",
+            fusion_norm="none",
+            fa_position="both",
+            short_conv=False,
+            fa_gate=False,
+            gdn_gate=False,
+        ),
+        ((4,), (0, 7)),
+    ),
+}
+
+LAYOUTS = {
+    "tp2": ParallelConfig(tensor=2),
+    "tp2-sp": ParallelConfig(tensor=2, sequence=True),
+    "tp4-sp": ParallelConfig(tensor=4, sequence=True),
+    "tp2-sp-seq": ParallelConfig(tensor=2, sequence=True, fa_partition="sequence"),
+    "tp4-sp-seq": ParallelConfig(tensor=4, sequence=True, fa_partition="sequence"),
+    "cp2": ParallelConfig(context=2),
+    "cp4": ParallelConfig(context=4),
+    "tp2-cp2": ParallelConfig(tensor=2, context=2),
+    "tp2-sp-cp2": ParallelConfig(tensor=2, sequence=True, context=2),
+    "tp2-sp-cp2-seq": ParallelConfig(tensor=2, sequence=True, context=2, fa_partition="sequence"),
+}
+
+FAST = [
+    ("hydra", "tp2-sp", "packed"), ("hydra", "cp4", "packed"), ("hydra", "tp2-sp-cp2-seq", "packed"),
+    ("hydra", "tp4-sp-seq", "one"), ("dense", "tp2-cp2", "packed"), ("uneven", "tp4-sp", "packed"),
+    ("uneven", "tp4-sp-seq", "aligned"), ("one-kv", "tp2", "packed"), ("one-kv-dense", "tp2-sp-cp2", "one"),
+    ("no-fa-layer", "tp2-sp-cp2", "one"), ("all-fa-layer", "tp2-sp-seq", "packed"),
+    ("gqa-bias", "tp2-sp-cp2-seq", "packed"), ("gqa-bias", "tp4-sp", "aligned"), ("plain", "cp2", "aligned"),
+]  # fmt: skip
+
+
+def canonical_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
+    """Random weights under which decay is slow, so that any leak or lost state is visible."""
+    generator = torch.Generator().manual_seed(7)
+    weights = {}
+    for key, shape in canonical_shapes(model).items():
+        value = torch.randn(shape, generator=generator, dtype=torch.float32) * 0.2
+        if key.endswith(("layernorm.weight", "_norm", "gamma")):
+            value = 1 + value
+        elif key.endswith("dt_bias"):
+            value = value - 6.0  # half-lives of hundreds of tokens
+        weights[key] = value
+    return weights
+
+
+def run_case(
+    model: ModelConfig, parallel: ParallelConfig, cu: tuple[int, ...], recompute: str, ddp: bool
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss per token and canonical gradients of one forward and backward."""
+    run = RunConfig(
+        precision="fp32", parallel=parallel, recompute=RecomputeConfig(granularity=recompute)
+    )
+    gpt = build_gpt_model(model, run)
+    canonical_access.load(gpt, canonical_weights(model))
+    generator = torch.Generator().manual_seed(3)
+    tokens, labels = torch.randint(0, VOCABULARY, (2, LENGTH), generator=generator)
+    mask = (torch.rand(LENGTH, generator=generator) > 0.2).float()
+
+    cp_rank, cp_size = parallel_state.get_context_parallel_rank(), parallel.context
+    packed = PackedSequence(cu, cp_rank=cp_rank, cp_size=cp_size)
+    shard = slice(cp_rank * LENGTH // cp_size, (cp_rank + 1) * LENGTH // cp_size)
+    wrapped = DistributedDataParallel(
+        gpt.config, DistributedDataParallelConfig(overlap_grad_reduce=False), gpt
+    ) if ddp else gpt  # fmt: skip
+    if ddp:
+        wrapped.zero_grad_buffer()
+    hidden = final_hidden_states(gpt, tokens[shard], packed)
+    world = dataclasses.replace(
+        World(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, False), sequence_parallel=parallel.sequence
+    )
+    loss = linear_distillation_loss(
+        replicate_sequence(hidden, world, wants_gradient=True), lm_head_weight(gpt),
+        labels[shard], mask[shard], chunk_tokens=20,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+    ).loss  # fmt: skip
+    loss.backward()
+    total = loss.detach().clone()
+    if ddp:
+        finalize_gradients([wrapped])
+        dist.all_reduce(total, group=parallel_state.get_context_parallel_group())
+        replicas = parallel_state.get_data_parallel_world_size()
+        grads = canonical_access.gather(gpt, lambda p: p.main_grad / replicas)
+    else:
+        grads = canonical_access.gather(gpt, lambda p: p.grad)
+    return float(total / mask.sum()), grads
+
+
+def compare(name: str, recompute: str, references: dict) -> dict:
+    """Relative errors of one case; the reference is computed once per model and document layout."""
+    model_name, layout_name, documents = name.split("/")
+    model, cu = MODELS[model_name], DOCUMENTS[documents]
+    if (model_name, documents) not in references:
+        parallel_state.initialize_model_parallel()
+        references[model_name, documents] = run_case(model, ParallelConfig(), cu, "none", ddp=False)
+        parallel_state.destroy_model_parallel()
+    loss, grads = references[model_name, documents]
+    layout = LAYOUTS[layout_name]
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor, context_parallel_size=layout.context
+    )
+    other_loss, other = run_case(model, layout, cu, recompute, ddp=True)
+    parallel_state.destroy_model_parallel()
+    assert set(other) == set(grads), set(other) ^ set(grads)
+    # A key bias cannot change a softmax without rotary, so its exact gradient is zero: errors are
+    # measured against a share of the whole gradient where a parameter's own is smaller still.
+    floor = 1e-3 * float(torch.stack([grad.norm() for grad in grads.values()]).norm())
+    errors = {
+        key: float((other[key] - grads[key]).norm() / grads[key].norm().clamp_min(floor))
+        for key in grads
+    }
+    worst = max(errors, key=lambda key: errors[key] if errors[key] == errors[key] else 1e9)
+    return {
+        "case": f"{name}/{recompute}", "loss": loss, "loss_error": abs(other_loss - loss) / loss,
+        "gradient_error": errors[worst], "worst": worst,
+    }  # fmt: skip
+
+
+def main(arguments: list[str]) -> None:
+    """``fast``, ``full``, or case names ``model/layout/documents``."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    dist.init_process_group(platform.communication_backend())
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    parallel_state.destroy_model_parallel()
+    if arguments == ["full"]:
+        cases = [f"{m}/{p}/{d}" for m in MODELS for d in DOCUMENTS for p in LAYOUTS]
+    elif arguments == ["fast"]:
+        cases = ["/".join(case) for case in FAST]
+    else:
+        cases = arguments
+    references: dict = {}
+    for i, case in enumerate(cases):
+        recompute = ("none", "selective", "full")[i % 3]
+        result = compare(case, recompute, references)
+        if dist.get_rank() == 0:
+            print(json.dumps(result), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

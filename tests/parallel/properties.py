@@ -1,0 +1,154 @@
+"""Worker: what must hold in every layout besides parity; run by test_properties.py in four processes.
+
+``isolation``: with slow decay, the last token of one document changes nothing of the next, bit for bit.
+``bytes``: what a rank sends per GDN layer under context parallelism, counted at the collectives.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from megatron_hydra.parallel import platform
+
+from megatron.core import parallel_state  # isort: skip
+
+from megatron_hydra.config.model import HydraConfig
+from megatron_hydra.config.run import ParallelConfig, RunConfig
+from megatron_hydra.model.layer_spec import build_gpt_model
+from megatron_hydra.parallel.packed_sequence import PackedSequence
+from tests import canonical_access
+from tests.parallel.layouts import LAYOUTS, MODELS, canonical_weights, tiny
+
+LENGTH, BOUNDARY = 96, 41
+
+
+def local_slice(length: int, parallel: ParallelConfig) -> slice:
+    """This rank's tokens of the stream: its context shard, and under SP its slice of that."""
+    per_cp = length // parallel.context
+    start = parallel_state.get_context_parallel_rank() * per_cp
+    if parallel.sequence:
+        per_cp //= parallel.tensor
+        start += parallel_state.get_tensor_model_parallel_rank() * per_cp
+    return slice(start, start + per_cp)
+
+
+def run_decoder(gpt, hidden: torch.Tensor, cotangent: torch.Tensor, packed, part: slice):
+    """Decoder output and input gradient of this rank's tokens."""
+    leaf = hidden[part].clone().requires_grad_()
+    out = gpt.decoder(hidden_states=leaf, attention_mask=None, packed_seq_params=packed)
+    (out * cotangent[part]).sum().backward()
+    return out.detach(), leaf.grad
+
+
+def isolation(layout: str) -> dict:
+    """Change the last token of the first document; look at the second."""
+    parallel, model = LAYOUTS.get(layout, ParallelConfig()), MODELS["hydra"]
+    gpt = build_gpt_model(model, RunConfig(precision="fp32", parallel=parallel))
+    canonical_access.load(gpt, canonical_weights(model))
+    packed = PackedSequence(
+        (0, BOUNDARY, LENGTH),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel.context,
+    )
+    part = local_slice(LENGTH, parallel)
+    generator = torch.Generator().manual_seed(5)
+    hidden, cotangent = torch.randn(2, LENGTH, 1, model.hidden_size, generator=generator)
+    cotangent[:BOUNDARY] = 0  # a loss on the second document alone
+    changed = hidden.clone()
+    changed[BOUNDARY - 1] += 10.0
+    before, after = (run_decoder(gpt, x, cotangent, packed, part) for x in (hidden, changed))
+    second = torch.arange(LENGTH)[part] >= BOUNDARY
+    same = all(torch.equal(a[second], b[second]) for a, b in zip(before, after, strict=True))
+    leaked = bool(after[1][~second].abs().max() > 0) if (~second).any() else False
+    differs = bool((before[0][~second] != after[0][~second]).any()) if (~second).any() else False
+    flags = torch.tensor([float(not same), float(leaked), float(differs)])
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return {
+        "layout": layout, "second_changed": bool(flags[0]), "gradient_leaked": bool(flags[1]),
+        "first_changed": bool(flags[2]),
+    }  # fmt: skip
+
+
+@contextmanager
+def counted_bytes():
+    """Bytes this rank sends in collectives and point-to-point, ring algorithms assumed."""
+    sent = {"bytes": 0}
+
+    def wrap(function, count):
+        def counted(*args, **kwargs):
+            sent["bytes"] += count(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return counted
+
+    def gathered(out, x, group=None, **_):
+        return x.numel() * x.element_size() * (group.size() - 1)
+
+    def scattered(out, x, group=None, **_):
+        return out.numel() * out.element_size() * (group.size() - 1)
+
+    def pointwise(operations):
+        return sum(
+            op.tensor.numel() * op.tensor.element_size() for op in operations if op.op is dist.isend
+        )
+
+    with (
+        mock.patch.object(
+            dist, "all_gather_into_tensor", wrap(dist.all_gather_into_tensor, gathered)
+        ),
+        mock.patch.object(
+            dist, "reduce_scatter_tensor", wrap(dist.reduce_scatter_tensor, scattered)
+        ),
+        mock.patch.object(dist, "batch_isend_irecv", wrap(dist.batch_isend_irecv, pointwise)),
+    ):
+        yield sent
+
+
+def sent_bytes(tokens_per_rank: int) -> dict:
+    """One all-GDN layer, forward and backward, CP 4."""
+    size = 4
+    model = tiny(HydraConfig(), ((),), num_layers=1)
+    gpt = build_gpt_model(model, RunConfig(precision="fp32", parallel=ParallelConfig(context=size)))
+    canonical_access.load(gpt, canonical_weights(model))
+    length = tokens_per_rank * size
+    packed = PackedSequence((0, length), cp_rank=dist.get_rank(), cp_size=size)
+    attention = gpt.decoder.layers[0].self_attention
+    hidden = torch.randn(tokens_per_rank, 1, model.hidden_size, requires_grad=True)
+    with counted_bytes() as sent:
+        out, _ = attention(hidden, packed_seq_params=packed)
+        out.sum().backward()
+    channels = model.num_query_heads * model.head_dim
+    # q, k, v, gate and output, each to the other ranks and, in the backward pass, back
+    all_to_all = 2 * 5 * tokens_per_rank * channels * 4 * (size - 1) // size
+    return {"tokens_per_rank": tokens_per_rank, "sent": sent["bytes"], "all_to_all": all_to_all}
+
+
+def main(arguments: list[str]) -> None:
+    """Run everything; one JSON line each on rank 0."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    dist.init_process_group(platform.communication_backend())
+    results = []
+    for layout in ("one rank", *LAYOUTS):
+        parallel = LAYOUTS.get(layout, ParallelConfig())
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor, context_parallel_size=parallel.context
+        )
+        model_parallel_cuda_manual_seed(1)
+        results.append(isolation(layout))
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(context_parallel_size=4)
+    results += [sent_bytes(1024), sent_bytes(8192)]
+    if dist.get_rank() == 0:
+        print("\n".join(map(json.dumps, results)), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

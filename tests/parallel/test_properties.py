@@ -1,0 +1,34 @@
+"""Document isolation in every layout, and the bytes that context parallelism sends."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.parallel.launch import torchrun
+from tests.parallel.layouts import LAYOUTS
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict]:
+    output = torchrun("tests.parallel.properties", 4, timeout=280)
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parallel
+def test_documents_are_isolated_bit_for_bit_in_every_layout(results):
+    isolated = [r for r in results if "layout" in r]
+    assert len(isolated) == len(LAYOUTS) + 1
+    for result in isolated:
+        assert result["first_changed"], result  # the change did reach its own document
+        assert not result["second_changed"], result
+        assert not result["gradient_leaked"], result
+
+
+@pytest.mark.parallel
+def test_gdn_sends_states_not_tokens(results):
+    short, long = (r for r in results if "sent" in r)
+    assert long["tokens_per_rank"] == 8192
+    assert 0 < long["sent"] <= long["all_to_all"] / 10
+    assert long["sent"] == short["sent"]  # independent of the sequence length

@@ -1,0 +1,205 @@
+"""Any layout trains as one process does: losses, gradient norms, optimizer state, faults."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_hydra.checkpoint import store
+from megatron_hydra.training.loop import run_training
+from tests.parallel.launch import ROOT, torchrun
+from tests.training import tiny
+from tests.training.test_loop import _everything
+
+STEPS = 5
+VERBS = ("align", "distill", "finetune")
+LAYOUTS = {
+    "tp2-cp2": ["parallel.tensor=2", "parallel.context=2"],
+    "tp2-sp-pp2": ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"],
+    "tp2-sp-seq-pp2": [
+        "parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2",
+        "parallel.fa_partition=sequence",
+    ],
+    "tp4-sp-seq": ["parallel.tensor=4", "parallel.sequence=true", "parallel.fa_partition=sequence"],
+    "tp4": ["parallel.tensor=4"],
+    "cp4": ["parallel.context=4"],
+    "cp2-dp2": ["parallel.context=2"],
+    "dp2-pp2-vp2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    "pp4": ["parallel.pipeline=4"],
+    "dp4": [],
+    "tp2-dp2-overlap": [
+        "parallel.tensor=2",
+        "parallel.overlap_grad_reduce=true",
+        "parallel.overlap_param_gather=true",
+    ],
+    "cp2-dp2-plain": ["parallel.context=2", "parallel.distributed_optimizer=false"],
+    "tp2-cp2-full": ["parallel.tensor=2", "parallel.context=2", "recompute.granularity=full"],
+    "cp2-dp2-selective": [
+        "parallel.context=2", "recompute.granularity=selective",
+        "recompute.modules=[attention, mlp]",
+    ],
+}  # fmt: skip
+FAST = [
+    ("align", "tp2-sp-seq-pp2"),
+    ("distill", "dp2-pp2-vp2"),
+    ("finetune", "cp2-dp2"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inputs, and the runs of this module."""
+    folder = tmp_path_factory.mktemp("parallel")
+    tiny.write_all(folder)
+    return folder
+
+
+def _sections() -> dict:
+    # Documents of one, several and many shards; batches that four replicas can share.
+    return {
+        "schedule": {"steps": STEPS, "warmup_steps": 1},
+        "batch": {"micro_batch_size": 1, "global_batch_size": 4},
+    }
+
+
+def _case(verb: str, layout: str, **more) -> dict:
+    return {
+        "verb": verb, "output": f"{verb}-{layout}", "overrides": LAYOUTS[layout],
+        "sections": _sections(), **more,
+    }  # fmt: skip
+
+
+def _reference(folder: Path, verb: str) -> Path:
+    """The run of one process; made once."""
+    output = folder / f"{verb}-one"
+    if not output.exists():
+        assert run_training(tiny.run_config(folder, verb, output.name, **_sections())) == 0
+    return output
+
+
+def _run(folder: Path, cases: list[dict], processes: int = 4) -> dict[str, list]:
+    """Outcomes of all ranks by output."""
+    listing = folder / "cases.json"
+    listing.write_text(json.dumps(cases))
+    text = torchrun("tests.parallel.training_runs", processes, str(folder), str(listing))
+    lines = [json.loads(line) for line in text.splitlines() if line.startswith('{"output"')]
+    return {line["output"]: line["outcomes"] for line in lines}
+
+
+def _relative(got: float, expected: float) -> float:
+    return abs(got - expected) / abs(expected)
+
+
+def _assert_equal_training(folder: Path, verb: str, layout: str) -> None:
+    reference = _reference(folder, verb)
+    runs = [tiny.read_metrics(run) for run in (folder / f"{verb}-{layout}", reference)]
+    assert [len(run) for run in runs] == [STEPS, STEPS]
+    for got, expected in zip(*runs, strict=True):
+        assert _relative(got["loss"], expected["loss"]) < 1e-5, (verb, layout, got, expected)
+        # Gradients of the same weights agree closely; rounding then grows with every update.
+        limit = 1e-4 if got["step"] == 1 else 1e-3
+        assert _relative(got["grad_norm"], expected["grad_norm"]) < limit, (verb, layout, got)
+        assert got["loss_tokens"] == expected["loss_tokens"]
+    states = [_everything(run / "checkpoints") for run in (folder / f"{verb}-{layout}", reference)]
+    names = {name for name in states[1] if name != "rng_state"}
+    assert names == {name for name in states[0] if name != "rng_state"}
+    for name in names:
+        got, expected = (state[name] for state in states)
+        error = (got - expected).norm() / (expected.norm() + 1e-6)
+        assert error < 1e-3, (verb, layout, name, float(error))
+
+
+def test_fast_layouts_equal_one_process(folder: Path) -> None:
+    """And a NaN or a stop signal on one rank is acted on by all of them."""
+    faults = [
+        _case("finetune", "cp2-dp2", output="nan", fault="nan"),
+        _case("finetune", "cp2-dp2", output="signal", fault="signal"),
+        _case("finetune", "tp2-cp2", output="signal", fault=""),  # resumes under another layout
+    ]
+    outcomes = _run(folder, [_case(*pair) for pair in FAST] + faults)
+    for verb, layout in FAST:
+        assert outcomes[f"{verb}-{layout}"] == [0] * 4
+        _assert_equal_training(folder, verb, layout)
+
+    assert outcomes["nan"] == [0] * 4
+    skipped = [line.get("skipped", False) for line in tiny.read_metrics(folder / "nan")]
+    assert skipped == [False, True, False, False, False]
+    assert all(
+        torch.isfinite(t).all() for t in store.load_canonical(folder / "nan/checkpoints").values()
+    )
+
+    assert outcomes["signal"] == [0] * 4  # of the resumed run; the stopped one is the line before
+    assert (folder / "signal/checkpoints/step_00000002").is_dir()
+    losses = [
+        [line["loss"] for line in tiny.read_metrics(run)]
+        for run in (folder / "signal", _reference(folder, "finetune"))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_layout_equals_one_process(folder: Path, verb: str) -> None:
+    # The gradients of align come inside the forward: there is no backward to overlap with.
+    layouts = [layout for layout in LAYOUTS if verb != "align" or "overlap" not in layout]
+    outcomes = _run(folder, [_case(verb, layout) for layout in layouts])
+    for layout in layouts:
+        assert outcomes[f"{verb}-{layout}"] == [0] * 4
+        _assert_equal_training(folder, verb, layout)
+
+
+@pytest.mark.slow
+def test_command_line_writes_the_losses_of_one_process(folder: Path) -> None:
+    """The command that the README shows, from a config file."""
+    from megatron_hydra.config import to_yaml
+
+    config = tiny.run_config(folder, "distill", "command-line", **_sections())
+    path = folder / "distill.yaml"
+    path.write_text(to_yaml(config))
+    torchrun(
+        "megatron_hydra.train", 4, "--config", str(path),
+        "parallel.tensor=2", "parallel.context=2",
+    )  # fmt: skip
+    got, expected = (
+        [line["loss"] for line in tiny.read_metrics(run)]
+        for run in (folder / "command-line", _reference(folder, "distill"))
+    )
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_hung_rank_ends_the_job_with_stacks(folder: Path) -> None:
+    case = _case("finetune", "dp4", output="hung", fault="hang")
+    case["overrides"] = ["faults.timeout_seconds=6"]
+    listing = folder / "hang.json"
+    listing.write_text(json.dumps([case]))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "-m", "tests.parallel.training_runs", str(folder), str(listing),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    start = time.monotonic()
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode != 0
+    assert time.monotonic() - start < 120
+    assert "train_step" in done.stderr
+    assert "Timeout" in done.stderr
+
+
+def test_layout_that_cannot_work_is_refused_before_anything_starts(folder: Path) -> None:
+    from megatron_hydra.errors import HydraError
+    from megatron_hydra.training.dry_run import describe_layout
+
+    config = tiny.run_config(folder, "finetune", "unused", parallel={"tensor": 16})
+    with pytest.raises(HydraError, match=r"parallel\.tensor is 16, but the student has 8"):
+        describe_layout(dataclasses.replace(config), world_size=16)
