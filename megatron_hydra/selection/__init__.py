@@ -1,0 +1,29 @@
+"""Head selection (design §4): from a dense Hugging Face model to a head map.
+
+from megatron_hydra.selection import select_heads
+select_heads("path/to/hf_model", ratio="7:1", tasks=["induction"]).save("map.json")
+"""
+
+from megatron_hydra.selection.capabilities import (
+    DEFAULT_TASKS,
+    Capability,
+    JsonlCapability,
+    register_capability,
+)
+from megatron_hydra.selection.prompts import PromptPair
+from megatron_hydra.selection.ranking import Constraints
+from megatron_hydra.selection.select import Placement, select_heads
+from megatron_hydra.selection.strategies import STRATEGIES, SelectionOptions
+
+__all__ = [
+    "DEFAULT_TASKS",
+    "STRATEGIES",
+    "Capability",
+    "Constraints",
+    "JsonlCapability",
+    "Placement",
+    "PromptPair",
+    "SelectionOptions",
+    "register_capability",
+    "select_heads",
+]

@@ -1,0 +1,530 @@
+"""Capabilities as data: generators of aligned prompt pairs, for any tokenizer.
+
+A task is written ``name`` or ``name:key=value,key=value`` on the command line, and ``jsonl:PATH``
+for prompts of the user's own. A generator draws texts; those that the tokenizer does not align
+(clean and corrupted of unequal length) are thrown away and drawn again.
+
+The corruptions: where the context holds several facts, two *keys* change places (so the induction
+mechanism itself is needed: what precedes a value has changed, not the value); where it holds one
+fact, its *value* changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.selection.prompts import (
+    Encode,
+    PromptPair,
+    pair_from_ids,
+    pair_from_text,
+    read_jsonl,
+    text_encoder,
+)
+
+ATTEMPTS_PER_PROMPT = 40
+
+
+class Capability(Protocol):
+    """Something that yields prompt pairs.
+
+    Attributes:
+        name: unique among the capabilities of a map.
+    """
+
+    @property
+    def name(self) -> str:
+        """Unique among the capabilities of a map."""
+        ...
+
+    def prompts(
+        self, tokenizer: Any | None, vocab_size: int, count: int, seed: int
+    ) -> list[PromptPair]:
+        """At most ``count`` pairs, the same for the same arguments.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer, or ``None``.
+            vocab_size: the model's.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """A clean and a corrupted text, cut into segments that correspond, and the answers to them."""
+
+    clean: tuple[str, ...]
+    corrupted: tuple[str, ...]
+    answer: str
+    wrong: str
+
+    def pair(self, encode: Encode) -> PromptPair | None:
+        """The pair, or ``None`` where a changed segment has another number of tokens."""
+        for i, (a, b) in enumerate(zip(self.clean, self.corrupted, strict=True)):
+            if a != b:
+                before, after = ("".join(text[: i + 1]) for text in (self.clean, self.corrupted))
+                if len(encode(before)) != len(encode(after)):
+                    return None
+        clean, corrupted = "".join(self.clean), "".join(self.corrupted)
+        return pair_from_text(encode, clean, corrupted, self.answer, self.wrong)
+
+
+Draw = Callable[[random.Random, Mapping[str, str], Encode], Texts]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextCapability:
+    """Draws texts until enough of them align.
+
+    Attributes:
+        draw: one random text pair from (random generator, options, encode).
+        options: the options of the task, as text, with their defaults.
+    """
+
+    name: str
+    draw: Draw
+    options: Mapping[str, str]
+
+    def prompts(
+        self, tokenizer: Any | None, vocab_size: int, count: int, seed: int
+    ) -> list[PromptPair]:
+        """See :class:`Capability`.
+
+        Raises:
+            HydraError: no tokenizer, or one that aligns next to nothing.
+        """
+        if tokenizer is None:
+            raise HydraError(
+                f"--tasks {self.name} needs text, but the model folder has no tokenizer; use "
+                "induction or jsonl:PATH with token ids"
+            )
+        encode = text_encoder(tokenizer)
+        generator = random.Random(f"{self.name}/{seed}")
+        pairs: dict[PromptPair, None] = {}
+        for _ in range(ATTEMPTS_PER_PROMPT * count):
+            if len(pairs) == count:
+                return list(pairs)
+            texts = self.draw(generator, self.options, encode)
+            pair = texts.pair(encode)
+            if pair is not None and max(*pair.clean, pair.answer, pair.wrong) < vocab_size:
+                pairs[pair] = None
+        if len(pairs) < count:
+            raise HydraError(
+                f"--tasks {self.name}: only {len(pairs)} of {count} different prompts could be "
+                "aligned token by token with this tokenizer; ask for fewer (--num-prompts) or use "
+                "jsonl:PATH"
+            )
+        return list(pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonlCapability:
+    """The user's own prompts (see :func:`megatron_hydra.selection.prompts.read_jsonl`)."""
+
+    path: Path
+    name: str
+
+    def prompts(
+        self, tokenizer: Any | None, vocab_size: int, count: int, seed: int
+    ) -> list[PromptPair]:
+        """The first ``count`` pairs of the file.
+
+        Raises:
+            HydraError: a line that cannot be used, or a token that the model does not have.
+        """
+        encode = None if tokenizer is None else text_encoder(tokenizer)
+        pairs = read_jsonl(self.path, encode)[:count]
+        for pair in pairs:
+            largest = max(*pair.clean, *pair.corrupted, pair.answer, pair.wrong)
+            if largest >= vocab_size:
+                raise HydraError(
+                    f"prompts {self.path}: token id {largest} is outside the model's vocabulary of "
+                    f"{vocab_size}"
+                )
+        return pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class Induction:
+    """Random tokens, repeated up to one of them: what followed it the first time?
+
+    Needs no tokenizer. Corrupted: that token and another of the first half have changed places.
+
+    Attributes:
+        length: tokens of the repeated segment.
+    """
+
+    name: str = "induction"
+    length: int = 24
+
+    def prompts(
+        self, tokenizer: Any | None, vocab_size: int, count: int, seed: int
+    ) -> list[PromptPair]:
+        """See :class:`Capability`.
+
+        Raises:
+            HydraError: a vocabulary smaller than the segment.
+        """
+        special = set(tokenizer.all_special_ids) if tokenizer is not None else set()
+        known = vocab_size if tokenizer is None else min(vocab_size, len(tokenizer))
+        ids = [i for i in range(known) if i not in special]
+        if len(ids) < self.length or self.length < 4:
+            raise HydraError(
+                f"--tasks {self.name}: length {self.length} must be 4 or more and at most the "
+                f"{len(ids)} tokens of the vocabulary"
+            )
+        prefix = text_encoder(tokenizer)("") if tokenizer is not None else []
+        generator = random.Random(f"{self.name}/{seed}")
+        pairs: list[PromptPair] = []
+        while len(pairs) < count:
+            segment = generator.sample(ids, self.length)
+            # At least two apart, so that no answer is itself exchanged.
+            asked = generator.randrange(self.length - 3)
+            other = generator.randrange(asked + 2, self.length - 1)
+            exchanged = list(segment)
+            exchanged[asked], exchanged[other] = segment[other], segment[asked]
+            tail = segment[: asked + 1]
+            pair = pair_from_ids(
+                prefix + segment + tail,
+                prefix + exchanged + tail,
+                [segment[asked + 1]],
+                [segment[other + 1]],
+            )
+            if pair is not None:
+                pairs.append(pair)
+        return pairs
+
+
+# -- material -------------------------------------------------------------------------------------
+
+NAMES = [
+    "Alice",
+    "Bob",
+    "Carol",
+    "David",
+    "Emma",
+    "Frank",
+    "Grace",
+    "Henry",
+    "Irene",
+    "Jack",
+    "Karen",
+    "Leo",
+    "Mary",
+    "Nick",
+    "Olivia",
+    "Paul",
+    "Ruth",
+    "Sam",
+    "Tom",
+    "Anna",
+]
+CITIES = [
+    "Paris",
+    "London",
+    "Rome",
+    "Berlin",
+    "Madrid",
+    "Vienna",
+    "Tokyo",
+    "Moscow",
+    "Dublin",
+    "Oslo",
+    "Prague",
+    "Cairo",
+    "Delhi",
+    "Lima",
+    "Boston",
+    "Chicago",
+]
+NOUNS = [
+    "apple",
+    "river",
+    "stone",
+    "cloud",
+    "tiger",
+    "garden",
+    "window",
+    "mirror",
+    "candle",
+    "bridge",
+    "forest",
+    "silver",
+    "castle",
+    "rocket",
+    "planet",
+    "shadow",
+    "butter",
+    "pencil",
+    "orange",
+    "market",
+    "engine",
+    "island",
+    "letter",
+    "summer",
+    "winter",
+    "dragon",
+    "camera",
+    "violin",
+    "pepper",
+    "ticket",
+    "barrel",
+    "copper",
+    "desert",
+    "falcon",
+    "hammer",
+    "jungle",
+    "kettle",
+    "ladder",
+    "magnet",
+    "needle",
+]
+FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+)
+VARIABLES = [
+    "width",
+    "height",
+    "depth",
+    "speed",
+    "limit",
+    "total",
+    "count",
+    "offset",
+    "index",
+    "weight",
+    "price",
+    "score",
+    "level",
+    "power",
+    "radius",
+    "margin",
+    "buffer",
+    "timeout",
+    "retries",
+    "threads",
+]
+
+
+def _number(generator: random.Random) -> str:
+    return str(generator.randint(10000, 99999))
+
+
+def _haystack(
+    generator: random.Random, options: Mapping[str, str], tokens: int, encode: Encode
+) -> list[str]:
+    """Sentences of about ``tokens`` tokens in all: ``noise``, repeated ``filler`` or the user's
+    ``text``.
+    """
+    kind = options["haystack"]
+    if kind == "text":
+        return _user_sentences(generator, options["path"], tokens, encode)
+    sentences: list[str] = []
+    length = 0
+    while length < tokens:
+        if kind == "noise":
+            sentence = " ".join(generator.choices(NOUNS, k=8)).capitalize() + ". "
+        else:
+            sentence = FILLER
+        sentences.append(sentence)
+        length += len(encode(sentence))
+    return sentences
+
+
+def _user_sentences(generator: random.Random, path: str, tokens: int, encode: Encode) -> list[str]:
+    try:
+        words = Path(path).read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise HydraError(f"haystack text path={path!r} cannot be read: {error}") from None
+    # Every token holds at least a part of a word: enough words to cut from.
+    needed = min(len(words), tokens)
+    if needed < 10:
+        raise HydraError(f"haystack text {path} has only {len(words)} words")
+    start = generator.randrange(len(words) - needed + 1)
+    sentences, length = [], 0
+    for i in range(start, start + needed, 12):
+        sentence = " ".join(words[i : i + 12]) + " "
+        length += len(encode(sentence))
+        sentences.append(sentence)
+        if length >= tokens:
+            break
+    return sentences
+
+
+def _with_needles(
+    generator: random.Random,
+    options: Mapping[str, str],
+    encode: Encode,
+    facts: Sequence[tuple[str, str]],
+) -> Callable[[Sequence[tuple[str, str]], str], tuple[str, ...]]:
+    """A text with room for facts at random depths, to be filled with facts and a question."""
+    line = "The special magic number for {} is {}. "
+    used = sum(len(encode(line.format(*fact))) for fact in facts) + 30
+    sentences = _haystack(generator, options, max(0, int(options["tokens"]) - used), encode)
+    places = sorted(generator.randrange(len(sentences) + 1) for _ in facts)
+
+    def fill(facts: Sequence[tuple[str, str]], asked: str) -> tuple[str, ...]:
+        text = list(sentences)
+        for place, fact in reversed(list(zip(places, facts, strict=True))):
+            text.insert(place, line.format(*fact))
+        question = f"\nQuestion: What is the special magic number for {asked}?\n"
+        return (*text, question, f"Answer: The special magic number for {asked} is")
+
+    return fill
+
+
+def _draw_needle_single(
+    generator: random.Random, options: Mapping[str, str], encode: Encode
+) -> Texts:
+    key, value, other = generator.choice(NOUNS), _number(generator), _number(generator)
+    fill = _with_needles(generator, options, encode, [(key, value)])
+    clean, corrupted = fill([(key, value)], key), fill([(key, other)], key)
+    return Texts(clean, corrupted, f" {value}", f" {other}")
+
+
+def _draw_needle_multi(
+    generator: random.Random, options: Mapping[str, str], encode: Encode
+) -> Texts:
+    keys = generator.sample(NOUNS, int(options["keys"]))
+    facts = [(key, _number(generator)) for key in keys]
+    a, b = generator.sample(range(len(facts)), 2)
+    fill = _with_needles(generator, options, encode, facts)
+    clean, corrupted = fill(facts, keys[a]), fill(_keys_exchanged(facts, a, b), keys[a])
+    return Texts(clean, corrupted, f" {facts[a][1]}", f" {facts[b][1]}")
+
+
+def _keys_exchanged(facts: Sequence[tuple[str, str]], a: int, b: int) -> list[tuple[str, str]]:
+    changed = list(facts)
+    changed[a], changed[b] = (facts[b][0], facts[a][1]), (facts[a][0], facts[b][1])
+    return changed
+
+
+def _draw_facts(generator: random.Random, options: Mapping[str, str], encode: Encode) -> Texts:
+    count = int(options["facts"])
+    names, cities = generator.sample(NAMES, count), generator.sample(CITIES, count)
+    facts = list(zip(names, cities, strict=True))
+    a, b = generator.sample(range(count), 2)
+
+    def text(facts: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+        lines = [f"{name} lives in {city}. " for name, city in facts]
+        return (*lines, f"So, as we have read, {names[a]} lives in")
+
+    return Texts(text(facts), text(_keys_exchanged(facts, a, b)), f" {cities[a]}", f" {cities[b]}")
+
+
+def _draw_arithmetic(generator: random.Random, options: Mapping[str, str], encode: Encode) -> Texts:
+    largest = int(options["largest"])
+
+    def numbers() -> tuple[int, int]:
+        return generator.randint(1, largest), generator.randint(1, largest)
+
+    shots = "".join(f"{a} + {b} = {a + b}\n" for a, b in (numbers() for _ in range(4)))
+    a, b = numbers()
+    # Another first summand gives another sum; the tokenizer decides from which digit on.
+    other = generator.choice([n for n in range(1, largest + 1) if n != a])
+    end = f" + {b} ="
+    return Texts((shots, str(a), end), (shots, str(other), end), f" {a + b}", f" {other + b}")
+
+
+def _draw_code(generator: random.Random, options: Mapping[str, str], encode: Encode) -> Texts:
+    count = int(options["variables"])
+    values = [str(value) for value in generator.sample(range(10, 100), count)]
+    names = generator.sample(VARIABLES, count)
+    facts = list(zip(names, values, strict=True))
+    a, b = generator.sample(range(count), 2)
+
+    def text(facts: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+        body = [f"    {name} = {value}\n" for name, value in facts]
+        return ("def test_settings():\n", *body, f"    assert {names[a]} ==")
+
+    return Texts(text(facts), text(_keys_exchanged(facts, a, b)), f" {values[a]}", f" {values[b]}")
+
+
+# -- the registry ----------------------------------------------------------------------------------
+
+Factory = Callable[[str, Mapping[str, str]], Capability]
+
+_TEXT_TASKS: dict[str, tuple[Draw, dict[str, str]]] = {
+    "needle_single": (_draw_needle_single, {"haystack": "filler", "tokens": "256", "path": ""}),
+    "needle_multi": (
+        _draw_needle_multi,
+        {"haystack": "noise", "tokens": "256", "keys": "4", "path": ""},
+    ),
+    "facts": (_draw_facts, {"facts": "5"}),
+    "arithmetic": (_draw_arithmetic, {"largest": "49"}),
+    "code": (_draw_code, {"variables": "5"}),
+}
+_NUMBERS = {"tokens": 1, "keys": 2, "facts": 2, "largest": 5, "variables": 2, "length": 4}
+_HAYSTACKS = ("noise", "filler", "text")
+_REGISTERED: dict[str, Factory] = {}
+
+DEFAULT_TASKS = ("needle_single", "needle_multi", "induction", "facts", "arithmetic", "code")
+
+
+def register_capability(name: str, factory: Factory) -> None:
+    """Make ``name`` or ``name:key=value,...`` usable as a task.
+
+    Args:
+        factory: from (the task as written, its options) to a :class:`Capability`.
+    """
+    _REGISTERED[name] = factory
+
+
+def task_names() -> list[str]:
+    """Names of all generators."""
+    return sorted({*_TEXT_TASKS, "induction", "jsonl", *_REGISTERED})
+
+
+def make_capability(task: str) -> Capability:
+    """The capability of a task as written on the command line.
+
+    Raises:
+        HydraError: an unknown task or option, or a value that an option cannot have.
+    """
+    name, _, rest = task.partition(":")
+    if name == "jsonl":
+        if not rest:
+            raise HydraError("--tasks jsonl: write jsonl:PATH")
+        return JsonlCapability(Path(rest), name=f"jsonl:{Path(rest).name}")
+    options = _parse_options(task, rest)
+    if name in _REGISTERED:
+        return _REGISTERED[name](task, options)
+    if name == "induction":
+        _check_options(task, options, {"length": "24"})
+        return Induction(task, int(options.get("length", "24")))
+    if name not in _TEXT_TASKS:
+        raise HydraError(f"--tasks {task}: no such task; there are {', '.join(task_names())}")
+    draw, defaults = _TEXT_TASKS[name]
+    _check_options(task, options, defaults)
+    return TextCapability(task, draw, {**defaults, **options})
+
+
+def _parse_options(task: str, text: str) -> dict[str, str]:
+    options = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise HydraError(f"--tasks {task}: {part!r} is not key=value")
+        options[key] = value
+    return options
+
+
+def _check_options(task: str, options: Mapping[str, str], defaults: Mapping[str, str]) -> None:
+    for key, value in options.items():
+        if key not in defaults:
+            raise HydraError(f"--tasks {task}: no option {key!r}; there are {', '.join(defaults)}")
+        if key in _NUMBERS and (not value.isdecimal() or int(value) < _NUMBERS[key]):
+            raise HydraError(f"--tasks {task}: {key} must be a number of at least {_NUMBERS[key]}")
+    pools = {"facts": len(CITIES), "keys": len(NOUNS), "variables": len(VARIABLES)}
+    for key, size in pools.items():
+        if int(options.get(key, "0")) > size:
+            raise HydraError(f"--tasks {task}: {key} can be at most {size}")
+    if options.get("haystack", "noise") not in _HAYSTACKS:
+        raise HydraError(f"--tasks {task}: haystack must be one of {', '.join(_HAYSTACKS)}")
+    if options.get("haystack") == "text" and not options.get("path"):
+        raise HydraError(f"--tasks {task}: haystack=text needs path=FILE")

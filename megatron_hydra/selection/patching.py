@@ -1,0 +1,315 @@
+"""Exact causal effects of query heads (design §4), batched over heads and prompts.
+
+All functions take one batch of prompt pairs and return the logit difference
+m = logit(answer) − logit(wrong) *after* the intervention, in float64 on the CPU; how it is
+normalised is for :mod:`megatron_hydra.selection.effects`. "Frozen" means: at its value in the
+corrupted run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megatron_hydra.selection.prompts import PromptBatch
+from megatron_hydra.selection.runner import DecoderRunner, LayerState, PairedStreams
+
+Head = tuple[int, int]
+"""(layer, query head)."""
+
+PATHS = ("q", "k", "v", "qkv")
+"""Inputs of the receivers through which a sender is let act: each alone, and all three together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """Both runs without intervention.
+
+    Attributes:
+        clean, corrupted: m of the two runs, ``[P]``.
+        solved: whether the clean run's most likely token is the answer, ``[P]`` bool.
+    """
+
+    clean: torch.Tensor
+    corrupted: torch.Tensor
+    solved: torch.Tensor
+
+
+@torch.no_grad()
+def baseline(runner: DecoderRunner, batch: PromptBatch) -> Baseline:
+    """Run both prompts of every pair as they are."""
+    x = PairedStreams(runner, batch).finish()
+    clean, corrupted = runner.logit_difference(
+        x.unflatten(0, (2, -1)), runner.logit_direction(batch)
+    )
+    top = runner.logits(x[: len(batch.index)]).argmax(-1).cpu()
+    return Baseline(_result(clean), _result(corrupted), top == batch.answer)
+
+
+@torch.no_grad()
+def direct_effects(runner: DecoderRunner, batch: PromptBatch) -> torch.Tensor:
+    """Each head's clean output sent straight to the logits, everything downstream frozen.
+
+    Only the change of the head's o_proj contribution reaches the final residual stream, there the
+    final norm and the LM head are applied exactly. Two forwards for all heads together.
+
+    Returns:
+        m, ``[L, H, P]``.
+    """
+    streams = PairedStreams(runner, batch)
+    contributions = []
+    for layer in range(runner.num_layers):
+        change = _clean_minus_corrupted(streams.at_answer(streams.advance().z))
+        weights = runner.head_output_weights(layer, range(runner.num_heads)).float()
+        contributions.append(
+            torch.einsum("phd,hdD->hpD", change.float(), weights).to(runner.last_device)
+        )
+    frozen = _corrupted(streams.at_answer(streams.x)).float()
+    direction = runner.logit_direction(batch)
+    return torch.stack(
+        [_result(runner.logit_difference(frozen + delta, direction)) for delta in contributions]
+    )
+
+
+@torch.no_grad()
+def total_effects(
+    runner: DecoderRunner,
+    batch: PromptBatch,
+    heads: Sequence[Head],
+    tokens_per_batch: int,
+) -> Iterator[tuple[int, list[int], torch.Tensor]]:
+    """Each head's output replaced by its clean one at all positions, everything downstream free.
+
+    The streams are computed once; a patched run starts in the middle of the patched layer, at the
+    first position where the prompts differ, and as many heads as fit run together.
+
+    Args:
+        heads: which heads to patch.
+        tokens_per_batch: at most this many positions of patched streams at a time.
+
+    Yields:
+        layer, its patched heads (ascending), m ``[n, P]``; layers ascending.
+    """
+    streams = PairedStreams(runner, batch)
+    direction = runner.logit_direction(batch)
+    tokens = streams.num_prompts * len(streams.positions)
+    together = max(1, tokens_per_batch // tokens)
+    for layer in range(max(layer for layer, _ in heads) + 1):
+        state = streams.advance()
+        wanted = sorted(h for at, h in heads if at == layer)
+        results = [
+            _patched_runs(runner, streams, state, layer, wanted[i : i + together], direction)
+            for i in range(0, len(wanted), together)
+        ]
+        if results:
+            yield layer, wanted, torch.cat(results)
+
+
+def _patched_runs(
+    runner: DecoderRunner,
+    streams: PairedStreams,
+    state: LayerState,
+    layer: int,
+    heads: list[int],
+    direction: torch.Tensor,
+) -> torch.Tensor:
+    change = _clean_minus_corrupted(state.z)[:, :, heads]
+    delta = torch.einsum("pthd,hdD->hptD", change, runner.head_output_weights(layer, heads))
+    patched = (_corrupted(state.x_mid) + delta).flatten(0, 1)
+    x = streams.continue_from(layer, patched).unflatten(0, (len(heads), -1))
+    return _result(runner.logit_difference(x, direction))
+
+
+# -- path patching --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _ReceiverLayer:
+    """The receivers of one layer, with what of the corrupted run they are compared with."""
+
+    layer: int
+    heads: list[int]
+    x_in: torch.Tensor  # [P, T', D]
+    q: torch.Tensor  # at the answer, [P, 1, H, d]
+    k: torch.Tensor  # [P, T, G, d]
+    v: torch.Tensor
+    z: torch.Tensor  # at the answer, receivers only, [P, n, d]
+
+
+@torch.no_grad()
+def path_effects(
+    runner: DecoderRunner,
+    batch: PromptBatch,
+    sender_layers: Sequence[int],
+    receivers: Sequence[Head],
+    tokens_per_batch: int,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Path patching: sender → q, k or v inputs of the receivers → logits.
+
+    A sender's clean output changes the residual stream by its o_proj contribution alone (all other
+    heads and all MLPs in between are frozen); that change is seen only by the receivers, in their
+    queries, keys or values; the receivers' new outputs go straight to the logits. So only the
+    answer's position of a receiver matters.
+
+    Args:
+        sender_layers: all heads of these layers are senders.
+        receivers: heads that may receive; those not above a sender's layer cannot hear it.
+        tokens_per_batch: at most this many positions of changed streams at a time.
+
+    Yields:
+        layer, m ``[4, H, P]`` in the order of :data:`PATHS`; layers ascending.
+    """
+    wanted = sorted(set(sender_layers))
+    if not wanted:
+        return
+    streams = PairedStreams(runner, batch)
+    direction = runner.logit_direction(batch)
+    changes, stages = {}, []
+    for layer in range(runner.num_layers):
+        state = streams.advance()
+        if layer in wanted:
+            changes[layer] = _clean_minus_corrupted(state.z)
+        heads = sorted(h for at, h in receivers if at == layer)
+        if heads and layer > wanted[0]:
+            stages.append(_receiver_layer(streams, state, layer, heads))
+    frozen = _corrupted(streams.at_answer(streams.x)).float()
+    together = max(1, tokens_per_batch // (streams.num_prompts * len(streams.positions)))
+    for sender in wanted:
+        above = [stage for stage in stages if stage.layer > sender]
+        parts = []
+        for first in range(0, runner.num_heads, together):
+            heads = list(range(runner.num_heads))[first : first + together]
+            weights = runner.head_output_weights(sender, heads)
+            delta = torch.einsum("pthd,hdD->hptD", changes[sender][:, :, heads], weights)
+            written = torch.zeros(len(PATHS), len(heads), *frozen.shape, device=frozen.device)
+            for stage in above:
+                written += _heard(runner, streams, stage, delta).to(written.device)
+            parts.append(_result(runner.logit_difference(frozen + written, direction)))
+        yield sender, torch.cat(parts, dim=1)
+
+
+def _receiver_layer(
+    streams: PairedStreams, state: LayerState, layer: int, heads: list[int]
+) -> _ReceiverLayer:
+    return _ReceiverLayer(
+        layer=layer,
+        heads=heads,
+        x_in=_corrupted(state.x_in),
+        q=streams.at_answer(_corrupted(state.q))[:, None],
+        k=_corrupted(state.k),
+        v=_corrupted(state.v),
+        z=streams.at_answer(_corrupted(state.z))[:, heads],
+    )
+
+
+def _heard(
+    runner: DecoderRunner, streams: PairedStreams, stage: _ReceiverLayer, delta: torch.Tensor
+) -> torch.Tensor:
+    """What the receivers of one layer write at the answer, changed by senders, ``[4, n, P, D]``
+    float32.
+
+    Args:
+        delta: the senders' changes of the residual stream, ``[n, P, T', D]``.
+    """
+    count, layer = delta.shape[0], stage.layer
+    delta = delta.to(stage.x_in.device)
+    normed = runner.attention_input(layer, (stage.x_in + delta).flatten(0, 1))
+    k, v = streams.with_prefix(
+        layer,
+        runner.keys(layer, normed, streams.positions),
+        runner.values(layer, normed),
+    )
+    answer = streams.batch.answer_position.to(delta.device).repeat(count)[:, None]
+    q = runner.queries(layer, streams.at_answer(normed)[:, None], answer)
+    old_q, old_k, old_v = (t.repeat(count, 1, 1, 1) for t in (stage.q, stage.k, stage.v))
+    weights = runner.head_output_weights(layer, stage.heads).float()
+    written = []
+    for queries, keys, values in (
+        (q, old_k, old_v),
+        (old_q, k, old_v),
+        (old_q, old_k, v),
+        (q, k, v),
+    ):
+        z = runner.attend(layer, queries, keys, values, answer)[:, 0, stage.heads]
+        change = (z.unflatten(0, (count, -1)) - stage.z).float()
+        written.append(torch.einsum("nphd,hdD->npD", change, weights))
+    return torch.stack(written)
+
+
+# -- first order ----------------------------------------------------------------------------------
+
+
+def attribution_effects(runner: DecoderRunner, batch: PromptBatch) -> torch.Tensor:
+    """Attribution patching: the total effect of every head to first order.
+
+    (z_clean − z_corrupted) · ∂m/∂z at the corrupted run, summed over positions: one pass over both
+    streams and one backward give all heads.
+
+    Returns:
+        m of the corrupted run plus the estimate, ``[L, H, P]``.
+    """
+    streams = PairedStreams(runner, batch)
+    count = streams.num_prompts
+    probes, states_z = [], []
+    for layer in range(runner.num_layers):
+        shape = (2 * count, len(streams.positions), runner.num_heads, runner.head_dim)
+        dtype = streams.x.dtype
+        probe = torch.zeros(shape, device=runner.device_of(layer), dtype=dtype, requires_grad=True)
+        states_z.append(streams.advance(probe).z.detach())
+        probes.append(probe)
+    x = _corrupted(streams.at_answer(streams.x))
+    m = runner.logit_difference(x, runner.logit_direction(batch))
+    # Rows of a batch do not see each other, so the gradient of the sum holds every prompt's own.
+    gradients = torch.autograd.grad(m.sum(), probes)
+    estimates = [
+        (_clean_minus_corrupted(z).float() * _corrupted(g).float()).sum((1, 3)).T
+        for z, g in zip(states_z, gradients, strict=True)
+    ]
+    return torch.stack([_result(m + estimate.to(m.device)) for estimate in estimates])
+
+
+# -- attention mass --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def attention_mass(runner: DecoderRunner, batch: PromptBatch) -> torch.Tensor:
+    """Retrieval score after Wu et al. (arXiv 2404.15574): how much a head looks at what is to be
+    copied.
+
+    The attention mass from the answer's position onto earlier occurrences of the answer token in
+    the clean prompt, ``[L, H, P]``; NaN for prompts whose answer does not occur in their context.
+    """
+    streams = PairedStreams(runner, batch)
+    length = batch.clean.shape[1]
+    before = torch.arange(length) <= batch.answer_position[:, None]
+    copied = (batch.clean == batch.answer[:, None]) & before
+    rows = []
+    for layer in range(runner.num_layers):
+        state = streams.advance()
+        q = streams.at_answer(_clean(state.q)).float()
+        k = _clean(state.k).float().repeat_interleave(runner.group_size, 2)
+        scores = torch.einsum("phd,pthd->hpt", q, k) * runner.layers[layer].self_attn.scaling
+        scores = scores.masked_fill(~before.to(q.device), -torch.inf)
+        mass = (scores.softmax(-1) * copied.to(q.device)).sum(-1)
+        rows.append(_result(mass))
+    masses = torch.stack(rows)
+    masses[:, :, ~copied.any(-1)] = torch.nan
+    return masses
+
+
+def _clean(x: torch.Tensor) -> torch.Tensor:
+    return x[: x.shape[0] // 2]
+
+
+def _corrupted(x: torch.Tensor) -> torch.Tensor:
+    return x[x.shape[0] // 2 :]
+
+
+def _clean_minus_corrupted(x: torch.Tensor) -> torch.Tensor:
+    return _clean(x) - _corrupted(x)
+
+
+def _result(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().double().cpu()

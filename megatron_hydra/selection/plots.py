@@ -1,0 +1,153 @@
+"""Pictures of a head map, drawn from the file's contents alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.head_map import HeadMap
+from megatron_hydra.selection.ranking import rank_heads
+
+CHOSEN = "#d62728"
+
+
+def draw_head_map(head_map: HeadMap, prefix: str | os.PathLike[str]) -> list[Path]:
+    """Write PNGs named ``<prefix>_<what>.png``: what the map's contents allow.
+
+    ``capabilities``: a heatmap for each capability; ``unified``: the ranked score with the chosen
+    heads marked; ``distribution``: sorted scores; ``overlap``: top heads that two capabilities
+    share; ``layers``: FA heads in each layer. Maps of strategies without scores get the last only.
+
+    Returns:
+        The files written.
+
+    Raises:
+        HydraError: matplotlib is not installed.
+    """
+    pictures: dict[str, Callable[[HeadMap], Any]] = {}
+    if head_map.scores:
+        pictures |= {"capabilities": _capabilities, "overlap": _overlap}
+    if "unified_score" in head_map.details:
+        pictures |= {"unified": _unified, "distribution": _distribution}
+    pictures["layers"] = _layers
+    written = []
+    for what, draw in pictures.items():
+        figure = draw(head_map)
+        path = Path(f"{os.fspath(prefix)}_{what}.png")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        figure.savefig(temporary, format="png", dpi=120)
+        os.replace(temporary, path)
+        written.append(path)
+    return written
+
+
+def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, np.ndarray]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise HydraError("pictures need matplotlib: install it, or give --no-pictures") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, np.array(figure.subplots(rows, columns)).reshape(-1)
+
+
+def _heatmap(figure: Any, axes: Any, scores: np.ndarray, title: str) -> None:
+    from matplotlib.colors import AsinhNorm
+
+    # A few heads carry nearly all of the effect; linear colours would show them alone.
+    limit = float(np.abs(scores).max()) or 1.0
+    norm = AsinhNorm(linear_width=limit / 20, vmin=-limit, vmax=limit)
+    image = axes.imshow(scores, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
+    axes.set(title=title, xlabel="head", ylabel="layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    bar = figure.colorbar(image, ax=axes, shrink=0.9)
+    ticks = [limit * share for share in (-1, -0.3, -0.1, 0, 0.1, 0.3, 1)]
+    bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks], minor=False)
+    bar.ax.minorticks_off()
+
+
+def _size(head_map: HeadMap) -> tuple[float, float]:
+    m = head_map.model
+    return 2.2 + 0.16 * max(m.num_query_heads, 12), 1.4 + 0.14 * max(m.num_layers, 12)
+
+
+def _capabilities(head_map: HeadMap) -> Any:
+    width, height = _size(head_map)
+    columns = min(3, len(head_map.scores))
+    rows = -(-len(head_map.scores) // columns)
+    figure, axes = _figure(width * columns, height * rows, columns, rows)
+    for ax, (task, scores) in zip(axes, head_map.scores.items(), strict=False):
+        _heatmap(figure, ax, np.array(scores), task)
+    for ax in axes[len(head_map.scores) :]:
+        ax.remove()
+    return figure
+
+
+def _unified(head_map: HeadMap) -> Any:
+    from matplotlib.patches import Rectangle
+
+    width, height = _size(head_map)
+    figure, (ax,) = _figure(width * 1.3, height * 1.3)
+    title = f"{head_map.strategy}, {head_map.ratio}: unified score, full-attention heads framed"
+    _heatmap(figure, ax, np.array(head_map.details["unified_score"]), "")
+    ax.set_title(title, fontsize=9)
+    for layer, heads in enumerate(head_map.full_attention_heads):
+        for head in heads:
+            ax.add_patch(
+                Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor="black", lw=2)
+            )
+    return figure
+
+
+def _distribution(head_map: HeadMap) -> Any:
+    figure, (ax,) = _figure(6, 3.5)
+    scores = np.array(head_map.details["unified_score"])
+    ordered = rank_heads(scores)
+    values = [scores[head] for head in ordered]
+    chosen = [h in head_map.full_attention_heads[layer] for layer, h in ordered]
+    places = np.arange(len(ordered))
+    ax.bar(places, values, color=[CHOSEN if c else "#9aa0a6" for c in chosen], width=1.0)
+    ax.bar([0], [0], color=CHOSEN, label=f"full attention ({sum(chosen)})")
+    ax.bar([0], [0], color="#9aa0a6", label=f"Gated DeltaNet ({len(chosen) - sum(chosen)})")
+    ax.set(xlabel="heads, best first", ylabel="unified score", title="score distribution")
+    ax.legend(frameon=False)
+    return figure
+
+
+def _overlap(head_map: HeadMap) -> Any:
+    """Share of two capabilities' top heads (as many as are FA) that they have in common."""
+    tasks = list(head_map.scores)
+    count = max(1, head_map.num_full_attention)
+    tops = [set(rank_heads(np.array(head_map.scores[t]))[:count]) for t in tasks]
+    shared = np.array([[len(a & b) / count for b in tops] for a in tops])
+    figure, (ax,) = _figure(2.8 + 0.7 * len(tasks), 2.2 + 0.55 * len(tasks))
+    image = ax.imshow(shared, cmap="viridis", vmin=0, vmax=1)
+    for i, row in enumerate(shared):
+        for j, value in enumerate(row):
+            color = "black" if value > 0.6 else "white"
+            ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
+    labels = [t if len(t) < 24 else t[:21] + "…" for t in tasks]
+    ax.set_xticks(range(len(tasks)), labels, rotation=40, ha="right")
+    ax.set_yticks(range(len(tasks)), labels)
+    ax.set_title(f"shared among the top {count} heads")
+    figure.colorbar(image, ax=ax, shrink=0.8)
+    return figure
+
+
+def _layers(head_map: HeadMap) -> Any:
+    figure, (ax,) = _figure(6, 3)
+    counts = [len(heads) for heads in head_map.full_attention_heads]
+    ax.bar(range(len(counts)), counts, color=CHOSEN)
+    ax.set(xlabel="layer", ylabel="full-attention heads", ylim=(0, max(1, *counts) + 0.5))
+    ax.set_title(
+        f"{head_map.strategy}, {head_map.ratio}: {sum(counts)} of "
+        f"{len(counts) * head_map.model.num_query_heads} heads"
+    )
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.yaxis.get_major_locator().set_params(integer=True)
+    return figure

@@ -1,0 +1,244 @@
+"""Aligned prompts: a clean and a corrupted one, token by token, that differ in the fact asked
+for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_hydra.errors import HydraError
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptPair:
+    """One question asked twice.
+
+    Attributes:
+        clean, corrupted: token ids of equal length; the next token is asked for. They differ in at
+            least one place.
+        answer: the token that is right after ``clean``.
+        wrong: the token it is weighed against, usually the one that is right after ``corrupted``.
+    """
+
+    clean: tuple[int, ...]
+    corrupted: tuple[int, ...]
+    answer: int
+    wrong: int
+
+    def __post_init__(self) -> None:
+        if len(self.clean) != len(self.corrupted):
+            raise HydraError(
+                f"clean and corrupted are not aligned: {len(self.clean)} against "
+                f"{len(self.corrupted)} tokens"
+            )
+        if self.clean == self.corrupted:
+            raise HydraError("clean and corrupted are the same")
+        if self.answer == self.wrong:
+            raise HydraError("answer and wrong_answer are the same token")
+
+    @property
+    def first_difference(self) -> int:
+        """Position of the first token in which the two prompts differ."""
+        return next(
+            i for i, (a, b) in enumerate(zip(self.clean, self.corrupted, strict=True)) if a != b
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+    """Prompt pairs of similar length, padded on the right (a causal model never sees the padding).
+
+    Attributes:
+        index: positions of the pairs in their capability's list, ``[P]``.
+        clean, corrupted: token ids ``[P, T]``, int64.
+        answer_position: last real token ``[P]``: its logits are those of the answer.
+        answer, wrong: token ids ``[P]``.
+        shared_prefix: tokens at the start that clean and corrupted share in every pair.
+    """
+
+    index: tuple[int, ...]
+    clean: torch.Tensor
+    corrupted: torch.Tensor
+    answer_position: torch.Tensor
+    answer: torch.Tensor
+    wrong: torch.Tensor
+    shared_prefix: int
+
+
+def make_batches(
+    pairs: Sequence[PromptPair], tokens_per_batch: int, keep: Sequence[int] | None = None
+) -> list[PromptBatch]:
+    """Cut pairs into batches; depends on nothing but the arguments, so every rank cuts alike.
+
+    Args:
+        pairs: all pairs of a capability.
+        tokens_per_batch: at most this many tokens of clean and corrupted prompts in a batch.
+        keep: indices of the pairs to use; default all.
+    """
+    kept = range(len(pairs)) if keep is None else keep
+    order = sorted(kept, key=lambda i: (len(pairs[i].clean), pairs[i].first_difference, i))
+    groups: list[list[int]] = []
+    for i in order:
+        # Sorted by length, so the newcomer is the longest of its batch.
+        length = len(pairs[i].clean)
+        if groups and 2 * length * (len(groups[-1]) + 1) <= tokens_per_batch:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return [_batch(pairs, group) for group in groups]
+
+
+def _batch(pairs: Sequence[PromptPair], group: list[int]) -> PromptBatch:
+    chosen = [pairs[i] for i in group]
+    length = max(len(p.clean) for p in chosen)
+
+    def padded(rows: list[tuple[int, ...]]) -> torch.Tensor:
+        return torch.tensor([row + (0,) * (length - len(row)) for row in rows])
+
+    return PromptBatch(
+        index=tuple(group),
+        clean=padded([p.clean for p in chosen]),
+        corrupted=padded([p.corrupted for p in chosen]),
+        answer_position=torch.tensor([len(p.clean) - 1 for p in chosen]),
+        answer=torch.tensor([p.answer for p in chosen]),
+        wrong=torch.tensor([p.wrong for p in chosen]),
+        shared_prefix=min(p.first_difference for p in chosen),
+    )
+
+
+def prompts_fingerprint(prompts: dict[str, list[PromptPair]]) -> str:
+    """Hash of all capabilities' token ids."""
+    body = {name: [dataclasses.astuple(p) for p in pairs] for name, pairs in prompts.items()}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+# -- from text ------------------------------------------------------------------------------------
+
+
+def text_encoder(tokenizer: Any) -> Encode:
+    """``text -> ids`` for the start of a document: with the begin token if the tokenizer adds
+    one.
+    """
+    begin = tokenizer.bos_token_id
+    default = tokenizer("a").input_ids
+    prefix = [begin] if begin is not None and default[:1] == [begin] else []
+
+    def encode(text: str) -> list[int]:
+        return prefix + tokenizer.encode(text, add_special_tokens=False)
+
+    return encode
+
+
+def pair_from_text(
+    encode: Encode, clean: str, corrupted: str, answer: str, wrong: str
+) -> PromptPair | None:
+    """Tokenize a pair; the asked token is the first in which the answers differ.
+
+    Tokens that both answers start with are appended to both prompts, so answers of several tokens
+    work.
+
+    Returns:
+        ``None`` where this tokenizer does not align the texts: prompts of unequal length, or one
+        answer the beginning of the other.
+    """
+    clean_ids, corrupted_ids = encode(clean), encode(corrupted)
+    return pair_from_ids(
+        clean_ids,
+        corrupted_ids,
+        _continuation(encode, clean, clean_ids, answer),
+        _continuation(encode, clean, clean_ids, wrong),
+    )
+
+
+def pair_from_ids(
+    clean: Sequence[int], corrupted: Sequence[int], answer: Sequence[int], wrong: Sequence[int]
+) -> PromptPair | None:
+    """As :func:`pair_from_text`, for token ids."""
+    shared = 0
+    while shared < min(len(answer), len(wrong)) and answer[shared] == wrong[shared]:
+        shared += 1
+    if shared == min(len(answer), len(wrong)) or len(clean) != len(corrupted):
+        return None
+    if list(clean) == list(corrupted):
+        return None
+    common = tuple(answer[:shared])
+    return PromptPair(
+        tuple(clean) + common, tuple(corrupted) + common, answer[shared], wrong[shared]
+    )
+
+
+def _continuation(encode: Encode, text: str, ids: list[int], answer: str) -> list[int]:
+    whole = encode(text + answer)
+    if whole[: len(ids)] == ids:
+        return whole[len(ids) :]
+    # The tokenizer merges across the seam: the answer alone is then what the model has to say.
+    begin = encode("")
+    return encode(answer)[len(begin) :]
+
+
+# -- the user's own JSONL --------------------------------------------------------------------------
+
+
+def read_jsonl(path: str | os.PathLike[str], encode: Encode | None) -> list[PromptPair]:
+    """Pairs from a file with one object a line: ``clean, corrupted, answer, wrong_answer``.
+
+    Every field is a string, or a list of token ids (answers also a single id). Strings need
+    ``encode``.
+
+    Raises:
+        HydraError: the file, line and field that cannot be used.
+    """
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise HydraError(f"prompts {path} cannot be read: {error}") from None
+    pairs = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            pairs.append(_pair_from_line(line, f"{path}, line {number}", encode))
+    if not pairs:
+        raise HydraError(f"prompts {path}: no prompts in the file")
+    return pairs
+
+
+def _pair_from_line(line: str, where: str, encode: Encode | None) -> PromptPair:
+    try:
+        body = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise HydraError(f"{where}: not valid JSON: {error}") from None
+    fields = ("clean", "corrupted", "answer", "wrong_answer")
+    if not isinstance(body, dict) or any(field not in body for field in fields):
+        raise HydraError(f"{where}: needs an object with the fields {', '.join(fields)}")
+    values = [body[field] for field in fields]
+    if all(isinstance(value, str) for value in values):
+        if encode is None:
+            raise HydraError(
+                f"{where}: the prompts are text, but the model folder has no tokenizer"
+            )
+        pair = pair_from_text(encode, *values)
+    else:
+        pair = pair_from_ids(*(_ids(body[f], f"{where}: {f}") for f in fields))
+    if pair is None:
+        raise HydraError(
+            f"{where}: clean and corrupted must have the same number of tokens and differ, and "
+            "neither answer may be the beginning of the other"
+        )
+    return pair
+
+
+def _ids(value: Any, where: str) -> list[int]:
+    ids = [value] if isinstance(value, int) else value
+    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise HydraError(f"{where}: needs token ids (or make all four fields strings)")
+    return ids

@@ -1,0 +1,203 @@
+"""From effects to one global ranking, and from the ranking to the chosen heads. Plain NumPy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.head_map import ModelIdentity, num_full_attention_heads
+
+SPREAD_FLOOR = 1e-3
+"""Smallest standard deviation that scores are divided by: a capability in which no head moves the
+metric by a thousandth must not have its noise blown up to the size of the others' signal."""
+
+
+def standardise(scores: np.ndarray) -> np.ndarray:
+    """Mean 0 and standard deviation 1 over all heads, ``[L, H]`` (see :data:`SPREAD_FLOOR`)."""
+    return (scores - scores.mean()) / max(float(scores.std()), SPREAD_FLOOR)
+
+
+def fuse(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """Weighted mean over capabilities of their standardised scores, ``[L, H]``.
+
+    Args:
+        scores: capability -> ``[L, H]``.
+        weights: capability -> weight; 1 where it is not named.
+
+    Raises:
+        HydraError: a weight for a capability that is not there, or no positive weight.
+    """
+    unknown = sorted(set(weights) - set(scores))
+    if unknown:
+        raise HydraError(
+            f"--task-weight {unknown[0]}: no such task; the tasks are {', '.join(scores)}"
+        )
+    values = [float(weights.get(name, 1.0)) for name in scores]
+    if min(values) < 0 or sum(values) <= 0:
+        raise HydraError("--task-weight: weights must not be negative, and one must be positive")
+    total = sum(w * standardise(s) for w, s in zip(values, scores.values(), strict=True))
+    return np.asarray(total / sum(values))
+
+
+def rank_heads(scores: np.ndarray) -> list[tuple[int, int]]:
+    """All heads (layer, head), best first; ties go to the earlier layer and head."""
+    order = np.argsort(-scores.reshape(-1), kind="stable")
+    heads = scores.shape[1]
+    return [(int(i) // heads, int(i) % heads) for i in order]
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation of two score arrays (ties share their mean rank); NaN if one is constant."""
+    x, y = _ranks(a.reshape(-1)), _ranks(b.reshape(-1))
+    x, y = x - x.mean(), y - y.mean()
+    norm = float(np.sqrt((x**2).sum() * (y**2).sum()))
+    return float((x * y).sum() / norm) if norm else float("nan")
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts - 1) / 2)[inverse]
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraints:
+    """What a choice of heads must or should respect.
+
+    Attributes:
+        granularity: ``query_head``, or ``kv_group``: whole KV groups only.
+        min_per_layer, max_per_layer: FA heads in every layer; ``None``: no upper limit.
+        kv_group_bonus: added to the score of a head whose KV group already has a chosen head (its
+            keys and values are then in the cache anyway); in standard deviations of the score.
+    """
+
+    granularity: str = "query_head"
+    min_per_layer: int = 0
+    max_per_layer: int | None = None
+    kv_group_bonus: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.granularity not in ("query_head", "kv_group"):
+            raise HydraError(f"--granularity {self.granularity}: must be query_head or kv_group")
+        if self.min_per_layer < 0 or self.kv_group_bonus < 0:
+            raise HydraError("--min-per-layer and --kv-group-bonus must not be negative")
+        if self.max_per_layer is not None and self.max_per_layer < max(1, self.min_per_layer):
+            raise HydraError("--max-per-layer must be at least 1 and at least --min-per-layer")
+
+
+def budget(model: ModelIdentity, ratio: str, granularity: str = "query_head") -> int:
+    """How many heads are FA; for whole KV groups the nearest multiple, at least one group."""
+    count = num_full_attention_heads(model.num_layers, model.num_query_heads, ratio)
+    group = model.num_query_heads // model.num_kv_heads
+    if granularity == "query_head" or count == 0:
+        return count
+    return max(1, (2 * count + group) // (2 * group)) * group
+
+
+def choose_heads(
+    scores: np.ndarray,
+    model: ModelIdentity,
+    ratio: str,
+    constraints: Constraints,
+    same_in_every_layer: bool = False,
+) -> tuple[tuple[int, ...], ...]:
+    """The best heads that the budget and the constraints allow.
+
+    Greedy: first every layer's minimum, then always the best head that is left (its score plus the
+    bonus, if its KV group is open) in a layer that is not full.
+
+    Args:
+        scores: ``[L, H]``, higher is better.
+        same_in_every_layer: every layer gets the same share of the budget (counts differ by at most
+            one where it does not divide).
+
+    Returns:
+        For each layer the sorted chosen heads.
+
+    Raises:
+        HydraError: the constraints contradict the budget; both numbers are named.
+    """
+    if scores.shape != (model.num_layers, model.num_query_heads):
+        raise ValueError(f"scores are {scores.shape}, the model has other layers or heads")
+    group_size = model.num_query_heads // model.num_kv_heads
+    size = group_size if constraints.granularity == "kv_group" else 1
+    units = scores.reshape(model.num_layers, -1, size).mean(-1)
+    count = budget(model, ratio, constraints.granularity) // size
+    lowest, highest = _limits(units.shape, count, size, constraints)
+    if same_in_every_layer:
+        # Limits that the budget respects (checked above) are respected by equal shares as well.
+        lowest = highest = np.array(spread_evenly(count, model.num_layers))
+    group = np.arange(units.shape[1]) // (group_size // size)
+    bonus = constraints.kv_group_bonus * float(scores.std()) if size == 1 else 0.0
+    chosen = _greedy(units, count, lowest, highest, group, bonus)
+    return tuple(
+        tuple(int(u) * size + i for u in np.flatnonzero(layer) for i in range(size))
+        for layer in chosen
+    )
+
+
+def _limits(
+    shape: tuple[int, ...], count: int, size: int, constraints: Constraints
+) -> tuple[np.ndarray, np.ndarray]:
+    """Least and most units in each layer, ``[L]``; a unit is ``size`` heads."""
+    layers, per_layer = shape
+    lowest = -(-constraints.min_per_layer // size)
+    limit = constraints.max_per_layer
+    highest = per_layer if limit is None else min(per_layer, limit // size)
+    if lowest > highest:
+        raise HydraError(
+            f"--min-per-layer {constraints.min_per_layer} does not fit into a layer of "
+            f"{per_layer * size} heads (of which at most {highest * size} may be FA)"
+        )
+    if count and lowest * layers > count:
+        raise HydraError(
+            f"--min-per-layer {constraints.min_per_layer} needs {lowest * size * layers} FA "
+            f"heads in {layers} layers, the ratio gives {count * size}; lower one of them"
+        )
+    if highest * layers < count:
+        raise HydraError(
+            f"--max-per-layer {limit} allows {highest * size * layers} FA heads in {layers} "
+            f"layers, the ratio asks for {count * size}; raise one of them"
+        )
+    return np.full(layers, lowest if count else 0), np.full(layers, highest)
+
+
+def _greedy(
+    units: np.ndarray,
+    count: int,
+    lowest: np.ndarray,
+    highest: np.ndarray,
+    group: np.ndarray,
+    bonus: float,
+) -> np.ndarray:
+    chosen = np.zeros(units.shape, dtype=bool)
+    for layer, least in enumerate(lowest):
+        chosen[layer, np.argsort(-units[layer], kind="stable")[:least]] = True
+    while chosen.sum() < count:
+        open_group = np.stack([np.isin(group, group[row]) for row in chosen])
+        value = units + bonus * open_group
+        value[chosen] = -np.inf
+        value[chosen.sum(1) >= highest] = -np.inf
+        chosen.reshape(-1)[int(value.argmax())] = True
+    return chosen
+
+
+def whole_layers(model: ModelIdentity, ratio: str) -> tuple[tuple[int, ...], ...]:
+    """Whole layers FA, as close to the budget as whole layers get, at equal distances.
+
+    The last layer of each block of equal size is FA (three linear layers, then a full one, as in
+    Qwen3-Next).
+    """
+    heads = num_full_attention_heads(model.num_layers, model.num_query_heads, ratio)
+    count = heads and max(1, (2 * heads + model.num_query_heads) // (2 * model.num_query_heads))
+    full = {(i + 1) * model.num_layers // count - 1 for i in range(count)}
+    everything = tuple(range(model.num_query_heads))
+    return tuple(everything if i in full else () for i in range(model.num_layers))
+
+
+def spread_evenly(count: int, bins: int) -> list[int]:
+    """``count`` things over ``bins``: counts differ by at most one, the larger ones spread out."""
+    return [(i + 1) * count // bins - i * count // bins for i in range(bins)]

@@ -1,0 +1,298 @@
+"""Head selection from model to head map: the one entry point of the package.
+
+head_map = select_heads("path/to/hf_model", ratio="7:1", strategy="interp", tasks=["induction"])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.head_map import HeadMap, parse_ratio
+from megatron_hydra.hf_identity import model_identity_from_hf, read_config, resolve_hf_folder
+from megatron_hydra.selection.capabilities import DEFAULT_TASKS, Capability, make_capability
+from megatron_hydra.selection.effects import EffectEngine, Solved
+from megatron_hydra.selection.prompts import PromptPair, prompts_fingerprint
+from megatron_hydra.selection.runner import DecoderRunner
+from megatron_hydra.selection.strategies import (
+    STRATEGIES,
+    Context,
+    Scored,
+    SelectionOptions,
+    Strategy,
+    ranking_of,
+)
+from megatron_hydra.selection.work import Ranks, WorkBench
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where and how the model runs.
+
+    Attributes:
+        device: ``auto`` (a GPU for each local rank, else the CPU) or a torch device.
+        dtype: ``fp32``, ``bf16``, or ``auto``: the checkpoint's on a GPU, fp32 on a CPU.
+        gpus_per_process: spread the layers of one copy over this many GPUs.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    gpus_per_process: int = 1
+
+    def devices(self, local_rank: int) -> list[torch.device]:
+        """The devices of one process.
+
+        Raises:
+            HydraError: a device that torch does not know, or more GPUs than there are.
+        """
+        if self.device != "auto":
+            try:
+                return [torch.device(self.device)]
+            except RuntimeError as error:
+                raise HydraError(f"--device {self.device}: {error}") from None
+        if not torch.cuda.is_available():
+            return [torch.device("cpu")]
+        count = self.gpus_per_process
+        first, there = local_rank * count, torch.cuda.device_count()
+        if count < 1 or first + count > there:
+            raise HydraError(
+                f"--gpus-per-process {count}: rank {local_rank} of this machine needs GPUs "
+                f"{first} to "
+                f"{first + count - 1}, there are {there}; start fewer processes"
+            )
+        return [torch.device("cuda", i) for i in range(first, first + count)]
+
+    def torch_dtype(self, devices: list[torch.device]) -> torch.dtype | str:
+        """What ``from_pretrained`` is given."""
+        if self.dtype == "auto":
+            return torch.float32 if devices[0].type == "cpu" else "auto"
+        if self.dtype not in DTYPES:
+            raise HydraError(f"--dtype {self.dtype}: must be auto, {' or '.join(DTYPES)}")
+        return DTYPES[self.dtype]
+
+
+def select_heads(
+    model: str | os.PathLike[str] | torch.nn.Module,
+    *,
+    ratio: str = "7:1",
+    strategy: str = "interp",
+    tasks: Sequence[str | Capability] = DEFAULT_TASKS,
+    tokenizer: Any | None = None,
+    seed: int = 0,
+    revision: str = "",
+    options: SelectionOptions | None = None,
+    placement: Placement | None = None,
+    work_folder: str | os.PathLike[str] | None = None,
+    show_progress: bool = False,
+) -> HeadMap:
+    """Decide which query heads of a dense Hugging Face model keep full attention.
+
+    Under torchrun the work is shared out over the ranks; every rank returns the same map, and the
+    map does not depend on their number.
+
+    Args:
+        model: a folder, a Hub name, or a loaded Qwen3, Qwen2 or Llama ``*ForCausalLM``. A loaded
+            model is left in eval mode with gradients off.
+        ratio: GDN:FA, ``"7:1"``; ``"dense"``; ``"all-gdn"``.
+        strategy: a key of :data:`megatron_hydra.selection.strategies.STRATEGIES`.
+        tasks: as on the command line (``"needle_multi:keys=6"``, ``"jsonl:PATH"``) or objects;
+            ignored by strategies that need no model.
+        tokenizer: default: the folder's, if it has one.
+        seed: of the prompts and of random choices.
+        options: prompts, effects, weights, constraints.
+        placement: device and dtype; for a path only.
+        work_folder: partial results are kept here until the map is done; a run that was killed
+            continues from them, to the same map. Results for other inputs lie beside them
+            untouched.
+        show_progress: a bar with the remaining time, on standard error of rank 0.
+
+    Raises:
+        HydraError: anything the user can mend.
+    """
+    options = options or SelectionOptions()
+    if strategy not in STRATEGIES:
+        raise HydraError(f"--strategy {strategy}: must be one of {', '.join(STRATEGIES)}")
+    parse_ratio(ratio)
+    folder = None if isinstance(model, torch.nn.Module) else resolve_hf_folder(model, revision)
+    identity = model_identity_from_hf(
+        model if folder is None else folder,
+        name="" if folder is None else str(model),
+        revision=revision,
+    )
+    context = Context(identity, ratio, seed, options)
+    chosen = STRATEGIES[strategy]
+    if not chosen.stages(options):
+        return _finish(context, strategy, chosen, None)
+    ranks = Ranks()
+    try:
+        tokenizer = tokenizer or (folder and _load_tokenizer(folder))
+        vocab_size = _vocab_size(model, folder)
+        prompts = _draw_prompts(tasks, tokenizer, vocab_size, options.num_prompts, seed)
+        runner = _load(model, folder, placement or Placement(), ranks)
+        options = _with_batch_size(options, runner)
+        context = dataclasses.replace(context, options=options)
+        inputs = _inputs_fingerprint(context, strategy, prompts, runner)
+        kept = Path(work_folder) / inputs.removeprefix("sha256:")[:16] if work_folder else None
+        bench = WorkBench(ranks, kept, show_progress)
+        try:
+            engine = EffectEngine(runner, bench, options.tokens_per_batch)
+            context = dataclasses.replace(context, engine=engine)
+            head_map = _measure(context, strategy, chosen, prompts)
+        finally:
+            bench.close()
+        bench.remove()
+        return head_map
+    finally:
+        ranks.close()
+
+
+def _measure(
+    context: Context, name: str, strategy: Strategy, prompts: dict[str, list[PromptPair]]
+) -> HeadMap:
+    options, engine = context.options, context.engine
+    assert engine is not None
+    for task, pairs in prompts.items():
+        engine.plan(task, pairs, strategy.stages(options))
+    solved = {
+        task: engine.solve(task, pairs, options.solved, options.min_prompts)
+        for task, pairs in prompts.items()
+    }
+    context = dataclasses.replace(context, prompts=solved)
+    assert strategy.score is not None
+    return _finish(context, name, strategy, strategy.score(context))
+
+
+def _finish(context: Context, name: str, strategy: Strategy, scored: Scored | None) -> HeadMap:
+    if scored is None and strategy.score is not None:
+        scored = strategy.score(context)
+    heads = strategy.choose(context, scored)
+    details: dict[str, Any] = {} if scored is None else dict(scored.details)
+    if scored is not None:
+        details["unified_score"] = scored.unified.tolist()
+    prompts = context.prompts
+    details["prompts"] = {task: _prompt_facts(solved) for task, solved in prompts.items()}
+    details["options"] = _options_dict(context.options)
+    return HeadMap(
+        model=context.model,
+        full_attention_heads=heads,
+        strategy=name,
+        ratio=context.ratio,
+        seed=context.seed,
+        granularity=context.options.constraints.granularity,
+        prompts_fingerprint=(
+            prompts_fingerprint({t: s.pairs for t, s in prompts.items()}) if prompts else ""
+        ),
+        scores={} if scored is None else {t: s.tolist() for t, s in scored.by_task.items()},
+        ranking=tuple(ranking_of(scored)),
+        details=details,
+    )
+
+
+def _prompt_facts(solved: Solved) -> dict[str, Any]:
+    return {
+        "drawn": len(solved.pairs),
+        "solved": len(solved.keep),
+        "dropped": len(solved.pairs) - len(solved.keep),
+        "clean_logit_difference": float(solved.clean.mean()),
+        "corrupted_logit_difference": float(solved.corrupted.mean()),
+    }
+
+
+def _options_dict(options: SelectionOptions) -> dict[str, Any]:
+    body = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    body["constraints"] = dataclasses.asdict(options.constraints)
+    body["task_weights"] = dict(options.task_weights)
+    body["effects"] = list(options.effects)
+    return body
+
+
+# -- inputs ----------------------------------------------------------------------------------------
+
+
+def _draw_prompts(
+    tasks: Sequence[str | Capability],
+    tokenizer: Any | None,
+    vocab_size: int,
+    count: int,
+    seed: int,
+) -> dict[str, list[PromptPair]]:
+    capabilities = [make_capability(t) if isinstance(t, str) else t for t in tasks]
+    names = [c.name for c in capabilities]
+    if not names:
+        raise HydraError("--tasks: at least one task is needed")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise HydraError(f"--tasks: {twice[0]} is given twice")
+    return {c.name: c.prompts(tokenizer, vocab_size, count, seed) for c in capabilities}
+
+
+def _with_batch_size(options: SelectionOptions, runner: DecoderRunner) -> SelectionOptions:
+    """Where no size was asked for, one that suits the device (a CPU's cache is small)."""
+    size = options.tokens_per_batch or (2048 if runner.device.type == "cpu" else 32768)
+    return dataclasses.replace(options, tokens_per_batch=size)
+
+
+def _inputs_fingerprint(
+    context: Context, strategy: str, prompts: dict[str, list[PromptPair]], runner: DecoderRunner
+) -> str:
+    """Hash of all that a partial result depends on."""
+    identity = dataclasses.asdict(context.model) | {"name": "", "revision": ""}
+    weights = runner.model.model.embed_tokens.weight
+    body = {
+        "model": identity,
+        "ratio": context.ratio,
+        "strategy": strategy,
+        "seed": context.seed,
+        "prompts": prompts_fingerprint(prompts),
+        "options": _options_dict(context.options),
+        "dtype": str(weights.dtype),
+        "device": weights.device.type,
+    }
+    return "sha256:" + hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _load(model: Any, folder: Path | None, placement: Placement, ranks: Ranks) -> DecoderRunner:
+    if folder is None:
+        return DecoderRunner(model)
+    import transformers
+
+    devices = placement.devices(ranks.local_rank)
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=placement.torch_dtype(devices), trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise HydraError(f"--hf-path {folder}: the model cannot be loaded: {error}") from None
+    if len(devices) > 1:
+        return DecoderRunner(loaded, devices)
+    return DecoderRunner(loaded.to(devices[0]))
+
+
+def _load_tokenizer(folder: Path) -> Any | None:
+    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise HydraError(f"{folder}: its tokenizer cannot be loaded: {error}") from None
+
+
+def _vocab_size(model: Any, folder: Path | None) -> int:
+    if folder is None:
+        return int(model.config.vocab_size)
+    size = read_config(folder).get("vocab_size")
+    if not isinstance(size, int):
+        raise HydraError(f"{folder / 'config.json'}: key 'vocab_size' is missing or no integer")
+    return size

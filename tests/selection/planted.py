@@ -1,0 +1,206 @@
+"""A transformer whose circuit is known, because its weights are written by hand.
+
+A Qwen3 with grouped-query attention that does induction in two steps. The residual stream is cut
+into blocks: a constant; ``CURRENT``, the code of the current token; ``P1`` and ``P2``, that of the
+previous token, each written by its own previous-token head (the senders); ``OUT``, read by the LM
+head; and for every head a block of junk that nothing reads. Induction heads (the receivers) match
+their ``CURRENT`` with the ``P`` of earlier positions and copy ``CURRENT`` from there to ``OUT``.
+One receiver is a redundant backup of half the strength. Everything else is a distractor that writes
+large vectors to its junk block; one of them, the decoy, attends as a receiver does, only more
+sharply.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import torch
+import transformers
+
+from megatron_hydra.selection.prompts import PromptPair
+
+LAYERS, HEADS, KV_HEADS, HEAD_DIM = 5, 6, 3, 32
+GROUP = HEADS // KV_HEADS
+CODE = 16
+CURRENT, P1, P2, OUT = (slice(1 + i * CODE, 1 + (i + 1) * CODE) for i in range(4))
+HIDDEN = 1 + 4 * CODE + LAYERS * HEADS * CODE
+THETA = 1e6
+MATCH_DIMS = [*range(8, 16), *range(24, 32)]
+"""Head dimensions whose rotary frequency is so low that codes match at any distance."""
+
+Head = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Planted:
+    """A model and where its circuit is.
+
+    Attributes:
+        senders: previous-token heads, for P1 and P2.
+        receivers: induction heads, the last being the backup.
+        decoy: attends as the receivers do, writes junk.
+    """
+
+    model: torch.nn.Module
+    senders: list[Head]
+    receivers: list[Head]
+    decoy: Head
+
+
+def codes() -> torch.Tensor:
+    """Orthogonal ±1 codes of 16 tokens (a Hadamard matrix), ``[16, 16]``."""
+    block = torch.ones(1, 1)
+    for _ in range(4):
+        block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
+    return block
+
+
+def plant(seed: int) -> Planted:
+    """A random placement, different for every seed: the senders below all receivers."""
+    generator = random.Random(seed)
+    config = transformers.Qwen3Config(
+        vocab_size=CODE,
+        hidden_size=HIDDEN,
+        intermediate_size=8,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+    )
+    model = transformers.Qwen3ForCausalLM(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        # QK-norm with a gain of 4: sharp attention, whatever the size of the residual stream.
+        gain = 4.0 if "q_norm" in name or "k_norm" in name else 1.0
+        parameter.fill_(gain if "norm" in name else 0.0)
+    model.model.embed_tokens.weight[:, 0] = 1.0
+    model.model.embed_tokens.weight[:, CURRENT] = codes()
+    model.lm_head.weight[:, OUT] = codes()
+    return _place(model, generator)
+
+
+def _place(model: torch.nn.Module, generator: random.Random) -> Planted:
+    border = generator.randint(1, LAYERS - 2)  # senders below it, receivers from it on
+    slots = {(layer, group) for layer in range(LAYERS) for group in range(KV_HEADS)}
+    senders, receivers = [], []
+    for block in (P1, P2):
+        layer, group = _take(generator, slots, range(border))
+        _write_group(model, layer, group, "previous", block, generator)
+        senders.append((layer, group * GROUP + generator.randrange(GROUP)))
+        _write_output(model, senders[-1], block, 1.0)
+    backup_layer = generator.randint(border, LAYERS - 1)
+    plans = [
+        (P1, range(border, LAYERS), 1.0),
+        (P2, range(border, LAYERS), 1.0),
+        (P1, range(backup_layer, backup_layer + 1), 0.5),
+    ]
+    siblings = []
+    for block, layers, strength in plans:
+        layer, group = _take(generator, slots, layers)
+        _write_group(model, layer, group, "match", block, generator)
+        first = generator.randrange(GROUP)
+        head = (layer, group * GROUP + first)
+        receivers.append(head)
+        _write_output(model, head, OUT, strength)
+        sibling = (layer, group * GROUP + (first + 1) % GROUP)
+        siblings.append(sibling)
+        _write_query(model, sibling, "uniform", block)
+        _write_output(model, sibling, _junk(sibling), generator.uniform(2, 4))
+    # It shares keys and values with a receiver, and so attends alike; but nobody reads what it
+    # writes.
+    decoy = generator.choice(siblings)
+    _write_query(model, decoy, "match", CURRENT, blunt=0.0)
+    _write_output(model, decoy, _junk(decoy), 3.0)
+    for layer, group in slots:
+        _write_group(model, layer, group, "distractor", CURRENT, generator)
+    return Planted(model, senders, receivers, decoy)
+
+
+def _junk(head: Head) -> slice:
+    """The block that a distractor writes to: its own, so that the stream's norm stays the same
+    whatever tokens it sees (else it would have a true effect, through the final norm).
+    """
+    first = 1 + (4 + head[0] * HEADS + head[1]) * CODE
+    return slice(first, first + CODE)
+
+
+def _take(generator: random.Random, slots: set[Head], layers: range) -> Head:
+    slot = generator.choice(sorted(s for s in slots if s[0] in layers))
+    slots.remove(slot)
+    return slot
+
+
+def _write_group(
+    model: torch.nn.Module,
+    layer: int,
+    group: int,
+    kind: str,
+    block: slice,
+    generator: random.Random,
+) -> None:
+    """Keys and values of a KV group, its heads' queries, and what its distractors write."""
+    attention = model.model.layers[layer].self_attn
+    rows = slice(group * HEAD_DIM, (group + 1) * HEAD_DIM)
+    value = attention.v_proj.weight[rows]
+    value[:CODE, CURRENT] = torch.eye(CODE)
+    key = attention.k_proj.weight[rows]
+    if kind == "match":
+        key[MATCH_DIMS, block] = torch.eye(CODE)
+    else:
+        # A key turned forward by `distance` steps: attends to the token that many steps back.
+        distance = 1 if kind == "previous" else generator.choice([0, 2, 3])
+        angles = distance * THETA ** (-torch.arange(4) / (HEAD_DIM / 2))
+        key[:4, 0], key[16:20, 0] = angles.cos(), angles.sin()
+    for head in range(group * GROUP, (group + 1) * GROUP):
+        _write_query(model, (layer, head), kind, block)
+        if kind == "distractor":
+            _write_output(model, (layer, head), _junk((layer, head)), generator.uniform(2, 4))
+
+
+def _write_query(
+    model: torch.nn.Module, head: Head, kind: str, block: slice, blunt: float = 40.0
+) -> None:
+    layer, h = head
+    query = model.model.layers[layer].self_attn.q_proj.weight[h * HEAD_DIM : (h + 1) * HEAD_DIM]
+    query.zero_()
+    if kind == "match":
+        # A constant beside the code takes its share of the norm: the match counts for less.
+        query[MATCH_DIMS, CURRENT] = torch.eye(CODE)
+        query[0, 0] = blunt
+    elif kind != "uniform":
+        query[:4, 0] = 1.0
+
+
+def _write_output(model: torch.nn.Module, head: Head, block: slice, strength: float) -> None:
+    layer, h = head
+    output = model.model.layers[layer].self_attn.o_proj.weight
+    columns = output[:, h * HEAD_DIM : (h + 1) * HEAD_DIM]
+    columns.zero_()
+    columns[block, :CODE] = strength * torch.eye(CODE)
+
+
+def induction_pairs(count: int, seed: int) -> list[PromptPair]:
+    """A begin token, eleven others, and one of them again; corrupted: it and another exchanged."""
+    generator = random.Random(seed)
+    pairs = []
+    while len(pairs) < count:
+        segment = generator.sample(range(1, CODE), 11)
+        # The last tokens stay, so that heads that look a few steps back see no difference.
+        asked, other = sorted(generator.sample(range(8), 2))
+        if other - asked < 2:
+            continue
+        exchanged = list(segment)
+        exchanged[asked], exchanged[other] = segment[other], segment[asked]
+        query = segment[asked]
+        pairs.append(
+            PromptPair(
+                (0, *segment, query),
+                (0, *exchanged, query),
+                answer=segment[asked + 1],
+                wrong=segment[other + 1],
+            )
+        )
+    return pairs

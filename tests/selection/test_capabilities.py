@@ -1,0 +1,125 @@
+"""Every generator, with a byte and with a BPE tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.selection import DEFAULT_TASKS, PromptPair, register_capability
+from megatron_hydra.selection.capabilities import FILLER, NOUNS, make_capability
+from tests.selection.helpers import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> list[Any]:
+    texts = [" ".join(NOUNS), FILLER, "The special magic number for is 12345. " * 3]
+    return [byte_tokenizer(), byte_tokenizer(texts, merges=200)]
+
+
+@pytest.mark.parametrize("task", [*DEFAULT_TASKS, "needle_multi:haystack=filler,keys=6,tokens=400"])
+def test_pairs_are_aligned_reproducible_and_differ_little(task: str, tokenizers: list[Any]) -> None:
+    for tokenizer in tokenizers:
+        capability = make_capability(task)
+        pairs = capability.prompts(tokenizer, len(tokenizer), 6, seed=1)
+        assert len(set(pairs)) == 6
+        assert pairs == make_capability(task).prompts(tokenizer, len(tokenizer), 6, seed=1)
+        assert pairs != make_capability(task).prompts(tokenizer, len(tokenizer), 6, seed=2)
+        for pair in pairs:
+            changed = sum(a != b for a, b in zip(pair.clean, pair.corrupted, strict=True))
+            assert 0 < changed <= 16
+
+
+def test_the_clean_prompt_holds_the_fact_and_the_corrupted_one_does_not(tokenizers) -> None:
+    tokenizer = tokenizers[0]
+    for pair in make_capability("needle_single").prompts(tokenizer, len(tokenizer), 4, 0):
+        clean, corrupted = tokenizer.decode(pair.clean), tokenizer.decode(pair.corrupted)
+        question = clean.rsplit("number for ", 1)[1]
+        fact = f"number for {question.split(' is')[0]} is"
+        begun = question.split(" is")[1]  # digits that both answers share
+        assert fact + begun + tokenizer.decode([pair.answer]) in clean[: -len(question)]
+        assert fact + begun + tokenizer.decode([pair.wrong]) in corrupted[: -len(question)]
+    for pair in make_capability("code").prompts(tokenizer, len(tokenizer), 4, 0):
+        clean, corrupted = tokenizer.decode(pair.clean), tokenizer.decode(pair.corrupted)
+        name = clean.split("assert ")[1].split(" ==")[0]
+        begun = clean.split("==")[1]
+        assert f" {name} ={begun}{tokenizer.decode([pair.answer])}" in clean
+        assert f" {name} ={begun}{tokenizer.decode([pair.wrong])}" in corrupted
+
+
+def test_needle_prompts_have_about_the_asked_length(tokenizers) -> None:
+    for haystack in ("noise", "filler"):
+        task = make_capability(f"needle_single:tokens=600,haystack={haystack}")
+        for pair in task.prompts(tokenizers[1], len(tokenizers[1]), 3, 0):
+            assert 500 < len(pair.clean) < 750
+
+
+def test_a_haystack_of_the_users_text(tmp_path: Path, tokenizers) -> None:
+    (tmp_path / "book.txt").write_text("call me ishmael some years ago " * 200)
+    task = f"needle_multi:haystack=text,path={tmp_path / 'book.txt'},tokens=300"
+    pair = make_capability(task).prompts(tokenizers[0], len(tokenizers[0]), 1, 0)[0]
+    assert "ishmael" in tokenizers[0].decode(pair.clean)
+    missing = make_capability(f"needle_single:haystack=text,path={tmp_path / 'none'}")
+    with pytest.raises(HydraError, match=r"none' cannot be read"):
+        missing.prompts(tokenizers[0], len(tokenizers[0]), 1, 0)
+
+
+def test_induction_needs_no_tokenizer() -> None:
+    for pair in make_capability("induction:length=8").prompts(None, 20, 10, 0):
+        segment, tail = pair.clean[:8], pair.clean[8:]
+        assert len(set(segment)) == 8
+        assert segment[: len(tail)] == tail
+        assert segment[len(tail)] == pair.answer
+        there = pair.corrupted[:8].index(tail[-1])
+        assert pair.corrupted[there + 1] == pair.wrong
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("nothing", "no such task; there are arithmetic, code"),
+        ("induction:lenght=3", "no option 'lenght'; there are length"),
+        ("needle_multi:keys=1", "keys must be a number of at least 2"),
+        ("needle_multi:keys=999", "keys can be at most 40"),
+        ("needle_multi:keys", "'keys' is not key=value"),
+        ("needle_single:haystack=hay", "haystack must be one of"),
+        ("needle_single:haystack=text", "needs path=FILE"),
+        ("jsonl", "write jsonl:PATH"),
+    ],
+)
+def test_tasks_that_cannot_be_are_refused_by_name(task: str, message: str) -> None:
+    with pytest.raises(HydraError, match=message):
+        make_capability(task)
+
+
+def test_what_a_model_lacks_is_said(tmp_path: Path, tokenizers) -> None:
+    with pytest.raises(HydraError, match="no tokenizer"):
+        make_capability("facts").prompts(None, 300, 2, 0)
+    with pytest.raises(HydraError, match="at most the 10 tokens"):
+        make_capability("induction").prompts(None, 10, 2, 0)
+    (tmp_path / "p.jsonl").write_text(
+        '{"clean": [1, 900], "corrupted": [1, 2], "answer": 3, "wrong_answer": 4}'
+    )
+    with pytest.raises(HydraError, match="token id 900 is outside the model's vocabulary of 50"):
+        make_capability(f"jsonl:{tmp_path / 'p.jsonl'}").prompts(None, 50, 2, 0)
+    # Ten two-digit sums are all there are; eleven different prompts cannot be drawn.
+    with pytest.raises(HydraError, match="could be aligned"):
+        make_capability("arithmetic").prompts(tokenizers[0], 10, 2, 0)
+
+
+def test_a_registered_capability_is_a_task() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Fixed:
+        name: str
+        token: int
+
+        def prompts(self, tokenizer, vocab_size, count, seed) -> list[PromptPair]:
+            return [PromptPair((self.token, 1), (self.token, 2), 3, 4)]
+
+    register_capability("fixed", lambda task, options: Fixed(task, int(options["token"])))
+    capability = make_capability("fixed:token=7")
+    assert capability.name == "fixed:token=7"
+    assert capability.prompts(None, 10, 1, 0)[0].clean == (7, 1)

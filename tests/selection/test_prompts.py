@@ -1,0 +1,118 @@
+"""Aligned pairs, batches, JSONL."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.selection.prompts import (
+    PromptPair,
+    make_batches,
+    pair_from_ids,
+    pair_from_text,
+    prompts_fingerprint,
+    read_jsonl,
+    text_encoder,
+)
+from tests.selection.helpers import byte_tokenizer, random_pairs
+
+
+def test_a_pair_must_be_aligned_and_different() -> None:
+    with pytest.raises(HydraError, match="not aligned: 2 against 1"):
+        PromptPair((1, 2), (1,), 3, 4)
+    with pytest.raises(HydraError, match="the same"):
+        PromptPair((1, 2), (1, 2), 3, 4)
+    with pytest.raises(HydraError, match="same token"):
+        PromptPair((1, 2), (1, 3), 4, 4)
+    assert PromptPair((1, 2, 3), (1, 5, 3), 3, 4).first_difference == 1
+
+
+def test_answers_of_several_tokens_are_asked_where_they_differ() -> None:
+    pair = pair_from_ids([1, 2], [1, 3], [7, 8, 9], [7, 8, 4, 5])
+    assert pair == PromptPair((1, 2, 7, 8), (1, 3, 7, 8), 9, 4)
+    assert pair_from_ids([1, 2], [1, 3], [7, 8], [7]) is None
+    assert pair_from_ids([1, 2], [1, 2], [7], [8]) is None
+    assert pair_from_ids([1, 2], [1], [7], [8]) is None
+
+
+def test_text_pairs_decode_to_their_text() -> None:
+    tokenizer = byte_tokenizer()
+    encode = text_encoder(tokenizer)
+    pair = pair_from_text(encode, "code 471 is", "code 983 is", " 471", " 479")
+    assert pair is not None
+    assert tokenizer.decode(pair.clean) == "code 471 is 47"
+    assert tokenizer.decode(pair.corrupted) == "code 983 is 47"
+    assert tokenizer.decode([pair.answer, pair.wrong]) == "19"
+    assert pair_from_text(encode, "ab", "abc", "d", "e") is None
+
+
+def test_batches_hold_every_kept_pair_once_and_respect_the_size() -> None:
+    pairs = random_pairs([9, 30, 12, 9, 30, 14, 10], first=2)
+    keep = [0, 1, 2, 4, 5, 6]
+    batches = make_batches(pairs, 70, keep)
+    assert sorted(i for batch in batches for i in batch.index) == keep
+    for batch in batches:
+        assert len(batch.index) == 1 or 2 * batch.clean.numel() <= 70
+        assert batch.shared_prefix == min(pairs[i].first_difference for i in batch.index)
+        for row, i in enumerate(batch.index):
+            length = int(batch.answer_position[row]) + 1
+            assert tuple(batch.clean[row, :length].tolist()) == pairs[i].clean
+            assert tuple(batch.corrupted[row, :length].tolist()) == pairs[i].corrupted
+            assert torch.equal(batch.answer[row], torch.tensor(pairs[i].answer))
+    assert any(len(batch.index) > 1 for batch in batches)
+
+
+def test_the_fingerprint_sees_every_token() -> None:
+    pairs = random_pairs([5, 6])
+    changed = [pairs[0], PromptPair(pairs[1].clean, pairs[1].corrupted, 1, 2)]
+    assert prompts_fingerprint({"a": pairs}) == prompts_fingerprint({"a": list(pairs)})
+    assert prompts_fingerprint({"a": pairs}) != prompts_fingerprint({"a": changed})
+    assert prompts_fingerprint({"a": pairs}) != prompts_fingerprint({"b": pairs})
+
+
+def write(path: Path, *rows: dict) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
+    return path
+
+
+def test_jsonl_takes_text_and_ids(tmp_path: Path) -> None:
+    ids = {"clean": [1, 2, 3], "corrupted": [1, 4, 3], "answer": 5, "wrong_answer": [6]}
+    text = {"clean": "a=1 a=", "corrupted": "a=2 a=", "answer": "1", "wrong_answer": "2"}
+    path = write(tmp_path / "p.jsonl", ids, text)
+    first, second = read_jsonl(path, text_encoder(byte_tokenizer()))
+    assert first == PromptPair((1, 2, 3), (1, 4, 3), 5, 6)
+    assert len(second.clean) == 6
+
+
+GOOD = {"clean": [1, 2], "corrupted": [1, 3], "answer": 2, "wrong_answer": 3}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"clean": [1]}, "line 1: needs an object with the fields clean, corrupted"),
+        (GOOD | {"corrupted": [1]}, "line 1: clean and corrupted must have the same number"),
+        (GOOD | {"answer": 3}, "neither answer may be"),
+        (GOOD | {"answer": [-1]}, "line 1: answer: needs token ids"),
+        (GOOD | {"clean": "text"}, "line 1: clean: needs token ids"),
+        (dict.fromkeys(GOOD, "text"), "the model folder has no tokenizer"),
+    ],
+)
+def test_jsonl_errors_name_the_line(tmp_path: Path, row: dict, message: str) -> None:
+    with pytest.raises(HydraError, match=message):
+        read_jsonl(write(tmp_path / "p.jsonl", row), None)
+
+
+def test_jsonl_files_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(HydraError, match=r"none\.jsonl cannot be read"):
+        read_jsonl(tmp_path / "none.jsonl", None)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(HydraError, match="no prompts in the file"):
+        read_jsonl(tmp_path / "empty.jsonl", None)
+    (tmp_path / "bad.jsonl").write_text("\n{")
+    with pytest.raises(HydraError, match="line 2: not valid JSON"):
+        read_jsonl(tmp_path / "bad.jsonl", None)

@@ -1,0 +1,287 @@
+"""From model to map: strategies, prompts that count, resuming, the commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.head_map import HeadMap
+from megatron_hydra.selection import (
+    STRATEGIES,
+    Constraints,
+    Placement,
+    PromptPair,
+    SelectionOptions,
+    patching,
+    select_heads,
+)
+from tests.selection.helpers import tiny_model
+from tests.selection.planted import Planted, induction_pairs, plant
+from tools import head_map as head_map_tool
+from tools import select_heads as select_heads_tool
+
+OPTIONS = SelectionOptions(num_prompts=8, min_prompts=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Fixed pairs as a capability."""
+
+    name: str
+    pairs: list[PromptPair]
+
+    def prompts(self, tokenizer: Any, vocab_size: int, count: int, seed: int) -> list[PromptPair]:
+        return self.pairs[:count]
+
+
+ONE_EACH = SelectionOptions(constraints=Constraints(min_per_layer=1))
+TASK = Pairs("planted", induction_pairs(8, 0))
+
+
+@pytest.fixture(scope="module")
+def planted() -> Planted:
+    return plant(0)
+
+
+@pytest.fixture(scope="module")
+def folder(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    planted.model.save_pretrained(path)
+    rows = [
+        {"clean": p.clean, "corrupted": p.corrupted, "answer": p.answer, "wrong_answer": p.wrong}
+        for p in TASK.pairs
+    ]
+    (path / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def heads_of(head_map: HeadMap) -> set[tuple[int, int]]:
+    return {(layer, h) for layer, hs in enumerate(head_map.full_attention_heads) for h in hs}
+
+
+def test_interp_chooses_the_planted_circuit(planted: Planted) -> None:
+    head_map = select_heads(planted.model, ratio="5:1", tasks=[TASK], options=OPTIONS)
+    assert heads_of(head_map) == set(planted.receivers + planted.senders)
+    assert head_map.strategy == "interp"
+    assert head_map.prompts_fingerprint.startswith("sha256:")
+    assert np.array(head_map.scores["planted"]).shape == (5, 6)
+    task = head_map.details["tasks"]["planted"]
+    assert task["receivers"] == sorted(map(list, planted.receivers))
+    assert set(task["effects"]) == {
+        *("direct", "total", "attribution"),
+        *("sender_q", "sender_k", "sender_v", "sender_qkv"),
+    }
+    # The softmaxes are saturated here, so the first order misses the senders: no bound to test.
+    assert -1 <= task["attribution_spearman"]["total"] <= 1
+    facts = head_map.details["prompts"]["planted"]
+    assert (facts["drawn"], facts["solved"], facts["dropped"]) == (8, 8, 0)
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_every_strategy_gives_a_reproducible_map(strategy: str, planted: Planted) -> None:
+    def run(seed: int) -> HeadMap:
+        return select_heads(
+            planted.model,
+            ratio="5:1",
+            strategy=strategy,
+            tasks=[TASK],
+            seed=seed,
+            options=dataclasses.replace(
+                OPTIONS, attribution=False, senders=False, effects=("direct",)
+            ),
+        )
+
+    first = run(1)
+    assert first.to_dict() == run(1).to_dict()
+    expected = 6 if strategy == "layerwise" else 5
+    assert first.num_full_attention == expected
+    if strategy in ("uniform", "per_layer_quota"):
+        assert [len(x) for x in first.full_attention_heads] == [1] * 5
+    if strategy in ("random", "uniform"):
+        assert heads_of(first) != heads_of(run(2))
+    if strategy == "attribution":
+        spearman = first.details["tasks"]["planted"]["attribution_spearman"]["total"]
+        assert -1 <= spearman <= 1
+    if strategy == "attention_mass":
+        assert planted.decoy in heads_of(first)
+
+
+def test_the_map_does_not_depend_on_the_name_of_a_path(folder: Path, planted: Planted) -> None:
+    """From the folder or from the loaded model: same identity, same map, but for the name."""
+    by_path = select_heads(folder, ratio="5:1", tasks=[TASK], options=OPTIONS)
+    by_model = select_heads(planted.model, ratio="5:1", tasks=[TASK], options=OPTIONS)
+    by_path.check_model(by_model.model)
+    assert by_path.to_dict() | {"model": 0} == by_model.to_dict() | {"model": 0}
+
+
+def test_prompts_that_the_model_does_not_solve_are_dropped_and_counted(planted: Planted) -> None:
+    spoilt = [dataclasses.replace(p, answer=p.wrong, wrong=p.answer) for p in TASK.pairs[:3]]
+    task = Pairs("mixed", spoilt + TASK.pairs[3:])
+    head_map = select_heads(planted.model, ratio="5:1", tasks=[task], options=OPTIONS)
+    facts = head_map.details["prompts"]["mixed"]
+    assert (facts["drawn"], facts["solved"], facts["dropped"]) == (8, 5, 3)
+    good = Pairs("mixed", TASK.pairs[3:])
+    alone = select_heads(planted.model, ratio="5:1", tasks=[good], options=OPTIONS)
+    np.testing.assert_allclose(head_map.scores["mixed"], alone.scores["mixed"], atol=1e-5)
+    strict = dataclasses.replace(OPTIONS, min_prompts=6)
+    with pytest.raises(HydraError, match="mixed: the model solves 5 of 8 prompts, at least 6"):
+        select_heads(planted.model, tasks=[task], options=strict)
+
+
+def test_a_killed_run_continues_to_the_same_map(
+    planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of the total effects; the second start computes only what is left."""
+    options = dataclasses.replace(OPTIONS, tokens_per_batch=440, senders=False)
+    expected = select_heads(planted.model, ratio="5:1", tasks=[TASK], options=options)
+    real, layers = patching.total_effects, []
+
+    def counted(*args: Any, die_after: int = 10_000) -> Iterator:
+        for result in real(*args):
+            layers.append(result[0])
+            yield result
+            if len(layers) == die_after:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(patching, "total_effects", lambda *a: counted(*a, die_after=7))
+    again = {"ratio": "5:1", "tasks": [TASK], "options": options, "work_folder": tmp_path / "work"}
+    with pytest.raises(KeyboardInterrupt):
+        select_heads(planted.model, **again)
+    (kept,) = (tmp_path / "work").iterdir()
+    assert len(list(kept.glob("total-*.safetensors"))) == 7
+    layers.clear()
+    monkeypatch.setattr(patching, "total_effects", counted)
+    assert select_heads(planted.model, **again).to_dict() == expected.to_dict()
+    batches = 2  # of four prompts: 440 / 4 tokens hold four pairs of 13
+    assert len(layers) == 5 * batches - 7
+    assert not (tmp_path / "work").exists()
+
+
+def test_results_for_other_inputs_are_not_used(planted: Planted, tmp_path: Path) -> None:
+    options = {"ratio": "5:1", "tasks": [TASK]}
+    (tmp_path / "work" / "0123456789abcdef").mkdir(parents=True)
+    select_heads(planted.model, **options, options=OPTIONS, work_folder=tmp_path / "work")
+    assert [p.name for p in (tmp_path / "work").iterdir()] == ["0123456789abcdef"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strategy": "best"}, "--strategy best: must be one of interp"),
+        ({"ratio": "7"}, "ratio '7' is not understood"),
+        ({"tasks": []}, "at least one task"),
+        ({"tasks": [TASK, TASK]}, "planted is given twice"),
+        ({"tasks": ["facts"]}, "no tokenizer"),
+        ({"strategy": "layerwise", "options": ONE_EACH}, "layerwise takes no"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments: dict, message: str, planted: Planted) -> None:
+    with pytest.raises(HydraError, match=message):
+        select_heads(planted.model, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solved": "yes"}, "--solved yes"),
+        ({"effects": ("indirect",)}, "--effects"),
+        ({"effects": ("total",)}, "--receiver-effect direct"),
+        ({"min_prompts": 0}, "--min-prompts 0"),
+        ({"check_heads": 1}, "--check-heads"),
+    ],
+)
+def test_options_that_contradict_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(HydraError, match=message):
+        SelectionOptions(**options)
+
+
+def test_answers_outside_the_context_give_no_attention_mass(planted: Planted) -> None:
+    absent = [next(t for t in range(16) if t not in p.clean + p.corrupted) for p in TASK.pairs]
+    pairs = [dataclasses.replace(p, answer=a) for p, a in zip(TASK.pairs, absent, strict=True)]
+    options = dataclasses.replace(OPTIONS, solved="off", min_prompts=1)
+    with pytest.raises(HydraError, match="no answer occurs in its prompt"):
+        select_heads(
+            planted.model, strategy="attention_mass", tasks=[Pairs("t", pairs)], options=options
+        )
+
+
+def test_sliding_window_models_are_refused() -> None:
+    model = tiny_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    with pytest.raises(HydraError, match="sliding-window"):
+        select_heads(model, tasks=["induction"])
+
+
+def test_placement_errors_name_the_flag() -> None:
+    with pytest.raises(HydraError, match="--device nowhere"):
+        Placement(device="nowhere").devices(0)
+    with pytest.raises(HydraError, match="--dtype fp8"):
+        Placement(dtype="fp8").torch_dtype([])
+
+
+# -- the commands ------------------------------------------------------------------------------
+
+
+def run(tool: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+    return tool.main()
+
+
+def test_select_heads_command(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "maps" / "map.json"
+    arguments = ["--hf-path", folder, "--ratio", "5:1", "--output", output]
+    arguments += ["--tasks", f"jsonl:{folder / 'prompts.jsonl'}", "induction:length=10"]
+    arguments += [
+        "--num-prompts",
+        8,
+        "--min-prompts",
+        4,
+        "--task-weight",
+        "induction:length=10=0.5",
+    ]
+    assert run(select_heads_tool, monkeypatch, *arguments) == 0
+    head_map = HeadMap.load(output)
+    assert set(head_map.scores) == {"jsonl:prompts.jsonl", "induction:length=10"}
+    assert head_map.details["options"]["task_weights"] == {"induction:length=10": 0.5}
+    assert {p.name for p in output.parent.iterdir()} == {
+        "map.json",
+        *(f"map_{w}.png" for w in ("capabilities", "overlap", "unified", "distribution", "layers")),
+    }
+    assert all(p.read_bytes()[:4] == b"\x89PNG" for p in output.parent.glob("*.png"))
+    before = output.read_bytes()
+    capsys.readouterr()
+    assert run(select_heads_tool, monkeypatch, *arguments) == 2
+    assert "exists; give --force" in capsys.readouterr().err
+    assert run(select_heads_tool, monkeypatch, *arguments, "--force", "--no-pictures") == 0
+    assert output.read_bytes() == before
+
+
+def test_head_map_command(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    maps = []
+    for seed in (1, 2):
+        maps.append(tmp_path / f"{seed}.json")
+        select_heads(folder, ratio="5:1", strategy="random", seed=seed).save(maps[-1])
+    assert run(head_map_tool, monkeypatch, "show", maps[0]) == 0
+    assert "5 layers, 6 query heads on 3 KV heads" in capsys.readouterr().out
+    assert run(head_map_tool, monkeypatch, "diff", maps[0], maps[0]) == 0
+    assert run(head_map_tool, monkeypatch, "diff", *maps) == 1
+    assert f"only in {maps[1]}" in capsys.readouterr().out
+    assert run(head_map_tool, monkeypatch, "validate", maps[0], "--hf-path", folder) == 0
+    tiny_model("qwen3").save_pretrained(tmp_path / "other")
+    other = ["validate", maps[0], "--hf-path", tmp_path / "other"]
+    assert run(head_map_tool, monkeypatch, *other) == 2
+    assert "its num_layers is 5, that of" in capsys.readouterr().err
+    maps[1].write_text("{")
+    assert run(head_map_tool, monkeypatch, "validate", maps[1]) == 2
+    assert f"{maps[1]} is not valid JSON" in capsys.readouterr().err

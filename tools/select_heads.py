@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""Decide which query heads of a dense model keep full attention, and write the head map."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_hydra.errors import HydraError, command
+from megatron_hydra.selection import (
+    DEFAULT_TASKS,
+    STRATEGIES,
+    Constraints,
+    Placement,
+    SelectionOptions,
+    select_heads,
+)
+from megatron_hydra.selection.capabilities import task_names
+from megatron_hydra.selection.plots import draw_head_map
+from megatron_hydra.selection.work import is_first_rank
+
+EXAMPLES = """\
+examples:
+  tools/select_heads.py --hf-path Qwen/Qwen3-1.7B --ratio 7:1 --output maps/qwen3-1.7b.json
+  tools/select_heads.py --hf-path models/tiny --tasks induction jsonl:my_prompts.jsonl --output
+  map.json tools/select_heads.py --hf-path models/tiny --strategy random --seed 3 --output
+  random-3.json torchrun --nproc-per-node 8 tools/select_heads.py --hf-path Qwen/Qwen3-32B --output
+  map.json
+
+A killed run continues where it stopped when it is started again with the same arguments.
+A JSONL task has one object a line: clean, corrupted, answer, wrong_answer (strings or token ids).
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    strategies = "; ".join(f"{name}: {s.help}" for name, s in STRATEGIES.items())
+    defaults = SelectionOptions()
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--hf-path", required=True, help="Hugging Face folder or Hub name (Qwen3, Qwen2, Llama)")
+    add("--revision", default="", help="Hub revision")
+    add("--output", required=True, type=Path, help="the head map to write (JSON)")
+    add("--ratio", default="7:1", help="GDN:FA heads as r:1, or dense, or all-gdn (default 7:1)")
+    add("--strategy", default="interp", choices=list(STRATEGIES), help=strategies)
+    add(
+        "--tasks",
+        nargs="+",
+        default=list(DEFAULT_TASKS),
+        metavar="TASK",
+        help=f"name or name:key=value,...; names: {', '.join(task_names())} "
+        f"(default {' '.join(DEFAULT_TASKS)})",
+    )
+    add("--task-weight", nargs="+", default=[], metavar="TASK=W", help="weights in the fusion")
+    add("--seed", type=int, default=0, help="of prompts and random choices (default 0)")
+    prompts = parser.add_argument_group("prompts").add_argument
+    prompts("--num-prompts", type=int, default=defaults.num_prompts, help="drawn for each task")
+    prompts("--min-prompts", type=int, default=defaults.min_prompts, help="fewer solved: an error")
+    prompts(
+        "--solved",
+        default=defaults.solved,
+        choices=["top1", "pair", "off"],
+        help="a prompt counts if the answer is the likeliest token (top1), or preferred to "
+        "the wrong one in the clean run and not in the corrupted one (pair), or always (off)",
+    )
+    causal = parser.add_argument_group("causal effects (interp, per_layer_quota)").add_argument
+    causal("--effects", nargs="+", default=list(defaults.effects), choices=["direct", "total"])
+    causal("--receiver-effect", default=defaults.receiver_effect, choices=["direct", "total"])
+    causal("--num-receivers", type=int, help="at most so many a task (default: the FA heads)")
+    causal("--no-senders", action="store_true", help="no path patching")
+    causal(
+        "--sender-weight", type=float, default=defaults.sender_weight, help="beside receivers' 1"
+    )
+    causal("--no-attribution", action="store_true", help="no first-order estimate beside")
+    causal("--check-heads", type=int, default=defaults.check_heads, help="for attribution")
+    limits = parser.add_argument_group("constraints").add_argument
+    limits("--granularity", default="query_head", choices=["query_head", "kv_group"])
+    limits("--min-per-layer", type=int, default=0, help="FA heads in every layer, at least")
+    limits("--max-per-layer", type=int, help="FA heads in every layer, at most")
+    limits(
+        "--kv-group-bonus",
+        type=float,
+        default=0.0,
+        help="added to heads whose KV group has an FA head already, in standard deviations",
+    )
+    machine = parser.add_argument_group("machine").add_argument
+    machine("--device", default="auto", help="auto, cpu, cuda:0, ...")
+    machine("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
+    machine("--gpus-per-process", type=int, default=1, help="spread one copy over several GPUs")
+    machine(
+        "--tokens-per-batch",
+        type=int,
+        default=defaults.tokens_per_batch,
+        help="positions computed at a time (default 2048 on a CPU, 32768 on a GPU)",
+    )
+    add("--no-pictures", action="store_true", help="write the map only")
+    add("--force", action="store_true", help="overwrite an existing output")
+    return parser
+
+
+def _options(args: argparse.Namespace) -> SelectionOptions:
+    weights = {}
+    for text in args.task_weight:
+        name, _, value = text.rpartition("=")
+        try:
+            weights[name] = float(value)
+        except ValueError:
+            raise HydraError(f"--task-weight {text}: write TASK=NUMBER") from None
+    return SelectionOptions(
+        num_prompts=args.num_prompts,
+        min_prompts=args.min_prompts,
+        solved=args.solved,
+        effects=tuple(dict.fromkeys(args.effects)),
+        receiver_effect=args.receiver_effect,
+        senders=not args.no_senders,
+        sender_weight=args.sender_weight,
+        num_receivers=args.num_receivers,
+        attribution=not args.no_attribution,
+        check_heads=args.check_heads,
+        task_weights=weights,
+        constraints=Constraints(
+            args.granularity, args.min_per_layer, args.max_per_layer, args.kv_group_bonus
+        ),
+        tokens_per_batch=args.tokens_per_batch,
+    )
+
+
+@command
+def main() -> int:
+    """Read the command line, select, write the map and its pictures."""
+    args = _parser().parse_args()
+    # Only rank 0 writes, and it may have done so before another rank has started.
+    if is_first_rank() and args.output.exists() and not args.force:
+        raise HydraError(f"--output {args.output} exists; give --force to overwrite it")
+    head_map = select_heads(
+        args.hf_path,
+        ratio=args.ratio,
+        strategy=args.strategy,
+        tasks=args.tasks,
+        seed=args.seed,
+        revision=args.revision,
+        options=_options(args),
+        placement=Placement(args.device, args.dtype, args.gpus_per_process),
+        work_folder=args.output.with_name(args.output.name + ".work"),
+        show_progress=True,
+    )
+    if is_first_rank():
+        head_map.save(args.output)
+        for task, facts in head_map.details["prompts"].items():
+            print(f"{task}: {facts['solved']} of {facts['drawn']} prompts solved")
+        print(f"{args.output}: {head_map.num_full_attention} full-attention heads")
+        if not args.no_pictures:
+            for picture in draw_head_map(head_map, args.output.with_suffix("")):
+                print(picture)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
