@@ -1,0 +1,271 @@
+"""Name maps as data: which Hugging Face tensors make which canonical tensor, family by family.
+
+A row of a table reads: canonical key, how, Hugging Face names. Which rows a model uses follows from
+:func:`~megatron_hydra.checkpoint.canonical.canonical_shapes`; a canonical key that no row covers,
+or a Hugging Face tensor that no row asks for, is an error in :mod:`.hf_io`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from megatron_hydra.checkpoint.canonical import Shape, canonical_shapes
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.errors import HydraError
+
+if TYPE_CHECKING:
+    import torch
+
+# -- how a tensor is rearranged ------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One way in which Hugging Face tensors and a canonical tensor correspond; exact both ways.
+
+    Attributes:
+        to_canonical: (HF tensors, canonical shape) -> canonical tensor.
+        to_hf: canonical tensor -> HF tensors, contiguous.
+        hf_shapes: canonical shape -> HF shapes.
+    """
+
+    to_canonical: Callable[[Sequence[torch.Tensor], Shape], torch.Tensor]
+    to_hf: Callable[[torch.Tensor], list[torch.Tensor]]
+    hf_shapes: Callable[[Shape], list[Shape]]
+
+
+def _concatenate(parts: Sequence[torch.Tensor], shape: Shape) -> torch.Tensor:
+    import torch
+
+    return torch.cat(list(parts), dim=0)
+
+
+SAME = Form(
+    to_canonical=lambda parts, shape: parts[0],
+    to_hf=lambda tensor: [tensor.contiguous()],
+    hf_shapes=lambda shape: [shape],
+)
+"""The tensor as it is."""
+
+HEADS = Form(
+    to_canonical=lambda parts, shape: parts[0].reshape(shape),
+    to_hf=lambda tensor: [tensor.reshape(-1, *tensor.shape[2:]).contiguous()],
+    hf_shapes=lambda shape: [(shape[0] * shape[1], *shape[2:])],
+)
+"""``[n·d, …]`` <-> ``[n, d, …]``: rows, head after head."""
+
+HEAD_COLUMNS = Form(
+    to_canonical=lambda parts, shape: (
+        parts[0].reshape(shape[1], shape[0], shape[2]).transpose(0, 1).contiguous()
+    ),
+    to_hf=lambda tensor: [tensor.transpose(0, 1).reshape(tensor.shape[1], -1).contiguous()],
+    hf_shapes=lambda shape: [(shape[1], shape[0] * shape[2])],
+)
+"""``[D, H·d]`` <-> ``[H, D, d]``: columns, head after head (the output projection)."""
+
+GATE_AND_UP = Form(
+    to_canonical=_concatenate,
+    to_hf=lambda tensor: [part.contiguous() for part in tensor.chunk(2, dim=0)],
+    hf_shapes=lambda shape: [(shape[0] // 2, *shape[1:])] * 2,
+)
+"""``[F, D]``, ``[F, D]`` <-> ``[2F, D]``: gate rows, then up rows."""
+
+CHANNELS = Form(
+    to_canonical=lambda parts, shape: parts[0].reshape(shape),
+    to_hf=lambda tensor: [tensor.reshape(-1, 1, tensor.shape[2]).contiguous()],
+    hf_shapes=lambda shape: [(shape[0] * shape[1], 1, shape[2])],
+)
+"""``[n·d, 1, W]`` <-> ``[n, d, W]``: the kernels of a depthwise convolution."""
+
+
+# -- the tables ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a name map."""
+
+    canonical: str
+    form: Form
+    hf: tuple[str, ...]
+
+
+def _rows(*rows: tuple[str, Form, str]) -> tuple[Row, ...]:
+    return tuple(Row(canonical, form, tuple(names.split())) for canonical, form, names in rows)
+
+
+GLOBAL = _rows(
+    ("embedding.word_embeddings.weight", SAME, "model.embed_tokens.weight"),
+    ("decoder.final_layernorm.weight", SAME, "model.norm.weight"),
+    ("output_layer.weight", SAME, "lm_head.weight"),
+)
+
+BLOCK = _rows(
+    ("input_layernorm.weight", SAME, "input_layernorm.weight"),
+    ("pre_mlp_layernorm.weight", SAME, "post_attention_layernorm.weight"),
+    ("mlp.linear_fc1.weight", GATE_AND_UP, "mlp.gate_proj.weight mlp.up_proj.weight"),
+    ("mlp.linear_fc2.weight", SAME, "mlp.down_proj.weight"),
+    ("self_attention.out", HEAD_COLUMNS, "self_attn.o_proj.weight"),
+)
+
+DENSE_HEADS = _rows(
+    ("self_attention.in.fa.q", HEADS, "self_attn.q_proj.weight"),
+    ("self_attention.in.fa.k", HEADS, "self_attn.k_proj.weight"),
+    ("self_attention.in.fa.v", HEADS, "self_attn.v_proj.weight"),
+)
+
+DENSE_QKV_BIAS = _rows(
+    ("self_attention.in_bias.fa.q", HEADS, "self_attn.q_proj.bias"),
+    ("self_attention.in_bias.fa.k", HEADS, "self_attn.k_proj.bias"),
+    ("self_attention.in_bias.fa.v", HEADS, "self_attn.v_proj.bias"),
+)
+
+DENSE_QK_NORM = _rows(
+    ("self_attention.fa.q_norm", SAME, "self_attn.q_norm.weight"),
+    ("self_attention.fa.k_norm", SAME, "self_attn.k_norm.weight"),
+)
+
+OUT_BIAS = _rows(("self_attention.out_bias", SAME, "self_attn.o_proj.bias"))
+
+HYBRID_HEADS = _rows(
+    ("self_attention.in.fa.q", HEADS, "self_attn.fa_q_proj.weight"),
+    ("self_attention.in.fa.k", HEADS, "self_attn.fa_k_proj.weight"),
+    ("self_attention.in.fa.v", HEADS, "self_attn.fa_v_proj.weight"),
+    ("self_attention.in.fa.gate", HEADS, "self_attn.fa_gate_proj.weight"),
+    ("self_attention.in.gdn.q", HEADS, "self_attn.gdn_q_proj.weight"),
+    ("self_attention.in.gdn.k", HEADS, "self_attn.gdn_k_proj.weight"),
+    ("self_attention.in.gdn.v", HEADS, "self_attn.gdn_v_proj.weight"),
+    ("self_attention.in.gdn.gate", HEADS, "self_attn.gdn_gate_proj.weight"),
+    ("self_attention.in.gdn.a", SAME, "self_attn.gdn_a_proj.weight"),
+    ("self_attention.in.gdn.b", SAME, "self_attn.gdn_b_proj.weight"),
+    ("self_attention.in_bias.fa.q", HEADS, "self_attn.fa_q_proj.bias"),
+    ("self_attention.in_bias.fa.k", HEADS, "self_attn.fa_k_proj.bias"),
+    ("self_attention.in_bias.fa.v", HEADS, "self_attn.fa_v_proj.bias"),
+    ("self_attention.in_bias.gdn.q", HEADS, "self_attn.gdn_q_proj.bias"),
+    ("self_attention.in_bias.gdn.k", HEADS, "self_attn.gdn_k_proj.bias"),
+    ("self_attention.in_bias.gdn.v", HEADS, "self_attn.gdn_v_proj.bias"),
+    ("self_attention.fa.q_norm", SAME, "self_attn.fa_q_norm.weight"),
+    ("self_attention.fa.k_norm", SAME, "self_attn.fa_k_norm.weight"),
+    ("self_attention.gdn.q_norm", SAME, "self_attn.gdn_q_norm.weight"),
+    ("self_attention.gdn.k_norm", SAME, "self_attn.gdn_k_norm.weight"),
+    ("self_attention.gdn.conv_q", CHANNELS, "self_attn.gdn_q_conv.weight"),
+    ("self_attention.gdn.conv_k", CHANNELS, "self_attn.gdn_k_conv.weight"),
+    ("self_attention.gdn.conv_v", CHANNELS, "self_attn.gdn_v_conv.weight"),
+    ("self_attention.gdn.A_log", SAME, "self_attn.gdn_A_log"),
+    ("self_attention.gdn.dt_bias", SAME, "self_attn.gdn_dt_bias"),
+    ("self_attention.gamma", SAME, "self_attn.gamma"),
+    ("self_attention.fusion_gate", SAME, "self_attn.fusion_gate.weight"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What distinguishes a dense family.
+
+    Attributes:
+        architecture: class name in ``config.json``.
+        layer_rows: the name map of one layer.
+        qk_norm: QK-norm on q and k.
+        qkv_bias: biases on q, k, v: ``True``, ``False``, or ``None`` for what ``attention_bias`` of
+            the config says.
+        out_bias: bias on the output projection, likewise.
+        head_dim: the default where the config does not say: a number, or ``None`` for D/H.
+        num_kv_heads: likewise; ``None`` for H.
+    """
+
+    architecture: str
+    layer_rows: tuple[Row, ...]
+    qk_norm: bool
+    qkv_bias: bool | None
+    out_bias: bool | None
+    head_dim: int | None
+    num_kv_heads: int | None
+
+
+FAMILIES = {
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        layer_rows=BLOCK + DENSE_HEADS + DENSE_QK_NORM + DENSE_QKV_BIAS + OUT_BIAS,
+        qk_norm=True,
+        qkv_bias=None,
+        out_bias=None,
+        head_dim=128,
+        num_kv_heads=32,
+    ),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        layer_rows=BLOCK + DENSE_HEADS + DENSE_QKV_BIAS,
+        qk_norm=False,
+        qkv_bias=True,
+        out_bias=False,
+        head_dim=None,
+        num_kv_heads=32,
+    ),
+    "llama": Family(
+        architecture="LlamaForCausalLM",
+        layer_rows=BLOCK + DENSE_HEADS + DENSE_QKV_BIAS + OUT_BIAS,
+        qk_norm=False,
+        qkv_bias=None,
+        out_bias=None,
+        head_dim=None,
+        num_kv_heads=None,
+    ),
+}
+
+HYBRID_ROWS = BLOCK + HYBRID_HEADS + OUT_BIAS
+
+HARMLESS_EXTRAS = (
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    r"model\.rotary_emb\.inv_freq",
+)
+"""HF tensors of old exports that follow from the config: skipped, and nothing else is."""
+
+
+# -- the map of one model ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapping:
+    """How one canonical tensor of a model corresponds to Hugging Face tensors.
+
+    Attributes:
+        canonical, canonical_shape: its key and shape.
+        form: the rearrangement.
+        hf: names and shapes of the HF tensors.
+    """
+
+    canonical: str
+    canonical_shape: Shape
+    form: Form
+    hf: dict[str, Shape]
+
+
+def _split_layer(key: str) -> tuple[str, str]:
+    """``decoder.layers.3.x.y`` -> (``3``, ``x.y``); a global key -> (````, key)."""
+    prefix = "decoder.layers."
+    if not key.startswith(prefix):
+        return "", key
+    layer, _, name = key[len(prefix) :].partition(".")
+    return layer, name
+
+
+def name_map(model: ModelConfig) -> list[Mapping]:
+    """Every canonical tensor of ``model`` with its Hugging Face counterparts.
+
+    Raises:
+        HydraError: the family's table has no name for a tensor of this model.
+    """
+    layer_rows = HYBRID_ROWS if model.is_hybrid else FAMILIES[model.family].layer_rows
+    rows = {row.canonical: row for row in GLOBAL + layer_rows}
+    mappings = []
+    for key, shape in canonical_shapes(model).items():
+        layer, name = _split_layer(key)
+        row = rows.get(name)
+        if row is None:
+            raise HydraError(f"family {model.family!r} has no Hugging Face name for {key!r}")
+        prefix = f"model.layers.{layer}." if layer else ""
+        hf = dict(zip((prefix + n for n in row.hf), row.form.hf_shapes(shape), strict=True))
+        mappings.append(Mapping(key, shape, row.form, hf))
+    return mappings

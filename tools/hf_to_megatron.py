@@ -1,0 +1,164 @@
+#!/usr/bin/env python
+"""Convert a Hugging Face model to a Megatron checkpoint. See --help."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from megatron_hydra.errors import HydraError, command
+
+if TYPE_CHECKING:
+    from megatron_hydra.checkpoint.convert import StudentOptions
+
+DESCRIPTION = """\
+Convert a Hugging Face model (Qwen3, Qwen2, Llama, an exported HydraHead) to a Megatron checkpoint.
+
+Without --head-map: the model as it is, bit for bit; this is the teacher of stages 1 and 2.
+With --head-map:    the HydraHead student that the map makes of it. All weights are the dense
+                    model's; key-value heads of Gated DeltaNet heads are copies; gates start at 1;
+                    the scale of every head is measured on a few thousand tokens.
+
+The output folder appears complete or not at all. Every tensor on both sides is accounted for: a
+missing, unknown or misshapen one is named, and nothing is written.
+"""
+
+EXAMPLES = """\
+examples:
+  # the teacher
+  python tools/hf_to_megatron.py --hf-path Qwen/Qwen3-1.7B --output checkpoints/teacher
+  # the student, at the ratio of its head map
+  python tools/hf_to_megatron.py --hf-path Qwen/Qwen3-1.7B --output checkpoints/student \\
+      --head-map head_maps/qwen3-1.7b-7to1.json
+  # an ablation: gated fusion, no short convolution
+  python tools/hf_to_megatron.py --hf-path my_model --output checkpoints/gated \\
+      --head-map map.json --set fusion=gated --set short_conv=false
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--hf-path", required=True, metavar="P", help="model folder or Hub name")
+    p.add_argument("--output", required=True, metavar="D", help="checkpoint folder to write")
+    p.add_argument("--revision", default="", metavar="R", help="Hub revision (branch, tag, commit)")
+    p.add_argument(
+        "--dtype", choices=("fp32", "bf16"), help="dtype of the weights (default: that of the file)"
+    )
+    p.add_argument(
+        "--verify",
+        action="store_true",
+        help="before the folder takes its name, read it back and compare every tensor, and fp32 "
+        "logits with transformers' if the model is small and not a new student",
+    )
+    p.add_argument("--force", action="store_true", help="replace an existing output")
+    p.add_argument("--quiet", action="store_true", help="no progress bars")
+    student = p.add_argument_group("student (with --head-map)")
+    student.add_argument("--head-map", metavar="MAP", help="head map from tools/select_heads.py")
+    student.add_argument(
+        "--hydra-config",
+        metavar="YAML",
+        help="file with switches of the layer (keys of HydraConfig)",
+    )
+    student.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="one switch, e.g. fusion=gated; repeatable, over --hydra-config",
+    )
+    student.add_argument(
+        "--seed", type=int, default=0, help="order of decays over heads (default 0)"
+    )
+    student.add_argument(
+        "--half-life",
+        type=float,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="range of initial half-lives of GDN heads, in tokens (default 32 16384)",
+    )
+    student.add_argument(
+        "--calibration-file",
+        metavar="FILE",
+        help="text, or .jsonl of {'text': …} or {'tokens': [ids]} lines (default: a bundled text)",
+    )
+    student.add_argument(
+        "--calibration-tokens", type=int, default=8192, metavar="N", help="default 8192"
+    )
+    student.add_argument(
+        "--no-calibration", action="store_true", help="start every head's scale at 1 instead"
+    )
+    return p
+
+
+STUDENT_FLAGS = {
+    "hydra_config": "--hydra-config",
+    "set": "--set",
+    "half_life": "--half-life",
+    "calibration_file": "--calibration-file",
+    "no_calibration": "--no-calibration",
+}
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    if not arguments.head_map:
+        for name, flag in STUDENT_FLAGS.items():
+            if getattr(arguments, name):
+                raise HydraError(f"{flag} says how a student is made: it needs --head-map")
+    from megatron_hydra.checkpoint import convert
+    from megatron_hydra.checkpoint.hf_io import DTYPES
+
+    model = convert.hf_to_megatron(
+        arguments.hf_path,
+        arguments.output,
+        student_options(arguments) if arguments.head_map else None,
+        revision=arguments.revision,
+        dtype=DTYPES.get(arguments.dtype),
+        verify=arguments.verify,
+        force=arguments.force,
+        progress=not arguments.quiet,
+    )
+    kind = "dense model"
+    if model.is_hybrid:
+        chosen = sum(len(heads) for heads in model.full_attention_heads or ())
+        kind = f"HydraHead, {chosen} of {model.num_layers * model.num_query_heads} heads FA"
+    print(f"{arguments.output}: {model.family}, {kind}", file=sys.stderr)
+    return 0
+
+
+def student_options(arguments: argparse.Namespace) -> StudentOptions:
+    """The student's options from the command line."""
+    from megatron_hydra.checkpoint.convert import StudentOptions
+    from megatron_hydra.config.loading import apply_overrides, from_dict, parse_yaml
+    from megatron_hydra.config.model import HydraConfig
+    from megatron_hydra.transfer.student import StudentInit
+
+    hydra = HydraConfig()
+    if arguments.hydra_config:
+        try:
+            with open(arguments.hydra_config) as file:
+                body = parse_yaml(file.read(), arguments.hydra_config)
+        except OSError as error:
+            raise HydraError(f"--hydra-config {arguments.hydra_config}: {error}") from None
+        hydra = from_dict(HydraConfig, body or {}, arguments.hydra_config)
+    return StudentOptions(
+        head_map=arguments.head_map,
+        hydra=apply_overrides(hydra, arguments.set),
+        init=StudentInit(*arguments.half_life) if arguments.half_life else StudentInit(),
+        seed=arguments.seed,
+        calibrate=not arguments.no_calibration,
+        calibration_file=arguments.calibration_file,
+        calibration_tokens=arguments.calibration_tokens,
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

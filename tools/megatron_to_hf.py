@@ -1,0 +1,88 @@
+#!/usr/bin/env python
+"""Convert a Megatron checkpoint to a Hugging Face folder. See --help."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_hydra.errors import HydraError, command
+
+DESCRIPTION = """\
+Convert a Megatron checkpoint to a Hugging Face folder (safetensors, config, tokenizer files).
+
+A dense checkpoint becomes a plain Qwen3, Qwen2 or Llama folder, bit for bit what it was made from.
+A hybrid becomes a HydraHeadForCausalLM folder with its modelling code; it loads without Megatron:
+
+    AutoModelForCausalLM.from_pretrained(P, trust_remote_code=True)
+
+The output folder appears complete or not at all. The checkpoint's manifest is checked first.
+"""
+
+EXAMPLES = """\
+examples:
+  # the latest checkpoint of a run
+  python tools/megatron_to_hf.py --checkpoint runs/finetune/checkpoints --output exports/hydra
+  # a certain one, in bf16, with a comparison of what was written
+  python tools/megatron_to_hf.py --checkpoint runs/finetune/checkpoints/step_00000500 \\
+      --output exports/hydra-500 --dtype bf16 --verify
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "--checkpoint", required=True, metavar="D", help="checkpoint folder, or a run's checkpoints"
+    )
+    p.add_argument("--output", required=True, metavar="P", help="Hugging Face folder to write")
+    p.add_argument(
+        "--dtype", choices=("fp32", "bf16"), help="dtype of the weights (default: the checkpoint's)"
+    )
+    p.add_argument(
+        "--max-shard-size",
+        type=float,
+        default=5.0,
+        metavar="GB",
+        help="of a weight file (default 5)",
+    )
+    p.add_argument(
+        "--verify",
+        action="store_true",
+        help="before the folder takes its name, read it back and compare every tensor, and fp32 "
+        "logits of the Megatron model and of the export if the model is small",
+    )
+    p.add_argument("--force", action="store_true", help="replace an existing output")
+    p.add_argument("--quiet", action="store_true", help="no progress bars")
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    if arguments.max_shard_size <= 0:
+        raise HydraError(f"--max-shard-size is {arguments.max_shard_size}: it must be above 0")
+    from megatron_hydra.checkpoint import convert
+    from megatron_hydra.checkpoint.hf_io import DTYPES
+
+    model = convert.megatron_to_hf(
+        arguments.checkpoint,
+        arguments.output,
+        dtype=DTYPES.get(arguments.dtype),
+        max_shard_bytes=int(arguments.max_shard_size * 10**9),
+        verify=arguments.verify,
+        force=arguments.force,
+        progress=not arguments.quiet,
+    )
+    architecture = "HydraHeadForCausalLM" if model.is_hybrid else model.family
+    print(f"{arguments.output}: {architecture}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
