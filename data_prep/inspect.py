@@ -1,0 +1,150 @@
+"""Look at prepared data: ``python data_prep/inspect.py --help``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# This folder holds a tokenize.py and an inspect.py; first on the path, where Python puts a script's
+# folder, they would replace the standard library's modules of these names.
+_HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
+
+import argparse  # noqa: E402
+import dataclasses  # noqa: E402
+
+from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig  # noqa: E402
+from megatron_hydra.data.indexed import IndexedDocuments  # noqa: E402
+from megatron_hydra.data.inspection import (  # noqa: E402
+    describe_lengths,
+    find_duplicates,
+    load_data_sections,
+    plot_lengths,
+    show_pack,
+)
+from megatron_hydra.data.manifest import file_sha256  # noqa: E402
+from megatron_hydra.data.sources import IndexedSource  # noqa: E402
+from megatron_hydra.data.stream import PackedStream  # noqa: E402
+from megatron_hydra.data.tokenizer import load_tokenizer  # noqa: E402
+from megatron_hydra.errors import HydraError, command  # noqa: E402
+
+DESCRIPTION = """\
+Show what training will read: packed sequences decoded, with the bounds of their documents and what
+is learned; lengths, padding waste, duplicates; and how often a run reads every part of its blend.
+"""
+EXAMPLES = """\
+examples:
+  python data_prep/inspect.py --input data/fineweb --tokenizer Qwen/Qwen3-1.7B --samples 2 \\
+      --histogram lengths.png --duplicates
+  python data_prep/inspect.py --config configs/data/stage3_finetune.yaml --steps 1000
+  python data_prep/inspect.py --input data/fineweb --verify       # full SHA-256 check
+"""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--input", metavar="PREFIX", help="one .bin/.idx pair")
+    what.add_argument("--config", metavar="YAML", help="the blend of a run or of configs/data")
+    parser.add_argument("--tokenizer", metavar="NAME", help="default: data.tokenizer, or the one "
+                        "that the manifest names")  # fmt: skip
+    parser.add_argument("--sequence-length", type=int, default=4096, metavar="S")
+    parser.add_argument(
+        "--packing", choices=["best_fit", "split_long", "concat_chunk"], default="split_long"
+    )
+    parser.add_argument("--cache-dir", default="", help="default: .packs beside the data")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="packs to show")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first")
+    parser.add_argument("--characters", type=int, default=400, help="shown of each document")
+    parser.add_argument("--steps", type=int, default=0, help="report what so many steps read")
+    parser.add_argument("--histogram", metavar="PNG", help="write a histogram of lengths")
+    parser.add_argument("--duplicates", action="store_true", help="count exact duplicates")
+    parser.add_argument("--most", type=int, default=10_000_000, help="documents compared (10^7)")
+    parser.add_argument("--verify", action="store_true", help="compare SHA-256 with the manifest")
+    return parser.parse_args(arguments)
+
+
+def _data(given: argparse.Namespace) -> tuple[DataConfig, BatchConfig]:
+    if given.config:
+        run = load_data_sections(given.config)
+        data, batch = run.data, run.batch
+    else:
+        data = DataConfig(
+            blend=(SourceConfig(path=given.input),),
+            sequence_length=given.sequence_length,
+            packing=given.packing,
+        )
+        batch = BatchConfig(1, 1)
+    changes = {"tokenizer": given.tokenizer, "cache_dir": given.cache_dir}
+    return dataclasses.replace(data, **{k: v for k, v in changes.items() if v}), batch
+
+
+def _tokenizer_name(data: DataConfig) -> str:
+    if data.tokenizer:
+        return data.tokenizer
+    for part in data.blend:
+        manifest = IndexedDocuments(part.path).manifest if part.kind == "indexed" else None
+        if manifest is not None:
+            return str(manifest.tokenizer["name"])
+    raise HydraError("no manifest names a tokenizer; give one with --tokenizer")
+
+
+def _verify(prefix: str) -> None:
+    manifest = IndexedDocuments(prefix).manifest
+    if manifest is None:
+        raise HydraError(f"{prefix}.json does not exist: there is nothing to verify against")
+    for suffix, record in ((".bin", manifest.bin), (".idx", manifest.idx)):
+        if file_sha256(prefix + suffix) != record.sha256:
+            raise HydraError(f"{prefix + suffix} is damaged: its SHA-256 is not {record.sha256}")
+    print(f"{prefix}: SHA-256 of .bin and .idx are right")
+
+
+def _describe_source(source: IndexedSource, given: argparse.Namespace, length: int) -> None:
+    _, lengths = source.documents.document_spans()
+    report = source.description["report"]
+    print(
+        f"{source.name}: {report['documents']:,} documents, {source.documents.num_tokens:,} tokens"
+    )
+    print(f"  {describe_lengths(lengths)}")
+    print(f"  {report['packs']:,} packs per epoch, padding waste {report['waste']:.2%}")
+    if given.duplicates:
+        count, tokens, pairs = find_duplicates(source.documents, given.most)
+        shown = ", ".join(f"{later} = {earlier}" for earlier, later in pairs)
+        print(
+            f"  duplicates: {count:,} documents, {tokens:,} tokens{': ' + shown if shown else ''}"
+        )
+    if given.histogram:
+        plot_lengths(lengths, length, source.name, given.histogram)
+        print(f"  histogram: {given.histogram}")
+    if given.verify:
+        _verify(source.name)
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    given = parse(arguments)
+    data, batch = _data(given)
+    tokenizer = load_tokenizer(_tokenizer_name(data))
+    size = len(tokenizer)
+    stream = PackedStream(data, batch, dp_rank=0, dp_size=1, vocab_size=size, tokenizer=tokenizer)
+    for source in stream.sources:
+        if isinstance(source, IndexedSource):
+            _describe_source(source, given, data.sequence_length)
+    if given.steps:
+        print(f"{given.steps:,} steps of {stream.tokens_per_step:,} tokens read:")
+        for name, numbers in stream.plan(given.steps).items():
+            print(f"  {name}: {numbers['tokens']:,.0f} tokens, {numbers['epochs']:.2f} epochs")
+    for sample in range(given.first, given.first + given.samples):
+        draw = stream.draw(sample)
+        print(f"\n=== sample {sample}: {stream.sources[draw.source].name}, number {draw.index} ===")
+        documents = stream.documents(sample)
+        print(show_pack(documents, data.sequence_length, tokenizer, given.characters))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,57 @@
+"""Join shards into one pair of files: ``python data_prep/merge.py --help``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# This folder holds a tokenize.py and an inspect.py; first on the path, where Python puts a script's
+# folder, they would replace the standard library's modules of these names.
+_HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
+
+import argparse  # noqa: E402
+
+from megatron_hydra.data.merging import find_shards, merge  # noqa: E402
+from megatron_hydra.errors import command  # noqa: E402
+
+DESCRIPTION = """\
+Join .bin/.idx pairs in order, by concatenation; SHA-256 sums of the inputs are checked on the way.
+
+The shards of one corpus (data_prep/tokenize.py --shard), merged, are byte for byte the files that
+one unsharded run writes. All inputs need the same tokenizer.
+"""
+EXAMPLES = """\
+examples:
+  python data_prep/merge.py --shards data/fineweb     # all data/fineweb-*-of-* -> data/fineweb
+  python data_prep/merge.py --input data/books data/papers --output data/long
+"""
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--shards", metavar="PREFIX", help="--output of the sharded preparation")
+    inputs.add_argument("--input", nargs="+", metavar="PREFIX", help="pairs to join, in order")
+    parser.add_argument("--output", metavar="PREFIX", help="default with --shards: the same PREFIX")
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
+    given = parser.parse_args(arguments)
+    if given.input and not given.output:
+        parser.error("--input needs --output")
+    prefixes = given.input or find_shards(given.shards)
+    output = given.output or given.shards
+    manifest = merge(prefixes, output, force=given.force)
+    print(
+        f"{output}: {len(prefixes)} pairs, {manifest.counts['documents']:,} documents, "
+        f"{manifest.counts['tokens']:,} tokens"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

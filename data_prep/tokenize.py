@@ -1,0 +1,135 @@
+"""Turn text into Megatron ``.bin/.idx`` files: ``python data_prep/tokenize.py --help``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# This folder holds a tokenize.py and an inspect.py; first on the path, where Python puts a script's
+# folder, they would replace the standard library's modules of these names.
+_HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
+
+import argparse  # noqa: E402
+
+from megatron_hydra.data.corpus import CorpusConfig  # noqa: E402
+from megatron_hydra.data.tokenization import TokenizeConfig, tokenize  # noqa: E402
+from megatron_hydra.errors import HydraError, command  # noqa: E402
+
+DESCRIPTION = """\
+Tokenise a corpus into OUTPUT.bin and .idx (Megatron's IndexedDataset) and .json (manifest).
+
+A run that was stopped in any way goes on when the same command is given again; the result is the
+same as without the stop. Unreadable rows end the run unless --max-bad-rows allows for them.
+"""
+EXAMPLES = """\
+examples:
+  # local files
+  python data_prep/tokenize.py --input 'books/*.jsonl' --tokenizer Qwen/Qwen3-1.7B \\
+      --output data/books --workers 16
+
+  # a Hub data set, read file by file without keeping it; one of 8 parts, for a job array
+  python data_prep/tokenize.py --dataset HuggingFaceFW/fineweb-edu --config sample-10BT \\
+      --revision <commit> --streaming --tokenizer Qwen/Qwen3-1.7B --output data/fineweb \\
+      --shard $SLURM_ARRAY_TASK_ID/8
+  python data_prep/merge.py --shards data/fineweb
+
+  # conversations: loss on the assistant's turns only
+  python data_prep/tokenize.py --input chat.jsonl --chat --column messages \\
+      --tokenizer Qwen/Qwen3-1.7B --output data/chat
+"""
+
+
+def parse(arguments: list[str] | None = None) -> TokenizeConfig:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    where = parser.add_argument_group("input").add_mutually_exclusive_group(required=True)
+    where.add_argument("--input", nargs="+", metavar="PATH", help="files, folders or patterns")
+    where.add_argument(
+        "--dataset", nargs="+", metavar="NAME", help="data set for datasets.load_dataset"
+    )
+    rows = parser.add_argument_group("rows")
+    rows.add_argument(
+        "--format",
+        choices=["jsonl", "parquet", "arrow", "text", "lines"],
+        help="of --input; by suffix if left out. text: a file is a document; lines: a line is",
+    )
+    rows.add_argument("--column", default="text", help="field that holds the text (default: text)")
+    rows.add_argument("--chat", action="store_true", help="the field is a list of chat messages")
+    rows.add_argument("--max-bad-rows", type=int, default=0, metavar="N", help="skip so many rows")
+    rows.add_argument("--keep-empty", action="store_true", help="keep rows without text as empty")
+    hub = parser.add_argument_group("with --dataset")
+    hub.add_argument("--config", metavar="NAME", help="configuration of the data set")
+    hub.add_argument("--split", default="train", help="default: train")
+    hub.add_argument("--revision", metavar="COMMIT", help="git revision; recorded")
+    hub.add_argument("--streaming", action="store_true", help="do not keep the data set on disk")
+    ids = parser.add_argument_group("tokens")
+    ids.add_argument("--tokenizer", required=True, metavar="NAME", help="folder or Hub name")
+    ids.add_argument("--tokenizer-revision", metavar="COMMIT")
+    ids.add_argument("--trust-remote-code", action="store_true", help="run its own Python code")
+    ids.add_argument("--eod-token", metavar="TOKEN", help="default: the tokenizer's eos_token")
+    ids.add_argument("--no-eod", action="store_true", help="do not end documents with a token")
+    ids.add_argument("--no-special-tokens", action="store_true", help="leave out BOS and the like")
+    ids.add_argument("--exact", action="store_true", help="never use the fast path (slower)")
+    ids.add_argument("--max-tokens", type=float, default=0, metavar="N", help="e.g. 5e9")
+    run = parser.add_argument_group("run")
+    run.add_argument("--output", required=True, metavar="PREFIX", help="folder/name of the files")
+    run.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
+    run.add_argument("--shard", default="0/1", metavar="I/N", help="prepare part I (from 0) of N")
+    run.add_argument(
+        "--unit-size", type=float, default=8, metavar="MIB", help="size of a unit (default: 8)"
+    )
+    run.add_argument("--force", action="store_true", help="replace an existing output")
+    return _config(parser.parse_args(arguments))
+
+
+def _config(given: argparse.Namespace) -> TokenizeConfig:
+    try:
+        index, count = (int(number) for number in given.shard.split("/"))
+    except ValueError as error:
+        raise HydraError(f"--shard {given.shard} is not of the form 3/16") from error
+    corpus = CorpusConfig(
+        inputs=tuple(given.dataset or given.input),
+        format=given.format,
+        column=given.column,
+        chat=given.chat,
+        hub=given.dataset is not None,
+        config_name=given.config,
+        split=given.split,
+        revision=given.revision,
+        streaming=given.streaming,
+        unit_bytes=max(1, int(given.unit_size * (1 << 20))),
+    )
+    return TokenizeConfig(
+        corpus=corpus,
+        output=given.output,
+        tokenizer=given.tokenizer,
+        tokenizer_revision=given.tokenizer_revision,
+        workers=given.workers,
+        append_eod=not given.no_eod,
+        eod_token=given.eod_token,
+        add_special_tokens=not given.no_special_tokens,
+        keep_empty=given.keep_empty,
+        max_tokens=int(given.max_tokens),
+        max_bad_rows=given.max_bad_rows,
+        shard=(index, count),
+        exact=given.exact,
+        trust_remote_code=given.trust_remote_code,
+        force=given.force,
+    )
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        tokenize(parse(arguments))
+    except KeyboardInterrupt:
+        raise HydraError("interrupted; run the same command again to go on") from None
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

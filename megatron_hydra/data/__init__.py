@@ -1,0 +1,9 @@
+"""From text to packed, blended, exactly resumable batches of tokens."""
+
+from megatron_hydra.data.batch import PackedBatch
+from megatron_hydra.data.document import Document
+from megatron_hydra.data.stream import PackedStream
+from megatron_hydra.data.synthetic import synthetic_task
+from megatron_hydra.data.tokenizer import load_tokenizer
+
+__all__ = ["Document", "PackedBatch", "PackedStream", "load_tokenizer", "synthetic_task"]

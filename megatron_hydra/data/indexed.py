@@ -1,0 +1,235 @@
+r"""Megatron's IndexedDataset (``.bin`` tokens, ``.idx`` index): checked reading, fast writing.
+
+Layout of ``.idx`` (Megatron-Core ``datasets/indexed_dataset.py``), little endian::
+
+    9 bytes   b"MMIDIDX\0\0"          8 bytes  version 1         1 byte  dtype code
+    8 bytes   number of sequences n   8 bytes  number of document boundaries d
+    n int32   sequence lengths        n int64  byte offsets into .bin
+    d int64   document boundaries (sequence numbers, first 0, last n)
+    n int8    modes, in multimodal files only
+
+Documents with loss on answers only are stored as several sequences whose modes are 1 (learned)
+and 0 (context); readers that know no modes see the same tokens.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+
+from megatron_hydra.data.document import Document
+from megatron_hydra.data.manifest import Manifest, file_probe
+from megatron_hydra.errors import HydraError
+
+HEADER = b"MMIDIDX\x00\x00"
+HEADER_BYTES = 34
+DTYPE_CODES: dict[int, type[np.generic]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
+_CHUNK = 1 << 22
+
+
+class IndexedDocuments:
+    """A ``.bin/.idx`` pair opened for reading, whole and consistent or not at all.
+
+    Opening costs the same for ten documents and for ten million: sizes and the two ends of the
+    index are checked, the rest is mapped. Tokens are read through Megatron-Core's IndexedDataset.
+
+    Attributes:
+        prefix: path without suffix.
+        manifest: the manifest beside the files, or ``None`` (files made by Megatron-LM).
+        num_documents, num_tokens: sizes.
+        learned_spans: whether sequence modes say which tokens are learned.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        """Open ``prefix``.bin and ``prefix``.idx.
+
+        Raises:
+            HydraError: a file is missing, truncated, empty, inconsistent, or not the one that the
+                manifest describes.
+        """
+        self.prefix = prefix
+        for suffix in (".idx", ".bin"):
+            if not os.path.exists(prefix + suffix):
+                raise HydraError(
+                    f"{prefix + suffix} does not exist; path is the prefix of a .bin/.idx pair, as "
+                    "given to data_prep/tokenize.py --output"
+                )
+        self.manifest = (
+            Manifest.load(prefix + ".json") if os.path.exists(prefix + ".json") else None
+        )
+        if self.manifest is not None:
+            self.manifest.check_files(prefix)
+        self.dtype, self.num_sequences, boundaries, has_modes = _read_header(prefix)
+        self.itemsize = np.dtype(self.dtype).itemsize
+        self.num_documents = boundaries - 1
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        try:
+            self._dataset = IndexedDataset(prefix, multimodal=has_modes)
+        except (AssertionError, ValueError, OSError) as error:
+            raise HydraError(f"{prefix}.idx: Megatron-Core cannot open it: {error}") from error
+        index = self._dataset.index
+        expected = (
+            int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * self.itemsize
+        )
+        actual = os.path.getsize(prefix + ".bin")
+        if actual != expected:
+            word = "truncated" if actual < expected else "too long"
+            raise HydraError(
+                f"{prefix}.bin is {word}: {actual:,} bytes, its index says {expected:,}; copy or "
+                "prepare it again"
+            )
+        self.num_tokens = actual // self.itemsize
+        self.learned_spans = self.manifest is not None and self.manifest.loss == "answers"
+        if self.learned_spans and not has_modes:
+            raise HydraError(f"{prefix}.json says loss=answers, but {prefix}.idx has no modes")
+
+    def fingerprint(self) -> str:
+        """Identity of the tokens and their documents; O(1) reads."""
+        probes = file_probe(self.prefix + ".idx") + file_probe(self.prefix + ".bin")
+        return hashlib.sha256(f"{probes}:{self.learned_spans}".encode()).hexdigest()
+
+    def sequence_lengths(self) -> np.ndarray:
+        """Tokens of every sequence, int32 ``[sequences]``."""
+        return np.array(self._dataset.index.sequence_lengths)
+
+    def sequence_modes(self) -> np.ndarray | None:
+        """Mode of every sequence, int8 ``[sequences]``; ``None`` if the file has none."""
+        modes = self._dataset.index.sequence_modes
+        return None if modes is None else np.array(modes)
+
+    def document_boundaries(self) -> np.ndarray:
+        """First sequence of every document and the end, int64 ``[documents + 1]``."""
+        return np.array(self._dataset.index.document_indices)
+
+    def document_spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where each document lies in the token stream.
+
+        Returns:
+            ``offsets`` int64 ``[documents]`` and ``lengths`` int64 ``[documents]``, in tokens.
+
+        Raises:
+            HydraError: the index contradicts itself.
+        """
+        lengths = self.sequence_lengths().astype(np.int64)
+        starts = np.zeros(self.num_sequences + 1, dtype=np.int64)
+        np.cumsum(lengths, out=starts[1:])
+        pointers = np.array(self._dataset.index.sequence_pointers)
+        if (lengths < 0).any() or not np.array_equal(pointers, starts[:-1] * self.itemsize):
+            raise HydraError(f"{self.prefix}.idx: sequences are not stored back to back; damaged?")
+        edges = self.document_boundaries()
+        if (np.diff(edges) < 0).any():
+            raise HydraError(f"{self.prefix}.idx: document boundaries are out of order; damaged?")
+        offsets = starts[edges]
+        return offsets[:-1], np.diff(offsets)
+
+    def read_raw(self, offset: int, length: int) -> np.ndarray:
+        """``length`` tokens from token ``offset`` on, as they are stored (a view of the file)."""
+        return self._dataset.bin_reader.read(self.dtype, length, offset * self.itemsize)
+
+    def read(self, offset: int, length: int) -> np.ndarray:
+        """``length`` tokens from token ``offset`` on, as int64 ``[length]``."""
+        return self.read_raw(offset, length).astype(np.int64)
+
+    def read_piece(self, offset: int, length: int) -> Document:
+        """``length`` tokens of one document from token ``offset`` on, with what is learned."""
+        tokens = self.read(offset, length)
+        if not self.learned_spans:
+            return Document.all_trainable(tokens)
+        index = self._dataset.index
+        sequence = bisect.bisect_right(index.sequence_pointers, offset * self.itemsize) - 1
+        skipped = offset - int(index.sequence_pointers[sequence]) // self.itemsize
+        spans: list[np.ndarray] = []
+        covered = -skipped
+        while covered < length:
+            count = int(index.sequence_lengths[sequence])
+            spans.append(np.full(count, index.sequence_modes[sequence] == 1))
+            covered += count
+            sequence += 1
+        return Document(tokens, np.concatenate(spans)[skipped : skipped + length])
+
+    def max_token_id(self) -> int:
+        """The largest token id: from the manifest, or else by reading the whole ``.bin``."""
+        if self.manifest is not None and "max_token_id" in self.manifest.counts:
+            return self.manifest.counts["max_token_id"]
+        tokens = np.memmap(self.prefix + ".bin", dtype=self.dtype, mode="r")
+        return max(
+            int(tokens[start : start + _CHUNK].max()) for start in range(0, len(tokens), _CHUNK)
+        )
+
+
+def _read_header(prefix: str) -> tuple[type[np.generic], int, int, bool]:
+    """dtype, sequences, document boundaries and presence of modes; checks that the sizes add up."""
+    path = prefix + ".idx"
+    size = os.path.getsize(path)
+    with open(path, "rb") as stream:
+        head = stream.read(HEADER_BYTES)
+    if len(head) < HEADER_BYTES or head[:9] != HEADER:
+        raise HydraError(f"{path} is not a Megatron index (bad header); is the path right?")
+    version, code, sequences, boundaries = struct.unpack("<QBQQ", head[9:])
+    if version != 1 or code not in DTYPE_CODES:
+        raise HydraError(f"{path}: version {version}, dtype code {code} is not supported")
+    plain = HEADER_BYTES + 12 * sequences + 8 * boundaries
+    if size not in (plain, plain + sequences):
+        raise HydraError(
+            f"{path} is {'truncated' if size < plain else 'damaged'}: {size:,} bytes, its header "
+            f"says {plain:,}; copy or prepare it again"
+        )
+    if sequences == 0 or os.path.getsize(prefix + ".bin") == 0:
+        raise HydraError(f"{prefix}.bin is empty: it holds no token; leave it out of data.blend")
+    return DTYPE_CODES[code], sequences, boundaries, sequences > 0 and size == plain + sequences
+
+
+def write_index(
+    path: str,
+    dtype: type[np.generic],
+    lengths: np.ndarray,
+    documents: np.ndarray,
+    modes: np.ndarray | None = None,
+) -> None:
+    """Write ``.idx`` with the bytes that Megatron-Core's builder would write, without its loops.
+
+    Args:
+        path: the file; written to a temporary sibling first.
+        dtype: of the tokens in ``.bin``.
+        lengths: ``[n]`` tokens per sequence.
+        documents: ``[d]`` document boundaries: 0, …, n.
+        modes: ``[n]`` int8, or ``None``.
+    """
+    code = next(code for code, kind in DTYPE_CODES.items() if kind is dtype)
+    temporary = f"{path}.tmp-{os.getpid()}"
+    with open(temporary, "wb") as stream:
+        stream.write(HEADER + struct.pack("<QBQQ", 1, code, len(lengths), len(documents)))
+        for block in _blocks(lengths):
+            stream.write(block.astype("<i4").tobytes())
+        start = 0
+        for block in _blocks(lengths):
+            ends = start + np.cumsum(block, dtype=np.int64) * np.dtype(dtype).itemsize
+            pointers = np.empty(len(block), dtype="<i8")
+            pointers[0], pointers[1:] = start, ends[:-1]
+            stream.write(pointers.tobytes())
+            start = int(ends[-1])
+        for block in _blocks(documents):
+            stream.write(block.astype("<i8").tobytes())
+        for block in _blocks(modes) if modes is not None else ():
+            stream.write(block.astype("i1").tobytes())
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(array), _CHUNK):
+        yield array[start : start + _CHUNK]

@@ -1,0 +1,136 @@
+"""Looking at data: packs as text, lengths as a picture, duplicates, what a run will read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_hydra.config.loading import from_dict, parse_yaml
+from megatron_hydra.config.run import RunConfig
+from megatron_hydra.data.document import Document
+from megatron_hydra.data.indexed import IndexedDocuments
+from megatron_hydra.errors import HydraError
+
+_SHOWN_DUPLICATES = 5
+
+
+def load_data_sections(path: str) -> RunConfig:
+    """The ``data`` and ``batch`` sections of a YAML file, all else at its default.
+
+    Raises:
+        HydraError: the file cannot be read, or a key is unknown.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise HydraError(f"config {path} cannot be read: {error}") from error
+    body = parse_yaml(text, path) or {}
+    return from_dict(RunConfig, body, source=path)
+
+
+def show_pack(
+    documents: list[Document], sequence_length: int, tokenizer: Any, characters: int
+) -> str:
+    """One packed sequence as text, with the bounds of its documents.
+
+    Args:
+        documents: of the pack, in order.
+        sequence_length: S.
+        tokenizer: decodes.
+        characters: shown of every document, half from its beginning and half from its end.
+    """
+    used = sum(len(document) for document in documents)
+    padding = sequence_length - used
+    lines = [
+        f"{used:,} of {sequence_length:,} tokens, {len(documents)} documents, {padding} padding"
+    ]
+    start = 0
+    for number, document in enumerate(documents):
+        end = start + len(document)
+        learned = int(document.trainable[1:].sum())
+        lines.append(
+            f"--- document {number}: tokens {start:,}..{end - 1:,}, {learned:,} learned ---"
+        )
+        lines.append(_shortened(tokenizer.decode(document.tokens.tolist()), characters))
+        if learned < len(document) - 1:
+            answers = tokenizer.decode(document.tokens[document.trainable].tolist())
+            lines.append(f"    learned: {_shortened(answers, characters)!r}")
+        start = end
+    if padding:
+        lines.append(f"--- padding: tokens {start:,}..{sequence_length - 1:,} ---")
+    return "\n".join(lines)
+
+
+def _shortened(text: str, characters: int) -> str:
+    if len(text) <= characters:
+        return text
+    half = characters // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+
+
+def plot_lengths(lengths: np.ndarray, sequence_length: int, title: str, path: str) -> None:
+    """Histogram of document lengths, by documents and by tokens, as PNG.
+
+    Args:
+        lengths: tokens per document; empty ones are left out.
+        sequence_length: S, marked by a line.
+        title: above the picture.
+        path: of the PNG; written at once or not at all.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lengths = lengths[lengths > 0]
+    edges = np.geomspace(1, max(int(lengths.max()), sequence_length) * 1.2, 60)
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for weights, label, color in (
+        (np.full(len(lengths), 100 / len(lengths)), "share of documents", "#4477aa"),
+        (lengths * (100 / lengths.sum()), "share of tokens", "#ee6677"),
+    ):
+        axis.hist(lengths, edges, weights=weights, label=label, color=color, alpha=0.6)
+    axis.axvline(sequence_length, color="black", linestyle="--", linewidth=1)
+    axis.text(sequence_length, axis.get_ylim()[1], f" {sequence_length:,}", va="top", fontsize=9)
+    axis.set(xscale="log", xlabel="document length (tokens)", ylabel="% per bin", title=title)
+    axis.legend(frameon=False, loc="upper left")
+    temporary = f"{path}.tmp-{os.getpid()}.png"
+    figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+    os.replace(temporary, path)
+
+
+def find_duplicates(
+    documents: IndexedDocuments, most: int
+) -> tuple[int, int, list[tuple[int, int]]]:
+    """Exact duplicates among the first ``most`` documents (compared by 64-bit hash).
+
+    Returns:
+        How many documents repeat an earlier one, their tokens, and a few (earlier, later) pairs.
+    """
+    offsets, lengths = documents.document_spans()
+    kept = np.flatnonzero(lengths > 0)[:most]
+    hashes = np.empty(len(kept), dtype=np.uint64)
+    for row, number in enumerate(kept.tolist()):
+        raw = documents.read_raw(int(offsets[number]), int(lengths[number]))
+        digest = hashlib.blake2b(raw.tobytes(), digest_size=8).digest()
+        hashes[row] = int.from_bytes(digest, "little")
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    earlier = first[inverse]
+    repeats = np.flatnonzero(earlier != np.arange(len(kept)))
+    pairs = [(int(kept[earlier[r]]), int(kept[r])) for r in repeats[:_SHOWN_DUPLICATES]]
+    return len(repeats), int(lengths[kept[repeats]].sum()), pairs
+
+
+def describe_lengths(lengths: np.ndarray) -> str:
+    """Percentiles of document lengths, in one line."""
+    lengths = lengths[lengths > 0]
+    points = [0, 10, 50, 90, 99, 100]
+    names = ["min", "10 %", "median", "90 %", "99 %", "max"]
+    values = np.percentile(lengths, points)
+    parts = [f"{n} {v:,.0f}" for n, v in zip(names, values, strict=True)]
+    return f"tokens per document: {', '.join(parts)}, mean {lengths.mean():,.0f}"

@@ -1,0 +1,150 @@
+"""The manifest beside a ``.bin/.idx`` pair: where its tokens come from, and that they are whole.
+
+``<prefix>.json`` is written by ``data_prep/tokenize.py`` and ``data_prep/merge.py``. Files made by
+Megatron-LM have none and are read without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_hydra.errors import HydraError
+
+FORMAT = "megatron-hydra-tokens"
+VERSION = 1
+_PROBE_BLOCK = 4096
+_PROBE_COUNT = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """Identity of one file.
+
+    Attributes:
+        bytes: size.
+        sha256: of the whole file; what ``sha256sum`` prints.
+        probe: hash of the size and of 64 evenly spaced 4 KiB blocks: cheap enough for every start.
+    """
+
+    bytes: int
+    sha256: str
+    probe: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What is known of a ``.bin/.idx`` pair.
+
+    Attributes:
+        source: inputs, revision, options of the preparation; free-form but JSON.
+        tokenizer: ``name``, ``fingerprint``, ``vocab_size``, ``eod_id``.
+        counts: ``documents``, ``sequences``, ``tokens``, ``max_token_id``, ``longest_document``,
+            ``rows``, ``empty_rows``, ``bad_rows``.
+        loss: ``all``, or ``answers``: sequence mode 1 marks learned spans, mode 0 context.
+        bin, idx: identities of the two files.
+    """
+
+    source: dict[str, Any]
+    tokenizer: dict[str, Any]
+    counts: dict[str, int]
+    loss: str
+    bin: FileRecord
+    idx: FileRecord
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write atomically."""
+        body = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        write_json_atomically(path, body)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            HydraError: it is missing, not JSON, of another format or version, or lacks a key.
+        """
+        try:
+            body = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise HydraError(f"{path}: cannot read this manifest: {error}") from error
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
+            raise HydraError(f"{path}: not a {FORMAT} manifest")
+        if body.get("version") != VERSION:
+            raise HydraError(
+                f"{path}: manifest version {body.get('version')}, this release reads {VERSION}"
+            )
+        try:
+            return cls(
+                source=body["source"],
+                tokenizer=body["tokenizer"],
+                counts=body["counts"],
+                loss=body["loss"],
+                bin=FileRecord(**body["bin"]),
+                idx=FileRecord(**body["idx"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise HydraError(
+                f"{path}: damaged manifest ({error}); prepare the data again"
+            ) from error
+
+    def check_files(self, prefix: str) -> None:
+        """Compare sizes and probes with the files on disk.
+
+        Raises:
+            HydraError: a file is missing or is not the one that the manifest describes.
+        """
+        for suffix, record in ((".bin", self.bin), (".idx", self.idx)):
+            path = prefix + suffix
+            if not os.path.exists(path):
+                raise HydraError(f"{path} is missing, but {prefix}.json describes it")
+            size = os.path.getsize(path)
+            if size < record.bytes:
+                raise HydraError(
+                    f"{path} is truncated: {size:,} bytes, {prefix}.json says {record.bytes:,}; "
+                    "copy or prepare it again"
+                )
+            if size != record.bytes or file_probe(path) != record.probe:
+                raise HydraError(
+                    f"{prefix}.json is stale: {path} is not the file it describes; prepare the "
+                    "data again, or delete the manifest if the files are right without it"
+                )
+
+
+def file_probe(path: str | os.PathLike[str]) -> str:
+    """Hash of a file's size and 64 evenly spaced blocks, first and last included. O(1) reads."""
+    size = os.path.getsize(path)
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    last = max(0, size - _PROBE_BLOCK)
+    offsets = sorted({last * i // (_PROBE_COUNT - 1) for i in range(_PROBE_COUNT)})
+    with open(path, "rb") as stream:
+        for offset in offsets:
+            stream.seek(offset)
+            digest.update(stream.read(_PROBE_BLOCK))
+    return digest.hexdigest()
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a whole file."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_record(path: str | os.PathLike[str], sha256: str | None = None) -> FileRecord:
+    """The identity of ``path``; ``sha256`` if it is already known."""
+    return FileRecord(os.path.getsize(path), sha256 or file_sha256(path), file_probe(path))
+
+
+def write_json_atomically(path: str | os.PathLike[str], body: dict[str, Any]) -> None:
+    """Write JSON such that a reader, or a crash, sees the old file or the new one."""
+    temporary = f"{os.fspath(path)}.tmp-{os.getpid()}"
+    with open(temporary, "w", encoding="utf-8") as stream:
+        json.dump(body, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,163 @@
+"""Several ``.bin/.idx`` pairs into one, by joining files: no token is decoded or written anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_hydra.data.indexed import IndexedDocuments, write_index
+from megatron_hydra.data.manifest import FileRecord, Manifest, file_record
+from megatron_hydra.data.parts import Counts, publish
+from megatron_hydra.data.tokenization import shard_prefix
+from megatron_hydra.errors import HydraError
+
+_COPY_BYTES = 16 << 20
+
+
+def find_shards(output: str) -> list[str]:
+    """Prefixes of all shards of ``output``, in order.
+
+    Raises:
+        HydraError: there are none, of several counts, or some are missing.
+    """
+    pattern = re.compile(re.escape(output) + r"-(\d{5})-of-(\d{5})\.json$")
+    found = [
+        pattern.match(path) for path in sorted(glob.glob(glob.escape(output) + "-*-of-*.json"))
+    ]
+    names = [match for match in found if match is not None]
+    counts = {int(match[2]) for match in names}
+    if len(counts) != 1:
+        raise HydraError(
+            f"--shards {output}: found {'no shards' if not counts else f'shards of {counts}'}; "
+            "finish data_prep/tokenize.py --shard for one count, or list the prefixes with --input"
+        )
+    (count,) = counts
+    present = {int(match[1]) for match in names}
+    missing = sorted(set(range(count)) - present)
+    if missing:
+        raise HydraError(
+            f"--shards {output}: shard{'s' if len(missing) > 1 else ''} "
+            f"{', '.join(map(str, missing[:20]))} of {count} not finished; run "
+            f"data_prep/tokenize.py --shard {missing[0]}/{count}"
+        )
+    return [shard_prefix(output, index, count) for index in range(count)]
+
+
+def merge(prefixes: list[str], output: str, *, force: bool = False) -> Manifest:
+    """Join pairs in the given order.
+
+    Args:
+        prefixes: inputs, each with a manifest.
+        output: prefix to write.
+        force: replace an existing output.
+
+    Raises:
+        HydraError: an input is damaged, or was made with another tokenizer or loss; or the output
+            exists.
+    """
+    existing = [output + s for s in (".bin", ".idx", ".json") if os.path.exists(output + s)]
+    if existing and not force:
+        raise HydraError(f"{existing[0]} exists; choose another --output or replace with --force")
+    inputs = [IndexedDocuments(prefix) for prefix in prefixes]
+    manifests = [_manifest_of(documents, inputs[0]) for documents in inputs]
+    work = Path(output + ".merge")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        bin_record = _join_tokens(prefixes, manifests, work / "all.bin")
+        idx_record = _join_indices(inputs, work / "all.idx")
+        counts = Counts()
+        for manifest in manifests:
+            counts.add(Counts(**manifest.counts))
+        merged = Manifest(
+            _joint_source(prefixes, manifests),
+            manifests[0].tokenizer,
+            dataclasses.asdict(counts),
+            manifests[0].loss,
+            bin_record,
+            idx_record,
+        )
+        merged.save(work / "manifest.json")
+        publish(work, output)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return merged
+
+
+def _manifest_of(documents: IndexedDocuments, first: IndexedDocuments) -> Manifest:
+    """The manifest of an input, which must agree with the first one's."""
+    own, reference = documents.manifest, first.manifest
+    if own is None or reference is None:
+        name = documents.prefix if own is None else first.prefix
+        raise HydraError(f"{name}.json does not exist; only data with a manifest can be merged")
+    if own.tokenizer["fingerprint"] != reference.tokenizer["fingerprint"]:
+        raise HydraError(
+            f"{documents.prefix}.json: tokenizer {own.tokenizer['name']!r} is not the one of "
+            f"{first.prefix}.json ({reference.tokenizer['name']!r}); prepare one of them again"
+        )
+    if own.loss != reference.loss or documents.dtype is not first.dtype:
+        raise HydraError(
+            f"{documents.prefix} and {first.prefix} differ in loss ({own.loss}, {reference.loss}) "
+            "or token type; blend them in training instead (data.blend)"
+        )
+    return own
+
+
+def _joint_source(prefixes: list[str], manifests: list[Manifest]) -> dict[str, Any]:
+    """The source of complete shards is that of the whole; of other inputs, the list of them."""
+    bare = [
+        {k: v for k, v in m.source.items() if k not in ("shard", "unit_bytes")} for m in manifests
+    ]
+    order = [m.source.get("shard", {}) for m in manifests]
+    wanted = [{"index": index, "count": len(manifests)} for index in range(len(manifests))]
+    if order == wanted and all(source == bare[0] for source in bare):
+        return bare[0]
+    parts = zip(prefixes, manifests, strict=True)
+    return {
+        "merged": [
+            {"name": os.path.basename(prefix), "sha256": m.bin.sha256, **m.source}
+            for prefix, m in parts
+        ]
+    }
+
+
+def _join_tokens(prefixes: list[str], manifests: list[Manifest], path: Path) -> FileRecord:
+    """Concatenate ``.bin`` files, checking each against its manifest on the way."""
+    whole = hashlib.sha256()
+    with open(path, "wb") as stream:
+        for prefix, manifest in zip(prefixes, manifests, strict=True):
+            own = hashlib.sha256()
+            with open(prefix + ".bin", "rb") as source:
+                while block := source.read(_COPY_BYTES):
+                    stream.write(block)
+                    whole.update(block)
+                    own.update(block)
+            if own.hexdigest() != manifest.bin.sha256:
+                raise HydraError(
+                    f"{prefix}.bin does not have the SHA-256 that {prefix}.json records; it is "
+                    "damaged: copy or prepare it again"
+                )
+        stream.flush()
+        os.fsync(stream.fileno())
+    return file_record(path, whole.hexdigest())
+
+
+def _join_indices(inputs: list[IndexedDocuments], path: Path) -> FileRecord:
+    lengths = np.concatenate([documents.sequence_lengths() for documents in inputs])
+    edges = [np.zeros(1, dtype=np.int64)]
+    before = 0
+    for documents in inputs:
+        edges.append(documents.document_boundaries()[1:] + before)
+        before += documents.num_sequences
+    modes = [documents.sequence_modes() for documents in inputs]
+    joint = None if modes[0] is None else np.concatenate([m for m in modes if m is not None])
+    write_index(str(path), inputs[0].dtype, lengths, np.concatenate(edges), joint)
+    return file_record(path)

@@ -1,0 +1,163 @@
+"""The packing of a source, built once and kept on disk: three ``.npy`` files and their description.
+
+The folder's name contains the fingerprint of everything that the packing depends on, so a changed
+source, length or option never meets an old index. It is written to a temporary sibling and renamed;
+concurrent processes (ranks) agree by a file lock on who builds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_hydra.data.indexed import IndexedDocuments
+from megatron_hydra.data.manifest import write_json_atomically
+from megatron_hydra.data.packing import Packing, Packs, pack_documents, upsample
+from megatron_hydra.errors import HydraError
+
+VERSION = 1
+_ARRAYS = ("starts", "offsets", "lengths")
+_log = logging.getLogger(__name__)
+
+
+def pack_index(
+    source: IndexedDocuments,
+    *,
+    sequence_length: int,
+    packing: Packing,
+    seed: int,
+    upsampling: dict[int, float],
+    cache_dir: str = "",
+) -> tuple[Packs, dict[str, Any]]:
+    """The packs of a source, from the cache or built now.
+
+    Args:
+        source: the documents.
+        sequence_length, packing, seed, upsampling: see :mod:`megatron_hydra.data.packing`.
+        cache_dir: where indices are kept; empty: ``<folder of the source>/.packs``.
+
+    Returns:
+        The packs (memory-mapped) and their description: ``key``, ``max_token_id`` and ``report``
+        (documents, pieces, packs, tokens, waste …).
+
+    Raises:
+        HydraError: the source cannot be packed so, or the cache cannot be written.
+    """
+    recipe = {
+        "version": VERSION,
+        "source": source.fingerprint(),
+        "sequence_length": sequence_length,
+        "packing": packing,
+        "seed": seed,
+        "upsample": sorted(upsampling.items()),
+    }
+    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:24]
+    root = Path(cache_dir) if cache_dir else Path(source.prefix).parent / ".packs"
+    folder = root / f"{Path(source.prefix).name}-{sequence_length}-{packing}-{key}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / f".{folder.name}.lock"):
+            if not (folder / "pack.json").exists():
+                _log.info("packing %s into sequences of %d tokens", source.prefix, sequence_length)
+                _build(source, recipe, upsampling, folder)
+    except OSError as error:
+        raise HydraError(
+            f"cannot write the packing index {folder}: {error}; set data.cache_dir to a folder "
+            "with room that this process may write to"
+        ) from error
+    return _load(folder, sequence_length)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w", encoding="utf-8") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _build(
+    source: IndexedDocuments, recipe: dict[str, Any], upsampling: dict[int, float], folder: Path
+) -> None:
+    packs, report = pack_source(
+        source,
+        sequence_length=recipe["sequence_length"],
+        packing=recipe["packing"],
+        seed=recipe["seed"],
+        upsampling=upsampling,
+    )
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        for name in _ARRAYS:
+            np.save(temporary / f"{name}.npy", getattr(packs, name), allow_pickle=False)
+        description = {
+            "recipe": recipe,
+            "key": folder.name.rsplit("-", 1)[1],
+            "max_token_id": source.max_token_id(),
+            "report": report,
+        }
+        write_json_atomically(temporary / "pack.json", description)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def pack_source(
+    source: IndexedDocuments,
+    *,
+    sequence_length: int,
+    packing: Packing,
+    seed: int,
+    upsampling: dict[int, float],
+) -> tuple[Packs, dict[str, Any]]:
+    """Pack a source without any cache; returns the packs and a report of numbers."""
+    offsets, lengths = source.document_spans()
+    documents = int((lengths > 0).sum())
+    report: dict[str, Any] = {"documents": documents, "empty_documents": len(lengths) - documents}
+    report["tokens_in_source"] = int(lengths.sum())
+    if upsampling:
+        chosen = upsample(lengths, upsampling, seed, source.prefix)
+        times = np.bincount(chosen, minlength=len(lengths))
+        report["documents_repeated"] = int((times > 1).sum())
+        report["documents_dropped"] = int(((times == 0) & (lengths > 0)).sum())
+        offsets, lengths = offsets[chosen], lengths[chosen]
+    packs = pack_documents(offsets, lengths, sequence_length, packing, seed, source.prefix)
+    report["documents_per_epoch"] = int((lengths > 0).sum())
+    report["tokens_per_epoch"] = int(lengths.sum())
+    report["pieces"] = len(packs.offsets)
+    report["packs"] = len(packs)
+    report["documents_above_length"] = int((lengths > sequence_length).sum())
+    report["waste"] = packs.waste()
+    return packs, report
+
+
+def _load(folder: Path, sequence_length: int) -> tuple[Packs, dict[str, Any]]:
+    try:
+        description = json.loads((folder / "pack.json").read_text(encoding="utf-8"))
+        starts, offsets, lengths = (
+            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS
+        )
+        report = description["report"]
+        if (len(starts), len(offsets), len(lengths)) != (
+            report["packs"] + 1,
+            report["pieces"],
+            report["pieces"],
+        ):
+            raise ValueError("arrays and pack.json disagree")
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise HydraError(
+            f"{folder}: damaged packing index ({error}); delete this folder"
+        ) from error
+    return Packs(starts, offsets, lengths, sequence_length), description

@@ -1,0 +1,141 @@
+"""The parts of a blend: each maps a sample number to the documents of one packed sequence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_hydra.config.run import DataConfig, SourceConfig
+from megatron_hydra.data.document import Document
+from megatron_hydra.data.indexed import IndexedDocuments
+from megatron_hydra.data.pack_index import pack_index
+from megatron_hydra.data.sampling import Permutation, derive_key
+from megatron_hydra.data.synthetic import find_task, generate
+from megatron_hydra.data.tokenizer import tokenizer_fingerprint
+from megatron_hydra.errors import HydraError
+
+
+class Source(Protocol):
+    """What a stream needs of a part.
+
+    Attributes:
+        name: for logs and messages.
+        samples_per_epoch: packed sequences until the part repeats; ``None``: it never does.
+    """
+
+    name: str
+    samples_per_epoch: int | None
+
+    def sample(self, index: int) -> list[Document]:
+        """Documents of sample ``index`` (0, 1, 2, …), at most S tokens in all."""
+
+    def fingerprint(self) -> str:
+        """Changes whenever any sample would change."""
+
+
+class IndexedSource:
+    """Tokenised text: packs in a new seeded order every epoch."""
+
+    def __init__(
+        self, config: SourceConfig, data: DataConfig, *, seed: int, vocab_size: int
+    ) -> None:
+        """Open, pack (or find the cached packing) and check.
+
+        Raises:
+            HydraError: the files are damaged, or made with another tokenizer.
+        """
+        self.name = config.path
+        self.documents = IndexedDocuments(config.path)
+        upsampling = {int(k): float(v) for k, v in config.upsample.items()}
+        self.packs, self.description = pack_index(
+            self.documents,
+            sequence_length=data.sequence_length,
+            packing=data.packing,
+            seed=data.seed,
+            upsampling=upsampling,
+            cache_dir=data.cache_dir,
+        )
+        self.samples_per_epoch: int | None = len(self.packs)
+        largest = self.description["max_token_id"]
+        if largest >= vocab_size:
+            raise HydraError(
+                f"{config.path}.bin holds token id {largest:,}, the model's vocabulary has "
+                f"{vocab_size:,}: the data was made with another tokenizer; prepare it again"
+            )
+        self._seed = seed
+        self._order: tuple[int, Permutation] | None = None
+
+    def pack_number(self, index: int) -> int:
+        """Which pack sample ``index`` is: every epoch visits every pack once."""
+        epoch, position = divmod(index, len(self.packs))
+        if self._order is None or self._order[0] != epoch:
+            key = derive_key(self._seed, "epoch", epoch)
+            self._order = (epoch, Permutation(len(self.packs), key))
+        return self._order[1](position)
+
+    def sample(self, index: int) -> list[Document]:
+        """The documents and pieces of one pack."""
+        pieces = self.packs.pieces(self.pack_number(index))
+        return [self.documents.read_piece(offset, length) for offset, length in pieces]
+
+    def fingerprint(self) -> str:
+        """The packing's key: source, length, strategy, seed, upsampling."""
+        return self.description["key"]
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer other than the one in the manifest (if there is a manifest).
+
+        Raises:
+            HydraError: they differ.
+        """
+        manifest = self.documents.manifest
+        if manifest is None:
+            return
+        recorded = manifest.tokenizer.get("fingerprint", "")
+        if recorded and recorded != tokenizer_fingerprint(tokenizer):
+            raise HydraError(
+                f"{self.name}.json: prepared with the tokenizer "
+                f"{manifest.tokenizer.get('name')!r}, which is not data.tokenizer; prepare the "
+                "data again"
+            )
+
+
+class SyntheticSource:
+    """A generated task; sample i is a pure function of (seed, i) and never repeats."""
+
+    samples_per_epoch: int | None = None
+
+    def __init__(
+        self, config: SourceConfig, data: DataConfig, *, seed: int, tokenizer: Any
+    ) -> None:
+        """Find the task and make one sample, so that bad options fail before training.
+
+        Raises:
+            HydraError: unknown task or option, or a tokenizer is needed.
+        """
+        self.name = config.task
+        self._generator = find_task(config.task)
+        self._options = config.options
+        self._length = data.sequence_length
+        self._tokenizer = tokenizer
+        self._key = derive_key(seed, config.task)
+        self.sample(0)
+
+    def sample(self, index: int) -> list[Document]:
+        """Generated documents."""
+        return generate(
+            self._generator, self._key, index, self._length, self._tokenizer, self._options
+        )
+
+    def fingerprint(self) -> str:
+        """Hash of task, options, length, seed, tokenizer and of one generated sample."""
+        digest = hashlib.sha256(
+            json.dumps([self.name, self._options, self._length, self._key], sort_keys=True).encode()
+        )
+        for document in self.sample(0):
+            digest.update(document.tokens.astype(np.int64).tobytes())
+            digest.update(document.trainable.tobytes())
+        return digest.hexdigest()[:24]

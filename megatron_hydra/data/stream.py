@@ -1,0 +1,307 @@
+"""The stream of packed batches that training reads: a pure function of config, step and layout.
+
+Global sample n of a run is drawn from the blend by arithmetic; step s holds samples
+s·B … (s+1)·B−1 whatever the data-parallel size. Resuming is asking for the next step.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_hydra.config.run import BatchConfig, DataConfig
+from megatron_hydra.data.batch import PackedBatch
+from megatron_hydra.data.document import Document
+from megatron_hydra.data.sampling import Blend, Draw, derive_key
+from megatron_hydra.data.sources import IndexedSource, Source, SyntheticSource
+from megatron_hydra.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_hydra.errors import HydraError
+
+_log = logging.getLogger(__name__)
+_PAD_TOKEN = 0
+
+
+class PackedStream:
+    """Micro-batches of one data-parallel rank.
+
+    Attributes:
+        sources: the opened parts, in the order of ``data.blend``.
+        tokens_per_step: tokens of a global batch, padding included.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        batch: BatchConfig,
+        *,
+        dp_rank: int,
+        dp_size: int,
+        vocab_size: int,
+        tokenizer: Any = None,
+    ) -> None:
+        """Open every source and check all of it before the first step.
+
+        Args:
+            data, batch: the run's sections.
+            dp_rank, dp_size: this rank's place; context-, tensor- and pipeline-parallel ranks of
+                one replica pass the same values and get the same batches.
+            vocab_size: of the model; a larger token id is an error.
+            tokenizer: an HF tokenizer; loaded from ``data.tokenizer`` if left out.
+
+        Raises:
+            HydraError: anything in the config or in the data is wrong.
+        """
+        _check_sizes(data, batch, dp_rank, dp_size)
+        self.data, self.batch = data, batch
+        self.dp_rank, self.dp_size, self.vocab_size = dp_rank, dp_size, vocab_size
+        if tokenizer is None and data.tokenizer:
+            tokenizer = load_tokenizer(data.tokenizer)
+        self._tokenizer_fingerprint = "" if tokenizer is None else tokenizer_fingerprint(tokenizer)
+        names = [f"blend[{i}] {part.path or part.task}" for i, part in enumerate(data.blend)]
+        self._blend = Blend([part.weight for part in data.blend], names)
+        self.sources = [self._open(i, tokenizer) for i in range(len(data.blend))]
+        self.tokens_per_step = batch.global_batch_size * data.sequence_length
+        self._next_step = 0
+
+    def _open(self, position: int, tokenizer: Any) -> Source:
+        part = self.data.blend[position]
+        seed = derive_key(self.data.seed, position)
+        if part.kind == "synthetic":
+            return SyntheticSource(part, self.data, seed=seed, tokenizer=tokenizer)
+        source = IndexedSource(part, self.data, seed=seed, vocab_size=self.vocab_size)
+        if tokenizer is not None:
+            source.check_tokenizer(tokenizer)
+        return source
+
+    def micro_batches(self, step: int) -> list[PackedBatch]:
+        """This rank's micro-batches of global step ``step`` (0-based), in order.
+
+        Raises:
+            HydraError: a sample holds a token outside the vocabulary.
+        """
+        if self.dp_rank == 0:
+            for message in self.epoch_restarts(step):
+                _log.warning(message)
+        size = self.batch.micro_batch_size
+        samples = self.global_samples(step)
+        stride = size * self.dp_size
+        batches = [
+            self._micro_batch(samples[start : start + size])
+            for start in range(self.dp_rank * size, len(samples), stride)
+        ]
+        self._next_step = step + 1
+        return batches
+
+    def global_samples(self, step: int) -> list[int]:
+        """Sample numbers of a global batch in the order in which they are dealt to ranks.
+
+        The order is shuffled inside the step, so that no rank gets always the same part of a blend.
+        """
+        size = self.batch.global_batch_size
+        rng = np.random.Generator(np.random.Philox(key=derive_key(self.data.seed, "deal", step)))
+        return (step * size + rng.permutation(size)).tolist()
+
+    def draw(self, sample: int) -> Draw:
+        """Which part, and which sample of it, global sample number ``sample`` is."""
+        return self._blend.draw(sample)
+
+    def documents(self, sample: int) -> list[Document]:
+        """The documents of one packed sequence."""
+        draw = self.draw(sample)
+        documents = self.sources[draw.source].sample(draw.index)
+        for document in documents:
+            if int(document.tokens.max()) >= self.vocab_size or int(document.tokens.min()) < 0:
+                raise HydraError(
+                    f"{self.sources[draw.source].name}: token id {int(document.tokens.max())} is "
+                    f"outside the model's vocabulary of {self.vocab_size}; wrong tokenizer?"
+                )
+        return documents
+
+    def _micro_batch(self, samples: list[int]) -> PackedBatch:
+        packed = [
+            pack_sequence(self.documents(sample), self.data.sequence_length) for sample in samples
+        ]
+        length = self.data.sequence_length
+        edges = [0]
+        for position, (_, _, _, ends) in enumerate(packed):
+            edges += [position * length + end for end in ends]
+        columns = [torch.from_numpy(np.concatenate([p[c] for p in packed])) for c in range(3)]
+        return PackedBatch(
+            tokens=columns[0],
+            labels=columns[1],
+            loss_mask=columns[2],
+            cu_seqlens=tuple(edges),
+            sample_ids=tuple(samples),
+        )
+
+    def epoch_report(self, step: int) -> dict[str, dict[str, float]]:
+        """How far every part has been read when ``step`` steps are done.
+
+        Returns:
+            name → ``samples`` drawn, ``epochs`` completed (fractional; 0 for generated parts),
+            ``tokens`` drawn including padding.
+        """
+        drawn = self._blend.drawn_before(step * self.batch.global_batch_size)
+        report = {}
+        for position, (source, count) in enumerate(zip(self.sources, drawn, strict=True)):
+            epochs = count / source.samples_per_epoch if source.samples_per_epoch else 0.0
+            report[f"blend[{position}] {source.name}"] = {
+                "samples": float(count),
+                "tokens": float(count * self.data.sequence_length),
+                "epochs": epochs,
+            }
+        return report
+
+    def plan(self, steps: int) -> dict[str, dict[str, float]]:
+        """Check a run of ``steps`` steps against its limits before it starts.
+
+        Returns:
+            :meth:`epoch_report` at the end of the run.
+
+        Raises:
+            HydraError: ``data.token_budget`` or a part's ``max_epochs`` would be exceeded.
+        """
+        needed, budget = steps * self.tokens_per_step, self.data.token_budget
+        if budget and needed > budget:
+            raise HydraError(
+                f"schedule.steps {steps:,} x {self.tokens_per_step:,} tokens per step = {needed:,} "
+                f"tokens, above data.token_budget {budget:,}; at most "
+                f"{budget // self.tokens_per_step:,} steps fit"
+            )
+        report = self.epoch_report(steps)
+        for part, (name, numbers) in zip(self.data.blend, report.items(), strict=True):
+            if part.max_epochs and numbers["epochs"] > part.max_epochs:
+                raise HydraError(
+                    f"data.{name} would be read {numbers['epochs']:.2f} times in {steps:,} steps, "
+                    f"above its max_epochs {part.max_epochs}; lower its weight or add data"
+                )
+        return report
+
+    def epoch_restarts(self, step: int) -> list[str]:
+        """One sentence for every part that begins another epoch within ``step``; usually none."""
+        size = self.batch.global_batch_size
+        before = self._blend.drawn_before(step * size)
+        after = self._blend.drawn_before((step + 1) * size)
+        messages = []
+        for source, first, end in zip(self.sources, before, after, strict=True):
+            period = source.samples_per_epoch
+            if period is None or end == 0:
+                continue
+            epoch = (end - 1) // period
+            if epoch > 0 and (first == 0 or epoch > (first - 1) // period):
+                messages.append(
+                    f"step {step}: {source.name} starts epoch {epoch + 1}; its {period:,} packed "
+                    "sequences have all been read and repeat in a new order"
+                )
+        return messages
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that decides which sample comes when, except the layout. JSON."""
+        return {
+            "data.seed": self.data.seed,
+            "data.sequence_length": self.data.sequence_length,
+            "data.packing": self.data.packing,
+            "data.tokenizer": self._tokenizer_fingerprint,
+            "batch.global_batch_size": self.batch.global_batch_size,
+            "data.blend": [
+                {"name": source.name, "weight": part.weight, "fingerprint": source.fingerprint()}
+                for source, part in zip(self.sources, self.data.blend, strict=True)
+            ],
+        }
+
+    def state(self, step: int | None = None) -> dict[str, Any]:
+        """What a checkpoint records: JSON with the fingerprint, ``step`` and ``samples``.
+
+        Args:
+            step: steps done; left out: one more than the last step asked of ``micro_batches``.
+        """
+        done = self._next_step if step is None else step
+        return {
+            "fingerprint": self.fingerprint(),
+            "step": done,
+            "samples": done * self.batch.global_batch_size,
+        }
+
+    def check_state(self, state: dict[str, Any]) -> int:
+        """Accept a checkpoint's state and return the step to go on with.
+
+        Data-parallel size and micro-batch size may differ from those of the saved run.
+
+        Raises:
+            HydraError: data or order differ; the message names the first key that does.
+        """
+        try:
+            saved, step = state["fingerprint"], int(state["step"])
+            saved_blend = saved["data.blend"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise HydraError(f"the checkpoint's data state is damaged: {error}") from error
+        own = self.fingerprint()
+        advice = "resume with the same data, or start a new run (another output) from the weights"
+        for key, value in own.items():
+            if key != "data.blend" and saved.get(key) != value:
+                raise HydraError(
+                    f"cannot resume: {key} was {saved.get(key)!r} and is {value!r} now; {advice}"
+                )
+        if len(saved_blend) != len(own["data.blend"]):
+            raise HydraError(
+                f"cannot resume: data.blend had {len(saved_blend)} parts and has "
+                f"{len(own['data.blend'])} now; {advice}"
+            )
+        for position, (old, new) in enumerate(zip(saved_blend, own["data.blend"], strict=True)):
+            for key in ("weight", "fingerprint"):
+                if old.get(key) != new[key]:
+                    raise HydraError(
+                        f"cannot resume: data.blend[{position}] ({new['name']}) has another {key} "
+                        f"than in the checkpoint ({old.get('name')}): {old.get(key)} before, "
+                        f"{new[key]} now; {advice}"
+                    )
+        self._next_step = step
+        return step
+
+
+def pack_sequence(
+    documents: list[Document], length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+    """Lay documents into one sequence and pad it.
+
+    Args:
+        documents: at most ``length`` tokens in all.
+        length: S.
+
+    Returns:
+        tokens ``[S]`` int64; labels ``[S]`` int64 (the next token of the same document); loss mask
+        ``[S]`` float32; the end of every document, the padding's included.
+    """
+    tokens = np.full(length, _PAD_TOKEN, dtype=np.int64)
+    labels = np.full(length, _PAD_TOKEN, dtype=np.int64)
+    mask = np.zeros(length, dtype=np.float32)
+    ends: list[int] = []
+    start = 0
+    for document in documents:
+        end = start + len(document)
+        tokens[start:end] = document.tokens
+        labels[start : end - 1] = document.tokens[1:]
+        mask[start : end - 1] = document.trainable[1:]
+        ends.append(end)
+        start = end
+    if start < length:
+        ends.append(length)
+    return tokens, labels, mask, ends
+
+
+def _check_sizes(data: DataConfig, batch: BatchConfig, dp_rank: int, dp_size: int) -> None:
+    if not 0 <= dp_rank < dp_size:
+        raise HydraError(f"data-parallel rank {dp_rank} is outside 0..{dp_size - 1}")
+    if data.sequence_length < 2:
+        raise HydraError(f"data.sequence_length is {data.sequence_length}: it must be at least 2")
+    if batch.micro_batch_size < 1:
+        raise HydraError(f"batch.micro_batch_size is {batch.micro_batch_size}: at least 1")
+    per_pass = batch.micro_batch_size * dp_size
+    if batch.global_batch_size < 1 or batch.global_batch_size % per_pass:
+        raise HydraError(
+            f"batch.global_batch_size {batch.global_batch_size} is not a multiple of "
+            f"batch.micro_batch_size {batch.micro_batch_size} x data-parallel size {dp_size}"
+        )

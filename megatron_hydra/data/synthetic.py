@@ -1,0 +1,126 @@
+"""Long-context tasks made on the fly: a registry of generators and the built-in ones.
+
+A generator is a function ``(rng, length, tokenizer, **options) -> list[Document]`` registered with
+``@synthetic_task("name")``. It returns documents of at most ``length`` tokens in all, draws every
+random decision from ``rng``, and marks as trainable the tokens whose prediction is the task.
+``tokenizer`` is an HF tokenizer, or ``None`` if the run names none (tasks that make token ids
+directly do not need one). A task that lives in another installed package is named
+``package.module:function`` in the config, without registration.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from megatron_hydra.data.document import Document
+from megatron_hydra.errors import HydraError
+
+Generator = Callable[..., list[Document]]
+_TASKS: dict[str, Generator] = {}
+
+
+def synthetic_task(name: str) -> Callable[[Generator], Generator]:
+    """Register a generator under ``name``.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(generator: Generator) -> Generator:
+        if name in _TASKS:
+            raise ValueError(f"synthetic task {name!r} is registered already")
+        _TASKS[name] = generator
+        return generator
+
+    return register
+
+
+def find_task(name: str) -> Generator:
+    """The generator called ``name``, or ``package.module:function`` of an installed package.
+
+    Only packages that a package manager installed (and this one) are imported: a config file must
+    not be able to run a stray file of the working directory.
+
+    Raises:
+        HydraError: there is no such task.
+    """
+    importlib.import_module("megatron_hydra.data.synthetic_tasks")  # registers the built-in tasks
+    if name in _TASKS:
+        return _TASKS[name]
+    if ":" not in name:
+        raise HydraError(
+            f"data.blend: unknown synthetic task {name!r}; known: {', '.join(sorted(_TASKS))}; or "
+            "name a function of an installed package as package.module:function"
+        )
+    module_name, function = name.split(":", 1)
+    package = module_name.split(".")[0]
+    if package != "megatron_hydra" and package not in importlib.metadata.packages_distributions():
+        raise HydraError(
+            f"data.blend: task {name!r}: {package} is not an installed package; pip install it"
+        )
+    try:
+        generator = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise HydraError(f"data.blend: task {name!r} cannot be imported: {error}") from error
+    return generator
+
+
+def generate(
+    generator: Generator, key: int, index: int, length: int, tokenizer: Any, options: dict[str, Any]
+) -> list[Document]:
+    """Sample number ``index`` of a task: a pure function of its arguments.
+
+    Args:
+        generator: from :func:`find_task`.
+        key: the source's seed, 64 bits.
+        index: the sample's number.
+        length: most tokens of all documents together.
+        tokenizer: HF tokenizer or ``None``.
+        options: the generator's keyword arguments, plus ``document_length: [low, high]``, which is
+            for every task: fill the sample with several documents whose lengths are drawn
+            uniformly from low … high; without it one call fills the sample.
+
+    Raises:
+        HydraError: an option is unknown, or the generator broke its contract.
+    """
+    rng = np.random.Generator(np.random.Philox(key=np.array([key, index], dtype=np.uint64)))
+    options = dict(options)
+    bounds = options.pop("document_length", None)
+    if bounds is None:
+        return _checked(generator, rng, length, tokenizer, options)
+    low, high = (int(b) for b in bounds)
+    if not 1 <= low <= high:
+        raise HydraError(f"document_length {bounds} must be [low, high] with 1 <= low <= high")
+    documents: list[Document] = []
+    room = length
+    while room >= low:
+        wanted = min(int(rng.integers(low, high + 1)), room)
+        made = _checked(generator, rng, wanted, tokenizer, options)
+        documents += made
+        room -= sum(len(document) for document in made)
+    return documents
+
+
+def _checked(
+    generator: Generator,
+    rng: np.random.Generator,
+    length: int,
+    tokenizer: Any,
+    options: dict[str, Any],
+) -> list[Document]:
+    name = getattr(generator, "__name__", str(generator))
+    try:
+        documents = generator(rng, length, tokenizer, **options)
+    except TypeError as error:
+        raise HydraError(f"synthetic task {name}, options {options}: {error}") from error
+    total = sum(len(document) for document in documents)
+    if not 0 < total <= length or any(len(document) == 0 for document in documents):
+        raise HydraError(
+            f"synthetic task {name} made {total} tokens where 1..{length} were asked for"
+        )
+    return documents

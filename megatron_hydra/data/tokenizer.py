@@ -1,0 +1,73 @@
+"""HF tokenizers: loading, identity, and the fast way from text to ids."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_hydra.errors import HydraError
+
+_PROBE = "Héllo,  world!\n\n\tdef f(x): return x**2  # 1234567 §¶ 你好 🙂 don't\u200b end"
+
+
+@functools.lru_cache(maxsize=8)
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load an HF tokenizer from a folder, a ``tokenizer.json`` or the Hub.
+
+    Raises:
+        HydraError: it cannot be loaded.
+    """
+    if not name:
+        raise HydraError("data.tokenizer is empty: give the folder or Hub name of an HF tokenizer")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        if Path(name).is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=name)
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # transformers raises many types; the reader needs the name
+        raise HydraError(f"cannot load the tokenizer {name!r}: {error}") from error
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Ids of ``text`` without special tokens at its ends."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return backend.encode(text, add_special_tokens=False).ids
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode_batch(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+    """Ids of many texts; offsets are not computed, which is what makes it fast."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+    return tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
+
+
+def token_dtype(vocab_size: int) -> type[np.generic]:
+    """Megatron-LM's choice of storage: uint16 below 65,500 entries, else int32."""
+    return np.uint16 if vocab_size < 65500 else np.int32
+
+
+@functools.lru_cache(maxsize=8)
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 over the vocabulary and the ids of a probe text.
+
+    It does not depend on where the tokenizer was loaded from or on how a library version
+    serialises it, and changes with anything that changes ids.
+    """
+    digest = hashlib.sha256()
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    digest.update(json.dumps(vocabulary, ensure_ascii=True).encode())
+    digest.update(json.dumps(encode(tokenizer, _PROBE)).encode())
+    return digest.hexdigest()

@@ -1,0 +1,145 @@
+"""Inputs of every format: all rows once and in order, however they are cut into units."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_hydra.data.corpus import CorpusConfig, plan_units, read_unit
+from megatron_hydra.errors import HydraError
+
+TEXTS = [f"document number {i} " * (i % 5 + 1) for i in range(40)]
+
+
+def rows(corpus: CorpusConfig) -> list[str]:
+    return [row.value for unit in plan_units(corpus) for row in read_unit(unit, corpus)]
+
+
+def write_lines(path: Path, lines: list[str]) -> str:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def jsonl(path: Path, texts: list[str]) -> str:
+    return write_lines(path, [json.dumps({"text": text}) for text in texts])
+
+
+LINES = st.lists(st.text(st.characters(codec="utf-8"), max_size=20), min_size=1, max_size=15)
+
+
+@given(texts=LINES, unit_bytes=st.integers(1, 200), newline=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_byte_ranges_hold_every_line_once(tmp_path_factory, texts, unit_bytes, newline):
+    path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
+    body = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    path.write_text(body + "\n" * newline, encoding="utf-8", newline="\n")
+    corpus = CorpusConfig((str(path),), unit_bytes=unit_bytes)
+    units = plan_units(corpus)
+    assert len(units) == -(-path.stat().st_size // unit_bytes)
+    assert rows(corpus) == texts
+
+
+def test_every_local_format(tmp_path):
+    jsonl(tmp_path / "a.jsonl", TEXTS)
+    dataset = Dataset.from_dict({"text": TEXTS, "id": list(range(40))})
+    dataset.to_parquet(tmp_path / "a.parquet", batch_size=7)
+    dataset.save_to_disk(tmp_path / "saved", num_shards=3)
+    compressed = tmp_path / "a.jsonl.gz"
+    compressed.write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    for name in ("a.jsonl", "a.parquet", "saved", "a.jsonl.gz"):
+        corpus = CorpusConfig((str(tmp_path / name),), unit_bytes=300)
+        assert rows(corpus) == TEXTS, name
+    assert len(plan_units(CorpusConfig((str(tmp_path / "a.parquet"),)))) > 1
+    assert len(plan_units(CorpusConfig((str(tmp_path / "saved"),), unit_bytes=300))) > 3
+
+
+def test_text_files_and_lines(tmp_path):
+    first = write_lines(tmp_path / "1.txt", ["one", "two"])
+    second = tmp_path / "2.txt.gz"
+    second.write_bytes(gzip.compress(b"drei\n"))
+    assert rows(CorpusConfig((str(tmp_path),))) == ["one\ntwo\n", "drei\n"]
+    assert rows(CorpusConfig((first,), format="lines", unit_bytes=2)) == ["one", "two"]
+    assert rows(CorpusConfig((str(second),), format="lines")) == ["drei"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_sets_of_the_datasets_library(tmp_path, streaming, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for part in range(3):
+        data = Dataset.from_dict({"text": TEXTS[part * 10 : part * 10 + 10]})
+        data.to_parquet(tmp_path / "set" / f"train-{part}.parquet")
+    corpus = CorpusConfig((str(tmp_path / "set"),), hub=True, streaming=streaming, unit_bytes=100)
+    assert len(plan_units(corpus)) >= 3
+    assert rows(corpus) == TEXTS[:30]
+
+
+def test_inputs_come_in_the_order_given_and_folders_sorted(tmp_path):
+    for name in ("b", "a", "c"):
+        jsonl(tmp_path / f"{name}.jsonl", [name])
+    files = tuple(str(tmp_path / f"{name}.jsonl") for name in "cba")
+    assert rows(CorpusConfig(files)) == ["c", "b", "a"]
+    assert rows(CorpusConfig((str(tmp_path),))) == ["a", "b", "c"]
+    assert rows(CorpusConfig((str(tmp_path / "[bc].jsonl"),))) == ["b", "c"]
+
+
+def test_bad_rows_say_where_and_what(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "with BOM"}\n{"text": "caf\xe9"}\n{"text": \n[1]\n{"id": 1}\n'
+        b'{"text": 5}\n\n{"text": "fine"}\n'
+    )
+    corpus = CorpusConfig((str(path),))
+    found = [row for unit in plan_units(corpus) for row in read_unit(unit, corpus)]
+    assert [row.value for row in found if not row.error] == ["with BOM", "fine"]
+    errors = [row.error for row in found if row.error]
+    for error, words in zip(
+        errors,
+        ("not UTF-8", "not JSON", "not a JSON object but list", "'text' is missing", "is a int"),
+        strict=True,
+    ):
+        assert words in error
+    assert found[1].where == f"{path}, byte 24"
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("café".encode("latin-1"))
+    corpus = CorpusConfig((str(latin),))
+    (row,) = read_unit(plan_units(corpus)[0], corpus)
+    assert "not UTF-8" in row.error
+    assert row.where == str(latin)
+
+
+def test_inputs_that_cannot_be_are_named(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "what.xyz").write_text("x")
+    (tmp_path / "broken.parquet").write_text("x")
+    (tmp_path / "hollow").mkdir()
+    for name, message in (
+        ("empty.jsonl", r"empty\.jsonl is empty"),
+        ("absent.jsonl", r"absent\.jsonl: no such file"),
+        ("what.xyz", r"what\.xyz: unknown suffix"),
+        ("broken.parquet", r"broken\.parquet: cannot be opened as parquet"),
+        ("hollow", "hollow: no such file, or a folder"),
+    ):
+        with pytest.raises(HydraError, match=message):
+            plan_units(CorpusConfig((str(tmp_path / name),)))
+
+
+def test_a_missing_column_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    Dataset.from_dict({"content": ["x"]}).to_parquet(path)
+    corpus = CorpusConfig((str(path),))
+    with pytest.raises(HydraError, match=r"a\.parquet has no column 'text'; it has content"):
+        list(read_unit(plan_units(corpus)[0], corpus))
+
+
+def test_a_broken_archive_is_named(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:-20])
+    corpus = CorpusConfig((str(path),))
+    with pytest.raises(HydraError, match=r"a\.jsonl\.gz: cannot be decompressed"):
+        list(read_unit(plan_units(corpus)[0], corpus))

@@ -1,0 +1,157 @@
+"""The commands that show and pack data."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_hydra.config.run import SourceConfig
+from megatron_hydra.data.corpus import CorpusConfig
+from megatron_hydra.data.document import Document
+from megatron_hydra.data.indexed import IndexedDocuments
+from megatron_hydra.data.inspection import (
+    describe_lengths,
+    find_duplicates,
+    load_data_sections,
+    plot_lengths,
+    show_pack,
+)
+from megatron_hydra.data.tokenization import TokenizeConfig, tokenize
+from megatron_hydra.data.tokenizer import load_tokenizer
+from megatron_hydra.errors import HydraError
+from tests.data.corpora import numbered_documents, write_indexed, write_jsonl
+
+
+def command(name: str):
+    """The ``main`` of a script in ``data_prep``."""
+    path = Path(__file__).parents[2] / "data_prep" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"data_prep_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, tokenizers) -> str:
+    folder = tmp_path_factory.mktemp("prepared")
+    source = write_jsonl(folder / "a.jsonl", 40)
+    corpus = CorpusConfig((str(source), str(source)))
+    settings = TokenizeConfig(corpus, str(folder / "a"), tokenizers["qwen"], workers=0)
+    tokenize(settings, lambda _: None)
+    return str(folder / "a")
+
+
+def test_a_pack_is_shown_with_its_bounds(qwen):
+    tokenizer = load_tokenizer(qwen)
+    first = Document.all_trainable(np.array(tokenizer("the of and").input_ids))
+    answer = np.array(tokenizer("what? that it").input_ids)
+    trainable = np.arange(len(answer)) >= len(answer) - 2
+    shown = show_pack([first, Document(answer, trainable)], 32, tokenizer, 100)
+    used = len(first) + len(answer)
+    assert f"{used} of 32 tokens, 2 documents, {32 - used} padding" in shown
+    assert f"document 0: tokens 0..{len(first) - 1}, {len(first) - 1} learned" in shown
+    assert "the of and" in shown
+    assert f"learned: {tokenizer.decode(answer[-2:])!r}" in shown
+    assert f"padding: tokens {used}..31" in shown
+    assert "characters ...]" in show_pack([first], 32, tokenizer, 4)
+
+
+def test_duplicates_are_found(tmp_path):
+    prefix, _ = write_indexed(tmp_path / "d", [[1, 2], [3], [], [1, 2], [3], [1], [1, 2]])
+    documents = IndexedDocuments(prefix)
+    assert find_duplicates(documents, 100) == (3, 5, [(0, 3), (1, 4), (0, 6)])
+    assert find_duplicates(documents, 3) == (1, 2, [(0, 3)])
+
+
+def test_lengths_are_described_and_drawn(tmp_path):
+    lengths = np.array([0, *range(1, 102)])
+    assert "min 1, 10 % 11, median 51, 90 % 91, 99 % 100, max 101, mean 51" in describe_lengths(
+        lengths
+    )
+    plot_lengths(lengths, 64, "title", str(tmp_path / "h.png"))
+    assert (tmp_path / "h.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_inspect_shows_everything(prepared, tmp_path, capsys):
+    arguments = ["--input", prepared, "--samples", "2", "--duplicates", "--verify", "--steps", "9"]
+    arguments += ["--histogram", str(tmp_path / "h.png"), "--sequence-length", "256"]
+    assert command("inspect")(arguments) == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "80 documents",
+        "padding waste",
+        "duplicates: 40 documents",
+        "SHA-256 of .bin and .idx are right",
+        "9 steps of 256 tokens read",
+        "=== sample 1",
+        "--- document 0: tokens 0..",
+    ):
+        assert words in shown
+    assert (tmp_path / "h.png").exists()
+
+
+def test_inspect_shows_the_blend_of_a_config(prepared, qwen, tmp_path, capsys):
+    path = tmp_path / "data.yaml"
+    path.write_text(
+        f"data:\n  sequence_length: 512\n  packing: split_long\n  tokenizer: {qwen}\n  blend:\n"
+        f"    - {{path: {prepared}, weight: 1.0}}\n"
+        "    - {kind: synthetic, task: needles, weight: 1.0}\n"
+        "batch: {global_batch_size: 4}\n"
+    )
+    assert load_data_sections(str(path)).data.blend[0] == SourceConfig(path=prepared)
+    assert command("inspect")(["--config", str(path), "--samples", "2", "--steps", "5"]) == 0
+    shown = capsys.readouterr().out
+    assert "5 steps of 2,048 tokens read" in shown
+    assert "needles: 5,120 tokens, 0.00 epochs" in shown
+    assert "learned: ' " in shown
+    path.write_text("data: {sequence_lenght: 3}")
+    assert command("inspect")(["--config", str(path)]) == 2
+    assert "sequence_length" in capsys.readouterr().err
+    with pytest.raises(HydraError, match=r"absent\.yaml cannot be read"):
+        load_data_sections(str(tmp_path / "absent.yaml"))
+
+
+def test_inspect_asks_for_a_tokenizer_and_finds_damage(tmp_path, prepared, capsys):
+    prefix, _ = write_indexed(tmp_path / "bare", numbered_documents([5]))
+    assert command("inspect")(["--input", prefix]) == 2
+    assert "give one with --tokenizer" in capsys.readouterr().err
+    manifest = Path(prepared + ".json")
+    text = manifest.read_text()
+    sha256 = text.split('"sha256": "')[1][:64]
+    manifest.write_text(text.replace(sha256, "0" * 64))
+    assert command("inspect")(["--input", prepared, "--verify", "--samples", "0"]) == 2
+    assert "a.bin is damaged" in capsys.readouterr().err
+    manifest.write_text(text)
+
+
+def test_pack_builds_the_index_that_training_finds(prepared, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    arguments = ["--input", prepared, "--sequence-length", "128", "--packing", "split_long"]
+    arguments += ["--cache-dir", str(cache)]
+    assert command("pack")(arguments) == 0
+    assert "80 documents" in capsys.readouterr().out
+    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    before = (folder / "pack.json").stat().st_mtime_ns
+    inspect = ["--input", prepared, "--sequence-length", "128", "--cache-dir", str(cache)]
+    assert command("inspect")(inspect) == 0
+    assert (folder / "pack.json").stat().st_mtime_ns == before
+    assert command("pack")([*arguments, "--upsample", "0=0", "50=2"]) == 0
+    assert "upsampling repeats" in capsys.readouterr().out
+    assert command("pack")([*arguments, "--upsample", "50:2"]) == 2
+    assert "--upsample 50:2" in capsys.readouterr().err
+
+
+def test_merge_joins_listed_pairs(prepared, tmp_path, capsys):
+    output = str(tmp_path / "m")
+    assert command("merge")(["--input", prepared, prepared, "--output", output]) == 0
+    assert "2 pairs, 160 documents" in capsys.readouterr().out
+    merged, single = IndexedDocuments(output), IndexedDocuments(prepared)
+    assert merged.num_tokens == 2 * single.num_tokens
+    tokens = single.read(0, single.num_tokens)
+    assert np.array_equal(merged.read(0, merged.num_tokens), np.concatenate([tokens, tokens]))
+    assert command("merge")(["--shards", str(tmp_path / "none")]) == 2
+    assert "found no shards" in capsys.readouterr().err

@@ -1,0 +1,371 @@
+"""Preparation: the same bytes whatever the workers, shards and kills; errors that name the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig
+from megatron_hydra.data import PackedStream, load_tokenizer
+from megatron_hydra.data import parts as parts_module
+from megatron_hydra.data.corpus import CorpusConfig
+from megatron_hydra.data.indexed import IndexedDocuments
+from megatron_hydra.data.manifest import Manifest, file_sha256
+from megatron_hydra.data.merging import find_shards, merge
+from megatron_hydra.data.tokenization import TokenizeConfig, tokenize
+from megatron_hydra.errors import HydraError
+from tests.data.corpora import write_jsonl
+
+SUFFIXES = (".bin", ".idx", ".json")
+
+
+def config(source: Path, output: Path, tokenizer: str, unit_bytes: int = 20_000, **options):
+    corpus = CorpusConfig((str(source),), unit_bytes=unit_bytes)
+    return TokenizeConfig(corpus, str(output), tokenizer, **{"workers": 0, **options})
+
+
+def run(settings: TokenizeConfig) -> list[str]:
+    lines: list[str] = []
+    tokenize(settings, lines.append)
+    return lines
+
+
+def contents(prefix: str | Path) -> list[bytes]:
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in SUFFIXES]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", 300)
+
+
+@pytest.fixture(scope="module")
+def reference(corpus, tokenizers, tmp_path_factory) -> Path:
+    """An undisturbed run."""
+    output = tmp_path_factory.mktemp("reference") / "out"
+    run(config(corpus, output, tokenizers["qwen"]))
+    return output
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen", "llama"])
+def test_tokens_are_those_of_megatrons_builder(corpus, tokenizers, tmp_path, kind):
+    tokenizer = load_tokenizer(tokenizers[kind])
+    kwargs = {"dtype": DType.optimal_dtype(len(tokenizer))}
+    builder = IndexedDatasetBuilder(str(tmp_path / "megatron.bin"), **kwargs)
+    for line in corpus.read_text(encoding="utf-8").splitlines():
+        ids = [*tokenizer(json.loads(line)["text"]).input_ids, tokenizer.eos_token_id]
+        builder.add_document(np.array(ids), [len(ids)])
+    builder.finalize(str(tmp_path / "megatron.idx"))
+    run(config(corpus, tmp_path / "ours", tokenizers[kind]))
+    assert contents(tmp_path / "ours")[:2] == [
+        (tmp_path / "megatron.bin").read_bytes(),
+        (tmp_path / "megatron.idx").read_bytes(),
+    ]
+    assert len(IndexedDataset(str(tmp_path / "ours"))) == 300
+
+
+def test_workers_and_units_do_not_change_the_result(corpus, qwen, reference, tmp_path):
+    run(config(corpus, tmp_path / "a", qwen, unit_bytes=7_000, workers=2))
+    run(config(corpus, tmp_path / "b", qwen, unit_bytes=10**9, exact=True))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(reference)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{name}{suffix}" for name in "ab" for suffix in SUFFIXES
+    ]
+
+
+def test_the_manifest_says_what_was_made(reference, qwen):
+    manifest = Manifest.load(f"{reference}.json")
+    documents = IndexedDocuments(str(reference))
+    _, lengths = documents.document_spans()
+    assert manifest.counts["documents"] == manifest.counts["rows"] == 300
+    assert manifest.counts["tokens"] == documents.num_tokens == lengths.sum()
+    assert manifest.counts["longest_document"] == lengths.max()
+    assert manifest.counts["max_token_id"] == documents.read(0, documents.num_tokens).max()
+    assert manifest.bin.sha256 == file_sha256(f"{reference}.bin")
+    assert manifest.idx.sha256 == file_sha256(f"{reference}.idx")
+    assert manifest.tokenizer["vocab_size"] == len(load_tokenizer(qwen))
+
+
+def test_shards_merge_into_the_whole(corpus, qwen, reference, tmp_path):
+    for index in (2, 0, 1):
+        run(config(corpus, tmp_path / "s", qwen, shard=(index, 3), unit_bytes=9_000))
+    prefixes = find_shards(str(tmp_path / "s"))
+    sizes = [Manifest.load(f"{prefix}.json").counts["tokens"] for prefix in prefixes]
+    assert max(sizes) < 1.5 * min(sizes)
+    merge(prefixes, str(tmp_path / "s"))
+    assert contents(tmp_path / "s") == contents(reference)
+    assert not (tmp_path / "s.merge").exists()
+    with pytest.raises(HydraError, match=r"s\.bin exists"):
+        merge(prefixes, str(tmp_path / "s"))
+
+
+def test_missing_and_damaged_shards_are_named(corpus, qwen, tmp_path):
+    for index in (0, 2):
+        run(config(corpus, tmp_path / "s", qwen, shard=(index, 3), unit_bytes=9_000))
+    with pytest.raises(HydraError, match="shard 1 of 3 not finished"):
+        find_shards(str(tmp_path / "s"))
+    with pytest.raises(HydraError, match="found no shards"):
+        find_shards(str(tmp_path / "t"))
+    prefix = str(tmp_path / "s-00002-of-00003")
+    manifest = Manifest.load(prefix + ".json")
+    damaged = dataclasses.replace(manifest.bin, sha256="0" * 64)
+    dataclasses.replace(manifest, bin=damaged).save(prefix + ".json")
+    with pytest.raises(HydraError, match=r"s-00002-of-00003\.bin does not have the SHA-256"):
+        merge([str(tmp_path / "s-00000-of-00003"), prefix], str(tmp_path / "m"))
+    assert not list(tmp_path.glob("m*"))
+
+
+def test_data_of_different_tokenizers_is_not_merged(corpus, tokenizers, tmp_path):
+    for kind in ("gpt2", "llama"):
+        run(config(corpus, tmp_path / kind, tokenizers[kind]))
+    with pytest.raises(HydraError, match=r"llama\.json: tokenizer .* is not the one of .*gpt2"):
+        merge([str(tmp_path / "gpt2"), str(tmp_path / "llama")], str(tmp_path / "m"))
+
+
+def test_a_second_run_finds_the_work_done(corpus, qwen, tmp_path):
+    settings = config(corpus, tmp_path / "out", qwen)
+    run(settings)
+    before = os.stat(tmp_path / "out.bin").st_mtime_ns
+    assert "prepared already" in run(settings)[0]
+    assert os.stat(tmp_path / "out.bin").st_mtime_ns == before
+    other = dataclasses.replace(settings, append_eod=False)
+    with pytest.raises(HydraError, match=r"out\.json exists and comes from other inputs"):
+        run(other)
+    run(dataclasses.replace(other, force=True))
+    assert not Manifest.load(tmp_path / "out.json").source["append_eod"]
+
+
+def test_a_token_limit_ends_at_a_document(corpus, qwen, reference, tmp_path):
+    run(config(corpus, tmp_path / "out", qwen, max_tokens=10_000, workers=2))
+    part, whole = IndexedDocuments(str(tmp_path / "out")), IndexedDocuments(str(reference))
+    _, lengths = whole.document_spans()
+    assert part.num_documents == np.searchsorted(np.cumsum(lengths), 10_000, side="right")
+    assert np.array_equal(part.read(0, part.num_tokens), whole.read(0, part.num_tokens))
+    manifest = Manifest.load(tmp_path / "out.json")
+    assert manifest.counts["tokens"] == part.num_tokens <= 10_000
+    assert manifest.counts["max_token_id"] == part.read(0, part.num_tokens).max()
+    assert manifest.counts["longest_document"] == lengths[: part.num_documents].max()
+
+
+def test_empty_rows_are_counted_or_kept(qwen, tmp_path):
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "one"}\n{"text": ""}\n{"text": "two"}\n', encoding="utf-8")
+    lines = run(config(source, tmp_path / "out", qwen))
+    assert "1 empty and 0 bad of 3 rows" in lines[-1]
+    assert IndexedDocuments(str(tmp_path / "out")).num_documents == 2
+    run(config(source, tmp_path / "kept", qwen, keep_empty=True))
+    _, lengths = IndexedDocuments(str(tmp_path / "kept")).document_spans()
+    assert lengths.tolist()[1] == 0
+    assert len(lengths) == 3
+
+
+def test_bad_rows_end_the_run_or_are_skipped_without_doing_it_again(qwen, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", 60)
+    raw = source.read_bytes().splitlines(keepends=True)
+    raw[20] = b'{"text": "caf\xe9"}\n'
+    raw[40] = b'{"text": "\\ud800"}\n'
+    source.write_bytes(b"".join(raw))
+    settings = config(source, tmp_path / "out", qwen, unit_bytes=4_000)
+    with pytest.raises(HydraError, match=r"1 unreadable row.*\n.*a\.jsonl, byte [\d,]+: not UTF-8"):
+        run(settings)
+    assert not (tmp_path / "out.bin").exists()
+    with pytest.raises(HydraError, match="1 unreadable row"):
+        run(settings)
+    lenient = dataclasses.replace(settings, max_bad_rows=2)
+    lines = run(lenient)
+    assert any(line.startswith("going on after") for line in lines)
+    assert [line for line in lines if "lone surrogate" in line]
+    assert "2 bad of 60 rows" in lines[-1]
+    assert IndexedDocuments(str(tmp_path / "out")).num_documents == 58
+
+
+def test_a_corpus_without_text_is_named(qwen, tmp_path):
+    source = tmp_path / "blank.jsonl"
+    source.write_text('{"text": ""}\n' * 3, encoding="utf-8")
+    with pytest.raises(HydraError, match=r"blank\.jsonl: no document with text in 3 rows"):
+        run(config(source, tmp_path / "out", qwen))
+
+
+def test_chat_is_learned_on_answers_only(qwen, tmp_path):
+    rows = [
+        [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n} it is"}]
+        for n in range(20)
+    ]
+    source = tmp_path / "chat.jsonl"
+    source.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    corpus = CorpusConfig((str(source),), column="messages", chat=True)
+    tokenize(TokenizeConfig(corpus, str(tmp_path / "chat"), qwen, workers=0), lambda _: None)
+    data = DataConfig(blend=(SourceConfig(path=str(tmp_path / "chat")),), sequence_length=64)
+    stream = PackedStream(data, BatchConfig(1, 1), dp_rank=0, dp_size=1, vocab_size=500)
+    tokenizer = load_tokenizer(qwen)
+    seen = ""
+    for step in range(stream.sources[0].samples_per_epoch):
+        (batch,) = stream.micro_batches(step)
+        seen += tokenizer.decode(batch.labels[batch.loss_mask > 0])
+    answers = sorted(seen.split("<|im_end|>")[:-1])
+    assert answers == sorted(f"{n} it is" for n in range(20))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eod_token": "<|none|>"}, r"--eod-token '<\|none\|>' is not in the vocabulary"),
+        ({"shard": (3, 3)}, r"--shard 3/3: the first number must be 0\.\.2"),
+        ({"shard": (0, 5000)}, "has only .* units to share out"),
+        ({"tokenizer": "no/such/folder"}, "cannot load the tokenizer 'no/such/folder'"),
+    ],
+)
+def test_wrong_options_are_named(corpus, qwen, tmp_path, options, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    settings = dataclasses.replace(config(corpus, tmp_path / "out", qwen), **options)
+    with pytest.raises(HydraError, match=message):
+        run(settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_a_clean_error_and_the_run_goes_on_later(
+    corpus, qwen, reference, tmp_path, monkeypatch
+):
+    settings = config(corpus, tmp_path / "out", qwen, unit_bytes=5_000)
+    original, calls = parts_module.write_json_atomically, []
+
+    def full(path, body):
+        calls.append(path)
+        if len(calls) == 7:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(path, body)
+
+    monkeypatch.setattr(parts_module, "write_json_atomically", full)
+    with pytest.raises(HydraError, match=r"the disk is full while writing .*out\.work"):
+        run(settings)
+    assert not (tmp_path / "out.bin").exists()
+    run(settings)
+    assert contents(tmp_path / "out") == contents(reference)
+
+
+def test_unfinished_work_of_another_preparation_is_not_mixed_in(corpus, qwen, tmp_path):
+    settings = config(corpus, tmp_path / "out", qwen)
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work" / "plan.json").write_text('{"column": "content"}')
+    with pytest.raises(HydraError, match=r"out\.work holds unfinished work.*column"):
+        run(settings)
+    run(dataclasses.replace(settings, force=True))
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_one_process_at_a_time_prepares_an_output(corpus, qwen, tmp_path):
+    import fcntl
+
+    with open(tmp_path / "out.lock", "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(HydraError, match="being prepared by another process"):
+            run(config(corpus, tmp_path / "out", qwen))
+
+
+def _kill_during(settings: TokenizeConfig, seconds: float) -> bool:
+    """Run in a process group of its own; SIGKILL it after a while. Whether it was still running."""
+    process = multiprocessing.get_context("fork").Process(target=run, args=(settings,))
+    process.start()
+    time.sleep(seconds)
+    with_children = [psutil.Process(process.pid)]
+    with_children += with_children[0].children(recursive=True)
+    running = process.is_alive()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    _, alive = psutil.wait_procs(with_children, timeout=20)
+    assert not alive, "workers outlived the killed main process"
+    return running
+
+
+def _kill_many(kills: int, documents: int, qwen: str, tmp_path: Path, seed: int) -> None:
+    source = write_jsonl(tmp_path / "long.jsonl", documents, words=300)
+    settings = config(source, tmp_path / "out", qwen, unit_bytes=60_000, workers=2)
+    whole = dataclasses.replace(settings, output=str(tmp_path / "whole"))
+    begin = time.monotonic()
+    run(whole)
+    duration = time.monotonic() - begin
+    rng = random.Random(seed)
+    killed = 0
+    for _ in range(20 * kills):
+        killed += _kill_during(settings, rng.uniform(0.02, min(duration, 2 * duration / kills)))
+        if killed >= kills:
+            break
+        if (tmp_path / "out.json").exists():
+            for suffix in SUFFIXES:
+                (tmp_path / f"out{suffix}").unlink()
+    assert killed == kills
+    run(settings)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["long.jsonl", *(f"{name}{suffix}" for name in ("out", "whole") for suffix in SUFFIXES)]
+    )
+
+
+def test_killed_runs_resume_to_the_same_bytes(qwen, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts_module, "_SYNC_SECONDS", 0.05)
+    _kill_many(3, 700, qwen, tmp_path, seed=0)
+
+
+@pytest.mark.slow
+def test_twenty_kills_resume_to_the_same_bytes(qwen, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts_module, "_SYNC_SECONDS", 0.05)
+    _kill_many(20, 6000, qwen, tmp_path, seed=1)
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 3])
+def test_a_kill_between_the_final_renames_is_mended(
+    corpus, qwen, reference, tmp_path, monkeypatch, moved
+):
+    settings = config(corpus, tmp_path / "out", qwen)
+    original, calls = os.replace, []
+
+    class Killed(BaseException):
+        pass
+
+    def replace(source, target):
+        if str(target).startswith(str(tmp_path / "out.")) and ".work" not in str(target):
+            calls.append(target)
+            if len(calls) > moved:
+                raise Killed
+        original(source, target)
+
+    def rmtree(path, ignore_errors=False):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts_module.os, "replace", replace)
+        patch.setattr(parts_module.shutil, "rmtree", rmtree)
+        with pytest.raises(Killed):
+            run(settings)
+    run(settings)
+    assert contents(tmp_path / "out") == contents(reference)
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_the_command_runs_from_any_folder(corpus, qwen, reference, tmp_path):
+    script = Path(__file__).parents[2] / "data_prep" / "tokenize.py"
+    command = [sys.executable, str(script), "--input", str(corpus), "--tokenizer", qwen]
+    done = subprocess.run(
+        [*command, "--output", "deep/er/out", "--workers", "2", "--unit-size", "0.02"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "300 documents" in done.stdout
+    assert contents(tmp_path / "deep" / "er" / "out") == contents(reference)
