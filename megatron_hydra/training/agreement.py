@@ -1,0 +1,51 @@
+"""What one rank does or learns for all of them; an error of one is an error of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_hydra.errors import HydraError
+
+T = TypeVar("T")
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0 and return its (picklable) result on every rank.
+
+    Raises:
+        HydraError: what ``action`` raised, on every rank: no rank waits for one that has failed.
+    """
+    outcome: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except (HydraError, OSError) as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise HydraError(outcome[1])
+    return outcome[0]
+
+
+def on_all(action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank; if it fails anywhere, it fails everywhere.
+
+    For actions without collectives inside (or whose collectives fail together).
+
+    Raises:
+        HydraError: naming the first rank that failed and why.
+    """
+    result, message = None, ""
+    try:
+        result = action()
+    except (HydraError, OSError) as error:
+        message = str(error)
+    messages: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    for rank, text in enumerate(messages):
+        if text:
+            raise HydraError(text if rank == dist.get_rank() else f"rank {rank}: {text}")
+    return result  # type: ignore[return-value]

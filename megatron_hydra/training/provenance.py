@@ -1,0 +1,67 @@
+"""Where a checkpoint comes from: recorded in its manifest by every stage, checked by the next."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from megatron_hydra.checkpoint import store
+from megatron_hydra.config.loading import to_dict
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.config.run import RunConfig
+
+
+def checkpoint_fingerprint(folder: Path) -> str:
+    """Hash of a checkpoint's manifest, and through it of every file of the checkpoint."""
+    return "sha256:" + store.sha256_of_file(folder / store.MANIFEST_FILE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """The inputs of a run, fixed when it starts.
+
+    Attributes:
+        inputs: role (``student``, ``teacher``) -> path and fingerprint of the checkpoint.
+        history: one record for each earlier stage of the student, oldest first.
+    """
+
+    inputs: dict[str, dict[str, str]]
+    history: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, student: Path, teacher: Path | None) -> Provenance:
+        """Read the inputs' manifests."""
+        inputs = {}
+        for role, folder in (("student", student), ("teacher", teacher)):
+            if folder is not None:
+                inputs[role] = {
+                    "path": str(folder),
+                    "fingerprint": checkpoint_fingerprint(folder),
+                }
+        earlier = store.read_manifest(student).get("provenance", {})
+        history = list(earlier.get("history", []))
+        return cls(inputs, [*history, {k: v for k, v in earlier.items() if k != "history"}])
+
+    def record(self, config: RunConfig, step: int, tokens: int) -> dict[str, Any]:
+        """The ``provenance`` of a manifest, JSON."""
+        return {
+            "stage": config.verb,
+            "inputs": self.inputs,
+            "step": step,
+            "tokens": tokens,
+            "config": to_dict(config),
+            "history": self.history,
+        }
+
+
+def trained_model_config(model: ModelConfig) -> ModelConfig:
+    """The config that a training checkpoint stores.
+
+    ``source.fingerprint`` names the weights that a student was made from, so it stays with a
+    hybrid. A dense model that has been trained is no longer those weights: its fingerprint is
+    dropped.
+    """
+    if model.is_hybrid or not model.source.get("fingerprint"):
+        return model
+    return dataclasses.replace(model, source=dict(model.source) | {"fingerprint": ""})

@@ -1,0 +1,173 @@
+"""Models, wrapper, optimizer and schedule, all of them Megatron-Core's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+
+from megatron_hydra.checkpoint.canonical import FP32_SUFFIXES
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.config.run import RunConfig
+from megatron_hydra.model.layer_spec import build_gpt_model
+from megatron_hydra.parallel import platform
+from megatron_hydra.parallel.gradients import finalize_gradients
+from megatron_hydra.transfer.verb import Verb
+
+_NO_WEIGHT_DECAY = ("norm", "gamma", "A_log", "dt_bias", "bias")
+
+
+def build_chunks(model: ModelConfig, config: RunConfig) -> list[GPTModel]:
+    """This rank's model chunks (one, or one for each virtual pipeline stage), weights unset."""
+    count = config.parallel.virtual_pipeline
+    chunks = []
+    for index in range(count):
+        vp_stage = index if count > 1 else None
+        chunk = build_gpt_model(
+            model,
+            config,
+            pre_process=parallel_state.is_pipeline_first_stage(False, vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(False, vp_stage),
+            vp_stage=vp_stage,
+        )
+        _mark_sharded_weights(chunk)
+        chunks.append(chunk.to(platform.device()))
+    return chunks
+
+
+def _mark_sharded_weights(model: GPTModel) -> None:
+    """Tell Megatron which weights are shards of larger ones.
+
+    Its layers set these marks only while they initialise weights at random, which we never do;
+    without them the gradient norm counts the shard of tensor-parallel rank 0 alone.
+    """
+    sharded_axis = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
+    for module in model.modules():
+        axis = sharded_axis.get(type(module))
+        if axis is None or module.weight is None:
+            continue
+        if not hasattr(module.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
+
+
+def freeze(chunks: list[GPTModel]) -> list[GPTModel]:
+    """Make a model a constant: no gradients, evaluation mode."""
+    for chunk in chunks:
+        chunk.eval()
+        chunk.requires_grad_(False)
+    return chunks
+
+
+def wrap_for_training(
+    chunks: list[GPTModel], verb: Verb, config: RunConfig
+) -> list[DistributedDataParallel]:
+    """Freeze what the verb does not train, then wrap for data parallelism.
+
+    The order matters: the wrapper allocates gradient buffers for what is trainable when it is made.
+    """
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        chunk.train()
+        # Sums of token losses are divided by the global number of unmasked tokens, once, at the
+        # end.
+        chunk.config.calculate_per_token_loss = True
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(verb.is_trained(name))
+        wrapped.append(
+            DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
+        )
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_gradients
+        if parallel.overlap_grad_reduce:
+            no_sync = [w.no_sync for w in wrapped]
+            chunk.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    return wrapped
+
+
+def build_optimizer(
+    chunks: list[DistributedDataParallel], config: RunConfig
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW and its schedule. Norms, biases, γ and decays are not decayed, nor is anything 1-D."""
+    settings = config.optimizer
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=config.precision == "bf16",
+        params_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    optimizer = get_megatron_optimizer(optimizer_config, chunks, config_overrides=_param_groups())
+    return optimizer, _build_schedule(optimizer, config)
+
+
+def _param_groups() -> dict[ParamKey, ParamGroupOverride]:
+    """What is not decayed; and a group of their own for parameters that stay fp32 in a bf16 model.
+
+    Megatron's distributed optimizer saves and loads the wrong state where a group mixes dtypes.
+    Groups are told apart by a few fixed keys; ``is_decoupled_lr`` is one that changes nothing else.
+    """
+
+    def matching(name: str, test: Callable[[torch.nn.Parameter, str], bool]) -> ParamKey:
+        return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=test))
+
+    not_decayed = matching(
+        "not_decayed",
+        lambda parameter, name: (
+            parameter.dim() <= 1 or any(part in name for part in _NO_WEIGHT_DECAY)
+        ),
+    )
+    always_fp32 = matching("always_fp32", lambda _, name: name.endswith(FP32_SUFFIXES))
+    return {
+        not_decayed: ParamGroupOverride(wd_mult=0.0),
+        always_fp32: ParamGroupOverride(is_decoupled_lr=True),
+    }
+
+
+def _build_schedule(optimizer: MegatronOptimizer, config: RunConfig) -> OptimizerParamScheduler:
+    settings, schedule = config.optimizer, config.schedule
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=schedule.warmup_steps,
+        lr_decay_steps=schedule.steps,
+        lr_decay_style=schedule.kind,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=schedule.steps,
+        wd_incr_style="constant",
+    )

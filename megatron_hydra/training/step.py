@@ -1,0 +1,107 @@
+"""One optimizer step, and the one agreement that all ranks make about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_hydra.config.run import RunConfig
+from megatron_hydra.config.validate import rounded_stream_length
+from megatron_hydra.data.batch import PackedBatch
+from megatron_hydra.parallel.gradients import finalize_gradients
+from megatron_hydra.parallel.world import World
+from megatron_hydra.training.stop import StopRequest
+from megatron_hydra.transfer.local_batch import local_batch
+from megatron_hydra.transfer.verb import Verb
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a step came to; equal on all ranks.
+
+    Attributes:
+        means: each loss part per unmasked token of the global batch.
+        num_loss_tokens: those tokens.
+        grad_norm: before clipping.
+        applied: False if the loss or gradient was not finite, and the update was left out.
+        stop: some rank was asked to stop.
+    """
+
+    means: list[float]
+    num_loss_tokens: int
+    grad_norm: float
+    applied: bool
+    stop: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainee:
+    """What a step works on."""
+
+    config: RunConfig
+    world: World
+    verb: Verb
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+
+
+def train_step(trainee: Trainee, batches: list[PackedBatch], stop: StopRequest) -> StepResult:
+    """Forward, backward and update on one global batch.
+
+    Args:
+        batches: this data-parallel rank's micro-batches.
+        stop: whether this rank was asked to stop; any rank's wish counts for all.
+    """
+    _accumulate_gradients(trainee, batches)
+    optimizer, verb = trainee.optimizer, trainee.verb
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+
+    # The only collective of the loop itself: loss sums, and what this rank knows of trouble.
+    flags = verb.sums.new_tensor([not math.isfinite(grad_norm), stop.requested])
+    agreed = torch.cat([verb.sums, flags])
+    dist.all_reduce(agreed)
+    *sums, num_tokens, bad_gradients, stopping = agreed.tolist()
+    means = [value / max(num_tokens, 1) for value in sums]
+    applied = not bad_gradients and all(math.isfinite(value) for value in means)
+    if applied:
+        _update(trainee, grad_norm)
+    return StepResult(means, int(num_tokens), grad_norm, applied, bool(stopping))
+
+
+def _accumulate_gradients(trainee: Trainee, batches: list[PackedBatch]) -> None:
+    verb, chunks, config = trainee.verb, trainee.chunks, trainee.config
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    trainee.optimizer.zero_grad()
+    verb.sums.zero_()
+    length = rounded_stream_length(config)
+    local = [local_batch(batch, trainee.world, length) for batch in batches]
+    get_forward_backward_func()(
+        forward_step_func=verb.forward_step,
+        data_iterator=[iter(local) for _ in chunks],
+        model=list(chunks),
+        num_microbatches=len(local),
+        seq_length=length * verb.streams,
+        micro_batch_size=1,
+        forward_only=verb.backward_inside_forward,
+    )
+    if verb.backward_inside_forward:
+        count = sum(batch.num_loss_tokens for batch in local)
+        num_tokens = torch.tensor(count, dtype=torch.int, device=verb.sums.device)
+        finalize_gradients(list(chunks), num_tokens)
+
+
+def _update(trainee: Trainee, grad_norm: float) -> None:
+    clip = trainee.config.optimizer.clip_grad
+    parameters = trainee.optimizer.get_parameters()
+    if clip > 0 and parameters:
+        clip_grad_by_total_norm_fp32(parameters, clip, grad_norm)
+    trainee.optimizer.step_with_ready_grads()

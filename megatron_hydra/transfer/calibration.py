@@ -1,0 +1,113 @@
+"""The tokens on which γ is calibrated: the user's, or a short text of ours."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.transfer.calibration_text import TEXT
+
+DEFAULT_TOKENS = 8192
+SEQUENCE_LENGTH = 1024
+TOKEN_KEYS = ("tokens", "input_ids")
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> Any | None:
+    """The tokenizer of a Hugging Face folder, or ``None`` if it has no tokenizer files."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if not any((Path(folder) / name).is_file() for name in names):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def calibration_batches(
+    tokenizer: Any | None,
+    vocab_size: int,
+    file: str | os.PathLike[str] | None = None,
+    max_tokens: int = DEFAULT_TOKENS,
+) -> list[torch.Tensor]:
+    """Token sequences for calibration.
+
+    Args:
+        tokenizer: of the model; ``None`` if it has none: ``file`` must then hold token ids.
+        vocab_size: V, to check ids against.
+        file: plain text, or ``.jsonl`` of ``{"text": …}``, ``{"tokens": [ids]}`` or ``[ids]``
+            lines; ``None`` for a bundled English text.
+        max_tokens: stop after so many.
+
+    Returns:
+        int64 ``[1, S]`` tensors, S at most 1024.
+
+    Raises:
+        HydraError: no tokenizer for text, a line that is neither, or a token id that is no token.
+    """
+    batches: list[torch.Tensor] = []
+    left = max_tokens
+    for ids in _documents(tokenizer, file):
+        for start in range(0, len(ids), SEQUENCE_LENGTH):
+            piece = ids[start : start + min(SEQUENCE_LENGTH, left)]
+            if len(piece) == 0:
+                break
+            _check_ids(piece, vocab_size, file)
+            batches.append(torch.tensor([piece], dtype=torch.int64))
+            left -= len(piece)
+    if not batches:
+        raise HydraError(f"calibration file {file} holds no tokens")
+    return batches
+
+
+def _check_ids(ids: list[int], vocab_size: int, file: Any) -> None:
+    bad = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if bad is not None:
+        raise HydraError(
+            f"{file or 'the tokenizer'}: token id {bad} does not exist, the vocabulary has "
+            f"{vocab_size}"
+        )
+
+
+def _documents(tokenizer: Any | None, file: str | os.PathLike[str] | None) -> Iterator[list[int]]:
+    if file is None:
+        yield _encode(tokenizer, TEXT, "the bundled calibration text")
+        return
+    path = Path(file)
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise HydraError(f"calibration file {path} cannot be read: {error}") from None
+    if path.suffix != ".jsonl":
+        yield _encode(tokenizer, text, str(path))
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            yield _line(tokenizer, line, f"{path}, line {number}")
+
+
+def _line(tokenizer: Any | None, line: str, where: str) -> list[int]:
+    try:
+        body = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise HydraError(f"{where} is not valid JSON: {error}") from None
+    if isinstance(body, dict) and isinstance(body.get("text"), str):
+        return _encode(tokenizer, body["text"], where)
+    if isinstance(body, dict):
+        body = next((body[key] for key in TOKEN_KEYS if key in body), None)
+    if isinstance(body, list) and all(type(i) is int for i in body):
+        return body
+    raise HydraError(f"{where} must be {{'text': …}}, {{'tokens': [ids]}} or [ids]")
+
+
+def _encode(tokenizer: Any | None, text: str, where: str) -> list[int]:
+    if tokenizer is None:
+        raise HydraError(
+            f"the model folder has no tokenizer to encode {where}: give token ids with "
+            "--calibration-file FILE.jsonl ({'tokens': [ids]} lines), or --no-calibration for γ = 1"
+        )
+    return list(tokenizer(text)["input_ids"])

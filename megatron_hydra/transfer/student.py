@@ -1,0 +1,254 @@
+"""The student before training: a HydraHead made of the dense model's weights (design §5).
+
+Works on canonical state dicts, so it knows nothing of Hugging Face, of Megatron or of parallelism.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from megatron_hydra.checkpoint.canonical import (
+    LazyTensor,
+    LazyTensors,
+    Shape,
+    canonical_shapes,
+    describe,
+    fa_kv_groups,
+    gdn_kv_sources,
+    is_fp32,
+)
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.errors import HydraError
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentInit:
+    """How parameters that the dense model does not have begin.
+
+    The output gates begin at 1 (W_g = 0), β at 1/2 (W_b = 0), the convolution as the identity.
+
+    Attributes:
+        half_life_min, half_life_max: tokens after which an idle GDN head has forgotten half of its
+            state. The heads of a layer are spread over this range evenly in the logarithm, in an
+            order drawn from the seed [choice: slow decays, as the teacher's heads forget nothing;
+            training makes them faster where that helps].
+    """
+
+    half_life_min: float = 32.0
+    half_life_max: float = 16384.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.half_life_min <= self.half_life_max:
+            raise HydraError(
+                f"half-lives {self.half_life_min} … {self.half_life_max} must be positive and "
+                "ascending"
+            )
+
+
+def half_lives(count: int, layer: int, seed: int, init: StudentInit) -> torch.Tensor:
+    """``[count]`` fp64 half-lives in tokens for the GDN heads of a layer."""
+    low, high = math.log(init.half_life_min), math.log(init.half_life_max)
+    # One head alone takes the middle of the range.
+    steps = torch.linspace(0, 1, count, dtype=torch.float64) if count > 1 else torch.tensor([0.5])
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+    order = torch.randperm(count, generator=generator)
+    return torch.exp(low + (high - low) * steps.double())[order]
+
+
+def initial_dt_bias(half_life: torch.Tensor) -> torch.Tensor:
+    """dt_bias for which a head with A_log = 0 and W_a = 0 has this half-life (fp32).
+
+    log α = −softplus(dt_bias) = −ln 2 / half-life. Keeping the slowness in dt_bias and not in A_log
+    lets W_a x reach any decay: there softplus is an exponential.
+    """
+    rate = math.log(2) / half_life.double()
+    return torch.log(torch.expm1(rate)).float()
+
+
+# -- the student ---------------------------------------------------------------------------------
+
+
+def initialise_student(
+    dense: Mapping[str, torch.Tensor],
+    student: ModelConfig,
+    gamma: torch.Tensor | None = None,
+    seed: int = 0,
+    init: StudentInit | None = None,
+) -> LazyTensors:
+    """The canonical state dict of the student, from that of the dense model.
+
+    Query heads, QK-norms, MLPs, norms, embeddings and the output projection are the dense model's.
+    A GDN head has a copy of its KV group's k and v (``mha``) or shares it (``gqa``).
+
+    Args:
+        dense: canonical state dict of ``student.dense()``, lazy or not.
+        student: the hybrid's config.
+        gamma: ``[L, H]`` head scales from :func:`calibrate_gamma`; ``None`` for ones. Unused where
+            the fusion has no norm: outputs then keep their own size, so γ is 1 whatever is given.
+            A normalised ``concat`` has no γ of its own: it goes into the columns of the output
+            projection [choice: every fusion then starts from the same function].
+        seed: order of the decays over the heads of each layer.
+        init: see :class:`StudentInit`.
+
+    Returns:
+        Lazy tensors (a read-only mapping; ``dict(...)`` makes them all).
+
+    Raises:
+        HydraError: ``student`` is no hybrid, or ``gamma`` has the wrong shape.
+    """
+    if not student.is_hybrid:
+        raise HydraError("the student's config is that of a dense model: no head map was applied")
+    shape = (student.num_layers, student.num_query_heads)
+    if gamma is None or student.switches.fusion_norm == "none":
+        gamma = torch.ones(shape)
+    if tuple(gamma.shape) != shape:
+        raise HydraError(f"gamma has shape {list(gamma.shape)}, the model asks for {list(shape)}")
+    context = _Context(dense, student, gamma, seed, init or StudentInit())
+    return LazyTensors(
+        {
+            key: LazyTensor(key_shape, context.dtype(key), context.maker(key, key_shape))
+            for key, key_shape in canonical_shapes(student).items()
+        }
+    )
+
+
+# Which rows of which dense tensor make a tensor of the student.
+_ROWS: dict[str, tuple[str, Callable[[ModelConfig, int], Sequence[int]]]] = {
+    f"self_attention.{group}.{branch}.{part}": (f"self_attention.{group}.fa.{part}", rows)
+    for group in ("in", "in_bias")
+    for branch, part, rows in (
+        ("fa", "q", ModelConfig.fa_heads),
+        ("fa", "k", fa_kv_groups),
+        ("fa", "v", fa_kv_groups),
+        ("gdn", "q", ModelConfig.gdn_heads),
+        ("gdn", "k", gdn_kv_sources),
+        ("gdn", "v", gdn_kv_sources),
+    )
+}
+
+_COPIES = {
+    "self_attention.gdn.q_norm": "self_attention.fa.q_norm",
+    "self_attention.gdn.k_norm": "self_attention.fa.k_norm",
+}
+
+_ZEROS = (
+    "self_attention.in.fa.gate",
+    "self_attention.in.gdn.gate",
+    "self_attention.in.gdn.a",
+    "self_attention.in.gdn.b",
+    "self_attention.fusion_gate",
+    "self_attention.gdn.A_log",
+)
+
+_OUT = "self_attention.out"
+
+_IDENTITY_KERNELS = tuple(f"self_attention.gdn.conv_{part}" for part in "qkv")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Context:
+    dense: Mapping[str, torch.Tensor]
+    student: ModelConfig
+    gamma: torch.Tensor
+    seed: int
+    init: StudentInit
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Of the dense counterpart, or of the output projection where there is none."""
+        if is_fp32(key):
+            return torch.float32
+        prefix, _, name = _split(key)
+        if name in _ROWS:
+            key = prefix + _ROWS[name][0]
+        elif key not in self.dense:
+            key = prefix + _OUT
+        return describe(self.dense, key).dtype
+
+    def maker(self, key: str, shape: Shape) -> Callable[[], torch.Tensor]:
+        return functools.partial(self._make, key, shape)
+
+    def _make(self, key: str, shape: Shape) -> torch.Tensor:
+        prefix, layer, name = _split(key)
+        dtype = self.dtype(key)
+        if name in _ROWS:
+            source, rows = _ROWS[name]
+            return self.dense[prefix + source][list(rows(self.student, layer))]
+        if name in _COPIES:
+            return self.dense[prefix + _COPIES[name]].to(dtype)
+        if name in _ZEROS:
+            return torch.zeros(shape, dtype=dtype)
+        if name in _IDENTITY_KERNELS:
+            kernel = torch.zeros(shape, dtype=dtype)
+            kernel[..., -1] = 1
+            return kernel
+        if name == "self_attention.gdn.dt_bias":
+            return initial_dt_bias(half_lives(shape[0], layer, self.seed, self.init))
+        if name == "self_attention.gamma":
+            return self.gamma[layer].to(dtype)
+        if name == _OUT and self.student.switches.fusion == "concat":
+            return (self.dense[key].float() * self.gamma[layer, :, None, None]).to(dtype)
+        return self.dense[key]
+
+
+def _split(key: str) -> tuple[str, int, str]:
+    """``decoder.layers.3.x.y`` -> (``decoder.layers.3.``, 3, ``x.y``); else (empty, -1, key)."""
+    start = "decoder.layers."
+    if not key.startswith(start):
+        return "", -1, key
+    number, _, name = key[len(start) :].partition(".")
+    return f"{start}{number}.", int(number), name
+
+
+# -- calibration ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def calibrate_gamma(hf_model: Any, token_batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """RMS of every head's output in the dense model: with γ at it, the fusion norm costs nothing.
+
+    Args:
+        hf_model: a transformers model of any supported dense family, with or without LM head.
+        token_batches: int64 ``[B, S]`` tensors without padding.
+
+    Returns:
+        ``[L, H]`` fp32: root mean square over tokens and channels of what enters ``o_proj``.
+
+    Raises:
+        HydraError: no tokens, or a model whose outputs are not finite.
+    """
+    backbone = getattr(hf_model, "model", hf_model)
+    layers = backbone.layers
+    heads = hf_model.config.num_attention_heads
+    squares = torch.zeros(len(layers), heads, dtype=torch.float64)
+    values = 0
+
+    def hook(index: int, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        outputs = arguments[0].unflatten(-1, (heads, -1)).double()
+        squares[index] += outputs.square().sum(dim=(0, 1, 3)).cpu()
+
+    handles = [
+        layer.self_attn.o_proj.register_forward_pre_hook(functools.partial(hook, index))
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        for tokens in token_batches:
+            backbone(input_ids=tokens.to(hf_model.device), use_cache=False)
+            values += tokens.numel() * layers[0].self_attn.head_dim
+    finally:
+        for handle in handles:
+            handle.remove()
+    if values == 0:
+        raise HydraError("calibration has no tokens")
+    gamma = (squares / values).sqrt().float()
+    if not gamma.isfinite().all():
+        layer, head = (~gamma.isfinite()).nonzero()[0].tolist()
+        raise HydraError(
+            f"calibration: layer {layer}, head {head} gives values that are not finite"
+        )
+    return gamma

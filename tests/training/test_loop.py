@@ -1,0 +1,241 @@
+"""One process, every verb: resuming is exact, stops are clean, faults poison nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_hydra.checkpoint import store
+from megatron_hydra.config import apply_overrides
+from megatron_hydra.config.run import RunConfig
+from megatron_hydra.errors import HydraError
+from megatron_hydra.training import loop
+from megatron_hydra.training.loop import run_training
+from megatron_hydra.training.stop import REQUEUE_EXIT_CODE
+from tests.training import tiny
+
+STEPS = 6
+
+
+def _config(inputs: Path, output: Path, verb: str, *overrides: str) -> RunConfig:
+    config = tiny.run_config(inputs, verb, "unused", schedule={"steps": STEPS, "warmup_steps": 1})
+    config = dataclasses.replace(config, output=str(output))
+    return apply_overrides(config, list(overrides))
+
+
+def _everything(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a training checkpoint: model, optimizer, generators."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    folder = store.resolve_checkpoint(folder)
+    index = store.read_index(folder / store.WEIGHTS)
+    targets = {
+        key: ShardedTensor.from_rank_offsets(key, torch.empty(e.size, dtype=e.properties.dtype))
+        for key, e in index.state_dict_metadata.items()
+    }
+    with store.single_process_group():
+        loaded = dist_checkpointing.load(
+            targets, str(folder / store.WEIGHTS), validate_access_integrity=False
+        )
+    return {key: loaded[key] for key in targets}
+
+
+def _assert_same_run(got: Path, expected: Path) -> None:
+    timeless = [
+        [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in tiny.read_metrics(run)]
+        for run in (got, expected)
+    ]
+    assert timeless[0] == timeless[1]
+    tensors = [_everything(run / "checkpoints") for run in (got, expected)]
+    assert tensors[0].keys() == tensors[1].keys()
+    different = [k for k, t in tensors[0].items() if not torch.equal(t, tensors[1][k])]
+    assert different == []
+
+
+def _at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
+    """Run ``action`` right before ``step`` (1-based) is computed."""
+    original, count = loop.train_step, [0]
+
+    def patched(*args, **kwargs):
+        count[0] += 1
+        if count[0] == step:
+            action()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", patched)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A distillation that ran through."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    assert run_training(_config(inputs, output, "distill")) == 0
+    return output
+
+
+def test_stop_by_signal_and_resume_are_exact(
+    inputs: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(inputs, tmp_path, "distill")
+    _at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    assert run_training(config) == REQUEUE_EXIT_CODE
+    monkeypatch.undo()
+    assert [line["step"] for line in tiny.read_metrics(tmp_path)] == [1, 2, 3]
+    assert (tmp_path / "checkpoints/latest").read_text() == "step_00000003\n"
+    assert run_training(config) == 0
+    _assert_same_run(tmp_path, undisturbed)
+
+
+def test_death_between_checkpoints_repeats_no_step(
+    inputs: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die() -> None:
+        raise KeyboardInterrupt
+
+    config = _config(inputs, tmp_path, "distill", "checkpoint.interval=2")
+    _at_step(monkeypatch, 6, die)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(config)
+    monkeypatch.undo()
+    assert len(tiny.read_metrics(tmp_path)) == 5
+    # What a death while saving leaves behind is invisible, and cleaned up.
+    leftover = tmp_path / "checkpoints/.step_00000005.tmp"
+    (leftover / "weights").mkdir(parents=True)
+    assert run_training(config) == 0
+    assert not leftover.exists()
+    _assert_same_run(tmp_path, undisturbed)
+
+
+def test_finished_run_is_not_run_again(undisturbed: Path, inputs: Path) -> None:
+    before = (undisturbed / "metrics.jsonl").read_text()
+    assert run_training(_config(inputs, undisturbed, "distill")) == 0
+    assert (undisturbed / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["checkpoint.resume=never"], "checkpoint.resume is 'never'"),
+        (["verb=finetune", "teacher.checkpoint="], "was made by verb distill"),
+        (["data.seed=1"], "data.seed was 1234 and is 1 now"),
+    ],
+)
+def test_resuming_another_run_is_refused(
+    inputs: Path, undisturbed: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(HydraError, match=message):
+        run_training(_config(inputs, undisturbed, "distill", *overrides))
+
+
+def test_damaged_checkpoint_is_refused_and_fallback_is_explicit(
+    inputs: Path, tmp_path: Path
+) -> None:
+    config = _config(
+        inputs,
+        tmp_path,
+        "finetune",
+        "schedule.steps=4",
+        "checkpoint.interval=1",
+        "checkpoint.keep=2",
+    )
+    assert run_training(config) == 0
+    folder = tmp_path / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step_00000003", "step_00000004"]
+    weights = next((folder / "step_00000004/weights").glob("*.distcp"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(HydraError, match=r"was changed; checkpoint\.resume=fallback"):
+        run_training(config)
+    assert run_training(apply_overrides(config, ["checkpoint.resume=fallback"])) == 0
+    assert [line["step"] for line in tiny.read_metrics(tmp_path)] == [1, 2, 3, 4]
+    store.verify_manifest(folder / "step_00000004")
+
+
+def test_nonexistent_student_is_refused(inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(HydraError, match=r"nowhere does not exist"):
+        run_training(_config(inputs, tmp_path, "finetune", "student.checkpoint=nowhere"))
+
+
+def _poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Make the loss NaN in the given steps (1-based; a step has two micro-batches)."""
+    from megatron_hydra.transfer import finetune
+
+    original, calls = finetune.final_hidden_states, [0]
+
+    def patched(*args):
+        calls[0] += 1
+        hidden = original(*args)
+        return hidden * float("nan") if (calls[0] + 1) // 2 in steps else hidden
+
+    monkeypatch.setattr(finetune, "final_hidden_states", patched)
+
+
+def test_a_step_without_finite_loss_changes_nothing(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = _config(
+        inputs, tmp_path, "finetune", "checkpoint.interval=1", "schedule.steps=3",
+        "checkpoint.keep=0", "optimizer.weight_decay=0",
+    )  # fmt: skip
+    _poison(monkeypatch, {2})
+    assert run_training(config) == 0
+    metrics = tiny.read_metrics(tmp_path)
+    assert [line.get("skipped", False) for line in metrics] == [False, True, False]
+    assert metrics[1]["loss"] is None
+    assert "step 2: loss or gradient is not finite" in caplog.text
+    assert "Samples of data-parallel rank 0" in caplog.text
+    folder = tmp_path / "checkpoints"
+    assert not (folder / "step_00000002").exists()
+    after = _everything(folder / "step_00000003")
+    assert all(torch.isfinite(t).all() for t in after.values() if t.is_floating_point())
+
+
+def test_too_many_bad_steps_end_the_run(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(
+        inputs, tmp_path, "finetune", "checkpoint.interval=1", "faults.max_skipped_steps=1"
+    )
+    _poison(monkeypatch, {2, 3, 4, 5, 6})
+    with pytest.raises(HydraError, match=r"2 steps in a row, faults\.max_skipped_steps is 1"):
+        run_training(config)
+    assert (tmp_path / "checkpoints/latest").read_text() == "step_00000001\n"
+
+
+def test_every_verb_learns_and_leaves_a_record(inputs: Path, tmp_path: Path) -> None:
+    """align -> distill -> finetune, each from the last; histories add up."""
+    student = inputs / "student"
+    for verb in ("align", "distill", "finetune"):
+        config = _config(
+            inputs, tmp_path / verb, verb, "optimizer.lr=3e-3", "schedule.steps=12",
+            f"student.checkpoint={student}",
+        )  # fmt: skip
+        assert run_training(config) == 0
+        losses = [line["loss"] for line in tiny.read_metrics(tmp_path / verb)]
+        assert sum(losses[-3:]) < sum(losses[:3]), (verb, losses)
+        student = tmp_path / verb / "checkpoints"
+    provenance = store.read_manifest(store.resolve_checkpoint(student))["provenance"]
+    assert provenance["stage"] == "finetune"
+    assert provenance["tokens"] == 12 * 4 * tiny.SEQUENCE
+    stages = [record.get("stage") for record in provenance["history"]]
+    assert stages[-2:] == ["align", "distill"]
+    assert provenance["history"][-2]["inputs"]["teacher"]["fingerprint"].startswith("sha256:")
+    assert store.read_model_config(student).full_attention_heads == tiny.HEADS
+
+
+def test_align_trains_the_hybrid_attention_alone(inputs: Path, tmp_path: Path) -> None:
+    assert run_training(_config(inputs, tmp_path, "align", "schedule.steps=2")) == 0
+    before, after = (
+        store.load_canonical(folder) for folder in (inputs / "student", tmp_path / "checkpoints")
+    )
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed
+    assert all(".self_attention." in key for key in changed)

@@ -1,0 +1,45 @@
+"""All generators of a process, captured and restored."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+from megatron_hydra.parallel import platform
+
+from megatron.core import tensor_parallel  # isort: skip
+
+from megatron_hydra.checkpoint.store import single_process_group
+from megatron_hydra.training.random_state import capture_random_state, restore_random_state
+
+
+def _draw() -> list[float]:
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        float(np.random.rand()),
+        float(np.random.standard_normal()),
+        float(torch.rand(())),
+    ]
+
+
+def test_restored_generators_repeat_themselves() -> None:
+    assert platform.device() is not None
+    from megatron.core import parallel_state
+
+    with single_process_group():
+        parallel_state.initialize_model_parallel()
+        try:
+            tensor_parallel.model_parallel_cuda_manual_seed(3)
+            random.gauss(0, 1)  # leaves a second Gaussian in Python's generator
+            state = capture_random_state()
+            first = _draw()
+            changed = capture_random_state()
+            restore_random_state(state)
+            assert _draw() == first
+        finally:
+            parallel_state.destroy_model_parallel()
+    assert state.shape == changed.shape
+    assert not torch.equal(state, changed)

@@ -1,0 +1,98 @@
+"""Test support: a tiny teacher, its student, a text and configs to train them in seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_hydra.checkpoint.canonical import canonical_shapes, is_fp32
+from megatron_hydra.checkpoint.store import save_canonical
+from megatron_hydra.config.loading import from_dict
+from megatron_hydra.config.model import HydraConfig, ModelConfig
+from megatron_hydra.config.run import RunConfig
+from megatron_hydra.data.indexed import write_index
+from megatron_hydra.training.metrics import METRICS_FILE
+from megatron_hydra.transfer.student import initialise_student
+
+VOCABULARY, SEQUENCE = 64, 48
+
+TEACHER = ModelConfig(
+    family="qwen3", num_layers=4, hidden_size=32, ffn_hidden_size=48, vocab_size=VOCABULARY,
+    num_query_heads=8, num_kv_heads=4, head_dim=8, qk_norm=True, tie_embeddings=True,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    source={"name": "tiny", "revision": "", "fingerprint": "sha256:tiny"},
+)  # fmt: skip
+HEADS = ((1, 6), (), (0, 1, 5), (2,))
+
+
+def teacher_weights(model: ModelConfig = TEACHER, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random canonical tensors of a dense model, small enough for losses near ln V."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for key, shape in canonical_shapes(model).items():
+        value = torch.randn(shape, generator=generator) * 0.15
+        is_norm = key.endswith(("layernorm.weight", "_norm"))
+        weights[key] = 1 + value if is_norm else value
+        assert not is_fp32(key)
+    return weights
+
+
+def student_config(model: ModelConfig = TEACHER, **switches) -> ModelConfig:
+    """The hybrid of a tiny teacher."""
+
+    return dataclasses.replace(model, hydra=HydraConfig(**switches), full_attention_heads=HEADS)
+
+
+def write_text(folder: Path, documents: int = 60) -> str:
+    """A Megatron ``.bin/.idx`` pair of short documents whose tokens repeat; returns its prefix."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(5, SEQUENCE, documents)
+    tokens = np.concatenate([np.tile(rng.integers(0, VOCABULARY, 6), 9)[:n] for n in lengths])
+    prefix = folder / "text"
+    prefix.with_suffix(".bin").write_bytes(tokens.astype("<u2").tobytes())
+    write_index(
+        str(prefix.with_suffix(".idx")), np.uint16, lengths.astype(np.int32),
+        np.arange(documents + 1),
+    )  # fmt: skip
+    return str(prefix)
+
+
+def write_all(folder: Path) -> None:
+    """``teacher/``, ``student/`` and ``text.bin/.idx`` in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = teacher_weights()
+    save_canonical(folder / "teacher", weights, TEACHER)
+    save_canonical(
+        folder / "student", initialise_student(weights, student_config()), student_config()
+    )
+    write_text(folder)
+
+
+def run_config(folder: Path, verb: str, output: str, **sections) -> RunConfig:
+    """A run of a few steps over what :func:`write_all` wrote. ``sections`` update the defaults."""
+    body = {
+        "verb": verb,
+        "output": str(folder / output),
+        "precision": "fp32",
+        "student": {"checkpoint": str(folder / "student")},
+        "teacher": {"checkpoint": str(folder / "teacher") if verb in ("align", "distill") else ""},
+        "data": {"blend": [{"path": str(folder / "text")}], "sequence_length": SEQUENCE},
+        "batch": {"micro_batch_size": 2, "global_batch_size": 4},
+        "optimizer": {"lr": 3e-4, "eps": 1e-5},
+        "schedule": {"steps": 4, "warmup_steps": 1},
+        "loss": {"chunk_tokens": 40},
+        "logging": {"tensorboard": False, "progress": False},
+        "faults": {"timeout_seconds": 120},
+    }
+    for name, values in sections.items():
+        body[name] = {**body.get(name, {}), **values} if isinstance(values, dict) else values
+    return from_dict(RunConfig, body)
+
+
+def read_metrics(output: str | Path) -> list[dict]:
+    """The lines of a run's ``metrics.jsonl``."""
+    return [json.loads(line) for line in (Path(output) / METRICS_FILE).read_text().splitlines()]
