@@ -1,0 +1,91 @@
+"""Opening a model folder for evaluation: weights as safetensors only, its code only on request."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_hydra.errors import HydraError
+
+DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Any:
+    """A causal model in eval mode.
+
+    Args:
+        folder: a local Hugging Face model folder.
+        trust_remote_code: run the modelling code that the folder carries.
+        dtype: ``auto`` (as stored), ``fp32``, ``bf16`` or ``fp16``.
+        device: ``auto`` (the GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, …
+
+    Raises:
+        HydraError: no such folder, no safetensors in it, its own code and no permission to run it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = checked_folder(folder, trust_remote_code)
+    if dtype not in DTYPES:
+        raise HydraError(f"--dtype {dtype} is unknown: use one of {', '.join(DTYPES)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            trust_remote_code=trust_remote_code,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (OSError, ValueError) as error:
+        raise HydraError(f"model {path} cannot be loaded: {error}") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder, or ``None`` where the folder has none.
+
+    Raises:
+        HydraError: the tokenizer files are there and cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    path = checked_folder(folder, trust_remote_code)
+    if not any((path / n).exists() for n in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise HydraError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+
+
+def checked_folder(folder: str | Path, trust_remote_code: bool) -> Path:
+    """The folder, if it is a model whose code may be run."""
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise HydraError(
+            f"model {path} is not a Hugging Face model folder (it has no config.json); "
+            "tools/megatron_to_hf.py makes one from a checkpoint"
+        )
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise HydraError(f"{path / 'config.json'} cannot be read: {error}") from None
+    if config.get("auto_map") and not trust_remote_code:
+        files = ", ".join(sorted(p.name for p in path.glob("*.py"))) or "named in auto_map"
+        raise HydraError(
+            f"model {path} carries its own modelling code ({files}), which is run only with "
+            "--trust-remote-code; look at the files first if you did not make them"
+        )
+    return path

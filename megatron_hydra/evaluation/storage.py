@@ -1,0 +1,102 @@
+"""The output folder of an evaluation: finished cells, found again when the run is resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_hydra.errors import HydraError
+
+
+@contextlib.contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling that becomes ``path`` at the end, or nothing on an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class CellStore:
+    """One JSON file for each finished (task, length), under ``<folder>/cells``.
+
+    Args:
+        folder: the output folder.
+        settings: whatever decides the results; a folder made with others is refused.
+        force: throw away what is there instead.
+
+    Raises:
+        HydraError: the folder holds an evaluation with other settings, or is a file.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], force: bool) -> None:
+        self.folder = folder
+        self.cells = folder / "cells"
+        marker = folder / "settings.json"
+        if folder.exists() and not folder.is_dir():
+            raise HydraError(f"output {folder} is a file: give a folder")
+        if force:
+            self._clear()
+        if marker.exists():
+            self._check(marker, settings)
+        elif folder.exists() and any(folder.iterdir()) and not force:
+            raise HydraError(
+                f"output {folder} is not empty and no evaluation: give another folder, or --force"
+            )
+        with replace_file(marker) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n")
+
+    def _check(self, marker: Path, settings: dict[str, Any]) -> None:
+        try:
+            before = json.loads(marker.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise HydraError(
+                f"{marker} cannot be read ({error}): use --force to start anew"
+            ) from None
+        for key in sorted(set(before) | set(settings)):
+            if before.get(key) != json.loads(json.dumps(settings.get(key))):
+                raise HydraError(
+                    f"output {self.folder} holds an evaluation with another {key} "
+                    f"({_short(before.get(key))}, now {_short(settings.get(key))}): give another "
+                    "folder, or --force to throw it away"
+                )
+
+    def _clear(self) -> None:
+        for pattern in ("settings.json", "results.json", "*.png", "cells/*.json"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+
+    def path(self, task: str, length: int) -> Path:
+        """The file of a cell."""
+        safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in task)
+        if safe != task:
+            safe += "-" + hashlib.sha256(task.encode()).hexdigest()[:8]
+        return self.cells / f"{safe}--{length}.json"
+
+    def load(self, task: str, length: int) -> dict[str, Any] | None:
+        """A finished cell, or ``None``."""
+        path = self.path(task, length)
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise HydraError(f"{path} cannot be read ({error}): delete it and run again") from None
+
+    def save(self, task: str, length: int, cell: dict[str, Any]) -> None:
+        """Keep a finished cell."""
+        with replace_file(self.path(task, length)) as temporary:
+            temporary.write_text(json.dumps(cell, indent=1, ensure_ascii=False) + "\n")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"

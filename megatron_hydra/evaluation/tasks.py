@@ -1,0 +1,233 @@
+"""What a retrieval task is, and how one is found: by name, as ``module:function``, or as JSONL."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from megatron_hydra.errors import HydraError
+
+DEFAULT_NEW_TOKENS = 32
+"""Tokens generated for a JSONL prompt that does not say ``max_new_tokens``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleRequest:
+    """What the runner asks a task for.
+
+    Attributes:
+        length: the context length in tokens, answer included: no sample may be longer.
+        count: samples wanted, for each depth where the task places its fact at a depth.
+        seed: together with the task's name and ``length`` it decides every sample.
+        depths: where facts are placed, 0 (start) … 1 (end); also the rows of the heatmap.
+        tokenizer: the model's tokenizer; may be ``None`` for tasks that make token ids themselves.
+        lengths: all lengths of the run, ascending.
+        haystack: the user's own distractor text, or ``""``.
+    """
+
+    length: int
+    count: int
+    seed: int = 1234
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    tokenizer: Any = None
+    lengths: tuple[int, ...] = ()
+    haystack: str = ""
+
+    def rng(self, task: str, *index: object) -> random.Random:
+        """The generator of one sample: the same wherever and whenever it is drawn."""
+        parts = (self.seed, task, self.length, *index)
+        return random.Random("/".join(str(part) for part in parts))
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationSample:
+    """A prompt that the model continues greedily.
+
+    Attributes:
+        prompt: text, or token ids.
+        answers: texts looked for in the continuation, or one sequence of token ids that the
+            continuation must start with.
+        match: ``all``: the share of the answers that occur; ``any``: 1 if one of them does.
+        max_new_tokens: length of the continuation.
+        depth: where the fact is, or ``None``.
+    """
+
+    prompt: str | tuple[int, ...]
+    answers: tuple[str, ...] | tuple[int, ...]
+    match: Literal["all", "any"] = "all"
+    max_new_tokens: int = DEFAULT_NEW_TOKENS
+    depth: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredSample:
+    """A token sequence with its answers inside: one forward scores all of them.
+
+    Attributes:
+        tokens: the whole sequence.
+        answers: positions of the answer tokens (≥ 1); right if the argmax one before is that token.
+        depths: for each answer, where its fact is, 0 … 1; empty: unknown.
+    """
+
+    tokens: Sequence[int]
+    answers: Sequence[int]
+    depths: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        if not len(self.answers) or min(self.answers) < 1 or max(self.answers) >= len(self.tokens):
+            raise HydraError(
+                f"answer positions {list(self.answers)} must lie in 1..{len(self.tokens) - 1}, and "
+                "there must be one at least"
+            )
+        if len(self.depths) not in (0, len(self.answers)):
+            raise HydraError("a scored sample has one depth for each answer, or none at all")
+
+
+Sample = GenerationSample | ScoredSample
+
+
+class RetrievalTask(Protocol):
+    """Anything with a name that makes samples; see :class:`SampleRequest`."""
+
+    @property
+    def name(self) -> str:
+        """Key in the results; also part of a file name."""
+
+    def samples(self, request: SampleRequest) -> Sequence[Sample]:
+        """The samples of one length, all of one kind, decided by the request alone."""
+
+
+_REGISTRY: dict[str, Callable[[], RetrievalTask]] = {}
+
+
+def register_task(name: str, make: Callable[[], RetrievalTask]) -> None:
+    """Make a task known by ``name``, for ``--tasks`` and :func:`load_task`."""
+    _REGISTRY[name] = make
+
+
+def task_names() -> list[str]:
+    """Names of the built-in and registered tasks."""
+    _import_built_in()
+    return sorted(_REGISTRY)
+
+
+def load_task(spec: str) -> RetrievalTask:
+    """Find a task.
+
+    Args:
+        spec: a registered name; or ``module:function``, whose call without arguments gives a task;
+            or the path of a ``.jsonl`` file (see :class:`JsonlTask`).
+
+    Raises:
+        HydraError: there is no such task.
+    """
+    _import_built_in()
+    if spec in _REGISTRY:
+        return _REGISTRY[spec]()
+    if spec.endswith(".jsonl"):
+        return JsonlTask(spec)
+    module_name, colon, function = spec.partition(":")
+    if not colon:
+        raise HydraError(
+            f"task {spec!r} is unknown: use one of {', '.join(sorted(_REGISTRY))}, "
+            "'module:function' or a .jsonl file"
+        )
+    try:
+        task = getattr(importlib.import_module(module_name), function)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise HydraError(f"task {spec!r} cannot be made: {error}") from error
+    if not callable(getattr(task, "samples", None)) or not hasattr(task, "name"):
+        raise HydraError(f"task {spec!r} is a {type(task).__name__} without name and samples()")
+    return task
+
+
+def _import_built_in() -> None:
+    for name in ("needles", "ruler"):
+        importlib.import_module(f"megatron_hydra.evaluation.{name}")
+
+
+class JsonlTask:
+    """Prompts of the user's own, one JSON object a line.
+
+    Keys: ``prompt`` and ``answer`` (text both, or token ids both; ``answer`` may also be a list of
+    texts); optional ``length`` (the row belongs to that length; without it, to the smallest of the
+    run's lengths that prompt and continuation fit into), ``depth``, ``max_new_tokens``, ``match``.
+
+    Raises:
+        HydraError: the file cannot be read, or a line is wrong; the line is named.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.name = self.path.stem
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise HydraError(f"prompts {self.path} cannot be read: {error}") from None
+        rows = [(n, self._row(n, line)) for n, line in enumerate(lines, 1) if line.strip()]
+        if not rows:
+            raise HydraError(f"prompts {self.path} holds no prompt")
+        self.rows = rows
+
+    def __repr__(self) -> str:
+        return f"JsonlTask({self.rows!r})"
+
+    def samples(self, request: SampleRequest) -> list[Sample]:
+        """The rows that belong to ``request.length``, the first ``count`` of them."""
+        lengths = sorted(request.lengths or (request.length,))
+        chosen: list[Sample] = []
+        for number, (sample, length) in self.rows:
+            if length is None:
+                length = self._home(number, sample, request.tokenizer, lengths)
+            if length == request.length:
+                chosen.append(sample)
+        return chosen[: request.count]
+
+    def _home(
+        self, number: int, sample: GenerationSample, tokenizer: Any, lengths: list[int]
+    ) -> int:
+        if isinstance(sample.prompt, str):
+            if tokenizer is None:
+                raise HydraError(f"{self.path}:{number} is text: a tokenizer is needed")
+            tokens = len(tokenizer(sample.prompt)["input_ids"])
+        else:
+            tokens = len(sample.prompt)
+        needed = tokens + sample.max_new_tokens
+        for length in lengths:
+            if needed <= length:
+                return length
+        raise HydraError(
+            f"{self.path}:{number} needs {needed} tokens, the longest length is {lengths[-1]}: "
+            "give a longer one, or the key 'length'"
+        )
+
+    def _row(self, number: int, line: str) -> tuple[GenerationSample, int | None]:
+        where = f"{self.path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise HydraError(f"{where} is not JSON: {error}") from None
+        known = {"prompt", "answer", "length", "depth", "max_new_tokens", "match"}
+        if not isinstance(row, dict) or {"prompt", "answer"} - set(row) or set(row) - known:
+            raise HydraError(f"{where}: a row has prompt and answer, and may have {sorted(known)}")
+        prompt, answer = row["prompt"], row["answer"]
+        if isinstance(answer, str):
+            answer = [answer]
+        kind: type = str if isinstance(prompt, str) else int
+        given = [*answer, *(prompt if kind is int else ())] if isinstance(answer, list) else [None]
+        if not answer or not all(isinstance(item, kind) for item in given):
+            raise HydraError(f"{where}: prompt and answer must both be text, or both token ids")
+        default = len(answer) if kind is int else DEFAULT_NEW_TOKENS
+        sample = GenerationSample(
+            prompt=prompt if kind is str else tuple(prompt),
+            answers=tuple(answer),
+            match=row.get("match", "all"),
+            max_new_tokens=int(row.get("max_new_tokens", default)),
+            depth=row.get("depth"),
+        )
+        return sample, row.get("length")

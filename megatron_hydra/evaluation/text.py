@@ -1,0 +1,114 @@
+"""Offline text: distractor sentences and unique names, and how much of it fits into a length."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import uuid
+from collections.abc import Callable, Collection
+from importlib import resources
+
+from megatron_hydra.errors import HydraError
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+"""The line that RULER repeats."""
+
+_WORDS: dict[str, list[str]] = json.loads(
+    resources.files("megatron_hydra.evaluation").joinpath("words.json").read_text()
+)
+ADJECTIVES, NOUNS = _WORDS["adjectives"], _WORDS["nouns"]
+
+
+def text_sentence(rng: random.Random) -> str:
+    """A plain English sentence that states nothing a task asks for."""
+    subject = rng.choice(_WORDS["people"])
+    thing = f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+    place = f"near the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+    verb, ending = rng.choice(_WORDS["verbs"]), rng.choice(_WORDS["endings"])
+    sentence = f"{subject} {verb} the {thing} {place} {ending}."
+    return sentence[0].upper() + sentence[1:]
+
+
+def distinct_names(rng: random.Random, count: int, taken: Collection[str] = ()) -> list[str]:
+    """``count`` names such as ``misty-harbor``, different from each other and from ``taken``.
+
+    Three words where half of all two-word names are in use.
+    """
+    names: dict[str, None] = {}
+    while len(names) < count:
+        words = [rng.choice(ADJECTIVES), rng.choice(NOUNS)]
+        if 2 * (len(names) + len(taken)) > len(ADJECTIVES) * len(NOUNS):
+            words.insert(0, rng.choice(ADJECTIVES))
+        name = "-".join(words)
+        if name not in taken:
+            names[name] = None
+    return list(names)
+
+
+def random_number(rng: random.Random) -> str:
+    """A seven-digit number, as RULER's."""
+    return str(rng.randint(1_000_000, 9_999_999))
+
+
+def random_uuid(rng: random.Random) -> str:
+    """A version-4 UUID drawn from ``rng``."""
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+class Fitter:
+    """Finds how many units of distractor make a prompt fill, and not exceed, its budget.
+
+    Remembers the size of the last prompt: samples of one length differ little, so later ones are
+    mostly measured once.
+    """
+
+    def __init__(self, tokenizer: object, budget: int, task: str) -> None:
+        if tokenizer is None:
+            raise HydraError(f"task {task!r} is made of text: it needs the model's tokenizer")
+        self.tokenizer = tokenizer
+        self.budget = budget
+        self.task = task
+        self.guess: int | None = None
+        self.slope = 0.0
+
+    def _tokens(self, prompt: str) -> int:
+        return len(self.tokenizer(prompt)["input_ids"])  # type: ignore[operator]
+
+    def fit(self, build: Callable[[int], str], minimum: int = 1) -> str:
+        """The longest prompt found that fits.
+
+        Args:
+            build: prompt with so many units; longer for more units.
+            minimum: fewest units that the task makes sense with.
+
+        Raises:
+            HydraError: not even ``minimum`` units fit.
+        """
+        best = build(minimum)
+        base = self._tokens(best)
+        if base > self.budget:
+            raise HydraError(
+                f"task {self.task!r} needs {base} prompt tokens at least, {self.budget} are left "
+                "of the length after the answer: use a longer length"
+            )
+        if not self.slope:
+            self.slope = max((self._tokens(build(minimum + 32)) - base) / 32, 0.1)
+        low, high = minimum, None
+        units = self.guess or minimum + int((self.budget - base) / self.slope)
+        for _ in range(12):
+            units = max(low, units)
+            prompt = build(units)
+            tokens = self._tokens(prompt)
+            spare = self.budget - tokens
+            if spare >= 0:
+                best, low = prompt, units
+                step = max(1, int(spare / self.slope * 0.98))
+                if spare < 2 * self.slope or (high is not None and units + 1 >= high):
+                    break
+                units = units + step if high is None else min(units + step, high - 1)
+            else:
+                high = units
+                units -= max(1, math.ceil(-spare / self.slope))
+        self.guess = low
+        return best

@@ -1,0 +1,1043 @@
+"""HydraHead in Hugging Face format (copied into every export; needs torch and transformers only).
+
+HydraHead (arXiv 2606.20097) mixes full attention (FA) and Gated DeltaNet (GDN) along the head axis
+of every attention layer:
+
+    FA head    q = s_t · N_q(W_q x)   k = N_k(W_k x)   v = W_v x      s_t = ln(t + a) / ln(a)
+               o = softmax_causal(q kᵀ / √d) v  ⊙  2σ(W_g x)
+    GDN head   q = l2(R_t N_q(conv(W_q x)))   k = l2(R_t N_k(conv(W_k x)))   v = conv(W_v x)
+               β = σ(W_b x)    log α = −exp(A_log) · softplus(W_a x + dt_bias)
+               S_t = α_t (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ
+               o = S_tᵀ q_t / √d  ⊙  2σ(W_g x)
+    fusion     y = W_o [γ_h · RMSNorm(o_h)]_h, heads in their original order
+
+B: batch, T: new tokens, L: tokens seen in all, D: hidden size, H: query heads, d: head_dim.
+
+Padding. A padded batch is turned into one with its real tokens first before the first layer, and
+turned back after the last one. So inside, padding only ever follows real tokens: it cannot enter a
+convolution or an earlier position; it is kept out of states (β = 0, α = 1) and keys (mask).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import can_return_tuple
+
+from .configuration_hydrahead import HydraHeadConfig
+
+CHUNK = 64
+"""Tokens whose states are updated together by the torch delta rule."""
+
+MASK_ELEMENTS = 1 << 26
+"""Largest attention mask that is built at once; longer inputs are attended to block by block."""
+
+
+# -- the gated delta rule -------------------------------------------------------------------------
+
+
+def recurrent_gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_alpha: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token at a time, as the definition reads: the decode step.
+
+    Args and results: as :func:`chunked_gated_delta_rule`.
+    """
+    dtype = q.dtype
+    q, k, v, log_alpha, beta = (x.float() for x in (q, k, v, log_alpha, beta))
+    q = q * q.shape[-1] ** -0.5
+    if state is None:
+        state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    outputs = []
+    for t in range(q.shape[1]):
+        state = state * log_alpha[:, t, :, None, None].exp()
+        stored = torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+        error = (v[:, t] - stored) * beta[:, t, :, None]
+        state = state + k[:, t, :, :, None] * error[:, :, None, :]
+        outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+    return torch.stack(outputs, dim=1).to(dtype), state
+
+
+def chunked_gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_alpha: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gated delta rule by chunks of tokens (WY form of Gated DeltaNet, arXiv 2412.06464).
+
+    Inside a chunk, with g the running sum of log α and Γ_ij = exp(g_i − g_j), all corrected values
+    solve one triangular system, (I + strictly_lower(diag(β) K Kᵀ ∘ Γ)) [W U] = diag(β) [e^g K, V];
+    the chunk then writes U − W S into the state S that it found.
+
+    Args:
+        q, k: ``[B, T, n, d]``; v: ``[B, T, n, dv]``.
+        log_alpha, beta: ``[B, T, n]``, log of the decay (≤ 0) and write strength.
+        state: ``[B, n, d, dv]`` fp32 before the first token; zero when absent.
+        chunk: tokens of a chunk.
+
+    Returns:
+        ``[B, T, n, dv]`` in ``q``'s dtype and the state after the last token, fp32.
+    """
+    dtype, length = q.dtype, q.shape[1]
+    chunk = min(chunk, length)
+    q, k, v, log_alpha, beta = (
+        _to_chunks(x.float(), chunk) for x in (q, k, v, log_alpha[..., None], beta[..., None])
+    )
+    q = q * q.shape[-1] ** -0.5
+    g = log_alpha.cumsum(-2)
+    lower = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+    # Masked before exp: above the diagonal g_i − g_j is positive and may overflow.
+    decay = (g - g.transpose(-1, -2)).masked_fill(~lower, float("-inf")).exp()
+    keys_t = k.transpose(-1, -2)
+    mixing = (q @ keys_t) * decay
+    system = (k @ keys_t) * decay * beta
+    right = torch.cat((k * (beta * g.exp()), v * beta), dim=-1)
+    # unitriangular reads the strictly lower part only and takes the diagonal as 1.
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    w, u = solved.split((k.shape[-1], v.shape[-1]), dim=-1)
+    q = q * g.exp()
+    to_end = (k * (g[..., -1:, :] - g).exp()).transpose(-1, -2)
+    kept = g[..., -1:, :].exp()
+
+    if state is None:
+        state = q.new_zeros(*q.shape[1:3], k.shape[-1], v.shape[-1])
+    outputs = []
+    for n in range(q.shape[0]):
+        written = u[n] - w[n] @ state
+        outputs.append(q[n] @ state + mixing[n] @ written)
+        state = state * kept[n] + to_end[n] @ written
+    output = torch.stack(outputs).permute(1, 0, 3, 2, 4).flatten(1, 2)
+    return output[:, :length].to(dtype), state
+
+
+def _to_chunks(x: torch.Tensor, chunk: int) -> torch.Tensor:
+    """``[B, T, n, c]`` → ``[N, B, n, C, c]``; zeros fill the last chunk and change nothing."""
+    batch, length, heads, channels = x.shape
+    x = F.pad(x, (0, 0, 0, 0, 0, -length % chunk))
+    return x.view(batch, -1, chunk, heads, channels).permute(1, 0, 3, 2, 4).contiguous()
+
+
+@functools.cache
+def _fla_kernels() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """flash-linear-attention's chunked and recurrent kernels, where installed."""
+    try:
+        from fla.ops.gated_delta_rule import (
+            chunk_gated_delta_rule,
+            fused_recurrent_gated_delta_rule,
+        )
+    except Exception:  # a broken triton raises anything; the torch path always works
+        return None
+    return chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+
+
+def gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_alpha: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor | None,
+    kernel: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The delta rule by the fastest implementation that supports the case; see the chunked one."""
+    supported = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
+    kernels = _fla_kernels() if kernel == "auto" and supported else None
+    if kernels is not None:
+        function = kernels[0] if q.shape[1] > 1 else kernels[1]
+        return function(
+            q=q,
+            k=k,
+            v=v,
+            g=log_alpha.float(),
+            beta=beta.to(v.dtype) if q.shape[1] > 1 else beta.float(),
+            initial_state=state,
+            output_final_state=True,
+        )
+    function = chunked_gated_delta_rule if q.shape[1] > 1 else recurrent_gated_delta_rule
+    return function(q, k, v, log_alpha, beta, state)
+
+
+# -- the cache ------------------------------------------------------------------------------------
+
+
+class HydraHeadLayerCache:
+    """What one layer remembers; every tensor is absent where the layer has no such heads.
+
+    Attributes:
+        keys, values: ``[B, n_fa_kv, capacity, d]``: KV groups of the layer's FA heads only.
+        length: columns in use (real tokens and padding of the batch).
+        state: ``[B, n_gdn, d, d]`` fp32.
+        tail: ``[B, W−1, channels]``: the last inputs of the convolution.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+        self.state: torch.Tensor | None = None
+        self.tail: torch.Tensor | None = None
+        self.length = 0
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store ``[B, n_fa_kv, T, d]`` and return all keys and values so far.
+
+        A prompt is stored exactly; decoding then grows the store by an eighth at a time, so that a
+        new token does not copy all earlier ones.
+        """
+        if self.keys is None or self.values is None:
+            # Detached: the cache serves inference, gradients do not flow through earlier calls.
+            self.keys, self.values = keys.detach().contiguous(), values.detach().contiguous()
+            self.length = keys.shape[2]
+            return keys, values
+        end = self.length + keys.shape[2]
+        if end > self.keys.shape[2]:
+            spare = 0 if keys.shape[2] > 1 else end // 8 + 32
+            self.keys = self._grown(self.keys, end + spare)
+            self.values = self._grown(self.values, end + spare)
+        self.keys[:, :, self.length : end] = keys.detach()
+        self.values[:, :, self.length : end] = values.detach()
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _grown(self, old: torch.Tensor, capacity: int) -> torch.Tensor:
+        new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+        new[:, :, : self.length] = old[:, :, : self.length]
+        return new
+
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every tensor by ``function`` of it (batch reordering)."""
+        for name in ("keys", "values", "state", "tail"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, function(tensor))
+
+
+class HydraHeadCache(Cache):
+    """The cache of a whole model: KV of FA heads only, states and convolution tails of GDN heads.
+
+    Attributes:
+        layers: one :class:`HydraHeadLayerCache` a layer.
+        seen: columns so far, padding included (what ``attention_mask`` is as wide as).
+        key_mask: ``[B, seen]`` bool, which columns are real tokens; ``None``: all of them.
+        lengths: ``[B]`` int64, real tokens of every sequence: its next position.
+    """
+
+    def __init__(self, config: HydraHeadConfig) -> None:
+        super().__init__(layers=[HydraHeadLayerCache() for _ in range(config.num_hidden_layers)])
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seen = 0
+        self.key_mask: torch.Tensor | None = None
+        self.lengths: torch.Tensor | None = None
+
+    def advance(self, batch: int, length: int, valid: torch.Tensor | None, device: Any) -> None:
+        """Note ``length`` new columns, of which ``valid`` ``[B, length]`` are real (None: all)."""
+        if valid is not None or self.key_mask is not None:
+            past = self.key_mask
+            if past is None:
+                past = torch.ones(batch, self.seen, dtype=torch.bool, device=device)
+            new = torch.ones_like(past[:, :1]).expand(-1, length) if valid is None else valid
+            self.key_mask = torch.cat((past, new), dim=1)
+        gained = length if valid is None else valid.sum(1)
+        lengths = self.lengths
+        if lengths is None:
+            lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.lengths = lengths + gained
+        self.seen += length
+
+    def kv_bytes(self) -> int:
+        """Bytes of the keys and values held, summed over the real tensors of all layers."""
+        return sum(
+            2 * layer.keys[:, :, : layer.length].numel() * layer.keys.element_size()
+            for layer in self.layers
+            if layer.keys is not None
+        )
+
+    def state_bytes(self) -> int:
+        """Bytes of recurrent states and convolution tails: independent of the length."""
+        tensors = [t for layer in self.layers for t in (layer.state, layer.tail) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    # What generate() and its decoding methods call.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns so far, padding included."""
+        return self.seen
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """No limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether any token was seen."""
+        return self.seen > 0
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for layer in self.layers:
+            layer.reset()
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: a recurrent state cannot be rolled back."""
+        if tokens_to_remove:
+            raise ValueError("a HydraHead cache cannot be cropped: its states hold no history")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Take over the beams' sequences."""
+        self._apply(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self._apply(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def _apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for layer in self.layers:
+            layer.apply(function)
+        if self.key_mask is not None:
+            self.key_mask = function(self.key_mask)
+        if self.lengths is not None:
+            self.lengths = function(self.lengths)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, −1 before the first token."""
+        return -1 if self.lengths is None else self.lengths.shape[0]
+
+
+# -- full attention -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Visibility:
+    """Which keys the queries of this call may see; shared by all layers.
+
+    Attributes:
+        past: columns before the first query.
+        queries: T.
+        key_mask: ``[B, past + T]`` bool, real tokens; ``None``: all.
+    """
+
+    past: int
+    queries: int
+    key_mask: torch.Tensor | None = None
+    _whole: torch.Tensor | None = None
+
+    @property
+    def block(self) -> int:
+        """Queries for which a mask is built at a time."""
+        batch = 1 if self.key_mask is None else self.key_mask.shape[0]
+        return max(1, MASK_ELEMENTS // (batch * (self.past + self.queries)))
+
+    def mask(self, start: int, end: int, device: torch.device) -> torch.Tensor:
+        """``[B or 1, 1, end − start, past + end]`` bool for queries ``start … end``."""
+        if self._whole is not None:
+            return self._whole
+        rows = torch.arange(self.past + start, self.past + end, device=device)[:, None]
+        columns = torch.arange(self.past + end, device=device)[None, :]
+        mask = (columns <= rows)[None, None]
+        if self.key_mask is not None:
+            # A padded query sees itself, so that no row of the softmax is empty.
+            mask = (mask & self.key_mask[:, None, None, : self.past + end]) | (columns == rows)
+        if (start, end) == (0, self.queries):
+            self._whole = mask
+        return mask
+
+
+@functools.lru_cache(maxsize=4096)
+def _index(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """An index tensor, made once: from a list it would be copied to the device at every token."""
+    with torch.inference_mode(False):  # an inference tensor could not be used in training later
+        return torch.tensor(values, device=device)
+
+
+def full_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: list[int],
+    visibility: Visibility,
+) -> torch.Tensor:
+    """Causal softmax attention of heads that share keys unevenly.
+
+    Args:
+        q: ``[B, n, T, d]``; k, v: ``[B, g, past + T, d]``.
+        groups: for each of the n heads, ascending, the one of g that it reads.
+        visibility: what may be seen.
+
+    Returns:
+        ``[B, n, T, d]``.
+    """
+    if visibility.queries == 1:
+        return _decode_attention(q, k, v, groups, visibility)
+    if groups != list(range(k.shape[1])):
+        index = _index(tuple(groups), k.device)
+        k, v = k.index_select(1, index), v.index_select(1, index)
+    if visibility.key_mask is None:
+        if visibility.past == 0:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if q.is_cuda:
+            from torch.nn.attention.bias import causal_lower_right
+
+            bias = causal_lower_right(q.shape[2], k.shape[2])
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    outputs = []
+    for start in range(0, visibility.queries, visibility.block):
+        end = min(start + visibility.block, visibility.queries)
+        seen = visibility.past + end
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q[:, :, start:end],
+                k[:, :, :seen],
+                v[:, :, :seen],
+                attn_mask=visibility.mask(start, end, q.device),
+            )
+        )
+    return torch.cat(outputs, dim=2)
+
+
+def _decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: list[int],
+    visibility: Visibility,
+) -> torch.Tensor:
+    """One query a head: heads of a group stand in for queries, so no key is ever repeated."""
+    members = [[i for i, g in enumerate(groups) if g == group] for group in range(k.shape[1])]
+    widest = max(len(m) for m in members)
+    # Narrower groups repeat their last head; its extra rows are dropped again.
+    slots = [m[min(j, len(m) - 1)] for m in members for j in range(widest)]
+    if slots != list(range(len(groups))):
+        q = q.index_select(1, _index(tuple(slots), q.device))
+    q = q.reshape(q.shape[0], k.shape[1], widest, q.shape[-1])
+    mask = visibility.key_mask
+    if mask is not None:
+        last = torch.zeros_like(mask)
+        last[:, -1] = True
+        mask = (mask | last)[:, None, None, :]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = out.reshape(out.shape[0], -1, 1, out.shape[-1])
+    if slots != list(range(len(groups))):
+        back = tuple(slots.index(i) for i in range(len(groups)))
+        out = out.index_select(1, _index(back, q.device))
+    return out
+
+
+# -- the layer ------------------------------------------------------------------------------------
+
+
+class HydraHeadRMSNorm(nn.Module):
+    """RMSNorm over the last axis, in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise ``[…, size]``."""
+        return self.weight * _rms(x, self.eps).to(x.dtype)
+
+
+def _rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def _l2(x: torch.Tensor) -> torch.Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+class HydraHeadRotaryEmbedding(nn.Module):
+    """cos and sin tables from explicit positions."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: HydraHeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        make = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            make = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = make(config)
+        # Two buffers with these names: transformers refills them after loading on a meta device.
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: HydraHeadConfig, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, float]:
+        """Frequencies ``[d/2]`` of plain rotary embedding, and the factor 1."""
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
+
+    @torch.no_grad()
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tables ``[B or 1, T, 1, d]`` fp32 for positions ``[B or 1, T]``."""
+        angles = positions[..., None].float() * self.inv_freq.to(positions.device).float()
+        angles = torch.cat((angles, angles), dim=-1)[:, :, None, :]
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+@dataclasses.dataclass
+class TokenContext:
+    """What all layers of one call share.
+
+    Attributes:
+        cos, sin: rotary tables ``[B or 1, T, 1, d]`` fp32.
+        log_scale: s_t ``[B or 1, T, 1, 1]`` fp32.
+        valid: ``[B, T]`` bool, real tokens, which come first; ``None``: all.
+        visibility: what FA heads may see.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    log_scale: torch.Tensor
+    valid: torch.Tensor | None
+    visibility: Visibility
+
+
+class HydraHeadAttention(nn.Module):
+    """FA heads and GDN heads side by side, fused and projected; rows are in original head order."""
+
+    # Which of them exist is a matter of the switches and of the layer's heads.
+    fa_q_norm: nn.Module
+    fa_k_norm: nn.Module
+    fa_gate_proj: nn.Linear
+    gdn_q_proj: nn.Linear
+    gdn_k_proj: nn.Linear
+    gdn_v_proj: nn.Linear
+    gdn_q_norm: nn.Module
+    gdn_k_norm: nn.Module
+    gdn_gate_proj: nn.Linear
+    fusion_gate: nn.Linear
+
+    def __init__(self, config: HydraHeadConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.switches = config.hydra
+        self.head_dim = config.head_dim
+        heads = config.num_attention_heads
+        group = heads // config.num_key_value_heads
+        self.fa_heads = list(config.full_attention_heads[layer_idx])
+        self.gdn_heads = [h for h in range(heads) if h not in set(self.fa_heads)]
+        self.fa_groups = _ranks([h // group for h in self.fa_heads])
+        own = self.switches["gdn_kv"] == "mha"
+        self.gdn_groups = _ranks([h if own else h // group for h in self.gdn_heads])
+        order = self.fa_heads + self.gdn_heads
+        self.original_order = [order.index(h) for h in range(heads)]
+
+        if self.fa_heads:
+            self._make_branch("fa", len(self.fa_heads), max(self.fa_groups) + 1)
+        if self.gdn_heads:
+            self._make_branch("gdn", len(self.gdn_heads), max(self.gdn_groups) + 1)
+            self._make_recurrence()
+        if self.switches["fusion"] != "concat":
+            self.gamma = nn.Parameter(torch.ones(heads))
+        if self.switches["fusion"] == "gated":
+            self.fusion_gate = nn.Linear(config.hidden_size, heads, bias=False)
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=config.out_bias)
+
+    def _make_branch(self, name: str, num_heads: int, num_kv: int) -> None:
+        config, d = self.config, self.head_dim
+        for part, count in (("q", num_heads), ("k", num_kv), ("v", num_kv)):
+            linear = nn.Linear(config.hidden_size, count * d, bias=config.attention_bias)
+            setattr(self, f"{name}_{part}_proj", linear)
+        if self.switches[f"{name}_gate"]:
+            setattr(self, f"{name}_gate_proj", nn.Linear(config.hidden_size, num_heads * d, False))
+        if config.qk_norm:
+            for part in ("q", "k"):
+                setattr(self, f"{name}_{part}_norm", HydraHeadRMSNorm(d, config.rms_norm_eps))
+
+    def _make_recurrence(self) -> None:
+        num_heads = len(self.gdn_heads)
+        self.gdn_a_proj = nn.Linear(self.config.hidden_size, num_heads, bias=False)
+        self.gdn_b_proj = nn.Linear(self.config.hidden_size, num_heads, bias=False)
+        self.gdn_A_log = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32))
+        self.gdn_dt_bias = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32))
+        if self.switches["short_conv"]:
+            for part in ("q", "k", "v"):
+                size = getattr(self, f"gdn_{part}_proj").out_features
+                width = self.switches["conv_width"]
+                conv = nn.Conv1d(size, size, width, groups=size, bias=False)
+                setattr(self, f"gdn_{part}_conv", conv)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: TokenContext,
+        cache: HydraHeadLayerCache | None = None,
+    ) -> torch.Tensor:
+        """``[B, T, D]`` → ``[B, T, D]``."""
+        branches = []
+        if self.fa_heads:
+            branches.append(self._full_attention(x, context, cache))
+        if self.gdn_heads:
+            branches.append(self._gated_delta_net(x, context, cache))
+        heads = torch.cat(branches, dim=2) if len(branches) > 1 else branches[0]
+        if self.original_order != sorted(self.original_order):
+            heads = heads.index_select(2, _index(tuple(self.original_order), x.device))
+        return self.o_proj(self._fuse(heads, x).flatten(2))
+
+    def _full_attention(
+        self, x: torch.Tensor, context: TokenContext, cache: HydraHeadLayerCache | None
+    ) -> torch.Tensor:
+        q, k, v = (self._heads(getattr(self, f"fa_{p}_proj")(x)) for p in ("q", "k", "v"))
+        if self.config.qk_norm:
+            q, k = self.fa_q_norm(q), self.fa_k_norm(k)
+        position = self.switches["fa_position"]
+        if position in ("rope", "both"):
+            q = _rotate(q, context.cos, context.sin)
+            k = _rotate(k, context.cos, context.sin)
+        if position in ("log-scale", "both"):
+            q = (q * context.log_scale).to(q.dtype)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out = full_attention(q, k, v, self.fa_groups, context.visibility).transpose(1, 2)
+        if self.switches["fa_gate"]:
+            out = out * (2.0 * torch.sigmoid(self._heads(self.fa_gate_proj(x))))
+        return out
+
+    def _gated_delta_net(
+        self, x: torch.Tensor, context: TokenContext, cache: HydraHeadLayerCache | None
+    ) -> torch.Tensor:
+        q, k, v = self.gdn_q_proj(x), self.gdn_k_proj(x), self.gdn_v_proj(x)
+        if self.switches["short_conv"]:
+            q, k, v = self._convolve((q, k, v), context.valid, cache)
+        q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        if self.config.qk_norm:
+            q, k = self.gdn_q_norm(q), self.gdn_k_norm(k)
+        q = _l2(_rotate(q, context.cos, context.sin))
+        k = _l2(_rotate(k, context.cos, context.sin))
+        if self.gdn_groups != list(range(len(self.gdn_heads))):
+            index = _index(tuple(self.gdn_groups), x.device)
+            k, v = k.index_select(2, index), v.index_select(2, index)
+        beta = torch.sigmoid(self.gdn_b_proj(x).float())
+        step = F.softplus(self.gdn_a_proj(x).float() + self.gdn_dt_bias.float())
+        log_alpha = -self.gdn_A_log.float().exp() * step
+        if context.valid is not None:
+            beta = beta.masked_fill(~context.valid[..., None], 0.0)
+            log_alpha = log_alpha.masked_fill(~context.valid[..., None], 0.0)
+        state = None if cache is None else cache.state
+        out, state = gated_delta_rule(q, k, v, log_alpha, beta, state, self.config.gdn_kernel)
+        if cache is not None:
+            cache.state = state.detach()
+        if self.switches["gdn_gate"]:
+            out = out * (2.0 * torch.sigmoid(self._heads(self.gdn_gate_proj(x))))
+        return out
+
+    def _convolve(
+        self,
+        parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        valid: torch.Tensor | None,
+        cache: HydraHeadLayerCache | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Causal depthwise convolution of q, k, v ``[B, T, channels]``; the last tap is now."""
+        x = torch.cat(parts, dim=-1)
+        weight = torch.cat([getattr(self, f"gdn_{p}_conv").weight[:, 0] for p in ("q", "k", "v")])
+        width, length = weight.shape[1], x.shape[1]
+        tail = None if cache is None else cache.tail
+        if tail is None:
+            tail = x.new_zeros(x.shape[0], width - 1, x.shape[2])
+        extended = torch.cat((tail, x), dim=1)
+        if cache is not None:
+            # The W−1 rows before the end of the real tokens; padding comes after them.
+            real = torch.full_like(extended[:, 0, 0], length, dtype=torch.int64)
+            if valid is not None:
+                real = valid.sum(1)
+            rows = real[:, None] + torch.arange(width - 1, device=x.device)
+            rows = rows[..., None].expand(-1, -1, x.shape[2])
+            cache.tail = extended.detach().gather(1, rows)
+        y = extended[:, :length].float() * weight[:, 0].float()
+        for j in range(1, width):
+            y = y + extended[:, j : j + length].float() * weight[:, j].float()
+        return y.to(x.dtype).split([p.shape[-1] for p in parts], dim=-1)
+
+    def _fuse(self, heads: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Normalise and weight head outputs ``[B, T, H, d]``."""
+        fused = heads
+        if self.switches["fusion_norm"] == "rms":
+            fused = _rms(heads, self.config.rms_norm_eps)
+        if self.switches["fusion"] != "concat":
+            weight = self.gamma.float()
+            if self.switches["fusion"] == "gated":
+                share = torch.softmax(self.fusion_gate(x).float(), dim=-1)
+                weight = weight * share * share.shape[-1]
+            fused = fused.float() * weight[..., None]
+        return fused.to(x.dtype)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, T, n·d]`` → ``[B, T, n, d]``."""
+        return x.view(*x.shape[:2], -1, self.head_dim)
+
+
+def _ranks(groups: list[int]) -> list[int]:
+    """Every group's rank among those that occur."""
+    present = sorted(set(groups))
+    return [present.index(g) for g in groups]
+
+
+class HydraHeadMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: HydraHeadConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, T, D]`` → ``[B, T, D]``."""
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class HydraHeadDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, config: HydraHeadConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.self_attn = HydraHeadAttention(config, layer_idx)
+        self.mlp = HydraHeadMLP(config)
+        self.input_layernorm = HydraHeadRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = HydraHeadRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: TokenContext,
+        past_key_values: HydraHeadCache | None = None,
+    ) -> torch.Tensor:
+        """``[B, T, D]`` → ``[B, T, D]``."""
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        x = x + self.self_attn(self.input_layernorm(x), context, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# -- the model ------------------------------------------------------------------------------------
+
+
+class HydraHeadPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config_class = HydraHeadConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["HydraHeadDecoderLayer"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _keep_in_fp32_modules_strict: ClassVar = ["gdn_A_log", "gdn_dt_bias"]
+    _supports_sdpa = True
+    # States cannot be rolled back, so assisted decoding is refused by generate().
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if not isinstance(module, HydraHeadAttention):
+            return
+        for name in ("fa_gate_proj", "gdn_gate_proj", "fusion_gate"):
+            if hasattr(module, name):
+                init.zeros_(getattr(module, name).weight)
+        if hasattr(module, "gamma"):
+            init.ones_(module.gamma)
+        if not module.gdn_heads:
+            return
+        # Gated DeltaNet's own ranges: decay rates 1…16, step sizes 0.001…0.1.
+        rate = torch.empty_like(module.gdn_A_log).uniform_(1, 16)
+        init.copy_(module.gdn_A_log, rate.log())
+        step = 10 ** torch.empty_like(module.gdn_dt_bias).uniform_(-3, -1)
+        init.copy_(module.gdn_dt_bias, step.expm1().log())
+        for part in ("q", "k", "v"):
+            if hasattr(module, f"gdn_{part}_conv"):
+                weight = getattr(module, f"gdn_{part}_conv").weight
+                identity = torch.zeros_like(weight)
+                identity[..., -1] = 1
+                init.copy_(weight, identity)
+
+
+class HydraHeadModel(HydraHeadPreTrainedModel):
+    """The decoder without its LM head."""
+
+    def __init__(self, config: HydraHeadConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            HydraHeadDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = HydraHeadRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = HydraHeadRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: HydraHeadCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: ``[B, T]`` new tokens; or ``inputs_embeds`` ``[B, T, D]``.
+            attention_mask: ``[B, T]`` or ``[B, past + T]``, 0 for padding (at any side).
+            position_ids: not needed: positions are counted from each sequence's first real token;
+                given for a prompt, they must say the same.
+            past_key_values: the cache of an earlier call; extended in place.
+            use_cache: make one if none is given; default: the config's, never in training.
+            output_hidden_states: return the L + 1 hidden states as well.
+
+        Raises:
+            ValueError: a mask or positions of a form that is not supported, another cache class.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, and not both")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = self._cache(past_key_values, use_cache)
+        valid = _real_tokens(attention_mask, x, 0 if cache is None else cache.seen)
+        positions = _positions(position_ids, x, valid, cache)
+        order = None
+        if valid is not None and x.shape[1] > 1:
+            order = torch.argsort((~valid).to(torch.int8), dim=1, stable=True)
+            x = _take(x, order)
+            valid, positions = valid.gather(1, order), positions.gather(1, order)
+        context = self._context(x, positions, valid, cache)
+
+        keep = (
+            self.config.output_hidden_states
+            if output_hidden_states is None
+            else (output_hidden_states)
+        )
+        states = [x]
+        for layer in self.layers:
+            x = layer(x, context, past_key_values=cache)
+            states = [*states, x] if keep else [x]
+        x = self.norm(x)
+        states[-1] = x
+        if cache is not None:
+            cache.advance(x.shape[0], x.shape[1], valid, x.device)
+        if order is not None:
+            back = order.argsort(dim=1)
+            states = [_take(state, back) for state in states]
+        return BaseModelOutputWithPast(
+            last_hidden_state=states[-1],
+            past_key_values=cache,
+            hidden_states=tuple(states) if keep else None,
+        )
+
+    def _cache(self, given: Any, use_cache: bool | None) -> HydraHeadCache | None:
+        if use_cache is None:
+            use_cache = given is not None or (self.config.use_cache and not self.training)
+        if self.gradient_checkpointing and self.training:
+            return None
+        if given is not None and not isinstance(given, HydraHeadCache):
+            raise ValueError(
+                f"past_key_values is a {type(given).__name__}; a HydraHead model needs its own "
+                "HydraHeadCache: pass none, and one is made"
+            )
+        if given is None and use_cache:
+            return HydraHeadCache(self.config)
+        return given
+
+    def _context(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        valid: torch.Tensor | None,
+        cache: HydraHeadCache | None,
+    ) -> TokenContext:
+        past = 0 if cache is None else cache.seen
+        key_mask = None if cache is None else cache.key_mask
+        if valid is not None or key_mask is not None:
+            ones = torch.ones(x.shape[0], past, dtype=torch.bool, device=x.device)
+            new = ones.new_ones(x.shape[:2]) if valid is None else valid
+            key_mask = torch.cat((ones if key_mask is None else key_mask, new), dim=1)
+        a = torch.tensor(self.config.hydra["log_scale_a"], device=x.device)
+        cos, sin = self.rotary_emb(positions)
+        return TokenContext(
+            cos=cos,
+            sin=sin,
+            log_scale=((positions.float() + a).log() / a.log())[..., None, None],
+            valid=valid,
+            visibility=Visibility(past, x.shape[1], key_mask),
+        )
+
+
+def _real_tokens(mask: torch.Tensor | None, x: torch.Tensor, past: int) -> torch.Tensor | None:
+    """``[B, T]`` bool: which of the new tokens are real; ``None`` when all are."""
+    if mask is None:
+        return None
+    length = x.shape[1]
+    if mask.ndim != 2 or mask.shape[1] not in (length, past + length):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; it must be [batch, {past + length}] "
+            "with 0 for padding (masks of pairs of tokens are not supported)"
+        )
+    valid = mask[:, -length:].to(device=x.device, dtype=torch.bool)
+    return None if bool(valid.all()) else valid
+
+
+def _positions(
+    given: torch.Tensor | None,
+    x: torch.Tensor,
+    valid: torch.Tensor | None,
+    cache: HydraHeadCache | None,
+) -> torch.Tensor:
+    """``[B or 1, T]`` int64: every real token's number in its own sequence."""
+    length = x.shape[1]
+    start: Any = 0 if cache is None else cache.seen
+    if cache is not None and cache.key_mask is not None and cache.lengths is not None:
+        start = cache.lengths[:, None]
+    if valid is None:
+        positions = start + torch.arange(length, device=x.device)[None, :]
+    else:
+        positions = start + valid.long().cumsum(1) - 1
+    if given is not None and length > 1:
+        wrong = given.to(x.device) != positions
+        if bool((wrong if valid is None else wrong & valid).any()):
+            raise ValueError(
+                "position_ids do not count every sequence's real tokens from 0: HydraHead counts "
+                "them itself (leave position_ids out), and packed sequences are not supported here"
+            )
+    return positions
+
+
+def _take(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Rows of ``[B, T, D]`` in the order ``[B, T]``."""
+    return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
+
+
+class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
+    """The decoder with its LM head."""
+
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HydraHeadConfig) -> None:
+        super().__init__(config)
+        self.model = HydraHeadModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: HydraHeadCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss where ``labels`` are given; see :meth:`HydraHeadModel.forward`.
+
+        Args:
+            labels: ``[B, T]``, −100 where nothing is learned; shifted here.
+            logits_to_keep: make logits of the last so many positions only (0: of all), or of the
+                positions listed.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        hidden = outputs.last_hidden_state
+        if isinstance(logits_to_keep, torch.Tensor):
+            hidden = hidden[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        logits = self.lm_head(hidden)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Give generate() our cache in place of the one that it would make."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} is not supported "
+                "by HydraHead: leave it out"
+            )
+        model_kwargs["past_key_values"] = HydraHeadCache(self.config)
+
+
+__all__ = [
+    "HydraHeadCache",
+    "HydraHeadForCausalLM",
+    "HydraHeadModel",
+    "HydraHeadPreTrainedModel",
+]

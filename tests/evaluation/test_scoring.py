@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.evaluation import scoring
+from megatron_hydra.evaluation.tasks import GenerationSample, ScoredSample
+
+
+def score(model, tokenizer, samples, batch_tokens=10_000, chunk=0):
+    return list(scoring.score_samples(model, tokenizer, samples, batch_tokens, chunk))
+
+
+def sequences(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = (30, 55, 55, 8)
+    return [torch.randint(0, 257, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 120, 10_000])
+@pytest.mark.parametrize("chunk", [0, 16])
+def test_answers_inside_a_sequence_are_scored_by_argmax(model, batch_tokens, chunk):
+    answers = [[3, 17, 29], [1, 54], [40], [7]]
+    with torch.no_grad():
+        said = [model(torch.tensor([s])).logits[0].argmax(-1).tolist() for s in sequences()]
+    samples, expected = [], []
+    for tokens, positions, argmax in zip(sequences(), answers, said, strict=True):
+        tokens[positions[0]] = argmax[positions[0] - 1]  # the first answer is made right
+        samples.append(ScoredSample(tokens, positions, [p / 55 for p in positions]))
+        with torch.no_grad():
+            again = model(torch.tensor([tokens])).logits[0].argmax(-1).tolist()
+        expected.append(tuple(float(again[p - 1] == tokens[p]) for p in positions))
+    outcomes = score(model, None, samples, batch_tokens, chunk)
+    assert [o.scores for o in outcomes] == expected
+    assert [o.scores[0] for o in outcomes] == [1.0] * 4
+    assert outcomes[0].depths == (3 / 55, 17 / 55, 29 / 55)
+
+
+def test_any_causal_model_is_scored(tokenizer):
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        vocab_size=257, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    qwen = Qwen3ForCausalLM(config).eval()
+    tokens = sequences()[0]
+    whole = score(qwen, None, [ScoredSample(tokens, [5, 20])])
+    assert whole == score(qwen, None, [ScoredSample(tokens, [5, 20])], chunk=7)
+    sample = GenerationSample("some prompt", ("zzz",), max_new_tokens=5)
+    assert score(qwen, tokenizer, [sample]) == score(qwen, tokenizer, [sample], chunk=4)
+
+
+def test_generation_in_a_batch_equals_one_by_one(model, tokenizer):
+    samples = [GenerationSample("x" * n, ("no such answer",), max_new_tokens=6) for n in (1, 9, 40)]
+    together = score(model, tokenizer, samples)
+    assert together == [score(model, tokenizer, [s])[0] for s in samples]
+    assert together == score(model, tokenizer, samples, chunk=8)
+    assert all(o.scores == (0.0,) for o in together)
+    assert len({o.prediction for o in together}) > 1
+
+
+def test_stopping_early_does_not_change_a_score(model, tokenizer):
+    """What the model says is asked for, so that rows are settled at different steps."""
+    prompts = ["alpha", "a longer prompt", "z"]
+    free = score(
+        model, tokenizer, [GenerationSample(p, ("\x00",), max_new_tokens=12) for p in prompts]
+    )
+    said = [o.prediction for o in free]
+    for match, expected in (("all", 0.5), ("any", 1.0)):
+        samples = [
+            GenerationSample(p, (text[:n].upper(), "\x00"), match, 12)
+            for p, text, n in zip(prompts, said, (2, 5, 9), strict=True)
+        ]
+        assert [o.scores for o in score(model, tokenizer, samples)] == [(expected,)] * 3
+    found = [GenerationSample(p, (t[:n],), "all", 12) for p, t, n in zip(prompts, said, (2, 5, 9))]
+    assert [o.scores for o in score(model, tokenizer, found)] == [(1.0,)] * 3
+
+
+def test_token_answers_must_start_the_continuation(model):
+    prompt = tuple(sequences()[3])
+    with torch.no_grad():
+        new = model.generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False)[0, 8:]
+    right, (a, b, c) = tuple(new.tolist()), new.tolist()
+    samples = [
+        GenerationSample(prompt, answer, max_new_tokens=3)
+        for answer in (right, right[:1], (a, b, c + 1), (b,))
+    ]
+    assert [o.scores[0] for o in score(model, None, samples)] == [1.0, 1.0, 0.0, float(a == b)]
+
+
+def test_chunked_prefill_is_used_only_where_it_is_known_to_be_exact(model):
+    assert scoring.prefill_chunk(model, None) == 8192
+    assert scoring.prefill_chunk(model, 0) == 0
+
+    class Unknown:
+        config = type("C", (), {"model_type": "somebody_s_hybrid"})
+
+    assert scoring.prefill_chunk(Unknown, None) == 0
+    assert scoring.prefill_chunk(Unknown, 77) == 77
+
+
+def test_what_does_not_fit_the_model_is_refused(model):
+    with pytest.raises(HydraError, match="tokenizer"):
+        score(model, None, [GenerationSample("text", ("x",))])
+    with pytest.raises(HydraError, match="vocabulary of 257"):
+        score(model, None, [ScoredSample([1, 2, 257], [1])])
+    with pytest.raises(HydraError, match="no tokens"):
+        score(model, None, [GenerationSample((), (1,))])

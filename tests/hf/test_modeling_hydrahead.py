@@ -1,0 +1,682 @@
+"""The exported model: its delta rule, its equality with the teacher, its cache and its padding."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from megatron_hydra.config.model import DENSE_ATTENTION, HydraConfig
+from megatron_hydra.hf import modeling_hydrahead as modeling
+from megatron_hydra.hf.configuration_hydrahead import SWITCHES, HydraHeadConfig
+from megatron_hydra.hf.export_files import ARCHITECTURE, auto_map, hf_export_files
+
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 40,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+}
+HEADS = [[1, 2, 3], [], [0, 1, 2, 3, 4, 5]]
+MIXED = [[0, 5], [1, 2, 3], [4]]
+DENSE = {k: v for k, v in vars(DENSE_ATTENTION).items() if k in SWITCHES}
+
+
+def rope(kind="default"):
+    extra = {
+        "default": {},
+        "linear": {"factor": 4.0},
+        "llama3": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    }[kind]
+    return {"rope_type": kind, "rope_theta": 5000.0, **extra}
+
+
+def make_model(heads=MIXED, hydra=None, **changes):
+    """A model with non-trivial gates, norms, convolutions, and a decay so slow that leaks show."""
+    torch.manual_seed(0)
+    config = HydraHeadConfig(
+        **{**SHAPE, "rope_parameters": rope(), **changes}, full_attention_heads=heads, hydra=hydra
+    )
+    model = modeling.HydraHeadForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):
+                parameter.uniform_(-5, -3)
+            else:
+                parameter.add_(0.15 * torch.randn_like(parameter))
+    return model
+
+
+def tokens(batch, length, seed=1):
+    return torch.randint(0, SHAPE["vocab_size"], (batch, length), generator=_generator(seed))
+
+
+def _generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def close(a, b, tolerance=1e-4):
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+# -- the delta rule -------------------------------------------------------------------------------
+
+
+def rule_inputs(length, heads=3, d=16, dv=16, dtype=torch.float32):
+    g = _generator(length)
+    q, k = (torch.randn(2, length, heads, d, generator=g, dtype=dtype) for _ in range(2))
+    q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+    v = torch.randn(2, length, heads, dv, generator=g, dtype=dtype)
+    # Slow decay: with a fast one, mistakes beyond a few tokens would vanish.
+    log_alpha = -0.02 * torch.rand(2, length, heads, generator=g, dtype=dtype)
+    beta = torch.rand(2, length, heads, generator=g, dtype=dtype)
+    state = torch.randn(2, heads, d, dv, generator=g, dtype=dtype)
+    return q, k, v, log_alpha, beta, state
+
+
+def float64_recurrence(q, k, v, log_alpha, beta, state):
+    q, k, v, log_alpha, beta, state = (x.double() for x in (q, k, v, log_alpha, beta, state))
+    outputs = []
+    for t in range(q.shape[1]):
+        identity = torch.eye(q.shape[-1], dtype=torch.float64)
+        outer = k[:, t, :, :, None] * k[:, t, :, None, :]
+        step = identity - beta[:, t, :, None, None] * outer
+        state = log_alpha[:, t].exp()[..., None, None] * (step @ state)
+        state = state + beta[:, t, :, None, None] * k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append((state.transpose(-1, -2) @ q[:, t, :, :, None])[..., 0])
+    return torch.stack(outputs, 1) * q.shape[-1] ** -0.5, state
+
+
+@pytest.mark.parametrize("length", [1, 3, 64, 65, 150])
+@pytest.mark.parametrize("rule", ["chunked", "recurrent"])
+def test_delta_rule_equals_the_float64_recurrence(length, rule):
+    inputs = rule_inputs(length)
+    expected, expected_state = float64_recurrence(*inputs)
+    output, state = getattr(modeling, f"{rule}_gated_delta_rule")(*inputs)
+    close(output.double(), expected, 2e-6)
+    close(state.double(), expected_state, 5e-6)
+
+
+def test_delta_rule_survives_identical_keys():
+    """Identical keys with full write strength make the chunk's system as bad as it gets."""
+    q, _, v, log_alpha, _, state = rule_inputs(128)
+    k = torch.zeros_like(q)
+    k[..., 0] = 1.0
+    beta, log_alpha = torch.ones_like(log_alpha), torch.zeros_like(log_alpha)
+    expected, _ = float64_recurrence(q, k, v, log_alpha, beta, state)
+    output, _ = modeling.chunked_gated_delta_rule(q, k, v, log_alpha, beta, state)
+    close(output.double(), expected, 1e-5)
+
+
+def test_delta_rule_equals_fla_and_transformers():
+    naive = pytest.importorskip("fla.ops.gated_delta_rule.naive")
+    q, k, v, log_alpha, beta, state = rule_inputs(150)
+    output, final = modeling.chunked_gated_delta_rule(q, k, v, log_alpha, beta, state)
+    fla_output, fla_final = naive.naive_recurrent_gated_delta_rule(
+        q, k, v, beta, log_alpha, initial_state=state, output_final_state=True
+    )
+    close(output, fla_output, 2e-6)
+    close(final, fla_final, 5e-6)
+
+    # Its module picks FLA's kernels whenever FLA imports, which then want a driver.
+    blocked = {
+        name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "fla"
+    }
+    sys.modules["fla"] = None
+    try:
+        peer = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    finally:
+        sys.modules.pop("fla")
+        sys.modules.update(blocked)
+    peer_output, peer_final = peer.torch_chunk_gated_delta_rule(
+        q, k, v, g=log_alpha, beta=beta, initial_state=state, output_final_state=True
+    )
+    close(output, peer_output, 2e-6)
+    close(final, peer_final, 5e-6)
+
+
+def test_delta_rule_gradients_equal_those_of_the_recurrence():
+    inputs = [x.requires_grad_() for x in rule_inputs(70)]
+    weights = torch.randn(2, 70, 3, 16, generator=_generator(9))
+    gradients = []
+    for rule in (modeling.chunked_gated_delta_rule, modeling.recurrent_gated_delta_rule):
+        output, state = rule(*inputs)
+        loss = (output * weights).sum() + state.square().sum()
+        gradients.append(torch.autograd.grad(loss, inputs))
+    for chunked, recurrent in zip(*gradients, strict=True):
+        close(chunked, recurrent, 1e-4 * float(recurrent.abs().max()))
+
+
+# -- against the teacher --------------------------------------------------------------------------
+
+
+def as_dense(teacher, **fields):
+    """The HydraHead model with every head FA that has the teacher's weights, strictly loaded."""
+    own = {name: getattr(teacher.config, name) for name in SHAPE}
+    own["head_dim"] = teacher.model.layers[0].self_attn.head_dim
+    config = HydraHeadConfig(
+        **own,
+        rms_norm_eps=teacher.config.rms_norm_eps,
+        rope_parameters=teacher.config.rope_parameters,
+        hydra=DENSE,
+        **fields,
+    )
+    renamed = {}
+    for name, tensor in teacher.state_dict().items():
+        for part in ("q", "k", "v"):
+            name = name.replace(f".{part}_proj.", f".fa_{part}_proj.")
+            name = name.replace(f".{part}_norm.", f".fa_{part}_norm.")
+        renamed[name] = tensor
+    model = modeling.HydraHeadForCausalLM(config).eval()
+    model.load_state_dict(renamed, strict=True)
+    return model
+
+
+def randomised(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
+def test_all_full_attention_equals_qwen3(kind):
+    torch.manual_seed(0)
+    teacher = randomised(Qwen3ForCausalLM(Qwen3Config(**SHAPE, rope_parameters=rope(kind))))
+    ids = tokens(2, 50)
+    with torch.no_grad():
+        close(as_dense(teacher)(ids).logits, teacher(ids).logits, 1e-5)
+
+
+def test_all_full_attention_equals_qwen2_and_llama():
+    ids = tokens(2, 50)
+    shape = {**SHAPE, "hidden_size": 96}
+    qwen2_shape = {k: v for k, v in shape.items() if k != "head_dim"}
+    torch.manual_seed(0)
+    qwen2 = randomised(Qwen2ForCausalLM(Qwen2Config(**qwen2_shape, rope_parameters=rope())))
+    hydra = as_dense_of(qwen2, shape, family="qwen2", qk_norm=False, attention_bias=True)
+    with torch.no_grad():
+        close(hydra(ids).logits, qwen2(ids).logits, 1e-5)
+    llama = randomised(
+        LlamaForCausalLM(LlamaConfig(**shape, attention_bias=True, rope_parameters=rope("llama3")))
+    )
+    hydra = as_dense_of(
+        llama, shape, family="llama", qk_norm=False, attention_bias=True, out_bias=True
+    )
+    with torch.no_grad():
+        close(hydra(ids).logits, llama(ids).logits, 1e-5)
+
+
+def as_dense_of(teacher, shape, **fields):
+    for name, value in shape.items():
+        setattr(teacher.config, name, value)
+    return as_dense(teacher, **fields)
+
+
+# -- the hybrid layer against its equations -------------------------------------------------------
+
+
+class Equations:
+    """Design §2 read head by head and token by token, for one sequence ``[T, D]``."""
+
+    def __init__(self, attention, x):
+        self.a, self.x, self.config, self.s = attention, x, attention.config, attention.switches
+        self.d, self.length = self.config.head_dim, x.shape[0]
+        self.group = self.config.num_attention_heads // self.config.num_key_value_heads
+
+    def norm(self, v, weight=1.0):
+        return weight * v / (v.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt()
+
+    def turn(self, values):
+        d = self.d
+        frequencies = 1.0 / self.config.rope_parameters["rope_theta"] ** (torch.arange(0, d, 2) / d)
+        rows = []
+        for t, v in enumerate(values):
+            angle = torch.cat((t * frequencies, t * frequencies))
+            rows.append(v * angle.cos() + torch.cat((-v[d // 2 :], v[: d // 2])) * angle.sin())
+        return torch.stack(rows)
+
+    def rows(self, name, index):
+        linear, part = getattr(self.a, name), slice(index * self.d, (index + 1) * self.d)
+        return self.x @ linear.weight[part].T + (0 if linear.bias is None else linear.bias[part])
+
+    def conv(self, name, index, values):
+        weight = getattr(self.a, name).weight[index * self.d : (index + 1) * self.d, 0]
+        width = weight.shape[1]
+        padded = torch.cat((torch.zeros(width - 1, self.d), values))
+        return torch.stack([(padded[t : t + width].T * weight).sum(1) for t in range(self.length)])
+
+    def fa_head(self, i, kv):
+        q, k, v = (self.rows(f"fa_{p}_proj", n) for p, n in (("q", i), ("k", kv), ("v", kv)))
+        if self.config.qk_norm:
+            q = self.norm(q, self.a.fa_q_norm.weight)
+            k = self.norm(k, self.a.fa_k_norm.weight)
+        if self.s["fa_position"] in ("rope", "both"):
+            q, k = self.turn(q), self.turn(k)
+        if self.s["fa_position"] in ("log-scale", "both"):
+            t, a = torch.arange(self.length), torch.tensor(self.s["log_scale_a"])
+            q = q * ((t + a).log() / a.log())[:, None]
+        future = torch.ones(self.length, self.length).triu(1).bool()
+        out = (q @ k.T / self.d**0.5).masked_fill(future, -1e30).softmax(-1) @ v
+        return out * 2 * self.rows("fa_gate_proj", i).sigmoid() if self.s["fa_gate"] else out
+
+    def gdn_input(self, part, index):
+        values = self.rows(f"gdn_{part}_proj", index)
+        if self.s["short_conv"]:
+            values = self.conv(f"gdn_{part}_conv", index, values)
+        if part == "v":
+            return values
+        if self.config.qk_norm:
+            values = self.norm(values, getattr(self.a, f"gdn_{part}_norm").weight)
+        values = self.turn(values)
+        return values / (values.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+    def gdn_head(self, i, kv):
+        q, k, v = self.gdn_input("q", i), self.gdn_input("k", kv), self.gdn_input("v", kv)
+        beta = (self.x @ self.a.gdn_b_proj.weight[i]).sigmoid()
+        step = self.x @ self.a.gdn_a_proj.weight[i] + self.a.gdn_dt_bias[i]
+        alpha = (-self.a.gdn_A_log[i].exp() * torch.nn.functional.softplus(step)).exp()
+        state, rows = torch.zeros(self.d, self.d), []
+        for t in range(self.length):
+            state = alpha[t] * (state - beta[t] * torch.outer(k[t], k[t] @ state))
+            state = state + beta[t] * torch.outer(k[t], v[t])
+            rows.append(state.T @ q[t] / self.d**0.5)
+        out = torch.stack(rows)
+        return out * 2 * self.rows("gdn_gate_proj", i).sigmoid() if self.s["gdn_gate"] else out
+
+    def output(self):
+        heads = self.config.num_attention_heads
+        outputs = torch.zeros(self.length, heads, self.d)
+        groups = sorted({h // self.group for h in self.a.fa_heads})
+        for i, h in enumerate(self.a.fa_heads):
+            outputs[:, h] = self.fa_head(i, groups.index(h // self.group))
+        groups = sorted({h // self.group for h in self.a.gdn_heads})
+        for i, h in enumerate(self.a.gdn_heads):
+            kv = i if self.s["gdn_kv"] == "mha" else groups.index(h // self.group)
+            outputs[:, h] = self.gdn_head(i, kv)
+        if self.s["fusion_norm"] == "rms":
+            outputs = self.norm(outputs)
+        if self.s["fusion"] != "concat":
+            outputs = outputs * self.a.gamma[:, None]
+        if self.s["fusion"] == "gated":
+            share = heads * (self.x @ self.a.fusion_gate.weight.T).softmax(-1)
+            outputs = outputs * share[..., None]
+        bias = 0 if self.a.o_proj.bias is None else self.a.o_proj.bias
+        return outputs.flatten(1) @ self.a.o_proj.weight.T + bias
+
+
+VARIANTS = [
+    {},
+    {"fusion": "gated", "fa_position": "both"},
+    {"fusion": "concat", "fusion_norm": "none", "fa_position": "rope", "gdn_kv": "gqa"},
+    {"fa_gate": False, "gdn_gate": False, "short_conv": False, "fa_position": "none"},
+    {"fusion": "concat", "conv_width": 1, "log_scale_a": 7.0},
+    {"fusion_norm": "none", "conv_width": 7, "gdn_kv": "gqa"},
+]
+
+
+@pytest.mark.parametrize("hydra", VARIANTS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_equals_its_equations(hydra, bias):
+    model = make_model(HEADS, hydra, attention_bias=bias, out_bias=bias, qk_norm=not bias)
+    x = torch.randn(1, 11, SHAPE["hidden_size"], generator=_generator(3))
+    context = model.model._context(x, torch.arange(11)[None], None, None)
+    for layer in model.model.layers:
+        with torch.no_grad():
+            close(layer.self_attn(x, context)[0], Equations(layer.self_attn, x[0]).output(), 2e-5)
+
+
+def test_switches_are_those_of_the_package():
+    """hf/ may not import the package, so its list of switches is checked here."""
+    ours = HydraConfig()
+    assert {name: default for name, (default, _) in SWITCHES.items()} == vars(ours)
+
+
+# -- cache, padding, generation -------------------------------------------------------------------
+
+CASES = [(HEADS, {}), (MIXED, {"gdn_kv": "gqa"}), ([[]] * 3, {}), ([[0, 1, 2, 3, 4, 5]] * 3, DENSE)]
+
+
+@pytest.mark.parametrize("heads, hydra", CASES)
+@pytest.mark.parametrize("cuts", [(70, 71, 72, 73, 74), (1, 2, 3), (2, 40, 41, 80), (64,)])
+def test_chunked_prefill_and_decode_equal_one_pass(heads, hydra, cuts):
+    model, ids = make_model(heads, hydra), tokens(2, 90)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False)
+        assert whole.past_key_values is None
+        cache, pieces = None, []
+        for start, end in zip((0, *cuts), (*cuts, 90), strict=True):
+            out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            pieces.append(out.logits)
+    pieces = torch.cat(pieces, dim=1)
+    close(pieces, whole.logits)
+    assert torch.equal(pieces.argmax(-1), whole.logits.argmax(-1))
+
+
+@pytest.mark.parametrize("heads, hydra", CASES)
+@pytest.mark.parametrize(
+    "side, block", [("left", 1 << 26), ("right", 1 << 26), ("both", 1 << 26), ("left", 300)]
+)
+def test_padded_batch_equals_single_sequences(heads, hydra, side, block, monkeypatch):
+    """Also in chunks, and also where the attention mask is built block by block."""
+    monkeypatch.setattr(modeling, "MASK_ELEMENTS", block)
+    model, lengths, width = make_model(heads, hydra), (2, 75, 90, 31), 90
+    ids, mask = torch.full((4, width), 7), torch.zeros(4, width, dtype=torch.long)
+    starts = [{"left": width - n, "right": 0, "both": (width - n) // 2}[side] for n in lengths]
+    sequences = [tokens(1, n, seed=n) for n in lengths]
+    for row, (start, sequence) in enumerate(zip(starts, sequences, strict=True)):
+        ids[row, start : start + sequence.shape[1]] = sequence
+        mask[row, start : start + sequence.shape[1]] = 1
+    with torch.no_grad():
+        singles = [model(s).logits[0] for s in sequences]
+        whole = model(ids, attention_mask=mask)
+        cache, pieces = None, []
+        for start, end in ((0, 50), (50, 77), (77, width)):
+            out = model(
+                ids[:, start:end],
+                attention_mask=mask[:, :end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = out.past_key_values
+            pieces.append(out.logits)
+        step = torch.tensor([[3], [4], [5], [6]])
+        after = model(
+            step,
+            attention_mask=torch.cat((mask, torch.ones(4, 1, dtype=torch.long)), dim=1),
+            past_key_values=cache,
+        ).logits
+        for row, (start, n) in enumerate(zip(starts, lengths, strict=True)):
+            close(whole.logits[row, start : start + n], singles[row])
+            close(torch.cat(pieces, dim=1)[row, start : start + n], singles[row])
+            longer = torch.cat((sequences[row], step[row : row + 1]), dim=1)
+            close(after[row, 0], model(longer).logits[0, -1])
+    assert cache.lengths.tolist() == [n + 1 for n in lengths]
+
+
+@pytest.mark.parametrize("heads, hydra", CASES)
+def test_generation_with_and_without_cache(heads, hydra):
+    model = make_model(heads, hydra)
+    sequences = [tokens(1, n, seed=n) for n in (1, 3, 40)]
+    ids, mask = torch.zeros(3, 40, dtype=torch.long), torch.zeros(3, 40, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        ids[row, 40 - sequence.shape[1] :] = sequence
+        mask[row, 40 - sequence.shape[1] :] = 1
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    batch = model.generate(ids, attention_mask=mask, **options)
+    chunked = model.generate(ids, attention_mask=mask, prefill_chunk_size=11, **options)
+    assert torch.equal(batch, chunked)
+    for row, sequence in enumerate(sequences):
+        # Given, or generate() takes the prompt's zeros for padding.
+        options["attention_mask"] = torch.ones_like(sequence)
+        single = model.generate(sequence, **options)
+        uncached = model.generate(sequence, use_cache=False, **options)
+        assert torch.equal(single, uncached)
+        assert single[0, sequence.shape[1] :].tolist() == batch[row, 40:].tolist()
+
+
+def test_beam_search_reorders_the_cache():
+    model, ids = make_model(), tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    options = {"max_new_tokens": 6, "num_beams": 4, "num_return_sequences": 2, "pad_token_id": 0}
+    cached = model.generate(ids, attention_mask=mask, **options)
+    uncached = model.generate(ids, attention_mask=mask, use_cache=False, **options)
+    assert torch.equal(cached, uncached)
+
+
+def test_cache_holds_the_kv_groups_of_full_attention_heads_only():
+    model = make_model([[1, 2, 3], [], [0, 1]])
+    with torch.no_grad():
+        short = model(tokens(2, 20), use_cache=True).past_key_values
+        long = model(tokens(2, 50), use_cache=True).past_key_values
+    # Heads 1, 2, 3 read KV groups 0 and 1; heads 0, 1 read group 0: three groups in all.
+    per_token = 2 * 3 * SHAPE["head_dim"] * 4
+    assert (long.kv_bytes() - short.kv_bytes()) == 2 * 30 * per_token
+    assert short.kv_bytes() == 2 * 20 * per_token
+    d, gdn, width = SHAPE["head_dim"], 3 + 6 + 4, 4
+    states = gdn * d * d * 4 + 3 * gdn * d * (width - 1) * 4
+    assert short.state_bytes() == long.state_bytes() == 2 * states
+    assert short.layers[1].keys is None and short.layers[0].keys.shape[1] == 2
+    with torch.no_grad():
+        model(tokens(2, 1), past_key_values=long)
+    assert long.kv_bytes() == 2 * 51 * per_token
+
+
+def test_cache_refuses_what_it_cannot_do():
+    from transformers import DynamicCache
+
+    model, ids = make_model(), tokens(1, 6)
+    with pytest.raises(ValueError, match="HydraHeadCache"):
+        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="cache_implementation='static'"):
+        model.generate(ids, cache_implementation="static", max_new_tokens=2)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cropped"):
+        cache.crop(1)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.kv_bytes() == cache.state_bytes() == 0
+
+
+def test_positions_and_masks_that_would_be_misread_are_refused():
+    model, ids = make_model(), tokens(1, 8)
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    with pytest.raises(ValueError, match="packed sequences"):
+        model(ids, position_ids=packed)
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        model(ids, attention_mask=torch.ones(1, 1, 8, 8))
+    with torch.no_grad():
+        close(model(ids, position_ids=torch.arange(8)[None]).logits, model(ids).logits, 0.0)
+
+
+# -- training and loading -------------------------------------------------------------------------
+
+
+def test_loss_logits_to_keep_and_hidden_states():
+    model, ids = make_model(), tokens(2, 30)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    out = model(ids, attention_mask=mask, output_hidden_states=True)
+    expected = torch.nn.functional.cross_entropy(
+        out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    )
+    close(model(ids, attention_mask=mask, labels=ids).loss, expected, 1e-6)
+    close(model(ids, attention_mask=mask, logits_to_keep=3).logits, out.logits[:, -3:], 1e-6)
+    index = torch.tensor([4, 20])
+    close(model(ids, attention_mask=mask, logits_to_keep=index).logits, out.logits[:, index], 1e-6)
+    assert len(out.hidden_states) == SHAPE["num_hidden_layers"] + 1
+    close(model.lm_head(out.hidden_states[-1]), out.logits, 1e-6)
+    close(out.hidden_states[0], model.model.embed_tokens(ids), 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model, ids = make_model(), tokens(2, 30)
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    assert all(float(g.abs().max()) > 0 for g in expected.values())
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, expected[name], 1e-5)
+
+
+def export(model, folder):
+    """What the converter does with the files and the auto_map."""
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": auto_map(), "architectures": [ARCHITECTURE]}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, path in hf_export_files().items():
+        shutil.copyfile(path, folder / name)
+
+
+LOAD_WITHOUT_THE_PACKAGE = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("megatron", "megatron_hydra"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+import torch
+from transformers import AutoModelForCausalLM
+for tied in (True, False):
+    folder = f"{sys.argv[1]}/tied_{tied}"
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    expected = torch.load(f"{folder}/expected.pt", weights_only=True)
+    with torch.no_grad():
+        error = model(expected["ids"]).logits - expected["logits"]
+    assert error.abs().max() < 1e-5
+    out = model.generate(expected["ids"], max_new_tokens=4, do_sample=False)
+    assert out.shape[1] == 13
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+assert not any(name.split(".")[0].startswith("megatron") for name in sys.modules)
+"""
+
+
+def test_export_loads_where_megatron_and_the_package_are_absent(tmp_path):
+    for tied in (True, False):
+        model, ids = make_model(HEADS, tie_word_embeddings=tied), tokens(1, 9)
+        export(model, tmp_path / f"tied_{tied}")
+        with torch.no_grad():
+            expected = {"ids": ids, "logits": model(ids).logits}
+        torch.save(expected, tmp_path / f"tied_{tied}" / "expected.pt")
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"HF_HOME": str(tmp_path / "home"), "PATH": "", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_bf16_loading_keeps_decay_parameters_in_fp32(tmp_path):
+    model = make_model(MIXED)
+    model.save_pretrained(tmp_path)
+    loaded = modeling.HydraHeadForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    attention, original = loaded.model.layers[0].self_attn, model.model.layers[0].self_attn
+    assert torch.equal(attention.gdn_A_log, original.gdn_A_log)
+    assert torch.equal(attention.gdn_dt_bias, original.gdn_dt_bias)
+    assert attention.gamma.dtype == attention.o_proj.weight.dtype == torch.bfloat16
+    ids = tokens(2, 40)
+    with torch.no_grad():
+        reference = model(ids).logits
+        error = (loaded(ids).logits.float() - reference).abs().mean()
+    assert error < 0.03 * reference.std()
+
+
+def test_fresh_model_starts_with_neutral_gates():
+    torch.manual_seed(0)
+    config = HydraHeadConfig(**SHAPE, full_attention_heads=MIXED, hydra={"fusion": "gated"})
+    attention = modeling.HydraHeadForCausalLM(config).model.layers[0].self_attn
+    for gate in (attention.fa_gate_proj, attention.gdn_gate_proj, attention.fusion_gate):
+        assert not gate.weight.any()
+    assert attention.gdn_q_conv.weight[:, 0].eq(torch.tensor([0.0, 0.0, 0.0, 1.0])).all()
+    assert (attention.gdn_A_log.exp() >= 1).all() and (attention.gdn_A_log.exp() <= 16).all()
+    steps = torch.nn.functional.softplus(attention.gdn_dt_bias)
+    assert (steps > 9e-4).all() and (steps < 0.11).all()
+    assert attention.o_proj.weight.std() < 0.03
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hydra": {"fusoin": "scale"}}, "hydra.fusoin is unknown"),
+        ({"hydra": {"fusion": "sum"}}, "hydra.fusion is 'sum'"),
+        ({"hydra": {"log_scale_a": 1.0}}, "hydra.log_scale_a"),
+        ({"full_attention_heads": [[0]]}, "has 1 layers"),
+        ({"full_attention_heads": [[1, 0], [], []]}, "layer 0"),
+        ({"full_attention_heads": [[], [], [6]]}, "layer 2"),
+        ({"num_key_value_heads": 4}, "multiple"),
+        ({"gdn_kernel": "cuda"}, "gdn_kernel"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "dynamic",
+        ),
+    ],
+)
+def test_config_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        HydraHeadConfig(**{**SHAPE, **changes})
+
+
+def test_config_reads_rope_theta_in_its_older_place():
+    config = HydraHeadConfig(**SHAPE, rope_theta=123456.0)
+    assert config.rope_parameters["rope_theta"] == 123456.0
+
+
+# -- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_fla_kernels_agree_with_the_torch_path():
+    """Prefill, decode and a padded batch in bf16, by FLA's kernels and by ours, against fp32."""
+    pytest.importorskip("fla.ops.gated_delta_rule")
+    model = make_model(MIXED, head_dim=64).cuda()
+    ids = tokens(2, 300).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :100] = 0
+    logits = {}
+    for name, kernel, dtype in (
+        ("exact", "torch", torch.float32),
+        ("torch", "torch", torch.bfloat16),
+        ("fla", "auto", torch.bfloat16),
+    ):
+        model = model.to(dtype)
+        model.config.gdn_kernel = kernel
+        with torch.no_grad():
+            first = model(ids[:, :290], attention_mask=mask[:, :290], use_cache=True)
+            cache, pieces = first.past_key_values, [first.logits]
+            for start, end in ((290, 298), (298, 299), (299, 300)):
+                out = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+                pieces.append(out.logits)
+        logits[name] = torch.cat(pieces, dim=1).float()[mask.bool()]
+    scale = logits["exact"].std()
+    errors = {n: float((logits[n] - logits["exact"]).abs().mean() / scale) for n in logits}
+    assert errors["torch"] < 0.05 and errors["fla"] < max(0.05, 2 * errors["torch"]), errors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.2)])
+def test_chunked_prefill_equals_one_pass_on_a_gpu(dtype, tolerance):
+    """There an unpadded chunk is attended to by the lower-right causal kernel, without a mask."""
+    model = make_model([[0, 1, 2, 3, 4, 5]] * 3, DENSE, head_dim=64).cuda().to(dtype)
+    ids = tokens(2, 200).cuda()
+    with torch.no_grad():
+        whole = model(ids).logits
+        cache, pieces = None, []
+        for start, end in ((0, 77), (77, 140), (140, 200)):
+            out = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            pieces.append(out.logits)
+    error = (torch.cat(pieces, dim=1) - whole).abs().max() / whole.abs().max()
+    assert float(error) < tolerance
