@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Runs steps one after the other on this machine, with the interface of slurm.sh.
+set -euo pipefail
+
+LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=_common.sh
+source "$LAUNCH_DIR/_common.sh"
+
+count_gpus() {
+  if command -v nvidia-smi > /dev/null; then
+    nvidia-smi --list-gpus 2> /dev/null | wc -l
+  else
+    echo 0
+  fi
+}
+
+check_local_step() {
+  check_step
+  ((NODES == 1)) || die "--nodes $NODES: local.sh runs on one machine; use slurm.sh"
+  [[ -z $CONTAINER ]] || die "--container: local.sh runs in the present environment; use slurm.sh"
+}
+
+run_command() {
+  local status=0
+  show "${COMMAND[@]}"
+  ((DRY_RUN)) && return
+  "${COMMAND[@]}" &
+  CHILD=$!
+  wait "$CHILD" || status=$?
+  # A signal to this script is handed on by the trap and also ends the wait: wait again.
+  while kill -0 "$CHILD" 2> /dev/null; do
+    status=0
+    wait "$CHILD" || status=$?
+  done
+  if ((status == REQUEUE_STATUS)); then
+    echo "stopped by a signal after saving; the same command goes on from there" >&2
+  fi
+  ((status == 0)) || exit "$status"
+}
+
+run_step() {
+  GPUS=${GPUS:-$(count_gpus)}
+  with_procs run_lines
+}
+
+run_lines() {
+  local index step=("${STEP[@]}")
+  if [[ -z $ARRAY_FILE ]]; then
+    build_command --standalone
+    run_command
+    return
+  fi
+  read_array_lines
+  for ((index = 0; index < ${#ARRAY_LINES[@]}; index++)); do
+    STEP=("${step[@]}")
+    append_array_line "$index"
+    build_command --standalone
+    run_command
+  done
+}
+
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  set_default_options
+  print_usage local.sh 'Runs the steps on this machine, one after the other; a step that fails ends it.'
+  exit 0
+fi
+CHILD=''
+hand_on() {
+  [[ -z $CHILD ]] || kill -s "$1" "$CHILD" 2> /dev/null || true
+}
+# A process in the background of a script is deaf to SIGINT, so Ctrl-C is handed on as SIGTERM.
+trap 'hand_on TERM' TERM INT
+trap 'hand_on USR1' USR1
+each_step check_local_step "$@"
+each_step run_step "$@"

@@ -1,0 +1,79 @@
+"""The agent's own logic; with real processes it is tested by test_launch.py and tests/slurm."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+AGENT = Path(__file__).resolve().parents[2] / "launch" / "agent.py"
+
+
+@pytest.fixture(scope="module")
+def agent():
+    """The module, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("launch_agent", AGENT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("codes", "stopping", "status"),
+    [
+        ({0: 85, 1: 85}, True, 85),
+        ({1: 85, 0: -15}, True, 85),  # torchrun ended rank 0 when rank 1 had left
+        ({0: 85}, False, 85),  # the scheduler signalled the ranks only
+        ({0: -10}, True, 85),  # not listening yet, nothing to save
+        ({0: -10}, False, 138),
+        ({0: -9, 1: 85}, True, 137),
+        ({0: 1, 1: -15}, True, 1),  # a crash while stopping is a crash
+        ({3: 2}, False, 2),
+    ],
+)
+def test_exit_status(agent, codes: dict[int, int], stopping: bool, status: int) -> None:
+    assert agent.exit_status(codes, stopping) == status
+
+
+_LATE_RANKS = """
+import importlib.util, signal, subprocess, sys
+spec = importlib.util.spec_from_file_location("launch_agent", sys.argv[1])
+agent = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(agent)
+forwarder = agent.StopForwarder()
+forwarder.install()
+signal.raise_signal(signal.SIGINT)
+rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
+print(forwarder.stopping, rank.wait(25))
+"""
+
+
+def test_ranks_that_start_after_the_signal_get_it_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LATE_RANKS, str(AGENT)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["True", str(-signal.SIGTERM)], done.stderr
+
+
+def test_a_signal_before_anything_runs_asks_for_a_requeue(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, str(AGENT), "--no-such-option"])
+    # From here on signals are caught; torch takes a second to import.
+    status = Path(f"/proc/{process.pid}/status")
+    while not _catches(status, signal.SIGUSR1):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 85
+
+
+def _catches(status: Path, number: int) -> bool:
+    try:
+        caught = status.read_text().split("SigCgt:")[1].split()[0]
+    except (OSError, IndexError):
+        return False
+    return bool(int(caught, 16) >> (number - 1) & 1)
