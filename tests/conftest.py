@@ -1,8 +1,31 @@
-"""Shared by all tests: a GPU test is skipped where there is no GPU."""
+"""Shared by all tests: Megatron's groups with one rank; a GPU test is skipped where there is no GPU."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    """One process, one rank: for modules that build models in this process.
+
+    Torn down with the module: the next one may start a world of its own in the same worker.
+    """
+    from megatron_hydra.parallel import platform
+
+    platform.install()
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,6 +15,8 @@ from megatron_hydra.model.layer_spec import build_gpt_model
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 from tests import canonical_access
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 DOCUMENTS = (0, 2, 40, 41, 100)
 
 

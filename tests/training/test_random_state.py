@@ -7,11 +7,8 @@ import random
 import numpy as np
 import torch
 
-from megatron_hydra.parallel import platform
-
 from megatron.core import tensor_parallel  # isort: skip
 
-from megatron_hydra.checkpoint.store import single_process_group
 from megatron_hydra.training.random_state import capture_random_state, restore_random_state
 
 
@@ -25,21 +22,13 @@ def _draw() -> list[float]:
     ]
 
 
-def test_restored_generators_repeat_themselves() -> None:
-    assert platform.device() is not None
-    from megatron.core import parallel_state
-
-    with single_process_group():
-        parallel_state.initialize_model_parallel()
-        try:
-            tensor_parallel.model_parallel_cuda_manual_seed(3)
-            random.gauss(0, 1)  # leaves a second Gaussian in Python's generator
-            state = capture_random_state()
-            first = _draw()
-            changed = capture_random_state()
-            restore_random_state(state)
-            assert _draw() == first
-        finally:
-            parallel_state.destroy_model_parallel()
+def test_restored_generators_repeat_themselves(one_rank: None) -> None:
+    tensor_parallel.model_parallel_cuda_manual_seed(3)
+    random.gauss(0, 1)  # leaves a second Gaussian in Python's generator
+    state = capture_random_state()
+    first = _draw()
+    changed = capture_random_state()
+    restore_random_state(state)
+    assert _draw() == first
     assert state.shape == changed.shape
     assert not torch.equal(state, changed)

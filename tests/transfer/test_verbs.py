@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
 
-from megatron_hydra.parallel import platform
-
-from megatron.core import parallel_state  # isort: skip
-
-from megatron_hydra.checkpoint.store import single_process_group
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import LossConfig, RunConfig
 from megatron_hydra.data.batch import PackedBatch
@@ -29,21 +23,13 @@ from megatron_hydra.transfer.verb import lm_head_weight
 from tests import canonical_access
 from tests.training import tiny
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 ALONE = World(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, False)
 CONFIG = RunConfig(
     precision="fp32", loss=LossConfig(kl_weight=0.7, temperature=2.0, chunk_tokens=7)
 )
 UNTIED = dataclasses.replace(tiny.TEACHER, tie_embeddings=False, out_bias=True)
-
-
-@pytest.fixture(autouse=True)
-def one_process() -> Iterator[None]:
-    """Megatron's groups with a single rank."""
-    assert platform.device() is not None
-    with single_process_group():
-        parallel_state.initialize_model_parallel()
-        yield
-        parallel_state.destroy_model_parallel()
 
 
 def _model(config: ModelConfig, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
