@@ -29,6 +29,7 @@ from megatron_hydra.model.local_heads import LocalHeads
 from megatron_hydra.ops.backends import Kernels
 from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.ops.fusion_tail import Branch
+from megatron_hydra.ops.streams import side_by_side
 from megatron_hydra.parallel.context_parallel import gather_sequence, keep_in_graph
 from megatron_hydra.parallel.gradients import mark_partial
 from megatron_hydra.parallel.head_partition import LayerPartition
@@ -300,16 +301,15 @@ class HydraAttention(MegatronModule):
         """
         sharded: list[Branch] = []
         replicated = None
-        if self.fa is not None and self.heads.num_fa_here:
-            output = self._full_attention(parts, packed)
+        fa_output, gdn_output = self._branches(parts, packed)
+        if fa_output is not None:
+            branch = (fa_output, parts.get("fa.gate"))
             if self.heads.replicated_fa:
-                branch = (output, parts.get("fa.gate"))
                 replicated = self._fused([branch], self._fa_scale(weights))
             else:
-                sharded.append((output, parts.get("fa.gate")))
-        if self.gdn is not None and self.heads.gdn:
-            arguments = [parts[f"gdn.{name}"] for name in ("q", "k", "v", "b", "a")]
-            sharded.append((self.gdn(*arguments, packed), parts.get("gdn.gate")))
+                sharded.append(branch)
+        if gdn_output is not None:
+            sharded.append((gdn_output, parts.get("gdn.gate")))
 
         joined = self._fused(sharded, self._scale(weights)) if sharded else None
         if "idle" in parts:  # a rank without heads still takes part in the collectives
@@ -317,6 +317,27 @@ class HydraAttention(MegatronModule):
             joined = keep_in_graph(idle.new_zeros(idle.shape[0], 0), idle)
             joined = joined if weights is None else keep_in_graph(joined, weights)
         return joined, replicated
+
+    def _branches(
+        self, parts: Parts, packed: PackedSequence
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Head outputs of both branches, side by side where neither communicates.
+
+        Collectives of one group must not be in flight on two streams, and rotary tables are shared
+        by the branches: then they run one after the other.
+        """
+        has_fa = self.fa is not None and bool(self.heads.num_fa_here)
+        gdn = self.gdn if self.heads.gdn else None
+        arguments = [] if gdn is None else [parts[f"gdn.{name}"] for name in "qkvba"]
+        if gdn is None or not has_fa:
+            fa_output = self._full_attention(parts, packed) if has_fa else None
+            return fa_output, None if gdn is None else gdn(*arguments, packed)
+        apart = self.tp_cp_group.size() == 1 and self.switches.fa_position in ("log-scale", "none")
+        return side_by_side(
+            lambda: self._full_attention(parts, packed),
+            lambda: gdn(*arguments, packed),
+            arguments[0].device if apart else torch.device("cpu"),
+        )
 
     def _full_attention(self, parts: Parts, packed: PackedSequence) -> torch.Tensor:
         q, k, v = (parts[f"fa.{name}"] for name in "qkv")

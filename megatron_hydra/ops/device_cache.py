@@ -24,4 +24,7 @@ def int_tensor(
     Returns:
         ``[len(values)]``; shared, so never write to it.
     """
-    return torch.tensor(values, dtype=dtype).to(device)
+    tensor = torch.tensor(values, dtype=dtype).to(device)
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()  # once; any stream may read it now
+    return tensor

@@ -14,6 +14,7 @@ tensor-parallel group.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ class _Settings(NamedTuple):
     temperature: float
     chunk_tokens: int
     tp_group: torch.distributed.ProcessGroup | None
+    fused: bool = False
 
 
 def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -45,6 +47,14 @@ def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def _add_matmul_fp32(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b`` in fp32: on a GPU by the product itself, without a pass over ``total``."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
+    else:
+        total += _matmul_fp32(a, b)
 
 
 def _all_reduce(x: Tensor, op: Any, settings: _Settings) -> Tensor:
@@ -117,6 +127,55 @@ def _chunk_loss(
     return _Chunk(kl, ce, d_logits)
 
 
+def _fused_chunk_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels_local: Tensor,
+    mask: Tensor,
+    settings: _Settings,
+    needs_gradient: bool,
+    dtype: torch.dtype,
+) -> _Chunk:
+    """As :func:`_chunk_loss` by two Triton passes over the logits; the gradient is in ``dtype``."""
+    from megatron_hydra.ops import triton_chunk_loss
+
+    tau, has_teacher = settings.temperature, teacher_logits is not None
+    own = triton_chunk_loss.chunk_statistics(student_logits, teacher_logits, labels_local, tau)
+    stats = own
+    if settings.tp_group is not None and settings.tp_group.size() > 1:
+        # This rank's sums are relative to its own maxima.
+        peak = _all_reduce(own[[0, 4]], torch.distributed.ReduceOp.MAX, settings)
+        s_shift, t_shift = own[0] - peak[0], (own[4] - peak[1]) / tau
+        sums = torch.stack(
+            (
+                own[1] * s_shift.exp(), own[2], own[3] * (s_shift / tau).exp(),
+                own[5] * t_shift.exp(), own[6] * t_shift.exp(),
+            )
+        )  # fmt: skip
+        sums = _all_reduce(sums, torch.distributed.ReduceOp.SUM, settings)
+        stats = torch.stack((peak[0], *sums[:3], peak[1], *sums[3:]))
+    s_peak, s_sum, target, s_sum_tau, t_peak, t_sum, cross = stats.unbind()
+
+    zero = torch.zeros_like(s_peak)
+    ce = torch.where(mask, s_sum.log() + s_peak - target, zero).sum()
+    kl = ce.new_zeros(())
+    if has_teacher:
+        kl_tokens = cross / t_sum - (t_peak - s_peak) / tau - t_sum.log() + s_sum_tau.log()
+        kl = torch.where(mask, kl_tokens, zero).sum() * tau**2
+    if not needs_gradient:
+        return _Chunk(kl, ce, None)
+    ce_factor = mask * (1.0 - settings.kl_weight if has_teacher else 1.0)
+    factors = [ce_factor.float(), ce_factor / s_sum, zero, zero]
+    if has_teacher:
+        kl_factor = mask * (settings.kl_weight * tau)
+        factors[2:] = [kl_factor / s_sum_tau, kl_factor / t_sum]
+    gradient = triton_chunk_loss.chunk_gradient(
+        student_logits, teacher_logits, labels_local, stats.contiguous(), torch.stack(factors),
+        tau, dtype,
+    )  # fmt: skip
+    return _Chunk(kl, ce, gradient)
+
+
 class _LinearDistillationLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -148,10 +207,12 @@ class _LinearDistillationLoss(torch.autograd.Function):
             if teacher_hidden is not None and teacher_weight is not None:
                 h_t = torch.where(keep[:, None], teacher_hidden[part], 0)
                 teacher_logits = _matmul_fp32(h_t, teacher_weight.t())
-            chunk = _chunk_loss(
-                logits, teacher_logits, labels_local[part], keep, settings,
-                needs_gradient=wants_hidden or wants_weight,
-            )  # fmt: skip
+            arguments = (logits, teacher_logits, labels_local[part], keep, settings)
+            wants = wants_hidden or wants_weight
+            if settings.fused:
+                chunk = _fused_chunk_loss(*arguments, wants, weight.dtype)
+            else:
+                chunk = _chunk_loss(*arguments, wants)
             kl += chunk.kl
             ce += chunk.ce
             if chunk.d_logits is not None:
@@ -159,7 +220,7 @@ class _LinearDistillationLoss(torch.autograd.Function):
                 if d_hidden is not None:
                     d_hidden[part] = d_logits @ weight
                 if d_weight is not None:
-                    d_weight += _matmul_fp32(d_logits.t(), h)
+                    _add_matmul_fp32(d_weight, d_logits.t(), h)
             del logits, teacher_logits, chunk
         ctx.d_hidden, ctx.d_weight, ctx.weight_dtype = d_hidden, d_weight, weight.dtype
         if teacher_hidden is None:
@@ -195,6 +256,7 @@ def linear_distillation_loss(
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
     tp_group: torch.distributed.ProcessGroup | None = None,
+    fused: bool | None = None,
 ) -> DistillationLoss:
     """The loss above without ever holding more than ``chunk_tokens`` rows of logits.
 
@@ -210,6 +272,8 @@ def linear_distillation_loss(
         kl_weight, temperature: λ and τ.
         chunk_tokens: rows of logits alive at a time; need not divide N.
         tp_group: the group that the vocabulary is split over in rank order, equal parts.
+        fused: whether our Triton kernels make losses and gradient of a chunk's logits; ``None``: on
+            a GPU where Triton is installed.
 
     Returns:
         Sums over unmasked tokens: ``loss`` (with gradient), ``kl`` (τ² included) and ``ce``, the
@@ -226,7 +290,9 @@ def linear_distillation_loss(
             f"{tuple(labels.shape)}"
         )
     offset = 0 if tp_group is None else tp_group.rank() * student_weight.shape[0]
-    settings = _Settings(kl_weight, temperature, chunk_tokens, tp_group)
+    if fused is None:
+        fused = student_hidden.is_cuda and importlib.util.find_spec("triton") is not None
+    settings = _Settings(kl_weight, temperature, chunk_tokens, tp_group, fused)
     teacher: tuple[Tensor | None, Tensor | None] = (None, None)
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = (teacher_hidden.detach(), teacher_weight.detach())
@@ -250,14 +316,18 @@ def linear_distillation_loss_reference(
 ) -> DistillationLoss:
     """Plain twin of :func:`linear_distillation_loss`: full logits, whole vocabulary, autograd."""
     keep = loss_mask != 0
-    logits = student_hidden[keep].float() @ student_weight.float().t()
+    logits = _wide(student_hidden[keep]) @ _wide(student_weight).t()
     ce = F.cross_entropy(logits, labels[keep], reduction="sum")
     if teacher_hidden is None or teacher_weight is None:
         return DistillationLoss(ce, torch.zeros_like(ce), ce.detach())
     with torch.no_grad():
-        teacher_logits = teacher_hidden[keep].float() @ teacher_weight.float().t()
+        teacher_logits = _wide(teacher_hidden[keep]) @ _wide(teacher_weight).t()
         teacher_log_p = F.log_softmax(teacher_logits / temperature, dim=-1)
     log_p = F.log_softmax(logits / temperature, dim=-1)
     kl = F.kl_div(log_p, teacher_log_p, log_target=True, reduction="sum") * temperature**2
     loss = kl_weight * kl + (1 - kl_weight) * ce
     return DistillationLoss(loss, kl.detach(), ce.detach())
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -137,6 +137,7 @@ def token_loss(
         temperature=settings.temperature,
         chunk_tokens=settings.chunk_tokens,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
+        fused=False if verb.config.backend.fused_kernels == "torch" else None,
     )
     parts = {"kl": result.kl, "ce": result.ce}
     verb.add_sums([parts[name] for name in verb.loss_parts], batch.num_loss_tokens)

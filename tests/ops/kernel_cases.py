@@ -124,7 +124,53 @@ def check_short_conv(device, dtype, channels=40, tokens=150):
         )  # fmt: skip
 
 
-CHECKS = (check_fusion_tail, check_strided_gate, check_prepare_heads, check_short_conv)
+def check_chunk_loss(device, dtype, tokens=19, d=16, vocabulary=70):
+    """Fused against unfused, both from hidden states; blocks smaller than the vocabulary."""
+    from megatron_hydra.ops import triton_chunk_loss
+    from megatron_hydra.ops.linear_distillation_loss import (
+        linear_distillation_loss,
+        linear_distillation_loss_reference,
+    )
+
+    labels = torch.randint(0, vocabulary, (tokens,), device=device)
+    mask = (torch.rand(tokens, device=device) < 0.7).float()
+    whole_block = triton_chunk_loss.BLOCK
+    for teacher, tau, block in itertools.product((False, True), (1.0, 2.5), (whole_block, 16)):
+        triton_chunk_loss.BLOCK = block
+        weights = [torch.randn(vocabulary, d, device=device) for _ in range(2)]
+        hidden = [torch.randn(tokens, d, device=device) for _ in range(2)]
+        options = {"kl_weight": 0.6 if teacher else 0.0, "temperature": tau}
+
+        def arguments(x, teacher=teacher, weights=weights, hidden=hidden):
+            given = (hidden[1].to(x[0]), weights[1].to(x[0])) if teacher else (None, None)
+            return {
+                "student_hidden": x[0], "student_weight": x[1], "labels": labels,
+                "loss_mask": mask, "teacher_hidden": given[0], "teacher_weight": given[1],
+            }  # fmt: skip
+
+        low = [x.to(dtype).requires_grad_() for x in (hidden[0], weights[0])]
+        hidden[1], weights[1] = hidden[1].to(dtype), weights[1].to(dtype)
+        wide = [x.detach().double().requires_grad_() for x in low]
+        got = linear_distillation_loss(**arguments(low), **options, chunk_tokens=8, fused=True)
+        want = linear_distillation_loss_reference(**arguments(wide), **options)
+        got_grads, want_grads = (
+            torch.autograd.grad(got.loss, low),
+            torch.autograd.grad(want.loss, wide),
+        )
+        pairs = [(got.loss, want.loss), (got.kl, want.kl), (got.ce, want.ce)]
+        for i, (a, b) in enumerate([*pairs, *zip(got_grads, want_grads, strict=True)]):
+            error = float((a.double() - b).norm() / b.norm().clamp_min(1e-9))
+            assert error < TOLERANCE[dtype], f"{teacher=} {tau=}: tensor {i} is off by {error:.2e}"
+    triton_chunk_loss.BLOCK = whole_block
+
+
+CHECKS = (
+    check_fusion_tail,
+    check_strided_gate,
+    check_prepare_heads,
+    check_short_conv,
+    check_chunk_loss,
+)
 
 if __name__ == "__main__":
     torch.manual_seed(0)
