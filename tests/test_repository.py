@@ -19,7 +19,7 @@ PACKAGE = ROOT / "megatron_hydra"
 
 # Imports go from a later entry to an earlier or the same one, never the other way.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "errors", "config", "head_map", "hf", "hf_identity"),
+    ("__init__", "errors", "stopping", "config", "head_map", "hf", "hf_identity"),
     ("ops",),
     ("model", "parallel"),
     ("transfer", "selection", "checkpoint", "data"),

@@ -32,7 +32,9 @@ def atomic_folder(path: str | os.PathLike[str], *, force: bool = False) -> Itera
     temporary.mkdir()
     try:
         yield temporary
+        sync_tree(temporary)
         _take_over(temporary, path)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -56,8 +58,30 @@ def _take_over(temporary: Path, path: Path) -> None:
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Write a small file so that it is never seen half-written."""
+    """Write a small file so that it is never seen half-written, also not after a power cut."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: str | os.PathLike[str]) -> None:
+    """:func:`sync` for everything in a folder and for the folder itself."""
+    folder = Path(folder)
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            sync(path)

@@ -11,19 +11,15 @@ Nothing here depends on a parallel layout: tensors are stored whole, cut into on
 that a run under any layout reads just the heads it needs. Everything works in a single process
 without a launcher or a GPU.
 
-**Trust.** The index of a ``dist_checkpointing`` folder (``weights/.metadata``) is a pickle, which
-torch opens whatever ``weights_only`` says. So the manifest is checked before anything is opened,
-and the pickle is read by an unpickler that knows only the dozen classes such an index is made of.
+What is checked before anything is opened is in :mod:`megatron_hydra.checkpoint.integrity`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
-import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +30,16 @@ import torch
 from megatron_hydra.checkpoint import canonical
 from megatron_hydra.checkpoint.atomic import atomic_folder, write_text_atomic
 from megatron_hydra.checkpoint.hf_config import read_json
+from megatron_hydra.checkpoint.integrity import (
+    MANIFEST_FILE,
+    WEIGHTS,
+    read_index,
+    read_manifest,
+    sha256_of_file,
+    verify_checkpoint,
+    verify_manifest,
+    write_manifest,
+)
 from megatron_hydra.config.loading import from_dict, to_dict
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.errors import HydraError
@@ -41,10 +47,22 @@ from megatron_hydra.errors import HydraError
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+__all__ = [
+    "MANIFEST_FILE",
+    "WEIGHTS",
+    "load_canonical",
+    "read_index",
+    "read_manifest",
+    "save_canonical",
+    "sha256_of_file",
+    "verify_checkpoint",
+    "verify_manifest",
+    "write_manifest",
+]
+
 MODEL_FORMAT, MODEL_VERSION = "megatron-hydra-model", 1
-MANIFEST_FORMAT, MANIFEST_VERSION = "megatron-hydra-manifest", 1
-MODEL_FILE, MANIFEST_FILE, LATEST_FILE = "model.json", "manifest.json", "latest"
-WEIGHTS, TOKENIZER = "weights", "tokenizer"
+MODEL_FILE, LATEST_FILE = "model.json", "latest"
+TOKENIZER = "tokenizer"
 
 NON_MODEL_KEYS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state", "training.")
 """Prefixes of what a training checkpoint holds besides the model."""
@@ -54,32 +72,6 @@ PIECE_BYTES = 16 * 2**20
 more than its part."""
 
 _SMALLEST_HEAD_BYTES = 16 * 2**10
-
-ALLOWED_GLOBALS = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "MetadataIndex",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.planner": {
-        "SavePlan",
-        "WriteItem",
-        "WriteItemType",
-        "TensorWriteData",
-    },
-    "torch": {"Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8"},
-    "torch.serialization": {"_get_layout"},
-    "pathlib": {"Path", "PosixPath"},
-    "pathlib._local": {"Path", "PosixPath"},
-    "collections": {"OrderedDict"},
-}
-"""What ``weights/.metadata`` may refer to; anything else is refused before it is imported."""
 
 
 # -- folders -------------------------------------------------------------------------------------
@@ -134,124 +126,6 @@ def tokenizer_folder(folder: str | os.PathLike[str]) -> Path | None:
     """The tokenizer files of a checkpoint, or ``None`` if it has none."""
     path = resolve_checkpoint(folder) / TOKENIZER
     return path if path.is_dir() and any(path.iterdir()) else None
-
-
-# -- manifest ------------------------------------------------------------------------------------
-
-
-def sha256_of_file(path: str | os.PathLike[str]) -> str:
-    """Hex digest of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _files(folder: Path) -> list[Path]:
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in found if path.relative_to(folder) != Path(MANIFEST_FILE))
-
-
-def write_manifest(
-    folder: str | os.PathLike[str], provenance: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Write ``manifest.json`` over every file that ``folder`` now holds; returns its content.
-
-    Args:
-        provenance: JSON-able facts about how the checkpoint came about.
-    """
-    folder = Path(folder)
-    files = {
-        path.relative_to(folder).as_posix(): {
-            "sha256": sha256_of_file(path),
-            "bytes": path.stat().st_size,
-        }
-        for path in _files(folder)
-    }
-    body = {
-        "format": MANIFEST_FORMAT,
-        "version": MANIFEST_VERSION,
-        "files": files,
-        "provenance": dict(provenance or {}),
-    }
-    write_text_atomic(folder / MANIFEST_FILE, json.dumps(body, indent=1) + "\n")
-    return body
-
-
-def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of a checkpoint folder.
-
-    Raises:
-        HydraError: missing, or no manifest of this format and version.
-    """
-    path = Path(folder) / MANIFEST_FILE
-    if not path.is_file():
-        raise HydraError(f"{path} is missing: the checkpoint is incomplete or not one of ours")
-    body = read_json(path)
-    if body.get("format") != MANIFEST_FORMAT or body.get("version") != MANIFEST_VERSION:
-        raise HydraError(f"{path} is not a version {MANIFEST_VERSION} checkpoint manifest")
-    if not isinstance(body.get("files"), dict):
-        raise HydraError(f"{path}: key 'files' is missing")
-    return body
-
-
-def verify_manifest(folder: str | os.PathLike[str], *, sizes_only: bool = False) -> dict[str, Any]:
-    """Check that a checkpoint is the one that was written; returns its manifest.
-
-    Args:
-        sizes_only: compare names and sizes, not content: quick, finds truncation, not tampering.
-
-    Raises:
-        HydraError: naming the first file that is missing, unlisted, or changed.
-    """
-    folder = Path(folder)
-    body = read_manifest(folder)
-    present = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
-    for name, entry in body["files"].items():
-        if name not in present:
-            raise HydraError(f"{folder / name} is missing, the manifest lists it")
-        path = present.pop(name)
-        same = path.stat().st_size == entry["bytes"]
-        if same and not sizes_only:
-            same = sha256_of_file(path) == entry["sha256"]
-        if not same:
-            raise HydraError(f"{path} is not the file that the manifest describes: it was changed")
-    if present:
-        raise HydraError(f"{next(iter(present.values()))} is not listed in the manifest")
-    return body
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def __init__(self, file: Any, source: Path) -> None:
-        super().__init__(file)
-        self._source = source
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in ALLOWED_GLOBALS.get(module, ()):
-            raise HydraError(
-                f"{self._source} refers to {module}.{name}, which no checkpoint index needs: it is "
-                "not opened"
-            )
-        return super().find_class(module, name)
-
-
-def read_index(weights: str | os.PathLike[str]) -> Any:
-    """``weights/.metadata``, read with :data:`ALLOWED_GLOBALS` only.
-
-    Returns:
-        The ``torch.distributed.checkpoint.metadata.Metadata``.
-
-    Raises:
-        HydraError: the file is missing, broken, or refers to anything else.
-    """
-    path = Path(weights) / ".metadata"
-    try:
-        with open(path, "rb") as file:
-            return _IndexUnpickler(file, path).load()
-    except FileNotFoundError:
-        raise HydraError(f"{path} is missing: {weights} is no dist_checkpointing folder") from None
-    except HydraError:
-        raise
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise HydraError(f"{path} is damaged: {error}") from None
 
 
 # -- one process ---------------------------------------------------------------------------------
@@ -476,8 +350,8 @@ def load_canonical(
     Args:
         folder: a checkpoint, or a run's ``checkpoints``.
         keys: which; ``None`` for all of the model's.
-        verify: check the manifest first (reads every file once more). Pass ``False`` only after
-            :func:`verify_manifest`.
+        verify: check the folder first (reads every file once more). Pass ``False`` only after
+            :func:`verify_checkpoint`.
 
     Raises:
         HydraError: a damaged or foreign checkpoint, or a key it lacks.
@@ -488,7 +362,7 @@ def load_canonical(
 
     folder = resolve_checkpoint(folder)
     if verify:
-        verify_manifest(folder)
+        verify_checkpoint(folder)
     stored = stored_tensors(folder)
     wanted = list(stored) if keys is None else list(keys)
     for key in wanted:

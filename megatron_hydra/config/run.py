@@ -16,16 +16,22 @@ Verb = Literal["pretrain", "align", "distill", "finetune"]
 class StudentConfig:
     """The model being trained. ``checkpoint`` is a Megatron checkpoint made by ``tools/hf_to_megatron.py``
     or by an earlier stage; training never starts from random weights because a path was wrong.
+    ``fingerprint`` (``sha256:`` and the hash of its manifest.json), if given, is what it must have.
     """
 
     checkpoint: str = ""
+    fingerprint: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
-    """The frozen dense model of ``align`` and ``distill``: a Megatron checkpoint."""
+    """The frozen dense model of ``align`` and ``distill``: a Megatron checkpoint.
+
+    ``fingerprint`` as in :class:`StudentConfig`.
+    """
 
     checkpoint: str = ""
+    fingerprint: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,21 +197,38 @@ class CheckpointConfig:
             ``fallback`` takes the newest undamaged one, ``never`` refuses
             an output folder that already holds one.
         save_optimizer: without it a checkpoint can start the next stage but not resume this one.
+        asynchronous: copy the state to the host, then write it while training goes on; costs host
+            memory of one checkpoint.
     """
 
     interval: int = 1000
     keep: int = 3
     resume: Literal["auto", "fallback", "never"] = "auto"
     save_optimizer: bool = True
+    asynchronous: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """``metrics.jsonl`` is always written; steps between lines, bar and TensorBoard switches."""
+    """``metrics.jsonl`` is always written.
+
+    Attributes:
+        interval: steps between entries.
+        gamma_interval: steps between entries that hold the heads' scales γ by layer; 0: never.
+        tensorboard: write ``tensorboard/`` as well.
+        wandb: ``none`` | ``offline`` (kept in the run's folder) | ``online``.
+        wandb_project: its project.
+        progress: a bar on stderr.
+        peak_tflops: a device's peak in TFLOP/s, for the utilisation; 0: known GPUs only.
+    """
 
     interval: int = 1
+    gamma_interval: int = 10
     tensorboard: bool = True
+    wandb: Literal["none", "offline", "online"] = "none"
+    wandb_project: str = "megatron_hydra"
     progress: bool = True
+    peak_tflops: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,12 +238,20 @@ class FaultsConfig:
     Attributes:
         timeout_seconds: no collective and no step may take longer: then the stacks are written and
             the process exits, which ends the job. The first step and every save get five times that.
-        max_skipped_steps: steps in a row with a loss or gradient that is not finite which are
-            skipped (on all ranks); one more ends the run. 0: the first ends it.
+        max_skipped_steps: steps in a row with a loss or gradient that is not finite, or a spike,
+            which are skipped (on all ranks); one more ends the run. 0: the first ends it.
+        spike_factor: skip a step whose loss or gradient norm is more than so many times the median
+            of the last good steps; 0: never.
+        spike_window: how many good steps; before there are so many, nothing is a spike.
+        stop_seconds_before_limit: save and leave so long before the end of the SLURM job, even if
+            SLURM sends no signal; 0: only when signalled.
     """
 
     timeout_seconds: int = 1800
     max_skipped_steps: int = 10
+    spike_factor: float = 0.0
+    spike_window: int = 64
+    stop_seconds_before_limit: int = 120
 
 
 @dataclasses.dataclass(frozen=True)

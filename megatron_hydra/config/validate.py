@@ -6,6 +6,8 @@ shapes. Every message names the key to change.
 
 from __future__ import annotations
 
+import re
+
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.errors import HydraError
@@ -38,6 +40,12 @@ def _check_inputs(config: RunConfig) -> None:
         f"student.checkpoint is empty: {verb} starts from a checkpoint made by "
         "tools/hf_to_megatron.py or by an earlier stage",
     )
+    for key in ("student", "teacher"):
+        fingerprint = getattr(config, key).fingerprint
+        _require(
+            not fingerprint or re.fullmatch("sha256:[0-9a-f]{64}", fingerprint) is not None,
+            f"{key}.fingerprint is {fingerprint!r}: write sha256: and 64 hexadecimal digits",
+        )
     needs_teacher = verb in VERBS_WITH_TEACHER
     _require(
         bool(config.teacher.checkpoint) == needs_teacher,
@@ -65,7 +73,7 @@ def _check_numbers(config: RunConfig) -> None:
         "recompute": ("num_layers",),
         "checkpoint": ("interval",),
         "logging": ("interval",),
-        "faults": ("timeout_seconds",),
+        "faults": ("timeout_seconds", "spike_window"),
     }
     for section, keys in at_least_one.items():
         for key in keys:
@@ -88,9 +96,20 @@ def _check_numbers(config: RunConfig) -> None:
     )
     _require(0 <= loss.kl_weight <= 1, f"loss.kl_weight is {loss.kl_weight}: it must be in 0..1")
     _require(loss.temperature > 0, f"loss.temperature is {loss.temperature}: it must be above 0")
-    for section, key in (("checkpoint", "keep"), ("faults", "max_skipped_steps")):
+    for section, key in (
+        ("checkpoint", "keep"),
+        ("faults", "max_skipped_steps"),
+        ("faults", "stop_seconds_before_limit"),
+        ("logging", "gamma_interval"),
+        ("logging", "peak_tflops"),
+    ):
         value = getattr(getattr(config, section), key)
         _require(value >= 0, f"{section}.{key} is {value}: it must not be negative")
+    factor = config.faults.spike_factor
+    _require(
+        factor == 0 or factor > 1,
+        f"faults.spike_factor is {factor}: it must be above 1, or 0 for no check",
+    )
 
 
 def _check_switches(config: RunConfig) -> None:

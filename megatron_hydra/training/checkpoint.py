@@ -5,174 +5,83 @@
     <output>/checkpoints/latest            name of the newest complete checkpoint
     <output>/checkpoints/step_00000100/    model.json, weights/, tokenizer/, manifest.json, as any
                                            checkpoint; weights/ also holds optimizer and generators
-        training.json                      step, tokens, data position, layout, config
+        training.json                      step, tokens, data position, faults, layout, config
 
-A checkpoint is written beside its final place, hashed, renamed, and only then does ``latest`` move.
+A checkpoint is written beside its final place, hashed, made durable, renamed, and only then does
+``latest`` move. Saving in the background (``checkpoint.asynchronous``) differs in when this happens,
+not in what happens.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+import torch
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer
-from torch.distributed import checkpoint as dcp
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
 from megatron_hydra.checkpoint import store
-from megatron_hydra.checkpoint.atomic import write_text_atomic
+from megatron_hydra.checkpoint.atomic import sync, sync_tree, write_text_atomic
 from megatron_hydra.config.loading import to_dict
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.parallel.world import World
-from megatron_hydra.training.agreement import on_main
+from megatron_hydra.training.agreement import on_all, on_main
+from megatron_hydra.training.checkpoint_write import CheckpointWrite
 from megatron_hydra.training.megatron_fixes import allocate_optimizer_state, has_state
+from megatron_hydra.training.model_state import (
+    SHARDING,
+    model_state,
+    set_model_state,
+    sharding_metadata,
+)
 from megatron_hydra.training.random_state import capture_random_state, restore_random_state
+from megatron_hydra.training.run_folder import (
+    CHECKPOINTS,
+    checkpoint_name,
+    find_resume_point,
+    retain,
+)
 
-CHECKPOINTS = "checkpoints"
 TRAINING_FILE = "training.json"
-TRAINING_FORMAT, TRAINING_VERSION = "megatron-hydra-training", 1
-_STEP_PREFIX = "step_"
-_SHARDING = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-}
-
-
-class _DirectStrategy(SaveShardedStrategy):
-    """``torch_dist`` files written by this process itself.
-
-    Megatron's own strategy forks writers for every save, which costs seconds and cannot be stopped
-    by a signal; the files are the same.
-    """
-
-    can_handle_sharded_objects = True
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        dcp.save(
-            mcore_to_pyt_state_dict(flat, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, sync_files=True),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
+TRAINING_FORMAT, TRAINING_VERSION = "megatron-hydra-training", 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a run has come: ``step`` steps, ``tokens`` tokens (padding included)."""
+    """How far a run has come.
+
+    Attributes:
+        step: steps done.
+        tokens: tokens read, padding included.
+        faults: state of the :class:`~.faults.FaultKeeper`, JSON.
+    """
 
     step: int
     tokens: int
-
-
-# -- names ----------------------------------------------------------------------------------------
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of a step's checkpoint."""
-    return f"{_STEP_PREFIX}{step:08d}"
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first (unfinished ones have other names)."""
-    found = folder.glob(f"{_STEP_PREFIX}[0-9]*") if folder.is_dir() else iter(())
-    return sorted(path for path in found if (path / store.MANIFEST_FILE).is_file())
-
-
-# -- model weights --------------------------------------------------------------------------------
-
-
-def _metadata() -> dict[str, Any]:
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return _SHARDING | {"dp_cp_group": group}
-
-
-def _model_state(chunks: list[GPTModel]) -> dict[str, Any]:
-    """Tensors only: the layers' extra states are pickles for FP8, which nothing here uses."""
-    return {
-        f"model{i}": {
-            name: entry
-            for name, entry in chunk.sharded_state_dict(metadata=_metadata()).items()
-            if not name.endswith("_extra_state")
-        }
-        for i, chunk in enumerate(chunks)
-    }
-
-
-def _set_model_state(chunks: list[GPTModel], loaded: dict[str, Any]) -> None:
-    for i, chunk in enumerate(chunks):
-        missing, unexpected = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
-        wrong = [name for name in missing if not name.endswith("_extra_state")] + unexpected
-        if wrong:
-            raise RuntimeError(f"model chunk {i} and its own state dict differ in {wrong[0]}")
-
-
-def verified_checkpoint(path: str) -> Path:
-    """Resolve a checkpoint and check its manifest, on rank 0 for all.
-
-    Raises:
-        HydraError: on every rank, if there is none or if it is damaged.
-    """
-
-    def check() -> str:
-        folder = store.resolve_checkpoint(path)
-        store.verify_manifest(folder)
-        store.stored_tensors(folder)  # the index is one of ours, and complete for its model
-        return str(folder)
-
-    return Path(on_main(check))
-
-
-def load_model(chunks: list[GPTModel], folder: Path) -> None:
-    """Fill a freshly built model from a verified checkpoint. Every stored tensor must be used.
-
-    Raises:
-        HydraError: a tensor of the checkpoint is read by no rank.
-    """
-    state = _model_state(chunks)
-    _check_all_used(state, folder)
-    _set_model_state(chunks, dist_checkpointing.load(state, str(folder / store.WEIGHTS)))
-
-
-def _check_all_used(state: dict[str, Any], folder: Path) -> None:
-    asked = sorted({tensor.key for tensor in _sharded_tensors(state)})
-    everywhere: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everywhere, asked)
-    used = {key for keys in everywhere for key in keys}
-    stored = set(on_main(lambda: sorted(store.stored_tensors(folder))))
-    for key in sorted(stored ^ used):
-        where = "holds, but no rank reads" if key in stored else "lacks"
-        raise HydraError(f"{folder}: the checkpoint {where} {key!r}")
-
-
-def _sharded_tensors(state: Any) -> list[ShardedTensor]:
-    """All ShardedTensors in nested state, factories expanded."""
-    if isinstance(state, ShardedTensor):
-        return [state]
-    if isinstance(state, dict):
-        return [t for value in state.values() for t in _sharded_tensors(value)]
-    if isinstance(state, (list, tuple)):
-        return [t for value in state for t in _sharded_tensors(value)]
-    build = getattr(state, "build", None)
-    return _sharded_tensors(build()) if callable(build) else []
+    faults: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 # -- a run's checkpoints --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that has been begun: its name, its files, and rank 0's last steps."""
+
+    final: Path
+    write: CheckpointWrite
+    publish: Callable[[dict[str, str]], None]
 
 
 class RunCheckpoints:
@@ -199,57 +108,29 @@ class RunCheckpoints:
         self.config, self.world, self.model = config, world, model
         self.chunks, self.optimizer, self.provenance = chunks, optimizer, provenance
         self.folder = Path(config.output) / CHECKPOINTS
+        self._pending: _Pending | None = None
         self.tokenizer = store.tokenizer_folder(config.student.checkpoint)
 
     # -- saving -------------------------------------------------------------------------------
 
     def save(self, progress: Progress, data_state: dict[str, Any]) -> Path:
-        """Write the checkpoint of a step; returns its folder. Collective.
+        """Write the checkpoint of a step, or begin to; returns its folder. Collective.
+
+        With ``checkpoint.asynchronous`` the files are written by a thread, and the checkpoint exists
+        when :meth:`finish` has returned: call it when :attr:`is_writing` is false on every rank.
 
         Raises:
-            HydraError: on every rank, if it cannot be written; earlier checkpoints are untouched.
+            HydraError: on every rank, if it cannot be written or a weight is not finite; earlier
+                checkpoints are untouched.
         """
+        self.finish()
         final = self.folder / checkpoint_name(progress.step)
         temporary = self.folder / f".{final.name}.tmp"
-        on_main(lambda: _fresh_folder(temporary / store.WEIGHTS))
+        on_all(self._refuse_poison)
+        on_main(lambda: self._make_room(temporary, final))
         with_optimizer = self.config.checkpoint.save_optimizer and has_state(self.optimizer)
-        state = self._state(with_optimizer, is_loading=False)
-        try:
-            dist_checkpointing.save(
-                state,
-                str(temporary / store.WEIGHTS),
-                _DirectStrategy("torch_dist", 1),
-                content_metadata=dict(_SHARDING),
-            )
-        except (dcp.api.CheckpointException, OSError) as error:
-            raise HydraError(f"checkpoint {final} cannot be written: {error}") from None
-        on_main(lambda: self._publish(temporary, final, progress, data_state, with_optimizer))
-        return final
-
-    def _state(self, with_optimizer: bool, is_loading: bool) -> dict[str, Any]:
-        model = _model_state(self.chunks)
-        state = dict(model)
-        if with_optimizer:
-            state["optimizer"] = self.optimizer.sharded_state_dict(
-                model, is_loading=is_loading, metadata=_metadata()
-            )
-        packed = capture_random_state()[None]
-        place = (0, self.world.rank, self.world.size)
-        state["rng_state"] = ShardedTensor.from_rank_offsets("rng_state", packed, place)
-        return state
-
-    def _publish(
-        self,
-        temporary: Path,
-        final: Path,
-        progress: Progress,
-        data_state: dict[str, Any],
-        with_optimizer: bool,
-    ) -> None:
-        """Rank 0: the small files, the hashes, the name, the pointer, the retention, in order."""
-        store.write_model_config(temporary, self.model)
-        if self.tokenizer is not None:
-            shutil.copytree(self.tokenizer, temporary / store.TOKENIZER)
+        snapshot = self.config.checkpoint.asynchronous
+        state = self._state(with_optimizer, is_loading=False) | {"content_metadata": dict(SHARDING)}
         body = {
             "format": TRAINING_FORMAT,
             "version": TRAINING_VERSION,
@@ -260,26 +141,116 @@ class RunCheckpoints:
             "world": dataclasses.asdict(self.world) | {"rank": 0},
             "config": to_dict(self.config),
         }
+        publish = functools.partial(
+            self._publish, temporary, final, body, self.provenance(progress)
+        )
+        with self._abandoned_on_failure(temporary):
+            write = CheckpointWrite(state, temporary / store.WEIGHTS, snapshot=snapshot)
+        self._pending = _Pending(final, write, publish)
+        if snapshot:
+            write.start()
+        else:
+            write.write()
+            self.finish()
+        return final
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a checkpoint was begun and is not complete (the same on every rank)."""
+        return self._pending is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank is still writing its files."""
+        return self._pending is not None and self._pending.write.is_writing
+
+    def finish(self) -> Path | None:
+        """Complete the checkpoint that was begun, if any; returns its folder. Collective; waits.
+
+        Raises:
+            HydraError: on every rank, if it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        with self._abandoned_on_failure(self.folder / f".{pending.final.name}.tmp"):
+            hashes = pending.write.finish()
+            on_main(lambda: pending.publish(hashes))
+        return pending.final
+
+    @contextlib.contextmanager
+    def _abandoned_on_failure(self, temporary: Path) -> Iterator[None]:
+        """Give the space of an unfinished checkpoint back (the disk may be full)."""
+        try:
+            yield
+        except HydraError as error:
+            if self.world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise HydraError(f"{error}; earlier checkpoints are untouched") from None
+
+    def _make_room(self, temporary: Path, final: Path) -> None:
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()  # not its parents: a folder that vanished is not to be made up
+            (temporary / store.WEIGHTS).mkdir()
+        except OSError as error:
+            raise HydraError(
+                f"checkpoint {final} cannot be written: {error}; earlier checkpoints are untouched"
+            ) from None
+
+    def _refuse_poison(self) -> None:
+        """Weights and optimizer state of this rank are finite, or there is no checkpoint."""
+        assert isinstance(self.optimizer, ChainedOptimizer)
+        tensors = {
+            name: parameter.data
+            for chunk in self.chunks
+            for name, parameter in chunk.named_parameters()
+        }
+        for i, part in enumerate(self.optimizer.chained_optimizers):
+            for j, state in enumerate(part.optimizer.state.values() if part.optimizer else ()):
+                for key, value in state.items():
+                    if isinstance(value, torch.Tensor) and value.is_floating_point():
+                        tensors[f"optimizer {i}, parameter {j}, {key}"] = value
+        if not tensors:
+            return
+        finite = torch.stack([t.isfinite().all() for t in tensors.values()]).tolist()
+        bad = [name for name, ok in zip(tensors, finite, strict=True) if not ok]
+        if bad:
+            raise HydraError(f"{bad[0]} is not finite: no checkpoint is made of it")
+
+    def _state(self, with_optimizer: bool, is_loading: bool) -> dict[str, Any]:
+        model = model_state(self.chunks)
+        state = dict(model)
+        if with_optimizer:
+            state["optimizer"] = self.optimizer.sharded_state_dict(
+                model, is_loading=is_loading, metadata=sharding_metadata()
+            )
+        packed = capture_random_state()[None]
+        place = (0, self.world.rank, self.world.size)
+        state["rng_state"] = ShardedTensor.from_rank_offsets("rng_state", packed, place)
+        return state
+
+    def _publish(
+        self,
+        temporary: Path,
+        final: Path,
+        body: dict[str, Any],
+        provenance: dict[str, Any],
+        hashes: dict[str, str],
+    ) -> None:
+        """Rank 0: the small files, the hashes, the name, the pointer, the retention, in order."""
+        store.write_model_config(temporary, self.model)
+        if self.tokenizer is not None:
+            shutil.copytree(self.tokenizer, temporary / store.TOKENIZER)
         (temporary / TRAINING_FILE).write_text(json.dumps(body, indent=1) + "\n")
-        store.write_manifest(temporary, self.provenance(progress))
-        for file in (temporary / TRAINING_FILE, temporary / store.MANIFEST_FILE, temporary):
-            _sync(file)
-        if final.exists():  # a step that is saved again after a resume without its checkpoint
+        store.write_manifest(temporary, provenance, hashes)
+        sync_tree(temporary)
+        if final.exists():  # of an attempt that went on from an earlier step
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync(self.folder)
+        sync(self.folder)
         write_text_atomic(self.folder / store.LATEST_FILE, final.name + "\n")
-        _sync(self.folder)
-        self._retain(final)
-
-    def _retain(self, newest: Path) -> None:
-        keep = self.config.checkpoint.keep
-        old = [path for path in step_folders(self.folder) if path != newest]
-        for path in old[: max(0, len(old) + 1 - keep)] if keep else []:
-            # Renamed first: a half-deleted folder must not look like a checkpoint.
-            doomed = path.with_name(f".{path.name}.old")
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        retain(self.folder, final, self.config.checkpoint.keep)
 
     # -- resuming -----------------------------------------------------------------------------
 
@@ -289,31 +260,8 @@ class RunCheckpoints:
         Raises:
             HydraError: there is one and ``checkpoint.resume`` is ``never``, or it is damaged.
         """
-        found = on_main(self._find)
+        found = on_main(lambda: find_resume_point(self.folder, self.config.checkpoint.resume))
         return None if found is None else Path(found)
-
-    def _find(self) -> str | None:
-        for leftover in self.folder.glob(f".{_STEP_PREFIX}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        folders = step_folders(self.folder)
-        resume = self.config.checkpoint.resume
-        if not folders and not (self.folder / store.LATEST_FILE).exists():
-            return None
-        if resume == "never":
-            raise HydraError(
-                f"{self.folder} already holds checkpoints and checkpoint.resume is 'never': choose "
-                "another output, or checkpoint.resume=auto to go on"
-            )
-        if resume == "fallback":
-            return str(_newest_good(folders))
-        folder = store.resolve_checkpoint(self.folder)
-        try:
-            store.verify_manifest(folder)
-        except HydraError as error:
-            raise HydraError(
-                f"{error}; checkpoint.resume=fallback goes on from the newest undamaged checkpoint"
-            ) from None
-        return str(folder)
 
     def resume(self, folder: Path, check_data: Callable[[dict[str, Any]], int]) -> Progress:
         """Load everything from one of this run's checkpoints. Collective.
@@ -339,7 +287,7 @@ class RunCheckpoints:
                 "start a new run from it with student.checkpoint"
             )
         self._load(folder, body)
-        return Progress(step=step, tokens=body["tokens"])
+        return Progress(step=step, tokens=body["tokens"], faults=body["faults"])
 
     def _load(self, folder: Path, body: dict[str, Any]) -> None:
         if body["optimizer"]:
@@ -349,36 +297,13 @@ class RunCheckpoints:
         if not same_world:
             del state["rng_state"]
         loaded = dist_checkpointing.load(state, str(folder / store.WEIGHTS))
-        _set_model_state(self.chunks, loaded)
+        set_model_state(self.chunks, loaded)
         if body["optimizer"]:
             self.optimizer.load_state_dict(loaded["optimizer"])
         else:
             self.optimizer.reload_model_params()
         if same_world:
             restore_random_state(loaded["rng_state"][0])
-
-
-def _fresh_folder(path: Path) -> None:
-    shutil.rmtree(path.parent, ignore_errors=True)
-    path.mkdir(parents=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _newest_good(folders: list[Path]) -> Path:
-    for folder in reversed(folders):
-        try:
-            store.verify_manifest(folder)
-            return folder
-        except HydraError:
-            continue
-    raise HydraError(f"none of the {len(folders)} checkpoints in this run's folder is undamaged")
 
 
 def _read_training(folder: Path) -> dict[str, Any]:

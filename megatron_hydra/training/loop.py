@@ -12,23 +12,22 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_hydra.checkpoint import store
 from megatron_hydra.checkpoint.atomic import write_text_atomic
-from megatron_hydra.config.loading import to_yaml
+from megatron_hydra.config.loading import to_dict, to_yaml
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.config.validate import check_layout
 from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.data.stream import PackedStream
-from megatron_hydra.errors import HydraError
 from megatron_hydra.parallel.world import World, start_world, stop_world
+from megatron_hydra.stopping import REQUEUE_EXIT_CODE, StopRequest
 from megatron_hydra.training.agreement import on_all, on_main
-from megatron_hydra.training.checkpoint import (
-    Progress,
-    RunCheckpoints,
-    load_model,
-    verified_checkpoint,
-)
-from megatron_hydra.training.metrics import MetricsLog
+from megatron_hydra.training.checkpoint import Progress, RunCheckpoints
+from megatron_hydra.training.faults import FaultKeeper
+from megatron_hydra.training.metrics import MetricsLog, where_it_runs
+from megatron_hydra.training.model_state import load_model, verified_checkpoint
+from megatron_hydra.training.observe import PhaseTimers
 from megatron_hydra.training.provenance import Provenance, trained_model_config
+from megatron_hydra.training.report import StepReport
 from megatron_hydra.training.setup import (
     build_chunks,
     build_optimizer,
@@ -36,7 +35,6 @@ from megatron_hydra.training.setup import (
     wrap_for_training,
 )
 from megatron_hydra.training.step import StepResult, Trainee, train_step
-from megatron_hydra.training.stop import REQUEUE_EXIT_CODE, StopRequest
 from megatron_hydra.training.watchdog import Watchdog
 from megatron_hydra.transfer.verb import inner_model
 from megatron_hydra.transfer.verbs import VERBS
@@ -48,12 +46,13 @@ def run_training(config: RunConfig) -> int:
     """Train from start, or from where the run was stopped, to the end.
 
     Returns:
-        0 when the run is complete; :data:`~.stop.REQUEUE_EXIT_CODE` after a stop by signal.
+        0 when the run is complete; :data:`~megatron_hydra.stopping.REQUEUE_EXIT_CODE` after a stop.
 
     Raises:
-        HydraError: bad input, or too many steps in a row without a finite loss.
+        HydraError: bad input, or too many steps in a row that had to be left out.
     """
-    with Watchdog(config.faults.timeout_seconds) as watchdog, StopRequest() as stop:
+    stop_before = config.faults.stop_seconds_before_limit
+    with Watchdog(config.faults.timeout_seconds) as watchdog, StopRequest(stop_before) as stop:
         world = start_world(config)
         try:
             return _Run(config, world, watchdog, stop).loop()
@@ -69,16 +68,20 @@ class _Run:
     ) -> None:
         self.config, self.world, self.watchdog, self.stop = config, world, watchdog, stop
         on_main(lambda: _prepare_output(config))
-        student_folder = verified_checkpoint(config.student.checkpoint)
+        student, teacher = config.student, config.teacher
+        student_folder = verified_checkpoint(student.checkpoint, student.fingerprint)
         teacher_folder = None
-        if config.teacher.checkpoint:
-            teacher_folder = verified_checkpoint(config.teacher.checkpoint)
+        if teacher.checkpoint:
+            teacher_folder = verified_checkpoint(teacher.checkpoint, teacher.fingerprint)
         model = store.read_model_config(student_folder)
         teacher_model = None
         if teacher_folder is not None:
             teacher_model = store.read_model_config(teacher_folder)
         check_layout(config, world.size, model, teacher_model)
         self.stream = on_all(lambda: _open_stream(config, world, model))
+        self.model, self.teacher_model = model, teacher_model
+        self.faults = FaultKeeper(config.faults)
+        self.timers = PhaseTimers()
 
         self.provenance = Provenance.of(student_folder, teacher_folder)
         self.trainee, self.schedule = self._build(
@@ -93,7 +96,6 @@ class _Run:
             lambda progress: self.provenance.record(config, progress.step, progress.tokens),
         )
         self.progress = self._resume()
-        self.skipped_in_a_row = 0
 
     def _build(
         self,
@@ -112,7 +114,7 @@ class _Run:
         load_model(student, student_folder)
         chunks = wrap_for_training(student, verb, config)
         optimizer, schedule = build_optimizer(chunks, config)
-        return Trainee(config, self.world, verb, chunks, optimizer), schedule
+        return Trainee(config, self.world, verb, chunks, optimizer, self.faults), schedule
 
     def _resume(self) -> Progress:
         folder = self.checkpoints.find()
@@ -125,6 +127,7 @@ class _Run:
                 self.config.optimizer.min_lr,
             )
         self.schedule.step(progress.step)
+        self.faults.restore(progress.faults)
         if self.world.is_main:
             _log.info("resuming from %s", folder)
         return progress
@@ -132,90 +135,104 @@ class _Run:
     # -- the loop -----------------------------------------------------------------------------
 
     def loop(self) -> int:
-        config, total = self.config, self.config.schedule.steps
+        config, total, first = self.config, self.config.schedule.steps, self.progress.step
         log = MetricsLog(
             config.output,
             config.logging,
-            first_step=self.progress.step,
+            first_step=first,
             total_steps=total,
             enabled=self.world.is_main,
             title=config.verb,
+            run_config=to_dict(config),
         )
-        saved_step, result = self.progress.step, None
-        clock = time.perf_counter()
-        batches = _prefetched(self.stream, self.progress.step, total)
+        report = StepReport(config, self.world, self.trainee, self.model, self.teacher_model)
+        batches = _prefetched(self.stream, first, total)
         try:
-            for step, micro_batches in batches:
-                self.watchdog.feed(5 if result is None else 1)
+            log.event("resume" if first else "start", first, **where_it_runs(self.world.size))
+            for step, micro_batches in self.timers.over("data", batches):
+                self.watchdog.feed(5 if step == first + 1 else 1)
                 self.schedule.step(1)
-                result = train_step(self.trainee, micro_batches, self.stop)
-                self.progress = Progress(step, self.progress.tokens + self.stream.tokens_per_step)
-                clock = self._report(log, result, clock)
-                self._mind_faults(result, micro_batches)
-                if step % config.checkpoint.interval == 0 or step == total or result.stop:
-                    self._save(log)
-                    saved_step = step
+                result = train_step(self.trainee, micro_batches, self._notices, self.timers)
+                tokens = self.progress.tokens + self.stream.tokens_per_step
+                self.progress = Progress(step, tokens, self.faults.state())
+                entry = report.entry(result, self.progress, self.timers)
+                if entry is not None:
+                    log.write(entry)
+                log.advance(step, result.loss)
+                self._mind_faults(log, result, micro_batches)
+                self._mind_checkpoints(log, result)
                 if result.stop and step < total:
+                    log.event("stop", step, reason=self.stop.reason or "another rank was asked to")
                     return REQUEUE_EXIT_CODE
-            if saved_step < total or result is None:
-                self._save(log)
+            log.event("end", self.progress.step)
             return 0
         finally:
             batches.close()
             log.close()
 
-    def _report(self, log: MetricsLog, result: StepResult, clock: float) -> float:
-        """Log the step; returns the time that the next report counts from."""
-        step, every = self.progress.step, self.config.logging.interval
-        values = self.trainee.verb.metrics(result.means)
-        if step % every and step != self.config.schedule.steps:
-            log.advance(step, values["loss"])
-            return clock
-        now = time.perf_counter()
-        steps = (step - 1) % every + 1
-        entry = {
-            "step": step,
-            "tokens": self.progress.tokens,
-            **values,
-            "loss_tokens": result.num_loss_tokens,
-            "grad_norm": result.grad_norm,
-            "lr": self.trainee.optimizer.param_groups[0]["lr"],
-            "tokens_per_s": round(steps * self.stream.tokens_per_step / (now - clock), 1),
-        }
-        if not result.applied:
-            entry["skipped"] = True
-        log.write(entry)
-        log.advance(step, values["loss"])
-        return now
+    def _notices(self) -> tuple[bool, bool]:
+        return self.stop.requested, self.checkpoints.is_writing
 
-    def _mind_faults(self, result: StepResult, batches: list[PackedBatch]) -> None:
-        """Count steps that were skipped; all ranks come to the same conclusion."""
-        if result.applied:
-            self.skipped_in_a_row = 0
+    def _mind_faults(self, log: MetricsLog, result: StepResult, batches: list[PackedBatch]) -> None:
+        """Say which samples a step that was left out had; end the run if there are too many."""
+        if not result.fault:
             return
-        self.skipped_in_a_row += 1
-        step, limit = self.progress.step, self.config.faults.max_skipped_steps
+        step = self.progress.step
         samples = [sample for batch in batches for sample in batch.sample_ids]
         _log.warning(
-            "step %d: loss or gradient is not finite; the update was skipped (%d in a row). "
+            "step %d: %s; the update was skipped (%d in a row, %d in all). "
             "Samples of data-parallel rank %d: %s",
-            step, self.skipped_in_a_row, self.world.dp_rank, samples,
+            step, result.fault, self.faults.in_a_row, self.faults.skipped, self.world.dp_rank,
+            samples,
         )  # fmt: skip
-        if self.skipped_in_a_row > limit:
-            raise HydraError(
-                f"step {step}: loss or gradient is not finite for {self.skipped_in_a_row} steps in "
-                f"a row, faults.max_skipped_steps is {limit}; the last checkpoint is good"
-            )
+        ids = self.stream.global_samples(step - 1)
+        log.event("skip", step, fault=result.fault, samples=sorted(ids))
+        if self.faults.in_a_row > self.config.faults.max_skipped_steps:
+            self._finish_save(log)
+        self.faults.refuse_too_many(step, result.fault)
+
+    def _mind_checkpoints(self, log: MetricsLog, result: StepResult) -> None:
+        """Complete what was written in the background; save where it is time to."""
+        config, step = self.config, self.progress.step
+        is_last = step == config.schedule.steps or result.stop
+        if self.checkpoints.is_pending and not result.saving:
+            self._finish_save(log)
+        is_due = step % config.checkpoint.interval == 0 and not self.faults.in_a_row
+        if is_due or is_last:
+            self._save(log)
+        if is_last:
+            self._finish_save(log)
 
     def _save(self, log: MetricsLog) -> None:
+        self._finish_save(log)
         self.watchdog.feed(5)
-        log.sync()
-        if self.config.parallel.overlap_param_gather:
-            # Updated weights are otherwise collected during the next forward only.
-            for chunk in self.trainee.chunks:
-                chunk.start_param_sync(force_sync=True)
-        if self.skipped_in_a_row == 0 or self.stop.requested:
-            self.checkpoints.save(self.progress, self.stream.state(self.progress.step))
+        with self.timers.phase("save"):
+            log.sync()
+            if self.config.parallel.overlap_param_gather:
+                # Updated weights are otherwise collected during the next forward only.
+                for chunk in self.trainee.chunks:
+                    chunk.start_param_sync(force_sync=True)
+            started = time.perf_counter()
+            folder = self.checkpoints.save(self.progress, self.stream.state(self.progress.step))
+            seconds = round(time.perf_counter() - started, 3)
+        in_background = self.checkpoints.is_pending
+        log.event(
+            "save begun" if in_background else "save", self.progress.step,
+            checkpoint=folder.name, seconds=seconds,
+        )  # fmt: skip
+        self.watchdog.feed(5)
+
+    def _finish_save(self, log: MetricsLog) -> None:
+        """Complete the checkpoint that is being written in the background, if any."""
+        if not self.checkpoints.is_pending:
+            return
+        self.watchdog.feed(5)
+        started = time.perf_counter()
+        with self.timers.phase("save"):
+            folder = self.checkpoints.finish()
+        assert folder is not None
+        seconds = round(time.perf_counter() - started, 3)
+        log.event("save", self.progress.step, checkpoint=folder.name, seconds=seconds)
         self.watchdog.feed(5)
 
 

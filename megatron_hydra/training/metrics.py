@@ -1,17 +1,23 @@
-"""What a run says about itself: ``metrics.jsonl``, TensorBoard, a progress bar. Rank 0 only."""
+"""What a run says about itself: metrics, events, a progress bar. Rank 0 only.
+
+``metrics.jsonl`` and ``events.jsonl`` are always written; :mod:`megatron_hydra.training.sinks` holds what
+else the config may ask for.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
 from megatron_hydra.config.run import LoggingConfig
-from megatron_hydra.errors import HydraError
+from megatron_hydra.training.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, EVENTS_FILE = "metrics.jsonl", "events.jsonl"
 
 
 def _jsonable(value: Any) -> Any:
@@ -20,6 +26,8 @@ def _jsonable(value: Any) -> Any:
         return None
     if isinstance(value, (list, tuple)):
         return [_jsonable(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
     return value
 
 
@@ -41,7 +49,7 @@ def truncate_metrics(path: str | os.PathLike[str], last_step: int) -> None:
 
 
 class MetricsLog:
-    """One JSON line a step, scalars to TensorBoard, a bar on stderr."""
+    """One entry a step to every sink; events; a bar on stderr."""
 
     def __init__(
         self,
@@ -52,6 +60,7 @@ class MetricsLog:
         total_steps: int,
         enabled: bool,
         title: str = "",
+        run_config: dict[str, Any] | None = None,
     ) -> None:
         """Open the log.
 
@@ -60,19 +69,24 @@ class MetricsLog:
             first_step: steps done before; later lines of an earlier attempt are dropped.
             enabled: False on all ranks but the first: every method then does nothing.
             title: shown by the bar.
+            run_config: the resolved config, for sinks that keep one.
 
         Raises:
-            HydraError: TensorBoard is wanted and not installed.
+            HydraError: a file cannot be written, or a sink is wanted and not installed.
         """
         self.enabled = enabled
-        self._writer = self._bar = None
+        self._sinks: list[Sink] = []
+        self._bar = None
         if not enabled:
             return
         output = Path(output)
         truncate_metrics(output / METRICS_FILE, first_step)
-        self._file = open(output / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
+        self._events = JsonLines(output / EVENTS_FILE)
+        self._sinks.append(JsonLines(output / METRICS_FILE))
         if config.tensorboard:
-            self._writer = _tensorboard(output / "tensorboard", first_step + 1)
+            self._sinks.append(TensorBoard(output / "tensorboard", first_step + 1))
+        if config.wandb != "none":
+            self._sinks.append(WeightsAndBiases(output, config, title, run_config or {}))
         if config.progress:
             from tqdm import tqdm
 
@@ -80,14 +94,15 @@ class MetricsLog:
 
     def write(self, entry: dict[str, Any]) -> None:
         """Record one step. ``entry`` holds ``step`` and JSON-able values."""
-        if not self.enabled:
-            return
         entry = {key: _jsonable(value) for key, value in entry.items()}
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for name, value in _scalars(entry):
-                self._writer.add_scalar(name, value, entry["step"])
+        for sink in self._sinks:
+            sink.write(entry)
+
+    def event(self, name: str, step: int, **facts: Any) -> None:
+        """Record what is no step: start, save, skipped step, stop. Kept over all attempts."""
+        if self.enabled:
+            entry = {"time": round(time.time(), 3), "event": name, "step": step, **facts}
+            self._events.write({key: _jsonable(value) for key, value in entry.items()})
 
     def advance(self, step: int, loss: float) -> None:
         """Move the bar."""
@@ -97,42 +112,24 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Make everything written so far durable (called before a checkpoint counts)."""
+        for sink in self._sinks:
+            sink.sync()
         if self.enabled:
-            os.fsync(self._file.fileno())
+            self._events.sync()
 
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""
-        if self.enabled:
-            self.sync()
-            self._file.close()
-            if self._writer is not None:
-                self._writer.close()
-            if self._bar is not None:
-                self._bar.close()
-            self.enabled = False
+        if not self.enabled:
+            return
+        self.enabled = False
+        sinks, self._sinks = self._sinks, []
+        for sink in (*sinks, self._events):
+            sink.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
-def _scalars(entry: dict[str, Any]) -> list[tuple[str, float]]:
-    """The numbers of an entry; a list becomes one series per index (a layer)."""
-    found: list[tuple[str, float]] = []
-    for name, value in entry.items():
-        if isinstance(value, list):
-            found += [(f"{name}/{i:02d}", v) for i, v in enumerate(value) if _is_number(v)]
-        elif name != "step" and _is_number(value):
-            found.append((name, value))
-    return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _tensorboard(folder: Path, purge_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise HydraError(
-            "logging.tensorboard is true, but tensorboard is not installed: pip install "
-            "tensorboard, or set logging.tensorboard=false"
-        ) from None
-    return SummaryWriter(str(folder), purge_step=purge_step)
+def where_it_runs(world_size: int) -> dict[str, Any]:
+    """Facts about this attempt for its ``start`` event."""
+    job = {"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
+    return {"host": socket.gethostname(), "processes": world_size, **job}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,9 @@ from megatron_hydra.config.validate import rounded_stream_length
 from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.parallel.gradients import finalize_gradients
 from megatron_hydra.parallel.world import World
-from megatron_hydra.training.stop import StopRequest
+from megatron_hydra.training.faults import NOT_FINITE, FaultKeeper
+from megatron_hydra.training.flops import attention_pairs
+from megatron_hydra.training.observe import PhaseTimers
 from megatron_hydra.transfer.local_batch import local_batch
 from megatron_hydra.transfer.verb import Verb
 
@@ -28,17 +31,23 @@ class StepResult:
 
     Attributes:
         means: each loss part per unmasked token of the global batch.
+        loss: what the verb makes of them.
         num_loss_tokens: those tokens.
         grad_norm: before clipping.
-        applied: False if the loss or gradient was not finite, and the update was left out.
+        fault: why the update was left out; empty: it was made.
+        attention_pairs: (query, key) pairs of the global batch, for its FLOPs.
         stop: some rank was asked to stop.
+        saving: some rank is still writing the last checkpoint.
     """
 
     means: list[float]
+    loss: float
     num_loss_tokens: int
     grad_norm: float
-    applied: bool
+    fault: str
+    attention_pairs: float
     stop: bool
+    saving: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,30 +59,53 @@ class Trainee:
     verb: Verb
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
+    faults: FaultKeeper
 
 
-def train_step(trainee: Trainee, batches: list[PackedBatch], stop: StopRequest) -> StepResult:
+def train_step(
+    trainee: Trainee,
+    batches: list[PackedBatch],
+    notices: Callable[[], tuple[bool, bool]],
+    timers: PhaseTimers,
+) -> StepResult:
     """Forward, backward and update on one global batch.
 
     Args:
         batches: this data-parallel rank's micro-batches.
-        stop: whether this rank was asked to stop; any rank's wish counts for all.
+        notices: asked after the backward: (this rank was asked to stop, it is still saving); any
+            rank's answer counts for all.
+        timers: ``forward_backward`` and ``optimizer`` are measured.
     """
-    _accumulate_gradients(trainee, batches)
-    optimizer, verb = trainee.optimizer, trainee.verb
-    optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
+    optimizer, verb, world = trainee.optimizer, trainee.verb, trainee.world
+    with timers.phase("forward_backward"):
+        _accumulate_gradients(trainee, batches)
+        optimizer.prepare_grads()
+        grad_norm = float(optimizer.get_grad_norm())
+        pairs = attention_pairs(batches) * world.dp_size
 
-    # The only collective of the loop itself: loss sums, and what this rank knows of trouble.
-    flags = verb.sums.new_tensor([not math.isfinite(grad_norm), stop.requested])
-    agreed = torch.cat([verb.sums, flags])
-    dist.all_reduce(agreed)
-    *sums, num_tokens, bad_gradients, stopping = agreed.tolist()
+        # The only collective of the loop itself: loss sums, and what this rank knows of trouble.
+        local = [pairs, grad_norm, not math.isfinite(grad_norm), *notices()]
+        agreed = torch.cat([verb.sums, verb.sums.new_tensor(local)])
+        dist.all_reduce(agreed)
+        *sums, num_tokens, pairs, norms, bad_gradients, stopping, saving = agreed.tolist()
     means = [value / max(num_tokens, 1) for value in sums]
-    applied = not bad_gradients and all(math.isfinite(value) for value in means)
-    if applied:
-        _update(trainee, grad_norm)
-    return StepResult(means, int(num_tokens), grad_norm, applied, bool(stopping))
+    loss = float(verb.metrics(means)["loss"])
+    norm = norms / world.size  # bit-equal everywhere, as what is decided by it has to be
+    fault = NOT_FINITE if bad_gradients else trainee.faults.judge(loss, norm)
+    trainee.faults.count(loss, norm, fault)
+    if not fault:
+        with timers.phase("optimizer"):
+            _update(trainee, grad_norm)
+    return StepResult(
+        means=means,
+        loss=loss,
+        num_loss_tokens=int(num_tokens),
+        grad_norm=grad_norm,
+        fault=fault,
+        attention_pairs=pairs / world.size,
+        stop=bool(stopping),
+        saving=bool(saving),
+    )
 
 
 def _accumulate_gradients(trainee: Trainee, batches: list[PackedBatch]) -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from megatron_hydra.training.stop import REQUEUE_EXIT_CODE, StopRequest
+from megatron_hydra.stopping import REQUEUE_EXIT_CODE, StopRequest
 
 
 def read_config() -> dict:

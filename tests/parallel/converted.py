@@ -27,7 +27,7 @@ from megatron_hydra.config.run import ParallelConfig, RunConfig  # noqa: E402
 from megatron_hydra.model.layer_spec import build_gpt_model  # noqa: E402
 from megatron_hydra.parallel.packed_sequence import PackedSequence  # noqa: E402
 from megatron_hydra.parallel.world import start_world, stop_world  # noqa: E402
-from megatron_hydra.training.checkpoint import load_model, verified_checkpoint  # noqa: E402
+from megatron_hydra.training.model_state import load_model, verified_checkpoint  # noqa: E402
 
 LAYOUTS = {
     "tp2": ParallelConfig(tensor=2),

@@ -20,6 +20,9 @@ from megatron_hydra.transfer.student import initialise_student
 
 VOCABULARY, SEQUENCE = 64, 48
 
+OF_THE_CLOCK = ("tokens_per_s", "model_tflops", "mfu", "seconds", "memory_gb")
+"""Metrics that differ from run to run."""
+
 TEACHER = ModelConfig(
     family="qwen3", num_layers=4, hidden_size=32, ffn_hidden_size=48, vocab_size=VOCABULARY,
     num_query_heads=8, num_kv_heads=4, head_dim=8, qk_norm=True, tie_embeddings=True,

@@ -1,0 +1,286 @@
+"""Whether a checkpoint folder is the one that was written, and safe to open.
+
+Three checks, each of which stands without the others:
+
+- the manifest: SHA-256 and size of every file, and a digest of the manifest itself, so that a change
+  of any byte of the folder is found. It is no signature: whoever can write the folder can write a
+  matching manifest.
+- the index ``weights/.metadata``, a pickle that torch opens whatever ``weights_only`` says: read here
+  first, by an unpickler that knows only the dozen classes that an index is made of; the files that
+  it names must lie in the folder.
+- every other pickle (``common.pt``, the byte objects inside ``*.distcp``) is read with
+  ``weights_only=True`` before Megatron reads it without.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from megatron_hydra.checkpoint.atomic import write_text_atomic
+from megatron_hydra.errors import HydraError
+
+MANIFEST_FORMAT, MANIFEST_VERSION = "megatron-hydra-manifest", 2
+MANIFEST_FILE = "manifest.json"
+WEIGHTS = "weights"
+
+_NO_DIGEST = "0" * 64
+_DIGEST = re.compile(r'"digest": "([0-9a-f]{64})"')
+_HASHING_THREADS = min(8, os.cpu_count() or 1)
+
+ALLOWED_GLOBALS = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "WriteItem",
+        "WriteItemType",
+        "TensorWriteData",
+    },
+    "torch": {"Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"Path", "PosixPath"},
+    "pathlib._local": {"Path", "PosixPath"},
+    "collections": {"OrderedDict"},
+}
+"""What ``weights/.metadata`` may refer to; anything else is refused before it is imported."""
+
+
+# -- manifest ------------------------------------------------------------------------------------
+
+
+def sha256_of_file(path: str | os.PathLike[str]) -> str:
+    """Hex digest of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hashes(paths: Iterable[Path]) -> list[str]:
+    """Digests of several files; hashing releases the interpreter, so threads help."""
+    with concurrent.futures.ThreadPoolExecutor(_HASHING_THREADS, "hash") as pool:
+        return list(pool.map(sha256_of_file, paths))
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Name in the manifest -> path, of all files of a checkpoint but the manifest.
+
+    Raises:
+        HydraError: a symbolic link, which may lead out of the folder.
+    """
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise HydraError(
+                f"{path} is a symbolic link: a checkpoint holds its own files; copy the target there"
+            )
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != MANIFEST_FILE:
+            found[name] = path
+    return found
+
+
+def write_manifest(
+    folder: str | os.PathLike[str],
+    provenance: Mapping[str, Any] | None = None,
+    known: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write ``manifest.json`` over every file that ``folder`` now holds; returns its content.
+
+    Args:
+        provenance: JSON-able facts about how the checkpoint came about.
+        known: name -> SHA-256 of files that were hashed already, by those who wrote them.
+    """
+    folder = Path(folder)
+    files = _files(folder)
+    hashes = dict(known or {})
+    unknown = [name for name in files if name not in hashes]
+    hashes.update(zip(unknown, _hashes(files[name] for name in unknown), strict=True))
+    body = {
+        "digest": _NO_DIGEST,
+        "format": MANIFEST_FORMAT,
+        "version": MANIFEST_VERSION,
+        "files": {
+            name: {"sha256": hashes[name], "bytes": path.stat().st_size}
+            for name, path in files.items()
+        },
+        "provenance": dict(provenance or {}),
+    }
+    text = json.dumps(body, indent=1) + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_text_atomic(folder / MANIFEST_FILE, text.replace(_NO_DIGEST, digest, 1))
+    return body | {"digest": digest}
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        HydraError: missing, damaged, or no manifest of this format and version.
+    """
+    path = Path(folder) / MANIFEST_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+        body = json.loads(text)
+    except FileNotFoundError:
+        raise HydraError(
+            f"{path} is missing: the checkpoint is incomplete or not one of ours"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise HydraError(f"{path} is damaged: {error}") from None
+    if not isinstance(body, dict) or body.get("format") != MANIFEST_FORMAT:
+        raise HydraError(f"{path} is not a version {MANIFEST_VERSION} checkpoint manifest")
+    if body.get("version") != MANIFEST_VERSION:
+        raise HydraError(
+            f"{path} is not a version {MANIFEST_VERSION} checkpoint manifest: make the checkpoint "
+            "again with this version"
+        )
+    found = _DIGEST.search(text)
+    blank = text.replace(found[1], _NO_DIGEST, 1) if found else text
+    if not found or hashlib.sha256(blank.encode()).hexdigest() != found[1]:
+        raise HydraError(f"{path} was changed: its text does not have the digest that it states")
+    if not isinstance(body.get("files"), dict):
+        raise HydraError(f"{path}: key 'files' is missing")
+    for name, entry in body["files"].items():
+        _check_entry(path, name, entry)
+    return body
+
+
+def _check_entry(path: Path, name: str, entry: Any) -> None:
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or not parts.parts or ".." in parts.parts or "\\" in name:
+        raise HydraError(f"{path} lists {name!r}, which is not a file inside the checkpoint")
+    if not isinstance(entry, dict) or not {"sha256", "bytes"} <= entry.keys():
+        raise HydraError(f"{path}: the entry of {name!r} lacks sha256 or bytes")
+
+
+def verify_manifest(folder: str | os.PathLike[str], *, sizes_only: bool = False) -> dict[str, Any]:
+    """Check that a checkpoint is the one that was written; returns its manifest.
+
+    Args:
+        sizes_only: compare names and sizes, not content: quick, finds truncation, not tampering.
+
+    Raises:
+        HydraError: naming the first file that is missing, unlisted, or changed.
+    """
+    folder = Path(folder)
+    body = read_manifest(folder)
+    present = _files(folder)
+    for name in body["files"]:
+        if name not in present:
+            raise HydraError(f"{folder / name} is missing, the manifest lists it")
+    for name, path in present.items():
+        if name not in body["files"]:
+            raise HydraError(f"{path} is not listed in the manifest")
+    changed = [
+        name
+        for name, path in present.items()
+        if path.stat().st_size != body["files"][name]["bytes"]
+    ]
+    if not changed and not sizes_only:
+        hashes = zip(present, _hashes(present.values()), strict=True)
+        changed = [name for name, digest in hashes if digest != body["files"][name]["sha256"]]
+    if changed:
+        raise HydraError(
+            f"{present[changed[0]]} is not the file that the manifest describes: it was changed"
+        )
+    return body
+
+
+# -- pickles -------------------------------------------------------------------------------------
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def __init__(self, file: Any, source: Path) -> None:
+        super().__init__(file)
+        self._source = source
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in ALLOWED_GLOBALS.get(module, ()):
+            raise HydraError(
+                f"{self._source} refers to {module}.{name}, which no checkpoint index needs: it is "
+                "not opened"
+            )
+        return super().find_class(module, name)
+
+
+def read_index(weights: str | os.PathLike[str]) -> Any:
+    """``weights/.metadata``, read with :data:`ALLOWED_GLOBALS` only.
+
+    Returns:
+        The ``torch.distributed.checkpoint.metadata.Metadata``.
+
+    Raises:
+        HydraError: the file is missing, broken, refers to anything else, or names a file outside
+            the folder.
+    """
+    path = Path(weights) / ".metadata"
+    try:
+        with open(path, "rb") as file:
+            index = _IndexUnpickler(file, path).load()
+        places = {info.relative_path for info in (index.storage_data or {}).values()}
+        dict(index.state_dict_metadata)
+    except FileNotFoundError:
+        raise HydraError(f"{path} is missing: {weights} is no dist_checkpointing folder") from None
+    except HydraError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise HydraError(f"{path} is damaged: {error}") from None
+    for name in sorted(places, key=str):
+        if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):
+            raise HydraError(f"{path} names {name!r}, which is not a file in {weights}")
+    return index
+
+
+def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """All three checks on a checkpoint folder; returns its manifest.
+
+    Raises:
+        HydraError: naming the file that was changed or must not be opened.
+    """
+    body = verify_manifest(folder)
+    weights = Path(folder) / WEIGHTS
+    index = read_index(weights)
+    _check_pickle(weights / "common.pt", (weights / "common.pt").read_bytes)
+    for place, info in (index.storage_data or {}).items():
+        if hasattr(index.state_dict_metadata.get(place.fqn), "size"):
+            continue  # a tensor: torch itself reads those with weights_only
+        _check_pickle(weights / info.relative_path, _slice_reader(weights, info))
+    return body
+
+
+def _slice_reader(weights: Path, info: Any) -> Any:
+    def read() -> bytes:
+        with open(weights / info.relative_path, "rb") as file:
+            file.seek(info.offset)
+            return file.read(info.length)
+
+    return read
+
+
+def _check_pickle(path: Path, read: Any) -> None:
+    try:
+        torch.load(io.BytesIO(read()), map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise HydraError(f"{path} is missing") from None
+    except Exception as error:  # a damaged or forged pickle raises nearly anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise HydraError(f"{path} holds more than plain data and is not opened: {reason}") from None

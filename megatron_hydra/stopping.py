@@ -1,0 +1,122 @@
+"""Stop requests: noted at once, acted upon at the next boundary by all ranks together.
+
+A request is a SIGTERM or SIGUSR1 to any rank, or the end of the job's time limit coming near. Training,
+selection and evaluation listen in the same way, save once, and leave with the same status.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+from megatron_hydra.errors import HydraError
+
+REQUEUE_EXIT_CODE = 85
+"""Exit status after a stop: the work is saved and wants to be started again."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+_SAME_REQUEST_SECONDS = 3.0
+"""A signal to a whole job reaches a rank twice: from the scheduler and through its launcher."""
+
+_listening: list[StopRequest] = []
+
+
+class Stopped(SystemExit):
+    """Raised where work that was asked to stop has saved what it has: ends the process with 85."""
+
+    def __init__(self) -> None:
+        super().__init__(REQUEUE_EXIT_CODE)
+
+
+class StopRequest:
+    """Listens for SIGTERM and SIGUSR1 while its block runs, and watches the clock.
+
+    The first signal sets :attr:`requested`; whoever runs the loop asks all ranks (one may have got
+    the signal alone) and saves. A second signal, seconds later, ends the process at once.
+
+    Args:
+        seconds_before_limit: act as if a signal came so long before the end of the SLURM job that
+            this process belongs to (:func:`job_end_time`); 0: leave that to the scheduler.
+    """
+
+    def __init__(self, seconds_before_limit: float = 0) -> None:
+        self._signalled = False
+        self._requested_at = 0.0
+        self._previous: dict[int, object] = {}
+        end = job_end_time() if seconds_before_limit > 0 else None
+        self._deadline = None if end is None else end - seconds_before_limit
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self._signalled or (self._deadline is not None and time.time() >= self._deadline)
+
+    @property
+    def reason(self) -> str:
+        """What asked for it."""
+        return "signal" if self._signalled else "time limit" if self.requested else ""
+
+    def __enter__(self) -> StopRequest:
+        for number in _SIGNALS:
+            self._previous[number] = signal.signal(number, self._on_signal)
+        _listening.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _listening.remove(self)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self._signalled:
+            if time.monotonic() - self._requested_at < _SAME_REQUEST_SECONDS:
+                return
+            os.write(sys.stderr.fileno(), f"second signal ({name}): leaving at once\n".encode())
+            os._exit(128 + number)
+        self._signalled = True
+        self._requested_at = time.monotonic()
+        os.write(sys.stderr.fileno(), f"{name}: saving at the next boundary\n".encode())
+
+
+def stop_requested() -> bool:
+    """Whether this process listens (inside a :class:`StopRequest` block) and was asked to stop."""
+    return any(request.requested for request in _listening)
+
+
+def leave_if_stopped() -> None:
+    """End the process with status 85 if it was asked to stop.
+
+    For places where everything done so far is on disk, in work that no other rank waits for.
+
+    Raises:
+        Stopped: it was.
+    """
+    if stop_requested():
+        print("stopped: the same command goes on from here", file=sys.stderr, flush=True)
+        raise Stopped
+
+
+def job_end_time() -> float | None:
+    """When the SLURM job of this process reaches its time limit, in seconds since the epoch.
+
+    Returns:
+        ``SLURM_JOB_END_TIME``, or ``None`` outside SLURM (or under one that does not tell).
+
+    Raises:
+        HydraError: the variable is set and is no number.
+    """
+    text = os.environ.get("SLURM_JOB_END_TIME", "")
+    if not text:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise HydraError(
+            f"SLURM_JOB_END_TIME is {text!r}: seconds since the epoch are wanted; unset it to run "
+            "without a time limit"
+        ) from None

@@ -1,0 +1,85 @@
+"""Model FLOPs of a training step: what the maths asks for, whatever the layout or recomputation.
+
+A multiplication and an addition count as two; a backward counts as two forwards. Norms, gates, rotary
+and the short convolution are left out (linear in the tokens, small beside the projections).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from megatron_hydra.checkpoint.canonical import canonical_shapes
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.config.run import Verb
+from megatron_hydra.data.batch import PackedBatch
+from megatron_hydra.model.head_flops import gated_delta_net_flops
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+_ATTENTION = ".self_attention."
+
+PEAK_TFLOPS = {
+    "H100": 989.0,
+    "H200": 989.0,
+    "H20": 148.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "A800": 312.0,
+}
+"""Dense bf16 matrix peak of a device by a part of its name, from the vendor's data sheets."""
+
+
+def attention_pairs(batches: Iterable[PackedBatch]) -> float:
+    """(query, key) pairs of causal attention inside documents; padding is a document, too."""
+    edges = (zip(b.cu_seqlens, b.cu_seqlens[1:], strict=False) for b in batches)
+    return float(sum((e - s) * (e - s + 1) // 2 for pairs in edges for s, e in pairs))
+
+
+def _matmul_weights(model: ModelConfig, attention_only: bool) -> float:
+    """Weights that multiply every token once; a tied embedding counts as the LM head."""
+    shapes = canonical_shapes(model)
+    total = 0
+    for key, shape in shapes.items():
+        is_table = key == _EMBEDDING and not model.tie_embeddings
+        is_convolution = ".conv" in key
+        if len(shape) < 2 or is_table or is_convolution:
+            continue
+        if not attention_only or _ATTENTION in key:
+            total += math.prod(shape)
+    return float(total)
+
+
+def forward_flops(
+    model: ModelConfig, tokens: float, pairs: float, *, attention_only: bool = False
+) -> float:
+    """One forward over ``tokens`` tokens whose documents hold ``pairs`` (query, key) pairs."""
+    all_heads = model.num_layers * model.num_query_heads
+    fa_heads = all_heads
+    if model.full_attention_heads is not None:
+        fa_heads = sum(len(layer) for layer in model.full_attention_heads)
+    recurrence = gated_delta_net_flops(1, model.head_dim) * (all_heads - fa_heads) * tokens
+    cores = 4.0 * model.head_dim * pairs * fa_heads + recurrence
+    return 2.0 * tokens * _matmul_weights(model, attention_only) + cores
+
+
+def step_flops(
+    verb: Verb, student: ModelConfig, teacher: ModelConfig | None, tokens: float, pairs: float
+) -> float:
+    """Model FLOPs of one optimizer step over all devices.
+
+    ``align`` runs the teacher (its LM head apart) and trains the student's attention; ``distill`` runs
+    the teacher and trains the student; the others train the student.
+    """
+    if teacher is None:
+        return 3 * forward_flops(student, tokens, pairs)
+    whole = forward_flops(teacher, tokens, pairs)
+    if verb == "align":
+        whole -= 2.0 * tokens * teacher.vocab_size * teacher.hidden_size
+        return whole + 3 * forward_flops(student, tokens, pairs, attention_only=True)
+    return whole + 3 * forward_flops(student, tokens, pairs)
+
+
+def peak_tflops(device_name: str) -> float:
+    """Entry of :data:`PEAK_TFLOPS` for a device, or 0 if it is unknown."""
+    matching = [name for name in PEAK_TFLOPS if name in device_name]
+    return PEAK_TFLOPS[max(matching, key=len)] if matching else 0.0

@@ -1,0 +1,114 @@
+"""What a run measures of itself: time by phase, memory, and the scales γ of its heads."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+
+from megatron_hydra.parallel import platform
+from megatron_hydra.parallel.world import World
+
+T = TypeVar("T")
+
+PHASES = ("data", "forward_backward", "optimizer", "save")
+
+
+class PhaseTimers:
+    """Seconds that this rank spent in each phase of its steps since the last :meth:`take`.
+
+    Nothing waits for the device to measure it: ``forward_backward`` ends where the host reads the
+    gradient norm, and with it is done; what the optimizer's kernels take beyond their launch shows in
+    the next step's ``forward_backward``.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure the block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - start
+
+    def over(self, name: str, items: Iterable[T]) -> Iterator[T]:
+        """``items``, with the time that getting each of them takes measured."""
+        iterator = iter(items)
+        while True:
+            with self.phase(name):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
+
+    def take(self) -> list[float]:
+        """Seconds in the order of :data:`PHASES`; counting starts again."""
+        seconds = [self._seconds[name] for name in PHASES]
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        return seconds
+
+
+def peak_memory_bytes() -> int:
+    """Most memory that this process had allocated so far: on its GPU, or resident without one."""
+    if platform.device().type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def slowest(timers: PhaseTimers) -> dict[str, float]:
+    """Phases and peak memory, each on the rank where it is largest. Collective."""
+    local = [*timers.take(), float(peak_memory_bytes())]
+    most = torch.tensor(local, dtype=torch.float64, device=platform.device())
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return dict(zip((*PHASES, "memory"), most.tolist(), strict=True))
+
+
+def gamma_by_layer(
+    chunks: list[GPTModel], world: World, num_layers: int
+) -> dict[str, list[float | None]]:
+    """Mean scale γ of the FA and of the GDN heads of every layer. Collective.
+
+    Returns:
+        ``gamma_fa`` and ``gamma_gdn``, one number a layer (``None``: no such head there); empty for
+        a model without γ.
+    """
+    # [layer, branch, (sum, count)]; every head counts once: on one replica, and where it is held.
+    totals = torch.zeros(num_layers, 2, 2, dtype=torch.float64, device=platform.device())
+    if world.dp_rank == 0 and world.cp_rank == 0:
+        for chunk in chunks:
+            for layer in chunk.decoder.layers:
+                _add_gamma(totals[layer.layer_number - 1], layer.self_attention, world)
+    dist.all_reduce(totals)
+    if not totals[..., 1].any():
+        return {}
+    means = [
+        [total / count if count else None for total, count in branch]
+        for branch in totals.transpose(0, 1).tolist()
+    ]
+    return {"gamma_fa": means[0], "gamma_gdn": means[1]}
+
+
+@torch.no_grad()
+def _add_gamma(total: torch.Tensor, attention: torch.nn.Module, world: World) -> None:
+    heads: Any = getattr(attention, "heads", None)
+    gamma = getattr(attention, "gamma", None)
+    if gamma is not None:
+        for branch, part in ((0, gamma[: len(heads.fa)]), (1, gamma[len(heads.fa) :])):
+            count = len(heads.gdn) if branch else len(heads.fa)
+            total[branch, 0] += part[:count].double().sum()
+            total[branch, 1] += count
+    replicated = getattr(attention, "fa_gamma", None)
+    if replicated is not None and world.tp_rank == 0:
+        total[0, 0] += replicated.double().sum()
+        total[0, 1] += replicated.numel()

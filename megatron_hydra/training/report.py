@@ -1,0 +1,93 @@
+"""The entry that a step leaves in the metrics."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.config.run import RunConfig
+from megatron_hydra.parallel import platform
+from megatron_hydra.parallel.world import World
+from megatron_hydra.training.checkpoint import Progress
+from megatron_hydra.training.flops import peak_tflops, step_flops
+from megatron_hydra.training.observe import PHASES, PhaseTimers, gamma_by_layer, slowest
+from megatron_hydra.training.step import StepResult, Trainee
+from megatron_hydra.transfer.verb import inner_model
+
+
+class StepReport:
+    """Collects over the steps between two entries.
+
+    Args:
+        model, teacher: what is trained and what it learns from.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        trainee: Trainee,
+        model: ModelConfig,
+        teacher: ModelConfig | None,
+    ) -> None:
+        self._config, self._world, self._trainee = config, world, trainee
+        self._model, self._teacher = model, teacher
+        self._steps, self._tokens, self._flops = 0, 0, 0.0
+        self._clock = time.perf_counter()
+        self._peak = config.logging.peak_tflops
+        if not self._peak and platform.device().type == "cuda":
+            self._peak = peak_tflops(torch.cuda.get_device_name())
+
+    def entry(
+        self, result: StepResult, progress: Progress, timers: PhaseTimers
+    ) -> dict[str, Any] | None:
+        """The entry of a step that is to be logged, else ``None``. Collective."""
+        config, step = self._config, progress.step
+        tokens = config.batch.global_batch_size * config.data.sequence_length
+        self._steps += 1
+        self._tokens += tokens
+        self._flops += step_flops(
+            config.verb, self._model, self._teacher, tokens, result.attention_pairs
+        )
+        is_last = step == config.schedule.steps
+        if step % config.logging.interval and not is_last:
+            return None
+        entry = {
+            "step": step,
+            "tokens": progress.tokens,
+            **self._trainee.verb.metrics(result.means),
+            "loss_tokens": result.num_loss_tokens,
+            "grad_norm": result.grad_norm,
+            "lr": self._trainee.optimizer.param_groups[0]["lr"],
+            **self._speed(timers),
+        }
+        every = config.logging.gamma_interval
+        if every and (step % every == 0 or is_last):
+            chunks = [inner_model(chunk) for chunk in self._trainee.chunks]
+            entry |= gamma_by_layer(chunks, self._world, self._model.num_layers)
+        skipped = self._trainee.faults.skipped
+        if skipped:
+            entry["skipped_steps"] = skipped
+        if result.fault:
+            entry |= {"skipped": True, "fault": result.fault}
+        return entry
+
+    def _speed(self, timers: PhaseTimers) -> dict[str, Any]:
+        """Throughput since the last entry, seconds a step by phase, memory."""
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        tflops = self._flops / seconds / self._world.size / 1e12
+        most = slowest(timers)
+        entry: dict[str, Any] = {
+            "tokens_per_s": round(self._tokens / seconds, 1),
+            "model_tflops": round(tflops, 6),
+            "seconds": {name: round(most[name] / self._steps, 6) for name in PHASES},
+            "memory_gb": round(most["memory"] / 1e9, 4),
+        }
+        if self._peak:
+            entry["mfu"] = round(tflops / self._peak, 6)
+        self._steps, self._tokens, self._flops = 0, 0, 0.0
+        return entry

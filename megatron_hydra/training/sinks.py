@@ -1,0 +1,160 @@
+"""Where metrics go: one interface, and JSON lines, TensorBoard and Weights & Biases behind it."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_hydra.config.run import LoggingConfig
+from megatron_hydra.errors import HydraError
+
+
+class Sink(abc.ABC):
+    """Takes one entry a step: ``step``, and numbers, lists of numbers (one a layer), texts."""
+
+    @abc.abstractmethod
+    def write(self, entry: dict[str, Any]) -> None:
+        """Record one step."""
+
+    def sync(self) -> None:  # noqa: B027  (most have nothing to do)
+        """Make everything written so far durable (called before a checkpoint counts)."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Flush and close."""
+
+
+class JsonLines(Sink):
+    """One JSON object a line.
+
+    Raises:
+        HydraError: the file cannot be written (from every method).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: OSError) -> HydraError:
+        return HydraError(f"{self._path} cannot be written: {error}")
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """See :meth:`Sink.write`."""
+        try:
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def sync(self) -> None:
+        """See :meth:`Sink.sync`."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def close(self) -> None:
+        """See :meth:`Sink.close`."""
+        if not self._file.closed:
+            try:
+                self._file.close()
+            except OSError as error:
+                raise self._failure(error) from None
+
+
+class TensorBoard(Sink):
+    """Scalars; a list becomes one series an index.
+
+    Raises:
+        HydraError: the package is not installed.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise HydraError(
+                "logging.tensorboard is true, but tensorboard is not installed: pip install "
+                "tensorboard, or set logging.tensorboard=false"
+            ) from None
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """See :meth:`Sink.write`."""
+        for name, value in scalars(entry).items():
+            self._writer.add_scalar(name, value, entry["step"])
+
+    def close(self) -> None:
+        """See :meth:`Sink.close`."""
+        self._writer.close()
+
+
+class WeightsAndBiases(Sink):
+    """A W&B run, kept in the run's folder; ``offline`` sends nothing (``wandb sync`` does, later).
+
+    The run's id follows from its folder, so that a resumed run goes on in the same one. The API key is
+    W&B's own business (its login or WANDB_API_KEY); it is in no config and no log of ours.
+
+    Raises:
+        HydraError: the package is not installed, or refuses to start.
+    """
+
+    def __init__(
+        self, output: Path, config: LoggingConfig, title: str, run_config: dict[str, Any]
+    ) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise HydraError(
+                f"logging.wandb is {config.wandb!r}, but wandb is not installed: pip install wandb, "
+                "or set logging.wandb=none"
+            ) from None
+        try:
+            self._run = wandb.init(
+                project=config.wandb_project,
+                name=f"{title} {output.name}".strip(),
+                id=hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16],
+                dir=str(output),
+                mode=config.wandb,
+                resume="allow",
+                config=run_config,
+            )
+        except Exception as error:  # its own error classes, depending on the version
+            raise HydraError(
+                f"logging.wandb is {config.wandb!r}, but wandb does not start: {error}; "
+                "logging.wandb=offline needs no network and no login"
+            ) from None
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """See :meth:`Sink.write`."""
+        self._run.log(scalars(entry) | {"step": entry["step"]})
+
+    def close(self) -> None:
+        """See :meth:`Sink.close`."""
+        self._run.finish()
+
+
+def scalars(entry: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an entry; a list becomes ``name/00 …`` (a layer each), a dict ``name/key``."""
+    found: dict[str, float] = {}
+    for name, value in entry.items():
+        if isinstance(value, list):
+            parts = {f"{name}/{i:02d}": v for i, v in enumerate(value)}
+        elif isinstance(value, dict):
+            parts = {f"{name}/{key}": v for key, v in value.items()}
+        else:
+            parts = {} if name == "step" else {name: value}
+        found |= {key: v for key, v in parts.items() if _is_number(v)}
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
