@@ -61,7 +61,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first")
     parser.add_argument("--characters", type=int, default=400, help="shown of each document")
     parser.add_argument("--steps", type=int, default=0, help="report what so many steps read")
-    parser.add_argument("--histogram", metavar="PNG", help="write a histogram of lengths")
+    parser.add_argument("--histogram", metavar="PNG", help="write a histogram of "
+                        "lengths; of several parts, to PNG-0, PNG-1, ...")  # fmt: skip
     parser.add_argument("--duplicates", action="store_true", help="count exact duplicates")
     parser.add_argument("--most", type=int, default=10_000_000, help="documents compared (10^7)")
     parser.add_argument("--verify", action="store_true", help="compare SHA-256 with the manifest")
@@ -103,7 +104,15 @@ def _verify(prefix: str) -> None:
     print(f"{prefix}: SHA-256 of .bin and .idx are right")
 
 
-def _describe_source(source: IndexedSource, given: argparse.Namespace, length: int) -> None:
+def _picture(path: str, number: int, sources: int) -> str:
+    """Where the histogram of one of several parts goes."""
+    stem, suffix = os.path.splitext(path)
+    return path if sources == 1 else f"{stem}-{number}{suffix}"
+
+
+def _describe_source(
+    source: IndexedSource, given: argparse.Namespace, length: int, picture: str
+) -> None:
     _, lengths = source.documents.document_spans()
     report = source.description["report"]
     print(
@@ -118,8 +127,8 @@ def _describe_source(source: IndexedSource, given: argparse.Namespace, length: i
             f"  duplicates: {count:,} documents, {tokens:,} tokens{': ' + shown if shown else ''}"
         )
     if given.histogram:
-        plot_lengths(lengths, length, source.name, given.histogram)
-        print(f"  histogram: {given.histogram}")
+        plot_lengths(lengths, length, source.name, picture)
+        print(f"  histogram: {picture}")
     if given.verify:
         _verify(source.name)
 
@@ -131,9 +140,10 @@ def main(arguments: list[str] | None = None) -> int:
     tokenizer = load_tokenizer(_tokenizer_name(data))
     size = len(tokenizer)
     stream = PackedStream(data, batch, dp_rank=0, dp_size=1, vocab_size=size, tokenizer=tokenizer)
-    for source in stream.sources:
-        if isinstance(source, IndexedSource):
-            _describe_source(source, given, data.sequence_length)
+    indexed = [source for source in stream.sources if isinstance(source, IndexedSource)]
+    for number, source in enumerate(indexed):
+        picture = _picture(given.histogram or "", number, len(indexed))
+        _describe_source(source, given, data.sequence_length, picture)
     if given.steps:
         print(f"{given.steps:,} steps of {stream.tokens_per_step:,} tokens read:")
         for name, numbers in stream.plan(given.steps).items():

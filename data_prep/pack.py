@@ -17,6 +17,7 @@ from megatron_hydra.config.run import DataConfig, SourceConfig  # noqa: E402
 from megatron_hydra.data.indexed import IndexedDocuments  # noqa: E402
 from megatron_hydra.data.inspection import load_data_sections  # noqa: E402
 from megatron_hydra.data.pack_index import pack_index  # noqa: E402
+from megatron_hydra.data.packing import upsample_factors  # noqa: E402
 from megatron_hydra.errors import HydraError, command  # noqa: E402
 
 DESCRIPTION = """\
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
             sequence_length=data.sequence_length,
             packing=data.packing,
             seed=data.seed,
-            upsampling={int(k): float(v) for k, v in part.upsample.items()},
+            upsampling=upsample_factors(part.upsample, part.path),
             cache_dir=data.cache_dir,
         )
         print(f"{part.path}: {_line(description['report'])}", flush=True)

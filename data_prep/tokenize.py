@@ -13,7 +13,8 @@ sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
 import argparse  # noqa: E402
 
 from megatron_hydra.data.corpus import CorpusConfig  # noqa: E402
-from megatron_hydra.data.tokenization import TokenizeConfig, tokenize  # noqa: E402
+from megatron_hydra.data.tokenization import tokenize  # noqa: E402
+from megatron_hydra.data.tokenize_config import TokenizeConfig  # noqa: E402
 from megatron_hydra.errors import HydraError, command  # noqa: E402
 
 DESCRIPTION = """\
@@ -64,7 +65,7 @@ def parse(arguments: list[str] | None = None) -> TokenizeConfig:
     hub = parser.add_argument_group("with --dataset")
     hub.add_argument("--config", metavar="NAME", help="configuration of the data set")
     hub.add_argument("--split", default="train", help="default: train")
-    hub.add_argument("--revision", metavar="COMMIT", help="git revision; recorded")
+    hub.add_argument("--revision", metavar="COMMIT", help="git revision; its commit is recorded")
     hub.add_argument("--streaming", action="store_true", help="do not keep the data set on disk")
     ids = parser.add_argument_group("tokens")
     ids.add_argument("--tokenizer", required=True, metavar="NAME", help="folder or Hub name")
@@ -74,7 +75,9 @@ def parse(arguments: list[str] | None = None) -> TokenizeConfig:
     ids.add_argument("--no-eod", action="store_true", help="do not end documents with a token")
     ids.add_argument("--no-special-tokens", action="store_true", help="leave out BOS and the like")
     ids.add_argument("--exact", action="store_true", help="never use the fast path (slower)")
-    ids.add_argument("--max-tokens", type=float, default=0, metavar="N", help="e.g. 5e9")
+    ids.add_argument(
+        "--max-tokens", type=float, default=0, metavar="N", help="e.g. 5e9; of each shard"
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--output", required=True, metavar="PREFIX", help="folder/name of the files")
     run.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")

@@ -51,21 +51,29 @@ def _apply(tokenizer: Any, messages: list[Any], reply: bool) -> str:
 
 
 def _span(tokenizer: Any, text: str, messages: list[Any], number: int) -> tuple[int, int]:
-    """Characters of message ``number``, its closing special token included."""
+    """Characters of message ``number``, its closing special token included.
+
+    The turn goes up to the first special token behind the prompt, if the text of the message lies
+    before that. Only the *last* place where the text occurs counts: a short answer such as "k" also
+    occurs in the "<think>" that a template puts before it.
+    """
     before = _apply(tokenizer, messages[:number], reply=True) if number else ""
     if not text.startswith(before):
         raise ChatError(f"the chat template renders what precedes message {number} differently")
+    begin = len(before)
     content = messages[number]["content"].strip()
-    at = text.find(content, len(before))
-    if at < 0:
-        content = content.rsplit("</think>", 1)[-1].strip()
-        at = text.find(content, len(before))
-    if at < 0:
-        raise ChatError(f"the chat template changes the text of message {number}")
-    end = at + len(content)
-    closing = "|".join(re.escape(token) for token in tokenizer.all_special_tokens)
-    match = re.compile(rf"\s*(?:{closing})").match(text, end) if closing else None
-    return len(before), match.end() if match else end
+    candidates = content, content.rsplit("</think>", 1)[-1].strip()
+    tokens = "|".join(re.escape(token) for token in tokenizer.all_special_tokens)
+    closing = re.compile(tokens).search(text, begin) if tokens else None
+    if closing and any(text.rfind(c, begin, closing.start()) >= 0 for c in candidates):
+        return begin, closing.end()
+    for candidate in candidates:  # no special token closes a turn, or the text itself holds one
+        at = text.find(candidate, begin)
+        if at >= 0:
+            end = at + len(candidate)
+            match = re.compile(rf"\s*(?:{tokens})").match(text, end) if tokens else None
+            return begin, match.end() if match else end
+    raise ChatError(f"the chat template changes the text of message {number}")
 
 
 def encode_chat(tokenizer: Any, messages: list[Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import io
-import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_hydra.data.manifest import file_probe
 from megatron_hydra.errors import HydraError
 
 Format = Literal["jsonl", "parquet", "arrow", "text", "lines"]
@@ -30,8 +28,7 @@ _SUFFIXES: dict[str, Format] = {
     ".text": "text",
     ".md": "text",
 }
-_COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
-_READ_ROWS = 512
+COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +43,8 @@ class CorpusConfig:
         chat: rows are conversations.
         hub: ``inputs`` is a data set for ``datasets.load_dataset``.
         config_name, split, revision: its configuration, split and git revision.
+        commits: the git commit of each of ``inputs``, once
+            :func:`megatron_hydra.data.hub.pin_revisions` has looked it up.
         streaming: read it file by file from the Hub without keeping it on disk.
         unit_bytes: size of a unit of a JSONL or lines file, in bytes; about so much of an Arrow
             file, too.
@@ -59,6 +58,7 @@ class CorpusConfig:
     config_name: str | None = None
     split: str = "train"
     revision: str | None = None
+    commits: tuple[str | None, ...] = ()
     streaming: bool = False
     unit_bytes: int = 8 << 20
 
@@ -103,7 +103,9 @@ def plan_units(corpus: CorpusConfig) -> list[Unit]:
         HydraError: an input is missing, empty, or of no known format.
     """
     if corpus.hub:
-        return _hub_units(corpus)
+        from megatron_hydra.data.hub import hub_units
+
+        return hub_units(corpus)
     units: list[Unit] = []
     for path in _expand(corpus.inputs):
         if os.path.getsize(path) == 0:
@@ -113,14 +115,22 @@ def plan_units(corpus: CorpusConfig) -> list[Unit]:
 
 
 def input_identity(corpus: CorpusConfig) -> list[dict[str, Any]]:
-    """Names and sizes of the inputs, for the manifest; a Hub data set by name and revision."""
+    """What tells the inputs from others, for the manifest.
+
+    A file goes by name, size and a hash of 64 blocks; a Hub data set by name and commit (the
+    revision that was asked for, if the commit could not be looked up).
+    """
     if corpus.hub:
-        keys = ("config_name", "split", "revision", "streaming")
+        fixed = {k: getattr(corpus, k) for k in ("config_name", "split", "streaming")}
+        commits = corpus.commits or (corpus.revision,) * len(corpus.inputs)
         return [
-            {"dataset": name, **{k: getattr(corpus, k) for k in keys}} for name in corpus.inputs
+            {"dataset": name, "revision": commit, **fixed}
+            for name, commit in zip(corpus.inputs, commits, strict=True)
         ]
-    paths = _expand(corpus.inputs)
-    return [{"file": os.path.basename(p), "bytes": os.path.getsize(p)} for p in paths]
+    return [
+        {"file": os.path.basename(p), "bytes": os.path.getsize(p), "probe": file_probe(p)}
+        for p in _expand(corpus.inputs)
+    ]
 
 
 def _expand(inputs: tuple[str, ...]) -> list[str]:
@@ -128,7 +138,7 @@ def _expand(inputs: tuple[str, ...]) -> list[str]:
     paths: list[str] = []
     for name in inputs:
         if os.path.isdir(name):
-            found = sorted(str(p) for p in Path(name).rglob("*") if _format_of(str(p)) is not None)
+            found = sorted(str(p) for p in Path(name).rglob("*") if format_of(str(p)) is not None)
             found = [p for p in found if not os.path.basename(p).startswith((".", "dataset_info"))]
             found = [p for p in found if os.path.basename(p) != "state.json"]
         elif glob.has_magic(name) and not os.path.exists(name):
@@ -144,19 +154,20 @@ def _expand(inputs: tuple[str, ...]) -> list[str]:
     return paths
 
 
-def _format_of(path: str) -> Format | None:
+def format_of(path: str) -> Format | None:
+    """The format that a file's suffix stands for."""
     stem, suffix = os.path.splitext(path)
-    if suffix in _COMPRESSED:
+    if suffix in COMPRESSED:
         suffix = os.path.splitext(stem)[1]
     return _SUFFIXES.get(suffix)
 
 
 def _file_units(path: str, corpus: CorpusConfig) -> list[Unit]:
-    kind = corpus.format or _format_of(path)
+    kind = corpus.format or format_of(path)
     size = os.path.getsize(path)
     if kind is None:
         raise HydraError(f"{path}: unknown suffix; say what it is with --format")
-    if path.endswith(_COMPRESSED) and kind in ("jsonl", "lines"):
+    if path.endswith(COMPRESSED) and kind in ("jsonl", "lines"):
         return [Unit(path, "compressed", 0, size, size)]
     if kind == "text":
         return [Unit(path, "text", 0, size, size)]
@@ -165,7 +176,7 @@ def _file_units(path: str, corpus: CorpusConfig) -> list[Unit]:
         ends = [min(start + corpus.unit_bytes, size) for start in starts]
         return [Unit(path, kind, a, b, b - a) for a, b in zip(starts, ends, strict=True)]
     try:
-        return _parquet_units(path) if kind == "parquet" else _arrow_units(path, corpus)
+        return _parquet_units(path) if kind == "parquet" else arrow_units(path, corpus)
     except (OSError, ValueError) as error:
         raise HydraError(f"{path}: cannot be opened as {kind}: {error}") from error
 
@@ -178,7 +189,8 @@ def _parquet_units(path: str) -> list[Unit]:
     return [Unit(path, "parquet", i, i + 1, size) for i, size in enumerate(sizes)]
 
 
-def _arrow_units(path: str, corpus: CorpusConfig) -> list[Unit]:
+def arrow_units(path: str, corpus: CorpusConfig) -> list[Unit]:
+    """Units of an Arrow file."""
     from datasets import Dataset
 
     rows = len(Dataset.from_file(path))
@@ -186,148 +198,3 @@ def _arrow_units(path: str, corpus: CorpusConfig) -> list[Unit]:
     step = max(1, rows * corpus.unit_bytes // max(size, 1))
     spans = [(a, min(a + step, rows)) for a in range(0, rows, step)]
     return [Unit(path, "arrow", a, b, size * (b - a) // rows) for a, b in spans]
-
-
-def _load_hub(corpus: CorpusConfig, name: str, streaming: bool) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset(
-            name,
-            corpus.config_name,
-            split=corpus.split,
-            revision=corpus.revision,
-            streaming=streaming,
-        )
-    except Exception as error:  # datasets raises many types; the reader needs the name
-        raise HydraError(f"--dataset {name}: cannot load it: {error}") from error
-
-
-def _hub_units(corpus: CorpusConfig) -> list[Unit]:
-    units: list[Unit] = []
-    for name in corpus.inputs:
-        data = _load_hub(corpus, name, corpus.streaming)
-        if corpus.streaming:
-            units += [Unit(name, "stream", i, data.num_shards, 1) for i in range(data.num_shards)]
-        else:
-            for file in data.cache_files:
-                units += _arrow_units(file["filename"], corpus)
-    return units
-
-
-def read_unit(unit: Unit, corpus: CorpusConfig) -> Iterator[Row]:
-    """The rows of one unit, in order; unreadable rows carry their error."""
-    if unit.kind in ("jsonl", "lines"):
-        kind = corpus.format or unit.kind
-        yield from _lines_of_range(unit, kind, corpus)
-    elif unit.kind == "compressed":
-        kind = corpus.format or _format_of(unit.path) or "jsonl"
-        yield from _compressed_rows(unit, kind, corpus)
-    elif unit.kind == "text":
-        yield _text_row(unit.path)
-    else:
-        yield from _table_rows(unit, corpus)
-
-
-def _lines_of_range(unit: Unit, kind: str, corpus: CorpusConfig) -> Iterator[Row]:
-    """Lines that begin in [begin, end)."""
-    with open(unit.path, "rb") as stream:
-        position = unit.begin
-        if position:
-            stream.seek(position - 1)
-            position += len(stream.readline()) - 1
-        else:
-            stream.seek(0)
-        while position < unit.end:
-            line = stream.readline()
-            if not line:
-                return
-            if line.strip():
-                yield _parse_line(line, f"{unit.path}, byte {position:,}", kind, corpus)
-            position += len(line)
-
-
-def _compressed_rows(unit: Unit, kind: str, corpus: CorpusConfig) -> Iterator[Row]:
-    import pyarrow as pa
-
-    with pa.input_stream(unit.path, compression="detect") as raw:
-        try:
-            for number, line in enumerate(io.BufferedReader(raw, 1 << 20), start=1):
-                if line.strip():
-                    yield _parse_line(line, f"{unit.path}, line {number:,}", kind, corpus)
-        except OSError as error:
-            raise HydraError(f"{unit.path}: cannot be decompressed: {error}") from error
-
-
-def _parse_line(line: bytes, where: str, kind: str, corpus: CorpusConfig) -> Row:
-    try:
-        text = line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
-        if kind == "lines":
-            return Row(where, text.rstrip("\r\n"))
-        body = json.loads(text)
-    except UnicodeDecodeError as error:
-        return Row(where, None, f"not UTF-8 ({error.reason} at byte {error.start} of the line)")
-    except ValueError as error:
-        return Row(where, None, f"not JSON ({error})")
-    if not isinstance(body, dict):
-        return Row(where, None, f"not a JSON object but {type(body).__name__}")
-    return _row(where, body.get(corpus.column), corpus)
-
-
-def _text_row(path: str) -> Row:
-    import pyarrow as pa
-
-    compression = "detect" if path.endswith(_COMPRESSED) else None
-    try:
-        with pa.input_stream(path, compression=compression) as stream:
-            return Row(path, stream.read().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return Row(path, None, f"not UTF-8 ({error.reason} at byte {error.start:,})")
-    except OSError as error:
-        raise HydraError(f"{path}: cannot be read: {error}") from error
-
-
-def _table_rows(unit: Unit, corpus: CorpusConfig) -> Iterator[Row]:
-    """Rows of Parquet, Arrow and streamed data."""
-    column = corpus.column
-    if unit.kind == "parquet":
-        import pyarrow.parquet
-
-        table = pyarrow.parquet.ParquetFile(unit.path)
-        if column not in table.schema_arrow.names:
-            raise HydraError(_no_column(unit.path, column, table.schema_arrow.names))
-        batches = table.iter_batches(_READ_ROWS, row_groups=[unit.begin], columns=[column])
-        values = (value for batch in batches for value in batch.column(0).to_pylist())
-        first, name = 0, f"{unit.path}, row group {unit.begin}, row"
-    elif unit.kind == "arrow":
-        from datasets import Dataset
-
-        data = Dataset.from_file(unit.path)
-        if column not in data.column_names:
-            raise HydraError(_no_column(unit.path, column, data.column_names))
-        blocks = (
-            data[start : min(start + _READ_ROWS, unit.end)][column]
-            for start in range(unit.begin, unit.end, _READ_ROWS)
-        )
-        values = (value for block in blocks for value in block)
-        first, name = unit.begin, f"{unit.path}, row"
-    else:
-        data = _load_hub(corpus, unit.path, streaming=True)
-        shard = data.shard(num_shards=unit.end, index=unit.begin)
-        values = (row.get(column) for row in shard)
-        first, name = 0, f"{unit.path}, shard {unit.begin}, row"
-    for number, value in enumerate(values, start=first):
-        yield _row(f"{name} {number:,}", value, corpus)
-
-
-def _no_column(path: str, column: str, names: list[str]) -> str:
-    return f"{path} has no column {column!r}; it has {', '.join(names)}; use --column"
-
-
-def _row(where: str, value: Any, corpus: CorpusConfig) -> Row:
-    wanted = list if corpus.chat else str
-    if isinstance(value, wanted):
-        return Row(where, value)
-    found = "missing" if value is None else f"a {type(value).__name__}"
-    kind = "a list of messages" if corpus.chat else "a string"
-    return Row(where, None, f"field {corpus.column!r} is {found}, not {kind}")

@@ -43,7 +43,9 @@ class IndexedDocuments:
     """A ``.bin/.idx`` pair opened for reading, whole and consistent or not at all.
 
     Opening costs the same for ten documents and for ten million: sizes and the two ends of the
-    index are checked, the rest is mapped. Tokens are read through Megatron-Core's IndexedDataset.
+    index are checked, the rest is mapped. The index is Megatron-Core's IndexedDataset; tokens are
+    read from the file and not mapped, so that the memory of a run does not grow with what it has
+    read, and a file that is cut off under a running job is an error and not a SIGBUS.
 
     Attributes:
         prefix: path without suffix.
@@ -92,6 +94,7 @@ class IndexedDocuments:
                 "prepare it again"
             )
         self.num_tokens = actual // self.itemsize
+        self._tokens = open(prefix + ".bin", "rb", buffering=0)  # noqa: SIM115
         self.learned_spans = self.manifest is not None and self.manifest.loss == "answers"
         if self.learned_spans and not has_modes:
             raise HydraError(f"{prefix}.json says loss=answers, but {prefix}.idx has no modes")
@@ -136,8 +139,24 @@ class IndexedDocuments:
         return offsets[:-1], np.diff(offsets)
 
     def read_raw(self, offset: int, length: int) -> np.ndarray:
-        """``length`` tokens from token ``offset`` on, as they are stored (a view of the file)."""
-        return self._dataset.bin_reader.read(self.dtype, length, offset * self.itemsize)
+        """``length`` tokens from token ``offset`` on, as they are stored.
+
+        Raises:
+            HydraError: the file ends before them.
+        """
+        wanted, blocks = length * self.itemsize, []
+        begin = offset * self.itemsize
+        while wanted:
+            block = os.pread(self._tokens.fileno(), wanted, begin)
+            if not block:
+                raise HydraError(
+                    f"{self.prefix}.bin ends at byte {begin:,}, though it was whole when it was "
+                    "opened; was it written to since?"
+                )
+            blocks.append(block)
+            begin += len(block)
+            wanted -= len(block)
+        return np.frombuffer(b"".join(blocks), dtype=self.dtype)
 
     def read(self, offset: int, length: int) -> np.ndarray:
         """``length`` tokens from token ``offset`` on, as int64 ``[length]``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import glob
 import hashlib
 import os
@@ -16,7 +17,7 @@ import numpy as np
 from megatron_hydra.data.indexed import IndexedDocuments, write_index
 from megatron_hydra.data.manifest import FileRecord, Manifest, file_record
 from megatron_hydra.data.parts import Counts, publish
-from megatron_hydra.data.tokenization import shard_prefix
+from megatron_hydra.data.tokenize_config import shard_prefix
 from megatron_hydra.errors import HydraError
 
 _COPY_BYTES = 16 << 20
@@ -60,8 +61,8 @@ def merge(prefixes: list[str], output: str, *, force: bool = False) -> Manifest:
         force: replace an existing output.
 
     Raises:
-        HydraError: an input is damaged, or was made with another tokenizer or loss; or the output
-            exists.
+        HydraError: an input is damaged, or was made with another tokenizer or loss; the output
+            exists; or the disk is full.
     """
     existing = [output + s for s in (".bin", ".idx", ".json") if os.path.exists(output + s)]
     if existing and not force:
@@ -70,8 +71,8 @@ def merge(prefixes: list[str], output: str, *, force: bool = False) -> Manifest:
     manifests = [_manifest_of(documents, inputs[0]) for documents in inputs]
     work = Path(output + ".merge")
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
     try:
+        work.mkdir(parents=True)
         bin_record = _join_tokens(prefixes, manifests, work / "all.bin")
         idx_record = _join_indices(inputs, work / "all.idx")
         counts = Counts()
@@ -87,6 +88,12 @@ def merge(prefixes: list[str], output: str, *, force: bool = False) -> Manifest:
         )
         merged.save(work / "manifest.json")
         publish(work, output)
+    except OSError as error:
+        full = "the disk is full; " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise HydraError(
+            f"cannot write {output}: {full}{error}; the inputs are untouched: run the same "
+            "command again once this is mended"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return merged
@@ -118,7 +125,8 @@ def _joint_source(prefixes: list[str], manifests: list[Manifest]) -> dict[str, A
     ]
     order = [m.source.get("shard", {}) for m in manifests]
     wanted = [{"index": index, "count": len(manifests)} for index in range(len(manifests))]
-    if order == wanted and all(source == bare[0] for source in bare):
+    limited = any(m.source.get("max_tokens") for m in manifests)  # then each shard was cut short
+    if order == wanted and not limited and all(source == bare[0] for source in bare):
         return bare[0]
     parts = zip(prefixes, manifests, strict=True)
     return {

@@ -64,6 +64,8 @@ def pack_index(
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:24]
     root = Path(cache_dir) if cache_dir else Path(source.prefix).parent / ".packs"
     folder = root / f"{Path(source.prefix).name}-{sequence_length}-{packing}-{key}"
+    if (folder / "pack.json").exists():  # renamed into place whole; also on a read-only disk
+        return _load(folder, sequence_length)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f".{folder.name}.lock"):
@@ -133,7 +135,8 @@ def pack_source(
         report["documents_repeated"] = int((times > 1).sum())
         report["documents_dropped"] = int(((times == 0) & (lengths > 0)).sum())
         offsets, lengths = offsets[chosen], lengths[chosen]
-    packs = pack_documents(offsets, lengths, sequence_length, packing, seed, source.prefix)
+    name = f"{source.prefix}.bin"
+    packs = pack_documents(offsets, lengths, sequence_length, packing, seed, name)
     report["documents_per_epoch"] = int((lengths > 0).sum())
     report["tokens_per_epoch"] = int(lengths.sum())
     report["pieces"] = len(packs.offsets)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -193,6 +193,28 @@ class _FreeBins:
         self._bins[room].append(bins)
 
 
+def upsample_factors(given: dict[Any, Any], name: str) -> dict[int, float]:
+    """``data.blend[].upsample`` with its types checked: smallest length of a bucket → factor.
+
+    Raises:
+        HydraError: a key is no whole number ≥ 0, or a factor no number ≥ 0.
+    """
+    factors: dict[int, float] = {}
+    try:
+        for minimum, factor in given.items():
+            factors[int(minimum)] = float(factor)
+            if float(minimum) != int(minimum) or int(minimum) < 0:
+                raise ValueError
+            if not 0 <= float(factor) < float("inf"):
+                raise ValueError
+    except (TypeError, ValueError) as error:
+        raise HydraError(
+            f"{name}: upsample {given} needs lengths in tokens (whole numbers >= 0) and factors "
+            ">= 0, as in {0: 0.5, 32768: 2}"
+        ) from error
+    return factors
+
+
 def upsample(lengths: np.ndarray, factors: dict[int, float], seed: int, name: str) -> np.ndarray:
     """Which documents an epoch holds when length buckets are weighted.
 
@@ -209,12 +231,11 @@ def upsample(lengths: np.ndarray, factors: dict[int, float], seed: int, name: st
         Document numbers with repeats, int64.
 
     Raises:
-        HydraError: a factor is negative or not a number, or nothing is left.
+        HydraError: factors make no sense, or nothing is left.
     """
+    factors = upsample_factors(factors, name)
     minimums = sorted(factors)
     values = np.array([1.0, *(factors[m] for m in minimums)])
-    if not np.isfinite(values).all() or (values < 0).any() or (minimums and minimums[0] < 0):
-        raise HydraError(f"{name}: upsample {factors} needs lengths ≥ 0 and factors ≥ 0")
     factor = values[np.searchsorted(np.array(minimums), lengths, side="right")]
     whole = np.floor(factor)
     extra = np.random.Generator(np.random.PCG64(seed)).random(len(lengths)) < factor - whole

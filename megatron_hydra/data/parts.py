@@ -106,9 +106,11 @@ class PartWriter:
         self._stream.close()
         self.counts.documents = len(self._columns["doc"])
         self.counts.sequences = len(self._columns["len"])
-        tokens = np.fromfile(self._temporary, self._dtype)
-        self.counts.tokens = len(tokens)
-        self.counts.max_token_id = int(tokens.max()) if len(tokens) else 0
+        self.counts.tokens = self._temporary.stat().st_size // self.itemsize
+        with open(self._temporary, "rb") as stream:
+            while block := stream.read(_COPY_BYTES):
+                largest = int(np.frombuffer(block, self._dtype).max())
+                self.counts.max_token_id = max(self.counts.max_token_id, largest)
         os.replace(self._temporary, f"{self._path}.bin")
         for suffix, values in self._columns.items():
             kind = np.int8 if suffix == "mode" else np.int32

@@ -12,10 +12,13 @@ from megatron_hydra.config.run import DataConfig, SourceConfig
 from megatron_hydra.data.document import Document
 from megatron_hydra.data.indexed import IndexedDocuments
 from megatron_hydra.data.pack_index import pack_index
+from megatron_hydra.data.packing import upsample_factors
 from megatron_hydra.data.sampling import Permutation, derive_key
 from megatron_hydra.data.synthetic import find_task, generate
 from megatron_hydra.data.tokenizer import tokenizer_fingerprint
 from megatron_hydra.errors import HydraError
+
+_TRIED = 64
 
 
 class Source(Protocol):
@@ -49,7 +52,7 @@ class IndexedSource:
         """
         self.name = config.path
         self.documents = IndexedDocuments(config.path)
-        upsampling = {int(k): float(v) for k, v in config.upsample.items()}
+        upsampling = upsample_factors(config.upsample, config.path)
         self.packs, self.description = pack_index(
             self.documents,
             sequence_length=data.sequence_length,
@@ -123,6 +126,19 @@ class SyntheticSource:
         self._tokenizer = tokenizer
         self._key = derive_key(seed, config.task)
         self.sample(0)
+        if "document_length" in self._options:
+            self._try_shortest()
+
+    def _try_shortest(self) -> None:
+        """Make some of the shortest documents that the options allow.
+
+        Whether the facts of a task fit depends on the draw: a length that only just fails should
+        fail here and not in the middle of a run.
+        """
+        shortest = {k: v for k, v in self._options.items() if k != "document_length"}
+        low = int(self._options["document_length"][0])
+        for index in range(_TRIED):
+            generate(self._generator, self._key, index, low, self._tokenizer, shortest)
 
     def sample(self, index: int) -> list[Document]:
         """Generated documents."""

@@ -63,6 +63,7 @@ class PackedStream:
         names = [f"blend[{i}] {part.path or part.task}" for i, part in enumerate(data.blend)]
         self._blend = Blend([part.weight for part in data.blend], names)
         self.sources = [self._open(i, tokenizer) for i in range(len(data.blend))]
+        _check_one_tokenizer(self.sources)
         self.tokens_per_step = batch.global_batch_size * data.sequence_length
         self._next_step = 0
 
@@ -290,6 +291,22 @@ def pack_sequence(
     if start < length:
         ends.append(length)
     return tokens, labels, mask, ends
+
+
+def _check_one_tokenizer(sources: list[Source]) -> None:
+    """Refuse a blend of data of several tokenizers (as far as manifests tell)."""
+    first: tuple[str, str] | None = None
+    for source in sources:
+        manifest = source.documents.manifest if isinstance(source, IndexedSource) else None
+        own = manifest.tokenizer.get("fingerprint", "") if manifest is not None else ""
+        if not own:
+            continue
+        if first is not None and own != first[1]:
+            raise HydraError(
+                f"data.blend: {source.name}.json and {first[0]}.json name different tokenizers; "
+                "prepare one of them again"
+            )
+        first = first or (source.name, own)
 
 
 def _check_sizes(data: DataConfig, batch: BatchConfig, dp_rank: int, dp_size: int) -> None:

@@ -101,3 +101,36 @@ def test_runs():
 
     lengths, values = runs(np.array([False, False, True, False]))
     assert (lengths.tolist(), values.tolist()) == ([2, 1, 1], [0, 1, 0])
+
+
+@pytest.mark.parametrize("answer", ["k", "think", "in", "<think>", ""])
+def test_a_short_answer_is_not_found_inside_the_template(tokenizer, answer):
+    tokenizer.chat_template = REWRITING
+    messages = [{"role": "user", "content": f"say {answer}"}, {"role": "assistant"}]
+    messages[1]["content"] = answer
+    (span,) = learned(tokenizer, messages)
+    assert span in (f"<think>\n\n</think>\n\n{answer}<|im_end|>", f"{answer}<|im_end|>")
+
+
+def test_what_a_template_adds_behind_the_text_is_learned_too(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if m.tool is defined %}\n<call>{{ m.tool }}</call>{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = [
+        {"role": "user", "content": "time?"},
+        {"role": "assistant", "content": "ok", "tool": "clock"},
+        {"role": "user", "content": "ok"},
+        {"role": "assistant", "content": "ok"},
+    ]
+    assert learned(tokenizer, messages) == [
+        "ok\n<call>clock</call><|im_end|>",
+        "ok<|im_end|>",
+    ]
+
+
+def test_a_special_token_in_an_answer_does_not_end_it(tokenizer):
+    messages = [{"role": "user", "content": "x"}]
+    messages.append({"role": "assistant", "content": "a <|endoftext|> b"})
+    assert learned(tokenizer, messages) == ["a <|endoftext|> b<|im_end|>"]

@@ -6,12 +6,15 @@ import gzip
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hydra.data.corpus import CorpusConfig, plan_units, read_unit
+from megatron_hydra.data.corpus import CorpusConfig, input_identity, plan_units
+from megatron_hydra.data.rows import read_unit
 from megatron_hydra.errors import HydraError
 
 TEXTS = [f"document number {i} " * (i % 5 + 1) for i in range(40)]
@@ -143,3 +146,54 @@ def test_a_broken_archive_is_named(tmp_path):
     corpus = CorpusConfig((str(path),))
     with pytest.raises(HydraError, match=r"a\.jsonl\.gz: cannot be decompressed"):
         list(read_unit(plan_units(corpus)[0], corpus))
+
+
+def test_a_slice_of_a_split_is_refused_and_not_read_as_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Dataset.from_dict({"text": TEXTS}).to_parquet(tmp_path / "set" / "train.parquet")
+    corpus = CorpusConfig((str(tmp_path / "set"),), hub=True, split="train[:10%]")
+    with pytest.raises(HydraError, match=r"--split train\[:10%\]: only whole splits"):
+        plan_units(corpus)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_bytes_that_are_not_utf8_are_bad_rows_in_tables_too(tmp_path, name):
+    values = pa.array([b"fine", b"caf\xe9", "grün".encode()], pa.binary()).view(pa.string())
+    table, path = pa.table({"text": values}), str(tmp_path / name)
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    corpus = CorpusConfig((path,))
+    found = [row for unit in plan_units(corpus) for row in read_unit(unit, corpus)]
+    assert [row.value for row in found] == ["fine", None, "grün"]
+    assert "not UTF-8" in found[1].error
+    assert found[1].where.startswith(path)
+    assert found[1].where.endswith("row 1")
+
+
+def test_a_damaged_page_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    Dataset.from_dict({"text": [f"hello {i} " * 50 for i in range(3000)]}).to_parquet(path)
+    raw = bytearray(path.read_bytes())
+    raw[2000:3000] = bytes(range(250)) * 4
+    path.write_bytes(raw)
+    corpus = CorpusConfig((str(path),))
+    with pytest.raises(HydraError, match=r"a\.parquet: cannot be read"):
+        list(read_unit(plan_units(corpus)[0], corpus))
+
+
+def test_json_that_is_too_deep_is_a_bad_row(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("[" * 100_000 + '\n{"text": "x"}\n', encoding="utf-8")
+    assert rows(CorpusConfig((str(path),))) == [None, "x"]
+
+
+def test_an_input_changed_in_place_is_another_input(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", TEXTS)
+    before = input_identity(CorpusConfig((path,)))
+    jsonl(tmp_path / "a.jsonl", [text.upper() for text in TEXTS])
+    after = input_identity(CorpusConfig((path,)))
+    assert before[0]["bytes"] == after[0]["bytes"]
+    assert before != after

@@ -136,3 +136,11 @@ def test_an_inconsistent_index_is_named(tmp_path):
     (tmp_path / "x.idx").write_bytes(raw)
     with pytest.raises(HydraError, match=r"x\.idx: sequences are not stored back to back"):
         IndexedDocuments(str(tmp_path / "x")).document_spans()
+
+
+def test_a_file_cut_off_while_it_is_read_is_named(pair):
+    opened = IndexedDocuments(pair)
+    cut(pair + ".bin", -4)
+    assert opened.read(0, 5).tolist() == [1, 2, 3, 4, 5]
+    with pytest.raises(HydraError, match=r"books\.bin ends at byte 30"):
+        opened.read(14, 3)

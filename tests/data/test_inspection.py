@@ -19,7 +19,8 @@ from megatron_hydra.data.inspection import (
     plot_lengths,
     show_pack,
 )
-from megatron_hydra.data.tokenization import TokenizeConfig, tokenize
+from megatron_hydra.data.tokenization import tokenize
+from megatron_hydra.data.tokenize_config import TokenizeConfig
 from megatron_hydra.data.tokenizer import load_tokenizer
 from megatron_hydra.errors import HydraError
 from tests.data.corpora import numbered_documents, write_indexed, write_jsonl

@@ -95,3 +95,14 @@ def test_a_cache_that_cannot_be_written_is_named(prefix, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(HydraError, match=r"data\.cache_dir"):
         pack_index(IndexedDocuments(prefix), cache_dir=str(tmp_path / "file"), **OPTIONS)
+
+
+def test_a_finished_index_is_read_without_writing(prefix, tmp_path, monkeypatch):
+    pack_index(IndexedDocuments(prefix), **OPTIONS)
+
+    def refuse(path):
+        raise OSError("read-only file system")
+
+    monkeypatch.setattr(module, "_locked", refuse)
+    packs, _ = pack_index(IndexedDocuments(prefix), **OPTIONS)
+    assert packs.lengths.sum() == 73

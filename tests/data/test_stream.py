@@ -251,7 +251,7 @@ def test_a_lying_manifest_is_found_in_the_batch(data):
 
 
 def test_an_overlong_document_is_found_before_training(data):
-    with pytest.raises(HydraError, match=r"web: document 6 has 100 tokens.*split_long"):
+    with pytest.raises(HydraError, match=r"web\.bin: document 6 has 100 tokens.*split_long"):
         stream(dataclasses.replace(data, packing="best_fit"))
 
 
@@ -267,3 +267,18 @@ def test_an_overlong_document_is_found_before_training(data):
 def test_impossible_layouts_are_refused(data, batch, rank, size, message):
     with pytest.raises(HydraError, match=message):
         stream(data, batch, rank, size)
+
+
+def test_data_of_two_tokenizers_is_not_blended(data):
+    described = {"name": "t", "vocab_size": 1000, "eod_id": 0}
+    for part, mark in zip(data.blend, "ab", strict=True):
+        manifest_for(part.path, tokenizer={**described, "fingerprint": mark * 64})
+    with pytest.raises(HydraError, match=r"books\.json and .*web\.json name different tokenizers"):
+        stream(data)
+
+
+@pytest.mark.parametrize("upsample", [{"32k": 2}, {0: "x"}, {0.5: 1}, {-1: 1}, {0: -1}])
+def test_senseless_upsampling_is_refused_by_name(data, upsample):
+    part = dataclasses.replace(data.blend[0], upsample=upsample)
+    with pytest.raises(HydraError, match=r"web: upsample .* needs lengths"):
+        stream(dataclasses.replace(data, blend=(part,)))

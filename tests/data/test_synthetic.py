@@ -183,3 +183,22 @@ def test_one_source_twice_gives_different_samples(qwen):
     stream = PackedStream(data, BatchConfig(1, 2), dp_rank=0, dp_size=1, vocab_size=500)
     first, second = stream.micro_batches(0)
     assert not np.array_equal(first.tokens, second.tokens)
+
+
+def test_a_length_that_fits_only_some_draws_is_refused_before_training(qwen):
+    """Whatever is accepted must go through; the shortest that goes through is found by trying."""
+    refused: list[str] = []
+    for low in range(90, 150, 3):
+        part = SourceConfig(
+            kind="synthetic", task="needles", options={"document_length": [low, low + 40]}
+        )
+        data = DataConfig(blend=(part,), sequence_length=1024, tokenizer=qwen)
+        try:
+            stream = PackedStream(data, BatchConfig(1, 1), dp_rank=0, dp_size=1, vocab_size=500)
+        except HydraError as error:
+            refused.append(str(error))
+            continue
+        for step in range(20):
+            stream.micro_batches(step)
+    assert 0 < len(refused) < 20
+    assert all("needles" in message for message in refused)

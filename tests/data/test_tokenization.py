@@ -16,16 +16,18 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from datasets import Dataset
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig
-from megatron_hydra.data import PackedStream, load_tokenizer
+from megatron_hydra.data import PackedStream, load_tokenizer, merging, tokenization
 from megatron_hydra.data import parts as parts_module
-from megatron_hydra.data.corpus import CorpusConfig
+from megatron_hydra.data.corpus import CorpusConfig, Unit
 from megatron_hydra.data.indexed import IndexedDocuments
 from megatron_hydra.data.manifest import Manifest, file_sha256
 from megatron_hydra.data.merging import find_shards, merge
-from megatron_hydra.data.tokenization import TokenizeConfig, tokenize
+from megatron_hydra.data.tokenization import tokenize
+from megatron_hydra.data.tokenize_config import TokenizeConfig
 from megatron_hydra.errors import HydraError
 from tests.data.corpora import write_jsonl
 
@@ -110,6 +112,45 @@ def test_shards_merge_into_the_whole(corpus, qwen, reference, tmp_path):
     assert not (tmp_path / "s.merge").exists()
     with pytest.raises(HydraError, match=r"s\.bin exists"):
         merge(prefixes, str(tmp_path / "s"))
+
+
+def test_uneven_units_leave_no_shard_empty():
+    units = [Unit("x", "jsonl", i, i + 1, size) for i, size in enumerate([1000, 1, 1, 1, 500])]
+    for count in range(1, 6):
+        shards = [tokenization._shard_of(units, (index, count)) for index in range(count)]
+        assert all(shards)
+        assert [unit for shard in shards for unit in shard] == units
+
+
+def test_shards_of_limited_length_are_not_called_the_whole(corpus, qwen, tmp_path):
+    for index in (0, 1):
+        settings = config(corpus, tmp_path / "s", qwen, shard=(index, 2), max_tokens=2_000)
+        run(settings)
+    merged = merge(find_shards(str(tmp_path / "s")), str(tmp_path / "s"))
+    assert len(merged.source["merged"]) == 2
+    assert 3_000 < merged.counts["tokens"] <= 4_000
+
+
+def test_a_full_disk_ends_a_merge_cleanly(reference, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(merging, "write_index", full)
+    with pytest.raises(HydraError, match=r"cannot write .*m: the disk is full"):
+        merge([str(reference), str(reference)], str(tmp_path / "m"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_gives_the_bytes_of_its_files(corpus, qwen, reference, tmp_path, streaming):
+    (tmp_path / "set").mkdir()
+    texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
+    for part in range(3):
+        data = Dataset.from_dict({"text": texts[part * 100 : part * 100 + 100]})
+        data.to_parquet(tmp_path / "set" / f"train-{part}.parquet")
+    source = CorpusConfig((str(tmp_path / "set"),), hub=True, streaming=streaming)
+    run(TokenizeConfig(source, str(tmp_path / "out"), qwen, workers=0))
+    assert contents(tmp_path / "out")[:2] == contents(reference)[:2]
 
 
 def test_missing_and_damaged_shards_are_named(corpus, qwen, tmp_path):
