@@ -17,10 +17,19 @@ def torchrun(module: str, processes: int, *arguments: str, timeout: float = 600)
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         f"--nproc-per-node={processes}", "-m", module, *arguments,
     ]  # fmt: skip
-    done = subprocess.run(  # noqa: PLW1510
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
-    assert done.returncode == 0, (
-        f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
-    )
-    return done.stdout
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except BaseException:  # a timeout of ours or of pytest, or Ctrl-C
+        process.terminate()  # not killed: torchrun then ends its ranks, which would run on for ever
+        process.communicate()
+        raise
+    assert process.returncode == 0, f"{' '.join(command)}\n{output[-4000:]}\n{errors[-6000:]}"
+    return output

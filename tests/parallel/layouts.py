@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -164,21 +166,28 @@ def run_case(
     return float(total / mask.sum()), grads
 
 
-def compare(name: str, recompute: str, references: dict) -> dict:
-    """Relative errors of one case; the reference is computed once per model and document layout."""
-    model_name, layout_name, documents = name.split("/")
-    model, cu = MODELS[model_name], DOCUMENTS[documents]
-    if (model_name, documents) not in references:
-        parallel_state.initialize_model_parallel()
-        references[model_name, documents] = run_case(model, ParallelConfig(), cu, "none", ddp=False)
-        parallel_state.destroy_model_parallel()
-    loss, grads = references[model_name, documents]
-    layout = LAYOUTS[layout_name]
+@contextmanager
+def groups(layout: ParallelConfig) -> Iterator[None]:
+    """Megatron's groups for a layout. Made once per layout: their threads stay until the end."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    if not dist.is_initialized():
+        dist.init_process_group(platform.communication_backend())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor, context_parallel_size=layout.context
     )
-    other_loss, other = run_case(model, layout, cu, recompute, ddp=True)
+    model_parallel_cuda_manual_seed(1)
+    yield
     parallel_state.destroy_model_parallel()
+
+
+def compare(name: str, recompute: str, reference: tuple[float, dict]) -> dict:
+    """Relative errors of one case, under the groups of its layout."""
+    model, layout, documents = name.split("/")
+    loss, grads = reference
+    other_loss, other = run_case(
+        MODELS[model], LAYOUTS[layout], DOCUMENTS[documents], recompute, ddp=True
+    )
     assert set(other) == set(grads), set(other) ^ set(grads)
     # A key bias cannot change a softmax without rotary, so its exact gradient is zero: errors are
     # measured against a share of the whole gradient where a parameter's own is smaller still.
@@ -196,24 +205,29 @@ def compare(name: str, recompute: str, references: dict) -> dict:
 
 def main(arguments: list[str]) -> None:
     """``fast``, ``full``, or case names ``model/layout/documents``."""
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    dist.init_process_group(platform.communication_backend())
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    parallel_state.destroy_model_parallel()
     if arguments == ["full"]:
         cases = [f"{m}/{p}/{d}" for m in MODELS for d in DOCUMENTS for p in LAYOUTS]
     elif arguments == ["fast"]:
         cases = ["/".join(case) for case in FAST]
     else:
         cases = arguments
-    references: dict = {}
-    for i, case in enumerate(cases):
-        recompute = ("none", "selective", "full")[i % 3]
-        result = compare(case, recompute, references)
-        if dist.get_rank() == 0:
-            print(json.dumps(result), flush=True)
+    needed = sorted({(case.split("/")[0], case.split("/")[2]) for case in cases})
+    with groups(ParallelConfig()):
+        references = {
+            (m, d): run_case(MODELS[m], ParallelConfig(), DOCUMENTS[d], "none", ddp=False)
+            for m, d in needed
+        }
+    for layout in LAYOUTS:
+        chosen = [(i, case) for i, case in enumerate(cases) if case.split("/")[1] == layout]
+        if not chosen:
+            continue
+        with groups(LAYOUTS[layout]):
+            for i, case in chosen:
+                model, _, documents = case.split("/")
+                recompute = ("none", "selective", "full")[i % 3]
+                result = compare(case, recompute, references[model, documents])
+                if dist.get_rank() == 0:
+                    print(json.dumps(result), flush=True)
     dist.destroy_process_group()
 
 

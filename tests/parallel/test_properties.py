@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from tests.parallel.launch import torchrun
 from tests.parallel.layouts import LAYOUTS
@@ -24,6 +25,23 @@ def test_documents_are_isolated_bit_for_bit_in_every_layout(results):
         assert result["first_changed"], result  # the change did reach its own document
         assert not result["second_changed"], result
         assert not result["gradient_leaked"], result
+
+
+@pytest.mark.parallel
+def test_layers_never_wait_for_the_device(results):
+    assert {r["layout"]: r["host_reads"] for r in results if "layout" in r} == dict.fromkeys(
+        ("one rank", *LAYOUTS), 0
+    )
+
+
+def test_a_host_read_is_counted():
+    from tests.parallel.properties import HostReads
+
+    with HostReads() as reads:
+        x = torch.ones(3)
+        assert x.sum().item() == 3
+        assert (x > 0).nonzero().shape == (3, 1)
+    assert reads.count == 2
 
 
 @pytest.mark.parallel

@@ -19,8 +19,10 @@ from tests.parallel.launch import ROOT, torchrun
 from tests.training import tiny
 from tests.training.test_loop import _everything
 
+pytestmark = pytest.mark.parallel
+
 STEPS = 5
-VERBS = ("align", "distill", "finetune")
+VERBS = ("align", "distill", "finetune", "pretrain")
 LAYOUTS = {
     "tp2-cp2": ["parallel.tensor=2", "parallel.context=2"],
     "tp2-sp-pp2": ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"],
@@ -175,6 +177,31 @@ def test_every_layout_equals_one_process(folder: Path, verb: str) -> None:
     for layout in layouts:
         assert outcomes[f"{verb}-{layout}"] == [0] * 4
         _assert_equal_training(folder, verb, layout)
+
+
+@pytest.mark.slow
+def test_bf16_layouts_follow_one_process(folder: Path) -> None:
+    """Losses stay within bf16's rounding of the fp32 run's, on fp32 main parameters."""
+    layouts = ("tp2-cp2", "tp2-sp-seq-pp2", "dp2-pp2-vp2", "cp2-dp2-selective")
+    cases = []
+    for layout in layouts:
+        case = _case("distill", layout, output=f"bf16-{layout}")
+        case["overrides"] = [*case["overrides"], "precision=bf16"]
+        cases.append(case)
+    outcomes = _run(folder, cases)
+    expected = [line["loss"] for line in tiny.read_metrics(_reference(folder, "distill"))]
+    for layout in layouts:
+        assert outcomes[f"bf16-{layout}"] == [0] * 4
+        got = [line["loss"] for line in tiny.read_metrics(folder / f"bf16-{layout}")]
+        assert got == pytest.approx(expected, rel=2e-2)
+        state = _everything(folder / f"bf16-{layout}/checkpoints")
+        main = {name: tensor for name, tensor in state.items() if ".fp32_param." in name}
+        assert len(main) > 10
+        assert {tensor.dtype for tensor in main.values()} == {torch.float32}
+        assert {tensor.dtype for name, tensor in state.items() if name.endswith("gdn.A_log")} == {
+            torch.float32
+        }
+        assert any(tensor.dtype == torch.bfloat16 for tensor in state.values())
 
 
 @pytest.mark.slow
