@@ -115,7 +115,7 @@ def test_a_short_answer_is_not_found_inside_the_template(tokenizer, answer):
 def test_what_a_template_adds_behind_the_text_is_learned_too(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-        "{% if m.tool is defined %}\n<call>{{ m.tool }}</call>{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if m.tool is defined %}<call>{{ m.tool }}</call>{% endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     messages = [
@@ -125,7 +125,7 @@ def test_what_a_template_adds_behind_the_text_is_learned_too(tokenizer):
         {"role": "assistant", "content": "ok"},
     ]
     assert learned(tokenizer, messages) == [
-        "ok\n<call>clock</call><|im_end|>",
+        "ok<call>clock</call><|im_end|>",
         "ok<|im_end|>",
     ]
 
