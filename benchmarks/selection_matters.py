@@ -408,6 +408,7 @@ def run_job(job: Job) -> Path:
 
 def make_maps(teacher: Path, folder: Path, ratio: str, seed: int, draws: int) -> dict[str, Path]:
     """All strategies' maps of one teacher: name -> file."""
+    torch.set_num_threads(1)
     tasks = [*(Lookup(kind) for kind in LOOKUPS), Induction("copying", length=40)]
     plain = SelectionOptions(attribution=False)
     wanted: dict[str, dict[str, Any]] = {
@@ -536,16 +537,21 @@ def _train_teachers(args: argparse.Namespace, pool: concurrent.futures.Executor)
             )
 
 
-def _jobs(args: argparse.Namespace, recipe: Recipe) -> list[Job]:
+def _jobs(args: argparse.Namespace, recipe: Recipe, pool: concurrent.futures.Executor) -> list[Job]:
+    cells = [(seed, ratio) for seed in args.seeds for ratio in args.ratios]
+    teachers = {seed: args.output / f"seed_{seed}" / "teacher" for seed in args.seeds}
+    maps = [
+        pool.submit(
+            make_maps, teachers[seed], _place(args.output, seed, ratio), ratio, seed, args.draws
+        )
+        for seed, ratio in cells
+    ]
     jobs = []
-    for seed in args.seeds:
-        teacher = args.output / f"seed_{seed}" / "teacher"
-        for ratio in args.ratios:
-            place = _place(args.output, seed, ratio)
-            for name, file in make_maps(teacher, place, ratio, seed, args.draws).items():
-                result = place / f"result_{name}.json"
-                if not result.exists():
-                    jobs.append(Job(teacher, file, result, seed, recipe, args.device))
+    for (seed, ratio), files in zip(cells, maps, strict=True):
+        for name, file in files.result().items():
+            result = _place(args.output, seed, ratio) / f"result_{name}.json"
+            if not result.exists():
+                jobs.append(Job(teachers[seed], file, result, seed, recipe, args.device))
     # Strategies in turns: an experiment that is cut short has some of everything.
     random.Random(0).shuffle(jobs)
     return jobs
@@ -587,7 +593,7 @@ def main() -> int:
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as pool:
         _train_teachers(args, pool)
-        jobs = _jobs(args, recipe)
+        jobs = _jobs(args, recipe, pool)
         done = [pool.submit(run_job, job) for job in jobs]
         for number, job in enumerate(concurrent.futures.as_completed(done), start=1):
             print(f"[{number}/{len(jobs)}] {job.result()}", flush=True)

@@ -7,7 +7,7 @@ from the device.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,9 +35,17 @@ def is_uniform(cu_q: Boundaries, cu_k: Boundaries) -> bool:
 
 
 def sdpa_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: Boundaries, cu_k: Boundaries
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: Boundaries,
+    cu_k: Boundaries,
+    kernels: Sequence[SDPBackend] = DENSE_KERNELS,
 ) -> torch.Tensor:
     """Torch's SDPA (cuDNN, else flash) on documents of equal length; see ``varlen_attention``.
+
+    Args:
+        kernels: what SDPA may choose from, the preferred one first.
 
     Raises:
         ValueError: documents of different lengths, or queries that are a document's tail.
@@ -46,7 +54,7 @@ def sdpa_attention(
         raise ValueError("sdpa_attention takes documents of one length, every query with its key")
     batch = len(cu_q) - 1
     q4, k4, v4 = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel(DENSE_KERNELS, set_priority=True):
+    with sdpa_kernel(list(kernels), set_priority=True):
         out = F.scaled_dot_product_attention(
             q4, k4, v4, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
         )

@@ -1,0 +1,91 @@
+"""The shapes that benchmarks run at, and weights without a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from megatron_hydra.parallel import platform  # isort: skip  (before anything of Megatron-Core)
+
+from megatron_hydra.config.model import HydraConfig, ModelConfig
+from megatron_hydra.config.run import (
+    BackendConfig,
+    BatchConfig,
+    DataConfig,
+    LossConfig,
+    RecomputeConfig,
+    RunConfig,
+)
+
+QWEN3_1_7B = ModelConfig(
+    family="qwen3",
+    num_layers=28,
+    hidden_size=2048,
+    ffn_hidden_size=6144,
+    vocab_size=151936,
+    num_query_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    max_position_embeddings=40960,
+    tie_embeddings=True,
+    qk_norm=True,
+)
+"""Qwen3-1.7B's shape."""
+
+
+def hybrid(model: ModelConfig, fa_per_layer: int = 2) -> ModelConfig:
+    """HydraHead of a dense shape, the same number of FA heads in every layer, of different groups."""
+    step = model.num_query_heads // max(fa_per_layer, 1)
+    heads = tuple(range(0, step * fa_per_layer, step))
+    return dataclasses.replace(
+        model, hydra=HydraConfig(), full_attention_heads=(heads,) * model.num_layers
+    )
+
+
+def smaller(model: ModelConfig, layers: int) -> ModelConfig:
+    """The same with fewer layers; reports must say so."""
+    heads = model.full_attention_heads
+    return dataclasses.replace(
+        model, num_layers=layers, full_attention_heads=None if heads is None else heads[:layers]
+    )
+
+
+def run_config(
+    device: torch.device,
+    sequence_length: int = 4096,
+    recompute: str = "none",
+    backend: BackendConfig | None = None,
+) -> RunConfig:
+    """A finetune run of one process over one sequence a step.
+
+    Args:
+        recompute: ``none``, ``full``, or modules such as ``mlp`` and ``attention+mlp``.
+    """
+    granularity = recompute if recompute in ("none", "full") else "selective"
+    modules = tuple(recompute.split("+")) if granularity == "selective" else ()
+    return RunConfig(
+        verb="finetune",
+        precision="bf16" if device.type == "cuda" else "fp32",
+        data=DataConfig(sequence_length=sequence_length),
+        batch=BatchConfig(1, 1),
+        loss=LossConfig(chunk_tokens=1024),
+        recompute=RecomputeConfig(granularity, modules),  # type: ignore[arg-type]
+        backend=backend or BackendConfig(),
+    )
+
+
+@torch.no_grad()
+def randomise(module: torch.nn.Module, seed: int = 0) -> None:
+    """Weights of a sensible size: time depends on none, but NaN and zeros would flatter kernels."""
+    generator = torch.Generator(platform.device()).manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if name.endswith(("layernorm.weight", "_norm", "gamma")):
+            parameter.fill_(1.0)
+        elif name.endswith("A_log"):
+            parameter.uniform_(0.0, 2.0, generator=generator)
+        elif name.endswith("dt_bias"):
+            parameter.uniform_(-6.0, -2.0, generator=generator)
+        elif parameter.dim() > 1:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)

@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""The gated delta rule, forward and backward, by every implementation that runs here.
+
+On a GPU: FLA's Triton kernels, FlashQLA's through FLA's dispatch (if installed) and our torch twin.
+On the CPU: our torch rule against transformers' ``torch_chunk_gated_delta_rule``. All get the same
+inputs; outputs are compared before anything is timed. Time per token at the largest size over that
+at the smallest says how linear it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import _harness as harness
+from megatron_hydra.errors import HydraError, command
+from megatron_hydra.ops.gated_delta_rule import chunked_gated_delta_rule
+
+EXAMPLE = "python -m benchmarks.gdn --device cpu --heads 8 --head-dim 64 --sizes 1K,4K,16K"
+Rule = Callable[..., torch.Tensor]
+AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+def transformers_rule() -> Rule:
+    """The torch rule of transformers; with FLA importable it would pick FLA's kernels."""
+    name = "transformers.models.qwen3_next.modeling_qwen3_next"
+    hidden, sys.modules["fla"] = sys.modules.get("fla"), None  # type: ignore[assignment]
+    try:
+        module = importlib.import_module(name)
+    finally:
+        if hidden is None:
+            del sys.modules["fla"]
+        else:
+            sys.modules["fla"] = hidden
+
+    def rule(*inputs: torch.Tensor) -> torch.Tensor:
+        q, k, v, log_alpha, beta = (x[None] for x in inputs)
+        return module.torch_chunk_gated_delta_rule(q, k, v, g=log_alpha, beta=beta)[0][0]
+
+    return rule
+
+
+def fla_rule(flash_qla: bool) -> Rule:
+    """FLA's rule, with or without its dispatch to FlashQLA."""
+    from megatron_hydra.ops.fla_delta_rule import fla_gated_delta_rule
+
+    def rule(*inputs: torch.Tensor) -> torch.Tensor:
+        os.environ["FLA_FLASH_QLA"] = "1" if flash_qla else "0"
+        return fla_gated_delta_rule(*inputs)[0]
+
+    return rule
+
+
+def implementations(device: torch.device, skip: list[str]) -> dict[str, Rule]:
+    """Name → rule of (q, k, v, log α, β), the reference first."""
+    rules = {"ours (torch)": lambda *inputs: chunked_gated_delta_rule(*inputs)[0]}
+    rules["transformers (torch)"] = transformers_rule()
+    if device.type == "cuda" and importlib.util.find_spec("fla"):
+        rules["FLA (Triton)"] = fla_rule(flash_qla=False)
+        if importlib.util.find_spec("flash_qla"):
+            rules["FlashQLA"] = fla_rule(flash_qla=True)
+    return {name: rule for name, rule in rules.items() if name not in skip}
+
+
+def make_inputs(length: int, args: argparse.Namespace, device: torch.device) -> list[torch.Tensor]:
+    """q, k of unit norm, v; log α with half-lives of 14 tokens and more; β in (0, 1)."""
+    generator = torch.Generator(device).manual_seed(args.seed)
+    shape = (length, args.heads, args.head_dim)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k, v = (torch.randn(shape, generator=generator, device=device) for _ in range(3))
+    gates = [torch.rand(shape[:2], generator=generator, device=device) for _ in range(2)]
+    inputs = [F.normalize(q, dim=-1).to(dtype), F.normalize(k, dim=-1).to(dtype), v.to(dtype)]
+    inputs += [-0.05 * gates[0], gates[1]]
+    return [x.requires_grad_() for x in inputs]
+
+
+def check_agreement(rules: dict[str, Rule], inputs: list[torch.Tensor]) -> None:
+    """All implementations must compute the same.
+
+    Raises:
+        HydraError: naming the one that does not.
+    """
+    reference = chunked_gated_delta_rule(*inputs)[0].float()
+    for name, rule in rules.items():
+        error = float((rule(*inputs).float() - reference).norm() / reference.norm())
+        if not error < AGREEMENT[inputs[0].dtype]:
+            raise HydraError(f"{name} differs from our torch rule by {error:.1e}")
+
+
+def peer(rule: Rule, inputs: list[torch.Tensor], cotangent: torch.Tensor) -> harness.Peer:
+    return lambda: torch.autograd.grad(rule(*inputs), inputs, cotangent)
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    parser = harness.parser(__doc__, EXAMPLE, sizes="1K,4K,16K", what="tokens")
+    parser.add_argument("--heads", type=int, default=14)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU (default 1)")
+    parser.add_argument("--skip", nargs="*", default=[], help="implementations to leave out")
+    parser.add_argument("--largest-torch", type=int, default=16384,
+                        help="on a GPU, torch rules run up to this size (default 16384)")  # fmt: skip
+    args = parser.parse_args(arguments)
+    device = harness.chosen_device(args)
+    if device.type == "cpu":
+        torch.set_num_threads(args.threads)
+    rules = implementations(device, args.skip)
+    check_agreement(rules, make_inputs(min(args.sizes[0], 1024), args, device))
+    ratios = {
+        "speed-up of ours over transformers": ("transformers (torch)", "ours (torch)"),
+        "speed-up of FLA over ours": ("ours (torch)", "FLA (Triton)"),
+        "speed-up of FlashQLA over FLA": ("FLA (Triton)", "FlashQLA"),
+    }
+    report = harness.Report("gdn", args, device, ratios)
+    report.note(f"{args.heads} heads, d = {args.head_dim}, forward + backward")
+    per_token: dict[str, list[float]] = {}
+    for length in args.sizes:
+        inputs = make_inputs(length, args, device)
+        cotangent = torch.randn_like(inputs[2])
+        fitting = {
+            name: rule
+            for name, rule in rules.items()
+            if device.type == "cpu" or "torch" not in name or length <= args.largest_torch
+        }
+        samples = report.measure(
+            length, {name: peer(rule, inputs, cotangent) for name, rule in fitting.items()}
+        )
+        for name, sample in samples.items():
+            clock = sample.cpu if device.type == "cpu" and args.threads == 1 else sample.wall
+            if clock:
+                per_token.setdefault(name, []).append(sorted(clock)[len(clock) // 2] / length)
+    for name, each in per_token.items():
+        report.note(
+            f"{name}: time per token, largest over smallest of all sizes {max(each) / min(each):.3f}"
+        )
+    report.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,298 @@
+#!/usr/bin/env python3
+"""The attention core of one layer, forward and backward: HydraHead against all heads full attention.
+
+The core is everything between the input projection's output and the output projection's input:
+short convolution, q/k preparation, both branches, gates, norm, scale. ``all-FA`` is the dense model's
+core of the same shape (QK-norm, rotary, attention), once for every FA kernel that runs here; the best
+of them is the peer. ``FA alone`` and ``GDN alone`` are the hybrid's own branches with their share of
+the tail; the mixing tax is the hybrid's time over the sum of the two. ``… kernel`` rows time the bare
+kernels. One document of the given length; one size is its tokens.
+
+With ``--graph`` hybrid and best peer are timed as replayed CUDA graphs as well: without the host's
+launch time, which short sequences do not hide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention import SDPBackend
+
+from benchmarks import _harness as harness
+from benchmarks import _models as models
+from megatron_hydra.errors import command
+
+from megatron.core.transformer.spec_utils import build_module  # isort: skip
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.model import hydra_attention
+from megatron_hydra.model.hydra_attention import HydraAttention
+from megatron_hydra.model.layer_spec import hydra_layer_spec, transformer_config
+from megatron_hydra.ops import gpu_attention
+from megatron_hydra.ops.backends import Case, Kernels, choose_kernels
+from megatron_hydra.parallel.head_weights import split_segments, total_rows
+from megatron_hydra.parallel.packed_sequence import PackedSequence
+from megatron_hydra.parallel.world import start_world, stop_world
+
+EXAMPLE = "python -m benchmarks.layer --sizes 8K,32K,128K,512K --repeats 5"
+SLOW_KERNELS = ("flash", "varlen")
+"""Full-attention kernels without Hopper's instructions; not run at the largest sizes."""
+
+
+def build_core(model: ModelConfig, kernels: Kernels, device: torch.device) -> HydraAttention:
+    """One attention layer with random parameters."""
+    run = models.run_config(device)
+    config = transformer_config(model, run)
+    spec = hydra_layer_spec(model, run, kernels).submodules.self_attention
+    layer = build_module(spec, config=config, layer_number=1).to(device)
+    models.randomise(layer)
+    return layer
+
+
+class Core:
+    """A layer's core on one stream of tokens: a fused projection in, o_proj's input out.
+
+    Args:
+        layer: the attention layer.
+        tokens: T.
+        device: where.
+        seed: of the projection's values.
+        branch: ``fa`` or ``gdn`` for that branch's projections alone; empty for both.
+    """
+
+    def __init__(
+        self,
+        layer: HydraAttention,
+        tokens: int,
+        device: torch.device,
+        seed: int,
+        branch: str = "",
+    ) -> None:
+        self.layer = layer
+        self.segments = [s for s in layer.heads.in_segments if s.key.startswith(branch)]
+        self.packed = PackedSequence((0, tokens), device=device)
+        generator = torch.Generator(device).manual_seed(seed)
+        dtype = layer.config.params_dtype
+        rows = total_rows(self.segments)
+        self.projected = torch.randn(
+            tokens, rows, generator=generator, device=device, dtype=dtype
+        ).requires_grad_()
+        trained = [*(layer.fa or torch.nn.Module()).parameters()]
+        trained += [*(layer.gdn or torch.nn.Module()).parameters()]
+        self.trained = [self.projected, *trained]
+        self.cotangent: dict[int, torch.Tensor] = {}
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The projections by name."""
+        return split_segments(self.projected, self.segments, 1)
+
+    def both(self) -> torch.Tensor:
+        """The whole core."""
+        mixed, _ = self.layer._mix(self.parts(), self.packed, None)
+        assert mixed is not None
+        return mixed
+
+    def fa_alone(self) -> torch.Tensor:
+        """The FA branch and its part of the tail."""
+        parts, layer = self.parts(), self.layer
+        output = layer._full_attention(parts, self.packed)
+        gamma = layer.gamma[: output.shape[1]] if layer.gamma is not None else None
+        return layer._fused([(output, parts.get("fa.gate"))], gamma)
+
+    def gdn_alone(self) -> torch.Tensor:
+        """The GDN branch and its part of the tail."""
+        parts, layer = self.parts(), self.layer
+        arguments = [parts[f"gdn.{name}"] for name in "qkvba"]
+        assert layer.gdn is not None
+        output = layer.gdn(*arguments, self.packed)
+        gamma = layer.gamma[-output.shape[1] :] if layer.gamma is not None else None
+        return layer._fused([(output, parts.get("gdn.gate"))], gamma)
+
+    def step(self, forward: Callable[[], torch.Tensor]) -> harness.Peer:
+        """Forward and backward; gradients by the projections and by the branches' parameters."""
+
+        def run() -> None:
+            output = forward()
+            columns = output.shape[1]
+            if columns not in self.cotangent:
+                self.cotangent[columns] = torch.randn_like(output)
+            torch.autograd.grad(output, self.trained, self.cotangent[columns], allow_unused=True)
+
+        return run
+
+
+def on_one_stream(peer: harness.Peer) -> harness.Peer:
+    """The same with both branches on the current stream."""
+
+    def run() -> None:
+        original = hydra_attention.side_by_side
+        hydra_attention.side_by_side = lambda aside, here, device: (aside(), here())
+        try:
+            peer()
+        finally:
+            hydra_attention.side_by_side = original
+
+    return run
+
+
+def graphed(peer: harness.Peer) -> harness.Peer:
+    """The peer as a CUDA graph."""
+    graph: list[torch.cuda.CUDAGraph] = []
+
+    def run() -> None:
+        if not graph:
+            peer()
+            torch.cuda.synchronize()
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                peer()
+            graph.append(captured)
+        graph[0].replay()
+
+    return run
+
+
+def full_attention_kernels(device: torch.device) -> dict[str, gpu_attention.Attention]:
+    """Every full-attention kernel that can run here, by name."""
+    if device.type != "cuda":
+        from megatron_hydra.ops.varlen_attention import varlen_attention
+
+        return {"torch": varlen_attention}
+    made: dict[str, gpu_attention.Attention] = {
+        "cuDNN": functools.partial(
+            gpu_attention.sdpa_attention, kernels=[SDPBackend.CUDNN_ATTENTION]
+        ),
+        "flash": functools.partial(
+            gpu_attention.sdpa_attention, kernels=[SDPBackend.FLASH_ATTENTION]
+        ),
+    }
+    for name, load in (
+        ("varlen", gpu_attention.torch_varlen),
+        ("flash-attn", gpu_attention.flash_attn_varlen),
+    ):
+        try:
+            made[name] = load()
+        except ImportError:
+            continue
+    return made
+
+
+def bare_kernels(
+    tokens: int, model: ModelConfig, kernels: Kernels, device: torch.device
+) -> dict[str, harness.Peer]:
+    """The kernels alone on prepared inputs: all heads FA, the hybrid's FA heads, its GDN heads."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    d, fa, gdn = model.head_dim, len(model.fa_heads(0)), len(model.gdn_heads(0))
+
+    def tensors(*heads: int) -> list[torch.Tensor]:
+        return [
+            torch.randn(tokens, n, d, device=device, dtype=dtype).requires_grad_() for n in heads
+        ]
+
+    def step(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> harness.Peer:
+        cotangent = torch.randn(tokens, inputs[0].shape[1], d, device=device, dtype=dtype)
+        return lambda: torch.autograd.grad(function(*inputs), inputs, cotangent)
+
+    cu = (0, tokens)
+    qk = [torch.nn.functional.normalize(x.detach(), dim=-1) for x in tensors(gdn, gdn)]
+    gates = [torch.rand(tokens, gdn, device=device) for _ in range(2)]
+    delta = [*qk, *tensors(gdn), -0.05 * gates[0], gates[1]]
+    everything = tensors(model.num_query_heads, model.num_kv_heads, model.num_kv_heads)
+    return {
+        "all-FA kernel": step(lambda *x: kernels.attention(*x, cu, cu), everything),
+        "FA kernel": step(lambda *x: kernels.attention(*x, cu, cu), tensors(fa, fa, fa)),
+        "GDN kernel": step(
+            lambda *x: kernels.delta_rule(*x, cu)[0], [x.requires_grad_() for x in delta]
+        ),
+    }
+
+
+def measure_size(
+    tokens: int, args: argparse.Namespace, device: torch.device, report: harness.Report
+) -> None:
+    """All peers at one size."""
+    hybrid = models.hybrid(models.QWEN3_1_7B, args.fa_heads)
+    case = Case(device, torch.bfloat16 if device.type == "cuda" else torch.float32, hybrid.head_dim)
+    kernels = choose_kernels(models.run_config(device).backend, case, check=False)
+    mixed = Core(build_core(hybrid, kernels, device), tokens, device, args.seed)
+    peers: dict[str, harness.Peer] = {
+        "hydra": mixed.step(mixed.both),
+        "hydra, one stream": on_one_stream(mixed.step(mixed.both)),
+    }
+    fa, gdn = (Core(mixed.layer, tokens, device, args.seed, branch) for branch in ("fa", "gdn"))
+    peers |= {"FA alone": fa.step(fa.fa_alone), "GDN alone": gdn.step(gdn.gdn_alone)}
+    best = ""
+    for name, attention in full_attention_kernels(device).items():
+        if name in SLOW_KERNELS and tokens > args.largest_slow:
+            continue
+        dense = dataclasses.replace(kernels, attention=attention)
+        core = Core(build_core(models.QWEN3_1_7B.dense(), dense, device), tokens, device, args.seed)
+        peers[f"all-FA ({name})"] = core.step(core.both)
+        best = best or f"all-FA ({name})"
+    if args.kernels:
+        peers |= bare_kernels(tokens, hybrid, kernels, device)
+    if args.graph and device.type == "cuda" and tokens <= args.largest_slow:
+        peers["hydra (graph)"] = graphed(peers["hydra"])
+        peers[f"{best} (graph)"] = graphed(peers[best])
+    samples = report.measure(tokens, peers)
+    _report_ratios(tokens, samples, report)
+    if args.profile and device.type == "cuda" and report.output is not None:
+        text = "".join(
+            harness.profile(peers[name], f"{name}, {tokens}") for name in ("hydra", best)
+        )
+        (report.output / f"layer_profile_{harness.size_name(tokens)}.txt").write_text(text)
+
+
+def _report_ratios(tokens: int, samples: dict[str, harness.Sample], report: harness.Report) -> None:
+    dense = {n: s for n, s in samples.items() if n.startswith("all-FA (") and s.wall}
+    eager = {n: s for n, s in dense.items() if not n.endswith("(graph)")}
+    if eager:
+        best = min(eager, key=lambda name: eager[name].median)
+        report.note(f"best all-FA at {harness.size_name(tokens)}: {best}")
+        report.ratio(tokens, "speed-up of hydra over the best all-FA",
+                     harness.Ratio(eager[best].wall, samples["hydra"].wall))  # fmt: skip
+    graphs = [s for n, s in dense.items() if n.endswith("(graph)")]
+    if graphs and samples["hydra (graph)"].wall:
+        report.ratio(tokens, "the same as CUDA graphs",
+                     harness.Ratio(graphs[0].wall, samples["hydra (graph)"].wall))  # fmt: skip
+    apart = [
+        a + b for a, b in zip(samples["FA alone"].wall, samples["GDN alone"].wall, strict=False)
+    ]
+    for name in ("hydra", "hydra, one stream"):
+        report.ratio(tokens, f"mixing tax of {name}", harness.Ratio(samples[name].wall, apart))
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    parser = harness.parser(__doc__, EXAMPLE, sizes="8K,32K,128K,512K", what="tokens")
+    parser.add_argument("--fa-heads", type=int, default=2, help="of 16 heads a layer (default 2)")
+    parser.add_argument("--kernels", action="store_true", help="time the bare kernels as well")
+    parser.add_argument("--graph", action="store_true", help="time CUDA graphs as well")
+    parser.add_argument("--profile", action="store_true",
+                        help="write tables of kernel times into --output")  # fmt: skip
+    parser.add_argument("--largest-slow", type=int, default=32768,
+                        help="slower FA kernels and graphs run up to this size (default 32768)")  # fmt: skip
+    args = parser.parse_args(arguments)
+    device = harness.chosen_device(args)
+    report = harness.Report("layer", args, device)
+    report.note(
+        f"16 query heads, 8 KV heads, d = 128, {args.fa_heads} FA : {16 - args.fa_heads} GDN, "
+        "forward + backward of one layer's attention core, one document"
+    )
+    start_world(models.run_config(device))
+    try:
+        for tokens in args.sizes:
+            measure_size(tokens, args, device, report)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    finally:
+        stop_world()
+    report.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+"""The chunked KD loss against full logits: time and peak memory, forward and backward.
+
+``materialised`` is what one would write: both heads' logits, KL of two log-softmaxes plus
+cross-entropy, autograd. In ``materialised (compiled)`` torch.compile has fused what it can of it.
+Losses are compared before anything is timed. Peak memory counts what a call needs beyond its inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import _harness as harness
+from megatron_hydra.errors import HydraError, command
+from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
+
+EXAMPLE = "python -m benchmarks.loss --sizes 8K --hidden 2048 --vocabulary 151936"
+KL_WEIGHT = 0.9
+Loss = Callable[..., torch.Tensor]
+
+
+def materialised(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+) -> torch.Tensor:
+    """λ·KL + (1−λ)·CE from full logits."""
+    logits = F.linear(hidden, weight).float()
+    with torch.no_grad():
+        teacher = F.log_softmax(F.linear(teacher_hidden, teacher_weight).float(), dim=-1)
+    kl = F.kl_div(F.log_softmax(logits, dim=-1), teacher, log_target=True, reduction="sum")
+    return KL_WEIGHT * kl + (1 - KL_WEIGHT) * F.cross_entropy(logits, labels, reduction="sum")
+
+
+def make_inputs(tokens: int, args: argparse.Namespace, device: torch.device) -> dict:
+    generator = torch.Generator(device).manual_seed(args.seed)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        values = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        return values * scale
+
+    d, vocabulary = args.hidden, args.vocabulary
+    return {
+        "hidden": normal(tokens, d).requires_grad_(),
+        "weight": normal(vocabulary, d, scale=d**-0.5).requires_grad_(),
+        "labels": torch.randint(vocabulary, (tokens,), generator=generator, device=device),
+        "teacher_hidden": normal(tokens, d),
+        "teacher_weight": normal(vocabulary, d, scale=d**-0.5),
+    }
+
+
+def peers_of(inputs: dict, args: argparse.Namespace, device: torch.device) -> dict:
+    """Name → loss of the inputs."""
+    mask = torch.ones(inputs["labels"].shape, device=device)
+
+    def ours(fused: bool | None, chunk: int) -> Loss:
+        def loss(labels: torch.Tensor, **x: torch.Tensor) -> torch.Tensor:
+            return linear_distillation_loss(
+                x["hidden"],
+                x["weight"],
+                labels,
+                mask,
+                teacher_hidden=x["teacher_hidden"],
+                teacher_weight=x["teacher_weight"],
+                kl_weight=KL_WEIGHT,
+                chunk_tokens=chunk,
+                fused=fused,
+            ).loss
+
+        return loss
+
+    losses = {"materialised": materialised}
+    if args.compiled:
+        losses["materialised (compiled)"] = torch.compile(materialised, dynamic=False)
+    losses["ours"] = ours(None, args.chunk)
+    if device.type == "cuda":
+        losses["ours (torch passes)"] = ours(False, args.chunk)
+        losses[f"ours, chunk {2 * args.chunk}"] = ours(None, 2 * args.chunk)
+    return losses
+
+
+def step(loss: Loss, inputs: dict) -> harness.Peer:
+    return lambda: torch.autograd.grad(loss(**inputs), [inputs["hidden"], inputs["weight"]])
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    parser = harness.parser(__doc__, EXAMPLE, sizes="8K", what="tokens")
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--chunk", type=int, default=1024, help="tokens a chunk (default 1024)")
+    parser.add_argument(
+        "--compiled", action="store_true", help="torch.compile the materialised one"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU (default 1)")
+    args = parser.parse_args(arguments)
+    device = harness.chosen_device(args)
+    if device.type == "cpu":
+        torch.set_num_threads(args.threads)
+    ratios = {
+        "time of ours / materialised": ("ours", "materialised"),
+        "time of ours / materialised (compiled)": ("ours", "materialised (compiled)"),
+    }
+    report = harness.Report("loss", args, device, ratios)
+    report.note(
+        f"D = {args.hidden}, V = {args.vocabulary}, KL weight {KL_WEIGHT}, chunk {args.chunk}"
+    )
+    peaks: dict[str, list[int]] = {}
+    for tokens in args.sizes:
+        inputs = make_inputs(tokens, args, device)
+        losses = peers_of(inputs, args, device)
+        values = {name: float(loss(**inputs)) for name, loss in losses.items()}
+        for name, value in values.items():
+            if not abs(value / values["materialised"] - 1) < 1e-2:
+                raise HydraError(f"{name}: loss {value}, materialised {values['materialised']}")
+        samples = report.measure(
+            tokens, {name: step(loss, inputs) for name, loss in losses.items()}
+        )
+        for name, sample in samples.items():
+            if sample.wall:
+                peaks.setdefault(name, []).append(sample.peak_bytes)
+        most = samples["materialised"].peak_bytes
+        for name in list(samples)[1:]:
+            if samples[name].wall and most:
+                share = samples[name].peak_bytes / most
+                report.ratio(
+                    tokens, f"memory of {name} / materialised", harness.Ratio([share], [1])
+                )
+    if len(args.sizes) > 1:
+        _report_growth(report, peaks, args, device)
+    report.finish()
+    return 0
+
+
+def _report_growth(
+    report: harness.Report, peaks: dict, args: argparse.Namespace, device: torch.device
+) -> None:
+    """How much the peak grows over the sizes, beyond the gradient by the hidden states."""
+    bytes_each = 2 if device.type == "cuda" else 4
+    for name, peak in peaks.items():
+        if len(peak) != len(args.sizes):
+            continue
+        own = [p - n * args.hidden * bytes_each for p, n in zip(peak, args.sizes, strict=True)]
+        report.note(
+            f"{name}: peak less the gradient by the hidden states, largest over smallest of all "
+            f"sizes {max(own) / max(min(own), 1):.3f}"
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""Whole training steps on one device: the hybrid against the dense model of the same shape.
+
+A step is the trainer's own (forward, backward, gradient norm, AdamW update) of stage 3, one sequence
+of the given length, random tokens and weights. The two models are built one after the other, since
+their optimizer states rarely fit side by side. ``--recompute`` says what is recomputed in the
+backward, the same for both models: none, mlp, attention, attention+mlp or full. With several, the
+first that fits is taken for each model, and named. With ``--layers`` below the model's, the rows say
+so and no ratio stands for the whole model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+
+import torch
+
+from benchmarks import _harness as harness
+from benchmarks import _models as models
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.config.run import RunConfig
+from megatron_hydra.data.batch import PackedBatch
+from megatron_hydra.errors import command
+from megatron_hydra.parallel.world import World, start_world, stop_world
+from megatron_hydra.training.faults import FaultKeeper
+from megatron_hydra.training.observe import PhaseTimers
+from megatron_hydra.training.setup import build_chunks, build_optimizer, freeze, wrap_for_training
+from megatron_hydra.training.step import Trainee, train_step
+from megatron_hydra.transfer.verbs import VERBS
+
+EXAMPLE = "python -m benchmarks.step --sizes 8K,32K,128K --recompute none,mlp,full"
+TINY = dataclasses.replace(
+    models.QWEN3_1_7B, num_layers=2, hidden_size=64, ffn_hidden_size=128, vocab_size=512,
+    num_query_heads=8, num_kv_heads=4, head_dim=16,
+)  # fmt: skip
+"""For trying the script out on a CPU (``--tiny``)."""
+
+
+def random_batch(tokens: int, vocabulary: int, seed: int) -> PackedBatch:
+    """One document of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    stream = torch.randint(vocabulary, (tokens + 1,), generator=generator)
+    return PackedBatch(stream[:-1], stream[1:], torch.ones(tokens), (0, tokens), (0,))
+
+
+def build_trainee(
+    model: ModelConfig, teacher: ModelConfig, config: RunConfig, world: World
+) -> Trainee:
+    """Model, optimizer and verb with random weights."""
+    frozen = []
+    if VERBS[config.verb].uses_teacher:
+        frozen = freeze(build_chunks(teacher, config))
+        for chunk in frozen:
+            models.randomise(chunk, seed=1)
+    verb = VERBS[config.verb](config, world, frozen)
+    chunks = build_chunks(model, config)
+    for chunk in chunks:
+        models.randomise(chunk)
+    wrapped = wrap_for_training(chunks, verb, config)
+    optimizer, _ = build_optimizer(wrapped, config)
+    return Trainee(config, world, verb, wrapped, optimizer, FaultKeeper(config.faults))
+
+
+def timed_steps(
+    model: ModelConfig,
+    teacher: ModelConfig,
+    tokens: int,
+    recompute: str,
+    world: World,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> harness.Sample:
+    """Timings of one model's steps; ``peak_bytes`` is everything: weights, optimizer, activations."""
+    config = models.run_config(device, tokens, recompute)
+    config = dataclasses.replace(config, verb=args.verb)
+    try:
+        trainee = build_trainee(model, teacher, config, world)
+        batch = random_batch(tokens, model.vocab_size, args.seed)
+        timers = PhaseTimers()
+
+        def peer() -> None:
+            result = train_step(trainee, [batch], lambda: (False, False), timers)
+            assert not result.fault, result
+
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        sample = harness.time_in_turns({"": peer}, device, args.repeats, args.warmup)[""]
+        if device.type == "cuda" and not sample.failure:
+            sample.peak_bytes = torch.cuda.max_memory_allocated()
+        if args.profile and device.type == "cuda" and args.output and not sample.failure:
+            text = harness.profile(peer, f"{tokens} tokens, {recompute}", calls=1)
+            kind = "hydra" if model.is_hybrid else "dense"
+            name = f"step_profile_{kind}_{harness.size_name(tokens)}.txt"
+            (args.output / name).write_text(text)
+    except torch.OutOfMemoryError:
+        sample = harness.Sample()
+        sample.failure = "OOM"
+    trainee = peer = None  # type: ignore[assignment]
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return sample
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    parser = harness.parser(__doc__, EXAMPLE, sizes="8K,32K,128K", what="tokens")
+    parser.add_argument("--verb", choices=sorted(VERBS), default="finetune")
+    parser.add_argument("--recompute", default="none,mlp,full",
+                        help="settings to try in this order (default none,mlp,full)")  # fmt: skip
+    parser.add_argument("--layers", type=int, help="fewer layers than the model's 28")
+    parser.add_argument("--models", default="dense,hydra", help="default dense,hydra")
+    parser.add_argument("--profile", action="store_true",
+                        help="write tables of kernel times into --output")  # fmt: skip
+    parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the script out")
+    parser.set_defaults(repeats=3, warmup=1)
+    args = parser.parse_args(arguments)
+    device = harness.chosen_device(args)
+    shape = TINY if args.tiny else models.QWEN3_1_7B
+    if args.layers:
+        shape = models.smaller(shape, args.layers)
+    shapes = {"dense": shape, "hydra": models.hybrid(shape, max(1, shape.num_query_heads // 8))}
+    chosen = {name: shapes[name] for name in args.models.split(",")}
+    report = harness.Report("step", args, device)
+    whole = "whole model" if shape.num_layers == 28 else "NOT the whole model"
+    report.note(f"{args.verb}, {shape.num_layers} layers ({whole}), hidden {shape.hidden_size}, "
+                f"micro-batch 1")  # fmt: skip
+    start = models.run_config(device)
+    world = start_world(start)
+    try:
+        for tokens in args.sizes:
+            samples: dict[str, harness.Sample] = {}
+            for name, model in chosen.items():
+                for recompute in args.recompute.split(","):
+                    sample = timed_steps(model, shape, tokens, recompute, world, args, device)
+                    samples[name] = sample
+                    report.add(tokens, {f"{name}, recompute {recompute}": sample})
+                    if sample.wall:
+                        rate = tokens / sample.median
+                        report.note(f"{name}: {rate:,.0f} tokens/s")
+                        break
+            if {"dense", "hydra"} <= set(samples):
+                ratio = harness.Ratio(samples["dense"].wall, samples["hydra"].wall)
+                report.ratio(tokens, "speed-up of hydra over dense", ratio)
+    finally:
+        stop_world()
+    report.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
