@@ -238,6 +238,31 @@ def _merge(base: dict, update: Mapping) -> dict:
     return merged
 
 
+def read_config(path: str | os.PathLike[str], nested: bool = False) -> dict[str, Any]:
+    """One YAML file of a run as plain data, its keys checked.
+
+    ``include: other.yaml`` (a path relative to the file) puts another file under this one: a
+    stage's data has a file of its own. Included files include no further ones.
+
+    Raises:
+        HydraError: an unreadable file, an unknown key or a value of the wrong type.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HydraError(f"config {path} cannot be read: {error}") from None
+    body = parse_yaml(text, str(path)) or {}
+    base: dict[str, Any] = {}
+    if isinstance(body, Mapping) and "include" in body and not nested:
+        body = dict(body)
+        name = body.pop("include")
+        if not isinstance(name, str):
+            raise _wrong(str(path), ["include"], "a path", name)
+        base = read_config(Path(path).parent / name, nested=True)
+    from_dict(RunConfig, body, source=str(path))
+    return _merge(base, body)
+
+
 def load_run_config(
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], overrides: Sequence[str] = ()
 ) -> RunConfig:
@@ -256,13 +281,7 @@ def load_run_config(
 
     body: dict = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-        try:
-            text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise HydraError(f"config {path} cannot be read: {error}") from None
-        part = parse_yaml(text, str(path)) or {}
-        from_dict(RunConfig, part, source=str(path))
-        body = _merge(body, part)
+        body = _merge(body, read_config(path))
     config = apply_overrides(from_dict(RunConfig, body), overrides)
     check_run(config)
     return config

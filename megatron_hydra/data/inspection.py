@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_hydra.config.loading import from_dict, parse_yaml
+from megatron_hydra.config.loading import from_dict, read_config
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.data.document import Document
 from megatron_hydra.data.indexed import IndexedDocuments
-from megatron_hydra.errors import HydraError
 
 _SHOWN_DUPLICATES = 5
 
@@ -24,12 +22,7 @@ def load_data_sections(path: str) -> RunConfig:
     Raises:
         HydraError: the file cannot be read, or a key is unknown.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise HydraError(f"config {path} cannot be read: {error}") from error
-    body = parse_yaml(text, path) or {}
-    return from_dict(RunConfig, body, source=path)
+    return from_dict(RunConfig, read_config(path), source=path)
 
 
 def show_pack(

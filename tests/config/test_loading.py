@@ -113,3 +113,25 @@ def test_exponents_without_a_dot_are_numbers() -> None:
 def test_empty_value_is_an_empty_string(config_file: Path) -> None:
     config = load_run_config(config_file)
     assert apply_overrides(config, ["data.tokenizer="]).data.tokenizer == ""
+
+
+def test_an_included_file_lies_under_the_one_that_includes_it(config_file: Path) -> None:
+    folder = config_file.parent / "data"
+    folder.mkdir()
+    (folder / "stage.yaml").write_text("data: {seed: 7, sequence_length: 64}\nverb: align\n")
+    body = MINIMAL.replace("data: {", "data: {sequence_length: 128, ")
+    config_file.write_text("include: data/stage.yaml\n" + body)
+    config = load_run_config(config_file)
+    assert (config.data.seed, config.data.sequence_length, config.verb) == (7, 128, "finetune")
+
+
+def test_includes_that_cannot_be_are_named(config_file: Path) -> None:
+    config_file.write_text("include: absent.yaml\n" + MINIMAL)
+    with pytest.raises(HydraError, match=r"absent\.yaml cannot be read"):
+        load_run_config(config_file)
+    config_file.write_text("include: [a.yaml]\n" + MINIMAL)
+    with pytest.raises(HydraError, match="include must be a path"):
+        load_run_config(config_file)
+    config_file.write_text(f"include: {config_file.name}\n" + MINIMAL)
+    with pytest.raises(HydraError, match="unknown key 'include'"):
+        load_run_config(config_file)

@@ -43,7 +43,7 @@ def test_qwen_stages_fit_their_layouts(gpus: int, length: str) -> None:
 
 
 def test_the_stages_of_qwen_read_15_billion_tokens() -> None:
-    total = 0
+    total = budgets = 0
     for files in [stage for stages in STAGES.values() for stage in stages]:
         config = load_run_config([QWEN / name for name in files])
         tokens = (
@@ -51,6 +51,8 @@ def test_the_stages_of_qwen_read_15_billion_tokens() -> None:
         )
         assert tokens <= config.data.token_budget
         total += tokens
+        budgets += config.data.token_budget
+    assert budgets == 15_000_000_000
     assert total == pytest.approx(15e9, rel=0.01)
 
 
