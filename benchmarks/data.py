@@ -3,8 +3,9 @@
 
 ``tokenize``: Megatron-LM's ``tools/preprocess_data.py`` against ``data_prep/tokenize.py``, in
 turns, with the same tokenizer, input and number of workers; whole commands are timed, imports
-included, and the two outputs must be the same files. ``index``: time and memory to open a ten-million-document
-pair and to get a first batch, each in a fresh process. ``stream``: batches per second.
+included, and the two outputs must be the same files. ``index``: time and memory to open a
+ten-million-document pair and to get a first batch, each in a fresh process. ``waste``: padding of
+every packing strategy on a log-normal corpus. ``stream``: batches per second.
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ import numpy as np
 
 from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig
 from megatron_hydra.data.indexed import IndexedDocuments, write_index
+from megatron_hydra.data.packing import pack_documents
 from megatron_hydra.data.stream import PackedStream
 from megatron_hydra.errors import HydraError, command
 
 EXAMPLES = """\
 examples:
-  git -C Megatron-LM checkout core_v0.16.1
+  git -C Megatron-LM checkout core_v0.16.1; pip install six    # which its script imports
   python benchmarks/data.py tokenize --megatron-lm Megatron-LM --megabytes 60 --workers 1
   python benchmarks/data.py index --documents 10000000
-  python benchmarks/data.py stream
+  python benchmarks/data.py waste
+  python benchmarks/data.py stream --length 4096
 """
 ROOT = Path(__file__).resolve().parents[1]
 QWEN_PATTERN = (
@@ -205,8 +208,33 @@ def bench_index(args: argparse.Namespace) -> None:
             print(done.stdout.strip(), flush=True)
 
 
+def bench_waste(args: argparse.Namespace) -> None:
+    """Padding and cut documents, by strategy and sequence length."""
+    rng = np.random.default_rng(0)
+    drawn = rng.lognormal(np.log(args.median), args.sigma, args.documents).astype(np.int64) + 1
+    print(
+        f"{args.documents:,} documents, {drawn.sum():,} tokens: log-normal, median "
+        f"{np.median(drawn):,.0f}, mean {drawn.mean():,.0f}, longest {drawn.max():,}"
+    )
+    for size in args.lengths:
+        whole = drawn[drawn <= size]
+        for packing in ("best_fit", "split_long", "concat_chunk"):
+            lengths = whole if packing == "best_fit" else drawn
+            offsets = np.cumsum(lengths) - lengths
+            begin = time.perf_counter()
+            packs = pack_documents(offsets, lengths, size, packing, 0, "corpus")
+            seconds = time.perf_counter() - begin
+            ends = packs.offsets + packs.lengths
+            cut = (~np.isin(ends, offsets + lengths)).sum()
+            print(
+                f"{size:>7,} {packing:<12} {packs.waste():8.4%} padding, {cut:>9,} cuts inside "
+                f"documents, {len(packs):>9,} packs, {seconds:.2f} s",
+                flush=True,
+            )
+
+
 def bench_stream(args: argparse.Namespace) -> None:
-    """Batches of 4,096 tokens from text and from generated tasks."""
+    """Batches from text and from generated tasks."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_corpus(folder / "corpus.jsonl", 8)
@@ -222,7 +250,7 @@ def bench_stream(args: argparse.Namespace) -> None:
         for label, part in parts.items():
             data = DataConfig(
                 blend=(part,),
-                sequence_length=4096,
+                sequence_length=args.length,
                 packing="split_long",
                 tokenizer=str(folder / "tokenizer") if part.task else "",
             )
@@ -232,7 +260,10 @@ def bench_stream(args: argparse.Namespace) -> None:
             for step in range(args.steps):
                 stream.micro_batches(step)
             each = (time.perf_counter() - begin) / args.steps
-            print(f"{label}: {1000 * each:.2f} ms per 4,096 tokens ({4096 / each:,.0f} tokens/s)")
+            rate = args.length / each
+            print(
+                f"{label}: {1000 * each:.2f} ms per {args.length:,} tokens ({rate:,.0f} tokens/s)"
+            )
 
 
 @command
@@ -255,8 +286,17 @@ def main(arguments: list[str] | None = None) -> int:
     index.add_argument("--folder", help="where the pair is written; default: temporary folder")
     index.add_argument("--repeats", type=int, default=3)
     index.set_defaults(run=bench_index)
+    waste = verbs.add_parser("waste", help="padding of every packing strategy")
+    waste.add_argument("--documents", type=int, default=1_000_000)
+    waste.add_argument("--median", type=float, default=600, help="tokens of a document")
+    waste.add_argument("--sigma", type=float, default=1.2, help="of the logarithm")
+    waste.add_argument(
+        "--lengths", type=int, nargs="+", default=[2048, 4096, 32_768, 65_536, 524_288]
+    )
+    waste.set_defaults(run=bench_waste)
     stream = verbs.add_parser("stream", help="batches per second")
     stream.add_argument("--steps", type=int, default=200)
+    stream.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
     stream.set_defaults(run=bench_stream)
     args = parser.parse_args(arguments)
     args.run(args)
