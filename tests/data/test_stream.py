@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +19,7 @@ from megatron_hydra.data.document import Document
 from megatron_hydra.data.stream import pack_sequence
 from megatron_hydra.data.tokenizer import tokenizer_fingerprint
 from megatron_hydra.errors import HydraError
+from megatron_hydra.parallel.packed_sequence import PackedSequence
 from tests.data.corpora import numbered_documents, write_indexed
 from tests.data.test_indexed import manifest_for
 
@@ -282,3 +285,43 @@ def test_senseless_upsampling_is_refused_by_name(data, upsample):
     part = dataclasses.replace(data.blend[0], upsample=upsample)
     with pytest.raises(HydraError, match=r"web: upsample .* needs lengths"):
         stream(dataclasses.replace(data, blend=(part,)))
+
+
+CORPUS = st.lists(st.integers(1, 40), min_size=1, max_size=25)
+
+
+@given(
+    lengths=CORPUS,
+    length=st.integers(2, 48),
+    packing=st.sampled_from(["best_fit", "split_long", "concat_chunk"]),
+    size=st.integers(1, 3),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_an_epoch_of_any_corpus_read_by_any_number_of_ranks(
+    tmp_path_factory, lengths, length, packing, size, seed
+):
+    """Every token once; positions restart with every document; no loss crosses one."""
+    length = max(length, *lengths) if packing == "best_fit" else length
+    prefix, _ = write_indexed(tmp_path_factory.mktemp("any") / "x", numbered_documents(lengths))
+    data = DataConfig((SourceConfig(path=prefix),), length, "", packing, seed)
+    starts = {1, *(np.cumsum(lengths) + 1).tolist()}
+    ranks = [stream(data, (1, size), rank, size) for rank in range(size)]
+    packs = ranks[0].sources[0].samples_per_epoch
+    seen: list[int] = []
+    for step in range(-(-packs // size)):
+        for (batch,) in (rank.micro_batches(step) for rank in ranks):
+            if batch.sample_ids[0] >= packs:
+                continue  # the next epoch
+            positions = PackedSequence(batch.cu_seqlens).positions_local
+            expected = [torch.arange(b - a) for a, b in itertools.pairwise(batch.cu_seqlens)]
+            assert torch.equal(positions, torch.cat(expected))
+            real = batch.tokens > 0
+            seen += batch.tokens[real].tolist()
+            learned = batch.loss_mask > 0
+            assert not learned[~real].any()
+            assert (batch.labels[learned] == batch.tokens[learned] + 1).all()
+            assert not starts & set(batch.labels[learned].tolist())
+            for token, position in zip(batch.tokens.tolist(), positions.tolist(), strict=True):
+                assert token not in starts or position == 0
+    assert sorted(seen) == list(range(1, sum(lengths) + 1))
