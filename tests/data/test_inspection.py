@@ -156,3 +156,17 @@ def test_merge_joins_listed_pairs(prepared, tmp_path, capsys):
     assert np.array_equal(merged.read(0, merged.num_tokens), np.concatenate([tokens, tokens]))
     assert command("merge")(["--shards", str(tmp_path / "none")]) == 2
     assert "found no shards" in capsys.readouterr().err
+
+
+def test_every_part_of_a_blend_has_its_own_histogram(prepared, qwen, tmp_path, capsys):
+    other, _ = write_indexed(tmp_path / "other", numbered_documents([5, 9, 40]))
+    config = tmp_path / "run.yaml"
+    (tmp_path / "data.yaml").write_text(
+        f"data: {{tokenizer: {qwen}, sequence_length: 512, packing: split_long, "
+        f"blend: [{{path: {prepared}}}, {{path: {other}}}]}}\n"
+    )
+    config.write_text("include: data.yaml\nbatch: {global_batch_size: 2}\n")
+    arguments = ["--config", str(config), "--histogram", str(tmp_path / "h.png"), "--steps", "3"]
+    assert command("inspect")(arguments) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["h-0.png", "h-1.png"]
+    assert "3 steps of 1,024 tokens read" in capsys.readouterr().out
