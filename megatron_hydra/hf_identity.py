@@ -23,6 +23,12 @@ from megatron_hydra.head_map import ModelIdentity, fingerprint_tensors
 FAMILIES = ("qwen3", "qwen2", "llama")
 """``model_type`` values of ``config.json`` that can be selected on and converted."""
 
+DEFAULT_HEAD_DIM: dict[str, int | None] = {"qwen3": 128, "qwen2": None, "llama": None}
+"""What transformers takes where the config has no ``head_dim``; ``None``: D/H."""
+
+DEFAULT_KV_HEADS: dict[str, int | None] = {"qwen3": 32, "qwen2": 32, "llama": None}
+"""What transformers takes where the config has no ``num_key_value_heads``; ``None``: H."""
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -87,12 +93,14 @@ def identity_shape(config: Mapping[str, Any], source: str = "config.json") -> di
         if not isinstance(config.get(key), int):
             raise HydraError(f"{source}: key {key!r} is missing or no integer")
     num_query_heads = config["num_attention_heads"]
+    kv_heads = DEFAULT_KV_HEADS[family] or num_query_heads
+    head_dim = DEFAULT_HEAD_DIM[family] or config["hidden_size"] // num_query_heads
     return {
         "family": family,
         "num_layers": config["num_hidden_layers"],
         "num_query_heads": num_query_heads,
-        "num_kv_heads": config.get("num_key_value_heads") or num_query_heads,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // num_query_heads,
+        "num_kv_heads": config.get("num_key_value_heads") or kv_heads,
+        "head_dim": config.get("head_dim") or head_dim,
         "hidden_size": config["hidden_size"],
     }
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from megatron_hydra.errors import HydraError
-from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
+from megatron_hydra.hf_identity import identity_shape, model_identity_from_hf, resolve_hf_folder
 from tests.selection.helpers import tiny_model
 
 
@@ -44,6 +45,21 @@ def test_head_dim_is_derived_where_the_config_has_none(tmp_path: Path) -> None:
     config.pop("head_dim", None)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert model_identity_from_hf(tmp_path).head_dim == 8
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
+    config = {
+        "model_type": family,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 64,
+        "hidden_size": 4096,
+    }
+    shape = identity_shape(config, "here")
+    theirs = AutoConfig.for_model(**config)
+    assert shape["num_kv_heads"] == theirs.num_key_value_heads
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // 64
+    assert shape["head_dim"] == head_dim
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:

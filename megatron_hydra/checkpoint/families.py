@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from megatron_hydra.checkpoint.canonical import Shape, canonical_shapes
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.hf_identity import DEFAULT_HEAD_DIM, DEFAULT_KV_HEADS
 
 if TYPE_CHECKING:
     import torch
@@ -191,8 +192,8 @@ FAMILIES = {
         qk_norm=True,
         qkv_bias=None,
         out_bias=None,
-        head_dim=128,
-        num_kv_heads=32,
+        head_dim=DEFAULT_HEAD_DIM["qwen3"],
+        num_kv_heads=DEFAULT_KV_HEADS["qwen3"],
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
@@ -200,8 +201,8 @@ FAMILIES = {
         qk_norm=False,
         qkv_bias=True,
         out_bias=False,
-        head_dim=None,
-        num_kv_heads=32,
+        head_dim=DEFAULT_HEAD_DIM["qwen2"],
+        num_kv_heads=DEFAULT_KV_HEADS["qwen2"],
     ),
     "llama": Family(
         architecture="LlamaForCausalLM",
@@ -209,8 +210,8 @@ FAMILIES = {
         qk_norm=False,
         qkv_bias=None,
         out_bias=None,
-        head_dim=None,
-        num_kv_heads=None,
+        head_dim=DEFAULT_HEAD_DIM["llama"],
+        num_kv_heads=DEFAULT_KV_HEADS["llama"],
     ),
 }
 
