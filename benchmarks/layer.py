@@ -138,23 +138,6 @@ def on_one_stream(peer: harness.Peer) -> harness.Peer:
     return run
 
 
-def graphed(peer: harness.Peer) -> harness.Peer:
-    """The peer as a CUDA graph."""
-    graph: list[torch.cuda.CUDAGraph] = []
-
-    def run() -> None:
-        if not graph:
-            peer()
-            torch.cuda.synchronize()
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
-                peer()
-            graph.append(captured)
-        graph[0].replay()
-
-    return run
-
-
 def full_attention_kernels(device: torch.device) -> dict[str, gpu_attention.Attention]:
     """Every full-attention kernel that can run here, by name."""
     if device.type != "cuda":
@@ -235,8 +218,8 @@ def measure_size(
     if args.kernels:
         peers |= bare_kernels(tokens, hybrid, kernels, device)
     if args.graph and device.type == "cuda" and tokens <= args.largest_slow:
-        peers["hydra (graph)"] = graphed(peers["hydra"])
-        peers[f"{best} (graph)"] = graphed(peers[best])
+        peers["hydra (graph)"] = harness.graphed(peers["hydra"])
+        peers[f"{best} (graph)"] = harness.graphed(peers[best])
     samples = report.measure(tokens, peers)
     _report_ratios(tokens, samples, report)
     if args.profile and device.type == "cuda" and report.output is not None:

@@ -215,13 +215,15 @@ class _LinearDistillationLoss(torch.autograd.Function):
                 chunk = _chunk_loss(*arguments, wants)
             kl += chunk.kl
             ce += chunk.ce
+            del logits, teacher_logits, arguments  # before the products, and before the next chunk
             if chunk.d_logits is not None:
                 d_logits = chunk.d_logits.to(weight.dtype)
                 if d_hidden is not None:
                     d_hidden[part] = d_logits @ weight
                 if d_weight is not None:
                     _add_matmul_fp32(d_weight, d_logits.t(), h)
-            del logits, teacher_logits, chunk
+                del d_logits
+            del chunk
         ctx.d_hidden, ctx.d_weight, ctx.weight_dtype = d_hidden, d_weight, weight.dtype
         if teacher_hidden is None:
             loss = ce.clone()

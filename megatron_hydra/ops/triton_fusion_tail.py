@@ -1,8 +1,9 @@
 """Triton kernels of the fusion tail; twin: :func:`megatron_hydra.ops.fusion_tail.fusion_tail`.
 
-A row is one head of one token. The forward reads o and the gate once and writes o_proj's input
-once; the backward recomputes the norm from them, reads the incoming gradient once and writes both
-gradients once. Everything between load and store is fp32.
+A row is one head of one token; a program has the same head of neighbouring tokens. The forward
+reads o and the gate once and writes o_proj's input once; the backward recomputes the norm from
+them, reads the incoming gradient once and writes both gradients once. Everything between load and
+store is fp32.
 """
 
 from __future__ import annotations
@@ -22,15 +23,21 @@ ROWS, WARPS = 16, 4
 
 
 @triton.jit
+def _rows(tokens, heads, ROWS: tl.constexpr):
+    """Tokens and head of this program: one division a program, where rows of mixed heads need many."""
+    block = tl.program_id(0) // heads
+    t = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return t, tl.program_id(0) % heads, t < tokens
+
+
+@triton.jit
 def _forward_kernel(
-    o, gate, scale, y, rows, heads, eps,
+    o, gate, scale, y, tokens, heads, eps,
     o_t, o_h, g_t, g_h, s_t, s_h, y_t,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    valid = row < rows
-    t, h = row // heads, row % heads
+    t, h, valid = _rows(tokens, heads, ROWS)
     c = tl.arange(0, BLOCK)
     mask = valid[:, None] & (c < D)[None, :]
     x = tl.load(o + (t * o_t + h * o_h)[:, None] + c[None, :], mask, 0.0).to(tl.float32)
@@ -47,14 +54,12 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    o, gate, scale, dy, d_o, d_gate, d_scale, rows, heads, eps,
+    o, gate, scale, dy, d_o, d_gate, d_scale, tokens, heads, eps,
     o_t, o_h, g_t, g_h, s_t, s_h, dy_t, ds_t,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    valid = row < rows
-    t, h = row // heads, row % heads
+    t, h, valid = _rows(tokens, heads, ROWS)
     c = tl.arange(0, BLOCK)
     mask = valid[:, None] & (c < D)[None, :]
     x = tl.load(o + (t * o_t + h * o_h)[:, None] + c[None, :], mask, 0.0).to(tl.float32)
@@ -73,7 +78,7 @@ def _backward_kernel(
         grad = grad * tl.load(scale + t * s_t + h * s_h, valid, 0.0).to(tl.float32)[:, None]
     if HAS_NORM:
         grad = rstd[:, None] * (grad - normed * (tl.sum(grad * normed, 1) / D)[:, None])
-    own = (row * D)[:, None] + c[None, :]
+    own = ((t * heads + h) * D)[:, None] + c[None, :]
     if HAS_GATE:
         d_g = grad * x * (2.0 * sigma * (1.0 - sigma))
         tl.store(d_gate + own, d_g.to(d_gate.dtype.element_ty), mask)
@@ -108,8 +113,8 @@ class _FusionTail(torch.autograd.Function):
         for o, gate in zip(outputs, tensors[1::2], strict=True):
             n = o.shape[1]
             part = None if scale is None else scale[..., start : start + n]
-            _forward_kernel[(triton.cdiv(tokens * n, ROWS),)](
-                o, gate, part, y[:, start * d :], tokens * n, n, eps or 0.0,
+            _forward_kernel[(triton.cdiv(tokens, ROWS) * n,)](
+                o, gate, part, y[:, start * d :], tokens, n, eps or 0.0,
                 *_strides(o), *_strides(gate), *_strides(part), y.stride(0),
                 D=d, BLOCK=triton.next_power_of_2(d), ROWS=ROWS, num_warps=WARPS,
                 HAS_GATE=gate is not None, HAS_SCALE=part is not None, HAS_NORM=eps is not None,
@@ -134,9 +139,9 @@ class _FusionTail(torch.autograd.Function):
             part = None if scale is None else scale[..., start : start + n]
             d_o = torch.empty(o.shape, dtype=o.dtype, device=o.device)
             d_gate = None if gate is None else torch.empty_like(d_o, dtype=gate.dtype)
-            _backward_kernel[(triton.cdiv(tokens * n, ROWS),)](
+            _backward_kernel[(triton.cdiv(tokens, ROWS) * n,)](
                 o, gate, part, dy[:, start * d :], d_o, d_gate,
-                None if d_scale is None else d_scale[:, start:], tokens * n, n, ctx.eps or 0.0,
+                None if d_scale is None else d_scale[:, start:], tokens, n, ctx.eps or 0.0,
                 *_strides(o), *_strides(gate), *_strides(part), dy.stride(0), heads,
                 D=d, BLOCK=triton.next_power_of_2(d), ROWS=ROWS, num_warps=WARPS,
                 HAS_GATE=gate is not None, HAS_SCALE=part is not None, HAS_NORM=ctx.eps is not None,

@@ -1,12 +1,15 @@
 """Triton kernels of q/k preparation; twin: :func:`megatron_hydra.ops.qk_preparation.prepare_heads`.
 
-A row is one head of one token, held as its two rotary halves. The forward reads it once and writes
+A row is one head of one token, held as its two rotary halves. A program walks over the heads of a
+block of tokens, whose rotary tables it holds: read again for every head, they would be more traffic
+in the cache than the heads themselves. The forward reads it once and writes
 it once; the backward recomputes every step from the input. Everything in between is fp32 (the twin
 rounds after every step, as Hugging Face's models do).
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,8 +20,9 @@ from torch.autograd.function import once_differentiable
 from megatron_hydra.ops.qk_preparation import L2_EPS
 
 ROWS, WARPS = 16, 4
-PROGRAMS_PER_UNIT = 16
-"""Backward programs per multiprocessor: each sums the norm weight's gradient over many rows."""
+PROGRAMS_PER_UNIT = 8
+"""Programs per multiprocessor that are enough to fill it; a backward program sums the norm weight's
+gradient over all its rows."""
 
 
 @triton.jit
@@ -49,21 +53,16 @@ def _prepared(
 
 @triton.jit
 def _forward_kernel(
-    x, weight, cos_table, sin_table, scale, y, rows, heads, x_t, x_h, table_t, eps, l2_eps,
+    x, weight, cos_table, sin_table, scale, y, tokens, heads, x_t, x_h, table_t, eps, l2_eps,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_ROTARY: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_L2: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = D // 2
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    valid = row < rows
-    t, h = row // heads, row % heads
+    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK)
-    mask = valid[:, None] & (c < HALF)[None, :]
-    start = x + (t * x_t + h * x_h)[:, None] + c[None, :]
-    x1 = tl.load(start, mask, 0.0).to(tl.float32)
-    x2 = tl.load(start + HALF, mask, 0.0).to(tl.float32)
-    w1, w2, cos, sin, s = x1, x2, x1, x2, x1
+    mask = (t < tokens)[:, None] & (c < HALF)[None, :]
+    w1, w2, cos, sin, s = 0.0, 0.0, 0.0, 0.0, 0.0
     if HAS_NORM:
         w1 = tl.load(weight + c, c < HALF, 0.0).to(tl.float32)
         w2 = tl.load(weight + HALF + c, c < HALF, 0.0).to(tl.float32)
@@ -71,72 +70,77 @@ def _forward_kernel(
         cos = tl.load(cos_table + (t * table_t)[:, None] + c[None, :], mask, 0.0)
         sin = tl.load(sin_table + (t * table_t)[:, None] + c[None, :], mask, 0.0)
     if HAS_SCALE:
-        s = tl.load(scale + t, valid, 0.0)
-    y1, y2, _, _ = _prepared(
-        x1, x2, w1, w2, cos, sin, s, eps, l2_eps, D, HAS_NORM, HAS_ROTARY, HAS_SCALE, HAS_L2
-    )
-    out = y + (row * D)[:, None] + c[None, :]
-    tl.store(out, y1.to(y.dtype.element_ty), mask)
-    tl.store(out + HALF, y2.to(y.dtype.element_ty), mask)
+        s = tl.load(scale + t, t < tokens, 0.0)
+    reads = x + (t * x_t)[:, None] + c[None, :]
+    writes = y + (t * heads * D)[:, None] + c[None, :]
+    for h in range(tl.program_id(1), heads, tl.num_programs(1)):
+        x1 = tl.load(reads + h * x_h, mask, 0.0).to(tl.float32)
+        x2 = tl.load(reads + h * x_h + HALF, mask, 0.0).to(tl.float32)
+        y1, y2, _, _ = _prepared(
+            x1, x2, w1, w2, cos, sin, s, eps, l2_eps, D, HAS_NORM, HAS_ROTARY, HAS_SCALE, HAS_L2
+        )
+        tl.store(writes + h * D, y1.to(y.dtype.element_ty), mask)
+        tl.store(writes + h * D + HALF, y2.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
 def _backward_kernel(
-    x, weight, cos_table, sin_table, scale, dy, dx, dw, rows, heads, x_t, x_h, table_t, eps, l2_eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    x, weight, cos_table, sin_table, scale, dy, dx, dw, tokens, heads, x_t, x_h, table_t, eps,
+    l2_eps, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_ROTARY: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_L2: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = D // 2
     c = tl.arange(0, BLOCK)
     inside = c < HALF
-    sum1 = tl.zeros([BLOCK], tl.float32)
-    sum2 = tl.zeros([BLOCK], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = block * ROWS + tl.arange(0, ROWS).to(tl.int64)
-        valid = row < rows
-        t, h = row // heads, row % heads
-        mask = valid[:, None] & inside[None, :]
-        start = x + (t * x_t + h * x_h)[:, None] + c[None, :]
-        x1 = tl.load(start, mask, 0.0).to(tl.float32)
-        x2 = tl.load(start + HALF, mask, 0.0).to(tl.float32)
-        own = (row * D)[:, None] + c[None, :]
-        g1 = tl.load(dy + own, mask, 0.0).to(tl.float32)
-        g2 = tl.load(dy + own + HALF, mask, 0.0).to(tl.float32)
-        w1, w2, cos, sin, s = x1, x2, x1, x2, x1
-        if HAS_NORM:
-            w1 = tl.load(weight + c, inside, 0.0).to(tl.float32)
-            w2 = tl.load(weight + HALF + c, inside, 0.0).to(tl.float32)
+    # Summed over the rows once, at the end: a sum over rows goes through shared memory.
+    sum1 = tl.zeros([ROWS, BLOCK], tl.float32)
+    sum2 = tl.zeros([ROWS, BLOCK], tl.float32)
+    w1, w2, cos, sin, s = 0.0, 0.0, 0.0, 0.0, 0.0
+    if HAS_NORM:
+        w1 = tl.load(weight + c, inside, 0.0).to(tl.float32)
+        w2 = tl.load(weight + HALF + c, inside, 0.0).to(tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
+        t = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (t < tokens)[:, None] & inside[None, :]
         if HAS_ROTARY:
             cos = tl.load(cos_table + (t * table_t)[:, None] + c[None, :], mask, 0.0)
             sin = tl.load(sin_table + (t * table_t)[:, None] + c[None, :], mask, 0.0)
         if HAS_SCALE:
-            s = tl.load(scale + t, valid, 0.0)
-        y1, y2, rstd, length = _prepared(
-            x1, x2, w1, w2, cos, sin, s, eps, l2_eps, D, HAS_NORM, HAS_ROTARY, HAS_SCALE, HAS_L2
-        )
-        if HAS_L2:
-            along = tl.sum(g1 * y1, 1) + tl.sum(g2 * y2, 1)
-            g1 = length[:, None] * (g1 - y1 * along[:, None])
-            g2 = length[:, None] * (g2 - y2 * along[:, None])
-        if HAS_SCALE:
-            g1, g2 = g1 * s[:, None], g2 * s[:, None]
-        if HAS_ROTARY:
-            g1, g2 = g1 * cos + g2 * sin, g2 * cos - g1 * sin
-        if HAS_NORM:
-            n1, n2 = x1 * rstd[:, None], x2 * rstd[:, None]
-            sum1 += tl.sum(g1 * n1, 0)
-            sum2 += tl.sum(g2 * n2, 0)
-            g1, g2 = g1 * w1[None, :], g2 * w2[None, :]
-            mean = (tl.sum(g1 * n1, 1) + tl.sum(g2 * n2, 1)) / D
-            g1 = rstd[:, None] * (g1 - n1 * mean[:, None])
-            g2 = rstd[:, None] * (g2 - n2 * mean[:, None])
-        tl.store(dx + own, g1.to(dx.dtype.element_ty), mask)
-        tl.store(dx + own + HALF, g2.to(dx.dtype.element_ty), mask)
+            s = tl.load(scale + t, t < tokens, 0.0)
+        reads = x + (t * x_t)[:, None] + c[None, :]
+        own = (t * heads * D)[:, None] + c[None, :]
+        for h in range(tl.program_id(1), heads, tl.num_programs(1)):
+            x1 = tl.load(reads + h * x_h, mask, 0.0).to(tl.float32)
+            x2 = tl.load(reads + h * x_h + HALF, mask, 0.0).to(tl.float32)
+            g1 = tl.load(dy + own + h * D, mask, 0.0).to(tl.float32)
+            g2 = tl.load(dy + own + h * D + HALF, mask, 0.0).to(tl.float32)
+            y1, y2, rstd, length = _prepared(
+                x1, x2, w1, w2, cos, sin, s, eps, l2_eps, D, HAS_NORM, HAS_ROTARY, HAS_SCALE,
+                HAS_L2,
+            )  # fmt: skip
+            if HAS_L2:
+                along = tl.sum(g1 * y1, 1) + tl.sum(g2 * y2, 1)
+                g1 = length[:, None] * (g1 - y1 * along[:, None])
+                g2 = length[:, None] * (g2 - y2 * along[:, None])
+            if HAS_SCALE:
+                g1, g2 = g1 * s[:, None], g2 * s[:, None]
+            if HAS_ROTARY:
+                g1, g2 = g1 * cos + g2 * sin, g2 * cos - g1 * sin
+            if HAS_NORM:
+                n1, n2 = x1 * rstd[:, None], x2 * rstd[:, None]
+                sum1 += g1 * n1
+                sum2 += g2 * n2
+                g1, g2 = g1 * w1[None, :], g2 * w2[None, :]
+                mean = (tl.sum(g1 * n1, 1) + tl.sum(g2 * n2, 1)) / D
+                g1 = rstd[:, None] * (g1 - n1 * mean[:, None])
+                g2 = rstd[:, None] * (g2 - n2 * mean[:, None])
+            tl.store(dx + own + h * D, g1.to(dx.dtype.element_ty), mask)
+            tl.store(dx + own + h * D + HALF, g2.to(dx.dtype.element_ty), mask)
     if HAS_NORM:
-        partial = dw + tl.program_id(0) * D + c
-        tl.store(partial, sum1, inside)
-        tl.store(partial + HALF, sum2, inside)
+        partial = dw + (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * D + c
+        tl.store(partial, tl.sum(sum1, 0), inside)
+        tl.store(partial + HALF, tl.sum(sum2, 0), inside)
 
 
 def _settings(
@@ -172,12 +176,13 @@ class _PrepareHeads(torch.autograd.Function):
     ) -> torch.Tensor:
         x = x if x.stride(-1) == 1 else x.contiguous()
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        rows = x.shape[0] * x.shape[1]
+        tokens, heads = x.shape[:2]
         settings = _settings(
             x, weight, None if cos is None or sin is None else (cos, sin), scale, l2
         )
-        _forward_kernel[(triton.cdiv(rows, ROWS),)](
-            x, weight, cos, sin, scale, y, rows, x.shape[1], x.stride(0), x.stride(1),
+        blocks = triton.cdiv(tokens, ROWS)
+        _forward_kernel[(blocks, _head_groups(blocks, heads, x.device))](
+            x, weight, cos, sin, scale, y, tokens, heads, x.stride(0), x.stride(1),
             0 if cos is None else cos.stride(0), eps, L2_EPS, **settings,
         )  # fmt: skip
         ctx.save_for_backward(x, weight, cos, sin, scale)
@@ -190,19 +195,29 @@ class _PrepareHeads(torch.autograd.Function):
         x, weight, cos, sin, scale = ctx.saved_tensors
         dy = dy.contiguous()
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        rows = x.shape[0] * x.shape[1]
-        programs = min(triton.cdiv(rows, ROWS), PROGRAMS_PER_UNIT * _units(x.device))
+        tokens, heads = x.shape[:2]
+        blocks = triton.cdiv(tokens, ROWS)
+        groups = _head_groups(blocks, heads, x.device)
+        programs = min(blocks, PROGRAMS_PER_UNIT * _units(x.device))
         partial = None
         if weight is not None:
-            partial = torch.empty(programs, x.shape[2], dtype=torch.float32, device=x.device)
-        _backward_kernel[(programs,)](
-            x, weight, cos, sin, scale, dy, dx, partial, rows, x.shape[1], x.stride(0), x.stride(1),
+            partial = torch.empty(
+                programs * groups, x.shape[2], dtype=torch.float32, device=x.device
+            )
+        _backward_kernel[(programs, groups)](
+            x, weight, cos, sin, scale, dy, dx, partial, tokens, heads, x.stride(0), x.stride(1),
             0 if cos is None else cos.stride(0), ctx.eps, L2_EPS, **ctx.settings,
         )  # fmt: skip
         dw = None if partial is None else partial.sum(0).to(weight.dtype)
         return dx, dw, None, None, None, None, None
 
 
+def _head_groups(blocks: int, heads: int, device: torch.device) -> int:
+    """Programs that share the heads of a block of tokens: more only where blocks are few."""
+    return max(1, min(heads, triton.cdiv(PROGRAMS_PER_UNIT * _units(device), blocks)))
+
+
+@functools.lru_cache(maxsize=16)
 def _units(device: torch.device) -> int:
     """Multiprocessors of a GPU; one for Triton's interpreter on the CPU."""
     if device.type != "cuda":

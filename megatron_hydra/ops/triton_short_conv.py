@@ -1,7 +1,8 @@
 """Triton kernels of the short convolution; twin: :func:`megatron_hydra.ops.short_conv.short_conv`.
 
 A program owns a block of channels and walks over blocks of tokens. The W shifted reads of a block
-come from the cache, so device memory sees every tensor once. Sums are fp32.
+come from the cache, so device memory sees every tensor once. Sums are fp32. Kernels are at
+most eight tokens wide.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 TOKENS, CHANNELS, WARPS = 32, 128, 4
-MAX_BLOCKS = 16
+BACKWARD_TOKENS, BACKWARD_CHANNELS = 4, 256
+"""One warp has whole rows of channels, so that sums over tokens stay inside a thread."""
+MAX_BLOCKS = 64
 """Token blocks of one backward program at most: each program leaves a partial weight gradient."""
 
 
@@ -50,52 +53,80 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
-    x, weight, positions, halo, dy, dx, dw, length, channels, x_t, w_c, halo_t, dy_t, blocks,
-    W: tl.constexpr, WP: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
-    HAS_HALO: tl.constexpr,
+def _backward_kernel(  # noqa: C901  (Triton has no arrays of accumulators)
+    x, weight, positions, dy, dx, dw, length, channels, x_t, w_c, dy_t, blocks,
+    W: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    """Token t feeds outputs t … t+W−1: with their gradients at hand, dx and dw need x once."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = c < channels
-    sums = tl.zeros([WP, CHANNELS], tl.float32)
+    zero = tl.zeros([CHANNELS], tl.float32)
+    s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
     for block in range(blocks):
-        first = (tl.program_id(1).to(tl.int64) * blocks + block) * TOKENS
-        t = first + tl.arange(0, TOKENS)
-        valid = t < length
-        position = tl.load(positions + t, valid, 0)
-        here = valid[:, None] & inside[None, :]
-        grad = tl.load(dy + (t * dy_t)[:, None] + c[None, :], here, 0.0).to(tl.float32)
+        t = (tl.program_id(1).to(tl.int64) * blocks + block) * TOKENS + tl.arange(0, TOKENS)
+        here = (t < length)[:, None] & inside[None, :]
+        value = tl.load(x + (t * x_t)[:, None] + c[None, :], here, 0.0).to(tl.float32)
         total = tl.zeros([TOKENS, CHANNELS], tl.float32)
         for back in tl.static_range(W):
             tap = tl.load(weight + c * w_c + (W - 1 - back), inside, 0.0).to(tl.float32)
-            allowed = valid & (position >= back)
-            value = _shifted(x, halo, t - back, c, x_t, halo_t, allowed, inside, W, HAS_HALO)
-            mine = (tl.arange(0, WP) == W - 1 - back)[:, None]
-            sums += tl.where(mine, tl.sum(grad * value, 0)[None, :], 0.0)
             later = t + back
             reads = (later < length) & (tl.load(positions + later, later < length, 0) >= back)
-            ahead = tl.load(
+            grad = tl.load(
                 dy + (later * dy_t)[:, None] + c[None, :], reads[:, None] & inside[None, :], 0.0
-            )
-            total += ahead.to(tl.float32) * tap[None, :]
+            ).to(tl.float32)
+            total += grad * tap[None, :]
+            part = tl.sum(grad * value, 0)
+            if back == 0:
+                s0 += part
+            if back == 1:
+                s1 += part
+            if back == 2:
+                s2 += part
+            if back == 3:
+                s3 += part
+            if back == 4:
+                s4 += part
+            if back == 5:
+                s5 += part
+            if back == 6:
+                s6 += part
+            if back == 7:
+                s7 += part
         tl.store(dx + (t * channels)[:, None] + c[None, :], total.to(dx.dtype.element_ty), here)
-    tap_index = tl.arange(0, WP)
-    partial = dw + (tl.program_id(1) * channels + c)[None, :] * W + tap_index[:, None]
-    tl.store(partial, sums, (tap_index < W)[:, None] & inside[None, :])
+    partial = dw + (tl.program_id(1) * channels + c) * W + W - 1
+    tl.store(partial, s0, inside)
+    if W > 1:
+        tl.store(partial - 1, s1, inside)
+    if W > 2:
+        tl.store(partial - 2, s2, inside)
+    if W > 3:
+        tl.store(partial - 3, s3, inside)
+    if W > 4:
+        tl.store(partial - 4, s4, inside)
+    if W > 5:
+        tl.store(partial - 5, s5, inside)
+    if W > 6:
+        tl.store(partial - 6, s6, inside)
+    if W > 7:
+        tl.store(partial - 7, s7, inside)
 
 
-def _halo_gradient(
+def _halo_gradients(
     dy: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor, halo: torch.Tensor
-) -> torch.Tensor:
-    """Gradient by the W−1 tokens before the stream: a handful of rows, left to torch."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients by the W−1 tokens before the stream, and theirs by the weight (fp32): a handful of
+    rows, left to torch.
+    """
     width = weight.shape[1]
-    grad = torch.zeros(halo.shape, dtype=torch.float32, device=dy.device)
+    by_halo = torch.zeros(halo.shape, dtype=torch.float32, device=dy.device)
+    by_weight = torch.zeros(weight.shape, dtype=torch.float32, device=dy.device)
     for back in range(1, width):
         rows = min(back, dy.shape[0])
         first = dy[:rows].float().masked_fill((positions[:rows] < back)[:, None], 0.0)
         at = width - 1 - back
-        grad[at : at + rows] += first * weight[:, width - 1 - back].float()
-    return grad.to(halo.dtype)
+        by_halo[at : at + rows] += first * weight[:, at].float()
+        by_weight[:, at] += (first * halo[at : at + rows].float()).sum(0)
+    return by_halo.to(halo.dtype), by_weight
 
 
 class _ShortConv(torch.autograd.Function):
@@ -126,18 +157,21 @@ class _ShortConv(torch.autograd.Function):
         x, weight, positions, halo = ctx.saved_tensors
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         (length, channels), width = x.shape, weight.shape[1]
-        blocks = min(MAX_BLOCKS, max(1, length // 16384))
-        programs = triton.cdiv(length, TOKENS * blocks)
+        blocks = min(MAX_BLOCKS, max(1, length // (BACKWARD_TOKENS * 512)))
+        programs = triton.cdiv(length, BACKWARD_TOKENS * blocks)
         dx = torch.empty(length, channels, dtype=x.dtype, device=x.device)
         partial = torch.empty(programs, channels, width, dtype=torch.float32, device=x.device)
-        _backward_kernel[(triton.cdiv(channels, CHANNELS), programs)](
-            x, weight, positions, halo, dy, dx, partial, length, channels, x.stride(0),
-            weight.stride(0), 0 if halo is None else halo.stride(0), dy.stride(0), blocks,
-            W=width, WP=triton.next_power_of_2(width), TOKENS=TOKENS, CHANNELS=CHANNELS,
-            HAS_HALO=halo is not None, num_warps=WARPS,
+        _backward_kernel[(triton.cdiv(channels, BACKWARD_CHANNELS), programs)](
+            x, weight, positions, dy, dx, partial, length, channels, x.stride(0), weight.stride(0),
+            dy.stride(0), blocks, W=width, TOKENS=BACKWARD_TOKENS, CHANNELS=BACKWARD_CHANNELS,
+            num_warps=1,
         )  # fmt: skip
-        d_halo = None if halo is None else _halo_gradient(dy, weight, positions, halo)
-        return dx, partial.sum(0).to(weight.dtype), None, d_halo
+        dw = partial.sum(0)
+        d_halo = None
+        if halo is not None:
+            d_halo, by_halo = _halo_gradients(dy, weight, positions, halo)
+            dw += by_halo
+        return dx, dw.to(weight.dtype), None, d_halo
 
 
 def short_conv(
