@@ -10,12 +10,13 @@ from megatron_hydra.errors import HydraError, command
 from megatron_hydra.evaluation.loading import DTYPES, load_model, load_tokenizer
 from megatron_hydra.evaluation.runner import EvaluationSettings, evaluate
 from megatron_hydra.evaluation.tasks import load_task, task_names
+from megatron_hydra.stopping import StopRequest
 
 DESCRIPTION = """\
 Hide facts in long texts, ask for them, and count right answers: greedy, generated offline with the
 model's own tokenizer, decided by the seed. Writes results.json, one picture of length × depth a
-task, and accuracy.png. A run that was stopped goes on where it was: every finished (task, length)
-is kept in OUTPUT/cells.
+task, and accuracy.png. A run that was stopped (SIGTERM, SIGUSR1: exit status 85) goes on where it was:
+every finished (task, length) is kept in OUTPUT/cells.
 """
 
 EPILOG = """\
@@ -106,16 +107,17 @@ def main(argv: list[str] | None = None) -> int:
     trust = args.trust_remote_code
     tokenizer = load_tokenizer(args.tokenizer or args.model, trust_remote_code=trust)
     model = load_model(args.model, trust_remote_code=trust, dtype=args.dtype, device=args.device)
-    results = evaluate(
-        model,
-        tokenizer,
-        tasks,
-        lengths,
-        settings,
-        output=args.output,
-        force=args.force,
-        name=str(args.model),
-    )
+    with StopRequest():
+        results = evaluate(
+            model,
+            tokenizer,
+            tasks,
+            lengths,
+            settings,
+            output=args.output,
+            force=args.force,
+            name=str(args.model),
+        )
     _print_table(results)
     print(f"results: {Path(args.output) / 'results.json'}")
     return 0

@@ -18,6 +18,7 @@ from megatron_hydra.selection import (
 from megatron_hydra.selection.capabilities import task_names
 from megatron_hydra.selection.plots import draw_head_map
 from megatron_hydra.selection.work import is_first_rank
+from megatron_hydra.stopping import StopRequest
 
 EXAMPLES = """\
 examples:
@@ -27,7 +28,8 @@ examples:
   random-3.json torchrun --nproc-per-node 8 tools/select_heads.py --hf-path Qwen/Qwen3-32B --output
   map.json
 
-A killed run continues where it stopped when it is started again with the same arguments.
+A run that was stopped (SIGTERM, SIGUSR1: exit status 85) or killed continues where it was when it is
+started again with the same arguments.
 A JSONL task has one object a line: clean, corrupted, answer, wrong_answer (strings or token ids).
 """
 
@@ -133,18 +135,19 @@ def main() -> int:
     # Only rank 0 writes, and it may have done so before another rank has started.
     if is_first_rank() and args.output.exists() and not args.force:
         raise HydraError(f"--output {args.output} exists; give --force to overwrite it")
-    head_map = select_heads(
-        args.hf_path,
-        ratio=args.ratio,
-        strategy=args.strategy,
-        tasks=args.tasks,
-        seed=args.seed,
-        revision=args.revision,
-        options=_options(args),
-        placement=Placement(args.device, args.dtype, args.gpus_per_process),
-        work_folder=args.output.with_name(args.output.name + ".work"),
-        show_progress=True,
-    )
+    with StopRequest():
+        head_map = select_heads(
+            args.hf_path,
+            ratio=args.ratio,
+            strategy=args.strategy,
+            tasks=args.tasks,
+            seed=args.seed,
+            revision=args.revision,
+            options=_options(args),
+            placement=Placement(args.device, args.dtype, args.gpus_per_process),
+            work_folder=args.output.with_name(args.output.name + ".work"),
+            show_progress=True,
+        )
     if is_first_rank():
         head_map.save(args.output)
         for task, facts in head_map.details["prompts"].items():

@@ -94,8 +94,8 @@ def resolve_checkpoint(path: str | os.PathLike[str]) -> Path:
             f"{path} is no checkpoint: it holds neither {MODEL_FILE} nor {LATEST_FILE}; make one "
             "with tools/hf_to_megatron.py"
         )
-    name = latest.read_text().strip()
-    if os.path.basename(name) != name or not (path / name / MODEL_FILE).is_file():
+    name = latest.read_text(encoding="utf-8", errors="replace").strip()
+    if not name or os.path.basename(name) != name or not (path / name / MODEL_FILE).is_file():
         raise HydraError(f"{latest} names {name!r}, which is no checkpoint in {path}")
     return path / name
 
@@ -159,7 +159,7 @@ def single_process_group() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _plain_failures(weights: Path) -> Iterator[None]:
+def plain_failures(weights: Path) -> Iterator[None]:
     """Raise what went wrong, and not torch's report of what went wrong on which rank."""
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -311,7 +311,7 @@ def _save_weights(
     sharded = _sharded(tensors, model)
     total = sum(torch.Size(s.local_shape).numel() * s.dtype.itemsize for s in sharded.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress)
-    with single_process_group(), bar, _plain_failures(weights):
+    with single_process_group(), bar, plain_failures(weights):
         strategy = _streaming_strategy(_Pieces(tensors, bar))
         dist_checkpointing.save(sharded, str(weights), sharded_strategy=strategy)
 
@@ -372,7 +372,7 @@ def load_canonical(
         key: ShardedTensor.from_rank_offsets(key, torch.empty(stored[key][0], dtype=stored[key][1]))
         for key in wanted
     }
-    with single_process_group(), _plain_failures(folder / WEIGHTS):
+    with single_process_group(), plain_failures(folder / WEIGHTS):
         # Every process loads everything it asks for, so shards overlap where there are several.
         loaded = dist_checkpointing.load(
             targets, str(folder / WEIGHTS), validate_access_integrity=False

@@ -19,6 +19,7 @@ from megatron_hydra.evaluation.scoring import Outcome, prefill_chunk, score_samp
 from megatron_hydra.evaluation.storage import CellStore, replace_file
 from megatron_hydra.evaluation.tasks import RetrievalTask, SampleRequest, load_task
 from megatron_hydra.head_map import fingerprint_tensors
+from megatron_hydra.stopping import leave_if_stopped
 
 FORMAT = "hydra-evaluation"
 VERSION = 1
@@ -224,6 +225,7 @@ def _with_progress(outcomes: Any, total: int, label: str, shown: bool) -> Any:
             right, count = right + sum(outcome.scores), count + len(outcome.scores)
             bar.update()
             bar.set_postfix(accuracy=f"{right / count:.3f}", refresh=False)
+            leave_if_stopped()  # finished cells are on disk
             yield outcome
 
 

@@ -21,6 +21,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from megatron_hydra.errors import HydraError
+from megatron_hydra.stopping import Stopped, stop_requested
+
+_STOP_MARK = "stop"
 
 Result = dict[str, torch.Tensor]
 
@@ -106,6 +109,8 @@ class WorkBench:
         self.ranks, self.folder = ranks, folder
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+            if ranks.rank == 0:
+                (folder / _STOP_MARK).unlink(missing_ok=True)
         self._planned: dict[str, float] = {}
         self._bar = tqdm(
             total=0.0,
@@ -144,17 +149,34 @@ class WorkBench:
                     mine[chunk.key] = result
                     # Other ranks advance at the same pace: one bar stands for all of them.
                     self._bar.update(chunk.cost * self.ranks.size)
-        except Exception as error:  # told to the other ranks below, which would wait for ever
+                    self._leave_if_stopped()
+        except (Exception, Stopped) as error:  # told to the other ranks, which would wait for ever
             failure = error
         self._raise_together(failure)
         for part in self.ranks.gather(mine):
             done.update(part)
         return {chunk.key: done[chunk.key] for chunk in chunks}
 
+    def _leave_if_stopped(self) -> None:
+        """Stop after a chunk if this rank was asked to, or another one: they tell by a file.
+
+        Raises:
+            Stopped: all that was computed is on disk.
+        """
+        if self.folder is None:
+            return
+        mark = self.folder / _STOP_MARK
+        if stop_requested():
+            mark.touch()
+        if mark.exists():
+            raise Stopped
+
     def _raise_together(self, failure: BaseException | None) -> None:
         failures = self.ranks.gather(None if failure is None else repr(failure))
         if failure is not None:
             raise failure
+        if repr(Stopped()) in failures:
+            raise Stopped
         for rank, text in enumerate(failures):
             if text is not None:
                 raise HydraError(f"rank {rank} failed: {text}")

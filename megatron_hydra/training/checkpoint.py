@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
@@ -41,6 +40,7 @@ from megatron_hydra.training.checkpoint_write import CheckpointWrite
 from megatron_hydra.training.megatron_fixes import allocate_optimizer_state, has_state
 from megatron_hydra.training.model_state import (
     SHARDING,
+    load_state,
     model_state,
     set_model_state,
     sharding_metadata,
@@ -296,7 +296,7 @@ class RunCheckpoints:
         same_world = body["world"]["size"] == self.world.size
         if not same_world:
             del state["rng_state"]
-        loaded = dist_checkpointing.load(state, str(folder / store.WEIGHTS))
+        loaded = load_state(state, folder)
         set_model_state(self.chunks, loaded)
         if body["optimizer"]:
             self.optimizer.load_state_dict(loaded["optimizer"])

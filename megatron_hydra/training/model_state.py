@@ -83,7 +83,18 @@ def load_model(chunks: list[GPTModel], folder: Path) -> None:
     """
     state = model_state(chunks)
     _check_all_used(state, folder)
-    set_model_state(chunks, dist_checkpointing.load(state, str(folder / store.WEIGHTS)))
+    set_model_state(chunks, load_state(state, folder))
+
+
+def load_state(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Megatron's load of a verified checkpoint.
+
+    Raises:
+        HydraError: what went wrong on the first rank where something did.
+    """
+    weights = folder / store.WEIGHTS
+    with store.plain_failures(weights):
+        return dist_checkpointing.load(state, str(weights))
 
 
 def _check_all_used(state: dict[str, Any], folder: Path) -> None:

@@ -29,22 +29,7 @@ def _config(inputs: Path, output: Path, verb: str, *overrides: str) -> RunConfig
     return apply_overrides(config, list(overrides))
 
 
-def _everything(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a training checkpoint: model, optimizer, generators."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import ShardedTensor
-
-    folder = store.resolve_checkpoint(folder)
-    index = store.read_index(folder / store.WEIGHTS)
-    targets = {
-        key: ShardedTensor.from_rank_offsets(key, torch.empty(e.size, dtype=e.properties.dtype))
-        for key, e in index.state_dict_metadata.items()
-    }
-    with store.single_process_group():
-        loaded = dist_checkpointing.load(
-            targets, str(folder / store.WEIGHTS), validate_access_integrity=False
-        )
-    return {key: loaded[key] for key in targets}
+_everything = tiny.everything
 
 
 def _assert_same_run(got: Path, expected: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_hydra.checkpoint import store
 from megatron_hydra.checkpoint.canonical import canonical_shapes, is_fp32
 from megatron_hydra.checkpoint.store import save_canonical
 from megatron_hydra.config.loading import from_dict
@@ -100,3 +101,21 @@ def run_config(folder: Path, verb: str, output: str, **sections) -> RunConfig:
 def read_metrics(output: str | Path) -> list[dict]:
     """The lines of a run's ``metrics.jsonl``."""
     return [json.loads(line) for line in (Path(output) / METRICS_FILE).read_text().splitlines()]
+
+
+def everything(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a training checkpoint: model, optimizer, generators."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    folder = store.resolve_checkpoint(folder)
+    index = store.read_index(folder / store.WEIGHTS)
+    targets = {
+        key: ShardedTensor.from_rank_offsets(key, torch.empty(e.size, dtype=e.properties.dtype))
+        for key, e in index.state_dict_metadata.items()
+    }
+    with store.single_process_group():
+        loaded = dist_checkpointing.load(
+            targets, str(folder / store.WEIGHTS), validate_access_integrity=False
+        )
+    return {key: loaded[key] for key in targets}

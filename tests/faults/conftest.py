@@ -1,0 +1,56 @@
+"""Inputs and undisturbed runs for all tests of this folder, and a line of the table for each fault."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults.runs import Run, write_inputs
+
+STEPS = 110
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+def start_run(inputs: Path, folder: Path, steps: int = STEPS, **sections) -> Run:
+    """A run of the shared settings; only runs of the same number of steps can be compared."""
+    return Run(
+        inputs, folder, schedule={"steps": steps, "warmup_steps": min(1, steps - 1)}, **sections
+    )
+
+
+@pytest.fixture(scope="session")
+def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
+    """The run of so many steps that nothing happened to, with a checkpoint of every second step."""
+    runs: dict[int, Run] = {}
+
+    def make(steps: int = STEPS) -> Run:
+        if steps not in runs:
+            folder = tmp_path_factory.mktemp(f"undisturbed-{steps}")
+            run = start_run(inputs, folder, steps, checkpoint={"interval": 2, "keep": 0})
+            ended = run.attempt(timeout=900)
+            assert ended.status == 0, ended.output[-4000:]
+            runs[steps] = run
+        return runs[steps]
+
+    return make
+
+
+@pytest.fixture
+def table(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Adds a line to the table of ``python -m tests.faults.matrix``."""
+
+    def line(fault: str, tried: int, good: int, outcome: str) -> None:
+        for name, value in (
+            ("fault", fault), ("tried", tried), ("good", good), ("outcome", outcome),
+        ):  # fmt: skip
+            record_property(name, value)
+
+    return line

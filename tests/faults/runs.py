@@ -1,0 +1,232 @@
+"""Runs of two gloo processes that are disturbed, and the question whether it shows in the end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+from megatron_hydra.checkpoint import store
+from megatron_hydra.checkpoint.store import save_canonical
+from megatron_hydra.config.loading import to_yaml
+from megatron_hydra.config.model import HydraConfig
+from megatron_hydra.training.run_folder import step_folders
+from megatron_hydra.transfer.student import initialise_student
+from tests.faults.worker import Fault
+from tests.training import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TEACHER = dataclasses.replace(tiny.TEACHER, num_layers=2, num_query_heads=4, num_kv_heads=2)
+STUDENT = dataclasses.replace(TEACHER, hydra=HydraConfig(), full_attention_heads=((1,), (0, 3)))
+
+
+def write_inputs(folder: Path) -> None:
+    """Teacher, student and text; two layers of four heads, so that a save takes a fraction of a second."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = tiny.teacher_weights(TEACHER)
+    save_canonical(folder / "teacher", weights, TEACHER)
+    save_canonical(folder / "student", initialise_student(weights, STUDENT), STUDENT)
+    tiny.write_text(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """An attempt that is over.
+
+    Attributes:
+        status: of the launcher.
+        output: its stdout and stderr, and those of the ranks.
+        seconds: it took.
+        fault_happened: the fault's mark is there.
+        seconds_after_fault: from the mark to the end of the last process.
+        left_over: processes of the attempt that are still alive after it.
+    """
+
+    status: int
+    output: str
+    seconds: float
+    fault_happened: bool
+    seconds_after_fault: float
+    left_over: list[int]
+
+
+class Run:
+    """One output folder and its attempts.
+
+    Args:
+        inputs: from :func:`write_inputs`.
+        folder: for config, records and output.
+        sections: of the config, beyond :func:`tests.training.tiny.run_config`.
+    """
+
+    def __init__(self, inputs: Path, folder: Path, verb: str = "distill", **sections) -> None:
+        self.folder, self.output = folder, folder / "out"
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        config = tiny.run_config(inputs, verb, str(self.output), **sections)
+        self.config = config
+        (folder / "config.yaml").write_text(to_yaml(config))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output / "checkpoints"
+
+    def attempt(
+        self,
+        fault: Fault | None = None,
+        *,
+        overrides: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+        timeout: float = 300,
+    ) -> Ended:
+        """Start the run with two processes and wait until all of it has ended."""
+        mark = self.folder / "mark"
+        mark.unlink(missing_ok=True)
+        token = uuid.uuid4().hex
+        variables = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+            "HYDRA_TEST_RUN": token,
+            "HYDRA_TEST_RECORD": str(self.folder / "samples"),
+            **(environment or {}),
+        }
+        if fault is not None:
+            described = dataclasses.asdict(dataclasses.replace(fault, mark=str(mark)))
+            variables["HYDRA_TEST_FAULT"] = json.dumps(described)
+        command = [
+            sys.executable, str(ROOT / "launch" / "agent.py"), "--standalone",
+            "--nproc-per-node", "2", "-m", "tests.faults.worker",
+            "--config", str(self.folder / "config.yaml"), *overrides,
+        ]  # fmt: skip
+        start = time.time()
+        log = self.folder / "log"
+        with (
+            log.open("w") as file,
+            _ended(
+                subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=file), token
+            ) as process,
+        ):
+            process.wait(timeout)
+            status, end = process.returncode, time.time()
+            left_over = [p.pid for p in _processes(token)]
+        happened = mark.exists()
+        return Ended(
+            status, log.read_text(), end - start, happened,
+            end - mark.stat().st_mtime if happened else 0.0, left_over,
+        )  # fmt: skip
+
+    def samples(self) -> list[dict[int, list[int]]]:
+        """For each rank: step -> what it was fed when it did the step last."""
+        ranks = []
+        for path in sorted((self.folder / "samples").glob("rank*.jsonl")):
+            lines = (json.loads(line) for line in path.read_text().splitlines())
+            ranks.append({line["step"]: line["samples"] for line in lines})
+        return ranks
+
+    def metrics(self) -> dict[int, dict]:
+        """Step -> what was logged, without what depends on the clock."""
+        if not (self.output / tiny.METRICS_FILE).exists():
+            return {}
+        return {
+            line["step"]: {k: v for k, v in line.items() if k not in tiny.OF_THE_CLOCK}
+            for line in tiny.read_metrics(self.output)
+        }
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints there are."""
+        return [int(path.name.rpartition("_")[2]) for path in step_folders(self.checkpoints)]
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen, token: str) -> Iterator[subprocess.Popen]:
+    """Nothing of the attempt outlives the block."""
+    try:
+        yield process
+    finally:
+        for left in _processes(token):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
+        process.wait()
+
+
+def _processes(token: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("HYDRA_TEST_RUN") == token:
+                found.append(process)
+    return found
+
+
+# -- comparison -----------------------------------------------------------------------------------
+
+
+def differences_so_far(run: Run, whole: Run) -> list[str]:
+    """Where a run that need not be finished differs from the undisturbed one, bit for bit.
+
+    Compared are all logged numbers and all samples of the steps that are done, and everything in the
+    checkpoint that the run would go on from: parameters, optimizer, generators, data position.
+    """
+    found = []
+    expected = whole.metrics()
+    found += [f"metrics of step {s}" for s, line in run.metrics().items() if line != expected[s]]
+    for rank, (mine, theirs) in enumerate(zip(run.samples(), whole.samples(), strict=True)):
+        found += [f"samples of rank {rank}, step {s}" for s in mine if mine[s] != theirs[s]]
+    if run.steps():
+        folder = newest(run.checkpoints)
+        store.verify_checkpoint(folder)
+        found += compare_checkpoints(folder, whole.checkpoints / folder.name)
+    return found
+
+
+def newest(checkpoints: Path) -> Path:
+    """What ``checkpoint.resume=auto`` goes on from."""
+    if (checkpoints / store.LATEST_FILE).exists():
+        return store.resolve_checkpoint(checkpoints)
+    return step_folders(checkpoints)[-1]
+
+
+def compare_checkpoints(one: Path, other: Path) -> list[str]:
+    """Tensors, and lines of training.json, that differ."""
+    tensors, expected = tiny.everything(one), tiny.everything(other)
+    found = sorted(tensors.keys() ^ expected.keys())
+    found += [k for k in tensors.keys() & expected.keys() if not same_bits(tensors[k], expected[k])]
+    bodies = [json.loads((folder / "training.json").read_text()) for folder in (one, other)]
+    for key in ("step", "tokens", "data", "faults", "verb"):
+        found += [f"{one.name}: {key}"] if bodies[0][key] != bodies[1][key] else []
+    return found
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equality that tells -0 from 0 and takes a NaN for itself."""
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and one.contiguous().numpy(force=True).tobytes()
+        == other.contiguous().numpy(force=True).tobytes()
+    )
+
+
+def differences(run: Run, whole: Run) -> list[str]:
+    """Where a finished run differs from the undisturbed one, bit for bit."""
+    found = differences_so_far(run, whole)
+    for name, mine, theirs in (
+        ("metrics", run.metrics(), whole.metrics()),
+        ("samples", [*map(set, run.samples())], [*map(set, whole.samples())]),
+    ):
+        steps = [set(x) for x in (mine, theirs)] if name == "metrics" else [mine, theirs]
+        found += [f"{name}: other steps"] if steps[0] != steps[1] else []
+    if newest(run.checkpoints).name != newest(whole.checkpoints).name:
+        found.append("the last checkpoint is of another step")
+    return found

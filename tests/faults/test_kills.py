@@ -1,0 +1,93 @@
+"""SIGKILL at any moment: the run goes on from a complete checkpoint and ends as if undisturbed."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import STEPS, start_run
+from tests.faults.runs import Run, differences, differences_so_far
+from tests.faults.worker import MAIN_ONLY, SAVE_POINTS, Fault
+
+KILLS = 20
+
+
+def _kill(run: Run, whole: Run, fault: Fault) -> None:
+    """One attempt that ends by SIGKILL, and leaves what a resumed run can go on from."""
+    ended = run.attempt(fault)
+    assert ended.fault_happened, ended.output[-4000:]
+    assert ended.status not in (0, 85), ended.output[-4000:]
+    assert ended.left_over == []
+    assert differences_so_far(run, whole) == [], fault
+
+
+def _finish(run: Run, whole: Run) -> None:
+    ended = run.attempt(timeout=900)
+    assert ended.status == 0, ended.output[-4000:]
+    assert differences(run, whole) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_twenty_kills_between_saves(
+    inputs: Path, undisturbed: Callable[[int], Run], tmp_path: Path, table
+) -> None:
+    whole, random_numbers = undisturbed(STEPS), random.Random(6)
+    run = start_run(inputs, tmp_path, checkpoint={"interval": 2, "keep": 0})
+    victims: Counter[str] = Counter()
+    for _ in range(KILLS):
+        done = max(run.steps(), default=0)
+        everyone = random_numbers.random() < 0.5
+        step = min(done + random_numbers.randint(1, 8), STEPS)
+        _kill(run, whole, Fault("kill", step, random_numbers.randrange(2), everyone))
+        victims["all ranks" if everyone else "one rank"] += 1
+    _finish(run, whole)
+    table(
+        "SIGKILL before a random step: " + _counted(victims), KILLS, KILLS,
+        "resumed from a complete checkpoint; bit-equal to the undisturbed run",
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_twenty_kills_during_saves(
+    asynchronous: bool, inputs: Path, undisturbed: Callable[[int], Run], tmp_path: Path, table
+) -> None:
+    whole, random_numbers = undisturbed(STEPS), random.Random(7)
+    run = start_run(
+        inputs, tmp_path, checkpoint={"interval": 2, "keep": 1, "asynchronous": asynchronous}
+    )
+    points = [SAVE_POINTS[i % len(SAVE_POINTS)] for i in range(KILLS)]
+    for point in points:
+        rank = 0 if point in MAIN_ONLY else random_numbers.randrange(2)
+        # The second save of an attempt has an older checkpoint to delete.
+        save = 2 if point == "retaining" else random_numbers.randint(1, 2)
+        everyone = random_numbers.random() < 0.5
+        _kill(run, whole, Fault("kill_in_save", save, rank, everyone, point))
+    _finish(run, whole)
+    kind = "in the background" if asynchronous else "at the step boundary"
+    table(
+        f"SIGKILL while saving {kind}: " + _counted(Counter(points)), KILLS, KILLS,
+        "restarted from a complete checkpoint; bit-equal to the undisturbed run",
+    )  # fmt: skip
+
+
+def _counted(counter: Counter[str]) -> str:
+    return ", ".join(f"{count}× {name}" for name, count in counter.items())
+
+
+def test_a_kill_while_saving_in_the_background(
+    inputs: Path, undisturbed: Callable[[int], Run], tmp_path: Path
+) -> None:
+    whole = undisturbed(8)
+    run = start_run(
+        inputs, tmp_path, 8, checkpoint={"interval": 2, "keep": 1, "asynchronous": True}
+    )
+    _kill(run, whole, Fault("kill_in_save", 2, 1, False, "writing"))
+    assert run.steps() == [2]
+    _finish(run, whole)

@@ -1,0 +1,229 @@
+"""A rank of a real training that goes wrong on purpose, once: ``python -m megatron_hydra.train`` plus a
+fault from the environment variable ``HYDRA_TEST_FAULT`` (JSON; see :class:`Fault`).
+
+Every rank also writes which samples it was fed, step by step, to ``HYDRA_TEST_RECORD``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+SAVE_POINTS = (
+    "begin",  # nothing is on the disk yet
+    "planned",  # ranks know who writes what; the folder is there
+    "writing",  # in the middle of a file
+    "written",  # this rank's files are complete
+    "indexed",  # rank 0 has written the index
+    "sealed",  # the manifest is there, under the temporary name
+    "renamed",  # the folder has its name, the pointer is still on the last one
+    "pointed",  # the pointer has moved
+    "retaining",  # an old checkpoint is being deleted
+)
+MAIN_ONLY = SAVE_POINTS[4:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What goes wrong.
+
+    Attributes:
+        kind: ``kill`` | ``kill_in_save`` | ``hang`` | ``nan`` | ``spike`` | ``signal`` | ``signal_twice``.
+        step: before which step (or, in a save, which save of this attempt; from 1).
+        rank: where.
+        everyone: SIGKILL all ranks at once, not the one.
+        point: one of :data:`SAVE_POINTS`.
+        mark: a file that is written right before.
+    """
+
+    kind: str
+    step: int
+    rank: int = 0
+    everyone: bool = False
+    point: str = ""
+    mark: str = ""
+
+
+def _die(fault: Fault) -> None:
+    Path(fault.mark).write_text(json.dumps(dataclasses.asdict(fault)))
+    me = psutil.Process()
+    if fault.everyone:
+        for sibling in me.parent().children():
+            if sibling.pid != me.pid:
+                sibling.kill()
+    me.kill()
+
+
+def _hang(fault: Fault) -> None:
+    Path(fault.mark).write_text(str(time.time()))
+    time.sleep(3600)
+
+
+def _signal(fault: Fault) -> None:
+    Path(fault.mark).write_text(str(time.time()))
+    os.kill(os.getpid(), signal.SIGTERM)
+    if fault.kind == "signal_twice":
+        time.sleep(4)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(3600)
+
+
+def _before_step(step: int, action: Callable[[], None]) -> None:
+    from megatron_hydra.training import loop
+
+    original = loop.train_step
+
+    def patched(*args: Any) -> Any:
+        if _steps_done[0] + 1 == step:
+            action()
+        return original(*args)
+
+    loop.train_step = patched
+
+
+_steps_done = [0]
+
+
+def _poison(fault: Fault) -> None:
+    """The hidden states of one step on one rank times ``factor``."""
+    from megatron_hydra.training import loop
+    from megatron_hydra.transfer import distill, finetune
+
+    factor = float("nan") if fault.kind == "nan" else 1e4
+    original = loop.train_step
+
+    def patched(*args: Any) -> Any:
+        bad = _steps_done[0] + 1 == fault.step
+        clean = finetune.final_hidden_states
+        if bad:
+            Path(fault.mark).write_text("poisoned")
+            for module in (finetune, distill):
+                module.final_hidden_states = lambda *a: clean(*a) * factor
+        try:
+            return original(*args)
+        finally:
+            for module in (finetune, distill):
+                module.final_hidden_states = clean
+
+    loop.train_step = patched
+
+
+def _kill_in_save(fault: Fault) -> None:
+    from megatron_hydra.checkpoint import store
+    from megatron_hydra.training import checkpoint, checkpoint_write, run_folder
+
+    saves = [0]
+
+    def at(owner: Any, name: str, *, after: bool, when: Callable[..., bool]) -> None:
+        original = getattr(owner, name)
+
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            due = saves[0] == fault.step and when(*args)
+            if due and not after:
+                _die(fault)
+            result = original(*args, **kwargs)
+            if due:
+                _die(fault)
+            return result
+
+        setattr(owner, name, patched)
+
+    begin = checkpoint.RunCheckpoints._refuse_poison
+
+    def counted(self: Any) -> None:
+        saves[0] += 1
+        if fault.point == "begin" and saves[0] == fault.step:
+            _die(fault)
+        begin(self)
+
+    checkpoint.RunCheckpoints._refuse_poison = counted
+    always = lambda *_: True  # noqa: E731
+    write = checkpoint_write.CheckpointWrite
+    if fault.point == "planned":
+        at(write, "_plan", after=True, when=always)
+    elif fault.point == "writing":
+        _die_in_the_middle_of_a_file(fault, lambda: saves[0] == fault.step)
+    elif fault.point == "written":
+        at(write, "write", after=True, when=always)
+    elif fault.point == "indexed":
+        at(write, "_complete", after=True, when=always)
+    elif fault.point == "sealed":
+        at(store, "write_manifest", after=True, when=always)
+    elif fault.point in ("renamed", "pointed"):
+        is_pointer = lambda path, _: Path(path).name == store.LATEST_FILE  # noqa: E731
+        at(checkpoint, "write_text_atomic", after=fault.point == "pointed", when=is_pointer)
+    elif fault.point == "retaining":
+        at(run_folder.shutil, "rmtree", after=False, when=lambda p, *_: str(p).endswith(".old"))
+
+
+def _die_in_the_middle_of_a_file(fault: Fault, is_due: Callable[[], bool]) -> None:
+    from torch.distributed.checkpoint import filesystem
+
+    original = filesystem._write_item
+
+    def patched(transforms: Any, stream: Any, *args: Any) -> Any:
+        result = original(transforms, stream, *args)
+        if is_due():
+            stream.write(b"half a tens")
+            stream.flush()
+            _die(fault)
+        return result
+
+    filesystem._write_item = patched
+
+
+def _count_and_record() -> None:
+    """Innermost wrapper of the step: which samples this rank got."""
+    from megatron_hydra.training import loop
+
+    original = loop.train_step
+    resume = loop._Run._resume
+    folder = os.environ.get("HYDRA_TEST_RECORD", "")
+
+    def resumed(self: Any) -> Any:
+        progress = resume(self)
+        _steps_done[0] = progress.step
+        return progress
+
+    def recorded(trainee: Any, batches: Any, *rest: Any) -> Any:
+        if folder:
+            samples = [sample for batch in batches for sample in batch.sample_ids]
+            line = {"step": _steps_done[0] + 1, "samples": samples}
+            with open(Path(folder) / f"rank{trainee.world.rank}.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        result = original(trainee, batches, *rest)
+        _steps_done[0] += 1
+        return result
+
+    loop._Run._resume = resumed
+    loop.train_step = recorded
+
+
+def main() -> int:
+    """Install the fault on its rank, then train."""
+    from megatron_hydra import train
+
+    _count_and_record()
+    text = os.environ.get("HYDRA_TEST_FAULT", "")
+    fault = Fault(**json.loads(text)) if text else None
+    if fault is not None and int(os.environ.get("RANK", "0")) == fault.rank:
+        if fault.kind == "kill_in_save":
+            _kill_in_save(fault)
+        elif fault.kind in ("nan", "spike"):
+            _poison(fault)
+        else:
+            action = {"kill": _die, "hang": _hang}.get(fault.kind, _signal)
+            _before_step(fault.step, lambda: action(fault))
+    return train.main()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
