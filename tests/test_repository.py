@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("transfer", "selection", "checkpoint", "data"),
     ("training", "evaluation"),
     ("train", "quickstart"),
+    ("experiments",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -1,0 +1,220 @@
+"""Doing one step: every action is the call that the command of the same purpose makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_hydra.checkpoint.atomic import write_text_atomic
+from megatron_hydra.config.loading import from_dict, to_yaml
+from megatron_hydra.errors import HydraError
+from megatron_hydra.experiments.plan import PREPARED, Step
+from megatron_hydra.stopping import REQUEUE_EXIT_CODE, Stopped
+
+HEAD_MAP = "head_map.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What an action is given.
+
+    Attributes:
+        step: what to do.
+        out: the folder (or the place of it) that the action makes.
+        inputs: name → ``out`` of the steps it reads.
+    """
+
+    step: Step
+    out: Path
+    inputs: dict[str, Path]
+
+    @property
+    def teacher_hf(self) -> Path:
+        """The dense model's Hugging Face folder."""
+        return self.inputs.get("teacher_hf") or Path(self.step.places["teacher_hf"])
+
+    def place(self, name: str) -> str:
+        """A file name with the prepared folder filled in."""
+        return name.replace(PREPARED, str(self.inputs["prepare"])) if PREPARED in name else name
+
+
+def train_teacher(context: Context) -> None:
+    """Train a dense model in a process of its own."""
+    params = context.step.params
+    words = [word.replace("{seed}", str(params.get("seed", ""))) for word in params["arguments"]]
+    shutil.rmtree(context.out, ignore_errors=True)
+    _run([sys.executable, "-m", params["module"], *words, "--output", str(context.out)])
+
+
+def prepare(context: Context) -> None:
+    """Call the experiment's own function."""
+    params = context.step.params
+    module, colon, name = params["function"].partition(":")
+    if not colon:
+        raise HydraError(f"prepare.function {params['function']!r}: write module:function")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise HydraError(f"prepare.function {params['function']!r}: {error}") from None
+    shutil.rmtree(context.out, ignore_errors=True)
+    context.out.mkdir(parents=True)
+    function(context.out, context.teacher_hf, params["seed"], **params["options"])
+
+
+def teacher(context: Context) -> None:
+    """The dense model as a Megatron checkpoint."""
+    from megatron_hydra.checkpoint.convert import hf_to_megatron
+
+    hf_to_megatron(context.teacher_hf, context.out, force=True)
+
+
+def select(context: Context) -> None:
+    """Head selection."""
+    from megatron_hydra.selection import (
+        DEFAULT_TASKS,
+        Constraints,
+        SelectionOptions,
+        select_heads,
+    )
+
+    params = context.step.params
+    body = dict(params["selection"])
+    body.pop("tasks", None)
+    strategy, ratio = body.pop("strategy"), body.pop("ratio")
+    limits = {f.name for f in dataclasses.fields(Constraints)}
+    constraints = Constraints(**{k: body.pop(k) for k in list(body) if k in limits})
+    tasks = [context.place(task) for task in context.step.places["tasks"]]
+    context.out.mkdir(parents=True, exist_ok=True)
+    select_heads(
+        context.teacher_hf,
+        ratio=ratio,
+        strategy=strategy,
+        seed=params.get("seed", 0),
+        options=SelectionOptions(**body, constraints=constraints),
+        work_folder=context.out / "work",
+        tasks=tasks or DEFAULT_TASKS,
+    ).save(context.out / HEAD_MAP)
+
+
+def convert(context: Context) -> None:
+    """The student before training."""
+    from megatron_hydra.checkpoint.convert import StudentOptions, hf_to_megatron
+    from megatron_hydra.config.model import HydraConfig
+    from megatron_hydra.transfer.student import StudentInit
+
+    params = context.step.params
+    student = params["student"]
+    calibration = context.place(context.step.places["calibration_file"])
+    options = StudentOptions(
+        context.inputs["head_map"] / HEAD_MAP,
+        hydra=from_dict(HydraConfig, params["hydra"], "hydra"),
+        init=StudentInit(*student["half_life"]),
+        seed=params["seed"],
+        calibrate=student["calibrate"],
+        calibration_file=calibration or None,
+        calibration_tokens=student["calibration_tokens"],
+    )
+    hf_to_megatron(context.teacher_hf, context.out, options, force=True)
+
+
+def stage(context: Context) -> None:
+    """One stage of training; goes on from its own checkpoints if it was stopped."""
+    from megatron_hydra.config.run import RunConfig
+
+    config = from_dict(RunConfig, context.step.params["config"], context.step.kind)
+    config = dataclasses.replace(
+        config,
+        output=str(context.out),
+        student=dataclasses.replace(
+            config.student, checkpoint=str(_checkpoint(context, "student"))
+        ),
+        teacher=dataclasses.replace(
+            config.teacher,
+            checkpoint=str(context.inputs["teacher"]) if "teacher" in context.inputs else "",
+        ),
+        data=dataclasses.replace(config.data, tokenizer=str(context.teacher_hf)),
+    )
+    processes = context.step.params["processes"]
+    if processes == 1:
+        from megatron_hydra.training.loop import run_training
+
+        status = run_training(config)
+        if status == REQUEUE_EXIT_CODE:
+            raise Stopped
+        if status:
+            raise HydraError(f"the stage ended with exit status {status}")
+        return
+    file = context.out.parent / "config.yaml"
+    write_text_atomic(file, to_yaml(config))
+    launcher = Path(__file__).resolve().parents[2] / "launch" / "local.sh"
+    _run(["bash", str(launcher), "--procs-per-node", str(processes), str(file)])
+
+
+def export(context: Context) -> None:
+    """The trained student in Hugging Face format."""
+    from megatron_hydra.checkpoint.convert import megatron_to_hf
+
+    megatron_to_hf(_checkpoint(context, "student"), context.out, force=True)
+
+
+def evaluate(context: Context) -> None:
+    """Score a model; finished (task, length) pairs of a stopped try are kept."""
+    from megatron_hydra.evaluation import EvaluationSettings
+    from megatron_hydra.evaluation import evaluate as run_evaluation
+    from megatron_hydra.evaluation.loading import load_model, load_tokenizer
+    from megatron_hydra.quickstart.student import carries_our_code
+
+    params, places = context.step.params, context.step.places
+    body = params["evaluation"]
+    folder = context.inputs.get("model") or Path(places["model"])
+    trust = body["trust_remote_code"] or carries_our_code(folder)
+    run_evaluation(
+        load_model(folder, trust_remote_code=trust, dtype=body["dtype"], device=body["device"]),
+        load_tokenizer(folder, trust_remote_code=trust),
+        [context.place(task) for task in places["tasks"]],
+        body["lengths"],
+        EvaluationSettings(
+            depths=tuple(body["depths"]),
+            samples=body["samples"],
+            seed=params["seed"],
+            batch_tokens=body["batch_tokens"],
+            haystack=Path(places["haystack"]).read_text() if places["haystack"] else "",
+            cache_length=body["cache_length"],
+            progress=False,
+        ),
+        output=context.out,
+        name=context.step.title,
+    )
+
+
+def _checkpoint(context: Context, name: str) -> Path:
+    """A converted student is a checkpoint; a stage's is in its run folder."""
+    folder = context.inputs[name]
+    return folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, check=False, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    if done.returncode == REQUEUE_EXIT_CODE:
+        raise Stopped
+    if done.returncode:
+        raise HydraError(f"{' '.join(command)} ended with exit status {done.returncode}")
+
+
+ACTIONS: dict[str, Callable[[Context], Any]] = {
+    "train_teacher": train_teacher,
+    "prepare": prepare,
+    "teacher": teacher,
+    "select": select,
+    "convert": convert,
+    "stage": stage,
+    "export": export,
+    "evaluate": evaluate,
+}

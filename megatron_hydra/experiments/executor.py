@@ -1,0 +1,212 @@
+"""Running what is missing of a plan with a few worker processes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+from megatron_hydra.experiments.plan import Plan, Step
+from megatron_hydra.experiments.store import StepStore
+from megatron_hydra.experiments.worker import serve
+from megatron_hydra.stopping import Stopped, StopRequest
+
+_POLL_SECONDS = 0.5
+_LEAVE_SECONDS = 60.0
+_GUESS_SECONDS = 20.0
+"""For a kind of step of which none is finished yet."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A step that could not be computed."""
+
+    step: Step
+    message: str
+
+
+def run_plan(
+    plan: Plan,
+    store: StepStore,
+    workers: int,
+    say: Callable[[str], None],
+    *,
+    threads: int = 1,
+) -> list[Failure]:
+    """Compute the missing steps; those that need a failed one are left, all others go on.
+
+    Args:
+        workers: steps at a time.
+        say: prints a line for the user.
+        threads: torch threads of each worker.
+
+    Returns:
+        The failed steps.
+
+    Raises:
+        Stopped: SIGTERM or SIGUSR1; the workers have saved what they had.
+    """
+    todo = {key: step for key, step in plan.steps.items() if not store.is_done(step)}
+    say(f"{len(plan.steps)} steps, {len(plan.steps) - len(todo)} of them finished before")
+    if not todo:
+        return []
+    schedule = _Schedule(plan, store, todo)
+    with StopRequest() as stop, _Pool(store, min(workers, len(todo)), threads) as pool:
+        while True:
+            for step in schedule.ready(pool.idle):
+                pool.start(step, {n: store.out(plan.steps[k]) for n, k in step.inputs.items()})
+            if not pool.busy:
+                break
+            for key, message in pool.finished(_POLL_SECONDS):
+                say(schedule.note(key, message, workers))
+            if stop.requested:
+                say("stopping: the workers save what they have")
+                raise Stopped
+    return schedule.failures
+
+
+class _Schedule:
+    """Which steps may run, in the order of the plan, and how much is left."""
+
+    def __init__(self, plan: Plan, store: StepStore, todo: dict[str, Step]) -> None:
+        self.plan, self.store = plan, store
+        self.waiting = dict(todo)
+        self.running: dict[str, Step] = {}
+        self.failures: list[Failure] = []
+        self.total = len(todo)
+        self.number = 0
+        self.seconds: dict[str, list[float]] = {}
+        self.before = store.seconds_by_kind()
+        self.started: dict[str, float] = {}
+
+    def ready(self, count: int) -> Iterator[Step]:
+        """At most ``count`` steps whose inputs are there; they count as running."""
+        for key in list(self.waiting):
+            if count == 0:
+                return
+            step = self.waiting[key]
+            if all(self._is_there(other) for other in step.inputs.values()):
+                self.running[key] = self.waiting.pop(key)
+                self.started[key] = time.monotonic()
+                count -= 1
+                yield step
+
+    def _is_there(self, key: str) -> bool:
+        blocked = key in self.waiting or key in self.running
+        return not blocked and all(failure.step.key != key for failure in self.failures)
+
+    def note(self, key: str, message: str, workers: int) -> str:
+        """Take in a finished step; the line for the user."""
+        step = self.running.pop(key)
+        taken = time.monotonic() - self.started.pop(key)
+        self.number += 1
+        head = f"[{self.number}/{self.total}] {step.title}"
+        if message:
+            self.failures.append(Failure(step, message))
+            self._drop_dependents()
+            return f"{head}: FAILED: {message}"
+        self.seconds.setdefault(step.kind, []).append(taken)
+        failed = f", {len(self.failures)} failed" if self.failures else ""
+        return f"{head}: {taken:.0f} s{failed}; {self._left(workers)}"
+
+    def _drop_dependents(self) -> None:
+        bad = {failure.step.key for failure in self.failures}
+        for key in list(self.waiting):
+            if bad & set(self.plan.ancestors(key)):
+                del self.waiting[key]
+                self.total -= 1
+
+    def _cost(self, kind: str) -> float:
+        here = self.seconds.get(kind)
+        return sum(here) / len(here) if here else self.before.get(kind, _GUESS_SECONDS)
+
+    def _left(self, workers: int) -> str:
+        now = time.monotonic()
+        left = sum(self._cost(step.kind) for step in self.waiting.values())
+        left += sum(
+            max(0.0, self._cost(step.kind) - (now - self.started[key]))
+            for key, step in self.running.items()
+        )
+        return f"about {left / workers / 60:.1f} min left"
+
+
+class _Pool:
+    """Worker processes; one that dies takes only its step with it."""
+
+    def __init__(self, store: StepStore, count: int, threads: int) -> None:
+        self.store, self.count, self.threads = store, count, threads
+        self.context = multiprocessing.get_context("spawn")
+        self.free: list[tuple[BaseProcess, Connection]] = []
+        self.busy: dict[Connection, tuple[BaseProcess, Step]] = {}
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process, connection in self.free:
+            connection.close()
+            process.join()
+        for process, _step in self.busy.values():
+            process.terminate()
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        for process, _step in self.busy.values():
+            process.join(max(0.1, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+    @property
+    def idle(self) -> int:
+        """How many more steps may run."""
+        return self.count - len(self.busy)
+
+    def start(self, step: Step, folders: dict) -> None:
+        """Hand a step to a worker."""
+        process, connection = self.free.pop() if self.free else self._spawn()
+        connection.send((step, folders))
+        self.busy[connection] = (process, step)
+
+    def _spawn(self) -> tuple[BaseProcess, Connection]:
+        mine, theirs = self.context.Pipe()
+        with _environment(OMP_NUM_THREADS=str(self.threads), TOKENIZERS_PARALLELISM="false"):
+            process = self.context.Process(
+                target=serve, args=(theirs, str(self.store.root), self.threads)
+            )
+            process.start()
+        theirs.close()
+        return process, mine
+
+    def finished(self, timeout: float) -> list[tuple[str, str]]:
+        """(key, error) of the steps that ended meanwhile."""
+        done = []
+        for connection in wait(list(self.busy), timeout):
+            assert isinstance(connection, Connection)
+            process, step = self.busy.pop(connection)
+            try:
+                done.append(connection.recv())
+                self.free.append((process, connection))
+            except EOFError:
+                process.join()
+                message = f"the worker process died (exit status {process.exitcode})"
+                self.store.fail(step, message)
+                done.append((step.key, message))
+        return done
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

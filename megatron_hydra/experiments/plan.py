@@ -1,0 +1,284 @@
+"""From cells to steps: a step's key is the hash of all that decides its result.
+
+    teacher ─ prepare ─ select ─ convert ─ stage … stage ─ export ─ evaluate
+
+A key covers the step's parameters, the content of the files it reads and the keys of the steps it
+reads from, and no path: cells whose first steps agree share them, in one experiment and in several.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_hydra.config.loading import load_run_config, read_config, to_dict
+from megatron_hydra.errors import HydraError
+from megatron_hydra.experiments import fingerprint
+from megatron_hydra.experiments.spec import TEACHER, Cell, SelectionSpec, StageSpec
+from megatron_hydra.hf_identity import resolve_hf_folder
+
+FORMAT = 1
+"""Raised when a step's meaning changes, so that nothing computed before is taken for it."""
+
+PREPARED = "{prepare}"
+"""In file names: the folder that the cell's prepare step wrote."""
+
+PLACE = "<input>"
+"""Stands in a run's config for a path that is known only when the stage runs."""
+
+_SEEDLESS = ("layerwise",)
+_BLIND_KEYS = ("strategy", "ratio", "granularity", "min_per_layer", "max_per_layer")
+"""What matters to strategies that look at no prompts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One thing to compute, once.
+
+    Attributes:
+        key: hash of ``action``, ``params`` and ``inputs``.
+        kind: name of its folder: the action, or the stage's name.
+        action: what is done (:data:`megatron_hydra.experiments.actions.ACTIONS`).
+        title: the first cell that asked for it, for logs.
+        params: what decides the result, plain data.
+        inputs: name → key of a step that is read.
+        places: name → where a thing is on this machine; decides nothing.
+    """
+
+    key: str
+    kind: str
+    action: str
+    title: str
+    params: dict[str, Any]
+    inputs: dict[str, str]
+    places: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Plan:
+    """All steps of some cells.
+
+    Attributes:
+        steps: key → step; a step comes after those it reads.
+        cells: cell name → its evaluation's key.
+    """
+
+    steps: dict[str, Step] = dataclasses.field(default_factory=dict)
+    cells: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def ancestors(self, key: str) -> list[str]:
+        """``key`` and all that it needs, inputs first."""
+        found: dict[str, None] = {}
+
+        def visit(one: str) -> None:
+            for other in self.steps[one].inputs.values():
+                visit(other)
+            found[one] = None
+
+        visit(key)
+        return list(found)
+
+
+def make_plan(cells: Iterable[Cell]) -> Plan:
+    """Expand cells into steps.
+
+    Raises:
+        HydraError: a stage's config is wrong, a file is missing; the cell is named.
+    """
+    plan = Plan()
+    for cell in cells:
+        try:
+            plan.cells[cell.name] = _CellPlanner(plan, cell).evaluation()
+        except HydraError as error:
+            raise HydraError(f"{cell.name}: {error}") from None
+    return plan
+
+
+class _CellPlanner:
+    """Adds one cell's steps to a plan."""
+
+    def __init__(self, plan: Plan, cell: Cell) -> None:
+        self.plan, self.cell, self.spec = plan, cell, cell.spec
+
+    def _add(
+        self,
+        action: str,
+        params: dict[str, Any],
+        inputs: Mapping[str, str | None],
+        places: dict[str, Any] | None = None,
+        kind: str = "",
+    ) -> str:
+        used = {name: key for name, key in inputs.items() if key is not None}
+        key = fingerprint.of_json(
+            {"format": FORMAT, "action": action, "params": params, "inputs": used}
+        )[:24]
+        if key not in self.plan.steps:
+            title = f"{kind or action}: {self.cell.name}"
+            self.plan.steps[key] = Step(
+                key, kind or action, action, title, params, used, places or {}
+            )
+        return key
+
+    # -- what everything reads ------------------------------------------------------------------
+
+    def _teacher_model(self) -> tuple[dict[str, Any], dict[str, str | None], dict[str, Any]]:
+        """The dense model as (params, inputs, places) of a step that reads it."""
+        teacher = self.spec.teacher
+        if teacher.train:
+            params: dict[str, Any] = {
+                "module": teacher.train[0],
+                "arguments": list(teacher.train[1:]),
+            }
+            if any("{seed}" in word for word in teacher.train):
+                params["seed"] = self.cell.seed
+            return {}, {"teacher_hf": self._add("train_teacher", params, {})}, {}
+        folder = self._hf_folder(teacher.model, teacher.revision)
+        return {"model": fingerprint.of_model(folder)}, {}, {"teacher_hf": str(folder)}
+
+    def _hf_folder(self, name: str, revision: str = "") -> Path:
+        if name == "quickstart":
+            from megatron_hydra.quickstart.workspace import shipped_teacher
+
+            return shipped_teacher()
+        beside = self.cell.folder / name
+        return beside if beside.is_dir() else resolve_hf_folder(name, revision)
+
+    def _prepare(self) -> str | None:
+        prepare = self.spec.prepare
+        if not prepare.function:
+            return None
+        params, inputs, places = self._teacher_model()
+        params |= {"function": prepare.function, "options": prepare.options, "seed": self.cell.seed}
+        return self._add("prepare", params, inputs, places)
+
+    def _file(self, name: str) -> tuple[Any, str]:
+        """A file as it is hashed, and where it is; a prepared one is covered by its step's key."""
+        if PREPARED in name or not name:
+            return name, name
+        path = self.cell.folder / name
+        return {"name": path.name, "content": fingerprint.of_file(path)}, str(path)
+
+    def _task(self, task: str) -> tuple[Any, str]:
+        """The same for a task, which may be ``jsonl:PATH``, ``KIND:path=PATH`` or ``PATH.jsonl``."""
+        for prefix in ("jsonl:", "qa:"):
+            if task.startswith(prefix):
+                hashed, place = self._file(task.removeprefix(prefix))
+                return {"prefix": prefix, "file": hashed}, prefix + place
+        return self._file(task) if task.endswith(".jsonl") else (task, task)
+
+    # -- the steps ------------------------------------------------------------------------------
+
+    def _select(self) -> str:
+        selection = self.spec.selection
+        if selection.ratio in ("all-gdn", "dense"):  # nothing to choose
+            selection = SelectionSpec(
+                "uniform", ratio=selection.ratio, granularity=selection.granularity
+            )
+        seedless = selection.strategy in _SEEDLESS or selection.ratio in ("all-gdn", "dense")
+        blind = seedless or selection.strategy in ("random", "uniform")
+        tasks = [] if blind else [self._task(task) for task in selection.tasks]
+        body = dataclasses.asdict(selection) | {"tasks": [hashed for hashed, _ in tasks]}
+        if blind:  # options of prompts and effects decide nothing
+            body = {key: body[key] for key in _BLIND_KEYS}
+        params, inputs, places = self._teacher_model()
+        params |= {"selection": body}
+        if not seedless:
+            params["seed"] = self.cell.seed
+        if any(PREPARED in place for _, place in tasks):
+            inputs |= {"prepare": self._prepare()}
+        places |= {"tasks": [place for _, place in tasks]}
+        return self._add("select", params, inputs, places)
+
+    def _convert(self) -> str:
+        student = self.spec.student
+        hashed, place = self._file(student.calibration_file)
+        params, inputs, places = self._teacher_model()
+        params |= {
+            "hydra": self.spec.hydra,
+            "student": dataclasses.asdict(student) | {"calibration_file": hashed},
+            "seed": self.cell.seed,
+        }
+        inputs |= {"head_map": self._select()}
+        if PREPARED in place:
+            inputs |= {"prepare": self._prepare()}
+        return self._add("convert", params, inputs, places | {"calibration_file": place})
+
+    def _teacher(self) -> str:
+        return self._add("teacher", *self._teacher_model())
+
+    def _stages(self) -> str:
+        before = self._convert()
+        numbers = {name: number for number, name in enumerate(self.spec.stages)}
+        for name, stage in self.cell.stages:
+            before = self._stage(name, stage, numbers[name], before)
+        return before
+
+    def _stage(self, name: str, stage: StageSpec, number: int, before: str) -> str:
+        files = [self.cell.folder / config for config in stage.configs]
+        overrides = [f"{key}={_yaml(value)}" for key, value in stage.set.items()]
+        verbs = [verb for file in files if (verb := read_config(file).get("verb"))]
+        reads_teacher = bool(verbs) and verbs[-1] in ("align", "distill")
+        config = load_run_config(
+            files,
+            [
+                f"student.checkpoint={PLACE}",
+                *([f"teacher.checkpoint={PLACE}"] if reads_teacher else []),
+                f"output={PLACE}",
+                f"data.tokenizer={PLACE}",
+                f"seed={self.cell.seed}",
+                # Another seed for each stage: a stage must not see the batches of another again.
+                f"data.seed={1000 * self.cell.seed + number}",
+                *overrides,
+            ],
+        )
+        _, inputs, places = self._teacher_model()
+        inputs |= {"student": before, "teacher": self._teacher() if reads_teacher else None}
+        params = {
+            "config": to_dict(config),
+            "data": {part.path: _data_facts(part.path) for part in config.data.blend if part.path},
+            "processes": stage.processes,
+        }
+        return self._add("stage", params, inputs, places, kind=name)
+
+    def evaluation(self) -> str:
+        """Key of the cell's last step."""
+        spec = self.spec
+        evaluation = spec.evaluation
+        tasks = [self._task(task) for task in evaluation.tasks]
+        hashed, haystack = self._file(evaluation.haystack)
+        params: dict[str, Any] = {}
+        inputs: dict[str, str | None]
+        places: dict[str, Any] = {}
+        if not spec.hf_model:
+            inputs = {"model": self._add("export", {}, {"student": self._stages()})}
+        elif spec.hf_model == TEACHER:
+            params, inputs, places = self._teacher_model()
+            inputs = {"model": inputs.get("teacher_hf")}
+            places = {"model": places.get("teacher_hf")}
+        else:
+            folder = self._hf_folder(spec.hf_model)
+            params, inputs = {"model": fingerprint.of_model(folder)}, {}
+            places = {"model": str(folder)}
+        body = dataclasses.asdict(evaluation) | {"tasks": [h for h, _ in tasks], "haystack": hashed}
+        if any(PREPARED in place for _, place in tasks):
+            inputs |= {"prepare": self._prepare()}
+        places |= {"tasks": [place for _, place in tasks], "haystack": haystack}
+        return self._add(
+            "evaluate", params | {"evaluation": body, "seed": self.cell.seed}, inputs, places
+        )
+
+
+def _yaml(value: Any) -> str:
+    """A value as an override's text: JSON is YAML."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _data_facts(prefix: str) -> dict[str, Any]:
+    """What an indexed data set is known by: its index's content and its size."""
+    data = Path(f"{prefix}.bin")
+    if not data.is_file():
+        raise HydraError(f"data {data} does not exist")
+    return {"index": fingerprint.of_file(Path(f"{prefix}.idx")), "bytes": data.stat().st_size}

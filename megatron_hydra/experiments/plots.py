@@ -1,0 +1,115 @@
+"""Pictures of an experiment: accuracy against length for every task, and bars at some lengths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_hydra.evaluation.storage import replace_file
+from megatron_hydra.experiments.results import Results, split_column
+
+_MARKERS = "os^Dv<>Pp*hX"
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Draw what is there.
+
+    Returns:
+        ``<name>_<task>.png`` (mean and range over seeds against length) for every task with several
+        lengths, and ``<name>_bars.png``.
+    """
+    columns = [split_column(column) for column in results.columns()]
+    paths = []
+    name = results.experiment.name
+    for task in dict.fromkeys(task for task, _ in columns):
+        lengths = [length for other, length in columns if other == task]
+        if len(lengths) > 1:
+            paths.append(_lengths(results, task, lengths, folder / f"{name}_{task}.png"))
+    if columns:
+        paths.append(_bars(results, columns, folder / f"{name}_bars.png"))
+    return paths
+
+
+def _lengths(results: Results, task: str, lengths: list[int], path: Path) -> Path:
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    variants = results.experiment.variants
+    colors = colormaps["tab10" if len(variants) <= 10 else "tab20"]
+    for number, variant in enumerate(variants):
+        spreads = [results.spread(variant, f"{task}@{n}") for n in lengths]
+        there = [(n, s) for n, s in zip(lengths, spreads, strict=True) if s is not None]
+        if not there:
+            continue
+        x = [n for n, _ in there]
+        color = colors(number % colors.N)
+        axes.plot(
+            x,
+            [s.mean for _, s in there],
+            marker=_MARKERS[number % len(_MARKERS)],
+            color=color,
+            label=variant,
+        )
+        axes.fill_between(
+            x,
+            [min(s.values.values()) for _, s in there],
+            [max(s.values.values()) for _, s in there],
+            color=color,
+            alpha=0.12,
+            linewidth=0,
+        )
+    if results.experiment.table.train_length:
+        axes.axvline(results.experiment.table.train_length, color="#5f6368", linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [str(n) for n in lengths])
+    axes.minorticks_off()
+    axes.set_ylim(-0.03, 1.03)
+    axes.set(xlabel="context length (tokens)", ylabel="right answers")
+    axes.set_title(f"{results.experiment.title}: {task}; mean and range over seeds", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def _bars(results: Results, columns: list[tuple[str, int]], path: Path) -> Path:
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    lengths = sorted({n for _, n in columns})
+    wanted = results.experiment.table.bars or tuple(sorted({lengths[0], lengths[-1]}))
+    shown = [(task, n) for task, n in columns if n in wanted]
+    variants = results.experiment.variants
+    figure = Figure(figsize=(max(6.0, 1.1 * len(shown) + 3), 4.2), layout="constrained")
+    axes = figure.subplots()
+    width = 0.85 / len(variants)
+    colors = colormaps["tab10" if len(variants) <= 10 else "tab20"]
+    for number, variant in enumerate(variants):
+        for place, (task, length) in enumerate(shown):
+            spread = results.spread(variant, f"{task}@{length}")
+            if spread is None:
+                continue
+            low, high = min(spread.values.values()), max(spread.values.values())
+            axes.bar(
+                place + (number - (len(variants) - 1) / 2) * width,
+                spread.mean,
+                width,
+                color=colors(number % colors.N),
+                label=variant if place == 0 else None,
+                yerr=[[spread.mean - low], [high - spread.mean]],
+                error_kw={"linewidth": 0.8},
+            )
+    axes.set_xticks(range(len(shown)), [f"{task}\n{n}" for task, n in shown], fontsize=8)
+    axes.set_ylim(0, 1.05)
+    axes.set(ylabel="right answers")
+    axes.set_title(f"{results.experiment.title}; bars: mean, lines: range over seeds", fontsize=10)
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    with replace_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    return path

@@ -1,0 +1,167 @@
+"""What came out of an experiment: every cell with its state, and means with spread over seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from typing import Any
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.experiments.actions import HEAD_MAP
+from megatron_hydra.experiments.plan import Plan
+from megatron_hydra.experiments.spec import Experiment
+from megatron_hydra.experiments.store import StepStore
+from megatron_hydra.head_map import HeadMap
+
+
+@dataclasses.dataclass(frozen=True)
+class CellResult:
+    """One variant with one seed.
+
+    Attributes:
+        variant, seed: its place.
+        state: ``done``, ``failed`` or ``missing``.
+        accuracy: ``task@length`` → share of right answers.
+        kv_bytes_per_token, state_bytes: of the cache, measured on the running model.
+        fa_heads: for each layer the FA heads; ``None``: not a hybrid.
+        log: of the step that failed, or ``""``.
+        step: name of the step that failed, or ``""``.
+        seconds: of the evaluation, and of the training of all its stages.
+        sources: hashes of the package's code that its steps were computed with.
+    """
+
+    variant: str
+    seed: int
+    state: str
+    accuracy: dict[str, float] = dataclasses.field(default_factory=dict)
+    kv_bytes_per_token: float | None = None
+    state_bytes: float | None = None
+    fa_heads: tuple[tuple[int, ...], ...] | None = None
+    log: str = ""
+    step: str = ""
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    sources: tuple[str, ...] = ()
+
+    @property
+    def num_fa_heads(self) -> int | None:
+        """How many heads are FA."""
+        return None if self.fa_heads is None else sum(map(len, self.fa_heads))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Mean and spread over seeds.
+
+    Attributes:
+        values: seed → value, for the seeds that are there.
+        seeds: all seeds that should be there.
+    """
+
+    values: dict[int, float]
+    seeds: tuple[int, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds that are there."""
+        return statistics.fmean(self.values.values())
+
+    @property
+    def deviation(self) -> float:
+        """Sample standard deviation; 0 for one seed."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else 0.0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no seed is missing."""
+        return set(self.values) == set(self.seeds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """All cells of an experiment."""
+
+    experiment: Experiment
+    cells: tuple[CellResult, ...]
+
+    def of(self, variant: str) -> list[CellResult]:
+        """The cells of a row."""
+        return [cell for cell in self.cells if cell.variant == variant]
+
+    def columns(self) -> list[str]:
+        """All ``task@length`` that are there, tasks as they came, lengths ascending."""
+        tasks: dict[str, set[int]] = {}
+        for cell in self.cells:
+            for column in cell.accuracy:
+                task, length = split_column(column)
+                tasks.setdefault(task, set()).add(length)
+        return [f"{task}@{n}" for task, lengths in tasks.items() for n in sorted(lengths)]
+
+    def spread(self, variant: str, column: str) -> Spread | None:
+        """Accuracy of a row in a column; ``None`` where no seed has it."""
+        values = {c.seed: c.accuracy[column] for c in self.of(variant) if column in c.accuracy}
+        return Spread(values, self.experiment.seeds) if values else None
+
+    def failed(self) -> list[CellResult]:
+        """The cells that failed."""
+        return [cell for cell in self.cells if cell.state == "failed"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``results.json``."""
+        experiment = self.experiment
+        return {
+            "format": "hydra-experiment-results",
+            "experiment": experiment.name,
+            "title": experiment.title,
+            "seeds": list(experiment.seeds),
+            "cells": [dataclasses.asdict(cell) for cell in self.cells],
+        }
+
+
+def split_column(column: str) -> tuple[str, int]:
+    """``task@length`` as its parts.
+
+    Raises:
+        HydraError: it is not of that form.
+    """
+    task, _, length = column.rpartition("@")
+    if not task or not length.isdecimal():
+        raise HydraError(f"table column {column!r} is not of the form task@length")
+    return task, int(length)
+
+
+def collect(experiment: Experiment, plan: Plan, store: StepStore) -> Results:
+    """Read the finished cells; the others say why they are not there."""
+    return Results(experiment, tuple(_cell(cell, plan, store) for cell in experiment.cells))
+
+
+def _cell(cell: Any, plan: Plan, store: StepStore) -> CellResult:
+    key = plan.cells[cell.name]
+    steps = [plan.steps[k] for k in plan.ancestors(key)]
+    last = plan.steps[key]
+    if not store.is_done(last):
+        for step in steps:
+            if store.failure(step):
+                return CellResult(
+                    cell.variant, cell.seed, "failed", log=str(store.log(step)), step=step.kind
+                )
+        return CellResult(cell.variant, cell.seed, "missing")
+    body = json.loads((store.out(last) / "results.json").read_text())
+    cache = body.get("cache", {})
+    records = {step.key: store.record(step) or {} for step in steps}
+    maps = [store.out(step) / HEAD_MAP for step in steps if step.action == "select"]
+    return CellResult(
+        cell.variant,
+        cell.seed,
+        "done",
+        accuracy={
+            f"{task}@{length}": part["accuracy"]
+            for task, lengths in body["tasks"].items()
+            for length, part in lengths.items()
+        },
+        kv_bytes_per_token=cache.get("kv_bytes_per_token"),
+        state_bytes=cache.get("state_bytes"),
+        fa_heads=HeadMap.load(maps[0]).full_attention_heads if maps else None,
+        seconds={step.kind: records[step.key].get("seconds", 0.0) for step in steps},
+        sources=tuple(sorted({str(r.get("package_source")) for r in records.values()})),
+    )

@@ -1,0 +1,353 @@
+"""The experiment file: what a cell is made of, typed; axes and variants that expand into cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_hydra.config.loading import from_dict, parse_yaml
+from megatron_hydra.config.model import HydraConfig
+from megatron_hydra.errors import HydraError
+
+TEACHER = "teacher"
+"""As ``hf_model``: the row is the teacher itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSpec:
+    """The dense model that everything starts from.
+
+    Attributes:
+        model: a Hugging Face folder or Hub name, or ``quickstart``: the teacher that is shipped.
+        revision: Hub revision.
+        train: instead of a model: a module that trains one, as ``python -m MODULE ARGUMENTS
+            --output DIR``, and its arguments; ``{seed}`` is the cell's seed.
+    """
+
+    model: str = ""
+    revision: str = ""
+    train: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareSpec:
+    """Files that a selection or calibration reads, made by a function, once a seed.
+
+    Attributes:
+        function: ``module:function``, called with (folder, model folder, seed, **options).
+        options: its keyword arguments.
+    """
+
+    function: str = ""
+    options: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionSpec:
+    """How heads are chosen: the options of ``tools/select_heads.py``.
+
+    ``tasks`` may name the prepared folder as ``{prepare}``.
+    """
+
+    strategy: str = "interp"
+    ratio: str = "7:1"
+    tasks: tuple[str, ...] = ()
+    num_prompts: int = 32
+    min_prompts: int = 8
+    solved: str = "top1"
+    receiver_effect: str = "direct"
+    senders: bool = True
+    sender_weight: float = 0.5
+    num_receivers: int | None = None
+    attribution: bool = False
+    granularity: str = "query_head"
+    min_per_layer: int = 0
+    max_per_layer: int | None = None
+    kv_group_bonus: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentSpec:
+    """How the student is made of the teacher: the options of ``tools/hf_to_megatron.py``."""
+
+    half_life: tuple[float, ...] = ()
+    calibrate: bool = True
+    calibration_file: str = ""
+    calibration_tokens: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSpec:
+    """One stage of the transfer.
+
+    Attributes:
+        configs: run configs, later files over earlier ones; paths relative to the experiment file.
+        set: ``section.key: value``, over the files.
+        skip: leave the stage out.
+        processes: ranks on this machine; more than one start through ``launch/local.sh``.
+    """
+
+    configs: tuple[str, ...] = ()
+    set: dict = dataclasses.field(default_factory=dict)
+    skip: bool = False
+    processes: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSpec:
+    """How a model is scored: the options of ``tools/evaluate.py``."""
+
+    tasks: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    samples: int = 10
+    batch_tokens: int = 32768
+    haystack: str = ""
+    cache_length: int = 512
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class CellSpec:
+    """Everything about a row of the table but the seed.
+
+    Attributes:
+        hf_model: score this Hugging Face model (folder or Hub name) instead of a student;
+            ``teacher``: the teacher itself.
+        hydra: switches of the layer (keys of :class:`~megatron_hydra.config.model.HydraConfig`).
+        stages: name → stage, in this order.
+    """
+
+    teacher: TeacherSpec = dataclasses.field(default_factory=TeacherSpec)
+    prepare: PrepareSpec = dataclasses.field(default_factory=PrepareSpec)
+    hf_model: str = ""
+    selection: SelectionSpec = dataclasses.field(default_factory=SelectionSpec)
+    hydra: dict = dataclasses.field(default_factory=dict)
+    student: StudentSpec = dataclasses.field(default_factory=StudentSpec)
+    stages: dict = dataclasses.field(default_factory=dict)
+    evaluation: EvaluationSpec = dataclasses.field(default_factory=EvaluationSpec)
+
+
+@dataclasses.dataclass(frozen=True)
+class TableSpec:
+    """What the table and the pictures show.
+
+    Attributes:
+        columns: ``task@length`` of the main table's columns; empty: all.
+        baseline: the row that differences are taken from, or empty.
+        train_length: marked in the pictures; 0: not.
+        bars: lengths of the bar chart; empty: the shortest and the longest.
+    """
+
+    columns: tuple[str, ...] = ()
+    baseline: str = ""
+    train_length: int = 0
+    bars: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One variant with one seed.
+
+    Attributes:
+        experiment, variant, seed: its place in the table.
+        spec: what is done.
+        stages: the stages that are not skipped, in order.
+        folder: of the experiment file, which paths are relative to.
+    """
+
+    experiment: str
+    variant: str
+    seed: int
+    spec: CellSpec
+    stages: tuple[tuple[str, StageSpec], ...]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.experiment} / {self.variant} / seed {self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One experiment file.
+
+    Attributes:
+        name: the file's stem.
+        title: of the table.
+        paper: what the paper says about it, in words.
+        seeds: all of them appear in the table.
+        variants: names of the rows, in order.
+        cells: rows × seeds, row by row.
+        table: what is shown.
+    """
+
+    name: str
+    title: str
+    paper: str
+    seeds: tuple[int, ...]
+    variants: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    table: TableSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """The keys of an experiment file.
+
+    Attributes:
+        include: another file under this one, path relative to it.
+        base: what all rows share (a :class:`CellSpec`).
+        variants: row → what differs from base.
+        axes: a grid: each axis is ``dotted.key: [values]`` or ``name: {label: what differs}``; the
+            rows are the product of all axes.
+    """
+
+    include: str = ""
+    title: str = ""
+    paper: str = ""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    base: dict = dataclasses.field(default_factory=dict)
+    variants: dict = dataclasses.field(default_factory=dict)
+    axes: dict = dataclasses.field(default_factory=dict)
+    table: TableSpec = dataclasses.field(default_factory=TableSpec)
+
+
+def load_experiment(path: str | Path) -> Experiment:
+    """Read an experiment file and expand it.
+
+    Raises:
+        HydraError: an unreadable file, an unknown key or a wrong type (file, row and key are named),
+            no rows, a row given twice, no seeds.
+    """
+    path = Path(path)
+    body = _read(path)
+    file = from_dict(_File, body, str(path))
+    if not file.seeds or len(set(file.seeds)) != len(file.seeds):
+        raise HydraError(f"{path}: seeds {list(file.seeds)} must be there, each one once")
+    rows = _rows(file, path)
+    if not rows:
+        raise HydraError(f"{path}: no rows; give variants or axes")
+    cells = []
+    for variant, differing in rows.items():
+        spec, stages = _cell_spec(_merge(file.base, differing), f"{path}, row {variant!r}")
+        cells += [
+            Cell(path.stem, variant, seed, spec, stages, path.resolve().parent)
+            for seed in file.seeds
+        ]
+    if file.table.baseline and file.table.baseline not in rows:
+        raise HydraError(f"{path}: table.baseline {file.table.baseline!r} is none of the rows")
+    return Experiment(
+        path.stem,
+        file.title or path.stem,
+        file.paper,
+        file.seeds,
+        tuple(rows),
+        tuple(cells),
+        file.table,
+    )
+
+
+def _read(path: Path, nested: bool = False) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HydraError(f"experiment {path} cannot be read: {error}") from None
+    body = parse_yaml(text, str(path)) or {}
+    from_dict(_File, body, str(path))
+    include = body.get("include", "")
+    if not include:
+        return body
+    if nested:
+        raise HydraError(f"{path}: an included file includes no further one")
+    return _merge(_read(path.parent / include, nested=True), body)
+
+
+def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    """``update`` over ``base``, section by section; lists and scalars are replaced."""
+    merged = dict(base)
+    for key, value in update.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _rows(file: _File, path: Path) -> dict[str, dict[str, Any]]:
+    rows = {
+        str(name): _mapping(body, f"{path}: variants.{name}")
+        for name, body in file.variants.items()
+    }
+    axes = [_axis(str(name), body, path) for name, body in file.axes.items()]
+    for points in itertools.product(*axes) if axes else ():
+        label = ", ".join(label for label, _ in points)
+        if label in rows:
+            raise HydraError(f"{path}: row {label!r} is given twice")
+        body: dict[str, Any] = {}
+        for _, differing in points:
+            body = _merge(body, differing)
+        rows[label] = body
+    return rows
+
+
+def _mapping(body: Any, where: str) -> dict[str, Any]:
+    if body is None:
+        return {}
+    if not isinstance(body, dict):
+        raise HydraError(f"{where} must be a mapping of what differs from base, not {body!r}")
+    return body
+
+
+def _axis(name: str, body: Any, path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Label and difference of each point."""
+    where = f"{path}: axes.{name}"
+    if isinstance(body, dict) and body:
+        return [(str(label), _mapping(part, f"{where}.{label}")) for label, part in body.items()]
+    if not isinstance(body, list) or not body:
+        raise HydraError(f"{where} must be a list of values or a mapping of labels")
+    points = []
+    for value in body:
+        nested: Any = value
+        for key in reversed(name.split(".")):
+            nested = {key: nested}
+        shown = str(value).lower() if isinstance(value, bool) else value
+        points.append((f"{name.rpartition('.')[2]} {shown}", nested))
+    return points
+
+
+def _cell_spec(
+    body: dict[str, Any], where: str
+) -> tuple[CellSpec, tuple[tuple[str, StageSpec], ...]]:
+    spec = from_dict(CellSpec, body, where)
+    from_dict(HydraConfig, spec.hydra, f"{where}, hydra")
+    stages = []
+    for name, part in spec.stages.items():
+        stage = from_dict(StageSpec, part or {}, f"{where}, stages.{name}")
+        if stage.skip:
+            continue
+        if not stage.configs:
+            raise HydraError(f"{where}, stages.{name}: configs names no file")
+        if stage.processes < 1:
+            raise HydraError(f"{where}, stages.{name}: processes is {stage.processes}, below 1")
+        stages.append((str(name), stage))
+    _check(spec, where)
+    return spec, tuple(stages)
+
+
+def _check(spec: CellSpec, where: str) -> None:
+    teacher = spec.teacher
+    needs_teacher = spec.hf_model in ("", TEACHER)
+    if needs_teacher and bool(teacher.model) == bool(teacher.train):
+        raise HydraError(f"{where}: teacher needs either model or train")
+    if not spec.evaluation.tasks or not spec.evaluation.lengths:
+        raise HydraError(f"{where}: evaluation needs tasks and lengths")
+    if len(spec.student.half_life) not in (0, 2):
+        raise HydraError(f"{where}: student.half_life is [least, most], in tokens")
+    if spec.hf_model and spec.hydra:
+        raise HydraError(f"{where}: hf_model is scored as it is: hydra switches do not apply")

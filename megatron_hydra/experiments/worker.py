@@ -1,0 +1,98 @@
+"""A process that computes steps one after another: importing torch costs more than a short step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.experiments.actions import ACTIONS, Context
+from megatron_hydra.experiments.plan import Step
+from megatron_hydra.experiments.store import StepStore
+from megatron_hydra.stopping import Stopped, StopRequest
+
+
+def compute(store: StepStore, step: Step, folders: dict[str, Path]) -> str:
+    """Compute one step if nobody has; its output goes to the step's log.
+
+    Args:
+        folders: name of an input → its ``out`` folder.
+
+    Returns:
+        ``""``, or the reason why it failed (also noted in the store).
+
+    Raises:
+        Stopped: it was asked to stop; what it had is kept.
+    """
+    with store.claimed(step) as todo:
+        if not todo:
+            return ""
+        started = time.monotonic()
+        with _output_to(store.log(step)):
+            print(f"== {step.title} ({time.strftime('%Y-%m-%d %H:%M:%S')})", flush=True)
+            try:
+                with StopRequest():
+                    ACTIONS[step.action](Context(step, store.out(step), folders))
+            except Stopped:
+                raise
+            except HydraError as error:
+                message = str(error)
+            except Exception as error:
+                traceback.print_exc()
+                message = f"{type(error).__name__}: {error}"
+            else:
+                store.finish(step, time.monotonic() - started)
+                return ""
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        store.fail(step, message)
+        return message
+
+
+def serve(connection: Connection, root: str, threads: int) -> None:
+    """Compute the steps that arrive; answers each with (key, error)."""
+    prepare_process(threads)
+    store = StepStore(Path(root))
+    while True:
+        try:
+            step, folders = connection.recv()
+        except EOFError:
+            return
+        connection.send((step.key, compute(store, step, folders)))
+
+
+def prepare_process(threads: int) -> None:
+    """Few threads, no progress bars, no hints about missing GPU libraries."""
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Send file descriptors 1 and 2 to a file, so that nothing of a step is lost."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, descriptor in zip((1, 2), saved, strict=True):
+            os.dup2(descriptor, target)
+            os.close(descriptor)
