@@ -226,8 +226,6 @@ class HydraAttention(MegatronModule):
                 "HydraAttention takes one packed stream [T, 1, D] and its PackedSequence"
             )
         packed = packed_seq_params
-        for parameter in self._idle:  # overlapped gradient reduction waits for every parameter
-            hidden_states = keep_in_graph(hidden_states, parameter)
         sliced = self._sequence_slice(hidden_states) if self.heads.needs_slice else None
         parts = self._project(hidden_states, sliced)
         weights = self._fusion_weights(sliced)
@@ -239,7 +237,13 @@ class HydraAttention(MegatronModule):
                 )
         else:
             mixed = self._mix(parts, packed, weights)
-        return self._output(*mixed), self.out_bias
+        output = self._output(*mixed)
+        # Overlapped gradient reduction waits for every parameter. Kept at the output, not at the
+        # input: an input that needs no gradient (stage 1) would get one on ranks with idle
+        # parameters only, and with it collectives that the others do not join.
+        for parameter in self._idle:
+            output = keep_in_graph(output, parameter)
+        return output, self.out_bias
 
     def _sequence_slice(self, x: torch.Tensor) -> torch.Tensor:
         """This tensor-parallel rank's slice of the sequence, ``[T_local/TP, D]``."""

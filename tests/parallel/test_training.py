@@ -51,6 +51,7 @@ LAYOUTS = {
 }  # fmt: skip
 FAST = [
     ("align", "tp2-sp-seq-pp2"),
+    ("align", "tp4"),  # some ranks have no FA head, and stage 1's inputs need no gradient
     ("distill", "dp2-pp2-vp2"),
     ("finetune", "cp2-dp2"),
 ]
@@ -114,6 +115,8 @@ def _assert_equal_training(folder: Path, verb: str, layout: str) -> None:
     _assert_equal_gradients(folder / f"{verb}-{layout}", reference)
     states = [_everything(run / "checkpoints") for run in (folder / f"{verb}-{layout}", reference)]
     names = {name for name in states[1] if name != "rng_state"}
+    if "plain" in layout:  # in fp32, the plain optimizer needs no main copy of the parameters
+        names = {name for name in names if not name.startswith("optimizer.state.param.")}
     assert names == {name for name in states[0] if name != "rng_state"}
     for name in names:
         got, expected = (state[name] for state in states)
