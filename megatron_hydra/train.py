@@ -10,10 +10,10 @@ from megatron_hydra.config.loading import load_run_config, to_yaml
 from megatron_hydra.errors import command
 
 _EPILOG = """examples:
-  python -m megatron_hydra.train --config configs/tiny/align.yaml output=runs/align
+  python -m megatron_hydra.train --config configs/tiny/finetune.yaml output=runs/finetune
   torchrun --nproc-per-node 8 -m megatron_hydra.train --config configs/qwen3_1.7b/distill.yaml \\
-      --config configs/qwen3_1.7b/layouts/8_gpus.yaml parallel.tensor=2
-  python -m megatron_hydra.train --config configs/tiny/align.yaml --dry-run
+      --config configs/qwen3_1.7b/layouts/8_gpus_short.yaml parallel.tensor=2
+  python -m megatron_hydra.train --config configs/tiny/finetune.yaml --dry-run
 
 A run resumes by itself when started again with the same output. Exit status: 0 done, 2 bad input,
 85 stopped by SIGTERM or SIGUSR1 after saving (start it again to go on).
