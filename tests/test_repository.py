@@ -297,7 +297,8 @@ def _readme_commands() -> list[list[str]]:
             name, value = words[0].split("=", 1)
             variables["$" + name] = value
         for name, value in variables.items():
-            words[:] = [word.replace(name, value) for word in words]
+            # An unquoted variable is split into words, as the shell does.
+            words[:] = [part for word in words for part in word.replace(name, value).split()]
     return [words for words in commands if words]
 
 
