@@ -52,12 +52,17 @@ def _matmul_weights(model: ModelConfig, attention_only: bool) -> float:
 def forward_flops(
     model: ModelConfig, tokens: float, pairs: float, *, attention_only: bool = False
 ) -> float:
-    """One forward over ``tokens`` tokens whose documents hold ``pairs`` (query, key) pairs."""
-    all_heads = model.num_layers * model.num_query_heads
-    fa_heads = all_heads
-    if model.full_attention_heads is not None:
-        fa_heads = sum(len(layer) for layer in model.full_attention_heads)
-    recurrence = gated_delta_net_flops(1, model.head_dim) * (all_heads - fa_heads) * tokens
+    """One forward over ``tokens`` tokens whose documents hold ``pairs`` (query, key) pairs.
+
+    Within a window every query counts as if it were full: of a document's first tokens that is too much.
+    """
+    fa_heads, gdn_heads = (
+        sum(len(heads(layer)) for layer in range(model.num_layers))
+        for heads in (model.fa_heads, model.gdn_heads)
+    )
+    if model.switches.fa_window is not None:
+        pairs = min(pairs, tokens * model.switches.fa_window)
+    recurrence = gated_delta_net_flops(1, model.head_dim) * gdn_heads * tokens
     cores = 4.0 * model.head_dim * pairs * fa_heads + recurrence
     return 2.0 * tokens * _matmul_weights(model, attention_only) + cores
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.faults.forks import Forker
 from tests.faults.runs import Run, write_inputs
 
 STEPS = 110
@@ -27,7 +28,16 @@ def start_run(inputs: Path, folder: Path, steps: int = STEPS, **sections) -> Run
 
 
 @pytest.fixture(scope="session")
-def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
+def forker() -> Iterator[Forker]:
+    forker = Forker()
+    yield forker
+    forker.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    inputs: Path, forker: Forker, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Run]:
     """The run of so many steps that nothing happened to, with a checkpoint of every second step."""
     runs: dict[int, Run] = {}
 
@@ -35,7 +45,7 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         if steps not in runs:
             folder = tmp_path_factory.mktemp(f"undisturbed-{steps}")
             run = start_run(inputs, folder, steps, checkpoint={"interval": 2, "keep": 0})
-            ended = run.attempt(timeout=900)
+            ended = run.attempt(forker=forker)
             assert ended.status == 0, ended.output[-4000:]
             runs[steps] = run
         return runs[steps]

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,6 +21,7 @@ from megatron_hydra.config.loading import to_yaml
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.training.run_folder import step_folders
 from megatron_hydra.transfer.student import initialise_student
+from tests.faults.forks import Forker
 from tests.faults.worker import Fault
 from tests.training import tiny
 
@@ -87,40 +87,29 @@ class Run:
         *,
         overrides: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
-        timeout: float = 300,
+        forker: Forker | None = None,
+        timeout: float = 600,
     ) -> Ended:
-        """Start the run with two processes and wait until all of it has ended."""
-        mark = self.folder / "mark"
+        """Start the run with two processes and wait until all of it has ended.
+
+        Args:
+            forker: start the ranks by it; without one, by launch/agent.py.
+        """
+        mark, log = self.folder / "mark", self.folder / "log"
         mark.unlink(missing_ok=True)
-        token = uuid.uuid4().hex
-        variables = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore",
-            "HYDRA_TEST_RUN": token,
-            "HYDRA_TEST_RECORD": str(self.folder / "samples"),
-            **(environment or {}),
-        }
+        variables = {"HYDRA_TEST_RECORD": str(self.folder / "samples"), **(environment or {})}
+        variables["HYDRA_TEST_FAULT"] = ""
         if fault is not None:
             described = dataclasses.asdict(dataclasses.replace(fault, mark=str(mark)))
             variables["HYDRA_TEST_FAULT"] = json.dumps(described)
-        command = [
-            sys.executable, str(ROOT / "launch" / "agent.py"), "--standalone",
-            "--nproc-per-node", "2", "-m", "tests.faults.worker",
-            "--config", str(self.folder / "config.yaml"), *overrides,
-        ]  # fmt: skip
+        arguments = ["--config", str(self.folder / "config.yaml"), *overrides]
         start = time.time()
-        log = self.folder / "log"
-        with (
-            log.open("w") as file,
-            _ended(
-                subprocess.Popen(command, cwd=ROOT, env=variables, stdout=file, stderr=file), token
-            ) as process,
-        ):
-            process.wait(timeout)
-            status, end = process.returncode, time.time()
-            left_over = [p.pid for p in _processes(token)]
-        happened = mark.exists()
+        if forker is None:
+            status, left_over = _by_agent(arguments, variables, log, timeout)
+        else:
+            session, status = forker.run(arguments, variables, log)
+            left_over = [pid for pid in psutil.pids() if _session(pid) == session]
+        end, happened = time.time(), mark.exists()
         return Ended(
             status, log.read_text(), end - start, happened,
             end - mark.stat().st_mtime if happened else 0.0, left_over,
@@ -148,16 +137,35 @@ class Run:
         return [int(path.name.rpartition("_")[2]) for path in step_folders(self.checkpoints)]
 
 
-@contextlib.contextmanager
-def _ended(process: subprocess.Popen, token: str) -> Iterator[subprocess.Popen]:
-    """Nothing of the attempt outlives the block."""
+def _by_agent(
+    arguments: list[str], variables: dict[str, str], log: Path, timeout: float
+) -> tuple[int, list[int]]:
+    """Status of launch/agent.py, and which of its processes outlived it (they are ended here)."""
+    token = uuid.uuid4().hex
+    common = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HYDRA_TEST_RUN": token}
+    command = [
+        sys.executable, str(ROOT / "launch" / "agent.py"), "--standalone", "--nproc-per-node", "2",
+        "-m", "tests.faults.worker", *arguments,
+    ]  # fmt: skip
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | common | variables, stdout=file, stderr=file
+        )
+        try:
+            status = process.wait(timeout)
+            return status, [left.pid for left in _processes(token)]
+        finally:
+            for left in _processes(token):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    left.kill()
+            process.wait()
+
+
+def _session(pid: int) -> int:
     try:
-        yield process
-    finally:
-        for left in _processes(token):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                left.kill()
-        process.wait()
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return -1
 
 
 def _processes(token: str) -> list[psutil.Process]:

@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import STEPS, start_run
+from tests.faults.forks import Forker
 from tests.faults.runs import Run, differences, differences_so_far
 from tests.faults.worker import MAIN_ONLY, SAVE_POINTS, Fault
 
 KILLS = 20
+BY_AGENT = 5
+"""Every fifth attempt, and the last, go through launch/agent.py and torchrun."""
 
 
-def _kill(run: Run, whole: Run, fault: Fault) -> None:
+def _kill(run: Run, whole: Run, fault: Fault, forker: Forker | None) -> None:
     """One attempt that ends by SIGKILL, and leaves what a resumed run can go on from."""
-    ended = run.attempt(fault)
+    ended = run.attempt(fault, forker=forker)
     assert ended.fault_happened, ended.output[-4000:]
     assert ended.status not in (0, 85), ended.output[-4000:]
     assert ended.left_over == []
@@ -26,7 +29,7 @@ def _kill(run: Run, whole: Run, fault: Fault) -> None:
 
 
 def _finish(run: Run, whole: Run) -> None:
-    ended = run.attempt(timeout=900)
+    ended = run.attempt()
     assert ended.status == 0, ended.output[-4000:]
     assert differences(run, whole) == []
 
@@ -34,16 +37,17 @@ def _finish(run: Run, whole: Run) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_twenty_kills_between_saves(
-    inputs: Path, undisturbed: Callable[[int], Run], tmp_path: Path, table
+    inputs: Path, undisturbed: Callable[[int], Run], forker: Forker, tmp_path: Path, table
 ) -> None:
     whole, random_numbers = undisturbed(STEPS), random.Random(6)
     run = start_run(inputs, tmp_path, checkpoint={"interval": 2, "keep": 0})
     victims: Counter[str] = Counter()
-    for _ in range(KILLS):
+    for i in range(KILLS):
         done = max(run.steps(), default=0)
         everyone = random_numbers.random() < 0.5
         step = min(done + random_numbers.randint(1, 8), STEPS)
-        _kill(run, whole, Fault("kill", step, random_numbers.randrange(2), everyone))
+        fault = Fault("kill", step, random_numbers.randrange(2), everyone)
+        _kill(run, whole, fault, forker if i % BY_AGENT else None)
         victims["all ranks" if everyone else "one rank"] += 1
     _finish(run, whole)
     table(
@@ -56,19 +60,25 @@ def test_twenty_kills_between_saves(
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_twenty_kills_during_saves(
-    asynchronous: bool, inputs: Path, undisturbed: Callable[[int], Run], tmp_path: Path, table
+    asynchronous: bool,
+    inputs: Path,
+    undisturbed: Callable[[int], Run],
+    forker: Forker,
+    tmp_path: Path,
+    table,
 ) -> None:
     whole, random_numbers = undisturbed(STEPS), random.Random(7)
     run = start_run(
         inputs, tmp_path, checkpoint={"interval": 2, "keep": 1, "asynchronous": asynchronous}
     )
     points = [SAVE_POINTS[i % len(SAVE_POINTS)] for i in range(KILLS)]
-    for point in points:
+    for i, point in enumerate(points):
         rank = 0 if point in MAIN_ONLY else random_numbers.randrange(2)
         # The second save of an attempt has an older checkpoint to delete.
         save = 2 if point == "retaining" else random_numbers.randint(1, 2)
         everyone = random_numbers.random() < 0.5
-        _kill(run, whole, Fault("kill_in_save", save, rank, everyone, point))
+        fault = Fault("kill_in_save", save, rank, everyone, point)
+        _kill(run, whole, fault, forker if i % BY_AGENT else None)
     _finish(run, whole)
     kind = "in the background" if asynchronous else "at the step boundary"
     table(
@@ -82,12 +92,12 @@ def _counted(counter: Counter[str]) -> str:
 
 
 def test_a_kill_while_saving_in_the_background(
-    inputs: Path, undisturbed: Callable[[int], Run], tmp_path: Path
+    inputs: Path, undisturbed: Callable[[int], Run], forker: Forker, tmp_path: Path
 ) -> None:
     whole = undisturbed(8)
     run = start_run(
         inputs, tmp_path, 8, checkpoint={"interval": 2, "keep": 1, "asynchronous": True}
     )
-    _kill(run, whole, Fault("kill_in_save", 2, 1, False, "writing"))
+    _kill(run, whole, Fault("kill_in_save", 2, 1, False, "writing"), forker)
     assert run.steps() == [2]
     _finish(run, whole)

@@ -1,0 +1,164 @@
+"""A run's checkpoints: durable before they are visible, in the background as at once, never poisoned."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_hydra.checkpoint import atomic, store
+from megatron_hydra.config import apply_overrides
+from megatron_hydra.errors import HydraError
+from megatron_hydra.training import checkpoint_write, loop
+from megatron_hydra.training.loop import run_training
+from megatron_hydra.training.run_folder import find_resume_point, retain, step_folders
+from tests.training import tiny
+
+
+def _run(inputs: Path, output: Path, *overrides: str) -> None:
+    config = tiny.run_config(inputs, "finetune", "unused", schedule={"steps": 4, "warmup_steps": 1})
+    assert run_training(apply_overrides(config, [f"output={output}", *overrides])) == 0
+
+
+def test_nothing_gets_its_name_before_it_is_on_the_disk(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file and folder is synced, then the checkpoint renamed, then the pointer moved."""
+    synced: set[tuple[int, int]] = set()
+    order: list[str] = []
+    fsync, replace, rename = os.fsync, os.replace, Path.rename
+
+    def identity(path_or_descriptor) -> tuple[int, int]:
+        status = os.stat(path_or_descriptor)
+        return status.st_dev, status.st_ino
+
+    def noted_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(identity(descriptor))
+
+    def noted_rename(self: Path, target: Path) -> Path:
+        if target.name.startswith("step_"):
+            missing = [p for p in (self, *self.rglob("*")) if identity(p) not in synced]
+            assert not missing
+            synced.discard(identity(target.parent))
+            order.append("renamed")
+        return rename(self, target)
+
+    def noted_replace(source, target) -> None:
+        if Path(target).name == "latest":
+            assert identity(source) in synced
+            assert identity(Path(target).parent) in synced  # since the rename
+            order.append("pointed")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    _run(inputs, tmp_path, "checkpoint.interval=2")
+    assert order == ["renamed", "pointed"] * 2
+
+
+def test_a_save_in_the_background_holds_the_weights_of_its_step(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer is held up until later steps have changed everything that it is to write."""
+    later = threading.Event()
+    write, step, steps = checkpoint_write.CheckpointWrite.write, loop.train_step, [0]
+
+    def held_up(self) -> None:
+        assert later.wait(60)
+        write(self)
+
+    def counted(*args):
+        result = step(*args)
+        steps[0] += 1
+        if steps[0] == 3:
+            assert not list((tmp_path / "background/checkpoints").glob("step_*"))
+            later.set()
+        return result
+
+    monkeypatch.setattr(checkpoint_write.CheckpointWrite, "write", held_up)
+    monkeypatch.setattr(loop, "train_step", counted)
+    keep = ["checkpoint.keep=0", "checkpoint.interval=1"]
+    interval = ["checkpoint.keep=0", "checkpoint.interval=2"]
+    _run(inputs, tmp_path / "background", "checkpoint.asynchronous=true", *interval)
+    monkeypatch.undo()
+    _run(inputs, tmp_path / "at-once", *keep)
+    for name in ("step_00000002", "step_00000004"):
+        one, other = (
+            tiny.everything(tmp_path / run / "checkpoints" / name)
+            for run in ("background", "at-once")
+        )
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+        store.verify_checkpoint(tmp_path / "background/checkpoints" / name)
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever made them so: the loss of the step may have been fine."""
+    step = loop.train_step
+
+    def poisoned(trainee, *rest):
+        result = step(trainee, *rest)
+        next(trainee.chunks[0].parameters()).data.view(-1)[0] = float("nan")
+        return result
+
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    with pytest.raises(HydraError, match="is not finite: no checkpoint is made of it"):
+        _run(inputs, tmp_path, "checkpoint.interval=1")
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_manifest_holds_the_hashes_of_those_who_wrote(inputs: Path, tmp_path: Path) -> None:
+    _run(inputs, tmp_path)
+    folder = store.resolve_checkpoint(tmp_path / "checkpoints")
+    files = store.verify_manifest(folder)["files"]
+    assert {"training.json", "weights/.metadata", "weights/__0_0.distcp"} <= files.keys()
+
+
+def test_retention_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (10, 2, 7, 30):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    newest = tmp_path / "step_00000007"  # a run that went on from an earlier step
+    retain(tmp_path, newest, 2)
+    assert newest in step_folders(tmp_path)
+    assert len(step_folders(tmp_path)) == 2
+    retain(tmp_path, newest, 0)
+    assert len(step_folders(tmp_path)) == 2
+    retain(tmp_path, newest, 1)
+    assert step_folders(tmp_path) == [newest]
+
+
+def test_what_a_death_left_behind_goes(tmp_path: Path) -> None:
+    for name in (".step_00000004.tmp", ".step_00000001.old"):
+        (tmp_path / name / "weights").mkdir(parents=True)
+    assert find_resume_point(tmp_path, "auto") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_without_a_manifest_is_no_new_run(tmp_path: Path) -> None:
+    (tmp_path / "step_00000004").mkdir()
+    for resume, message in (("auto", "manifest.json is missing"), ("fallback", "none of the 1")):
+        with pytest.raises(HydraError, match=message):
+            find_resume_point(tmp_path, resume)
+
+
+def test_small_files_are_never_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "latest"
+    atomic.write_text_atomic(path, "one")
+
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        atomic.write_text_atomic(path, "two")
+    assert path.read_text() == "one"
+    assert [p.name for p in tmp_path.iterdir()] == ["latest"]

@@ -1,0 +1,134 @@
+"""One entry to every sink; W&B is asked for by name and never needed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from megatron_hydra.config.run import LoggingConfig
+from megatron_hydra.errors import HydraError
+from megatron_hydra.training.metrics import EVENTS_FILE, MetricsLog
+from megatron_hydra.training.sinks import JsonLines, scalars
+
+ENTRY = {
+    "step": 2, "loss": 1.5, "layers": [0.5, None, 1.0], "seconds": {"data": 0.1}, "skipped": True,
+    "fault": "spike",
+}  # fmt: skip
+
+
+class _Run:
+    def __init__(self, **settings) -> None:
+        self.settings, self.entries, self.finished = settings, [], False
+
+    def define_metric(self, *names, **settings) -> None:
+        self.metric = (names, settings)
+
+    def log(self, entry: dict) -> None:
+        self.entries.append(entry)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> list[_Run]:
+    """A stand-in for the package, which is no dependency; returns the runs that were started."""
+    runs: list[_Run] = []
+
+    def init(**settings) -> _Run:
+        runs.append(_Run(**settings))
+        return runs[-1]
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    return runs
+
+
+def _log(folder: Path, **settings) -> MetricsLog:
+    config = LoggingConfig(tensorboard=False, progress=False, **settings)
+    return MetricsLog(
+        folder, config, first_step=0, total_steps=3, enabled=True, title="distill",
+        run_config={"seed": 1},
+    )  # fmt: skip
+
+
+def test_numbers_of_an_entry() -> None:
+    assert scalars(ENTRY) == {
+        "loss": 1.5, "layers/00": 0.5, "layers/02": 1.0, "seconds/data": 0.1,
+    }  # fmt: skip
+
+
+def test_wandb_gets_the_numbers_and_goes_on_in_the_same_run(wandb: list, tmp_path: Path) -> None:
+    for _ in range(2):
+        log = _log(tmp_path, wandb="offline", wandb_project="p")
+        log.write(ENTRY)
+        log.close()
+    first, second = wandb
+    assert first.settings["mode"] == "offline"
+    assert (first.settings["project"], first.settings["config"]) == ("p", {"seed": 1})
+    assert first.settings["dir"] == str(tmp_path)
+    assert first.entries == [scalars(ENTRY) | {"step": 2}]
+    assert first.metric == (("*",), {"step_metric": "step"})
+    assert first.finished
+    assert first.settings["id"] == second.settings["id"]
+    assert second.settings["resume"] == "allow"
+
+
+def test_wandb_that_is_absent_or_refuses_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(HydraError, match=r"logging\.wandb is 'online', but wandb is not installed"):
+        _log(tmp_path, wandb="online")
+
+    def refuse(**_: object) -> None:
+        raise RuntimeError("no API key configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
+    with pytest.raises(HydraError, match=r"does not start: no API key.*logging\.wandb=offline"):
+        _log(tmp_path, wandb="online")
+
+
+def test_wandb_is_not_imported_unless_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    log = _log(tmp_path)
+    log.write(ENTRY)
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == ENTRY
+
+
+@pytest.mark.slow
+def test_the_real_wandb_keeps_a_run_offline(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="wandb is optional: pip install wandb")
+    log = _log(tmp_path, wandb="offline")
+    log.write(ENTRY)
+    log.close()
+    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_events_outlive_attempts(tmp_path: Path) -> None:
+    for step in (0, 4):
+        log = _log(tmp_path)
+        log.event("start", step, host="here", loss=float("nan"))
+        log.close()
+    events = [json.loads(line) for line in (tmp_path / EVENTS_FILE).read_text().splitlines()]
+    assert [(e["event"], e["step"], e["loss"]) for e in events] == [
+        ("start", 0, None), ("start", 4, None),
+    ]  # fmt: skip
+    assert events[0]["time"] <= events[1]["time"]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(HydraError, match=r"nowhere/x\.jsonl cannot be written"):
+        JsonLines(tmp_path / "nowhere/x.jsonl")
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full here")
+    sink = JsonLines(full)
+    with pytest.raises(HydraError, match="No space left on device"):
+        sink.write(ENTRY)
