@@ -302,6 +302,9 @@ class Report:
         for label, (over, under) in self.ratios.items():
             if over in samples and under in samples:
                 self.ratio(size, label, Ratio(samples[over].wall, samples[under].wall))
+                if self.device.type == "cpu" and samples[over].cpu:
+                    cpu = Ratio(samples[over].cpu, samples[under].cpu)
+                    self.ratio(size, f"{label}, CPU time", cpu)
         self.save()
 
     def ratio(self, size: int, label: str, ratio: Ratio) -> None:

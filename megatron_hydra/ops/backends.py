@@ -58,11 +58,13 @@ class Case:
         device: where the model runs.
         dtype: of its activations.
         head_dim: d.
+        windowed: whether attention is within a window of tokens.
     """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
+    windowed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

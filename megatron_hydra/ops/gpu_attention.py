@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_hydra.ops.device_cache import int_tensor
+from megatron_hydra.ops.varlen_attention import varlen_attention
 
 Boundaries = tuple[int, ...]
-Attention = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, Boundaries, Boundaries], torch.Tensor
-]
+Attention = Callable[..., torch.Tensor]
+"""As ``varlen_attention``, its ``window`` included."""
 
 DENSE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 """In order of preference: cuDNN's kernel uses Hopper's own instructions, torch's flash does not."""
@@ -71,14 +71,22 @@ def torch_varlen() -> Attention:
 
     # The API is young: causality moved from a flag into the window between releases.
     known = inspect.signature(varlen_attn).parameters
-    causal: dict[str, Any] = (
-        {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
-    )
     grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in known else {}
 
     def attention(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: Boundaries, cu_k: Boundaries
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_q: Boundaries,
+        cu_k: Boundaries,
+        window: int | None = None,
     ) -> torch.Tensor:
+        if "is_causal" not in known:
+            causal: dict[str, Any] = {"window_size": (_left(window), 0)}
+        elif window is None:
+            causal = {"is_causal": True}
+        else:  # that release knows no windows
+            return varlen_attention(q, k, v, cu_q, cu_k, window)
         boundaries = _device_boundaries(cu_q, cu_k, q.device)
         output: torch.Tensor = varlen_attn(q, k, v, *boundaries, **causal, **grouped)  # type: ignore
         return output
@@ -98,24 +106,50 @@ def flash_attn_varlen() -> Attention:
         from flash_attn import flash_attn_varlen_func
 
     def attention(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: Boundaries, cu_k: Boundaries
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_q: Boundaries,
+        cu_k: Boundaries,
+        window: int | None = None,
     ) -> torch.Tensor:
         boundaries = _device_boundaries(cu_q, cu_k, q.device)
-        out = flash_attn_varlen_func(q, k, v, *boundaries, causal=True)
+        out = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            *boundaries,
+            causal=True,
+            window_size=(_left(window), -1 if window is None else 0),
+        )
         return out[0] if isinstance(out, tuple) else out
 
     return attention
 
 
 def dense_or_packed(dense: Attention, packed: Attention) -> Attention:
-    """``dense`` where a stream is a dense batch (one document, say), ``packed`` elsewhere."""
+    """``dense`` where a stream is a dense batch (one document, say) and no window cuts it, ``packed``
+    elsewhere.
+    """
 
     def attention(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: Boundaries, cu_k: Boundaries
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_q: Boundaries,
+        cu_k: Boundaries,
+        window: int | None = None,
     ) -> torch.Tensor:
-        return (dense if is_uniform(cu_q, cu_k) else packed)(q, k, v, cu_q, cu_k)
+        if window is None and is_uniform(cu_q, cu_k):
+            return dense(q, k, v, cu_q, cu_k)
+        return packed(q, k, v, cu_q, cu_k, window)
 
     return attention
+
+
+def _left(window: int | None) -> int:
+    """Keys left of a query's own; −1 for all of them, as flash attention counts."""
+    return -1 if window is None else window - 1
 
 
 def _device_boundaries(

@@ -101,6 +101,13 @@ def _checks(case: Case) -> Iterator[tuple[str, str, dict[str, torch.Tensor], Run
             {"q": normal(tokens, 4, d), "k": normal(tokens, 2, d), "v": normal(tokens, 2, d)},
             lambda kernels, x, cu=cu: kernels.attention(*x, cu, cu),  # type: ignore[misc]
         )
+        if case.windowed:
+            yield (
+                "full_attention",
+                f"{name} attention within a window",
+                {"q": normal(tokens, 4, d), "k": normal(tokens, 2, d), "v": normal(tokens, 2, d)},
+                lambda kernels, x, cu=cu: kernels.attention(*x, cu, cu, window=50),  # type: ignore[misc]
+            )
         unit = torch.nn.functional.normalize
         yield (
             "gated_delta_net",

@@ -1,0 +1,87 @@
+"""Worker: compile every Triton kernel of ours for a Hopper GPU, on a machine that has none.
+
+The interpreter runs what the compiler refuses (a variable that changes its shape in a loop, say), so
+interpreted tests alone let such a kernel through. Kernels are compiled for the arguments that the
+real calls of ``kernel_cases`` make: launches are recorded, not run. Prints one JSON line a kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_hydra.ops import (
+    triton_chunk_loss,
+    triton_fusion_tail,
+    triton_qk_preparation,
+    triton_short_conv,
+)
+from tests.ops import kernel_cases
+
+TARGET = GPUTarget("cuda", 90, 32)
+MODULES = (triton_chunk_loss, triton_fusion_tail, triton_qk_preparation, triton_short_conv)
+TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", int: "i32", float: "fp32",
+}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages")
+
+
+class Anything:
+    """Above every error, NaN too: nothing is computed, so there is nothing to compare."""
+
+    def __gt__(self, other) -> bool:
+        return True
+
+
+class Recorder:
+    """Stands in for a kernel: compiles it for what it is launched with."""
+
+    def __init__(self, name: str, kernel, compiled: dict) -> None:
+        self.name, self.kernel, self.compiled = name, kernel, compiled
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, **kwargs):
+        options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
+        bound = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+        signature, constants = {}, {}
+        for parameter in self.kernel.params:
+            value = bound[parameter.name]
+            if parameter.is_constexpr or value is None:
+                signature[parameter.name] = "constexpr"
+                constants[(parameter.num,)] = value
+            else:
+                kind = value.dtype if isinstance(value, torch.Tensor) else type(value)
+                signature[parameter.name] = TYPES[kind]
+        key = (self.name, str(signature), str(constants), str(options))
+        if key in self.compiled:
+            return
+        source = ASTSource(self.kernel, signature, constants)
+        binary = triton.compile(source, target=TARGET, options=options)
+        self.compiled[key] = len(binary.asm["cubin"])
+
+
+def main(arguments: list[str]) -> None:
+    """Compile what the checks launch; ``arguments``: names of checks, all without any."""
+    compiled: dict = {}
+    for module in MODULES:
+        for name, value in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                setattr(module, name, Recorder(f"{module.__name__}.{name}", value, compiled))
+    kernel_cases.TOLERANCE = dict.fromkeys(kernel_cases.TOLERANCE, Anything())
+    for check in kernel_cases.CHECKS:
+        if arguments and check.__name__ not in arguments:
+            continue
+        check(torch.device("cpu"), torch.bfloat16)
+    for (name, *_), size in compiled.items():
+        print(json.dumps({"kernel": name, "bytes": size}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
