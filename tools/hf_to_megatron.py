@@ -19,6 +19,7 @@ Without --head-map: the model as it is, bit for bit; this is the teacher of stag
 With --head-map:    the HydraHead student that the map makes of it. All weights are the dense
                     model's; key-value heads of Gated DeltaNet heads are copies; gates start at 1;
                     the scale of every head is measured on a few thousand tokens.
+With --set mixer=token or mixer=parallel: the baseline that runs both in every head (no map).
 
 The output folder appears complete or not at all. Every tensor on both sides is accounted for: a
 missing, unknown or misshapen one is named, and nothing is written.
@@ -34,6 +35,9 @@ examples:
   # an ablation: gated fusion, no short convolution
   python tools/hf_to_megatron.py --hf-path my_model --output checkpoints/gated \\
       --head-map map.json --set fusion=gated --set short_conv=false
+  # a baseline: softmax within 1024 tokens and a linear state beyond them, in every head
+  python tools/hf_to_megatron.py --hf-path my_model --output checkpoints/token_wise \
+      --set mixer=token --set window=1024
 """
 
 
@@ -58,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--force", action="store_true", help="replace an existing output")
     p.add_argument("--quiet", action="store_true", help="no progress bars")
-    student = p.add_argument_group("student (with --head-map)")
+    student = p.add_argument_group("student (with --head-map, or --set mixer=token|parallel)")
     student.add_argument("--head-map", metavar="MAP", help="head map from tools/select_heads.py")
     student.add_argument(
         "--hydra-config",
@@ -109,17 +113,20 @@ STUDENT_FLAGS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     arguments = parser().parse_args(argv)
-    if not arguments.head_map:
-        for name, flag in STUDENT_FLAGS.items():
-            if getattr(arguments, name):
-                raise HydraError(f"{flag} says how a student is made: it needs --head-map")
+    flags = [flag for name, flag in STUDENT_FLAGS.items() if getattr(arguments, name)]
+    student = student_options(arguments) if arguments.head_map or flags else None
+    if student and not student.head_map and not student.hydra.mixes_in_every_head:
+        raise HydraError(
+            f"{flags[0]} says how a student is made: it needs --head-map (or, for a baseline that runs "
+            "both in every head, --set mixer=token or mixer=parallel)"
+        )
     from megatron_hydra.checkpoint import convert
     from megatron_hydra.checkpoint.hf_io import DTYPES
 
     model = convert.hf_to_megatron(
         arguments.hf_path,
         arguments.output,
-        student_options(arguments) if arguments.head_map else None,
+        student,
         revision=arguments.revision,
         dtype=DTYPES.get(arguments.dtype),
         verify=arguments.verify,
@@ -130,6 +137,8 @@ def main(argv: list[str] | None = None) -> int:
     if model.is_hybrid:
         chosen = sum(len(heads) for heads in model.full_attention_heads or ())
         kind = f"HydraHead, {chosen} of {model.num_layers * model.num_query_heads} heads FA"
+        if model.switches.mixes_in_every_head:
+            kind = f"both FA and GDN in every head (mixer={model.switches.mixer})"
     print(f"{arguments.output}: {model.family}, {kind}", file=sys.stderr)
     return 0
 

@@ -92,7 +92,8 @@ def _fusion_shapes(model: ModelConfig) -> dict[str, Shape]:
     heads, hidden = model.num_query_heads, model.hidden_size
     shapes: dict[str, Shape] = {}
     if model.is_hybrid and model.switches.fusion in ("scale", "gated"):
-        shapes["gamma"] = (heads,)
+        names = ("gamma.fa", "gamma.gdn") if model.switches.mixes_in_every_head else ("gamma",)
+        shapes |= dict.fromkeys(names, (heads,))
     if model.is_hybrid and model.switches.fusion == "gated":
         shapes["fusion_gate"] = (heads, hidden)
     shapes["out"] = (heads, hidden, model.head_dim)

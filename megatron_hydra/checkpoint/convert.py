@@ -45,7 +45,7 @@ class StudentOptions:
     """How the student is made from the dense model.
 
     Attributes:
-        head_map: the map's file.
+        head_map: the map's file; ``None`` where every head is both FA and GDN (``hydra.mixer``).
         hydra: the layer's switches.
         init: where parameters without a dense counterpart begin.
         seed: order of the decays over heads.
@@ -54,7 +54,7 @@ class StudentOptions:
         calibration_tokens: how many.
     """
 
-    head_map: str | os.PathLike[str]
+    head_map: str | os.PathLike[str] | None = None
     hydra: HydraConfig = dataclasses.field(default_factory=HydraConfig)
     init: StudentInit = dataclasses.field(default_factory=StudentInit)
     seed: int = 0
@@ -171,14 +171,20 @@ def _make_student(
 ) -> tuple[ModelConfig, LazyTensors, dict[str, Any]]:
     if dense.is_hybrid:
         raise HydraError(f"{folder} is a HydraHead model already; a head map needs a dense one")
-    head_map = HeadMap.load(options.head_map)
-    head_map.check_model(dense.identity(), source=str(options.head_map))
-    model = dense.with_head_map(head_map, options.hydra)
+    if options.head_map is None:
+        model, map_fingerprint = dense.with_every_head_mixed(options.hydra), ""
+    else:
+        head_map = HeadMap.load(options.head_map)
+        head_map.check_model(dense.identity(), source=str(options.head_map))
+        model, map_fingerprint = (
+            dense.with_head_map(head_map, options.hydra),
+            head_map.fingerprint(),
+        )
     gamma = _gamma(folder, dense, options, dtype) if _needs_gamma(model, options) else None
     student = initialise_student(tensors, model, gamma, options.seed, options.init)
     calibrated_on = str(options.calibration_file or "bundled text")
     made = {
-        "head_map_fingerprint": head_map.fingerprint(),
+        "head_map_fingerprint": map_fingerprint,
         "student_init": to_dict(options.init),
         "seed": options.seed,
         "gamma": "ones" if gamma is None else f"calibrated on {calibrated_on}",

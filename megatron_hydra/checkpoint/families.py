@@ -157,6 +157,8 @@ HYBRID_HEADS = _rows(
     ("self_attention.gdn.A_log", SAME, "self_attn.gdn_A_log"),
     ("self_attention.gdn.dt_bias", SAME, "self_attn.gdn_dt_bias"),
     ("self_attention.gamma", SAME, "self_attn.gamma"),
+    ("self_attention.gamma.fa", SAME, "self_attn.fa_gamma"),
+    ("self_attention.gamma.gdn", SAME, "self_attn.gdn_gamma"),
     ("self_attention.fusion_gate", SAME, "self_attn.fusion_gate.weight"),
 )
 

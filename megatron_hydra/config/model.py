@@ -14,8 +14,15 @@ class HydraConfig:
     """The switches of a HydraHead layer (design §2); each is a row of the paper's ablations.
 
     Attributes:
+        mixer: where full attention and Gated DeltaNet meet. ``head``: a head is one or the other, as
+            the head map says (HydraHead; the layer-wise hybrid; all GDN). The baselines run both in
+            every head and add what each gives, normalised and scaled on its own: ``parallel`` over
+            the whole context, ``token`` by distance (softmax over the last ``window`` tokens, the
+            linear state over what lies beyond them).
+        window: tokens that a query of ``mixer=token`` sees by softmax, itself included.
         fusion: how head outputs are joined: ``scale`` (a learned scalar γ per head), ``gated`` (a
-            learned, input-dependent competition between heads), ``concat`` (as they are).
+            learned, input-dependent competition between heads; between the two outputs of each head
+            where ``mixer`` is not ``head``), ``concat`` (as they are).
         fusion_norm: ``rms`` normalises every head's output over its channels in fp32; ``none``.
         fa_position: position information of FA heads: ``log-scale`` (no rotary, queries scaled by
             ln(t+a)/ln(a)), ``rope``, ``both``, or ``none``.
@@ -29,6 +36,8 @@ class HydraConfig:
             of the other granularity is refused.
     """
 
+    mixer: Literal["head", "token", "parallel"] = "head"
+    window: int = 512
     fusion: Literal["scale", "gated", "concat"] = "scale"
     fusion_norm: Literal["rms", "none"] = "rms"
     fa_position: Literal["log-scale", "rope", "both", "none"] = "log-scale"
@@ -45,6 +54,18 @@ class HydraConfig:
             raise HydraError(f"hydra.conv_width is {self.conv_width}: it must be 1..8")
         if self.log_scale_a <= 1:
             raise HydraError(f"hydra.log_scale_a is {self.log_scale_a}: it must be above 1")
+        if self.window < 1:
+            raise HydraError(f"hydra.window is {self.window}: it must be at least 1")
+
+    @property
+    def mixes_in_every_head(self) -> bool:
+        """Whether every head runs full attention and Gated DeltaNet: there is nothing to select."""
+        return self.mixer != "head"
+
+    @property
+    def fa_window(self) -> int | None:
+        """How many tokens a softmax query sees; ``None``: all before it."""
+        return self.window if self.mixer == "token" else None
 
 
 DENSE_ATTENTION = HydraConfig(
@@ -74,7 +95,8 @@ class ModelConfig:
         qkv_bias: biases on the q, k, v projections (Qwen2).
         out_bias: bias on the output projection (Llama with ``attention_bias``).
         hydra: the switches of a hybrid; ``None`` for the dense model.
-        full_attention_heads: for each layer the sorted FA heads; ``None`` for the dense model.
+        full_attention_heads: for each layer the sorted FA heads; ``None`` for the dense model. All of
+            them where every head mixes both (``hydra.mixer``).
         head_map: the whole head map as JSON (provenance), or ``None``.
         source: where the weights come from: name, revision, fingerprint.
         hf_config: the original ``config.json``, kept so that an export can restore what we do not read.
@@ -127,6 +149,14 @@ class ModelConfig:
                         f"indices below {self.num_query_heads}, without repeats"
                     )
 
+        if self.switches.mixes_in_every_head and any(
+            len(self.fa_heads(layer)) < self.num_query_heads for layer in range(self.num_layers)
+        ):
+            raise HydraError(
+                f"hydra.mixer={self.switches.mixer} runs full attention in every head, "
+                "full_attention_heads leaves some out: it has no head map"
+            )
+
     @property
     def is_hybrid(self) -> bool:
         """Whether this is a HydraHead model (or one of its baselines) and not the dense teacher."""
@@ -145,12 +175,27 @@ class ModelConfig:
 
     def gdn_heads(self, layer: int) -> tuple[int, ...]:
         """Original indices of the GDN heads of ``layer``, ascending."""
+        if self.switches.mixes_in_every_head:
+            return tuple(range(self.num_query_heads))
         chosen = set(self.fa_heads(layer))
         return tuple(h for h in range(self.num_query_heads) if h not in chosen)
 
     def kv_group(self, head: int) -> int:
         """κ(h): the KV head that query head ``head`` of the dense model reads."""
         return head // (self.num_query_heads // self.num_kv_heads)
+
+    def check_fa_partition(self, partition: str) -> None:
+        """Refuse a partition of FA heads over tensor-parallel ranks that cannot hold this model.
+
+        Raises:
+            HydraError: naming the key to change.
+        """
+        if partition == "sequence" and self.switches.mixes_in_every_head:
+            raise HydraError(
+                f"parallel.fa_partition=sequence cannot lay out hydra.mixer={self.switches.mixer}: "
+                "full attention and GDN share each head's output projection, so both must be on the "
+                "head's rank; set parallel.fa_partition=heads"
+            )
 
     def identity(self) -> ModelIdentity:
         """What a head map is checked against."""
@@ -177,6 +222,11 @@ class ModelConfig:
             HydraError: the map is for another model, or of another granularity.
         """
         head_map.check_model(self.identity())
+        if hydra.mixes_in_every_head:
+            raise HydraError(
+                f"hydra.mixer={hydra.mixer} runs full attention and GDN in every head: leave the head "
+                "map out"
+            )
         if hydra.granularity == "kv_group" and head_map.granularity != "kv_group":
             raise HydraError(
                 "hydra.granularity is kv_group, the head map assigns single query heads; make the "
@@ -188,3 +238,17 @@ class ModelConfig:
             full_attention_heads=head_map.full_attention_heads,
             head_map=head_map.to_dict(),
         )
+
+    def with_every_head_mixed(self, hydra: HydraConfig) -> ModelConfig:
+        """The token-wise or head-wise mixing baseline that ``hydra`` makes of this dense model.
+
+        Raises:
+            HydraError: ``hydra.mixer`` is ``head``: which heads are FA then needs a head map.
+        """
+        if not hydra.mixes_in_every_head:
+            raise HydraError(
+                "a head map is missing: hydra.mixer=head needs one to say which heads keep full "
+                "attention"
+            )
+        every = (tuple(range(self.num_query_heads)),) * self.num_layers
+        return dataclasses.replace(self, hydra=hydra, full_attention_heads=every)

@@ -201,6 +201,8 @@ def check_layout(
             f"parallel.tensor is {parallel.tensor}, but the {name} has {model.num_query_heads} "
             "query heads a layer",
         )
+        if parallel.tensor > 1:
+            model.check_fa_partition(parallel.fa_partition)
         _require(
             model.ffn_hidden_size % parallel.tensor == 0,
             f"parallel.tensor {parallel.tensor} does not divide the {name}'s ffn_hidden_size "

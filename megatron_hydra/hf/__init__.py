@@ -1,5 +1,5 @@
 """HydraHead in Hugging Face format. Nothing here imports the rest of the package or Megatron.
 
-``configuration_hydrahead.py`` and ``modeling_hydrahead.py`` are copied into every export (see
-:mod:`megatron_hydra.hf.export_files`); import them by module to use the model without an export.
+Its ``*_hydrahead.py`` are copied into every export (see :mod:`megatron_hydra.hf.export_files`); import
+them by module to use the model without an export.
 """

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 SWITCHES: dict[str, tuple[Any, tuple[Any, ...] | None]] = {
+    "mixer": ("head", ("head", "token", "parallel")),
+    "window": (512, None),
     "fusion": ("scale", ("scale", "gated", "concat")),
     "fusion_norm": ("rms", ("rms", "none")),
     "fa_position": ("log-scale", ("log-scale", "rope", "both", "none")),
@@ -39,7 +41,8 @@ class HydraHeadConfig(PreTrainedConfig):
         qk_norm: RMSNorm over the channels of q and k.
         attention_bias: biases on the q, k, v projections.
         out_bias: bias on the output projection.
-        full_attention_heads: for each layer the sorted FA heads; absent: every head.
+        full_attention_heads: for each layer the sorted FA heads; absent: every head, as it must be
+            where every head is both FA and GDN (``hydra.mixer``).
         hydra: the layer's switches, see ``SWITCHES``; absent ones have their defaults.
         gdn_kernel: ``auto`` takes flash-linear-attention's kernels where they are installed and
             support the case (CUDA, 16-bit), ``torch`` never does.
@@ -100,6 +103,13 @@ class HydraHeadConfig(PreTrainedConfig):
             full_attention_heads, num_hidden_layers, num_attention_heads
         )
         self.hydra = _switches(hydra or {})
+        if self.hydra["mixer"] != "head" and any(
+            len(layer) < num_attention_heads for layer in self.full_attention_heads
+        ):
+            raise ValueError(
+                f"hydra.mixer={self.hydra['mixer']} runs full attention in every head, "
+                "full_attention_heads leaves some out"
+            )
         self.gdn_kernel = gdn_kernel
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.pad_token_id = pad_token_id
@@ -134,6 +144,8 @@ def _switches(given: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"hydra.{name} is {values[name]!r}, it must be one of {allowed}")
     if values["log_scale_a"] <= 1:
         raise ValueError(f"hydra.log_scale_a is {values['log_scale_a']}, it must be above 1")
+    if values["window"] < 1:
+        raise ValueError(f"hydra.window is {values['window']}, it must be at least 1")
     return values
 
 

@@ -11,7 +11,8 @@ ARCHITECTURE = "HydraHeadForCausalLM"
 def hf_export_files() -> dict[str, Path]:
     """Name in the export folder -> file to copy there, verbatim."""
     folder = Path(__file__).parent
-    return {name: folder / name for name in ("configuration_hydrahead.py", "modeling_hydrahead.py")}
+    parts = ("configuration", "modeling", "window")
+    return {name: folder / name for name in (f"{part}_hydrahead.py" for part in parts)}
 
 
 def auto_map() -> dict[str, str]:

@@ -11,6 +11,10 @@ of every attention layer:
                o = S_tᵀ q_t / √d  ⊙  2σ(W_g x)
     fusion     y = W_o [γ_h · RMSNorm(o_h)]_h, heads in their original order
 
+Baselines of the same family run both in every head and add their outputs, each normalised and scaled on
+its own, ``y = W_o [γ_h · RMSNorm(o_h) + γ'_h · RMSNorm(o'_h)]_h``: over the whole context
+(``mixer=parallel``), or softmax within a window and the state beyond it (``mixer=token``).
+
 B: batch, T: new tokens, L: tokens seen in all, D: hidden size, H: query heads, d: head_dim.
 
 Padding. A padded batch is turned into one with its real tokens first before the first layer, and
@@ -38,6 +42,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from .configuration_hydrahead import HydraHeadConfig
+from .window_hydrahead import extend, window_attention
 
 CHUNK = 64
 """Tokens whose states are updated together by the torch delta rule."""
@@ -190,7 +195,13 @@ class HydraHeadLayerCache:
         length: columns in use (real tokens and padding of the batch).
         state: ``[B, n_gdn, d, d]`` fp32.
         tail: ``[B, W−1, channels]``: the last inputs of the convolution.
+        window: ``[B, w−1, 2·n_fa_kv·d]``: keys and values within the window (``mixer=token``), in place
+            of ``keys`` and ``values``.
+        leaving, leaving_gates: ``[B, w, 2·n_gdn_kv·d]`` and ``[B, w, 2·n_gdn]`` fp32: what the tokens
+            within the window write into the state when they leave it.
     """
+
+    TENSORS = ("keys", "values", "state", "tail", "window", "leaving", "leaving_gates")
 
     is_compileable = False
     is_sliding = False
@@ -206,6 +217,9 @@ class HydraHeadLayerCache:
         self.values: torch.Tensor | None = None
         self.state: torch.Tensor | None = None
         self.tail: torch.Tensor | None = None
+        self.window: torch.Tensor | None = None
+        self.leaving: torch.Tensor | None = None
+        self.leaving_gates: torch.Tensor | None = None
         self.length = 0
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,14 +250,15 @@ class HydraHeadLayerCache:
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every tensor by ``function`` of it (batch reordering)."""
-        for name in ("keys", "values", "state", "tail"):
+        for name in self.TENSORS:
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, function(tensor))
 
 
 class HydraHeadCache(Cache):
-    """The cache of a whole model: KV of FA heads only, states and convolution tails of GDN heads.
+    """The cache of a whole model: KV of FA heads only, states and convolution tails of GDN heads; a
+    window of tokens where softmax sees no more.
 
     Attributes:
         layers: one :class:`HydraHeadLayerCache` a layer.
@@ -285,9 +300,9 @@ class HydraHeadCache(Cache):
         )
 
     def state_bytes(self) -> int:
-        """Bytes of recurrent states and convolution tails: independent of the length."""
-        tensors = [t for layer in self.layers for t in (layer.state, layer.tail) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        """Bytes of what does not grow: recurrent states, convolution tails, windows of tokens."""
+        tensors = [getattr(layer, n) for layer in self.layers for n in layer.TENSORS[2:]]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     # What generate() and its decoding methods call.
 
@@ -531,6 +546,7 @@ class TokenContext:
     Attributes:
         cos, sin: rotary tables ``[B or 1, T, 1, d]`` fp32.
         log_scale: s_t ``[B or 1, T, 1, 1]`` fp32.
+        first: ``[B or 1]`` int64, the position of the first token.
         valid: ``[B, T]`` bool, real tokens, which come first; ``None``: all.
         visibility: what FA heads may see.
     """
@@ -538,12 +554,16 @@ class TokenContext:
     cos: torch.Tensor
     sin: torch.Tensor
     log_scale: torch.Tensor
+    first: torch.Tensor
     valid: torch.Tensor | None
     visibility: Visibility
 
 
 class HydraHeadAttention(nn.Module):
-    """FA heads and GDN heads side by side, fused and projected; rows are in original head order."""
+    """FA heads and GDN heads side by side, fused and projected; rows are in original head order.
+
+    Where ``mixer`` is not ``head``, every head is both.
+    """
 
     # Which of them exist is a matter of the switches and of the layer's heads.
     fa_q_norm: nn.Module
@@ -566,7 +586,9 @@ class HydraHeadAttention(nn.Module):
         heads = config.num_attention_heads
         group = heads // config.num_key_value_heads
         self.fa_heads = list(config.full_attention_heads[layer_idx])
-        self.gdn_heads = [h for h in range(heads) if h not in set(self.fa_heads)]
+        self.mixed = self.switches["mixer"] != "head"
+        self.window = self.switches["window"] if self.switches["mixer"] == "token" else None
+        self.gdn_heads = [h for h in range(heads) if self.mixed or h not in set(self.fa_heads)]
         self.fa_groups = _ranks([h // group for h in self.fa_heads])
         own = self.switches["gdn_kv"] == "mha"
         self.gdn_groups = _ranks([h if own else h // group for h in self.gdn_heads])
@@ -578,8 +600,10 @@ class HydraHeadAttention(nn.Module):
         if self.gdn_heads:
             self._make_branch("gdn", len(self.gdn_heads), max(self.gdn_groups) + 1)
             self._make_recurrence()
+        self.gammas = ("fa_gamma", "gdn_gamma") if self.mixed else ("gamma",)
         if self.switches["fusion"] != "concat":
-            self.gamma = nn.Parameter(torch.ones(heads))
+            for name in self.gammas:
+                setattr(self, name, nn.Parameter(torch.ones(heads)))
         if self.switches["fusion"] == "gated":
             self.fusion_gate = nn.Linear(config.hidden_size, heads, bias=False)
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=config.out_bias)
@@ -620,10 +644,15 @@ class HydraHeadAttention(nn.Module):
             branches.append(self._full_attention(x, context, cache))
         if self.gdn_heads:
             branches.append(self._gated_delta_net(x, context, cache))
-        heads = torch.cat(branches, dim=2) if len(branches) > 1 else branches[0]
-        if self.original_order != sorted(self.original_order):
-            heads = heads.index_select(2, _index(tuple(self.original_order), x.device))
-        return self.o_proj(self._fuse(heads, x).flatten(2))
+        if not self.mixed:
+            heads = torch.cat(branches, dim=2) if len(branches) > 1 else branches[0]
+            if self.original_order != sorted(self.original_order):
+                heads = heads.index_select(2, _index(tuple(self.original_order), x.device))
+            branches = [heads]
+        weights = self._weights(x)
+        fused = [self._fuse(b, w, x.dtype) for b, w in zip(branches, weights, strict=True)]
+        mixed = fused[0] if len(fused) == 1 else fused[0] + fused[1]
+        return self.o_proj(mixed.flatten(2))
 
     def _full_attention(
         self, x: torch.Tensor, context: TokenContext, cache: HydraHeadLayerCache | None
@@ -637,10 +666,13 @@ class HydraHeadAttention(nn.Module):
             k = _rotate(k, context.cos, context.sin)
         if position in ("log-scale", "both"):
             q = (q * context.log_scale).to(q.dtype)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if cache is not None:
-            k, v = cache.append(k, v)
-        out = full_attention(q, k, v, self.fa_groups, context.visibility).transpose(1, 2)
+        if self.window is None:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            if cache is not None:
+                k, v = cache.append(k, v)
+            out = full_attention(q, k, v, self.fa_groups, context.visibility).transpose(1, 2)
+        else:
+            out = self._within_window(q, k, v, context, cache)
         if self.switches["fa_gate"]:
             out = out * (2.0 * torch.sigmoid(self._heads(self.fa_gate_proj(x))))
         return out
@@ -656,12 +688,14 @@ class HydraHeadAttention(nn.Module):
             q, k = self.gdn_q_norm(q), self.gdn_k_norm(k)
         q = _l2(_rotate(q, context.cos, context.sin))
         k = _l2(_rotate(k, context.cos, context.sin))
-        if self.gdn_groups != list(range(len(self.gdn_heads))):
-            index = _index(tuple(self.gdn_groups), x.device)
-            k, v = k.index_select(2, index), v.index_select(2, index)
         beta = torch.sigmoid(self.gdn_b_proj(x).float())
         step = F.softplus(self.gdn_a_proj(x).float() + self.gdn_dt_bias.float())
         log_alpha = -self.gdn_A_log.float().exp() * step
+        if self.window is not None:
+            k, v, log_alpha, beta = self._beyond_window(k, v, log_alpha, beta, context, cache)
+        if self.gdn_groups != list(range(len(self.gdn_heads))):
+            index = _index(tuple(self.gdn_groups), x.device)
+            k, v = k.index_select(2, index), v.index_select(2, index)
         if context.valid is not None:
             beta = beta.masked_fill(~context.valid[..., None], 0.0)
             log_alpha = log_alpha.masked_fill(~context.valid[..., None], 0.0)
@@ -673,6 +707,51 @@ class HydraHeadAttention(nn.Module):
             out = out * (2.0 * torch.sigmoid(self._heads(self.gdn_gate_proj(x))))
         return out
 
+    def _within_window(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        context: TokenContext,
+        cache: HydraHeadLayerCache | None,
+    ) -> torch.Tensor:
+        """Softmax over the last tokens; q, k, v and the result ``[B, T, n or g, d]``."""
+        assert self.window is not None
+        tail = None if cache is None else cache.window
+        kv, tail = extend(
+            torch.cat((k, v), dim=-1).flatten(2), tail, self.window - 1, context.valid
+        )
+        if cache is not None:
+            cache.window = tail
+        index = _index(tuple(self.fa_groups), q.device)
+        kv = kv.unflatten(2, (-1, 2 * self.head_dim)).transpose(1, 2).index_select(1, index)
+        k, v = kv.split(self.head_dim, dim=-1)
+        out = window_attention(q.transpose(1, 2), k, v, self.window, context.first)
+        return out.transpose(1, 2)
+
+    def _beyond_window(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        log_alpha: torch.Tensor,
+        beta: torch.Tensor,
+        context: TokenContext,
+        cache: HydraHeadLayerCache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What every token writes into the state ``window`` tokens later, moved to that token.
+
+        Before the first one leaves the window nothing is written (β = 0) or decays (log α = 0).
+        """
+        assert self.window is not None
+        length, window, valid = k.shape[1], self.window, context.valid
+        old = (None, None) if cache is None else (cache.leaving, cache.leaving_gates)
+        kv, leaving = extend(torch.cat((k, v), dim=-1).flatten(2), old[0], window, valid)
+        gates, leaving_gates = extend(torch.cat((log_alpha, beta), -1), old[1], window, valid)
+        if cache is not None:
+            cache.leaving, cache.leaving_gates = leaving, leaving_gates
+        kv = kv[:, :length].unflatten(2, (-1, 2 * self.head_dim))
+        return (*kv.split(self.head_dim, dim=-1), *gates[:, :length].chunk(2, dim=-1))
+
     def _convolve(
         self,
         parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
@@ -683,35 +762,40 @@ class HydraHeadAttention(nn.Module):
         x = torch.cat(parts, dim=-1)
         weight = torch.cat([getattr(self, f"gdn_{p}_conv").weight[:, 0] for p in ("q", "k", "v")])
         width, length = weight.shape[1], x.shape[1]
-        tail = None if cache is None else cache.tail
-        if tail is None:
-            tail = x.new_zeros(x.shape[0], width - 1, x.shape[2])
-        extended = torch.cat((tail, x), dim=1)
+        extended, tail = extend(x, None if cache is None else cache.tail, width - 1, valid)
         if cache is not None:
-            # The W−1 rows before the end of the real tokens; padding comes after them.
-            real = torch.full_like(extended[:, 0, 0], length, dtype=torch.int64)
-            if valid is not None:
-                real = valid.sum(1)
-            rows = real[:, None] + torch.arange(width - 1, device=x.device)
-            rows = rows[..., None].expand(-1, -1, x.shape[2])
-            cache.tail = extended.detach().gather(1, rows)
+            cache.tail = tail
         y = extended[:, :length].float() * weight[:, 0].float()
         for j in range(1, width):
             y = y + extended[:, j : j + length].float() * weight[:, j].float()
         return y.to(x.dtype).split([p.shape[-1] for p in parts], dim=-1)
 
-    def _fuse(self, heads: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def _weights(self, x: torch.Tensor) -> list[torch.Tensor | None]:
+        """What the heads' outputs are multiplied by, ``[H]`` or ``[B, T, H]`` fp32: of all heads, or
+        first of their softmax and then of their recurrent outputs where every head has both.
+        """
+        if self.switches["fusion"] == "concat":
+            return [None for _ in self.gammas]
+        weights = [getattr(self, name).float() for name in self.gammas]
+        if self.switches["fusion"] == "gated":
+            logits = self.fusion_gate(x).float()
+            if self.mixed:
+                shares = [2.0 * torch.sigmoid(logits), 2.0 * torch.sigmoid(-logits)]
+            else:
+                shares = [torch.softmax(logits, dim=-1) * logits.shape[-1]]
+            weights = [weight * share for weight, share in zip(weights, shares, strict=True)]
+        return list(weights)
+
+    def _fuse(
+        self, heads: torch.Tensor, weight: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
         """Normalise and weight head outputs ``[B, T, H, d]``."""
         fused = heads
         if self.switches["fusion_norm"] == "rms":
             fused = _rms(heads, self.config.rms_norm_eps)
-        if self.switches["fusion"] != "concat":
-            weight = self.gamma.float()
-            if self.switches["fusion"] == "gated":
-                share = torch.softmax(self.fusion_gate(x).float(), dim=-1)
-                weight = weight * share * share.shape[-1]
+        if weight is not None:
             fused = fused.float() * weight[..., None]
-        return fused.to(x.dtype)
+        return fused.to(dtype)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, T, n·d]`` → ``[B, T, n, d]``."""
@@ -786,8 +870,9 @@ class HydraHeadPreTrainedModel(PreTrainedModel):
         for name in ("fa_gate_proj", "gdn_gate_proj", "fusion_gate"):
             if hasattr(module, name):
                 init.zeros_(getattr(module, name).weight)
-        if hasattr(module, "gamma"):
-            init.ones_(module.gamma)
+        for name in module.gammas:
+            if hasattr(module, name):
+                init.ones_(getattr(module, name))
         if not module.gdn_heads:
             return
         # Gated DeltaNet's own ranges: decay rates 1…16, step sizes 0.001…0.1.
@@ -907,10 +992,14 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
             key_mask = torch.cat((ones if key_mask is None else key_mask, new), dim=1)
         a = torch.tensor(self.config.hydra["log_scale_a"], device=x.device)
         cos, sin = self.rotary_emb(positions)
+        seen = positions
+        if self.config.hydra["mixer"] == "token":  # it makes up for the number of keys
+            seen = positions.clamp(max=self.config.hydra["window"] - 1)
         return TokenContext(
             cos=cos,
             sin=sin,
-            log_scale=((positions.float() + a).log() / a.log())[..., None, None],
+            log_scale=((seen.float() + a).log() / a.log())[..., None, None],
+            first=positions[:, 0],
             valid=valid,
             visibility=Visibility(past, x.shape[1], key_mask),
         )

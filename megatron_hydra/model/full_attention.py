@@ -73,16 +73,18 @@ class FullAttention(torch.nn.Module):
         if self.switches.fa_position in ("rope", "both"):
             tables = self.rotary.tables(positions, packed)
         if self.switches.fa_position in ("log-scale", "both"):
-            a = self.switches.log_scale_a
+            a, window = self.switches.log_scale_a, self.switches.fa_window
             scale = packed.cached(
-                ("log-scale", a, positions.data_ptr(), len(positions)),
-                lambda: packed.log_scale(a, positions),
+                ("log-scale", a, window, positions.data_ptr(), len(positions)),
+                lambda: packed.log_scale(a, positions, window),
             )
         prepare = self.kernels.prepare_heads
         q = prepare(q, self.q_norm, self.eps, tables, scale, False)
         k = prepare(k, self.k_norm, self.eps, tables, None, False)
         k, v = self._grouped(k), self._grouped(v)
-        return sharded_attention(q, k, v, packed, sequence_group, self.kernels.attention)
+        return sharded_attention(
+            q, k, v, packed, sequence_group, self.kernels.attention, self.switches.fa_window
+        )
 
     def _grouped(self, x: torch.Tensor) -> torch.Tensor:
         """KV heads such that query head i reads KV head i·g/n: as they are, or one per query head."""

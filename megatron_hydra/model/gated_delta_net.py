@@ -12,7 +12,7 @@ from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.model.rotary import Rotary
 from megatron_hydra.ops.backends import Kernels
 from megatron_hydra.ops.device_cache import int_tensor
-from megatron_hydra.parallel.context_parallel import convolution_halo, state_exchange
+from megatron_hydra.parallel.context_parallel import convolution_halo, delayed, state_exchange
 from megatron_hydra.parallel.gradients import mark_partial
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 
@@ -103,24 +103,44 @@ class GatedDeltaNet(torch.nn.Module):
         tables = self.rotary.tables(packed.positions_local, packed)
         q = self.kernels.prepare_heads(q, self.q_norm, self.eps, tables, None, True)
         k = self.kernels.prepare_heads(k, self.k_norm, self.eps, tables, None, True)
-        if self.kv_of_heads != tuple(range(self.num_heads)):
-            index = int_tensor(self.kv_of_heads, torch.int64, k.device)
-            k, v = k.index_select(1, index), v.index_select(1, index)
-
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         n = self.num_heads
         dt = F.softplus(a.to(wide) + self.dt_bias[:n].to(wide))
-        log_alpha = -self.A_log[:n].to(wide).exp() * dt
+        log_alpha, beta = -self.A_log[:n].to(wide).exp() * dt, torch.sigmoid(b.to(wide))
+        if self.switches.fa_window is not None:
+            k, v, log_alpha, beta = self._beyond_window(k, v, log_alpha, beta, packed)
+        if self.kv_of_heads != tuple(range(n)):
+            index = int_tensor(self.kv_of_heads, torch.int64, k.device)
+            k, v = k.index_select(1, index), v.index_select(1, index)
         output, _ = self.kernels.delta_rule(
             q,
             k,
             v,
             log_alpha,
-            torch.sigmoid(b.to(wide)),
+            beta,
             packed.local_cu_seqlens,
             exchange=state_exchange(packed, self.cp_group),
         )
         return output
+
+    def _beyond_window(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        log_alpha: torch.Tensor,
+        beta: torch.Tensor,
+        packed: PackedSequence,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A token is written when it leaves the window of the softmax: the state then holds what
+        lies beyond it. Before the first one leaves, nothing is written (β = 0) or decays (α = 1).
+        """
+        window = self.switches.window
+        kv = delayed(torch.cat((k, v), dim=-1), window, packed, self.cp_group)
+        gates = delayed(
+            torch.stack((log_alpha, beta)).transpose(0, 1), window, packed, self.cp_group
+        )
+        k, v = kv.split((self.head_dim, self.head_dim), dim=-1)
+        return k, v, gates[:, 0], gates[:, 1]
 
     def _convolved(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSequence

@@ -16,9 +16,13 @@ GDN_CHUNK = 64
 """Chunk length that GDN's work is counted at, that of the GPU kernels."""
 
 
-def full_attention_flops(length: int, head_dim: int) -> int:
-    """Scores and weighted values of one causal head over ``length`` tokens: 4·d for every pair."""
-    return 2 * head_dim * length * (length + 1)
+def full_attention_flops(length: int, head_dim: int, window: int | None = None) -> int:
+    """Scores and weighted values of one causal head over ``length`` tokens: 4·d for every pair.
+
+    A query sees the last ``window`` tokens, its own included, or all.
+    """
+    beyond = max(0, length - window) if window else 0
+    return 2 * head_dim * (length * (length + 1) - beyond * (beyond + 1))
 
 
 def gated_delta_net_flops(length: int, head_dim: int, chunk: int = GDN_CHUNK) -> int:
@@ -66,7 +70,8 @@ def rank_loads(
         weights = rows + columns + (replicated + columns_replicated) / partition.tp_size
         loads.append(
             RankLoad(
-                full_attention=share * full_attention_flops(sequence_length, d),
+                full_attention=share
+                * full_attention_flops(sequence_length, d, model.switches.fa_window),
                 gated_delta_net=len(heads.gdn) * gated_delta_net_flops(sequence_length, d),
                 projections=2.0 * sequence_length * hidden * weights,
             )

@@ -184,7 +184,7 @@ class HydraAttention(MegatronModule):
         self.gamma = self.fa_gamma = self.fusion_gate = None
         if self.switches.fusion == "concat":
             return
-        self.gamma = self._optional(self.heads.num_sharded_padded, sharded=True)
+        self.gamma = self._optional(self.heads.num_outputs_padded, sharded=True)
         self.fa_gamma = self._optional(len(self.heads.replicated_fa))
         if self.switches.fusion == "gated":
             self.fusion_gate = self._optional(self.model.num_query_heads, self.model.hidden_size)
@@ -291,11 +291,18 @@ class HydraAttention(MegatronModule):
             parts[first] = keep_in_graph(parts[first], gathered)
 
     def _fusion_weights(self, sliced: torch.Tensor | None) -> torch.Tensor | None:
-        """Gated competition: H · softmax over all heads of W_f x, ``[T_local, H]`` on every rank."""
+        """Gated competition: H · softmax over all heads of W_f x, ``[T_local, H]`` on every rank.
+
+        Where every head is both, its two outputs compete: 2σ(W_f x) and 2σ(−W_f x), ``[T_local, 2H]``.
+        """
         if self.fusion_gate is None or sliced is None:
             return None
         logits = F.linear(sliced, self.fusion_gate).float()
-        return gather_sequence(logits.softmax(-1) * self.model.num_query_heads, self.tp_group)
+        if self.heads.mixed:
+            shares = 2.0 * torch.sigmoid(torch.cat((logits, -logits), dim=-1))
+        else:
+            shares = logits.softmax(-1) * self.model.num_query_heads
+        return gather_sequence(shares, self.tp_group)
 
     def _mix(
         self, parts: Parts, packed: PackedSequence, weights: torch.Tensor | None
@@ -316,6 +323,8 @@ class HydraAttention(MegatronModule):
             sharded.append((gdn_output, parts.get("gdn.gate")))
 
         joined = self._fused(sharded, self._scale(weights)) if sharded else None
+        if joined is not None and self.heads.mixed:  # the two outputs of every head
+            joined = joined.unflatten(1, (2, -1)).sum(1)
         if "idle" in parts:  # a rank without heads still takes part in the collectives
             idle = parts["idle"]
             joined = keep_in_graph(idle.new_zeros(idle.shape[0], 0), idle)
@@ -367,8 +376,11 @@ class HydraAttention(MegatronModule):
         """γ of the sharded heads, times their share of the competition."""
         if self.gamma is None:
             return None
-        gamma = self.gamma[: len(self.heads.sharded)]
-        return gamma if weights is None else gamma * self._of_heads(weights, self.heads.sharded)
+        outputs = self.heads.sharded
+        if self.heads.mixed:
+            outputs = (*outputs, *(self.model.num_query_heads + h for h in outputs))
+        gamma = self.gamma[: len(outputs)]
+        return gamma if weights is None else gamma * self._of_heads(weights, outputs)
 
     @staticmethod
     def _of_heads(weights: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
@@ -440,7 +452,7 @@ class HydraAttention(MegatronModule):
             "fa_in_bias": ("in_bias", heads.fa_bias_segments, True, 0),
             "out_proj.weight": ("out", heads.head_segments(heads.sharded, d), False, 1),
             "fa_out": ("out", heads.head_segments(heads.replicated_fa, d), True, 1),
-            "gamma": ("gamma", heads.head_segments(heads.sharded, 0), False, 0),
+            "gamma": ("gamma", heads.gamma_segments, False, 0),
             "fa_gamma": ("gamma", heads.head_segments(heads.replicated_fa, 0), True, 0),
             "gdn.conv": ("gdn", heads.conv_segments, False, 0),
             "gdn.shared_conv": ("gdn", heads.shared_conv_segments, True, 0),

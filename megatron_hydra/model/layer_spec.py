@@ -163,7 +163,8 @@ def build_gpt_model(
         vp_stage: model chunk of an interleaved pipeline.
     """
     config = transformer_config(model, run)
-    case = Case(platform.device(), config.params_dtype, model.head_dim)
+    windowed = model.switches.fa_window is not None
+    case = Case(platform.device(), config.params_dtype, model.head_dim, windowed)
     layer = hydra_layer_spec(model, run, choose_kernels(run.backend, case))
     count = get_num_layers_to_build(
         config, vp_stage, parallel_state.get_pipeline_model_parallel_rank()

@@ -56,8 +56,10 @@ class LocalHeads:
     are on every rank and work on slices of the sequence (FA partition ``sequence``).
 
     Attributes:
-        fa, gdn: original indices of the sharded FA and GDN heads of this rank.
-        sharded: ``fa + gdn``, the order in which outputs are joined.
+        fa, gdn: original indices of the sharded FA and GDN heads of this rank; the same ones where
+            every head is both (``hydra.mixer``).
+        sharded: the heads of this rank's output projection, in the order in which outputs are
+            joined: ``fa + gdn``, or ``fa`` where every head is both.
         replicated_fa: FA heads held by every rank.
         *_padded: sizes after padding to the largest rank.
     """
@@ -75,16 +77,18 @@ class LocalHeads:
         self._gdn = _Branch(partition.gdn, own if multi_head else group_of)
 
         self.fa, self.gdn = self._fa.heads_by_rank[rank], partition.gdn[rank]
-        self.sharded = (*self.fa, *self.gdn)
+        self.mixed = model.switches.mixes_in_every_head
+        self.sharded = self.fa if self.mixed else (*self.fa, *self.gdn)
         self.replicated_fa = self._replicated.heads_by_rank[0]
         self.layer_has_fa = bool(self._fa.heads or self._replicated.heads)
         self.layer_has_gdn = bool(self._gdn.heads)
         self.num_fa_here = len(self.fa) + len(self.replicated_fa)
 
         ranks = range(partition.tp_size)
-        self.num_sharded_padded = max(
+        self.num_outputs_padded = max(
             len(self._fa.heads_by_rank[r]) + len(partition.gdn[r]) for r in ranks
         )
+        self.num_sharded_padded = self.num_outputs_padded // (2 if self.mixed else 1)
         self.num_gdn_padded = max(len(heads) for heads in partition.gdn)
         self.in_rows_padded = max(total_rows(self._in_segments(r)) for r in ranks)
         self.in_bias_padded = max(total_rows(self._bias_segments(r)) for r in ranks)
@@ -185,6 +189,15 @@ class LocalHeads:
         """Entries of a parameter with one number per GDN head."""
         slots = self._gdn.head_slots(self.gdn)
         return _nonempty(Segment("", slots, len(self._gdn.heads), 0))
+
+    @property
+    def gamma_segments(self) -> tuple[Segment, ...]:
+        """Entries of γ: one a head, or one for each of its two outputs where every head is both."""
+        if not self.mixed:
+            return self.head_segments(self.sharded, 0)
+        total = self.model.num_query_heads
+        heads = tuple(self.sharded)
+        return _nonempty(Segment("fa", heads, total, 0), Segment("gdn", heads, total, 0))
 
     def head_segments(self, heads: Sequence[int], size: int) -> tuple[Segment, ...]:
         """Entries of a parameter over all heads of the layer, in original head order."""

@@ -9,6 +9,8 @@ to place full-attention heads:
 ``sequence``
     Every rank holds all FA heads and computes them for its own slice of the sequence; GDN heads are
     dealt evenly. FA work is then equal on all ranks whatever the map.
+
+Where every head is both (``hydra.mixer``), heads are dealt once, and a rank runs both kinds of its own.
 """
 
 from __future__ import annotations
@@ -113,14 +115,22 @@ def plan_layer(
 def plan_model(
     model: ModelConfig, tp_size: int, mode: FullAttentionPartition
 ) -> tuple[LayerPartition, ...]:
-    """The partition of every layer. The dense model, and one rank, are always laid out by ``heads``."""
+    """The partition of every layer. The dense model, and one rank, are always laid out by ``heads``.
+
+    Raises:
+        HydraError: a layer that cannot be laid out, or a model that cannot be laid out by ``sequence``.
+    """
     mode = mode if model.is_hybrid and tp_size > 1 else "heads"
-    return tuple(
+    model.check_fa_partition(mode)
+    planned = tuple(
         plan_layer(
             layer, model.fa_heads(layer), model.num_query_heads, model.num_kv_heads, tp_size, mode
         )
         for layer in range(model.num_layers)
     )
+    if not model.switches.mixes_in_every_head:
+        return planned
+    return tuple(dataclasses.replace(p, gdn=p.fa) for p in planned)
 
 
 def _even(count: int, ranks: int) -> list[int]:

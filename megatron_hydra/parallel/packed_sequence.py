@@ -97,11 +97,16 @@ class PackedSequence(PackedSeqParams):
         """Documents, or parts of documents, in this shard."""
         return len(self.local_cu_seqlens) - 1
 
-    def attention_block(self, start: int, end: int) -> AttentionBlock:
-        """Which keys the queries ``start:end`` (global) may see, document by document."""
+    def attention_block(self, start: int, end: int, window: int | None = None) -> AttentionBlock:
+        """Which keys the queries ``start:end`` (global) may see, document by document.
+
+        Args:
+            start, end: global positions in the stream.
+            window: keys that a query sees, its own included; ``None``: all of its document so far.
+        """
         cu = self.cu_seqlens
         first = bisect.bisect_right(cu, start) - 1
-        k_start = cu[first]
+        k_start = cu[first] if window is None else max(cu[first], start - window + 1)
         inner = cu[first + 1 : bisect.bisect_left(cu, end)]
         bounds = (start, *inner, end)
         return AttentionBlock(
@@ -127,7 +132,13 @@ class PackedSequence(PackedSeqParams):
             self._cache[key] = compute()
         return self._cache[key]
 
-    def log_scale(self, a: float, positions: torch.Tensor) -> torch.Tensor:
-        """s_t = ln(t + a) / ln(a) for given positions ``[T]``; fp32 ``[T]`` (design §2)."""
+    def log_scale(
+        self, a: float, positions: torch.Tensor, window: int | None = None
+    ) -> torch.Tensor:
+        """s_t = ln(t + a) / ln(a) for given positions ``[T]``; fp32 ``[T]`` (design §2).
+
+        It makes up for the number of keys; where a ``window`` bounds that, t stops at window − 1.
+        """
+        positions = positions if window is None else positions.clamp(max=window - 1)
         log_a = torch.log(torch.tensor(float(a), dtype=torch.float64))
         return (torch.log(positions.double() + a) / log_a.to(positions.device)).float()

@@ -91,6 +91,8 @@ def initialise_student(
         student: the hybrid's config.
         gamma: ``[L, H]`` head scales from :func:`calibrate_gamma`; ``None`` for ones. Unused where
             the fusion has no norm: outputs then keep their own size, so γ is 1 whatever is given.
+            Where every head is both FA and GDN, its two outputs get half of it each [choice: the mix
+            begins as their mean].
             A normalised ``concat`` has no γ of its own: it goes into the columns of the output
             projection [choice: every fusion then starts from the same function].
         seed: order of the decays over the heads of each layer.
@@ -109,6 +111,8 @@ def initialise_student(
         gamma = torch.ones(shape)
     if tuple(gamma.shape) != shape:
         raise HydraError(f"gamma has shape {list(gamma.shape)}, the model asks for {list(shape)}")
+    if student.switches.mixes_in_every_head:
+        gamma = gamma / 2
     context = _Context(dense, student, gamma, seed, init or StudentInit())
     return LazyTensors(
         {
@@ -147,6 +151,8 @@ _ZEROS = (
 )
 
 _OUT = "self_attention.out"
+
+_GAMMAS = ("self_attention.gamma", "self_attention.gamma.fa", "self_attention.gamma.gdn")
 
 _IDENTITY_KERNELS = tuple(f"self_attention.gdn.conv_{part}" for part in "qkv")
 
@@ -189,7 +195,7 @@ class _Context:
             return kernel
         if name == "self_attention.gdn.dt_bias":
             return initial_dt_bias(half_lives(shape[0], layer, self.seed, self.init))
-        if name == "self_attention.gamma":
+        if name in _GAMMAS:
             return self.gamma[layer].to(dtype)
         if name == _OUT and self.student.switches.fusion == "concat":
             return (self.dense[key].float() * self.gamma[layer, :, None, None]).to(dtype)

@@ -63,6 +63,19 @@ def test_switches_add_their_own_keys():
     assert biased["self_attention.out_bias"] == (40,)
 
 
+@pytest.mark.parametrize("mixer", ["token", "parallel"])
+def test_heads_that_are_both_have_the_tensors_of_both(mixer):
+    every = ((0, 1, 2, 3),) * 4
+    model = hybrid_config(hydra=HydraConfig(mixer=mixer), full_attention_heads=every)
+    shapes = layer(model, 1)
+    assert shapes["self_attention.in.fa.q"] == shapes["self_attention.in.gdn.q"] == (4, 16, 40)
+    assert shapes["self_attention.in.fa.k"] == (2, 16, 40)
+    assert shapes["self_attention.in.gdn.k"] == (4, 16, 40)
+    assert shapes["self_attention.gamma.fa"] == shapes["self_attention.gamma.gdn"] == (4,)
+    assert shapes["self_attention.out"] == (4, 40, 16)
+    assert "self_attention.gamma" not in shapes
+
+
 def test_a_tied_model_has_no_output_layer():
     keys = canonical.canonical_shapes(hybrid_config(tie_embeddings=True))
     assert "output_layer.weight" not in keys

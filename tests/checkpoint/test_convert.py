@@ -349,4 +349,25 @@ def test_switches_come_from_a_file_and_from_flags(hf_folders, head_map, tmp_path
 def test_student_flags_without_a_head_map_are_refused(capsys, tmp_path):
     arguments = ["--hf-path", "x", "--output", str(tmp_path / "x"), "--set", "fusion=gated"]
     assert load_tool("hf_to_megatron").main(arguments) == 2
-    assert "--set" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--set" in said and "mixer=token or mixer=parallel" in said
+
+
+@pytest.mark.parametrize("mixer", ["token", "parallel"])
+def test_a_baseline_that_is_both_in_every_head_needs_no_map(
+    mixer, hf_folders, head_map, tmp_path, capsys
+):
+    arguments = [
+        *("--hf-path", str(hf_folders["qwen3-tied"]), "--output", str(tmp_path / "megatron")),
+        *("--set", f"mixer={mixer}", "--set", "window=9", "--no-calibration", "--quiet"),
+    ]
+    assert load_tool("hf_to_megatron").main(arguments) == 0
+    assert f"mixer={mixer}" in capsys.readouterr().err
+    assert store.read_model_config(tmp_path / "megatron").switches.window == 9
+    export = ["--checkpoint", str(tmp_path / "megatron"), "--output", str(tmp_path / "hf")]
+    assert load_tool("megatron_to_hf").main([*export, "--verify"]) == 0
+    assert "fp32 logits differ by at most" in capsys.readouterr().err
+    assert not (tmp_path / "hf" / "head_map.json").exists()
+    with_map = [*arguments, "--head-map", str(head_map), "--force"]
+    assert load_tool("hf_to_megatron").main(with_map) == 2
+    assert "leave the head map out" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from megatron_hydra.config import ModelConfig, RunConfig, apply_overrides, from_dict
+from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.config.validate import (
     accumulation_steps,
     check_layout,
@@ -87,6 +88,14 @@ def test_layouts_that_cannot_work(overrides: list[str], world: int, message: str
     with pytest.raises(HydraError) as error:
         check_layout(_config(*overrides), world, DENSE, DENSE)
     assert message in str(error.value)
+
+
+def test_both_kinds_in_every_head_cannot_be_cut_by_sequence() -> None:
+    mixed = DENSE.with_every_head_mixed(HydraConfig(mixer="parallel"))
+    overrides = ["parallel.tensor=2", "parallel.fa_partition=sequence"]
+    with pytest.raises(HydraError, match=r"parallel\.fa_partition=sequence .*mixer=parallel"):
+        check_layout(_config(*overrides), 2, mixed)
+    check_layout(_config("parallel.tensor=2"), 2, mixed)
 
 
 def test_vocabulary_must_divide_over_tensor_ranks() -> None:

@@ -246,6 +246,7 @@ class Equations:
         self.a, self.x, self.config, self.s = attention, x, attention.config, attention.switches
         self.d, self.length = self.config.head_dim, x.shape[0]
         self.group = self.config.num_attention_heads // self.config.num_key_value_heads
+        self.window = self.s["window"] if self.s["mixer"] == "token" else 0
 
     def norm(self, v, weight=1.0):
         return weight * v / (v.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt()
@@ -278,9 +279,13 @@ class Equations:
             q, k = self.turn(q), self.turn(k)
         if self.s["fa_position"] in ("log-scale", "both"):
             t, a = torch.arange(self.length), torch.tensor(self.s["log_scale_a"])
+            if self.window:
+                t = t.clamp(max=self.window - 1)
             q = q * ((t + a).log() / a.log())[:, None]
-        future = torch.ones(self.length, self.length).triu(1).bool()
-        out = (q @ k.T / self.d**0.5).masked_fill(future, -1e30).softmax(-1) @ v
+        unseen = torch.ones(self.length, self.length).triu(1).bool()
+        if self.window:
+            unseen |= torch.ones(self.length, self.length).tril(-self.window).bool()
+        out = (q @ k.T / self.d**0.5).masked_fill(unseen, -1e30).softmax(-1) @ v
         return out * 2 * self.rows("fa_gate_proj", i).sigmoid() if self.s["fa_gate"] else out
 
     def gdn_input(self, part, index):
@@ -300,16 +305,20 @@ class Equations:
         step = self.x @ self.a.gdn_a_proj.weight[i] + self.a.gdn_dt_bias[i]
         alpha = (-self.a.gdn_A_log[i].exp() * torch.nn.functional.softplus(step)).exp()
         state, rows = torch.zeros(self.d, self.d), []
-        for t in range(self.length):
-            state = alpha[t] * (state - beta[t] * torch.outer(k[t], k[t] @ state))
-            state = state + beta[t] * torch.outer(k[t], v[t])
-            rows.append(state.T @ q[t] / self.d**0.5)
+        for now in range(self.length):
+            t = now - self.window  # the token that has just left the window; else this one
+            if t >= 0:
+                state = alpha[t] * (state - beta[t] * torch.outer(k[t], k[t] @ state))
+                state = state + beta[t] * torch.outer(k[t], v[t])
+            rows.append(state.T @ q[now] / self.d**0.5)
         out = torch.stack(rows)
         return out * 2 * self.rows("gdn_gate_proj", i).sigmoid() if self.s["gdn_gate"] else out
 
     def output(self):
         heads = self.config.num_attention_heads
         outputs = torch.zeros(self.length, heads, self.d)
+        if self.s["mixer"] != "head":
+            return self.project(self.fused("fa") + self.fused("gdn"))
         groups = sorted({h // self.group for h in self.a.fa_heads})
         for i, h in enumerate(self.a.fa_heads):
             outputs[:, h] = self.fa_head(i, groups.index(h // self.group))
@@ -324,6 +333,25 @@ class Equations:
         if self.s["fusion"] == "gated":
             share = heads * (self.x @ self.a.fusion_gate.weight.T).softmax(-1)
             outputs = outputs * share[..., None]
+        return self.project(outputs)
+
+    def fused(self, branch):
+        """One of the two outputs of every head, where every head has both."""
+        outputs = []
+        for h in range(self.config.num_attention_heads):
+            kv = h if branch == "gdn" and self.s["gdn_kv"] == "mha" else h // self.group
+            out = getattr(self, f"{branch}_head")(h, kv)
+            if self.s["fusion_norm"] == "rms":
+                out = self.norm(out)
+            if self.s["fusion"] != "concat":
+                out = out * getattr(self.a, f"{branch}_gamma")[h]
+            if self.s["fusion"] == "gated":
+                logit = self.x @ self.a.fusion_gate.weight[h]
+                out = out * 2 * (logit if branch == "fa" else -logit).sigmoid()[:, None]
+            outputs.append(out)
+        return torch.stack(outputs, 1)
+
+    def project(self, outputs):
         bias = 0 if self.a.o_proj.bias is None else self.a.o_proj.bias
         return outputs.flatten(1) @ self.a.o_proj.weight.T + bias
 
@@ -335,13 +363,21 @@ VARIANTS = [
     {"fa_gate": False, "gdn_gate": False, "short_conv": False, "fa_position": "none"},
     {"fusion": "concat", "conv_width": 1, "log_scale_a": 7.0},
     {"fusion_norm": "none", "conv_width": 7, "gdn_kv": "gqa"},
+    {"mixer": "parallel"},
+    {"mixer": "parallel", "fusion": "gated", "gdn_kv": "gqa", "fa_position": "both"},
+    {"mixer": "token", "window": 4},
+    {"mixer": "token", "window": 1, "fusion": "gated", "gdn_kv": "gqa", "fa_position": "rope"},
+    {"mixer": "token", "window": 30, "fusion": "concat", "short_conv": False},
+    {"mixer": "token", "window": 3, "fusion_norm": "none", "log_scale_a": 7.0},
 ]
+ALL = [[0, 1, 2, 3, 4, 5]] * 3
 
 
 @pytest.mark.parametrize("hydra", VARIANTS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_layer_equals_its_equations(hydra, bias):
-    model = make_model(HEADS, hydra, attention_bias=bias, out_bias=bias, qk_norm=not bias)
+    heads = ALL if "mixer" in hydra else HEADS
+    model = make_model(heads, hydra, attention_bias=bias, out_bias=bias, qk_norm=not bias)
     x = torch.randn(1, 11, SHAPE["hidden_size"], generator=_generator(3))
     context = model.model._context(x, torch.arange(11)[None], None, None)
     for layer in model.model.layers:
@@ -357,10 +393,19 @@ def test_switches_are_those_of_the_package():
 
 # -- cache, padding, generation -------------------------------------------------------------------
 
-CASES = [(HEADS, {}), (MIXED, {"gdn_kv": "gqa"}), ([[]] * 3, {}), ([[0, 1, 2, 3, 4, 5]] * 3, DENSE)]
+KINDS = {
+    "head": (HEADS, {}),
+    "head-gqa": (MIXED, {"gdn_kv": "gqa"}),
+    "all-gdn": ([[]] * 3, {}),
+    "dense": (ALL, DENSE),
+    "parallel": (ALL, {"mixer": "parallel"}),
+    "token": (ALL, {"mixer": "token", "window": 12}),
+    "token-gqa": (ALL, {"mixer": "token", "window": 3, "gdn_kv": "gqa", "fa_position": "rope"}),
+}
+CASES = pytest.mark.parametrize("heads, hydra", KINDS.values(), ids=KINDS)
 
 
-@pytest.mark.parametrize("heads, hydra", CASES)
+@CASES
 @pytest.mark.parametrize("cuts", [(70, 71, 72, 73, 74), (1, 2, 3), (2, 40, 41, 80), (64,)])
 def test_chunked_prefill_and_decode_equal_one_pass(heads, hydra, cuts):
     model, ids = make_model(heads, hydra), tokens(2, 90)
@@ -377,7 +422,7 @@ def test_chunked_prefill_and_decode_equal_one_pass(heads, hydra, cuts):
     assert torch.equal(pieces.argmax(-1), whole.logits.argmax(-1))
 
 
-@pytest.mark.parametrize("heads, hydra", CASES)
+@CASES
 @pytest.mark.parametrize(
     "side, block", [("left", 1 << 26), ("right", 1 << 26), ("both", 1 << 26), ("left", 300)]
 )
@@ -418,7 +463,7 @@ def test_padded_batch_equals_single_sequences(heads, hydra, side, block, monkeyp
     assert cache.lengths.tolist() == [n + 1 for n in lengths]
 
 
-@pytest.mark.parametrize("heads, hydra", CASES)
+@CASES
 def test_generation_with_and_without_cache(heads, hydra):
     model = make_model(heads, hydra)
     sequences = [tokens(1, n, seed=n) for n in (1, 3, 40)]

@@ -128,6 +128,33 @@ def test_every_switch_equals_the_exported_model(name):
     check_hybrid(SWITCHES[name], ((1, 4), (0, 2, 3)))
 
 
+BOTH_IN_EVERY_HEAD = {
+    "parallel": HydraConfig(mixer="parallel"),
+    "parallel-gated-gqa": HydraConfig(mixer="parallel", fusion="gated", gdn_kv="gqa"),
+    "parallel-plain": HydraConfig(mixer="parallel", fusion="concat", fusion_norm="none"),
+    # shorter than a document, of one token, longer than all documents
+    "token": HydraConfig(mixer="token", window=7),
+    "token-one": HydraConfig(mixer="token", window=1, fa_position="both"),
+    "token-wide": HydraConfig(mixer="token", window=64, log_scale_a=50.0),
+    "token-gated-gqa": HydraConfig(mixer="token", window=16, fusion="gated", gdn_kv="gqa"),
+    "token-plain": HydraConfig(
+        mixer="token", window=5, fusion="concat", short_conv=False, fa_position="rope"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOTH_IN_EVERY_HEAD)
+def test_both_in_every_head_equals_the_exported_model(name):
+    check_hybrid(BOTH_IN_EVERY_HEAD[name], (tuple(range(6)),) * 2)
+
+
+def test_both_in_every_head_with_biases_equals_the_exported_model():
+    check_hybrid(
+        HydraConfig(mixer="token", window=9), (tuple(range(6)),) * 2,
+        family="qwen2", qk_norm=False, qkv_bias=True, out_bias=True,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("heads", [((), (5,)), (tuple(range(6)), ()), ((), ())])
 def test_every_number_of_fa_heads_equals_the_exported_model(heads):
     check_hybrid(HydraConfig(), heads)

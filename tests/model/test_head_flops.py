@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
 
 from megatron_hydra.config.model import HydraConfig, ModelConfig
-from megatron_hydra.model.head_flops import full_attention_flops, imbalance, rank_loads
+from megatron_hydra.model.head_flops import (
+    full_attention_flops,
+    gated_delta_net_flops,
+    imbalance,
+    rank_loads,
+)
 from megatron_hydra.parallel.head_partition import plan_model
 
 
@@ -40,3 +46,24 @@ def test_heads_partition_leaves_ranks_idle_at_long_context():
     model = qwen3_1b7(0)
     by_heads = [rank_loads(model, p, 524_288) for p in plan_model(model, 8, "heads")]
     assert max(imbalance(loads) for loads in by_heads) > 4
+
+
+@pytest.mark.parametrize("window", [1, 5, 12, 13, 40])
+def test_a_window_bounds_the_pairs(window):
+    pairs = sum(min(t + 1, window) for t in range(12))
+    assert full_attention_flops(12, 8, window) == 4 * 8 * pairs
+
+
+def test_both_kinds_in_every_head_are_both_counted():
+    model = dataclasses.replace(
+        qwen3_1b7(0),
+        hydra=HydraConfig(mixer="token", window=512),
+        full_attention_heads=(tuple(range(16)),) * 28,
+    )
+    for partition in plan_model(model, 4, "heads"):
+        loads = rank_loads(model, partition, 8192)
+        assert imbalance(loads) == 1.0
+        fa = sum(load.full_attention for load in loads)
+        assert fa == 16 * full_attention_flops(8192, 128, 512)
+        gdn = sum(load.gated_delta_net for load in loads)
+        assert gdn == 16 * gated_delta_net_flops(8192, 128)

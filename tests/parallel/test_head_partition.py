@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.errors import HydraError
-from megatron_hydra.parallel.head_partition import plan_layer, shared_groups
+from megatron_hydra.parallel.head_partition import plan_layer, plan_model, shared_groups
 
 
 @st.composite
@@ -74,3 +75,18 @@ def test_plan_does_not_depend_on_the_order_of_the_map():
     fa = [0, 3, 4, 9, 12]
     shuffled = random.Random(0).sample(fa, len(fa))
     assert plan_layer(0, fa, 16, 8, 4, "heads") == plan_layer(0, shuffled, 16, 8, 4, "heads")
+
+
+def test_heads_that_are_both_are_dealt_once_and_by_heads_only():
+    model = ModelConfig(
+        family="qwen3", num_layers=2, hidden_size=48, ffn_hidden_size=80, vocab_size=64,
+        num_query_heads=6, num_kv_heads=2, head_dim=16, hydra=HydraConfig(mixer="token"),
+        full_attention_heads=(tuple(range(6)),) * 2,
+    )  # fmt: skip
+    for plan in plan_model(model, 4, "heads"):
+        assert plan.fa == plan.gdn
+        assert sorted(h for rank in plan.fa for h in rank) == list(range(6))
+        assert [len(rank) for rank in plan.fa] == [2, 2, 1, 1]
+    with pytest.raises(HydraError, match=r"fa_partition=sequence .*hydra\.mixer=token"):
+        plan_model(model, 2, "sequence")
+    assert plan_model(model, 1, "sequence")[0].mode == "heads"

@@ -107,6 +107,24 @@ def test_a_normalised_concat_carries_gamma_in_the_output_projection():
     assert torch.equal(made[LAST + "out"], dense[LAST + "out"])
 
 
+@pytest.mark.parametrize("mixer", ["token", "parallel"])
+def test_heads_that_are_both_begin_as_the_mean_of_two_copies(mixer):
+    gamma, every = torch.rand(4, 4), ((0, 1, 2, 3),) * 4
+    changes = {"full_attention_heads": every}
+    _, dense, made = make(gamma, hydra=HydraConfig(mixer=mixer), **changes)
+    for branch in ("fa", "gdn"):
+        assert torch.equal(made[f"{FIRST}in.{branch}.q"], dense[FIRST + "in.fa.q"])
+        assert torch.equal(made[f"{FIRST}gamma.{branch}"], gamma[0] / 2)
+    assert torch.equal(made[FIRST + "in.fa.k"], dense[FIRST + "in.fa.k"])
+    assert torch.equal(made[FIRST + "in.gdn.k"], dense[FIRST + "in.fa.k"][[0, 0, 1, 1]])
+    assert torch.equal(made[FIRST + "out"], dense[FIRST + "out"])
+    for norm in ("rms", "none"):
+        plain = HydraConfig(mixer=mixer, fusion="concat", fusion_norm=norm)
+        _, dense, made = make(gamma, hydra=plain, **changes)
+        factor = gamma[0, :, None, None] / 2 if norm == "rms" else 0.5
+        torch.testing.assert_close(made[FIRST + "out"], dense[FIRST + "out"] * factor)
+
+
 def test_wrong_inputs_are_refused():
     with pytest.raises(HydraError, match=r"gamma has shape \[4, 3\]"):
         make(torch.ones(4, 3))

@@ -1,0 +1,69 @@
+"""The window of a token-wise HydraHead baseline (copied into every export; needs torch only).
+
+Softmax attention sees the last w tokens, the recurrent state what lies beyond them: a token is written
+into the state when it leaves the window. Both need the last real tokens of every sequence at hand,
+as the short convolution does; :func:`extend` keeps them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+BLOCK = 256
+"""Fewest queries that are attended to at once: a mask covers a block of queries and its window."""
+
+
+def extend(
+    x: torch.Tensor, tail: torch.Tensor | None, count: int, valid: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put the last ``count`` real tokens of earlier calls before the new ones.
+
+    Args:
+        x: ``[B, T, channels]``, new tokens, real ones first.
+        tail: ``[B, count, channels]`` of earlier calls; absent: zeros.
+        count: tokens to keep.
+        valid: ``[B, T]`` bool, which of the new tokens are real; ``None``: all.
+
+    Returns:
+        ``[B, count + T, channels]``, and the ``tail`` for the next call, detached.
+    """
+    if tail is None:
+        tail = x.new_zeros(x.shape[0], count, x.shape[2])
+    extended = torch.cat((tail, x), dim=1)
+    if valid is None:
+        return extended, extended.detach()[:, x.shape[1] :].clone()
+    rows = valid.sum(1)[:, None] + torch.arange(count, device=x.device)
+    rows = rows[..., None].expand(-1, -1, x.shape[2])
+    return extended, extended.detach().gather(1, rows)
+
+
+def window_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, first: torch.Tensor
+) -> torch.Tensor:
+    """Softmax attention of every query to its own and the ``window − 1`` tokens before it.
+
+    Args:
+        q: ``[B, n, T, d]``.
+        k, v: ``[B, n, window − 1 + T, d]``: those before the first query, then one for each query.
+        window: keys that a query sees.
+        first: ``[B or 1]``, the position of the first query in its sequence: what lies before
+            position 0 is no token.
+
+    Returns:
+        ``[B, n, T, d]``.
+    """
+    outputs = []
+    block, length = max(BLOCK, window), q.shape[2]
+    missing = (window - 1 - first.clamp(min=0))[:, None, None, None]
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        keys = slice(start, end + window - 1)
+        row = torch.arange(start, end, device=q.device)[:, None]
+        column = torch.arange(start, end + window - 1, device=q.device)[None, :]
+        band = (column >= row) & (column < row + window)
+        out = F.scaled_dot_product_attention(
+            q[:, :, start:end], k[:, :, keys], v[:, :, keys], attn_mask=band & (column >= missing)
+        )
+        outputs.append(out)
+    return torch.cat(outputs, dim=2)
