@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "errors", "stopping", "config", "head_map", "hf", "hf_identity"),
     ("ops",),
     ("model", "parallel"),
-    ("transfer", "selection", "checkpoint", "data"),
+    ("transfer", "selection", "checkpoint", "data", "reporting"),
     ("training", "evaluation"),
     ("train", "quickstart"),
     ("experiments",),

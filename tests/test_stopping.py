@@ -12,7 +12,7 @@ import pytest
 
 from megatron_hydra import stopping
 from megatron_hydra.errors import HydraError
-from megatron_hydra.stopping import StopRequest, Stopped, leave_if_stopped, stop_requested
+from megatron_hydra.stopping import Stopped, StopRequest, leave_if_stopped, stop_requested
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hydra.config.run import LoggingConfig
+from megatron_hydra.reporting import EVENTS_FILE, METRICS_FILE
 from megatron_hydra.training.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
-
-METRICS_FILE, EVENTS_FILE = "metrics.jsonl", "events.jsonl"
 
 
 def _jsonable(value: Any) -> Any:

@@ -15,10 +15,9 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.world import World
+from megatron_hydra.reporting import PHASES
 
 T = TypeVar("T")
-
-PHASES = ("data", "forward_backward", "optimizer", "save")
 
 
 class PhaseTimers:

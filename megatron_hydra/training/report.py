@@ -11,9 +11,10 @@ from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.world import World
+from megatron_hydra.reporting import PHASES
 from megatron_hydra.training.checkpoint import Progress
 from megatron_hydra.training.flops import peak_tflops, step_flops
-from megatron_hydra.training.observe import PHASES, PhaseTimers, gamma_by_layer, slowest
+from megatron_hydra.training.observe import PhaseTimers, gamma_by_layer, slowest
 from megatron_hydra.training.step import StepResult, Trainee
 from megatron_hydra.transfer.verb import inner_model
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hydra.checkpoint import store
-from megatron_hydra.training.metrics import EVENTS_FILE
+from megatron_hydra.reporting import EVENTS_FILE
 from tests.faults.conftest import start_run
 from tests.faults.forks import Forker
 from tests.faults.runs import Run, differences, same_bits

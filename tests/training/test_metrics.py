@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_hydra.config.run import LoggingConfig
-from megatron_hydra.training.metrics import METRICS_FILE, MetricsLog, truncate_metrics
+from megatron_hydra.reporting import METRICS_FILE
+from megatron_hydra.training.metrics import MetricsLog, truncate_metrics
 
 QUIET = LoggingConfig(tensorboard=False, progress=False)
 

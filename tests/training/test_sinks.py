@@ -11,7 +11,8 @@ import pytest
 
 from megatron_hydra.config.run import LoggingConfig
 from megatron_hydra.errors import HydraError
-from megatron_hydra.training.metrics import EVENTS_FILE, MetricsLog
+from megatron_hydra.reporting import EVENTS_FILE
+from megatron_hydra.training.metrics import MetricsLog
 from megatron_hydra.training.sinks import JsonLines, scalars
 
 ENTRY = {

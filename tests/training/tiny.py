@@ -16,7 +16,7 @@ from megatron_hydra.config.loading import from_dict
 from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.data.indexed import write_index
-from megatron_hydra.training.metrics import METRICS_FILE
+from megatron_hydra.reporting import METRICS_FILE
 from megatron_hydra.transfer.student import initialise_student
 
 VOCABULARY, SEQUENCE = 64, 48
