@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.forks import Forker
-from tests.faults.runs import Run, write_inputs
-
-STEPS = 110
+from tests.faults.runs import STEPS, Run, start_run, write_inputs
+from tests.faults.table import table  # noqa: F401  (a fixture)
 
 
 @pytest.fixture(scope="session")
@@ -18,13 +17,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     write_inputs(folder)
     return folder
-
-
-def start_run(inputs: Path, folder: Path, steps: int = STEPS, **sections) -> Run:
-    """A run of the shared settings; only runs of the same number of steps can be compared."""
-    return Run(
-        inputs, folder, schedule={"steps": steps, "warmup_steps": min(1, steps - 1)}, **sections
-    )
 
 
 @pytest.fixture(scope="session")
@@ -51,16 +43,3 @@ def undisturbed(
         return runs[steps]
 
     return make
-
-
-@pytest.fixture
-def table(record_property: Callable[[str, object], None]) -> Callable[..., None]:
-    """Adds a line to the table of ``python -m tests.faults.matrix``."""
-
-    def line(fault: str, tried: int, good: int, outcome: str) -> None:
-        for name, value in (
-            ("fault", fault), ("tried", tried), ("good", good), ("outcome", outcome),
-        ):  # fmt: skip
-            record_property(name, value)
-
-    return line

@@ -27,6 +27,9 @@ from tests.training import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
+STEPS = 110
+"""Of the undisturbed run that disturbed ones are compared with."""
+
 TEACHER = dataclasses.replace(tiny.TEACHER, num_layers=2, num_query_heads=4, num_kv_heads=2)
 STUDENT = dataclasses.replace(TEACHER, hydra=HydraConfig(), full_attention_heads=((1,), (0, 3)))
 
@@ -175,6 +178,13 @@ def _processes(token: str) -> list[psutil.Process]:
             if process.environ().get("HYDRA_TEST_RUN") == token:
                 found.append(process)
     return found
+
+
+def start_run(inputs: Path, folder: Path, steps: int = STEPS, **sections) -> Run:
+    """A run of the shared settings; only runs of the same number of steps can be compared."""
+    return Run(
+        inputs, folder, schedule={"steps": steps, "warmup_steps": min(1, steps - 1)}, **sections
+    )
 
 
 # -- comparison -----------------------------------------------------------------------------------

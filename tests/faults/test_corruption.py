@@ -14,7 +14,7 @@ from megatron_hydra.config.run import RunConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.training import loop
 from megatron_hydra.training.loop import run_training
-from tests.faults.conftest import start_run
+from tests.faults.runs import start_run
 
 STEPS = 3
 

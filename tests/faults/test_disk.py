@@ -18,8 +18,7 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.training import loop
 from megatron_hydra.training.loop import run_training
 from megatron_hydra.training.run_folder import step_folders
-from tests.faults.conftest import start_run
-from tests.faults.runs import Run
+from tests.faults.runs import Run, start_run
 
 BOTH = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import STEPS, start_run
 from tests.faults.forks import Forker
-from tests.faults.runs import Run, differences, differences_so_far
+from tests.faults.runs import STEPS, Run, differences, differences_so_far, start_run
 from tests.faults.worker import MAIN_ONLY, SAVE_POINTS, Fault
 
 KILLS = 20

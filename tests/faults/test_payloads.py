@@ -23,7 +23,7 @@ from megatron_hydra.config import apply_overrides
 from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation.loading import load_model, load_tokenizer
 from megatron_hydra.training.loop import run_training
-from tests.faults.conftest import start_run
+from tests.faults.runs import start_run
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,9 +11,8 @@ import pytest
 
 from megatron_hydra.checkpoint import store
 from megatron_hydra.reporting import EVENTS_FILE
-from tests.faults.conftest import start_run
 from tests.faults.forks import Forker
-from tests.faults.runs import Run, differences, same_bits
+from tests.faults.runs import Run, differences, same_bits, start_run
 from tests.faults.worker import Fault
 from tests.training import tiny
 

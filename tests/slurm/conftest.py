@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.table import table  # noqa: F401  (a fixture)
+
 PROGRAMS = (
     "munged",
     "slurmctld",

@@ -1,0 +1,90 @@
+"""Run every fault and write the table: ``python -m tests.faults.matrix --output faults.md``.
+
+Each row comes from a test that passed just now (tests/faults, and tests/slurm where SLURM can run); a row
+whose test failed is written as failed, and the command ends with status 1. Half an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+EVERYTHING = ("tests/faults", "tests/slurm")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, help="Markdown file (default: standard output)")
+    parser.add_argument(
+        "--from-junit", nargs="+", type=Path, default=[], metavar="XML",
+        help="results of an earlier pytest --junitxml instead of a run",
+    )  # fmt: skip
+    parser.add_argument("tests", nargs="*", default=EVERYTHING, help="files or test ids")
+    return parser.parse_args()
+
+
+def _run(tests: list[str], junit: Path) -> None:
+    """Pytest on the tests, slow ones too; a failed test shows in the table."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [
+        sys.executable, "-m", "pytest", *tests, "-m", "", "--timeout", "3600",
+        f"--junitxml={junit}", "--show-capture=no", "-q",
+    ]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, env=environment, check=False)
+
+
+def read_rows(junit: Path) -> list[dict[str, str]]:
+    """One row for each test that recorded one, and one for each that failed or was skipped."""
+    rows = []
+    for case in ET.parse(junit).getroot().iter("testcase"):
+        name = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+        facts = {p.get("name", ""): p.get("value", "") for p in case.iter("property")}
+        row = {"test": name, "seconds": f"{float(case.get('time', 0)):.0f}", **facts}
+        if case.find("failure") is not None or case.find("error") is not None:
+            rows.append(row | {"fault": name, "tried": "1", "good": "0", "outcome": "FAILED"})
+        elif (skipped := case.find("skipped")) is not None:
+            why = f"not run: {skipped.get('message', '')}"
+            rows.append(row | {"fault": name, "tried": "0", "good": "0", "outcome": why})
+        elif "fault" in facts:
+            rows.append(row)
+    return rows
+
+
+def to_markdown(rows: list[dict[str, str]]) -> str:
+    """The table."""
+    lines = ["| fault | tried | good | outcome | test | s |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = [row[key].replace("|", "\\|") for key in ("fault", "tried", "good", "outcome")]
+        place = row["test"].partition("::")[2].partition("[")[0]
+        lines.append(f"| {' | '.join(cells)} | `{place}` | {row['seconds']} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Run, collect, write."""
+    arguments = _arguments()
+    files = arguments.from_junit
+    with tempfile.TemporaryDirectory() as folder:
+        if not files:
+            files = [Path(folder) / "junit.xml"]
+            _run(list(arguments.tests), files[0])
+        rows = [row for path in files for row in read_rows(path)]
+    tried, good = (sum(int(row[key]) for row in rows) for key in ("tried", "good"))
+    today = dt.datetime.now(dt.UTC).date()
+    text = f"{to_markdown(rows)}\n{good} of {tried} good, {today}.\n"
+    if arguments.output is None:
+        print(text)
+    else:
+        arguments.output.write_text(text)
+    return 0 if rows and good == tried else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,20 @@
+"""A line of the table of faults, from the test that has just tried one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+
+@pytest.fixture
+def table(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Adds a line to the table of ``python -m tests.faults.matrix``."""
+
+    def line(fault: str, tried: int, good: int, outcome: str) -> None:
+        for name, value in (
+            ("fault", fault), ("tried", tried), ("good", good), ("outcome", outcome),
+        ):  # fmt: skip
+            record_property(name, value)
+
+    return line

@@ -1,0 +1,95 @@
+"""Selection and evaluation stop as training does: what is done is on disk, status 85, then on from there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_hydra.stopping import REQUEUE_EXIT_CODE
+from tests.selection.helpers import tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("qwen3").save_pretrained(folder)
+    return folder
+
+
+def _stopped(command: list[str], until: Callable[[], bool], whom: Callable[[int], int]) -> str:
+    """Start, signal one process when there is partial work, and wait; returns stderr."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        text=True,
+    )  # fmt: skip
+    end = time.monotonic() + 240
+    while not until():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    os.kill(whom(process.pid), signal.SIGTERM)
+    error = process.communicate(timeout=240)[1]
+    assert process.returncode == REQUEUE_EXIT_CODE, error[-3000:]
+    return error
+
+
+@pytest.mark.slow
+def test_selection_stops_on_all_ranks_and_goes_on(model: Path, tmp_path: Path, table) -> None:
+    arguments = [
+        "--hf-path", str(model), "--tasks", "induction:length=12", "--solved", "off",
+        "--num-prompts", "24", "--tokens-per-batch", "200", "--ratio", "5:1", "--no-pictures",
+    ]  # fmt: skip
+    tool = str(ROOT / "tools" / "select_heads.py")
+
+    def command(output: Path, processes: int) -> list[str]:
+        if processes == 1:
+            return [sys.executable, tool, *arguments, "--output", str(output)]
+        agent = [sys.executable, str(ROOT / "launch" / "agent.py"), "--standalone"]
+        return [*agent, "--nproc-per-node", "2", tool, *arguments, "--output", str(output)]
+
+    whole, stopped = tmp_path / "whole.json", tmp_path / "stopped.json"
+    subprocess.run(command(whole, 1), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    _stopped(
+        command(stopped, 2),
+        lambda: bool(list(tmp_path.glob("stopped.json.work/*/total-*"))),
+        lambda agent: psutil.Process(agent).children()[1].pid,  # rank 1 alone
+    )
+    assert not stopped.exists()
+    kept = list(tmp_path.glob("stopped.json.work/*/total-*"))
+    subprocess.run(command(stopped, 2), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    assert stopped.read_bytes() == whole.read_bytes()
+    table(
+        "SIGTERM to one of two ranks of head selection", 1, 1,
+        f"both leave with 85, {len(kept)} results kept; the map is byte-equal after",
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_evaluation_stops_and_goes_on(tmp_path: Path, table) -> None:
+    folder = ROOT / "megatron_hydra" / "quickstart" / "shipped_teacher"
+    command = [
+        sys.executable, str(ROOT / "tools" / "evaluate.py"), "--model", str(folder), "--tasks",
+        "niah_single_1", "--lengths", "256,512,768", "--samples", "2", "--depths", "3",
+        "--output", str(tmp_path / "out"), "--quiet",
+    ]  # fmt: skip
+    cells = tmp_path / "out/cells"
+    error = _stopped(command, lambda: bool(list(cells.glob("*.json"))), lambda pid: pid)
+    assert "the same command goes on from here" in error
+    assert not (tmp_path / "out/results.json").exists()
+    first = sorted(cells.glob("*.json"))[0]
+    before = first.stat().st_mtime_ns
+    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    assert first.stat().st_mtime_ns == before  # kept, not done again
+    assert (tmp_path / "out/results.json").exists()
+    table("SIGTERM to an evaluation", 1, 1, "leaves with 85; finished cells are kept")
