@@ -1,0 +1,138 @@
+"""What a rank holds all the time: weights, gradient buffer, optimizer states."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.model.local_heads import LocalHeads
+from megatron_hydra.parallel.head_weights import total_rows
+
+BUFFER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128
+"""Megatron-Core pads parameters and buckets to so many elements under the distributed optimizer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter of a rank.
+
+    Attributes:
+        name: as in the model.
+        numel: elements.
+        wide: fp32 whatever the model's precision.
+    """
+
+    name: str
+    numel: int
+    wide: bool = False
+
+
+def layer_parameters(model: ModelConfig, heads: LocalHeads, tp: int) -> list[Parameter]:
+    """Parameters of one layer on a tensor-parallel rank, as ``HydraAttention`` and its layer make them."""
+    hidden, d, switches = model.hidden_size, model.head_dim, model.switches
+    shared = total_rows(heads.shared_kv_segments)
+    fa_rows, m = total_rows(heads.fa_in_segments), len(heads.replicated_fa)
+    sizes = {
+        "input_layernorm": hidden,
+        "self_attention.in_proj": heads.in_rows_padded * hidden if heads.num_sharded_padded else 0,
+        "self_attention.out_proj": heads.num_sharded_padded * d * hidden,
+        "self_attention.in_bias": heads.in_bias_padded,
+        "self_attention.shared_kv": shared * hidden,
+        "self_attention.shared_kv_bias": shared if model.qkv_bias else 0,
+        "self_attention.fa_in": fa_rows * hidden,
+        "self_attention.fa_in_bias": total_rows(heads.fa_bias_segments),
+        "self_attention.fa_out": m * d * hidden,
+        "self_attention.out_bias": hidden if model.out_bias else 0,
+        "pre_mlp_layernorm": hidden,
+        "mlp.linear_fc1": 2 * model.ffn_hidden_size // tp * hidden,
+        "mlp.linear_fc2": model.ffn_hidden_size // tp * hidden,
+    }
+    if switches.fusion != "concat":
+        sizes["self_attention.gamma"] = heads.num_outputs_padded
+        sizes["self_attention.fa_gamma"] = m
+    if switches.fusion == "gated":
+        sizes["self_attention.fusion_gate"] = model.num_query_heads * hidden
+    if model.qk_norm:
+        sizes["self_attention.fa.norms"] = 2 * d if heads.layer_has_fa else 0
+        sizes["self_attention.gdn.norms"] = 2 * d if heads.layer_has_gdn else 0
+    parameters = [Parameter(name, numel) for name, numel in sizes.items()]
+    if heads.layer_has_gdn:
+        wide = 2 * heads.num_gdn_padded
+        parameters.append(Parameter("self_attention.gdn.decays", wide, wide=True))
+        if switches.short_conv:
+            rows = heads.num_conv_padded + 2 * heads.num_gdn_shared_kv
+            parameters.append(Parameter("self_attention.gdn.conv", rows * d * switches.conv_width))
+    return [p for p in parameters if p.numel]
+
+
+def stage_parameters(
+    model: ModelConfig, layers: list[LocalHeads], tp: int, first: bool, last: bool
+) -> list[Parameter]:
+    """Parameters of one pipeline stage: its layers, the embedding, the final norm and the head."""
+    table = model.vocab_size // tp * model.hidden_size
+    parameters = [Parameter("embedding", table)] if first else []
+    for heads in layers:
+        parameters += layer_parameters(model, heads, tp)
+    if last:
+        parameters.append(Parameter("final_layernorm", model.hidden_size))
+        if not (model.tie_embeddings and first):
+            parameters.append(Parameter("output_layer", table))
+    return parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """Bytes that stay from step to step, and for a moment of every step.
+
+    Attributes:
+        parameters, gradients, optimizer: of the trained model.
+        teacher: weights of the frozen one.
+        update: temporaries of the optimizer's update.
+        largest: elements of the largest parameter.
+        trained: elements that are trained.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    teacher: int
+    update: int
+    trained: int
+
+
+def held_bytes(
+    parameters: list[Parameter],
+    teacher: list[Parameter],
+    *,
+    size: int,
+    trained: str,
+    distributed: bool,
+    shards: int,
+    gpu: bool,
+) -> Held:
+    """What Megatron-Core's DDP, distributed optimizer and AdamW make of a rank's parameters.
+
+    Args:
+        size: bytes of a weight.
+        trained: part of the name of what is trained; empty: everything.
+        distributed: whether optimizer states are sharded.
+        shards: ranks that share them: data times context parallel.
+        gpu: torch's AdamW goes over all parameters at once there, one by one on the CPU.
+    """
+    weights = sum(p.numel * (4 if p.wide else size) for p in parameters)
+    chosen = [p for p in parameters if trained in p.name]
+    total = sum(p.numel for p in chosen)
+    wide = sum(p.numel for p in chosen if p.wide or size == 4)
+    padded = total
+    if distributed:
+        padded = sum(math.ceil(p.numel / BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT for p in chosen)
+        weights += (padded - total) * size
+    share = math.ceil(total / shards) if distributed else total
+    # fp32 weights are their own main copies; bf16 ones get one.
+    copies = 0 if size == 4 else (total - wide) * share // max(total, 1) * 4
+    states = 2 * 4 * share
+    largest = max((p.numel for p in chosen), default=0)
+    update = 4 * (share if gpu else min(largest, share)) * (1 if gpu else 2)
+    frozen = sum(p.numel * (4 if p.wide else size) for p in teacher)
+    return Held(weights, 4 * padded, copies + states, frozen, update, total)

@@ -1,0 +1,337 @@
+"""Tensors without numbers: which bytes are alive at which moment, by autograd's own rules.
+
+A :class:`Tensor` is a shape on a :class:`Storage`. A storage lives as long as something refers to it,
+a variable of the program, a node that saved it for the backward, or a gradient buffer, exactly as in
+torch, so a description of a layer that reads like its forward has the layer's memory. The
+:class:`Tape` keeps the bytes alive by part of the model, their peak, and what operators computed and
+sent. It relies on CPython's reference counts (a node never holds its own output).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import heapq
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+Shape = tuple[int, ...]
+Edge = tuple["Node", int]
+Backward = Callable[[list["Tensor | None"]], "list[Tensor | None]"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One operator's work.
+
+    Attributes:
+        phase: ``forward``, ``backward`` or ``recompute``.
+        part: of the model.
+        unit: ``matmul``, ``attention``, ``delta_rule`` (products in chunks), ``solve`` (triangular) or
+            ``memory`` (nothing is multiplied).
+        flops: needed; a multiplication and an addition count as two.
+        counted: what ``torch.utils.flop_counter`` counts (attention without the causal half saved).
+        moved: bytes read and written.
+        repeats: how often.
+    """
+
+    phase: str
+    part: str
+    unit: str
+    flops: float
+    counted: float
+    moved: float
+    repeats: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """One collective.
+
+    Attributes:
+        phase, part: as in :class:`Work`.
+        kind: what for: ``tensor``, ``sequence``, ``kv_gather``, ``query_swap``, ``state``, ``halo``,
+            ``shared_kv``, ``loss``, ``pipeline``, ``data``.
+        axis: ``tensor``, ``context``, ``tensor_context``, ``pipeline`` or ``data``: over which ranks.
+        sent: bytes that one rank sends.
+    """
+
+    phase: str
+    part: str
+    kind: str
+    axis: str
+    sent: float
+    repeats: int = 1
+
+
+class Storage:
+    """Bytes that somebody refers to."""
+
+    __slots__ = ("nbytes", "part", "tape")
+
+    def __init__(self, tape: Tape, nbytes: int) -> None:
+        self.tape, self.nbytes, self.part = tape, nbytes, tape.part
+        tape.allocated(self)
+
+    def __del__(self) -> None:
+        self.tape.released(self)
+
+
+class Tensor:
+    """A shape on a storage, and the node that made it (``None``: a constant)."""
+
+    __slots__ = ("edge", "shape", "size", "storage")
+
+    def __init__(
+        self, storage: Storage | None, shape: Shape, size: int, edge: Edge | None = None
+    ) -> None:
+        self.storage, self.shape, self.size, self.edge = storage, shape, size, edge
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the shape; the storage may have more (a view) or none (a weight)."""
+        return self.numel * self.size
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether a gradient flows into it."""
+        return self.edge is not None
+
+
+class Node:
+    """One step of the backward: gradients by outputs in, gradients by inputs out."""
+
+    __slots__ = ("backward", "edges", "order", "outputs", "part")
+
+    def __init__(
+        self, order: int, part: str, edges: list[Edge | None], outputs: int, backward: Backward
+    ) -> None:
+        self.order, self.part, self.edges = order, part, edges
+        self.outputs: int = outputs
+        self.backward: Backward | None = backward
+
+
+class Tape:
+    """Runs one rank's program.
+
+    Attributes:
+        live, peak: bytes alive now, and at most since :meth:`reset_peak`.
+        by_part: of ``live``, by part of the model.
+        at_peak: of ``peak``, likewise.
+        work, sent: what was computed and sent.
+    """
+
+    def __init__(self) -> None:
+        self.live = self.peak = 0
+        self.by_part: dict[str, int] = defaultdict(int)
+        self.at_peak: dict[str, int] = {}
+        self.work: list[Work] = []
+        self.sent: list[Sent] = []
+        self.part, self.phase = "other", "forward"
+        self.recording = True
+        self._is_peak = False
+        self._order = 0
+
+    # -- bytes --------------------------------------------------------------------------------
+
+    def allocated(self, storage: Storage) -> None:
+        """A storage was made."""
+        self.live += storage.nbytes
+        self.by_part[storage.part] += storage.nbytes
+        if self.live > self.peak:
+            self.peak, self._is_peak = self.live, True
+
+    def released(self, storage: Storage) -> None:
+        """A storage has no references any more."""
+        if self._is_peak:
+            self.at_peak, self._is_peak = dict(self.by_part), False
+        self.live -= storage.nbytes
+        self.by_part[storage.part] -= storage.nbytes
+
+    def reset_peak(self) -> None:
+        """Start a new measurement from what is alive now."""
+        self.peak, self._is_peak, self.at_peak = self.live, False, dict(self.by_part)
+
+    def peak_by_part(self) -> dict[str, int]:
+        """Bytes by part at the moment of the peak."""
+        if self._is_peak:
+            self.at_peak, self._is_peak = dict(self.by_part), False
+        return {part: count for part, count in self.at_peak.items() if count}
+
+    def empty(self, shape: Shape, size: int) -> Tensor:
+        """A new tensor that needs no gradient."""
+        return Tensor(Storage(self, math.prod(shape) * size), shape, size)
+
+    def like(self, x: Tensor) -> Tensor:
+        """A new tensor of the same shape and type."""
+        return self.empty(x.shape, x.size)
+
+    def transient(self, *nbytes: int) -> None:
+        """Bytes that exist together for a moment inside an operator."""
+        held = [Storage(self, count) for count in nbytes]
+        del held
+
+    # -- modes --------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def inside(self, part: str) -> Iterator[None]:
+        """What is allocated in here belongs to ``part``."""
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
+
+    @contextlib.contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """What is computed in here belongs to ``phase``."""
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
+
+    @contextlib.contextmanager
+    def grad_mode(self, recording: bool) -> Iterator[None]:
+        """Whether what runs in here is to be differentiated."""
+        before, self.recording = self.recording, recording
+        try:
+            yield
+        finally:
+            self.recording = before
+
+    # -- work ---------------------------------------------------------------------------------
+
+    def compute(self, unit: str, flops: float, moved: float, counted: float | None = None) -> None:
+        """Note an operator's work."""
+        self.work.append(
+            Work(self.phase, self.part, unit, flops, flops if counted is None else counted, moved)
+        )
+
+    def touch(self, *tensors: Tensor | None) -> None:
+        """Note a pass over memory that reads or writes these tensors."""
+        self.compute("memory", 0.0, float(sum(t.nbytes for t in tensors if t is not None)), 0.0)
+
+    def send(self, kind: str, axis: str, sent: float) -> None:
+        """Note a collective: the bytes that this rank sends."""
+        if sent:
+            self.sent.append(Sent(self.phase, self.part, kind, axis, sent))
+
+    # -- the graph ----------------------------------------------------------------------------
+
+    def record(
+        self, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor], backward: Backward
+    ) -> None:
+        """Make ``outputs`` depend on ``inputs``, where one of these needs a gradient.
+
+        Args:
+            backward: returns a gradient or ``None`` for each input; it may hold storages, but not
+                those outputs themselves.
+        """
+        edges = [None if x is None else x.edge for x in inputs]
+        if not self.recording or not any(edges):
+            return
+        self._order += 1
+        node = Node(self._order, self.part, edges, len(outputs), backward)
+        for index, output in enumerate(outputs):
+            output.edge = (node, index)
+
+    def weight(self, shape: Shape, size: int, trained: bool = True) -> Tensor:
+        """A parameter: its bytes are accounted for elsewhere, its gradient goes into a buffer."""
+        weight = Tensor(None, shape, size)
+        if trained:
+            node = Node(0, "gradients", [], 1, self._into_buffer)
+            weight.edge = (node, 0)
+        return weight
+
+    def _into_buffer(self, grads: list[Tensor | None]) -> list[Tensor | None]:
+        gradient = grads[0]
+        if gradient is not None:  # added to the fp32 buffer: read, read, written
+            self.compute("memory", 0.0, gradient.nbytes + 8.0 * gradient.numel, 0.0)
+        return []
+
+    def leaf(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """``x`` cut off from its history, and the list that will hold its gradient."""
+        found: list[Tensor] = []
+
+        def keep(grads: list[Tensor | None]) -> list[Tensor | None]:
+            found.extend(g for g in grads if g is not None)
+            return []
+
+        detached = Tensor(x.storage, x.shape, x.size)
+        detached.edge = (Node(0, self.part, [], 1, keep), 0)
+        return detached, found
+
+    def backward(self, roots: list[tuple[Tensor, Tensor]]) -> None:
+        """Run the backward from ``(output, gradient)`` pairs, newest nodes first as autograd does."""
+        buffers: dict[Node, list[Tensor | None]] = {}
+        edges = [root.edge for root, _ in roots]
+        waiting = _dependencies([edge[0] for edge in edges if edge is not None])
+        for (node, index), gradient in (
+            (root.edge, grad) for root, grad in roots if root.edge is not None
+        ):
+            self._accumulate(buffers.setdefault(node, [None] * node.outputs), index, gradient)
+        roots.clear()
+        ready = [(-node.order, id(node), node) for node in buffers if not waiting[node]]
+        heapq.heapify(ready)
+        while ready:
+            _, _, node = heapq.heappop(ready)
+            grads = buffers.pop(node, [None] * node.outputs)
+            results = self._apply(node, grads)
+            del grads
+            for position, edge in enumerate(node.edges):
+                if edge is None:
+                    continue
+                after, index = edge
+                result, results[position] = results[position], None
+                if result is not None:
+                    held = buffers.setdefault(after, [None] * after.outputs)
+                    self._accumulate(held, index, result)
+                    del result
+                waiting[after] -= 1
+                if not waiting[after]:
+                    heapq.heappush(ready, (-after.order, id(after), after))
+
+    def _apply(self, node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        run = node.backward
+        if node.order:  # a leaf may be reached again, by the next micro-batch
+            node.backward = None
+        assert run is not None, "a graph was run backward twice"
+        if not any(g is not None for g in grads):
+            return [None] * len(node.edges)
+        part = node.part if node.order else "gradients"
+        with self.inside(part), self.during("backward"), self.grad_mode(False):
+            return run(grads)
+
+    def _accumulate(self, held: list[Tensor | None], index: int, gradient: Tensor) -> None:
+        """Sum of gradients: in place where nobody else refers to the first one."""
+        first = held[index]
+        if first is None:
+            held[index] = gradient
+            return
+        self.compute("memory", 0.0, 3.0 * first.nbytes, 0.0)
+        if first.storage is not None and sys.getrefcount(first.storage) > 2:
+            held[index] = self.like(first)
+
+
+def _dependencies(roots: list[Node]) -> dict[Node, int]:
+    """For every node that ``roots`` reach, how many gradients it waits for."""
+    waiting: dict[Node, int] = defaultdict(int)
+    seen, stack = set(roots), list(dict.fromkeys(roots))
+    while stack:
+        for edge in stack.pop().edges:
+            if edge is None:
+                continue
+            waiting[edge[0]] += 1
+            if edge[0] not in seen:
+                seen.add(edge[0])
+                stack.append(edge[0])
+    return waiting
+

@@ -1,0 +1,195 @@
+"""Worker: run a real training step and say what its memory peaked at and what it computed.
+
+``python -m tests.planning.measure CASES.json`` (under torchrun for several ranks) prints one JSON line
+a case: for every rank the bytes held before a step, the highest bytes during the second step, and the
+FLOPs of its matrix products. Bytes are those of torch's own CPU allocator, every allocation and release
+counted, so temporaries inside operators are seen as well; on a GPU they are the caching allocator's.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
+
+from megatron_hydra.config.loading import from_dict
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.config.run import RunConfig
+from megatron_hydra.config.validate import rounded_stream_length
+from megatron_hydra.data.batch import PackedBatch
+from megatron_hydra.parallel import platform
+from megatron_hydra.parallel.world import World, start_world, stop_world
+from megatron_hydra.training.faults import FaultKeeper
+from megatron_hydra.training.observe import PhaseTimers
+from megatron_hydra.training.setup import build_chunks, build_optimizer, freeze, wrap_for_training
+from megatron_hydra.training.step import Trainee, train_step
+from megatron_hydra.transfer.verbs import VERBS
+
+
+_ATEN = torch.ops.aten
+
+
+def _solve_flops(matrix: Any, right: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """One triangular system: a multiplication and an addition for half of the square."""
+    return math.prod(matrix) * right[-1]
+
+
+NOT_COUNTED_BY_TORCH = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention
+    ],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ],
+    _ATEN.linalg_solve_triangular: shape_wrapper(_solve_flops),
+}
+"""Torch's counter knows the attention of GPUs only and no triangular solve: the first get the formulas
+of their GPU counterparts, which count every pair of the square, whether or not it is masked."""
+
+
+def _filled(chunks: list[Any]) -> list[Any]:
+    """Models with small random weights: what they compute does not matter here."""
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.normal_(std=0.02)
+    return chunks
+
+
+def _trainee(config: RunConfig, model: ModelConfig, world: World) -> Trainee:
+    teacher = []
+    if config.teacher.checkpoint:
+        teacher = freeze(_filled(build_chunks(model.dense(), config)))
+    verb = VERBS[config.verb](config, world, teacher)
+    chunks = wrap_for_training(_filled(build_chunks(model, config)), verb, config)
+    optimizer, _ = build_optimizer(chunks, config)
+    return Trainee(config, world, verb, chunks, optimizer, FaultKeeper(config.faults))
+
+
+def _batches(config: RunConfig, model: ModelConfig, world: World) -> list[PackedBatch]:
+    length = rounded_stream_length(config)
+    step = config.data.sequence_length
+    count = config.batch.global_batch_size // (config.batch.micro_batch_size * world.dp_size)
+    edges = (*range(0, config.batch.micro_batch_size * step, step), length)
+    return [
+        PackedBatch(
+            tokens=torch.randint(0, model.vocab_size, (length,)),
+            labels=torch.randint(0, model.vocab_size, (length,)),
+            loss_mask=torch.ones(length),
+            cu_seqlens=edges,
+            sample_ids=(0,),
+        )
+        for _ in range(count)
+    ]
+
+
+class CpuBytes:
+    """Bytes that torch's CPU allocator has handed out since this was entered."""
+
+    def __enter__(self) -> CpuBytes:
+        self._profiler = torch.autograd.profiler.profile(profile_memory=True)
+        self._profiler.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._profiler.__exit__(*error)
+        events = self._profiler.kineto_results.events()
+        changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+        self.changes = sorted(changes, key=lambda change: change[0])
+
+    def series(self) -> list[tuple[int, int]]:
+        """(time, bytes alive after it) of every change."""
+        total, out = 0, []
+        for when, change in self.changes:
+            total += change
+            out.append((when, total))
+        return out
+
+
+def measure(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
+    """Peak bytes of the second step on this rank, what is held between steps, and FLOPs."""
+    world = start_world(config)
+    try:
+        torch.manual_seed(0)
+        result = _on_gpu(config, model, world) if platform.has_gpu() else _on_cpu(config, model, world)
+        result["rank"] = world.rank
+        return result
+    finally:
+        stop_world()
+
+
+def _stepper(config: RunConfig, model: ModelConfig, world: World) -> Callable[[], None]:
+    trainee = _trainee(config, model, world)
+    batches = _batches(config, model, world)
+
+    def step() -> None:
+        train_step(trainee, batches, lambda: (False, False), PhaseTimers())
+
+    return step
+
+
+def _on_cpu(config: RunConfig, model: ModelConfig, world: World) -> dict[str, Any]:
+    gc.collect()
+    gc.disable()
+    marks = []
+    with CpuBytes() as memory:
+        step = _stepper(config, model, world)
+        step()
+        gc.collect()
+        marks.append(time.time_ns())
+        step()
+        marks.append(time.time_ns())
+    gc.enable()
+    series = memory.series()
+    held = [total for when, total in series if when < marks[0]][-1]
+    peak = max(total for when, total in series if when >= marks[0])
+    with FlopCounterMode(display=False, custom_mapping=NOT_COUNTED_BY_TORCH) as counter:
+        step()
+    flops = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    return {"held": held, "peak": peak, "flops": sum(flops.values()), "flops_by_op": flops}
+
+
+def _on_gpu(config: RunConfig, model: ModelConfig, world: World) -> dict[str, Any]:
+    step = _stepper(config, model, world)
+    for _ in range(3):
+        step()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(3):
+        step()
+    end.record()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    return {
+        "held": held, "peak": peak, "seconds": start.elapsed_time(end) / 3e3,
+        "device": torch.cuda.get_device_name(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measure every case of a file and print the ranks' results."""
+    torch.set_num_threads(1)
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    for case in cases:
+        config = from_dict(RunConfig, case["run"])
+        result = measure(config, from_dict(ModelConfig, case["model"]))
+        print(json.dumps({"name": case["name"], **result}), flush=True)
+        gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
