@@ -23,9 +23,16 @@ from megatron_hydra.config.run import ParallelConfig, RunConfig
 from megatron_hydra.model.layer_spec import build_gpt_model
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 from tests import canonical_access
-from tests.parallel.layouts import LAYOUTS, MODELS, canonical_weights, groups, tiny
+from tests.parallel.layouts import LAYOUTS, MODELS, canonical_weights, groups, possible, tiny
 
 LENGTH, BOUNDARY = 96, 41
+
+ISOLATED = [
+    (model, layout)
+    for layout in ("one rank", *LAYOUTS)
+    for model in ("hydra", "parallel", "token", "token-wide")
+    if layout == "one rank" or possible(model, layout)
+]
 
 
 def local_slice(length: int, parallel: ParallelConfig) -> slice:
@@ -68,9 +75,9 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def isolation(layout: str) -> dict:
+def isolation(name: str, layout: str) -> dict:
     """Change the last token of the first document; look at the second."""
-    parallel, model = LAYOUTS.get(layout, ParallelConfig()), MODELS["hydra"]
+    parallel, model = LAYOUTS.get(layout, ParallelConfig()), MODELS[name]
     gpt = build_gpt_model(model, RunConfig(precision="fp32", parallel=parallel))
     canonical_access.load(gpt, canonical_weights(model))
     packed = PackedSequence(
@@ -94,7 +101,7 @@ def isolation(layout: str) -> dict:
     flags = torch.tensor([float(not same), float(leaked), float(differs), float(reads.count)])
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return {
-        "layout": layout, "second_changed": bool(flags[0]), "gradient_leaked": bool(flags[1]),
+        "model": name, "layout": layout, "second_changed": bool(flags[0]), "gradient_leaked": bool(flags[1]),
         "first_changed": bool(flags[2]), "host_reads": int(flags[3]),
     }  # fmt: skip
 
@@ -158,7 +165,7 @@ def main() -> None:
     results = []
     for layout in ("one rank", *LAYOUTS):
         with groups(LAYOUTS.get(layout, ParallelConfig())):
-            results.append(isolation(layout))
+            results += [isolation(name, layout) for name, of in ISOLATED if of == layout]
     with groups(ParallelConfig(context=4)):
         results += [sent_bytes(1024), sent_bytes(8192)]
     if dist.get_rank() == 0:
