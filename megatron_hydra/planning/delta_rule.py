@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from megatron_hydra.model.head_flops import GDN_CHUNK, gated_delta_net_flops
 from megatron_hydra.model.local_heads import LocalHeads
-from megatron_hydra.ops.gated_delta_rule import MAX_CHUNK, MIN_CHUNK
+from megatron_hydra.ops.gated_delta_rule import GROUP_ELEMENTS, MAX_CHUNK, MIN_CHUNK
 from megatron_hydra.planning import operators as op
 from megatron_hydra.planning.preparation import prepare_heads
 from megatron_hydra.planning.rank import Program
 from megatron_hydra.planning.tape import Tensor
 
-SCAN_GROUPS = 64
-"""A scan of more chunks than that is described in so many strides: its memory is the same."""
+MOST_GROUPS, MOST_STRIDES = 64, 64
+"""More groups of chunks, or steps of a scan, than that are described in so many strides: the memory is
+the same."""
 
 
 def delta_rule(program: Program, heads: LocalHeads, parts: dict[str, Tensor]) -> Tensor:
@@ -134,26 +135,51 @@ def chunk_length(longest: int, d: int) -> int:
 def _chunked(
     program: Program, q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor
 ) -> Tensor:
-    tape, (tokens, n, d), size = program.tape, q.shape, q.size
+    tape, (tokens, n, d), narrow = program.tape, q.shape, q.size
     start = program.rank.cp_rank * tokens
     cu = program.rank.block(start, start + tokens).cu_q
     lengths = [b - a for a, b in zip(cu, cu[1:], strict=False)]
     chunk = chunk_length(max(lengths), d)
     count = sum(-(-length // chunk) for length in lengths)
-    q, k, v, log_alpha, beta = (
-        _to_chunks(program, x, (count, n, chunk)) for x in (q, k, v, log_alpha, beta)
-    )
-    rows, square = (count * n, chunk), (count * n, chunk, chunk)
+    chunks = [_to_chunks(program, x, (count, n, chunk)) for x in (q, k, v, log_alpha, beta)]
+    del q, k, v, log_alpha, beta
+    if program.rank.cp > 1:
+        _exchange(program, *_maps(program, chunks)[:2], count, n)
+    steps = max(1, GROUP_ELEMENTS // (2 * n * chunk * d))
+    steps = max(steps, -(-count // MOST_GROUPS))
+    sizes = [min(steps, count - done) for done in range(0, count, steps)]
+    parts = [
+        op.split(tape, x, [(size * n, *x.shape[1:]) for size in sizes]) for x in chunks
+    ]
+    del chunks
+    state = tape.empty((n, d, d), op.WIDE)
+    outputs = []
+    for size, group in zip(sizes, zip(*parts, strict=True), strict=True):
+        transition, write, read, own = _maps(program, list(group))
+        states, state = _scan(program, transition, write, state, size)
+        copied = op.copy(tape, read)
+        shape = (size * n, chunk, d)
+        outputs.append(op.matmul(tape, copied, states, shape, d, plus=own))
+        del copied, states, transition, write, read, own
+    output = op.cat(tape, outputs, (count * n, chunk, d))
+    del outputs, parts
+    return op.cast(tape, op.copy(tape, output, shape=(tokens, n, d)), narrow)
+
+
+def _maps(program: Program, chunks: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Every chunk as an affine map: transition and write ``[N·n, d, d]``, read and own ``[N·n, C, d]``."""
+    tape, (q, k, v, log_alpha, beta) = program.tape, chunks
+    count, chunk, d = q.shape
+    rows, square = (count, chunk), (count, chunk, chunk)
 
     g = op.unary(tape, log_alpha)
-    gap = op.unary(tape, op.add(tape, op.view(tape, g, (*rows, 1)), Tensor(None, square, 0)))
+    gap = op.unary(tape, op.add(tape, g, Tensor(None, square, 0)))
     decay = op.unary(tape, gap, save="out")
     del gap
     grown = op.unary(tape, g, save="out")
 
-    product = _copied_matmul(program, k, k, square, d)
-    attention = op.multiply(tape, op.multiply(tape, product, decay), op.view(tape, beta, (*rows, 1)))
-    del product
+    attention = op.multiply(tape, _copied_matmul(program, k, k, square, d), decay)
+    attention = op.multiply(tape, attention, beta)
     both = op.multiply(tape, beta, grown)
     right = op.cat(
         tape, [op.multiply(tape, k, both), op.multiply(tape, v, beta)], (*rows, 2 * d)
@@ -163,31 +189,21 @@ def _chunked(
 
     ends = op.unary(tape, op.unary(tape, g), save="out")
     to_end = op.multiply(tape, k, ends)
-    copied = op.copy(tape, to_end, shape=(count * n, d, chunk))
-    pushed = op.matmul(tape, copied, solved, (count * n, d, 2 * d), chunk)
+    copied = op.copy(tape, to_end, shape=(count, d, chunk))
+    pushed = op.matmul(tape, copied, solved, (count, d, 2 * d), chunk)
     del copied
-    one = tape.empty((count * n, d, d), op.WIDE)
-    left, write = op.split(tape, pushed, [(count * n, d, d)] * 2)
-    transition = op.add(tape, op.multiply(tape, one, _last(program, grown, count * n)), left)
-    del one
+    left, write = op.split(tape, pushed, [(count, d, d)] * 2)
+    last = op.narrow(tape, grown, (count, 1, 1))
+    kept = op.unary(tape, last, shape=(count, d, d), same_gradient=True)
+    transition = op.add(tape, kept, left)
+    del kept
 
     scaled = op.unary(tape, q)
     weights = op.multiply(tape, _copied_matmul(program, scaled, k, square, d), decay)
     read_out = op.matmul(tape, weights, solved, (*rows, 2 * d), chunk)
     left, own = op.split(tape, read_out, [(*rows, d)] * 2)
     read = op.add(tape, op.multiply(tape, scaled, grown), left)
-    if program.rank.cp > 1:
-        _shard_map(program, transition, write, count * n, n, d)
-    states = _scan(program, transition, write, count, n, d)
-    copied = op.copy(tape, read)
-    output = op.matmul(tape, copied, states, (*rows, d), d, plus=own)
-    del copied
-    flat = op.copy(tape, output, shape=(tokens, n, d))
-    return op.cast(tape, flat, size)
-
-
-def _last(program: Program, grown: Tensor, chunks: int) -> Tensor:
-    return op.narrow(program.tape, grown, (chunks, 1, 1))
+    return transition, write, read, own
 
 
 def _to_chunks(program: Program, x: Tensor, head: tuple[int, int, int]) -> Tensor:
@@ -234,36 +250,29 @@ def _solve(program: Program, attention: Tensor, right: Tensor) -> Tensor:
 
 
 def _scan(
-    program: Program, transition: Tensor, write: Tensor, count: int, n: int, d: int
-) -> Tensor:
-    """States that enter the chunks, ``[N·n, d, d]``, chunk after chunk."""
-    tape = program.tape
-    groups = min(count, SCAN_GROUPS)
-    sizes = [(count * (i + 1)) // groups - (count * i) // groups for i in range(groups)]
-    shapes = [(steps * n, d, d) for steps in sizes]
+    program: Program, transition: Tensor, write: Tensor, state: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """States that enter the chunks of a group ``[N·n, d, d]``, and the one that leaves it."""
+    tape, (n, d, _) = program.tape, state.shape
+    strides = min(count, MOST_STRIDES)
+    steps = [count * (i + 1) // strides - count * i // strides for i in range(strides)]
+    shapes = [(step * n, d, d) for step in steps]
     transitions, writes = op.split(tape, transition, shapes), op.split(tape, write, shapes)
-    state = tape.empty((n, d, d), op.WIDE)
     entering = []
-    for part, (map_, own) in zip(shapes, zip(transitions, writes, strict=True), strict=True):
-        whole = Tensor(None, part, op.WIDE, state.edge)
-        whole.storage = state.storage
-        entering.append(Tensor(state.storage, part, op.WIDE, state.edge))
-        state = op.matmul(tape, map_, whole, part, d, plus=own)
-    out = op.cat(tape, entering, (count * n, d, d))
-    return out
+    for shape, map_, own in zip(shapes, transitions, writes, strict=True):
+        entering.append(Tensor(state.storage, shape, op.WIDE, state.edge))
+        state = op.matmul(tape, map_, entering[-1], shape, d, plus=own)
+    return op.cat(tape, entering, (count * n, d, d)), Tensor(
+        state.storage, (n, d, d), op.WIDE, state.edge
+    )
 
 
-def _shard_map(
-    program: Program, transition: Tensor, write: Tensor, chunks: int, n: int, d: int
-) -> Tensor:
-    """The whole shard as one affine map, and its exchange."""
-    tape = program.tape
-    maps = op.copy(tape, transition)
-    own = op.copy(tape, write)
-    steps = chunks // n - 1
-    states = op.matmul(tape, maps, own, (steps * n, d, d), d)
-    products = op.matmul(tape, maps, maps, (steps * n, d, d), d)
-    gathered = tape.empty((program.rank.cp * n, d, 2 * d), op.WIDE)
+def _exchange(program: Program, transition: Tensor, write: Tensor, count: int, n: int) -> None:
+    """The whole shard as one affine map, chunk by chunk, and the gather of all shards' maps."""
+    tape, d = program.tape, transition.shape[-1]
+    maps, own = op.copy(tape, transition), op.copy(tape, write)
+    shape = ((count - 1) * n, d, d)
+    states = op.matmul(tape, maps, own, shape, d, plus=own)
+    products = op.matmul(tape, maps, maps, shape, d)
     tape.send("state", "context", _exchange_bytes(program, n))
-    del products, gathered
-    return states
+    del states, products

@@ -217,14 +217,14 @@ def matmul(
 
     def backward(grads: list[Tensor | None]) -> list[Tensor | None]:
         assert saved is not None
-        results: list[Tensor | None] = [None if plus is None else _reshaped(grads[0], plus_shape)]
+        results: list[Tensor | None] = [_reshaped(grads[0], plus_shape) if plus_shape else None]
         for wanted, shape in zip(needs, shapes, strict=True):
             results.append(tape.empty(shape, size) if wanted else None)
             if wanted:
                 tape.compute(unit, flops, moved)
         return results
 
-    plus_shape = None if plus is None else plus.shape
+    plus_shape = () if plus is None else plus.shape  # not the tensor: its values are not saved
     tape.record([plus, a, b], [out], backward)
     return out
 
@@ -292,7 +292,9 @@ def fused(
     read = sum(x.nbytes for x in inputs if x is not None)
     moved = passes[0] * (read + result.nbytes) + keep + 2.0 * forward_bytes
     _note(tape, [(unit, flops) for unit, flops, _ in work], moved)
-    saved = [*hold(*save, result if keep_output else None), Storage(tape, keep) if keep and tape.recording else None]
+    kept = Storage(tape, keep) if keep and tape.recording else None
+    saved = [*hold(*save, result if keep_output else None), kept]
+    del kept
     wanted = [None if x is None or not x.needs_grad else (x.shape, x.size) for x in inputs]
     later = passes[1] * (2.0 * read + result.nbytes) + keep + 2.0 * backward_bytes
 
