@@ -431,7 +431,7 @@ def plot(body: dict[str, Any], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds",
              title=f"{body['benchmark']}, {body['machine']['device']}, {body['date']}")  # fmt: skip
     axes.set_xticks(sizes, [size_name(size) for size in sizes])
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)

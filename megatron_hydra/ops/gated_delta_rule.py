@@ -10,8 +10,8 @@ recurrence into matrix products: with g the running sum of log α inside the chu
     S' = (e^{g_C} I − K̃ᵀ W) S + K̃ᵀ U                   K̃ = diag(e^{g_C − g}) K
     O  = (diag(e^g) Q − P W) S + P U                   P = lower part of Q Kᵀ ∘ Γ
 
-so every chunk is an affine map of its incoming state, S' = M S + B. Three steps follow: build all
-chunks' maps at once, scan the states over the chunks of each document, read all outputs at once.
+so every chunk is an affine map of its incoming state, S' = M S + B. Three steps follow, for a few
+chunks at a time: build their maps, scan the states over the chunks of each document, read the outputs.
 Only the scan is sequential, and only it knows about documents and shards, which is why packing and
 context parallelism change nothing else: a shard's own map (M, S_ext) is a scan of its last document
 fragment, and the states that enter later shards are a scan over the gathered maps.
@@ -30,6 +30,10 @@ import torch.nn.functional as F
 MIN_CHUNK, MAX_CHUNK = 16, 64
 """Bounds of the chunk length in tokens. Intra-chunk work grows with it and scan work shrinks; the two
 meet near the head dimension, which is the default inside these bounds."""
+
+GROUP_ELEMENTS = 1 << 19
+"""Elements of the widest tensor of a group of chunks whose maps are built together: 2 MB in fp32, so
+that what one operation writes is still in the cache for the next."""
 
 
 class StateExchange(Protocol):
@@ -198,19 +202,18 @@ def chunked_gated_delta_rule(
     chunk = min(chunk, max(MIN_CHUNK, 1 << (longest - 1).bit_length()))
     layout = chunk_layout(cu, chunk, q.device)
 
-    maps = _chunk_maps(
-        *(_to_chunks(x.to(wide), layout) for x in (q, k, v, log_alpha[..., None], beta[..., None]))
-    )
-    if exchange is not None:
+    chunks = [
+        _to_chunks(x.to(wide), layout) for x in (q, k, v, log_alpha[..., None], beta[..., None])
+    ]
+    maps = None
+    if exchange is not None:  # the state that enters is known only once all maps are
+        maps = _chunk_maps(*chunks)
         transition, state = _shard_map(maps, layout, len(cu) - 2)
         first = exchange(transition, state)
         rest = first.new_zeros(len(cu) - 2, *first.shape)
         initial_state = torch.cat((first[None], rest))
-    states, finals = _scan(maps, layout, initial_state)
-    output = torch.baddbmm(
-        maps.own_output.flatten(0, 1), maps.read.flatten(0, 1), states.flatten(0, 1)
-    )
-    return _from_chunks(output.view_as(maps.own_output), layout).to(q.dtype), finals
+    output, finals = _outputs(chunks, layout, initial_state, maps)
+    return _from_chunks(output, layout).to(q.dtype), finals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,28 +274,66 @@ def _chunk_maps(
     )
 
 
-def _scan(
-    maps: _ChunkMaps, layout: ChunkLayout, initial_state: torch.Tensor | None
+def _step_groups(layout: ChunkLayout, elements: int) -> list[tuple[int, ...]]:
+    """Widths of the scan's steps in groups of neighbours that stay small.
+
+    Args:
+        layout: the chunks.
+        elements: of the widest tensor of one chunk.
+    """
+    groups: list[list[int]] = [[]]
+    for width in layout.widths:
+        if groups[-1] and (sum(groups[-1]) + width) * elements > GROUP_ELEMENTS:
+            groups.append([])
+        groups[-1].append(width)
+    return [tuple(group) for group in groups]
+
+
+def _outputs(
+    chunks: list[torch.Tensor],
+    layout: ChunkLayout,
+    initial_state: torch.Tensor | None,
+    all_maps: _ChunkMaps | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """States entering every chunk ``[N, H, d, dv]`` and leaving every document ``[n, H, d, dv]``."""
+    """Outputs ``[N, H, C, dv]`` of all chunks and the state ``[n, H, d, dv]`` after every document.
+
+    Args:
+        chunks: q, k, v, log α and β, ``[N, H, C, ·]``.
+        layout: how they follow each other.
+        initial_state: ``[n, H, d, dv]``; zeros when absent.
+        all_maps: the maps of all chunks, where they are made already.
+    """
+    q, v = chunks[0], chunks[2]
     if initial_state is None:
-        state = maps.write.new_zeros(layout.widths[0], *maps.write.shape[1:])
+        state = q.new_zeros(layout.widths[0], q.shape[1], q.shape[3], v.shape[3])
     else:
-        state = _permuted(initial_state.to(maps.write.dtype), layout.order)
-    entering, finals = [], []
+        state = _permuted(initial_state.to(q.dtype), layout.order)
+    groups = [layout.widths]
+    if all_maps is None:
+        groups = _step_groups(layout, q[0].numel() + v[0].numel())
+    sizes = [sum(group) for group in groups]
     # split, not slices: the gradient of n slices is n tensors of full size.
-    transitions, writes = maps.transition.split(layout.widths), maps.write.split(layout.widths)
-    next_widths = (*layout.widths[1:], 0)
-    for transition, write, going_on in zip(transitions, writes, next_widths, strict=True):
-        entering.append(state)
-        state = _affine(transition, state, write)
-        if going_on < state.shape[0]:
-            state, ended = state.split((going_on, state.shape[0] - going_on))
-            finals.append(ended)
+    parts = zip(*(x.split(sizes) for x in chunks), strict=True)
+    after = iter((*layout.widths[1:], 0))
+    outputs, finals = [], []
+    for widths, part in zip(groups, parts, strict=True):
+        maps = all_maps or _chunk_maps(*part)
+        entering = []
+        transitions, writes = maps.transition.split(widths), maps.write.split(widths)
+        for transition, write in zip(transitions, writes, strict=True):
+            entering.append(state)
+            state = _affine(transition, state, write)
+            going_on = next(after)
+            if going_on < state.shape[0]:
+                state, ended = state.split((going_on, state.shape[0] - going_on))
+                finals.append(ended)
+        states = torch.cat(entering).flatten(0, 1)
+        output = torch.baddbmm(maps.own_output.flatten(0, 1), maps.read.flatten(0, 1), states)
+        outputs.append(output.view_as(maps.own_output))
     # The longest documents come first in scan order and end last.
     final = torch.cat(finals[::-1])
     inverse = sorted(range(len(layout.order)), key=lambda position: layout.order[position])
-    return torch.cat(entering), _permuted(final, tuple(inverse))
+    return torch.cat(outputs), _permuted(final, tuple(inverse))
 
 
 def _permuted(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:

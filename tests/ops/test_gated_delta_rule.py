@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_hydra.ops import gated_delta_rule
 from megatron_hydra.ops.gated_delta_rule import (
     chunked_gated_delta_rule,
     recurrent_gated_delta_rule,
@@ -39,6 +40,22 @@ def test_equals_the_recurrence_forward_and_backward(cu, chunk):
     actual_grads = torch.autograd.grad(actual, [*inputs, initial], cotangents)
     for a, b in zip([*expected, *expected_grads], [*actual, *actual_grads], strict=True):
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("cu", [(0, 200), (0, 5, 133, 134, 200)])
+def test_groups_of_chunks_change_nothing(cu, monkeypatch):
+    inputs = slow_inputs(200)
+    results = []
+    for elements in (1 << 40, 1, 3000):
+        monkeypatch.setattr(gated_delta_rule, "GROUP_ELEMENTS", elements)
+        output, final = chunked_gated_delta_rule(*inputs, cu, chunk=16)
+        gradients = torch.autograd.grad(
+            (output.sum(), final.square().sum()), inputs, [torch.ones(()).double()] * 2
+        )
+        results.append([output, final, *gradients])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-14)
 
 
 def test_fast_decay_does_not_overflow():

@@ -1,0 +1,45 @@
+"""Every benchmark explains itself, and runs from end to end at a toy size on a CPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+
+import pytest
+
+TOY = {
+    "gdn": ["--sizes", "64,128", "--heads", "2", "--head-dim", "16"],
+    "loss": ["--sizes", "64", "--hidden", "16", "--vocabulary", "300", "--chunk", "32"],
+    "fused": ["--sizes", "64", "--head-dim", "16", "--fa", "1", "--gdn", "2"],
+    "layer": ["--sizes", "64", "--kernels"],
+    "step": ["--tiny", "--sizes", "64"],
+    "conversion": ["--megabytes", "40"],
+    "decode": ["--layers", "1", "--sizes", "32", "--chunk", "20"],
+    "context_parallel": ["--sizes", "128", "--layers", "1", "--hidden", "64"],
+}
+QUICK = ("gdn", "loss", "layer", "step")
+
+
+@pytest.mark.parametrize("name", TOY)
+def test_help_shows_an_example(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"benchmarks.{name}").main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"python -m benchmarks.{name}" in shown
+    assert "usage" in shown
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in TOY]
+)
+def test_runs_at_a_toy_size(name, tmp_path):
+    main = importlib.import_module(f"benchmarks.{name}").main
+    flags = ["--device", "cpu", "--repeats", "2", "--warmup", "1", "--output", str(tmp_path)]
+    assert main([*flags, *TOY[name]]) == 0
+    saved = json.loads((tmp_path / f"{name}.json").read_text())
+    assert saved["rows"]
+    assert not [row for row in saved["rows"] if row["failure"]]
+    assert saved["ratios"]
+    assert not [row for row in saved["ratios"] if math.isnan(row["median"])]
