@@ -112,8 +112,9 @@ def convert(context: Context) -> None:
     params = context.step.params
     student = params["student"]
     calibration = context.place(context.step.places["calibration_file"])
+    selection = context.inputs.get("head_map")
     options = StudentOptions(
-        context.inputs["head_map"] / HEAD_MAP,
+        None if selection is None else selection / HEAD_MAP,
         hydra=from_dict(HydraConfig, params["hydra"], "hydra"),
         init=StudentInit(*student["half_life"]),
         seed=params["seed"],

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra.config.loading import load_run_config, read_config, to_dict
+from megatron_hydra.config.loading import from_dict, load_run_config, read_config, to_dict
+from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments import fingerprint
 from megatron_hydra.experiments.spec import TEACHER, Cell, SelectionSpec, StageSpec
@@ -201,7 +202,8 @@ class _CellPlanner:
             "student": dataclasses.asdict(student) | {"calibration_file": hashed},
             "seed": self.cell.seed,
         }
-        inputs |= {"head_map": self._select()}
+        if not from_dict(HydraConfig, self.spec.hydra, "hydra").mixes_in_every_head:
+            inputs |= {"head_map": self._select()}
         if PREPARED in place:
             inputs |= {"prepare": self._prepare()}
         return self._add("convert", params, inputs, places | {"calibration_file": place})
