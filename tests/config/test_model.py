@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from megatron_hydra.config.loading import apply_overrides
 from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import HeadMap
@@ -71,3 +72,36 @@ def test_granularity_of_the_map_becomes_that_of_the_model():
 def test_switches_that_do_not_exist(changes, message):
     with pytest.raises(HydraError, match=message):
         HydraConfig(**changes)
+
+
+ABLATIONS = {  # rows of the paper's tables: what is set, over HydraHead's defaults
+    "gated fusion": ["fusion=gated"],
+    "direct concatenation": ["fusion=concat"],
+    "no feature normalisation": ["fusion_norm=none"],
+    "FA rotary": ["fa_position=rope"],
+    "FA log scale and rotary": ["fa_position=both"],
+    "FA without position": ["fa_position=none"],
+    "another log scale": ["log_scale_a=50"],
+    "no FA gate": ["fa_gate=false"],
+    "no GDN gate": ["gdn_gate=false"],
+    "GDN-GQA": ["gdn_kv=gqa"],
+    "KV groups": ["granularity=kv_group"],
+    "no short convolution": ["short_conv=false"],
+    "a wider convolution": ["conv_width=8"],
+    "token-wise hybrid": ["mixer=token", "window=64"],
+    "head-wise mixing": ["mixer=parallel"],
+}
+
+
+@pytest.mark.parametrize("row", ABLATIONS)
+def test_an_ablation_is_a_switch(row):
+    """As ``tools/hf_to_megatron.py --set`` and ``hydra:`` in an experiment read it; nothing else changes."""
+    changed = apply_overrides(HydraConfig(), ABLATIONS[row])
+    before, after = vars(HydraConfig()), vars(changed)
+    named = {override.partition("=")[0] for override in ABLATIONS[row]}
+    assert {key for key in after if after[key] != before[key]} == named
+
+
+def test_every_switch_is_a_row():
+    named = {o.partition("=")[0] for overrides in ABLATIONS.values() for o in overrides}
+    assert named == set(vars(HydraConfig()))
