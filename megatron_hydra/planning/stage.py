@@ -73,11 +73,12 @@ class StageBuilder:
     Args:
         model: the one that is trained.
         rank: where.
-        partitions: of ``model`` (planned here when left out).
+        busiest: look, in every layer, at the tensor-parallel rank with the most FA heads, for which the
+            others wait, and not at ``rank.tp_rank``.
     """
 
-    def __init__(self, model: ModelConfig, rank: Rank) -> None:
-        self.model, self.rank = model, rank
+    def __init__(self, model: ModelConfig, rank: Rank, busiest: bool = False) -> None:
+        self.model, self.rank, self.busiest = model, rank, busiest
         parallel = rank.run.parallel
         self.partitions = plan_model(model, parallel.tensor, parallel.fa_partition)
         self.teacher = model.dense() if rank.run.verb in ("align", "distill") else None
@@ -101,7 +102,11 @@ class StageBuilder:
         if teacher:
             assert self.teacher is not None
             return LocalHeads(self.teacher, self._teacher_partitions[layer], self.rank.tp_rank)
-        return LocalHeads(self.model, self.partitions[layer], self.rank.tp_rank)
+        partition, tp_rank = self.partitions[layer], self.rank.tp_rank
+        if self.busiest:
+            ranks = range(partition.tp_size)
+            tp_rank = max(ranks, key=lambda r: (len(partition.fa[r]), len(partition.gdn[r])))
+        return LocalHeads(self.model, partition, tp_rank)
 
     # -- pieces -------------------------------------------------------------------------------
 
@@ -329,8 +334,12 @@ class _Builder:
         self.base: Bytes = Counter()
         self.peak: Bytes = Counter()
         self.kept: Bytes = Counter()
-        self.work: list[Work] = []
-        self.sent: list[Sent] = []
+        self._pieces: Counter[int] = Counter()
+        self._by_id: dict[int, Piece] = {}
+
+    def _note(self, piece: Piece) -> None:
+        self._pieces[id(piece)] += 1
+        self._by_id[id(piece)] = piece
 
     def _reach(self, *parts: Bytes) -> None:
         total: Bytes = Counter(self.base)
@@ -355,8 +364,7 @@ class _Builder:
         """A piece's forward."""
         self._reach(piece.forward)
         self.base.update(piece.kept)
-        self.work += piece.work
-        self.sent += piece.sent
+        self._note(piece)
 
     def forward_is_over(self) -> None:
         """What is kept now waits for the backward."""
@@ -367,8 +375,7 @@ class _Builder:
         self._reach(piece.forward)
         self._reach(piece.backward)
         self.base.update(piece.kept)
-        self.work += piece.work
-        self.sent += piece.sent
+        self._note(piece)
 
     def add_backward(self, piece: Piece, pending: Bytes) -> None:
         """The backward of a piece whose forward was added."""
@@ -377,4 +384,9 @@ class _Builder:
 
     def finished(self) -> Stage:
         """The sums."""
-        return Stage(self.kept, self.peak, self.work, self.sent)
+        work, sent = [], []
+        for key, count in self._pieces.items():
+            piece = self._by_id[key]
+            work += [dataclasses.replace(w, repeats=count) for w in piece.work]
+            sent += [dataclasses.replace(s, repeats=count) for s in piece.sent]
+        return Stage(self.kept, self.peak, work, sent)

@@ -19,7 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from megatron_hydra.config.loading import from_dict
 from megatron_hydra.config.model import ModelConfig
@@ -38,19 +42,23 @@ from megatron_hydra.transfer.verbs import VERBS
 _ATEN = torch.ops.aten
 
 
-def _solve_flops(matrix: Any, right: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _solve_flops(matrix: Any, right: Any, *_: Any, **__: Any) -> int:
     """One triangular system: a multiplication and an addition for half of the square."""
     return math.prod(matrix) * right[-1]
 
 
+def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
 NOT_COUNTED_BY_TORCH = {
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        _ATEN._scaled_dot_product_flash_attention
-    ],
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _ATEN._scaled_dot_product_flash_attention_backward
-    ],
-    _ATEN.linalg_solve_triangular: shape_wrapper(_solve_flops),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    _ATEN.linalg_solve_triangular: _solve_flops,
 }
 """Torch's counter knows the attention of GPUs only and no triangular solve: the first get the formulas
 of their GPU counterparts, which count every pair of the square, whether or not it is masked."""

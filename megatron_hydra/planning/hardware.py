@@ -1,0 +1,107 @@
+"""GPUs by their data sheets, and the share of those figures that kernels are assumed to reach."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.training.flops import PEAK_TFLOPS
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A data sheet (SXM modules; dense figures, no sparsity).
+
+    Attributes:
+        name: as on the command line.
+        peak: bf16 matrix FLOP/s.
+        bandwidth: of its memory, bytes/s.
+        memory: bytes.
+        nvlink: bytes/s that it can send to the GPUs of its node (one direction).
+        network: bytes/s that it can send to other nodes (one adapter a GPU).
+    """
+
+    name: str
+    peak: float
+    bandwidth: float
+    memory: float
+    nvlink: float
+    network: float
+
+
+def _gpu(name: str, terabytes: float, gigabytes: float, nvlink: float, network: float) -> Gpu:
+    return Gpu(
+        name, PEAK_TFLOPS[name.upper()] * 1e12, terabytes * 1e12, gigabytes * 1e9, nvlink * 1e9,
+        network * 1e9,
+    )  # fmt: skip
+
+
+GPUS = {
+    "a100": _gpu("a100", 2.039, 80, 300, 25),
+    "h100": _gpu("h100", 3.35, 80, 450, 50),
+    "h200": _gpu("h200", 4.8, 141, 450, 50),
+    "b200": _gpu("b200", 8.0, 180, 900, 50),
+}
+"""Of NVIDIA's data sheets: A100 80GB, H100, H200, HGX B200; networks as in NVIDIA's DGX systems of the
+same generation (200 Gbit/s a GPU for A100, 400 for the others)."""
+
+GPUS_PER_NODE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Efficiency:
+    """Shares of the data sheet that are reached. **Assumptions**, none of them measured here.
+
+    Attributes:
+        matmul, attention, attention_backward, delta_rule: of the matrix peak.
+        bandwidth: of the memory bandwidth.
+        nvlink, network: of the links.
+        usable: of the memory; the rest is CUDA's context, NCCL's buffers, fragmentation.
+        overlap: share of data-parallel traffic that computation hides.
+        latency: seconds that a collective takes however small it is.
+    """
+
+    matmul: float = 0.65
+    attention: float = 0.60
+    attention_backward: float = 0.45
+    delta_rule: float = 0.15
+    bandwidth: float = 0.75
+    nvlink: float = 0.70
+    network: float = 0.70
+    usable: float = 0.90
+    overlap: float = 0.0
+    latency: float = 20e-6
+
+    def changed(self, settings: list[str]) -> Efficiency:
+        """With some factors set, from ``name=value`` words.
+
+        Raises:
+            HydraError: an unknown name, or a value that is no share.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        values = {}
+        for word in settings:
+            name, _, text = word.partition("=")
+            if name not in known:
+                raise HydraError(f"--efficiency {word}: known are {', '.join(known)}")
+            try:
+                values[name] = float(text)
+            except ValueError:
+                raise HydraError(f"--efficiency {word}: {text!r} is not a number") from None
+            lowest_is_zero = name in ("overlap", "latency")
+            if not (0 <= values[name] <= 1) or (values[name] == 0 and not lowest_is_zero):
+                raise HydraError(f"--efficiency {word}: give a share above 0 and up to 1")
+        return dataclasses.replace(self, **values)
+
+
+def find_gpu(name: str) -> Gpu:
+    """A GPU by its name.
+
+    Raises:
+        HydraError: it is not in the table.
+    """
+    if name not in GPUS:
+        raise HydraError(f"--gpu {name}: known are {', '.join(GPUS)}")
+    return GPUS[name]
