@@ -484,8 +484,9 @@ def test_generation_with_and_without_cache(heads, hydra):
         assert single[0, sequence.shape[1] :].tolist() == batch[row, 40:].tolist()
 
 
-def test_beam_search_reorders_the_cache():
-    model, ids = make_model(), tokens(2, 12)
+@pytest.mark.parametrize("kind", ["head", "token"])
+def test_beam_search_reorders_the_cache(kind):
+    model, ids = make_model(*KINDS[kind]), tokens(2, 12)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     options = {"max_new_tokens": 6, "num_beams": 4, "num_return_sequences": 2, "pad_token_id": 0}
@@ -512,10 +513,11 @@ def test_cache_holds_the_kv_groups_of_full_attention_heads_only():
     assert long.kv_bytes() == 2 * 51 * per_token
 
 
-def test_cache_refuses_what_it_cannot_do():
+@pytest.mark.parametrize("kind", ["head", "token"])
+def test_cache_refuses_what_it_cannot_do(kind):
     from transformers import DynamicCache
 
-    model, ids = make_model(), tokens(1, 6)
+    model, ids = make_model(*KINDS[kind]), tokens(1, 6)
     with pytest.raises(ValueError, match="HydraHeadCache"):
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="cache_implementation='static'"):
@@ -560,8 +562,9 @@ def test_loss_logits_to_keep_and_hidden_states():
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
-def test_gradient_checkpointing_gives_the_same_gradients():
-    model, ids = make_model(), tokens(2, 30)
+@pytest.mark.parametrize("kind", ["head", "token"])
+def test_gradient_checkpointing_gives_the_same_gradients(kind):
+    model, ids = make_model(*KINDS[kind]), tokens(2, 30)
     model.train()
     model(ids, labels=ids).loss.backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -650,6 +653,9 @@ def test_fresh_model_starts_with_neutral_gates():
     steps = torch.nn.functional.softplus(attention.gdn_dt_bias)
     assert (steps > 9e-4).all() and (steps < 0.11).all()
     assert attention.o_proj.weight.std() < 0.03
+    config = HydraHeadConfig(**SHAPE, hydra={"mixer": "parallel"})
+    attention = modeling.HydraHeadForCausalLM(config).model.layers[0].self_attn
+    assert attention.fa_gamma.eq(1).all() and attention.gdn_gamma.eq(1).all()
 
 
 @pytest.mark.parametrize(
@@ -658,6 +664,11 @@ def test_fresh_model_starts_with_neutral_gates():
         ({"hydra": {"fusoin": "scale"}}, "hydra.fusoin is unknown"),
         ({"hydra": {"fusion": "sum"}}, "hydra.fusion is 'sum'"),
         ({"hydra": {"log_scale_a": 1.0}}, "hydra.log_scale_a"),
+        ({"hydra": {"mixer": "token", "window": 0}}, "hydra.window is 0"),
+        (
+            {"hydra": {"mixer": "token"}, "full_attention_heads": MIXED},
+            "hydra.mixer=token .*leaves some out",
+        ),
         ({"full_attention_heads": [[0]]}, "has 1 layers"),
         ({"full_attention_heads": [[1, 0], [], []]}, "layer 0"),
         ({"full_attention_heads": [[], [], [6]]}, "layer 2"),
