@@ -217,7 +217,8 @@ def niah(made: Made) -> dict[str, Any]:
     keys = re.split(r", and |, ", asked[1])
     others = [fact for fact in facts if fact[1] not in keys]
     wanted = {value for _, key, value in facts if key in keys}
-    many_lines = all(line.startswith("One of the special") for line in context.split("\n"))
+    lines = context.split("\n")
+    many_lines = len(lines) > 1 and all(line.startswith("One of the special") for line in lines)
     return {
         "needles asked for": len(facts) - len(others),
         "other needles": "all lines" if many_lines else len(others),

@@ -21,6 +21,7 @@ every finished (task, length) is kept in OUTPUT/cells.
 
 EPILOG = """\
 tasks: {tasks};
+  qa:FILE, questions over documents (SQuAD, HotpotQA, or .jsonl with question, answer, documents);
   a .jsonl file with {{"prompt": …, "answer": …}} a line, as text or token ids;
   or module:function, which returns a task (see megatron_hydra.evaluation.RetrievalTask).
 
@@ -56,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="HF_DIR", help="a local Hugging Face model folder")
+    add("--model", required=True, metavar="HF", help="Hugging Face model folder, or a Hub name")
+    add("--revision", default="", help="of a Hub name: branch, tag or commit")
     add("--tasks", required=True, help="comma-separated, see below")
     add("--lengths", required=True, help="context lengths in tokens, for example 512,4K,128K")
     add("--output", required=True, metavar="DIR", help="folder for the results")
@@ -105,8 +107,17 @@ def main(argv: list[str] | None = None) -> int:
         progress=not args.quiet,
     )
     trust = args.trust_remote_code
-    tokenizer = load_tokenizer(args.tokenizer or args.model, trust_remote_code=trust)
-    model = load_model(args.model, trust_remote_code=trust, dtype=args.dtype, device=args.device)
+    if args.tokenizer:
+        tokenizer = load_tokenizer(args.tokenizer, trust_remote_code=trust)
+    else:
+        tokenizer = load_tokenizer(args.model, trust_remote_code=trust, revision=args.revision)
+    model = load_model(
+        args.model,
+        revision=args.revision,
+        trust_remote_code=trust,
+        dtype=args.dtype,
+        device=args.device,
+    )
     with StopRequest():
         results = evaluate(
             model,

@@ -1,7 +1,7 @@
 """Retrieval at given lengths and depths, scored on any Hugging Face causal model (design §1).
 
-The parts: :mod:`tasks` says what a task is and finds it by name; :mod:`needles` and :mod:`ruler`
-are the tasks; :mod:`scoring` runs a model on samples; :mod:`runner` goes over tasks and lengths,
+The parts: :mod:`tasks` says what a task is and finds it by name; :mod:`needles`, :mod:`ruler`
+and :mod:`qa` are the tasks; :mod:`scoring` runs a model on samples; :mod:`runner` goes over tasks and lengths,
 resumably; :mod:`cache_bytes` measures a model's cache; :mod:`plots` draws.
 """
 

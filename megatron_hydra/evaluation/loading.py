@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_hydra.errors import HydraError
+from megatron_hydra.hf_identity import resolve_hf_folder
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -16,6 +17,7 @@ DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16":
 def load_model(
     folder: str | Path,
     *,
+    revision: str = "",
     trust_remote_code: bool = False,
     dtype: str = "auto",
     device: str = "auto",
@@ -23,7 +25,8 @@ def load_model(
     """A causal model in eval mode.
 
     Args:
-        folder: a local Hugging Face model folder.
+        folder: a local Hugging Face model folder, or a Hub name (downloaded if need be).
+        revision: of a Hub name: branch, tag or commit.
         trust_remote_code: run the modelling code that the folder carries.
         dtype: ``auto`` (as stored), ``fp32``, ``bf16`` or ``fp16``.
         device: ``auto`` (the GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, …
@@ -33,7 +36,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    path = checked_folder(folder, trust_remote_code)
+    path = checked_folder(folder, trust_remote_code, revision)
     if dtype not in DTYPES:
         raise HydraError(f"--dtype {dtype} is unknown: use one of {', '.join(DTYPES)}")
     if device == "auto":
@@ -51,7 +54,9 @@ def load_model(
     return model.to(device).eval()
 
 
-def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    folder: str | Path, *, trust_remote_code: bool = False, revision: str = ""
+) -> Any:
     """The tokenizer of a model folder, or ``None`` where the folder has none.
 
     Raises:
@@ -59,7 +64,7 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
     """
     from transformers import AutoTokenizer
 
-    path = checked_folder(folder, trust_remote_code)
+    path = checked_folder(folder, trust_remote_code, revision)
     if not any((path / n).exists() for n in ("tokenizer.json", "tokenizer_config.json")):
         return None
     try:
@@ -70,9 +75,12 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
         raise HydraError(f"the tokenizer in {path} cannot be loaded: {error}") from error
 
 
-def checked_folder(folder: str | Path, trust_remote_code: bool) -> Path:
-    """The folder, if it is a model whose code may be run."""
-    path = Path(folder)
+def checked_folder(folder: str | Path, trust_remote_code: bool, revision: str = "") -> Path:
+    """The folder (of a Hub name: its snapshot), if it is a model whose code may be run."""
+    try:
+        path = resolve_hf_folder(folder, revision)
+    except HydraError as error:
+        raise HydraError(f"model {folder} is not a Hugging Face model folder: {error}") from None
     if not (path / "config.json").is_file():
         raise HydraError(
             f"model {path} is not a Hugging Face model folder (it has no config.json); "

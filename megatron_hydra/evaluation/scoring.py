@@ -215,7 +215,7 @@ class _Settled:
             if not enough and isinstance(item.sample.answers[0], int):
                 enough = len(row) >= len(item.sample.answers)
             elif not enough:
-                enough = _text_score(item.sample, self.tokenizer.decode(row)) == 1.0
+                enough = text_score(item.sample, self.tokenizer.decode(row)) == 1.0
             done.append(enough)
         return torch.tensor(done, device=ids.device)
 
@@ -231,11 +231,11 @@ def _outcome(item: _Prompt, tokenizer: Any, row: list[int]) -> Outcome:
     else:
         said = tokenizer.decode(row, skip_special_tokens=True)
         wanted = "; ".join(map(str, sample.answers))
-        score = _text_score(sample, said)
+        score = text_score(sample, said)
     return Outcome((score,), (sample.depth,), said, wanted)
 
 
-def _text_score(sample: GenerationSample, said: str) -> float:
+def text_score(sample: GenerationSample, said: str) -> float:
     """RULER's string match: the share of answers that occur, in any case; or whether one does."""
     found = [str(answer).lower() in said.lower() for answer in sample.answers]
     return float(any(found)) if sample.match == "any" else sum(found) / len(found)

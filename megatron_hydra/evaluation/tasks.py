@@ -120,8 +120,9 @@ def load_task(spec: str) -> RetrievalTask:
     """Find a task.
 
     Args:
-        spec: a registered name; or ``module:function``, whose call without arguments gives a task;
-            or the path of a ``.jsonl`` file (see :class:`JsonlTask`).
+        spec: a registered name; or ``qa:FILE`` (see :mod:`megatron_hydra.evaluation.qa`); or
+            ``module:function``, whose call without arguments gives a task; or the path of a
+            ``.jsonl`` file (see :class:`JsonlTask`).
 
     Raises:
         HydraError: there is no such task.
@@ -129,12 +130,16 @@ def load_task(spec: str) -> RetrievalTask:
     _import_built_in()
     if spec in _REGISTRY:
         return _REGISTRY[spec]()
+    if spec.startswith("qa:"):
+        from megatron_hydra.evaluation.qa import QuestionAnswering
+
+        return QuestionAnswering(spec.removeprefix("qa:"))
     if spec.endswith(".jsonl"):
         return JsonlTask(spec)
     module_name, colon, function = spec.partition(":")
     if not colon:
         raise HydraError(
-            f"task {spec!r} is unknown: use one of {', '.join(sorted(_REGISTRY))}, "
+            f"task {spec!r} is unknown: use one of {', '.join(sorted(_REGISTRY))}, 'qa:FILE', "
             "'module:function' or a .jsonl file"
         )
     try:

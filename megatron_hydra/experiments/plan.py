@@ -198,7 +198,7 @@ class _CellPlanner:
         hashed, place = self._file(student.calibration_file)
         params, inputs, places = self._teacher_model()
         params |= {
-            "hydra": self.spec.hydra,
+            "hydra": _changed_switches(self.spec.hydra),
             "student": dataclasses.asdict(student) | {"calibration_file": hashed},
             "seed": self.cell.seed,
         }
@@ -271,6 +271,13 @@ class _CellPlanner:
         return self._add(
             "evaluate", params | {"evaluation": body, "seed": self.cell.seed}, inputs, places
         )
+
+
+def _changed_switches(hydra: Mapping[str, Any]) -> dict[str, Any]:
+    """What differs from the defaults: a default written out is not another student."""
+    default = to_dict(HydraConfig())
+    chosen = to_dict(from_dict(HydraConfig, hydra, "hydra"))
+    return {key: value for key, value in chosen.items() if value != default[key]}
 
 
 def _yaml(value: Any) -> str:

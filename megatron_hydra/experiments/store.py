@@ -85,6 +85,7 @@ class StepStore:
             "package_version": megatron_hydra.__version__,
             "package_source": fingerprint.of_package(),
         }
+        self.folder(step).mkdir(parents=True, exist_ok=True)
         (self.folder(step) / "failed.json").unlink(missing_ok=True)
         write_text_atomic(self.folder(step) / "record.json", json.dumps(body, indent=1) + "\n")
 

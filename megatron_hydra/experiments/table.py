@@ -11,7 +11,7 @@ def markdown(results: Results) -> str:
     """The whole page.
 
     A cell of the first table is mean ± sample standard deviation over seeds; a number in brackets
-    says that seeds are missing. The second table holds every value.
+    says that seeds are missing. The second table holds every value of these columns.
     """
     experiment = results.experiment
     columns = list(experiment.table.columns) or results.columns()
@@ -30,11 +30,10 @@ def markdown(results: Results) -> str:
         lines += _row([f"**{variant}**", *values, *_facts(cells)])
     lines += ["", *_differences(results, columns)]
     lines += ["## Every value", ""]
-    everything = results.columns()
-    lines += _row(["", "seed", *everything, "FA heads (layer.head)"])
-    lines += _row(["---", "---:", *["---:"] * len(everything), "---"])
+    lines += _row(["", "seed", *columns, "FA heads (layer.head)"])
+    lines += _row(["---", "---:", *["---:"] * len(columns), "---"])
     for cell in results.cells:
-        shown = [f"{cell.accuracy[c]:.3f}" if c in cell.accuracy else "" for c in everything]
+        shown = [f"{cell.accuracy[c]:.3f}" if c in cell.accuracy else "" for c in columns]
         lines += _row([cell.variant, str(cell.seed), *shown, _heads(cell)])
     lines += ["", *_footnotes(results)]
     return "\n".join(lines).rstrip() + "\n"
@@ -96,7 +95,8 @@ def _differences(results: Results, columns: list[str]) -> list[str]:
                 continue
             gaps = [ours.values[seed] - theirs.values[seed] for seed in sorted(both)]
             spread = statistics.stdev(gaps) if len(gaps) > 1 else 0.0
-            shown.append(f"{statistics.fmean(gaps):+.3f} ± {spread:.3f}")
+            mean = round(statistics.fmean(gaps), 3) + 0.0  # no "-0.000"
+            shown.append(f"{mean:+.3f} ± {spread:.3f}")
         lines += _row([variant, *shown])
     return [*lines, ""]
 

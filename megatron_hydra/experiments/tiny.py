@@ -45,14 +45,18 @@ class Copying:
 
     Attributes:
         answers: how many positions of a sequence are asked.
+        longest: at longer lengths there are no samples.
         name: key in the results.
     """
 
     answers: int = 16
+    longest: int = 256
     name: str = "copying"
 
     def samples(self, request: SampleRequest) -> list[ScoredSample]:
-        """``request.count`` sequences; the segment's length grows with the vocabulary only."""
+        """``request.count`` sequences."""
+        if request.length > self.longest:
+            return []
         tasks = TaskGenerator.of(request.tokenizer)
         rng = np.random.default_rng([request.seed, request.length, 1])
         drawn = []
@@ -70,13 +74,21 @@ class Text:
 
     The text is the one that teacher and students are trained on (there is no other in the package),
     so this says whether a student keeps what the teacher knows, not how well it generalises.
+
+    Attributes:
+        answers: how many positions of a sequence are asked.
+        longest: at longer lengths there are no samples.
+        name: key in the results.
     """
 
     answers: int = 32
+    longest: int = 256
     name: str = "text"
 
     def samples(self, request: SampleRequest) -> list[ScoredSample]:
         """``request.count`` pieces."""
+        if request.length > self.longest:
+            return []
         tasks = TaskGenerator.of(request.tokenizer)
         rng = np.random.default_rng([request.seed, request.length, 2])
         drawn = []

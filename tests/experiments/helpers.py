@@ -1,0 +1,54 @@
+"""Functions that prepare steps call in worker processes, and steps made of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.experiments import fingerprint
+from megatron_hydra.experiments.plan import Plan, Step
+
+
+def write(folder: Path, model: Path, seed: int, text: str = "x") -> None:
+    print("writing", text)
+    (folder / "made").write_text(f"{text} {seed}")
+
+
+def refuse(folder: Path, model: Path, seed: int) -> None:
+    raise HydraError("this cannot work: change something")
+
+
+def break_down(folder: Path, model: Path, seed: int) -> None:
+    raise ZeroDivisionError("by zero")
+
+
+def die(folder: Path, model: Path, seed: int) -> None:
+    os._exit(3)
+
+
+def count(folder: Path, model: Path, seed: int, calls: str) -> None:
+    with open(calls, "a") as file:
+        file.write(f"{os.getpid()} {seed}\n")
+    (folder / "made").write_text("counted")
+
+
+def wait_for(folder: Path, model: Path, seed: int, started: str, file: str) -> None:
+    Path(started).write_text(str(os.getpid()))
+    while not Path(file).exists():
+        time.sleep(0.05)
+    (folder / "made").write_text("waited")
+
+
+def step(name: str, function: str = "write", inputs: dict | None = None, **options: str) -> Step:
+    params = {"function": f"{__name__}:{function}", "options": options, "seed": 0, "name": name}
+    key = fingerprint.of_json(params)[:24]
+    return Step(key, "prepare", "prepare", name, params, inputs or {}, {"teacher_hf": "none"})
+
+
+def plan_of(*steps: Step) -> Plan:
+    return Plan(
+        {one.key: one for one in steps},
+        {one.title: one.key for one in steps},
+    )

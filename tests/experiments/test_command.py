@@ -1,0 +1,113 @@
+"""The command: errors, a dry run, SLURM's array; and (slow) the whole chain in miniature."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.experiments.command import Request, draw, run, show
+from megatron_hydra.experiments.plan import make_plan
+from megatron_hydra.experiments.spec import load_experiment
+from megatron_hydra.experiments.store import StepStore
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = "variants: {dense: {hf_model: teacher}, hydra: {}, gated: {hydra: {fusion: gated}}}"
+
+
+def test_dry_run_lists_steps_and_computes_nothing(write, tmp_path):
+    lines: list[str] = []
+    request = Request([write(ROWS)], tmp_path / "s", dry_run=True)
+    assert run(request, lines.append) == 0
+    assert lines[-1] == "27 steps for 6 cells; without sharing: 34"
+    assert sum(line.startswith("to do") for line in lines) == 27
+    assert any("teacher-" in line and "(and 3 more cells)" in line for line in lines)
+    assert not (tmp_path / "s" / "steps").exists()
+
+
+def test_unknown_rows_and_cells_are_refused(write, tmp_path):
+    path = write(ROWS)
+    with pytest.raises(HydraError, match="--only x: no such row; there are dense, gated, hydra"):
+        run(Request([path], tmp_path / "s", only=["x"]), print)
+    with pytest.raises(HydraError, match="there are 6 cells"):
+        run(Request([path], tmp_path / "s", cell=6), print)
+
+
+def test_nothing_to_draw_yet(write, tmp_path):
+    lines: list[str] = []
+    request = Request([write(ROWS)], tmp_path / "s")
+    assert show(request, lines.append) == 1
+    assert "6 of 6 cells are not there" in lines[-1]
+    with pytest.raises(HydraError, match="no cell is finished yet"):
+        draw(request, lines.append)
+
+
+def test_slurm_gets_an_array_of_the_cells_that_are_missing(write, tmp_path, capfd):
+    path = write(ROWS)
+    store, plan = StepStore(tmp_path / "s"), make_plan(load_experiment(path).cells)
+    store.finish(plan.steps[plan.cells["trial / dense / seed 1"]], 1.0)
+    options = ["--dry-run", "--gpus-per-node", "1", "--time", "1:00:00"]
+    lines: list[str] = []
+    assert run(Request([path], tmp_path / "s", slurm=options), lines.append) == 0
+    assert lines == ["5 of 6 cells are not finished"]
+    array = (tmp_path / "s" / "array.txt").read_text().splitlines()
+    assert array == [f"--cell {n}" for n in (0, 2, 3, 4, 5)]
+    out = capfd.readouterr().out
+    assert "--array=0-4" in out and "--time=1:00:00" in out
+    assert f"experiment.py run {path}" in out and "--workers 1" in out
+
+
+def test_slurm_refuses_paths_that_an_array_line_cannot_hold(write, tmp_path):
+    request = Request([write(ROWS)], tmp_path / "a folder", slurm=[])
+    with pytest.raises(HydraError, match="holds a blank"):
+        run(request, print)
+
+
+@pytest.mark.slow
+def test_the_chain_in_miniature(write, tmp_path):
+    """Two rows, a broken one; table, pictures; again without work; a fresh worker gives the same."""
+    broken = "broken: {stages: {align: {set: {data.sequence_length: 64}}}}"
+    path = write(
+        "variants: {dense: {hf_model: teacher}, hydra: {}, gated: {hydra: {fusion: gated}}, "
+        + broken
+        + "}\n"
+    )
+    output = tmp_path / "s"
+    command = [sys.executable, str(ROOT / "tools" / "experiment.py")]
+    arguments = [str(path), "--output", str(output)]
+    done = subprocess.run(
+        [*command, "run", *arguments, "--workers", "2"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "failed: trial / broken / seed 0: align: needles: 24 pairs" in done.stdout
+    assert "2 of 8 cells failed" in done.stdout
+    results = json.loads((output / "trial" / "results.json").read_text())
+    states = {(c["variant"], c["seed"]): c["state"] for c in results["cells"]}
+    assert [k for k, state in states.items() if state != "done"] == [("broken", 0), ("broken", 1)]
+    cells = {(c["variant"], c["seed"]): c for c in results["cells"]}
+    assert cells["dense", 0]["accuracy"]["facts@128"] > 0.9
+    assert cells["hydra", 0]["kv_bytes_per_token"] < cells["dense", 0]["kv_bytes_per_token"]
+    assert sum(map(len, cells["hydra", 1]["fa_heads"])) == 4
+
+    plotted = subprocess.run([*command, "plot", *arguments], capture_output=True, check=False)
+    assert plotted.returncode == 0 and (output / "trial" / "trial_facts.png").is_file()
+
+    # A worker that has computed other steps before gives what a fresh process gives, bit for bit.
+    fresh = tmp_path / "fresh"
+    for variant in ("gated", "hydra"):
+        alone = [*command, "run", str(path), "--output", str(fresh / variant), "--only", variant]
+        subprocess.run([*alone, "--workers", "1"], check=True, capture_output=True)
+        (key,) = [
+            k
+            for name, k in make_plan(load_experiment(path).cells).cells.items()
+            if name == f"trial / {variant} / seed 1"
+        ]
+        ours, theirs = (
+            json.loads((root / "steps" / f"evaluate-{key}" / "out" / "results.json").read_text())
+            for root in (output, fresh / variant)
+        )
+        assert ours["settings"]["weights"] == theirs["settings"]["weights"]

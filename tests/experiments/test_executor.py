@@ -1,0 +1,101 @@
+"""Scheduling with real worker processes; the steps are trivial functions."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_hydra.experiments.executor import run_plan
+from megatron_hydra.experiments.store import StepStore
+from tests.experiments.helpers import plan_of, step
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_inputs_come_first_and_nothing_is_done_twice(tmp_path):
+    calls = tmp_path / "calls"
+    a = step("a", "count", calls=str(calls))
+    b = step("b", inputs={"before": a.key})
+    store, lines = StepStore(tmp_path / "s"), []
+    assert run_plan(plan_of(a, b), store, 2, lines.append) == []
+    assert store.is_done(a) and (store.out(b) / "made").read_text() == "x 0"
+    assert lines[0] == "2 steps, 0 of them finished before"
+    assert [line.split(": ")[0] for line in lines[1:]] == ["[1/2] a", "[2/2] b"]
+    assert all("left" in line for line in lines[1:])
+    assert "writing x" in store.log(b).read_text()
+    assert run_plan(plan_of(a, b), store, 2, lines.append) == []
+    assert lines[-1] == "2 steps, 2 of them finished before"
+    assert len(calls.read_text().splitlines()) == 1
+
+
+def test_failures_are_named_and_others_go_on(tmp_path):
+    bad, worse, fatal = step("bad", "refuse"), step("worse", "break_down"), step("fatal", "die")
+    after = step("after", inputs={"before": bad.key})
+    later = step("later", inputs={"before": after.key})
+    good = step("good")
+    store, lines = StepStore(tmp_path / "s"), []
+    plan = plan_of(bad, worse, fatal, after, later, good)
+    failures = {f.step.title: f.message for f in run_plan(plan, store, 1, lines.append)}
+    assert set(failures) == {"bad", "worse", "fatal"}
+    assert "this cannot work" in failures["bad"]
+    assert failures["worse"] == "ZeroDivisionError: by zero"
+    assert "Traceback" in store.log(worse).read_text()
+    assert "exit status 3" in failures["fatal"]
+    assert store.is_done(good)
+    assert not store.folder(after).exists() and not store.folder(later).exists()
+    assert store.failure(bad) is not None
+
+
+_RUN = """
+import sys
+from pathlib import Path
+from megatron_hydra.experiments.executor import run_plan
+from megatron_hydra.experiments.store import StepStore
+from tests.experiments.helpers import plan_of, step
+
+def main():
+    folder = Path(sys.argv[1])
+    calls, go = str(folder / "calls"), str(folder / "go")
+    first = step("first", "count", calls=calls)
+    held = step("held", "wait_for", {"before": first.key}, started=str(folder / "pid"), file=go)
+    run_plan(plan_of(first, held), StepStore(folder / "s"), 1, lambda line: print(line, flush=True))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_run_goes_on(tmp_path, number):
+    (tmp_path / "run.py").write_text(_RUN)
+    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+    deadline = time.time() + 200
+    while not (tmp_path / "pid").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    worker = int((tmp_path / "pid").read_text())
+    if number == signal.SIGKILL:
+        process.kill()
+        os.kill(worker, signal.SIGKILL)  # the whole machine went down
+    else:
+        process.terminate()
+        time.sleep(1)
+        os.kill(worker, signal.SIGTERM)  # the step does not poll: a second signal ends it
+        time.sleep(3.5)
+        os.kill(worker, signal.SIGTERM)
+    assert process.wait(timeout=90) == (85 if number == signal.SIGTERM else -9)
+    (tmp_path / "pid").unlink()
+    (tmp_path / "go").touch()
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 steps, 1 of them finished before" in done.stdout
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1

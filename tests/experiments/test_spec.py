@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.experiments.spec import load_experiment
+
+
+def test_variants_and_axes_become_rows_times_seeds(write):
+    experiment = load_experiment(
+        write(
+            """
+variants:
+  dense: {hf_model: teacher}
+axes:
+  hydra.fusion: [scale, gated]
+  norm:
+    with: {}
+    without: {hydra: {fusion_norm: none}}
+"""
+        )
+    )
+    assert experiment.variants == (
+        "dense",
+        "fusion scale, with",
+        "fusion scale, without",
+        "fusion gated, with",
+        "fusion gated, without",
+    )
+    assert len(experiment.cells) == 5 * 2
+    last = experiment.cells[-1]
+    assert (last.variant, last.seed) == ("fusion gated, without", 1)
+    assert last.spec.hydra == {"fusion": "gated", "fusion_norm": "none"}
+    assert [name for name, _ in last.stages] == ["align", "distill"]
+
+
+def test_a_row_changes_single_keys_of_a_section(write):
+    path = write("variants: {long: {stages: {align: {set: {schedule.steps: 9}}}}}")
+    ((_, align), _) = load_experiment(path).cells[0].stages
+    assert align.set == {"schedule.steps": 9, "schedule.warmup_steps": 1}
+    assert len(align.configs) == 2
+
+
+def test_a_stage_can_be_left_out(write):
+    path = write("variants: {short: {stages: {align: {skip: true}}}}")
+    assert [name for name, _ in load_experiment(path).cells[0].stages] == ["distill"]
+
+
+def test_an_included_file_is_under_this_one(write, tmp_path):
+    write("table: {train_length: 128}", name="base")
+    path = tmp_path / "top.yaml"
+    path.write_text("include: base.yaml\ntitle: Top\nbase: {selection: {ratio: '3:1'}}\n")
+    path.write_text(path.read_text() + "variants: {one: {}}\n")
+    experiment = load_experiment(path)
+    assert (experiment.name, experiment.title, experiment.seeds) == ("top", "Top", (0, 1))
+    assert experiment.table.train_length == 128
+    assert experiment.cells[0].spec.selection.ratio == "3:1"
+    assert experiment.cells[0].spec.selection.num_prompts == 6
+
+
+@pytest.mark.parametrize(
+    "rest, words",
+    [
+        ("rows: {}", ["trial.yaml", "unknown key 'rows'"]),
+        ("variants: {a: {hydra: {fusoin: scale}}}", ["row 'a'", "fusoin", "fusion"]),
+        ("variants: {a: {hydra: {fusion: sum}}}", ["row 'a'", "fusion", "'scale'"]),
+        ("variants: {a: {selection: {stratgy: x}}}", ["row 'a'", "selection.stratgy", "strategy"]),
+        ("variants: {a: {stages: {align: {step: 3}}}}", ["row 'a', stages.align", "'step'"]),
+        ("variants: {a: {stages: {more: {}}}}", ["stages.more", "configs names no file"]),
+        ("variants: {a: {evaluation: {lengths: []}}}", ["row 'a'", "tasks and lengths"]),
+        ("variants: {a: {teacher: {model: ''}}}", ["row 'a'", "either model or train"]),
+        ("variants: {a: {hf_model: x, hydra: {fusion: gated}}}", ["row 'a'", "do not apply"]),
+        ("variants: {a: [1]}", ["variants.a", "a mapping"]),
+        ("variants: {a: {}}\ntable: {baseline: b}", ["table.baseline 'b'"]),
+        ("axes: {hydra.fusion: scale}", ["axes.hydra.fusion", "a list of values"]),
+        ("title: again\nvariants: {a: {}}", ["given twice"]),
+        ("{}", ["not valid YAML"]),
+        ("", ["no rows"]),
+    ],
+)
+def test_what_is_wrong_is_named(write, rest, words):
+    with pytest.raises(HydraError) as caught:
+        load_experiment(write(rest))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_seed_counts_once(write):
+    from tests.experiments.conftest import BODY
+
+    path = write("variants: {a: {}}", body=BODY.replace("[0, 1]", "[0, 0]"))
+    with pytest.raises(HydraError, match="each one once"):
+        load_experiment(path)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(HydraError, match=r"gone\.yaml cannot be read"):
+        load_experiment(tmp_path / "gone.yaml")
