@@ -96,14 +96,15 @@ def _backward_kernel(
     # Summed over the rows once, at the end: a sum over rows goes through shared memory.
     sum1 = tl.zeros([ROWS, BLOCK], tl.float32)
     sum2 = tl.zeros([ROWS, BLOCK], tl.float32)
-    w1, w2 = 0.0, 0.0
+    w1, w2 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     if HAS_NORM:
         w1 = tl.load(weight + c, inside, 0.0).to(tl.float32)
         w2 = tl.load(weight + HALF + c, inside, 0.0).to(tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
         t = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         mask = (t < tokens)[:, None] & inside[None, :]
-        cos, sin, s = 0.0, 0.0, 0.0  # here: what a loop carries may not change its shape
+        # Here and not before the loop: what a loop carries may not change its shape.
+        cos, sin, s = 0.0, 0.0, tl.zeros([ROWS], tl.float32)
         if HAS_ROTARY:
             cos = tl.load(cos_table + (t * table_t)[:, None] + c[None, :], mask, 0.0)
             sin = tl.load(sin_table + (t * table_t)[:, None] + c[None, :], mask, 0.0)
