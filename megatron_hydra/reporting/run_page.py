@@ -157,7 +157,7 @@ def _charts(entries: list[dict[str, Any]], events: list[dict[str, Any]]) -> list
     losses = {key: series(key) for key in ("loss", "kl", "ce") if any(key in e for e in entries)}
     if "kl" not in losses:
         losses.pop("ce", None)  # it is the loss
-    phases = {
+    phases: dict[str, Points] = {
         name: [(e["step"], _number(e["seconds"].get(name))) for e in entries if "seconds" in e]
         for name in PHASES
     }

@@ -80,7 +80,7 @@ def test_evaluation_stops_and_goes_on(tmp_path: Path, table) -> None:
     folder = ROOT / "megatron_hydra" / "quickstart" / "shipped_teacher"
     command = [
         sys.executable, str(ROOT / "tools" / "evaluate.py"), "--model", str(folder), "--tasks",
-        "niah_single_1", "--lengths", "256,512,768", "--samples", "2", "--depths", "3",
+        "niah_single_1", "--lengths", "600,700,800", "--samples", "2", "--depths", "3",
         "--output", str(tmp_path / "out"), "--quiet",
     ]  # fmt: skip
     cells = tmp_path / "out/cells"
