@@ -42,7 +42,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from .configuration_hydrahead import HydraHeadConfig
-from .window_hydrahead import extend, window_attention
+from .window_hydrahead import beyond_window, extend, within_window
 
 CHUNK = 64
 """Tokens whose states are updated together by the torch delta rule."""
@@ -672,7 +672,13 @@ class HydraHeadAttention(nn.Module):
                 k, v = cache.append(k, v)
             out = full_attention(q, k, v, self.fa_groups, context.visibility).transpose(1, 2)
         else:
-            out = self._within_window(q, k, v, context, cache)
+            kept = None if cache is None else cache.window
+            groups = _index(tuple(self.fa_groups), x.device)
+            out, kept = within_window(
+                q, k, v, groups, self.window, context.first, context.valid, kept
+            )
+            if cache is not None:
+                cache.window = kept
         if self.switches["fa_gate"]:
             out = out * (2.0 * torch.sigmoid(self._heads(self.fa_gate_proj(x))))
         return out
@@ -692,7 +698,12 @@ class HydraHeadAttention(nn.Module):
         step = F.softplus(self.gdn_a_proj(x).float() + self.gdn_dt_bias.float())
         log_alpha = -self.gdn_A_log.float().exp() * step
         if self.window is not None:
-            k, v, log_alpha, beta = self._beyond_window(k, v, log_alpha, beta, context, cache)
+            waiting = (None, None) if cache is None else (cache.leaving, cache.leaving_gates)
+            (k, v, log_alpha, beta), waiting = beyond_window(
+                k, v, log_alpha, beta, self.window, context.valid, waiting
+            )
+            if cache is not None:
+                cache.leaving, cache.leaving_gates = waiting
         if self.gdn_groups != list(range(len(self.gdn_heads))):
             index = _index(tuple(self.gdn_groups), x.device)
             k, v = k.index_select(2, index), v.index_select(2, index)
@@ -706,51 +717,6 @@ class HydraHeadAttention(nn.Module):
         if self.switches["gdn_gate"]:
             out = out * (2.0 * torch.sigmoid(self._heads(self.gdn_gate_proj(x))))
         return out
-
-    def _within_window(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        context: TokenContext,
-        cache: HydraHeadLayerCache | None,
-    ) -> torch.Tensor:
-        """Softmax over the last tokens; q, k, v and the result ``[B, T, n or g, d]``."""
-        assert self.window is not None
-        tail = None if cache is None else cache.window
-        kv, tail = extend(
-            torch.cat((k, v), dim=-1).flatten(2), tail, self.window - 1, context.valid
-        )
-        if cache is not None:
-            cache.window = tail
-        index = _index(tuple(self.fa_groups), q.device)
-        kv = kv.unflatten(2, (-1, 2 * self.head_dim)).transpose(1, 2).index_select(1, index)
-        k, v = kv.split(self.head_dim, dim=-1)
-        out = window_attention(q.transpose(1, 2), k, v, self.window, context.first)
-        return out.transpose(1, 2)
-
-    def _beyond_window(
-        self,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        log_alpha: torch.Tensor,
-        beta: torch.Tensor,
-        context: TokenContext,
-        cache: HydraHeadLayerCache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What every token writes into the state ``window`` tokens later, moved to that token.
-
-        Before the first one leaves the window nothing is written (β = 0) or decays (log α = 0).
-        """
-        assert self.window is not None
-        length, window, valid = k.shape[1], self.window, context.valid
-        old = (None, None) if cache is None else (cache.leaving, cache.leaving_gates)
-        kv, leaving = extend(torch.cat((k, v), dim=-1).flatten(2), old[0], window, valid)
-        gates, leaving_gates = extend(torch.cat((log_alpha, beta), -1), old[1], window, valid)
-        if cache is not None:
-            cache.leaving, cache.leaving_gates = leaving, leaving_gates
-        kv = kv[:, :length].unflatten(2, (-1, 2 * self.head_dim))
-        return (*kv.split(self.head_dim, dim=-1), *gates[:, :length].chunk(2, dim=-1))
 
     def _convolve(
         self,

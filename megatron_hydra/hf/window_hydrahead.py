@@ -67,3 +67,65 @@ def window_attention(
         )
         outputs.append(out)
     return torch.cat(outputs, dim=2)
+
+
+def within_window(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: torch.Tensor,
+    window: int,
+    first: torch.Tensor,
+    valid: torch.Tensor | None,
+    kept: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over the last tokens, those of earlier calls included.
+
+    Args:
+        q: ``[B, T, n, d]``; k, v: ``[B, T, g, d]``.
+        groups: ``[n]``, for each head the one of g that it reads.
+        window, first: see :func:`window_attention`.
+        valid: see :func:`extend`.
+        kept: ``[B, window − 1, 2·g·d]`` of earlier calls; absent: none.
+
+    Returns:
+        ``[B, T, n, d]``, and ``kept`` for the next call.
+    """
+    kv, kept = extend(torch.cat((k, v), dim=-1).flatten(2), kept, window - 1, valid)
+    kv = kv.unflatten(2, (-1, 2 * k.shape[-1])).transpose(1, 2).index_select(1, groups)
+    k, v = kv.split(k.shape[-1], dim=-1)
+    return window_attention(q.transpose(1, 2), k, v, window, first).transpose(1, 2), kept
+
+
+Writes = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Waiting = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+def beyond_window(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_alpha: torch.Tensor,
+    beta: torch.Tensor,
+    window: int,
+    valid: torch.Tensor | None,
+    waiting: Waiting,
+) -> tuple[Writes, Waiting]:
+    """What every token writes into the state, moved to the token at which it leaves the window.
+
+    Before the first one leaves nothing is written (β = 0) or decays (log α = 0).
+
+    Args:
+        k, v: ``[B, T, m, d]``; log_alpha, beta: ``[B, T, n]`` fp32.
+        window: tokens to wait.
+        valid: see :func:`extend`.
+        waiting: ``[B, window, 2·m·d]`` and ``[B, window, 2·n]`` of earlier calls; absent: none.
+
+    Returns:
+        The four for each of the T tokens, and ``waiting`` for the next call.
+    """
+    length, d = k.shape[1], k.shape[-1]
+    kv, leaving = extend(torch.cat((k, v), dim=-1).flatten(2), waiting[0], window, valid)
+    gates, leaving_gates = extend(torch.cat((log_alpha, beta), -1), waiting[1], window, valid)
+    k, v = kv[:, :length].unflatten(2, (-1, 2 * d)).split(d, dim=-1)
+    log_alpha, beta = gates[:, :length].chunk(2, dim=-1)
+    return (k, v, log_alpha, beta), (leaving, leaving_gates)

@@ -14,6 +14,7 @@ from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.parallel.context_parallel import sharded_attention
 from megatron_hydra.parallel.gradients import mark_partial
 from megatron_hydra.parallel.packed_sequence import PackedSequence
+from megatron_hydra.parallel.token_window import windowed_attention
 
 
 class FullAttention(torch.nn.Module):
@@ -82,9 +83,10 @@ class FullAttention(torch.nn.Module):
         q = prepare(q, self.q_norm, self.eps, tables, scale, False)
         k = prepare(k, self.k_norm, self.eps, tables, None, False)
         k, v = self._grouped(k), self._grouped(v)
-        return sharded_attention(
-            q, k, v, packed, sequence_group, self.kernels.attention, self.switches.fa_window
-        )
+        attention, window = self.kernels.attention, self.switches.fa_window
+        if window is not None:
+            return windowed_attention(q, k, v, packed, sequence_group, attention, window)
+        return sharded_attention(q, k, v, packed, sequence_group, attention)
 
     def _grouped(self, x: torch.Tensor) -> torch.Tensor:
         """KV heads such that query head i reads KV head i·g/n: as they are, or one per query head."""

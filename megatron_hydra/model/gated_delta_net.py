@@ -12,9 +12,10 @@ from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.model.rotary import Rotary
 from megatron_hydra.ops.backends import Kernels
 from megatron_hydra.ops.device_cache import int_tensor
-from megatron_hydra.parallel.context_parallel import convolution_halo, delayed, state_exchange
+from megatron_hydra.parallel.context_parallel import convolution_halo, state_exchange
 from megatron_hydra.parallel.gradients import mark_partial
 from megatron_hydra.parallel.packed_sequence import PackedSequence
+from megatron_hydra.parallel.token_window import delayed
 
 
 class GatedDeltaNet(torch.nn.Module):

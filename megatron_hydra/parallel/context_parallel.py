@@ -1,9 +1,9 @@
 """Context parallelism over contiguous shards: what each branch of a layer exchanges (design §6).
 
 GDN passes states: one ``[H, d, d + dv]`` map per shard, whatever the sequence length. The short
-convolution passes a halo of W−1 tokens, and so does attention within a window. FA gathers keys and
-values and trades half of its queries with the mirror rank (r ↔ N−1−r), which makes causal work equal
-on all ranks without any zigzag layout outside the branch.
+convolution passes a halo of W−1 tokens. FA gathers keys and values and trades half of its queries
+with the mirror rank (r ↔ N−1−r), which makes causal work equal on all ranks without any zigzag
+layout outside the branch. What a window of tokens needs is in :mod:`.token_window`.
 
 All functions take the process group to work over, are differentiable, run the same collectives on
 every rank whatever the documents look like, and reduce to local work for a group of one.
@@ -68,6 +68,12 @@ class _FromPrevious(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return _send_receive(grads[0], ctx.group, ctx.before, ctx.after), None
+
+
+def from_previous(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The previous rank's ``x``, zeros on the first rank; backward sends the gradient to its owner."""
+    received: torch.Tensor = _FromPrevious.apply(x, group)
+    return received
 
 
 def _neighbours(group: dist.ProcessGroup) -> tuple[int | None, int | None]:
@@ -139,46 +145,7 @@ def convolution_halo(
     """
     if group.size() == 1 or width == 1:
         return None
-    return _FromPrevious.apply(x_local[x_local.shape[0] - (width - 1) :], group)
-
-
-# -- a window of tokens ---------------------------------------------------------------------------
-
-
-def preceding_tokens(x_local: torch.Tensor, count: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """The ``count`` tokens before this shard, ``[count, …]``; zeros before the stream's first.
-
-    From the previous rank where its shard is long enough, else from a gather of all shards.
-    """
-    length = x_local.shape[0]
-    if group.size() == 1 or count == 0:
-        return x_local.new_zeros(count, *x_local.shape[1:])
-    if count <= length:
-        received: torch.Tensor = _FromPrevious.apply(x_local[length - count :], group)
-        return received
-    start = group.rank() * length
-    found = gather_sequence(x_local, group)[max(0, start - count) : start]
-    return torch.cat((x_local.new_zeros(count - found.shape[0], *x_local.shape[1:]), found))
-
-
-def delayed(
-    x_local: torch.Tensor, steps: int, packed: PackedSequence, group: dist.ProcessGroup
-) -> torch.Tensor:
-    """For every token of this shard what stood ``steps`` tokens earlier in its document.
-
-    Args:
-        x_local: ``[T_local, …]``.
-        steps: at least 1.
-        packed: documents and shard.
-        group: the context-parallel ranks.
-
-    Returns:
-        ``[T_local, …]``; exactly zero where the document began later than that.
-    """
-    before = preceding_tokens(x_local, steps, group)
-    shifted = torch.cat((before, x_local))[: x_local.shape[0]]
-    inside = packed.positions_local >= steps
-    return torch.where(inside.view(-1, *(1,) * (x_local.dim() - 1)), shifted, 0)
+    return from_previous(x_local[x_local.shape[0] - (width - 1) :], group)
 
 
 # -- Gated DeltaNet states ------------------------------------------------------------------------
@@ -288,7 +255,6 @@ def sharded_attention(
     packed: PackedSequence,
     group: dist.ProcessGroup,
     attention: Attention,
-    window: int | None = None,
 ) -> torch.Tensor:
     """Causal attention of contiguous sequence shards, documents kept apart.
 
@@ -299,15 +265,12 @@ def sharded_attention(
         group: the N ranks that share the sequence, in the order of their shards: the
             context-parallel group, or tensor × context where FA is partitioned by sequence.
         attention: the kernel, as :func:`megatron_hydra.ops.varlen_attention.varlen_attention`.
-        window: keys that a query sees, its own included; ``None``: all before it.
 
     Returns:
         ``[T_global / N, n, d]``.
     """
     size, rank, length = group.size(), group.rank(), q_local.shape[0]
 
-    if window is not None:
-        return _within_window(q_local, k_local, v_local, packed, group, attention, window)
     if size == 1:
         return _attend(q_local, k_local, v_local, packed, 0, length, attention)
     d = k_local.shape[-1]
@@ -338,30 +301,3 @@ def _attend(
     if (block.k_start, block.k_end) != (0, k.shape[0]):
         k, v = k[block.k_start : block.k_end], v[block.k_start : block.k_end]
     return attention(q, k, v, block.cu_q, block.cu_k)
-
-
-def _within_window(
-    q_local: torch.Tensor,
-    k_local: torch.Tensor,
-    v_local: torch.Tensor,
-    packed: PackedSequence,
-    group: dist.ProcessGroup,
-    attention: Attention,
-    window: int,
-) -> torch.Tensor:
-    """Attention to the last ``window`` keys: they lie in this shard and in a halo before it.
-
-    Every query has the same work, so nothing is traded with the mirror rank.
-    """
-    length, halo = q_local.shape[0], window - 1
-    start = group.rank() * length
-    block = packed.cached(
-        ("block", start, window),
-        lambda: packed.attention_block(start, start + length, window),
-    )
-    k, v = k_local, v_local
-    if group.size() > 1:
-        d, kv_local = k_local.shape[-1], torch.cat((k_local, v_local), dim=-1)
-        kv = torch.cat((preceding_tokens(kv_local, halo, group), kv_local))
-        k, v = kv[block.k_start - start + halo :].split((d, d), dim=-1)
-    return attention(q_local, k, v, block.cu_q, block.cu_k, window=window)
