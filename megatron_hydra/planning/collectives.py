@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from megatron_hydra.planning import operators as op
 from megatron_hydra.planning.rank import Program
-from megatron_hydra.planning.tape import Tensor
+from megatron_hydra.planning.tape import Storage, Tensor
+
+
+def summed_copy(program: Program, nbytes: int) -> Storage | None:
+    """Gloo sums a copy of the whole input before it scatters; NCCL needs none."""
+    return None if program.rank.gpu else Storage(program.tape, nbytes)
 
 
 def column_linear(program: Program, x: Tensor, weight: Tensor) -> Tensor:
@@ -29,6 +34,7 @@ def column_linear(program: Program, x: Tensor, weight: Tensor) -> Tensor:
         tape.compute("matmul", flops, moved)
         if sequence:
             scattered = tape.empty(x_shape, size)
+            in_flight = summed_copy(program, whole)
             tape.send("sequence", "tensor", whole * (tp - 1) / tp)
         elif tp > 1:
             tape.send("tensor", "tensor", 2.0 * whole * (tp - 1) / tp)
@@ -36,6 +42,8 @@ def column_linear(program: Program, x: Tensor, weight: Tensor) -> Tensor:
         tape.compute("matmul", flops, moved)
         result = scattered if sequence else d_input
         saved.clear()
+        if sequence:
+            del in_flight
         return [result if wants[0] else None, d_weight if wants[1] else None]
 
     tape.record([x, weight], [out], backward)
@@ -54,6 +62,7 @@ def row_linear(program: Program, x: Tensor, weight: Tensor) -> Tensor:
         tape.send("tensor", "tensor", 2.0 * whole * (tp - 1) / tp)
         return partial
     out = tape.empty((rank.rows, out_rows), size)
+    summed_copy(program, whole)
     tape.send("sequence", "tensor", whole * (tp - 1) / tp)
     shape = partial.shape
 
@@ -79,6 +88,7 @@ def gather_sequence(
 
     def backward(grads: list[Tensor | None]) -> list[Tensor | None]:
         result = tape.empty(local, size)
+        summed_copy(program, result.nbytes * count)
         tape.send(kind, axis, result.nbytes * (count - 1.0))
         return [result]
 

@@ -6,7 +6,7 @@ from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.model.local_heads import LocalHeads
 from megatron_hydra.planning import operators as op
 from megatron_hydra.planning.attention import Attention
-from megatron_hydra.planning.collectives import column_linear, gather_sequence, row_linear
+from megatron_hydra.planning.collectives import column_linear, gather_sequence, row_linear, summed_copy
 from megatron_hydra.planning.preparation import rms_norm
 from megatron_hydra.planning.rank import Program
 from megatron_hydra.planning.tape import Tensor
@@ -128,6 +128,7 @@ def scatter(program: Program, x: Tensor) -> Tensor:
     tape, rank, shape, size = program.tape, program.rank, x.shape, x.size
     out = tape.empty((rank.rows, shape[1]), size)
     sent = x.nbytes * (rank.tp - 1) / rank.tp
+    summed_copy(program, x.nbytes)
     tape.send("sequence", "tensor", sent)
 
     def backward(grads: list[Tensor | None]) -> list[Tensor | None]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -103,7 +104,11 @@ class CpuBytes:
     """Bytes that torch's CPU allocator has handed out since this was entered."""
 
     def __enter__(self) -> CpuBytes:
-        self._profiler = torch.autograd.profiler.profile(profile_memory=True)
+        # Gloo's threads release what they were the last to use.
+        everywhere = torch.profiler._ExperimentalConfig(profile_all_threads=True)
+        self._profiler = torch.autograd.profiler.profile(
+            profile_memory=True, experimental_config=everywhere
+        )
         self._profiler.__enter__()
         return self
 
@@ -190,6 +195,8 @@ def main() -> None:
     """Measure every case of a file and print the ranks' results."""
     torch.set_num_threads(1)
     cases = json.loads(Path(sys.argv[1]).read_text())
+    if "RANK" in os.environ:  # one group for all cases
+        dist.init_process_group(platform.communication_backend())
     for case in cases:
         config = from_dict(RunConfig, case["run"])
         result = measure(config, from_dict(ModelConfig, case["model"]))

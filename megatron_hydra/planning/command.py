@@ -1,0 +1,147 @@
+"""The planner as a command: a request in, a report out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.config.run import Verb
+from megatron_hydra.errors import HydraError
+from megatron_hydra.planning import report
+from megatron_hydra.planning.hardware import Efficiency, find_gpu
+from megatron_hydra.planning.models import model_kinds, read_model
+from megatron_hydra.planning.search import Job
+from megatron_hydra.planning.stages import STAGES
+from megatron_hydra.planning.timing import Machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked for; see ``tools/plan.py --help``."""
+
+    model: str
+    sequence_length: int
+    gpus: int
+    gpu: str
+    verb: Verb | None = None
+    ratio: str = "7:1"
+    head_map: str = ""
+    tokens: float = 15e9
+    tokens_per_step: int = 1_048_576
+    price_per_gpu_hour: float | None = None
+    precision: str = "bf16"
+    distributed_optimizer: bool = True
+    loss_chunk: int = 2048
+    efficiency: tuple[str, ...] = ()
+    top: int = 5
+    as_json: bool = False
+
+
+def plan(request: Request, show: Callable[[str], None]) -> int:
+    """Plan and report.
+
+    Raises:
+        HydraError: bad input, or nothing fits.
+    """
+    _check(request)
+    machine = Machine(find_gpu(request.gpu), Efficiency().changed(list(request.efficiency)))
+    kinds = model_kinds(read_model(request.model), request.ratio, request.head_map)
+    if request.verb in ("align", "distill"):
+        kinds.pop("dense")  # the teacher: it is not trained to be itself
+    job = Job(
+        request.verb or "finetune", request.sequence_length,
+        max(request.tokens_per_step, request.sequence_length), request.gpus, request.precision,
+        request.distributed_optimizer, request.loss_chunk,
+    )  # fmt: skip
+    plans, refused = report.compare(kinds, job, machine)
+    costs = {
+        name: _costs(request, kinds[name], job, machine, plans[name])
+        for name in plans
+        if name != "dense" or request.verb is not None
+    }
+    if request.as_json:
+        show(json.dumps(_as_json(request, machine, plans, refused, costs), indent=1))
+        return 0
+    for line in _as_text(request, machine, kinds, plans, refused, costs):
+        show(line)
+    return 0
+
+
+def _check(request: Request) -> None:
+    for flag, value in (("--seq", request.sequence_length), ("--gpus", request.gpus), ("--top", request.top)):
+        if value < 1:
+            raise HydraError(f"{flag} is {value}: it must be at least 1")
+    for flag, value in (("--tokens", request.tokens), ("--loss-chunk", request.loss_chunk)):
+        if value <= 0:
+            raise HydraError(f"{flag} is {value}: it must be above 0")
+    if request.price_per_gpu_hour is not None and request.price_per_gpu_hour < 0:
+        raise HydraError("--price-per-gpu-hour must not be negative")
+
+
+def _costs(
+    request: Request, model: ModelConfig, job: Job, machine: Machine, plans: list[report.Plan]
+) -> list[report.StageCost]:
+    price = request.price_per_gpu_hour
+    if request.verb is None:
+        return report.all_stages(model, request.tokens, job, machine, price)
+    budget = next(s for s in STAGES if s.verb == request.verb)
+    budget = dataclasses.replace(
+        budget, sequence_length=job.sequence_length, tokens_per_step=job.tokens_per_step
+    )
+    hours = request.tokens / plans[0].tokens_per_second / report.HOUR
+    gpu_hours = hours * job.gpus
+    paid = None if price is None else gpu_hours * price
+    return [report.StageCost(budget, request.tokens, plans[0], hours, gpu_hours, paid)]
+
+
+def _as_json(
+    request: Request,
+    machine: Machine,
+    plans: dict[str, list[report.Plan]],
+    refused: dict[str, str],
+    costs: dict[str, list[report.StageCost]],
+) -> dict[str, Any]:
+    return {
+        "request": dataclasses.asdict(request),
+        "basis": report.BASIS,
+        "gpu": dataclasses.asdict(machine.gpu),
+        "assumed_efficiency": dataclasses.asdict(machine.efficiency),
+        "layouts": {
+            name: [report.plan_as_dict(p) for p in found[: request.top]] for name, found in plans.items()
+        },
+        "does_not_fit": refused,
+        "stages": {name: [report.stage_as_dict(c) for c in found] for name, found in costs.items()},
+    }
+
+
+def _as_text(
+    request: Request,
+    machine: Machine,
+    kinds: dict[str, ModelConfig],
+    plans: dict[str, list[report.Plan]],
+    refused: dict[str, str],
+    costs: dict[str, list[report.StageCost]],
+) -> list[str]:
+    verb = request.verb or "finetune"
+    lines = [
+        f"{request.model}: {verb} at {request.sequence_length:,} tokens on {request.gpus} × "
+        f"{request.gpu}, {request.precision}",
+        "",
+        "What the figures rest on",
+        *(f"  {name}: {text}" for name, text in report.BASIS.items()),
+        "  efficiencies: "
+        + ", ".join(f"{k} {v:g}" for k, v in dataclasses.asdict(machine.efficiency).items()),
+    ]
+    if not request.head_map and not kinds["hydrahead"].head_map:
+        lines.append("  head map: ASSUMED: FA heads drawn at random (give --head-map for a real one)")
+    for name, found in plans.items():
+        lines += ["", *report.details(name, kinds[name], found[0])]
+    for name, why in refused.items():
+        lines += ["", f"{name}: {why}"]
+    for name, found in plans.items():
+        lines += ["", f"Best of {len(found)} layouts that fit, {name}", *report.ranked(found, request.top)]
+    lines += ["", "Stages, each under its fastest layout", *report.stage_lines(costs)]
+    return lines

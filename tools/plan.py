@@ -1,0 +1,119 @@
+#!/usr/bin/env python
+"""Plan a training run for machines one does not have. See --help."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_hydra.errors import command
+
+DESCRIPTION = """\
+For a model, a context length and a number of GPUs: what a rank holds (parameters, gradients, optimizer,
+activations by part), what it computes and sends, how long a step and each stage of the transfer take and
+cost, and which layouts fit, the fastest first; for the dense model, the layer-wise hybrid and HydraHead.
+
+Nothing is started and nothing is downloaded. Memory and FLOPs are derived and tested against
+measurements on the CPU; times are a roofline with assumed efficiencies, which the report repeats.
+"""
+
+EPILOG = """\
+examples:
+  python tools/plan.py --model Qwen/Qwen3-1.7B --seq 524288 --gpus 64 --gpu h200
+  python tools/plan.py --model models/Qwen3-8B --head-map map.json --seq 131072 --gpus 32 --gpu h100 \\
+      --price-per-gpu-hour 2.5 --tokens 5e9
+  python tools/plan.py --model Qwen/Qwen3-1.7B --verb distill --seq 4096 --gpus 8 --gpu a100 --json \\
+      --efficiency matmul=0.5 --efficiency delta_rule=0.1
+
+docs/planning.md explains the figures and shows how far they were held against measurements.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "--model",
+        required=True,
+        metavar="M",
+        help="Qwen/Qwen3-0.6B … 32B by name, a config.json or its folder, or a Megatron checkpoint",
+    )
+    p.add_argument("--seq", type=int, required=True, metavar="T", help="tokens of a sequence")
+    p.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the job")
+    p.add_argument("--gpu", required=True, metavar="G", help="a100, h100, h200 or b200")
+    p.add_argument(
+        "--verb",
+        choices=("align", "distill", "finetune"),
+        help="plan this stage alone, with all --tokens (default: layouts of finetune, cost of all stages)",
+    )
+    which = p.add_mutually_exclusive_group()
+    which.add_argument(
+        "--ratio", default="7:1", help="GDN:FA heads, placed at random (%(default)s)"
+    )
+    which.add_argument("--head-map", default="", metavar="MAP", help="a head map instead")
+    p.add_argument("--tokens", type=float, default=15e9, help="of all stages (%(default)g)")
+    p.add_argument(
+        "--tokens-per-step",
+        type=int,
+        default=1_048_576,
+        metavar="B",
+        help="global batch of the planned stage in tokens (%(default)s)",
+    )
+    p.add_argument("--price-per-gpu-hour", type=float, metavar="X", help="in any currency")
+    p.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    p.add_argument(
+        "--no-distributed-optimizer",
+        action="store_true",
+        help="every data-parallel rank holds all optimizer states",
+    )
+    p.add_argument(
+        "--loss-chunk",
+        type=int,
+        default=2048,
+        metavar="C",
+        help="tokens whose logits exist at a time (%(default)s)",
+    )
+    p.add_argument(
+        "--efficiency",
+        action="append",
+        default=[],
+        metavar="NAME=SHARE",
+        help="another assumption: matmul, attention, attention_backward, delta_rule, bandwidth, "
+        "nvlink, network, usable, overlap (shares), latency (seconds); repeatable",
+    )
+    p.add_argument("--top", type=int, default=5, help="layouts shown (%(default)s)")
+    p.add_argument("--json", action="store_true", help="everything as JSON")
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    from megatron_hydra.planning.command import Request, plan
+
+    request = Request(
+        model=args.model,
+        sequence_length=args.seq,
+        gpus=args.gpus,
+        gpu=args.gpu,
+        verb=args.verb,
+        ratio=args.ratio,
+        head_map=args.head_map,
+        tokens=args.tokens,
+        tokens_per_step=args.tokens_per_step,
+        price_per_gpu_hour=args.price_per_gpu_hour,
+        precision=args.precision,
+        distributed_optimizer=not args.no_distributed_optimizer,
+        loss_chunk=args.loss_chunk,
+        efficiency=tuple(args.efficiency),
+        top=args.top,
+        as_json=args.json,
+    )
+    return plan(request, lambda line: print(line, flush=True))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
