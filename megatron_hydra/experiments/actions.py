@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -15,10 +16,13 @@ from typing import Any
 from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.config.loading import from_dict, to_yaml
 from megatron_hydra.errors import HydraError
+from megatron_hydra.experiments import fingerprint
 from megatron_hydra.experiments.plan import PREPARED, Step
 from megatron_hydra.stopping import REQUEUE_EXIT_CODE, Stopped
 
 HEAD_MAP = "head_map.json"
+CODE = "code.json"
+"""Beside an export: hashes of the Python that it carries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +134,9 @@ def stage(context: Context) -> None:
     from megatron_hydra.config.run import RunConfig
 
     config = from_dict(RunConfig, context.step.params["config"], context.step.kind)
+    if not config.checkpoint.save_optimizer:
+        # What a stopped try has saved cannot be resumed: it begins anew.
+        shutil.rmtree(context.out, ignore_errors=True)
     config = dataclasses.replace(
         config,
         output=str(context.out),
@@ -163,6 +170,7 @@ def export(context: Context) -> None:
     from megatron_hydra.checkpoint.convert import megatron_to_hf
 
     megatron_to_hf(_checkpoint(context, "student"), context.out, force=True)
+    write_text_atomic(context.out.parent / CODE, json.dumps(_code(context.out)) + "\n")
 
 
 def evaluate(context: Context) -> None:
@@ -170,12 +178,11 @@ def evaluate(context: Context) -> None:
     from megatron_hydra.evaluation import EvaluationSettings
     from megatron_hydra.evaluation import evaluate as run_evaluation
     from megatron_hydra.evaluation.loading import load_model, load_tokenizer
-    from megatron_hydra.quickstart.student import carries_our_code
 
     params, places = context.step.params, context.step.places
     body = params["evaluation"]
     folder = context.inputs.get("model") or Path(places["model"])
-    trust = body["trust_remote_code"] or carries_our_code(folder)
+    trust = body["trust_remote_code"] or _is_as_exported(folder)
     run_evaluation(
         load_model(folder, trust_remote_code=trust, dtype=body["dtype"], device=body["device"]),
         load_tokenizer(folder, trust_remote_code=trust),
@@ -193,6 +200,20 @@ def evaluate(context: Context) -> None:
         output=context.out,
         name=context.step.title,
     )
+
+
+def _code(folder: Path) -> dict[str, str]:
+    """Hashes of a folder's Python."""
+    return {path.name: fingerprint.of_file(path) for path in sorted(folder.glob("*.py"))}
+
+
+def _is_as_exported(folder: Path) -> bool:
+    """Whether a folder's code is what an export step wrote, so that it may be run.
+
+    The package's own code may have changed since: comparing with that would refuse what it made.
+    """
+    noted = folder.parent / CODE
+    return noted.is_file() and json.loads(noted.read_text()) == _code(folder)
 
 
 def _checkpoint(context: Context, name: str) -> Path:
