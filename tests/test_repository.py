@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("model", "parallel"),
     ("transfer", "selection", "checkpoint", "data", "reporting"),
-    ("training", "evaluation"),
+    ("training", "evaluation", "planning"),
     ("train", "quickstart"),
     ("experiments",),
 )

@@ -166,7 +166,11 @@ class Attention:
     def _full_attention(self, parts: Parts) -> Tensor:
         tape, rank, d = self.tape, self.rank, self.d
         q, k, v = (
-            op.view(tape, parts[f"fa.{n}"], (parts[f"fa.{n}"].shape[0], -(-parts[f"fa.{n}"].shape[1] // d), d))
+            op.view(
+                tape,
+                parts[f"fa.{n}"],
+                (parts[f"fa.{n}"].shape[0], -(-parts[f"fa.{n}"].shape[1] // d), d),
+            )
             for n in "qkv"
         )
         rope = self.switches.fa_position in ("rope", "both")
@@ -182,9 +186,7 @@ class Attention:
         place = rank.cp_rank * rank.tp + rank.tp_rank if self.heads.replicated_fa else rank.cp_rank
         return self._sharded(q, k, v, axis, size, place)
 
-    def _sharded(
-        self, q: Tensor, k: Tensor, v: Tensor, axis: str, size: int, place: int
-    ) -> Tensor:
+    def _sharded(self, q: Tensor, k: Tensor, v: Tensor, axis: str, size: int, place: int) -> Tensor:
         """As :func:`megatron_hydra.parallel.context_parallel.sharded_attention`."""
         tape, length, d = self.tape, q.shape[0], self.d
         window = self.switches.fa_window
@@ -199,7 +201,8 @@ class Attention:
             k, v = op.split(tape, kv, [(length + halo, k.shape[1], d)] * 2)
             start = place * length
             return self._attend(q, k, v, start, start + length, window)
-        gathered = gather_sequence(self.program, joined, axis, "kv_gather", size)
+        with tape.inside("kv gather"):
+            gathered = gather_sequence(self.program, joined, axis, "kv_gather", size)
         k, v = op.split(tape, gathered, [(length * size, k.shape[1], d)] * 2)
         mirror, half, start = size - 1 - place, length // 2, place * length
         if mirror == place or half == 0:
@@ -247,7 +250,7 @@ class Attention:
             flat = [x for branch in branches for x in branch]
             return op.fused(
                 tape, [*flat, scale], ((tokens, count * d), self.size), save=[*flat, scale],
-                backward_bytes=tokens * count * op.WIDE if scale is not None else 0,
+                backward_bytes={"fusion": tokens * count * op.WIDE} if scale is not None else None,
             )  # fmt: skip
         joined = []
         for o, gate in branches:
@@ -260,7 +263,9 @@ class Attention:
             if norm:
                 wide = normed(self.program, wide)
             if scale is not None:
-                part = op.narrow(tape, scale, (scale.shape[0] if weights is not None else 1, o.shape[1], 1))
+                part = op.narrow(
+                    tape, scale, (scale.shape[0] if weights is not None else 1, o.shape[1], 1)
+                )
                 part = op.cast(tape, part, op.WIDE)
                 wide = op.multiply(tape, wide, part)
             joined.append(op.view(tape, op.cast(tape, wide, self.size), (tokens, o.shape[1] * d)))

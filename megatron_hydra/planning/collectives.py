@@ -29,7 +29,7 @@ def column_linear(program: Program, x: Tensor, weight: Tensor) -> Tensor:
 
     def backward(grads: list[Tensor | None]) -> list[Tensor | None]:
         if sequence:
-                tape.send("sequence", "tensor", whole * (tp - 1) / tp)
+            tape.send("sequence", "tensor", whole * (tp - 1) / tp)
         d_input = tape.empty((tokens, inner), size)
         tape.compute("matmul", flops, moved)
         if sequence:

@@ -71,12 +71,15 @@ def plan(request: Request, show: Callable[[str], None]) -> int:
 
 
 def _check(request: Request) -> None:
-    for flag, value in (("--seq", request.sequence_length), ("--gpus", request.gpus), ("--top", request.top)):
+    for flag, value in (
+        ("--seq", request.sequence_length),
+        ("--gpus", request.gpus),
+        ("--top", request.top),
+    ):
         if value < 1:
             raise HydraError(f"{flag} is {value}: it must be at least 1")
-    for flag, value in (("--tokens", request.tokens), ("--loss-chunk", request.loss_chunk)):
-        if value <= 0:
-            raise HydraError(f"{flag} is {value}: it must be above 0")
+    if request.tokens <= 0 or request.loss_chunk < 1:
+        raise HydraError("--tokens and --loss-chunk must be above 0")
     if request.price_per_gpu_hour is not None and request.price_per_gpu_hour < 0:
         raise HydraError("--price-per-gpu-hour must not be negative")
 
@@ -110,7 +113,8 @@ def _as_json(
         "gpu": dataclasses.asdict(machine.gpu),
         "assumed_efficiency": dataclasses.asdict(machine.efficiency),
         "layouts": {
-            name: [report.plan_as_dict(p) for p in found[: request.top]] for name, found in plans.items()
+            name: [report.plan_as_dict(p) for p in found[: request.top]]
+            for name, found in plans.items()
         },
         "does_not_fit": refused,
         "stages": {name: [report.stage_as_dict(c) for c in found] for name, found in costs.items()},
@@ -136,12 +140,18 @@ def _as_text(
         + ", ".join(f"{k} {v:g}" for k, v in dataclasses.asdict(machine.efficiency).items()),
     ]
     if not request.head_map and not kinds["hydrahead"].head_map:
-        lines.append("  head map: ASSUMED: FA heads drawn at random (give --head-map for a real one)")
+        lines.append(
+            "  head map: ASSUMED: FA heads drawn at random (give --head-map for a real one)"
+        )
     for name, found in plans.items():
         lines += ["", *report.details(name, kinds[name], found[0])]
     for name, why in refused.items():
         lines += ["", f"{name}: {why}"]
     for name, found in plans.items():
-        lines += ["", f"Best of {len(found)} layouts that fit, {name}", *report.ranked(found, request.top)]
+        lines += [
+            "",
+            f"Best of {len(found)} layouts that fit, {name}",
+            *report.ranked(found, request.top),
+        ]
     lines += ["", "Stages, each under its fastest layout", *report.stage_lines(costs)]
     return lines

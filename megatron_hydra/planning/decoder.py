@@ -6,7 +6,12 @@ from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.model.local_heads import LocalHeads
 from megatron_hydra.planning import operators as op
 from megatron_hydra.planning.attention import Attention
-from megatron_hydra.planning.collectives import column_linear, gather_sequence, row_linear, summed_copy
+from megatron_hydra.planning.collectives import (
+    column_linear,
+    gather_sequence,
+    row_linear,
+    summed_copy,
+)
 from megatron_hydra.planning.preparation import rms_norm
 from megatron_hydra.planning.rank import Program
 from megatron_hydra.planning.tape import Tensor

@@ -101,8 +101,9 @@ def _fla(
     out = op.fused(
         tape, [q, k, v, log_alpha, beta], (q.shape, q.size),
         save=[q, k, v, beta], keep=inverse + gate,
-        forward_bytes=3 * row + states,  # W, U, the new values, the states
-        backward_bytes=7 * row + 2 * states,  # those again, their gradients, both gradients of k
+        forward_bytes={"gdn": 3 * row, "gdn states": states},  # W, U, the new values; the states
+        # Those again, their gradients, both gradients of k.
+        backward_bytes={"gdn": 7 * row, "gdn states": 2 * states},
         work=[("delta_rule", flops, 2.5 * flops)], passes=(2.0, 3.0),
     )  # fmt: skip
     if program.rank.cp > 1 and out.needs_grad:
@@ -148,15 +149,14 @@ def _chunked(
     steps = max(1, GROUP_ELEMENTS // (2 * n * chunk * d))
     steps = max(steps, -(-count // MOST_GROUPS))
     sizes = [min(steps, count - done) for done in range(0, count, steps)]
-    parts = [
-        op.split(tape, x, [(size * n, *x.shape[1:]) for size in sizes]) for x in chunks
-    ]
+    parts = [op.split(tape, x, [(size * n, *x.shape[1:]) for size in sizes]) for x in chunks]
     del chunks
     state = tape.empty((n, d, d), op.WIDE)
     outputs = []
     for size, group in zip(sizes, zip(*parts, strict=True), strict=True):
         transition, write, read, own = _maps(program, list(group))
-        states, state = _scan(program, transition, write, state, size)
+        with tape.inside("gdn states"):
+            states, state = _scan(program, transition, write, state, size)
         copied = op.copy(tape, read)
         shape = (size * n, chunk, d)
         outputs.append(op.matmul(tape, copied, states, shape, d, plus=own))
@@ -181,9 +181,7 @@ def _maps(program: Program, chunks: list[Tensor]) -> tuple[Tensor, Tensor, Tenso
     attention = op.multiply(tape, _copied_matmul(program, k, k, square, d), decay)
     attention = op.multiply(tape, attention, beta)
     both = op.multiply(tape, beta, grown)
-    right = op.cat(
-        tape, [op.multiply(tape, k, both), op.multiply(tape, v, beta)], (*rows, 2 * d)
-    )
+    right = op.cat(tape, [op.multiply(tape, k, both), op.multiply(tape, v, beta)], (*rows, 2 * d))
     solved = _solve(program, attention, right)
     del right
 
@@ -211,12 +209,16 @@ def _to_chunks(program: Program, x: Tensor, head: tuple[int, int, int]) -> Tenso
     tape, (count, n, chunk) = program.tape, head
     channels = x.shape[2] if len(x.shape) == 3 else 1
     x = op.cast(tape, x, op.WIDE)
-    if count * chunk != x.shape[0]:
-        x = op.copy(tape, op.copy(tape, x, shape=(x.shape[0] + 1, n, channels)), shape=(count * chunk, n, channels))
+    if count * chunk != x.shape[0]:  # a zero row to pad with, then a gather
+        padded = op.copy(tape, x, shape=(x.shape[0] + 1, n, channels))
+        x = op.copy(tape, padded, shape=(count * chunk, n, channels))
+        del padded
     return op.view(tape, x, (count * n, chunk, channels))
 
 
-def _copied_matmul(program: Program, a: Tensor, b: Tensor, shape: tuple[int, ...], d: int) -> Tensor:
+def _copied_matmul(
+    program: Program, a: Tensor, b: Tensor, shape: tuple[int, ...], d: int
+) -> Tensor:
     """``a @ bᵀ`` of permuted tensors, which a batched product copies first and then saves."""
     tape = program.tape
     first, second = op.copy(tape, a), op.copy(tape, b)

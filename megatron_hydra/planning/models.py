@@ -41,7 +41,9 @@ def read_model(name: str) -> ModelConfig:
 def hydrahead(dense: ModelConfig, ratio: str) -> ModelConfig:
     """A HydraHead model with heads drawn at random: the counts of a map, not its choice."""
     budget = num_full_attention_heads(dense.num_layers, dense.num_query_heads, ratio)
-    places = [(layer, head) for layer in range(dense.num_layers) for head in range(dense.num_query_heads)]
+    places = [
+        (layer, head) for layer in range(dense.num_layers) for head in range(dense.num_query_heads)
+    ]
     chosen = set(random.Random(SEED).sample(places, budget))
     heads = tuple(
         tuple(head for head in range(dense.num_query_heads) if (layer, head) in chosen)

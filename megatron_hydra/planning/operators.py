@@ -54,7 +54,7 @@ def split(tape: Tape, x: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
         missing = [
             tape.empty(shape, size)
             for shape, g in zip(shapes, grads, strict=True)
-            if g is None and math.prod(shape)
+            if g is None and 0 not in shape
         ]
         out = tape.empty(whole, size)
         tape.touch(out, *grads)
@@ -70,9 +70,7 @@ def cat(tape: Tape, parts: Sequence[Tensor], shape: Shape) -> Tensor:
     out = tape.empty(shape, parts[0].size)
     tape.touch(out, out)
     shapes = [x.shape for x in parts]
-    tape.record(
-        list(parts), [out], lambda grads: [_reshaped(grads[0], part) for part in shapes]
-    )
+    tape.record(list(parts), [out], lambda grads: [_reshaped(grads[0], part) for part in shapes])
     return out
 
 
@@ -270,8 +268,8 @@ def fused(
     save: Sequence[Tensor | None] = (),
     keep: int = 0,
     keep_output: bool = False,
-    forward_bytes: int = 0,
-    backward_bytes: int = 0,
+    forward_bytes: dict[str, int] | None = None,
+    backward_bytes: dict[str, int] | None = None,
     work: Sequence[tuple[str, float, float]] = (),
     passes: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
@@ -283,23 +281,25 @@ def fused(
         save: what the backward reads.
         keep: bytes made in the forward and kept for the backward.
         keep_output: the backward reads the result, too.
-        forward_bytes, backward_bytes: that exist while the kernel runs.
+        forward_bytes, backward_bytes: that exist while the kernel runs, by part of the model.
         work: ``(unit, forward FLOPs, backward FLOPs)``.
         passes: how often forward and backward go over their inputs and results.
     """
     result = tape.empty(*out)
-    tape.transient(forward_bytes)
+    inner, later_inner = sum((forward_bytes or {}).values()), sum((backward_bytes or {}).values())
+    during = _inside(tape, forward_bytes)
+    del during
     read = sum(x.nbytes for x in inputs if x is not None)
-    moved = passes[0] * (read + result.nbytes) + keep + 2.0 * forward_bytes
+    moved = passes[0] * (read + result.nbytes) + keep + 2.0 * inner
     _note(tape, [(unit, flops) for unit, flops, _ in work], moved)
     kept = Storage(tape, keep) if keep and tape.recording else None
     saved = [*hold(*save, result if keep_output else None), kept]
     del kept
     wanted = [None if x is None or not x.needs_grad else (x.shape, x.size) for x in inputs]
-    later = passes[1] * (2.0 * read + result.nbytes) + keep + 2.0 * backward_bytes
+    later = passes[1] * (2.0 * read + result.nbytes) + keep + 2.0 * later_inner
 
     def backward(grads: list[Tensor | None]) -> list[Tensor | None]:
-        inside = Storage(tape, backward_bytes)
+        inside = _inside(tape, backward_bytes)
         results = [None if want is None else tape.empty(*want) for want in wanted]
         _note(tape, [(unit, flops) for unit, _, flops in work], later)
         del inside
@@ -308,6 +308,15 @@ def fused(
 
     tape.record(list(inputs), [result], backward)
     return result
+
+
+def _inside(tape: Tape, parts: dict[str, int] | None) -> list[Storage]:
+    """Storages inside a kernel, each under its part."""
+    held = []
+    for part, count in (parts or {}).items():
+        with tape.inside(part):
+            held.append(Storage(tape, count))
+    return held
 
 
 def _note(tape: Tape, work: list[tuple[str, float]], moved: float) -> None:

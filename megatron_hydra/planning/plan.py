@@ -56,9 +56,9 @@ class Plan:
     def layout(self) -> dict[str, object]:
         """The layout in the config's own words."""
         parallel, recompute = self.run.parallel, self.run.recompute
-        again = recompute.granularity
+        again: str = recompute.granularity
         if again == "selective":
-            again = "selective " + "+".join(recompute.modules)
+            again += " " + "+".join(recompute.modules)
         return {
             "tensor": parallel.tensor, "context": parallel.context, "pipeline": parallel.pipeline,
             "data": self.data_parallel, "sequence": parallel.sequence,
@@ -115,16 +115,16 @@ def plan_run(
     time = step_time(machine, run, world, stages, micro_batches, traffic, trained)
     busiest = max(stages, key=_flops)
     flops: Counter[str] = Counter()
-    sent: Counter[str] = Counter(data=int(traffic["data"]), pipeline=int(traffic["pipeline"]) * micro_batches)
+    sent: Counter[str] = Counter(
+        data=int(traffic["data"]), pipeline=int(traffic["pipeline"]) * micro_batches
+    )
     for work in busiest.work:
         flops[work.phase] += work.flops * work.repeats * micro_batches  # type: ignore[assignment]
     for item in busiest.sent:
         sent[item.kind] += int(item.sent * item.repeats * micro_batches)
     memory = max(memories, key=lambda m: m.total)
     usable = machine.gpu.memory * machine.efficiency.usable
-    return Plan(
-        run, world, micro_batches, memory, flops, +sent, time, fits=memory.total <= usable
-    )
+    return Plan(run, world, micro_batches, memory, flops, +sent, time, fits=memory.total <= usable)
 
 
 def _flops(stage: Stage) -> float:

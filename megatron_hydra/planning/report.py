@@ -49,7 +49,12 @@ class StageCost:
 
 
 def stage_cost(
-    model: ModelConfig, budget: StageBudget, tokens: float, job: Job, machine: Machine, price: float | None
+    model: ModelConfig,
+    budget: StageBudget,
+    tokens: float,
+    job: Job,
+    machine: Machine,
+    price: float | None,
 ) -> StageCost:
     """The fastest layout of a stage, and what its tokens take.
 
@@ -156,7 +161,9 @@ def ranked(plans: list[Plan], top: int) -> list[str]:
 
 def _parts(title: str, values: Counter[str] | dict[str, float], unit: float, form: str) -> str:
     ordered = sorted(values.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{name} {count / unit:{form}}" for name, count in ordered if count / unit >= 0.005)
+    shown = ", ".join(
+        f"{name} {count / unit:{form}}" for name, count in ordered if count / unit >= 0.005
+    )
     return f"  {title}: {shown or 'none'}"
 
 
@@ -184,7 +191,9 @@ def details(name: str, model: ModelConfig, plan: Plan) -> list[str]:
 
 def stage_lines(costs: dict[str, list[StageCost]]) -> list[str]:
     """Every stage of every kind of model: hours and price."""
-    rows = [["stage", "model", "tokens", "length", "tokens/s", "hours", "GPU-hours", "price", "layout"]]
+    rows = [
+        ["stage", "model", "tokens", "length", "tokens/s", "hours", "GPU-hours", "price", "layout"]
+    ]
     for name, stages in costs.items():
         for cost in stages:
             rows.append(

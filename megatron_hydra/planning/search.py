@@ -181,7 +181,9 @@ def _does_not_fit(job: Job, machine: Machine, leanest: Plan | None, refused: str
 def _advice(binding: str) -> str:
     held = ("parameters", "gradient buffer", "optimizer", "teacher")
     if binding in held:
-        return "Use more GPUs, or GPUs with more memory: weights and their states are split over them."
+        return (
+            "Use more GPUs, or GPUs with more memory: weights and their states are split over them."
+        )
     if binding == "loss":
         return "Make --loss-chunk smaller."
     return "Use more GPUs (longer context-parallel groups) or a shorter --seq."

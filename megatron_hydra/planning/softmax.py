@@ -29,7 +29,8 @@ def attend(
         softmax = q.shape[0] * n * op.WIDE
         return op.fused(
             tape, [q, k, v], (q.shape, q.size), save=[q, k, v], keep=softmax, keep_output=True,
-            backward_bytes=softmax + 2 * q.nbytes,  # row sums, and fp32 sums of the gradient by q
+            # Row sums, and fp32 sums of the gradient by q.
+            backward_bytes={"full attention": softmax + 2 * q.nbytes},
             work=[("attention", forward[0], 2.5 * forward[0])],
         )  # fmt: skip
     return _torch_attention(program, q, k, v, lengths, forward)
@@ -59,7 +60,9 @@ def _torch_attention(
             keys, value = (_repeated(program, x, repeats) for x in (keys, value))
         share = count * len_q * len_k / sum(a * b for a, b in lengths)
         pieces.append(
-            _sdpa(program, rows, keys, value, len_q, len_k, (forward[0] * share, forward[1] * share))
+            _sdpa(
+                program, rows, keys, value, len_q, len_k, (forward[0] * share, forward[1] * share)
+            )
         )
     return pieces[0] if len(pieces) == 1 else op.cat(tape, pieces, (tokens, n, d))
 

@@ -179,11 +179,10 @@ class StageBuilder:
         with tape.inside("residual"):
             return tape.empty((self.rank.rows, self.model.hidden_size), self.rank.size)
 
-    def _profile(
-        self, run: Callable[[Tape, Tensor], Tensor], differentiated: bool = True
-    ) -> Piece:
+    def _profile(self, run: Callable[[Tape, Tensor], Tensor], differentiated: bool = True) -> Piece:
         tape = Tape()
-        x, found = self._input(tape), []
+        x = self._input(tape)
+        found: list[Tensor] = []
         if differentiated:
             x, found = tape.leaf(x)
         tape.reset_peak()
@@ -270,7 +269,9 @@ class StageBuilder:
         if self.is_last:
             stage.add_forward(self._final_norm(teacher=True))
         # Both models' hidden states, and the tensor that joins them.
-        stage.add_forward(Piece(Counter(), Counter({"residual": 3 * hidden["residual"]}), Counter(), (), ()))
+        stage.add_forward(
+            Piece(Counter(), Counter({"residual": 3 * hidden["residual"]}), Counter(), (), ())
+        )
         stage.release(hidden)
 
     def _table(self) -> tuple[int, int]:

@@ -334,4 +334,3 @@ def _dependencies(roots: list[Node]) -> dict[Node, int]:
                 seen.add(edge[0])
                 stack.append(edge[0])
     return waiting
-

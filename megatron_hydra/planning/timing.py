@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import defaultdict
 
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.planning.hardware import GPUS_PER_NODE, Efficiency, Gpu
@@ -13,6 +13,9 @@ from megatron_hydra.planning.tape import Work
 UPDATE_BYTES = 30
 """Read and written per parameter by AdamW: gradient 4, weight and both moments 4 each, twice, and the
 bf16 weight 2."""
+
+
+Seconds = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +35,7 @@ class Machine:
         share = self.efficiency
         reached = {
             "matmul": share.matmul,
-            "attention": share.attention
-            if work.phase != "backward"
-            else share.attention_backward,
+            "attention": share.attention if work.phase != "backward" else share.attention_backward,
             "delta_rule": share.delta_rule,
             "solve": share.delta_rule,
             "memory": 1.0,
@@ -61,8 +62,8 @@ class StepTime:
         update: the optimizer.
     """
 
-    compute: Counter[str]
-    communication: Counter[str]
+    compute: Seconds
+    communication: Seconds
     bubble: float
     update: float
 
@@ -70,7 +71,10 @@ class StepTime:
     def total(self) -> float:
         """All of it."""
         return (
-            sum(self.compute.values()) + sum(self.communication.values()) + self.bubble + self.update
+            sum(self.compute.values())
+            + sum(self.communication.values())
+            + self.bubble
+            + self.update
         )
 
 
@@ -105,10 +109,10 @@ def step_time(
         trained: parameters that the rank updates.
     """
     efficiency, parallel = machine.efficiency, run.parallel
-    best: tuple[float, Counter[str], Counter[str]] = (-1.0, Counter(), Counter())
+    best: tuple[float, Seconds, Seconds] = (-1.0, {}, {})
     for stage in stages:
-        compute: Counter[str] = Counter()
-        sent: Counter[str] = Counter()
+        compute: Seconds = defaultdict(float)
+        sent: Seconds = defaultdict(float)
         for work in stage.work:
             compute[work.phase] += machine.seconds(work) * micro_batches
         for item in stage.sent:

@@ -39,7 +39,6 @@ from megatron_hydra.training.setup import build_chunks, build_optimizer, freeze,
 from megatron_hydra.training.step import Trainee, train_step
 from megatron_hydra.transfer.verbs import VERBS
 
-
 _ATEN = torch.ops.aten
 
 
@@ -104,25 +103,33 @@ class CpuBytes:
     """Bytes that torch's CPU allocator has handed out since this was entered."""
 
     def __enter__(self) -> CpuBytes:
-        # Gloo's threads release what they were the last to use.
-        everywhere = torch.profiler._ExperimentalConfig(profile_all_threads=True)
-        self._profiler = torch.autograd.profiler.profile(
-            profile_memory=True, experimental_config=everywhere
-        )
+        self._profiler = torch.autograd.profiler.profile(profile_memory=True)
         self._profiler.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._profiler.__exit__(*error)
-        events = self._profiler.kineto_results.events()
-        changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+        changes, waiting = [], list(self._profiler.kineto_results.experimental_event_tree())
+        while waiting:
+            event = waiting.pop()
+            waiting += event.children
+            fields = event.extra_fields
+            if hasattr(fields, "alloc_size"):
+                changes.append((event.start_time_ns, fields.ptr, fields.alloc_size))
         self.changes = sorted(changes, key=lambda change: change[0])
 
     def series(self) -> list[tuple[int, int]]:
-        """(time, bytes alive after it) of every change."""
+        """(time, bytes alive after it) of every change.
+
+        What gloo's threads release is not reported: it shows when the address is handed out again.
+        """
+        alive: dict[int, int] = {}
         total, out = 0, []
-        for when, change in self.changes:
-            total += change
+        for when, address, change in self.changes:
+            total -= alive.pop(address, 0)
+            if change > 0:
+                alive[address] = change
+                total += change
             out.append((when, total))
         return out
 
@@ -132,7 +139,9 @@ def measure(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
     world = start_world(config)
     try:
         torch.manual_seed(0)
-        result = _on_gpu(config, model, world) if platform.has_gpu() else _on_cpu(config, model, world)
+        result = (
+            _on_gpu(config, model, world) if platform.has_gpu() else _on_cpu(config, model, world)
+        )
         result["rank"] = world.rank
         return result
     finally:
