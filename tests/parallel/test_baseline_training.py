@@ -23,7 +23,7 @@ CASES = [
 ]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("mixer", ["token", "parallel"])
 def test_layouts_equal_one_process(tmp_path: Path, mixer: str) -> None:
     tiny.write_all(tmp_path)
