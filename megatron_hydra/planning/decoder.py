@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.model.local_heads import LocalHeads
 from megatron_hydra.planning import operators as op
 from megatron_hydra.planning.attention import Attention
@@ -160,11 +159,6 @@ def replicated(program: Program, hidden: Tensor) -> Tensor:
         program.tape.record([hidden], [out], backward)
         return out
     return hidden
-
-
-def head_shape(model: ModelConfig, program: Program) -> tuple[int, int]:
-    """This rank's rows of the LM head."""
-    return model.vocab_size // program.rank.tp, model.hidden_size
 
 
 def token_loss(

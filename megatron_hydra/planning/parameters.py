@@ -89,7 +89,6 @@ class Held:
         parameters, gradients, optimizer: of the trained model.
         teacher: weights of the frozen one.
         update: temporaries of the optimizer's update.
-        largest: elements of the largest parameter.
         trained: elements that are trained.
     """
 

@@ -1,0 +1,282 @@
+"""The planner's shapes against a real model, its search, its command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_hydra.config.loading import from_dict, load_run_config
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.config.run import ParallelConfig, RecomputeConfig, RunConfig
+from megatron_hydra.errors import HydraError
+from megatron_hydra.head_map import num_full_attention_heads
+from megatron_hydra.model.layer_spec import build_gpt_model
+from megatron_hydra.planning.command import Request, plan
+from megatron_hydra.planning.hardware import GPUS, Efficiency, find_gpu
+from megatron_hydra.planning.models import hydrahead, layer_wise, model_kinds, read_model
+from megatron_hydra.planning.parameters import layer_parameters, stage_parameters
+from megatron_hydra.planning.plan import plan_run
+from megatron_hydra.planning.rank import Rank
+from megatron_hydra.planning.search import Job, search
+from megatron_hydra.planning.stage import StageBuilder
+from megatron_hydra.planning.stages import STAGES, stages_up_to
+from megatron_hydra.planning.timing import Machine
+from tests.parallel.launch import ROOT
+from tests.planning import cases
+
+QWEN = "Qwen/Qwen3-1.7B"
+H200 = Machine(find_gpu("h200"), Efficiency())
+
+
+# -- shapes ---------------------------------------------------------------------------------------
+
+VARIANTS = [
+    cases.DENSE,
+    cases.MODELS["layer-wise"],
+    cases.MODELS["hydrahead"],
+    cases._hybrid(((1, 6), (), (0, 1, 5), (2,)), fusion="gated", gdn_kv="gqa"),
+    dataclasses.replace(
+        cases._hybrid(((1, 6), (), (0, 1, 5), (2,)), short_conv=False, fa_gate=False),
+        qkv_bias=True, out_bias=True, qk_norm=False, tie_embeddings=False,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("model", VARIANTS)
+def test_parameters_are_those_of_the_model_that_would_be_built(model: ModelConfig) -> None:
+    run = from_dict(RunConfig, cases.run_config())
+    built = build_gpt_model(model, run)
+    builder = StageBuilder(model, Rank(run))
+    heads = [builder.heads(layer) for layer in range(model.num_layers)]
+    planned = stage_parameters(model, heads, tp=1, first=True, last=True)
+    assert sum(p.numel for p in planned) == sum(p.numel() for p in built.parameters())
+    for index, layer in enumerate(built.decoder.layers):
+        real = sum(p.numel() for p in layer.parameters())
+        assert sum(p.numel for p in layer_parameters(model, heads[index], 1)) == real
+
+
+def test_qwen_has_as_many_parameters_as_its_name_says() -> None:
+    for name, expected in {"0.6B": 0.596e9, "1.7B": 1.72e9, "4B": 4.02e9, "8B": 8.19e9,
+                           "14B": 14.77e9, "32B": 32.76e9}.items():  # fmt: skip
+        model = read_model(f"Qwen/Qwen3-{name}")
+        builder = StageBuilder(model, Rank(from_dict(RunConfig, cases.run_config())))
+        heads = [builder.heads(layer) for layer in range(model.num_layers)]
+        total = sum(p.numel for p in stage_parameters(model, heads, 1, True, True))
+        assert total == pytest.approx(expected, rel=0.005)
+
+
+def test_a_model_is_found_by_name_file_or_folder(tmp_path: Path) -> None:
+    from megatron_hydra.planning.shapes import SHAPES
+
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES[QWEN]))
+    by_name = read_model(QWEN)
+    assert by_name.num_query_heads == 16
+    assert read_model(str(tmp_path)) == read_model(str(tmp_path / "config.json")) == by_name
+    with pytest.raises(HydraError, match=r"--model Qwen/Qwen9: no such file.*Qwen3-1.7B"):
+        read_model("Qwen/Qwen9")
+
+
+def test_kinds_have_the_ratio_that_was_asked_for() -> None:
+    dense = read_model(QWEN)
+    budget = num_full_attention_heads(28, 16, "7:1")
+    counts = {
+        name: [len(model.fa_heads(i)) for i in range(28)]
+        for name, model in model_kinds(dense, "7:1", "").items()
+    }
+    assert sum(counts["dense"]) == 448
+    assert sum(counts["hydrahead"]) == budget == 56
+    assert sorted(set(counts["layer-wise"])) == [0, 16]
+    assert abs(sum(counts["layer-wise"]) - budget) <= 16
+    assert sum(map(len, layer_wise(dense, "all-gdn").full_attention_heads or ())) == 0
+    with pytest.raises(HydraError, match="ratio"):
+        hydrahead(dense, "seven")
+
+
+# -- plans ----------------------------------------------------------------------------------------
+
+
+def _job(**changes: object) -> Job:
+    return dataclasses.replace(Job("finetune", 65_536, 1_048_576, 16), **changes)  # type: ignore[arg-type]
+
+
+def test_work_does_not_depend_on_the_layout() -> None:
+    """What all ranks multiply together is the same whatever they share."""
+    model = hydrahead(read_model(QWEN), "7:1")
+    totals = []
+    for parallel in (
+        ParallelConfig(),
+        ParallelConfig(context=4),
+        ParallelConfig(tensor=4, sequence=True, fa_partition="sequence"),
+    ):
+        job = _job(gpus=parallel.tensor * parallel.context, tokens_per_step=65_536)
+        found = plan_run(model, job.run(parallel, 1, RecomputeConfig()), job.gpus, H200)
+        totals.append(sum(found.flops.values()) * job.gpus)
+    assert totals[1] == pytest.approx(totals[0], rel=1e-9)
+    # GDN heads do not divide by four everywhere: the busiest rank has more than its share.
+    assert totals[0] * (1 - 1e-9) < totals[2] < totals[0] * 1.1
+
+
+def test_recomputation_trades_flops_for_memory() -> None:
+    model = read_model(QWEN)
+    job = _job(gpus=8)
+    parallel = ParallelConfig(context=8)
+    memory, flops = [], []
+    for again in (
+        RecomputeConfig("none"),
+        RecomputeConfig("selective", ("attention", "mlp")),
+        RecomputeConfig("full"),
+    ):
+        found = plan_run(model, job.run(parallel, 1, again), 8, H200)
+        memory.append(found.memory.total)
+        flops.append(sum(found.flops.values()))
+    assert memory[0] > memory[1] > memory[2]
+    assert flops[0] < flops[1] < flops[2]
+
+
+def test_the_distributed_optimizer_shares_its_states() -> None:
+    model, job = read_model(QWEN), _job(gpus=8)
+    parallel = ParallelConfig(context=4)
+    shared, own = (
+        plan_run(
+            model,
+            job.run(
+                dataclasses.replace(parallel, distributed_optimizer=on), 1, RecomputeConfig("full")
+            ),
+            8,
+            H200,
+        ).memory.held["optimizer"]
+        for on in (True, False)
+    )
+    assert own == pytest.approx(8 * shared, rel=1e-3)
+
+
+def test_found_layouts_fit_and_are_ranked() -> None:
+    plans = search(hydrahead(read_model(QWEN), "7:1"), _job(), H200)
+    usable = H200.gpu.memory * H200.efficiency.usable
+    assert len(plans) > 3
+    assert all(p.memory.total <= usable and p.fits for p in plans)
+    speeds = [p.tokens_per_second for p in plans]
+    assert speeds == sorted(speeds, reverse=True)
+    for p in plans:
+        sizes = p.layout()
+        assert sizes["tensor"] * sizes["context"] * sizes["pipeline"] * sizes["data"] == 16  # type: ignore[operator]
+
+
+def test_what_does_not_fit_names_what_binds() -> None:
+    model = read_model("Qwen/Qwen3-32B")
+    with pytest.raises(
+        HydraError, match=r"does not fit.*leanest layout.*what binds is .*GiB"
+    ) as held:
+        search(model, _job(gpus=2, sequence_length=1024, tokens_per_step=2048), H200)
+    assert "what binds is gradient buffer" in str(held.value) or "optimizer" in str(held.value)
+    with pytest.raises(HydraError, match="shorter --seq"):
+        search(read_model(QWEN), _job(gpus=1, sequence_length=2**20), H200)
+
+
+def test_shipped_layouts_are_among_those_searched() -> None:
+    """The layout of 64 GPUs that ships with the configs fits, by the planner's account."""
+    folder = ROOT / "configs" / "qwen3_1.7b"
+    run = load_run_config(
+        [
+            folder / "finetune.yaml",
+            folder / "finetune_512k.yaml",
+            folder / "layouts/64_gpus_long.yaml",
+        ]
+    )
+    found = plan_run(hydrahead(read_model(QWEN), "7:1"), run, 64, H200)
+    assert found.fits
+    assert found.data_parallel == 2
+
+
+# -- stages and the command -----------------------------------------------------------------------
+
+
+def test_stages_are_those_of_the_shipped_configs() -> None:
+    folder = ROOT / "configs" / "qwen3_1.7b"
+    tokens = {}
+    for stage in STAGES:
+        files = [folder / f"{stage.name}.yaml"]
+        if stage.name == "finetune_512k":
+            files.insert(0, folder / "finetune.yaml")
+        run = load_run_config(files)
+        assert run.verb == stage.verb
+        assert run.data.sequence_length == stage.sequence_length
+        per_step = run.batch.global_batch_size * run.data.sequence_length
+        assert per_step == stage.tokens_per_step
+        tokens[stage.name] = run.schedule.steps * per_step
+    for stage in STAGES:
+        assert tokens[stage.name] / sum(tokens.values()) == pytest.approx(stage.share, abs=0.003)
+
+
+@pytest.mark.parametrize("length", [1024, 4096, 65_536, 131_072, 524_288])
+def test_stages_end_at_the_planned_length_and_share_all_tokens(length: int) -> None:
+    stages = stages_up_to(length)
+    assert stages[-1].sequence_length == length
+    assert all(s.sequence_length <= length for s in stages)
+    assert sum(s.share for s in stages) == pytest.approx(1.0)
+    assert [s.verb for s in stages][:2] == ["align", "distill"]
+
+
+def _run(**changes: object) -> str:
+    lines: list[str] = []
+    request = Request(QWEN, 32_768, 8, "h200", verb="finetune")
+    assert plan(dataclasses.replace(request, **changes), lines.append) == 0  # type: ignore[arg-type]
+    return "\n".join(lines)
+
+
+def test_the_report_says_what_is_assumed() -> None:
+    text = _run(price_per_gpu_hour=2.0)
+    for kind in ("dense", "layer-wise", "hydrahead"):
+        assert f"\n{kind}: " in text
+    assert "time: ASSUMED" in text
+    assert "have not been measured" in " ".join(text.split())
+    assert "GPU-hours" in text
+
+
+def test_json_adds_up() -> None:
+    body = json.loads(_run(as_json=True, price_per_gpu_hour=2.0, tokens=1e9))
+    for found in body["layouts"].values():
+        for entry in found:
+            memory = dict(entry["memory_bytes"])
+            assert memory.pop("total") == sum(memory.values())
+            seconds = dict(entry["seconds"])
+            assert seconds.pop("step") == pytest.approx(sum(seconds.values()))
+    (cost,) = body["stages"]["hydrahead"]
+    assert cost["hours"] * 8 * 2.0 == pytest.approx(cost["price"])
+    speed = body["layouts"]["hydrahead"][0]["tokens_per_second"]
+    assert cost["hours"] * 3600 * speed == pytest.approx(1e9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gpu": "v100"}, "--gpu v100"),
+        ({"gpus": 0}, "--gpus is 0"),
+        ({"efficiency": ("matmul=2",)}, "--efficiency matmul=2"),
+        ({"efficiency": ("speed=1",)}, "known are matmul"),
+        ({"tokens": -1.0}, "--tokens"),
+    ],
+)
+def test_bad_input_is_named(changes: dict, message: str) -> None:
+    with pytest.raises(HydraError, match=message):
+        _run(**changes)
+
+
+def test_the_table_of_gpus_is_plausible() -> None:
+    """A slip in a unit would be a factor of a thousand."""
+    for gpu in GPUS.values():
+        assert 1e14 < gpu.peak < 1e16
+        assert 1e12 < gpu.bandwidth < 2e13
+        assert 4e10 < gpu.memory < 3e11
+        assert gpu.network < gpu.nvlink < gpu.bandwidth
+
+
+def test_slower_assumptions_make_slower_plans() -> None:
+    model, job = read_model(QWEN), _job(gpus=8)
+    run = job.run(ParallelConfig(context=8), 1, RecomputeConfig("full"))
+    slow = Machine(H200.gpu, Efficiency().changed(["matmul=0.3", "attention=0.3"]))
+    assert plan_run(model, run, 8, slow).time.total > plan_run(model, run, 8, H200).time.total
