@@ -1,7 +1,7 @@
 """Run every fault and write the table: ``python -m tests.faults.matrix --output faults.md``.
 
 Each row comes from a test that passed just now (tests/faults, and tests/slurm where SLURM can run); a row
-whose test failed is written as failed, and the command ends with status 1. Half an hour on two cores.
+whose test failed is written as failed, and the command ends with status 1. Half an hour on two idle cores.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ def _run(tests: list[str], junit: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [
         sys.executable, "-m", "pytest", *tests, "-m", "", "--timeout", "3600",
-        f"--junitxml={junit}", "--show-capture=no", "-q",
+        f"--junitxml={junit}", "-o", "junit_family=xunit1", "--show-capture=no", "-q",
     ]  # fmt: skip
     subprocess.run(command, cwd=ROOT, env=environment, check=False)
 
 
 def read_rows(junit: Path) -> list[dict[str, str]]:
-    """One row for each test that recorded one, and one for each that failed or was skipped."""
+    """One row for each test; those that passed and recorded no fault have no ``fault``."""
     rows = []
     for case in ET.parse(junit).getroot().iter("testcase"):
+        if case.get("name") is None:
+            continue  # what was under way when somebody interrupted pytest
         name = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
         facts = {p.get("name", ""): p.get("value", "") for p in case.iter("property")}
         row = {"test": name, "seconds": f"{float(case.get('time', 0)):.0f}", **facts}
@@ -52,7 +54,7 @@ def read_rows(junit: Path) -> list[dict[str, str]]:
         elif (skipped := case.find("skipped")) is not None:
             why = f"not run: {skipped.get('message', '')}"
             rows.append(row | {"fault": name, "tried": "0", "good": "0", "outcome": why})
-        elif "fault" in facts:
+        else:
             rows.append(row)
     return rows
 
@@ -62,7 +64,8 @@ def to_markdown(rows: list[dict[str, str]]) -> str:
     lines = ["| fault | tried | good | outcome | test | s |", "|---|---|---|---|---|---|"]
     for row in rows:
         cells = [row[key].replace("|", "\\|") for key in ("fault", "tried", "good", "outcome")]
-        place = row["test"].partition("::")[2].partition("[")[0]
+        file, _, name = row["test"].partition("::")
+        place = f"{Path(file).name}::{name.partition('[')[0]}"
         lines.append(f"| {' | '.join(cells)} | `{place}` | {row['seconds']} |")
     return "\n".join(lines) + "\n"
 
@@ -75,7 +78,9 @@ def main() -> int:
         if not files:
             files = [Path(folder) / "junit.xml"]
             _run(list(arguments.tests), files[0])
-        rows = [row for path in files for row in read_rows(path)]
+        # A test that was run again counts by its last result.
+        last = {row["test"]: row for path in files for row in read_rows(path)}
+        rows = [row for row in last.values() if "fault" in row]
     tried, good = (sum(int(row[key]) for row in rows) for key in ("tried", "good"))
     today = dt.datetime.now(dt.UTC).date()
     text = f"{to_markdown(rows)}\n{good} of {tried} good, {today}.\n"
