@@ -211,7 +211,7 @@ def niah(made: Made) -> dict[str, Any]:
     """Needles, keys, values, wording."""
     head, _, rest = made.prompt.partition("\n")
     context, _, question = rest.rpartition("\nWhat ")
-    facts = re.findall(r"special magic (\w+) for (\S+) is: (\S+?)\.", context)
+    facts = re.findall(r"special magic (\w+) for (.+?) is: (\S+?)\.", context)
     asked = re.search(r"for (.+?) mentioned", question)
     assert asked is not None
     keys = re.split(r", and |, ", asked[1])

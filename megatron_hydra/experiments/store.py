@@ -75,11 +75,12 @@ class StepStore:
         """``failed.json`` of a step whose last try failed."""
         return None if self.is_done(step) else _json(self.folder(step) / "failed.json")
 
-    def finish(self, step: Step, seconds: float) -> None:
-        """Note that a step is finished."""
+    def finish(self, step: Step, seconds: float, cpu_seconds: float = 0.0) -> None:
+        """Note that a step is finished, and its time: on the clock, and of the process's CPUs."""
         body = {
             **{k: v for k, v in dataclasses.asdict(step).items() if k != "places"},
             "seconds": round(seconds, 2),
+            "cpu_seconds": round(cpu_seconds, 2),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "host": socket.gethostname(),
             "package_version": megatron_hydra.__version__,

@@ -34,7 +34,7 @@ def compute(store: StepStore, step: Step, folders: dict[str, Path]) -> str:
     with store.claimed(step) as todo:
         if not todo:
             return ""
-        started = time.monotonic()
+        started, cpu = time.monotonic(), _cpu_seconds()
         with _output_to(store.log(step)):
             print(f"== {step.title} ({time.strftime('%Y-%m-%d %H:%M:%S')})", flush=True)
             try:
@@ -48,7 +48,7 @@ def compute(store: StepStore, step: Step, folders: dict[str, Path]) -> str:
                 traceback.print_exc()
                 message = f"{type(error).__name__}: {error}"
             else:
-                store.finish(step, time.monotonic() - started)
+                store.finish(step, time.monotonic() - started, _cpu_seconds() - cpu)
                 return ""
             print(f"error: {message}", file=sys.stderr, flush=True)
         store.fail(step, message)
@@ -76,6 +76,11 @@ def prepare_process(threads: int) -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _cpu_seconds() -> float:
+    """Of this process and the ended ones that it started."""
+    return sum(os.times()[:4])
 
 
 @contextlib.contextmanager

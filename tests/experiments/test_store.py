@@ -26,10 +26,14 @@ def test_records_and_failures(tmp_path):
     store.fail(one, "broken")
     failure = store.failure(one)
     assert failure is not None and failure["error"] == "broken"
-    store.finish(one, 2.5)
+    store.finish(one, 2.5, 1.25)
     assert store.is_done(one) and store.failure(one) is None
     record = store.record(one)
-    assert record is not None and record["seconds"] == 2.5 and len(record["package_source"]) == 12
+    assert (
+        record is not None
+        and record["seconds"] == 2 * record["cpu_seconds"] == 2.5
+        and len(record["package_source"]) == 12
+    )
     assert store.seconds_by_kind() == {"prepare": 2.5}
 
 
