@@ -12,7 +12,7 @@ from megatron_hydra.ops.gated_delta_rule import GROUP_ELEMENTS, MAX_CHUNK, MIN_C
 from megatron_hydra.planning import operators as op
 from megatron_hydra.planning.preparation import prepare_heads
 from megatron_hydra.planning.rank import Program
-from megatron_hydra.planning.tape import Tensor
+from megatron_hydra.planning.tape import Storage, Tensor
 
 MOST_GROUPS, MOST_STRIDES = 64, 64
 """More groups of chunks, or steps of a scan, than that are described in so many strides: the memory is
@@ -102,9 +102,9 @@ def _fla(
         tape, [q, k, v, log_alpha, beta], (q.shape, q.size),
         save=[q, k, v, beta], keep=inverse + gate,
         forward_bytes={"gdn": 3 * row, "gdn states": states},  # W, U, the new values; the states
-        # Those again, their gradients, both gradients of k.
-        backward_bytes={"gdn": 7 * row, "gdn states": 2 * states},
-        work=[("delta_rule", flops, 2.5 * flops)], passes=(2.0, 3.0),
+        # W, U, new values, their gradients and the second one by k; states and theirs.
+        backward_bytes={"gdn": 6 * row, "gdn states": 2 * states},
+        work=[("delta_rule", flops, 2.5 * flops)],
     )  # fmt: skip
     if program.rank.cp > 1 and out.needs_grad:
         _send_in_backward(program, out, _exchange_bytes(program, n))
@@ -144,17 +144,18 @@ def _chunked(
     count = sum(-(-length // chunk) for length in lengths)
     chunks = [_to_chunks(program, x, (count, n, chunk)) for x in (q, k, v, log_alpha, beta)]
     del q, k, v, log_alpha, beta
-    if program.rank.cp > 1:
-        _exchange(program, *_maps(program, chunks)[:2], count, n)
-    steps = max(1, GROUP_ELEMENTS // (2 * n * chunk * d))
-    steps = max(steps, -(-count // MOST_GROUPS))
+    state = tape.empty((n, d, d), op.WIDE)
+    all_maps = None
+    steps = max(1, GROUP_ELEMENTS // (2 * n * chunk * d), -(-count // MOST_GROUPS))
+    if program.rank.cp > 1:  # the state that enters is known only once all maps are
+        all_maps, steps = _maps(program, chunks), count
+        state = _exchange(program, all_maps[0], all_maps[1], count, n)
     sizes = [min(steps, count - done) for done in range(0, count, steps)]
     parts = [op.split(tape, x, [(size * n, *x.shape[1:]) for size in sizes]) for x in chunks]
     del chunks
-    state = tape.empty((n, d, d), op.WIDE)
     outputs = []
     for size, group in zip(sizes, zip(*parts, strict=True), strict=True):
-        transition, write, read, own = _maps(program, list(group))
+        transition, write, read, own = all_maps or _maps(program, list(group))
         with tape.inside("gdn states"):
             states, state = _scan(program, transition, write, state, size)
         copied = op.copy(tape, read)
@@ -269,12 +270,21 @@ def _scan(
     )
 
 
-def _exchange(program: Program, transition: Tensor, write: Tensor, count: int, n: int) -> None:
-    """The whole shard as one affine map, chunk by chunk, and the gather of all shards' maps."""
+def _exchange(program: Program, transition: Tensor, write: Tensor, count: int, n: int) -> Tensor:
+    """The state that enters the shard: its own map, chunk by chunk, and the gather of all shards' maps."""
     tape, d = program.tape, transition.shape[-1]
     maps, own = op.copy(tape, transition), op.copy(tape, write)
     shape = ((count - 1) * n, d, d)
     states = op.matmul(tape, maps, own, shape, d, plus=own)
     products = op.matmul(tape, maps, maps, shape, d)
-    tape.send("state", "context", _exchange_bytes(program, n))
-    del states, products
+    entering, sent = tape.empty((n, d, d), op.WIDE), _exchange_bytes(program, n)
+    tape.send("state", "context", sent)
+    gathered = [Storage(tape, 2 * program.rank.cp * entering.nbytes)]
+
+    def backward(grads: list[Tensor | None]) -> list[Tensor | None]:
+        gathered.clear()
+        tape.send("state", "context", sent)
+        return [Tensor(None, shape, op.WIDE), Tensor(None, shape, op.WIDE)]
+
+    tape.record([states, products], [entering], backward)
+    return entering

@@ -52,10 +52,14 @@ GPUS_PER_NODE = 8
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-    """Shares of the data sheet that are reached. **Assumptions**, none of them measured here.
+    """Shares of the data sheet that are reached: **assumptions** about a whole step.
+
+    Four are near what single kernels gave on one H200 (docs/PERFORMANCE.md; a test compares them);
+    no step has been timed on a GPU, and nothing across GPUs.
 
     Attributes:
-        matmul, attention, attention_backward, delta_rule: of the matrix peak.
+        matmul, attention, attention_backward: of the matrix peak.
+        delta_rule: likewise, of FLA's Triton kernels at 128K tokens; FlashQLA's reach 0.27.
         bandwidth: of the memory bandwidth.
         nvlink, network: of the links.
         usable: of the memory; the rest is CUDA's context, NCCL's buffers, fragmentation.
@@ -66,7 +70,7 @@ class Efficiency:
     matmul: float = 0.65
     attention: float = 0.60
     attention_backward: float = 0.45
-    delta_rule: float = 0.15
+    delta_rule: float = 0.067
     bandwidth: float = 0.75
     nvlink: float = 0.70
     network: float = 0.70

@@ -271,7 +271,6 @@ def fused(
     forward_bytes: dict[str, int] | None = None,
     backward_bytes: dict[str, int] | None = None,
     work: Sequence[tuple[str, float, float]] = (),
-    passes: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """One kernel of many steps, with a backward of its own.
 
@@ -283,20 +282,19 @@ def fused(
         keep_output: the backward reads the result, too.
         forward_bytes, backward_bytes: that exist while the kernel runs, by part of the model.
         work: ``(unit, forward FLOPs, backward FLOPs)``.
-        passes: how often forward and backward go over their inputs and results.
     """
     result = tape.empty(*out)
     inner, later_inner = sum((forward_bytes or {}).values()), sum((backward_bytes or {}).values())
     during = _inside(tape, forward_bytes)
     del during
     read = sum(x.nbytes for x in inputs if x is not None)
-    moved = passes[0] * (read + result.nbytes) + keep + 2.0 * inner
+    moved = read + result.nbytes + keep + 2.0 * inner
     _note(tape, [(unit, flops) for unit, flops, _ in work], moved)
     kept = Storage(tape, keep) if keep and tape.recording else None
     saved = [*hold(*save, result if keep_output else None), kept]
     del kept
     wanted = [None if x is None or not x.needs_grad else (x.shape, x.size) for x in inputs]
-    later = passes[1] * (2.0 * read + result.nbytes) + keep + 2.0 * later_inner
+    later = 2.0 * read + result.nbytes + keep + 2.0 * later_inner
 
     def backward(grads: list[Tensor | None]) -> list[Tensor | None]:
         inside = _inside(tape, backward_bytes)

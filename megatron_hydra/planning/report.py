@@ -17,11 +17,12 @@ from megatron_hydra.planning.timing import Machine
 BASIS = {
     "shapes": "exact: the head partition and padding that a run would use",
     "memory": "derived operator by operator; held within 10 % of the measured peak on the CPU (torch "
-    "twins, docs/planning.md); the GPU's kernels are described from their source and have not been "
-    "measured",
+    "twins, docs/planning.md); of the GPU's kernels, GDN and the loss within 5 % of an H200's peak, "
+    "whole steps have not been measured",
     "flops": "derived; held within 2 % of torch.utils.flop_counter on the CPU",
     "traffic": "derived: bytes that a rank sends",
-    "time": "ASSUMED: a roofline of the GPU's data sheet with the efficiencies below, none measured",
+    "time": "ASSUMED: a roofline of the GPU's data sheet with the efficiencies below; single kernels were "
+    "timed on one H200 (docs/PERFORMANCE.md), no step and nothing across GPUs",
     "documents": "ASSUMED: every sequence is one document (the most attention there can be)",
 }
 """What each figure rests on."""

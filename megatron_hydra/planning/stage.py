@@ -7,7 +7,6 @@ its highest bytes forward and backward, its work. Everything is relative to what
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable
 
@@ -16,43 +15,9 @@ from megatron_hydra.model.local_heads import LocalHeads
 from megatron_hydra.parallel.head_partition import LayerPartition, plan_model
 from megatron_hydra.planning import decoder
 from megatron_hydra.planning import operators as op
+from megatron_hydra.planning.assembly import Assembly, Bytes, Piece, Stage
 from megatron_hydra.planning.rank import Program, Rank
-from megatron_hydra.planning.tape import Sent, Tape, Tensor, Work
-
-Bytes = Counter[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Profile of a part of a stage.
-
-    Attributes:
-        kept: bytes kept for the backward, by part.
-        forward, backward: bytes by part at the highest moment of each.
-        work, sent: of both.
-    """
-
-    kept: Bytes
-    forward: Bytes
-    backward: Bytes
-    work: tuple[Work, ...]
-    sent: tuple[Sent, ...]
-
-
-@dataclasses.dataclass
-class Stage:
-    """What one micro-batch asks of a stage.
-
-    Attributes:
-        kept: bytes from the end of its forward to its backward, by part.
-        peak: bytes by part at the highest moment, what is kept included.
-        work, sent: with how often each occurs.
-    """
-
-    kept: Bytes
-    peak: Bytes
-    work: list[Work]
-    sent: list[Sent]
+from megatron_hydra.planning.tape import Tape, Tensor
 
 
 def stage_layers(model: ModelConfig, rank: Rank) -> list[int]:
@@ -213,7 +178,7 @@ class StageBuilder:
         return self._train()
 
     def _align(self) -> Stage:
-        stage = _Builder()
+        stage = Assembly()
         if self.is_first:
             stage.add_forward(self._embedding(trained=False))
         for layer in stage_layers(self.model, self.rank):
@@ -232,7 +197,7 @@ class StageBuilder:
         return groups
 
     def _train(self) -> Stage:
-        stage = _Builder()
+        stage = Assembly()
         embedding = self._embedding() if self.is_first else None
         if embedding is not None:
             stage.add_forward(embedding)
@@ -258,7 +223,7 @@ class StageBuilder:
             stage.add_backward(embedding, pending)
         return stage.finished()
 
-    def _teach(self, stage: _Builder) -> None:
+    def _teach(self, stage: Assembly) -> None:
         """The teacher's forward, while everything of the student's is kept."""
         hidden: Bytes = Counter(residual=self.rank.rows * self.model.hidden_size * self.rank.size)
         stage.hold(hidden)  # the student's last hidden states
@@ -326,68 +291,3 @@ class StageBuilder:
                 return out
 
         return self._profile(run)
-
-
-class _Builder:
-    """Adds pieces up."""
-
-    def __init__(self) -> None:
-        self.base: Bytes = Counter()
-        self.peak: Bytes = Counter()
-        self.kept: Bytes = Counter()
-        self._pieces: Counter[int] = Counter()
-        self._by_id: dict[int, Piece] = {}
-
-    def _note(self, piece: Piece) -> None:
-        self._pieces[id(piece)] += 1
-        self._by_id[id(piece)] = piece
-
-    def _reach(self, *parts: Bytes) -> None:
-        total: Bytes = Counter(self.base)
-        for part in parts:
-            total.update(part)
-        if sum(total.values()) > sum(self.peak.values()):
-            self.peak = total
-
-    def hold(self, held: Bytes) -> None:
-        """Bytes that stay from here on."""
-        self.base.update(held)
-
-    def release(self, held: Bytes) -> None:
-        """They go."""
-        self.base.subtract(held)
-
-    def drop(self, piece: Piece) -> None:
-        """What a piece kept is gone."""
-        self.base.subtract(piece.kept)
-
-    def add_forward(self, piece: Piece) -> None:
-        """A piece's forward."""
-        self._reach(piece.forward)
-        self.base.update(piece.kept)
-        self._note(piece)
-
-    def forward_is_over(self) -> None:
-        """What is kept now waits for the backward."""
-        self.kept = Counter(self.base)
-
-    def add_both(self, piece: Piece) -> None:
-        """A piece whose backward follows its forward."""
-        self._reach(piece.forward)
-        self._reach(piece.backward)
-        self.base.update(piece.kept)
-        self._note(piece)
-
-    def add_backward(self, piece: Piece, pending: Bytes) -> None:
-        """The backward of a piece whose forward was added."""
-        self.base.subtract(piece.kept)
-        self._reach(piece.backward, pending)
-
-    def finished(self) -> Stage:
-        """The sums."""
-        work, sent = [], []
-        for key, count in self._pieces.items():
-            piece = self._by_id[key]
-            work += [dataclasses.replace(w, repeats=count) for w in piece.work]
-            sent += [dataclasses.replace(s, repeats=count) for s in piece.sent]
-        return Stage(self.kept, self.peak, work, sent)

@@ -6,8 +6,8 @@ import dataclasses
 from collections import defaultdict
 
 from megatron_hydra.config.run import RunConfig
+from megatron_hydra.planning.assembly import Stage
 from megatron_hydra.planning.hardware import GPUS_PER_NODE, Efficiency, Gpu
-from megatron_hydra.planning.stage import Stage
 from megatron_hydra.planning.tape import Work
 
 UPDATE_BYTES = 30
@@ -42,6 +42,8 @@ class Machine:
         }[work.unit]
         arithmetic = work.flops / (self.gpu.peak * reached)
         traffic = work.moved / (self.gpu.bandwidth * share.bandwidth)
+        if work.unit == "delta_rule":  # its share was measured, all its kernels' traffic included
+            traffic = 0.0
         return max(arithmetic, traffic) * work.repeats
 
     def link(self, ranks_below: int) -> float:
