@@ -45,7 +45,7 @@ def test_an_entry_tells_everything(verb: str, inputs: Path, tmp_path: Path) -> N
     parts = {"layers"} if verb == "align" else {"kl", "ce"}
     expected = {"loss", "grad_norm", "lr", "tokens_per_s", "model_tflops", "mfu", "memory_gb"}
     assert expected | parts <= line.keys()
-    assert line["mfu"] == pytest.approx(line["model_tflops"] / 0.5, abs=1e-6)
+    assert line["mfu"] == pytest.approx(line["model_tflops"] / 0.5, abs=2e-6)  # both are rounded
     assert set(line["seconds"]) == set(PHASES)
     assert line["seconds"]["forward_backward"] > 0
     assert "gamma_fa" not in lines[0]
