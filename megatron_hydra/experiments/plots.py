@@ -25,8 +25,11 @@ def draw(results: Results, folder: Path) -> list[Path]:
         lengths = [length for other, length in columns if other == task]
         if len(lengths) > 1:
             paths.append(_lengths(results, task, lengths, folder / f"{name}_{task}.png"))
-    if columns:
-        paths.append(_bars(results, columns, folder / f"{name}_bars.png"))
+    # Columns that the table leaves out may be there for some rows only.
+    chosen = results.experiment.table.columns
+    shown = [(task, n) for task, n in columns if not chosen or f"{task}@{n}" in chosen]
+    if shown:
+        paths.append(_bars(results, shown, folder / f"{name}_bars.png"))
     return paths
 
 
@@ -69,7 +72,7 @@ def _lengths(results: Results, task: str, lengths: list[int], path: Path) -> Pat
     axes.set(xlabel="context length (tokens)", ylabel="right answers")
     axes.set_title(f"{results.experiment.title}: {task}; mean and range over seeds", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, path)
 
 
@@ -105,7 +108,7 @@ def _bars(results: Results, columns: list[tuple[str, int]], path: Path) -> Path:
     axes.set(ylabel="right answers")
     axes.set_title(f"{results.experiment.title}; bars: mean, lines: range over seeds", fontsize=10)
     axes.grid(alpha=0.3, axis="y")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, path)
 
 
