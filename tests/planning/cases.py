@@ -54,18 +54,25 @@ def run_config(verb: str = "finetune", length: int = 1024, **sections: Any) -> d
 
 
 def measure(cases: dict[str, tuple[ModelConfig, dict]], processes: int, folder: Path) -> list[dict]:
-    """Run the cases for real (:mod:`.measure`); one result a case and rank, its case's name in it."""
+    """Run the cases for real (:mod:`.measure`); one result a case and rank, its case's name in it.
+
+    On one rank every case has a process of its own: what an earlier one leaves behind would count.
+    """
     listed = [{"name": n, "model": to_dict(m), "run": r} for n, (m, r) in cases.items()]
     path = folder / "cases.json"
-    path.write_text(json.dumps(listed))
+    outputs = []
     if processes > 1:
-        output = torchrun("tests.planning.measure", processes, str(path), timeout=1500)
+        path.write_text(json.dumps(listed))
+        outputs.append(torchrun("tests.planning.measure", processes, str(path), timeout=1500))
     else:
-        command = [sys.executable, "-m", "tests.planning.measure", str(path)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        output = done.stdout
-    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        for case in listed:
+            path.write_text(json.dumps([case]))
+            command = [sys.executable, "-m", "tests.planning.measure", str(path)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-3000:]
+            outputs.append(done.stdout)
+    lines = "\n".join(outputs).splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 def predict(model: ModelConfig, body: dict[str, Any], rank: int) -> tuple[int, float]:
