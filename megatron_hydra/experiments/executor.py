@@ -173,10 +173,12 @@ class _Pool:
 
     def _spawn(self) -> tuple[BaseProcess, Connection]:
         mine, theirs = self.context.Pipe()
-        with _environment(OMP_NUM_THREADS=str(self.threads), TOKENIZERS_PARALLELISM="false"):
-            process = self.context.Process(
-                target=serve, args=(theirs, str(self.store.root), self.threads)
-            )
+        with _environment(
+            OMP_NUM_THREADS=str(self.threads),
+            TOKENIZERS_PARALLELISM="false",
+            TRANSFORMERS_VERBOSITY="error",
+        ):
+            process = self.context.Process(target=serve, args=(theirs, str(self.store.root)))
             process.start()
         theirs.close()
         return process, mine

@@ -55,9 +55,9 @@ def compute(store: StepStore, step: Step, folders: dict[str, Path]) -> str:
         return message
 
 
-def serve(connection: Connection, root: str, threads: int) -> None:
+def serve(connection: Connection, root: str) -> None:
     """Compute the steps that arrive; answers each with (key, error)."""
-    prepare_process(threads)
+    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")  # what a CPU machine lacks
     store = StepStore(Path(root))
     while True:
         try:
@@ -65,17 +65,6 @@ def serve(connection: Connection, root: str, threads: int) -> None:
         except EOFError:
             return
         connection.send((step.key, compute(store, step, folders)))
-
-
-def prepare_process(threads: int) -> None:
-    """Few threads, no progress bars, no hints about missing GPU libraries."""
-    import torch
-    from transformers.utils import logging
-
-    torch.set_num_threads(threads)
-    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _cpu_seconds() -> float:

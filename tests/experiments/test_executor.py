@@ -71,6 +71,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_goes_on(tmp_path, number):
     (tmp_path / "run.py").write_text(_RUN)
@@ -90,11 +91,11 @@ def test_a_stopped_run_goes_on(tmp_path, number):
         os.kill(worker, signal.SIGTERM)  # the step does not poll: a second signal ends it
         time.sleep(3.5)
         os.kill(worker, signal.SIGTERM)
-    assert process.wait(timeout=90) == (85 if number == signal.SIGTERM else -9)
+    assert process.wait(timeout=200) == (85 if number == signal.SIGTERM else -9)
     (tmp_path / "pid").unlink()
     (tmp_path / "go").touch()
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=120
+        command, env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert "2 steps, 1 of them finished before" in done.stdout
