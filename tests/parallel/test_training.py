@@ -144,6 +144,7 @@ def _assert_equal_gradients(run: Path, reference: Path) -> None:
         assert error < 1e-4, (run.name, name, error)
 
 
+@pytest.mark.timeout(900)
 def test_fast_layouts_equal_one_process(folder: Path) -> None:
     """And a NaN or a stop signal on one rank is acted on by all of them."""
     faults = [
