@@ -124,13 +124,6 @@ def _check_switches(config: RunConfig) -> None:
         f"parallel.virtual_pipeline is {parallel.virtual_pipeline}, but parallel.pipeline is 1",
     )
     _require(
-        # Measured: the loss after one bf16 update is another one than without interleaving.
-        parallel.virtual_pipeline == 1 or config.precision == "fp32",
-        f"parallel.virtual_pipeline is {parallel.virtual_pipeline} with precision={config.precision}: "
-        "interleaved pipelines update bf16 parameters wrongly as yet (docs/parallelism.md); set "
-        "parallel.virtual_pipeline=1 or precision=fp32",
-    )
-    _require(
         not parallel.overlap_param_gather or parallel.distributed_optimizer,
         "parallel.overlap_param_gather needs parallel.distributed_optimizer=true",
     )

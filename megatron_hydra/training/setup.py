@@ -92,16 +92,17 @@ def wrap_for_training(
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
     wrapped = []
-    for index, chunk in enumerate(chunks):
+    for chunk in chunks:
         chunk.train()
         # Sums of token losses are divided by the global number of unmasked tokens, once, at the
         # end.
         chunk.config.calculate_per_token_loss = True
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(verb.is_trained(name))
-        wrapped.append(
-            DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
-        )
+        # Not with disable_bucketing for chunks after the first, as Megatron's own trainer has it: that
+        # puts a bf16 chunk's weights and its fp32 A_log and dt_bias into one bucket group, and gloo
+        # gathers a group in the dtype of its first bucket, which garbles the others.
+        wrapped.append(DistributedDataParallel(chunk.config, ddp_config, chunk))
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_gradients
         if parallel.overlap_grad_reduce:

@@ -52,10 +52,6 @@ def test_a_good_config_passes() -> None:
         (["loss.kl_weight=1.1"], "loss.kl_weight is 1.1"),
         (["parallel.sequence=true"], "parallel.sequence is true, but parallel.tensor is 1"),
         (["parallel.virtual_pipeline=2"], "but parallel.pipeline is 1"),
-        (
-            ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "precision=bf16"],
-            "virtual_pipeline is 2 with precision=bf16",
-        ),
         (["parallel.overlap_param_gather=true"], "needs parallel.overlap_grad_reduce=true"),
         (
             ["verb=align", "parallel.overlap_grad_reduce=true"],

@@ -187,7 +187,7 @@ def test_every_layout_equals_one_process(folder: Path, verb: str) -> None:
 @pytest.mark.slow
 def test_bf16_layouts_follow_one_process(folder: Path) -> None:
     """Losses stay within bf16's rounding of the fp32 run's, on fp32 main parameters."""
-    layouts = ("tp2-cp2", "tp2-sp-seq-pp2", "dp2-pp2", "cp2-dp2-selective")
+    layouts = ("tp2-cp2", "tp2-sp-seq-pp2", "dp2-pp2", "dp2-pp2-vp2", "cp2-dp2-selective")
     cases = []
     for layout in layouts:
         case = _case("distill", layout, output=f"bf16-{layout}")
