@@ -19,7 +19,8 @@ DESCRIPTION = """\
 Join .bin/.idx pairs in order, by concatenation; SHA-256 sums of the inputs are checked on the way.
 
 The shards of one corpus (data_prep/tokenize.py --shard), merged, are byte for byte the files that
-one unsharded run writes. All inputs need the same tokenizer.
+one unsharded run writes; shards made with other inputs or options are refused. All inputs need the
+same tokenizer.
 """
 EXAMPLES = """\
 examples:
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--input needs --output")
     prefixes = given.input or find_shards(given.shards)
     output = given.output or given.shards
-    manifest = merge(prefixes, output, force=given.force)
+    manifest = merge(prefixes, output, shards=given.shards is not None, force=given.force)
     print(
         f"{output}: {len(prefixes)} pairs, {manifest.counts['documents']:,} documents, "
         f"{manifest.counts['tokens']:,} tokens"

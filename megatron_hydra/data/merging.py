@@ -9,13 +9,14 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_hydra.data.indexed import IndexedDocuments, write_index
-from megatron_hydra.data.manifest import FileRecord, Manifest, file_record
+from megatron_hydra.data.manifest import FileRecord, Manifest, file_record, file_sha256
 from megatron_hydra.data.parts import Counts, publish
 from megatron_hydra.data.tokenize_config import shard_prefix
 from megatron_hydra.errors import HydraError
@@ -52,29 +53,34 @@ def find_shards(output: str) -> list[str]:
     return [shard_prefix(output, index, count) for index in range(count)]
 
 
-def merge(prefixes: list[str], output: str, *, force: bool = False) -> Manifest:
+def merge(
+    prefixes: list[str], output: str, *, shards: bool = False, force: bool = False
+) -> Manifest:
     """Join pairs in the given order.
 
     Args:
         prefixes: inputs, each with a manifest.
         output: prefix to write.
+        shards: the inputs have to be all shards of one preparation, in order.
         force: replace an existing output.
 
     Raises:
-        HydraError: an input is damaged, or was made with another tokenizer or loss; the output
-            exists; or the disk is full.
+        HydraError: an input is damaged, or was made with another tokenizer or loss; shards do not
+            fit together; the output exists; or the disk is full.
     """
     existing = [output + s for s in (".bin", ".idx", ".json") if os.path.exists(output + s)]
     if existing and not force:
         raise HydraError(f"{existing[0]} exists; choose another --output or replace with --force")
     inputs = [IndexedDocuments(prefix) for prefix in prefixes]
     manifests = [_manifest_of(documents, inputs[0]) for documents in inputs]
+    if shards:
+        _check_shards(prefixes, manifests)
     work = Path(output + ".merge")
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True)
         bin_record = _join_tokens(prefixes, manifests, work / "all.bin")
-        idx_record = _join_indices(inputs, work / "all.idx")
+        idx_record = _join_indices(inputs, manifests, work / "all.idx")
         counts = Counts()
         for manifest in manifests:
             counts.add(Counts(**manifest.counts))
@@ -118,16 +124,44 @@ def _manifest_of(documents: IndexedDocuments, first: IndexedDocuments) -> Manife
     return own
 
 
+def _check_shards(prefixes: list[str], manifests: list[Manifest]) -> None:
+    """Refuse shards that were not cut from the same units with the same options."""
+    for index, key, own, wanted in _misfits(manifests):
+        raise HydraError(
+            f"{prefixes[index]}.json: {key} is {own!r}, but {wanted!r} would fit "
+            f"{prefixes[0]}.json: not shards of one preparation; prepare one of them again with "
+            "the inputs, options and --unit-size of the other"
+        )
+
+
+def _misfits(manifests: list[Manifest]) -> Iterator[tuple[int, str, Any, Any]]:
+    """What keeps inputs from being all shards of one preparation, in order.
+
+    Yields:
+        Number of the input, key, its value, and the value that would fit the first input.
+    """
+    first = {"shard.units": "a list of units", **_flat_source(manifests[0])}
+    for index, manifest in enumerate(manifests):
+        wanted = {**first, "shard.index": index, "shard.count": len(manifests)}
+        own = _flat_source(manifest)
+        for key in sorted(wanted.keys() | own.keys()):
+            if own.get(key) != wanted.get(key):
+                yield index, key, own.get(key), wanted.get(key)
+
+
+def _flat_source(manifest: Manifest) -> dict[str, Any]:
+    """What all shards of a preparation have in common, and their place in it."""
+    source = {key: value for key, value in manifest.source.items() if key != "shard"}
+    place = {f"shard.{key}": value for key, value in manifest.source.get("shard", {}).items()}
+    return {**source, **place, "tokenizer.eod_id": manifest.tokenizer.get("eod_id")}
+
+
 def _joint_source(prefixes: list[str], manifests: list[Manifest]) -> dict[str, Any]:
     """The source of complete shards is that of the whole; of other inputs, the list of them."""
-    bare = [
-        {k: v for k, v in m.source.items() if k not in ("shard", "unit_bytes")} for m in manifests
-    ]
-    order = [m.source.get("shard", {}) for m in manifests]
-    wanted = [{"index": index, "count": len(manifests)} for index in range(len(manifests))]
-    limited = any(m.source.get("max_tokens") for m in manifests)  # then each shard was cut short
-    if order == wanted and not limited and all(source == bare[0] for source in bare):
-        return bare[0]
+    first = manifests[0].source
+    limited = first.get("max_tokens")  # then each shard was cut short
+    if not limited and not any(_misfits(manifests)):
+        return {key: value for key, value in first.items() if key != "shard"}
     parts = zip(prefixes, manifests, strict=True)
     return {
         "merged": [
@@ -148,17 +182,27 @@ def _join_tokens(prefixes: list[str], manifests: list[Manifest], path: Path) -> 
                     stream.write(block)
                     whole.update(block)
                     own.update(block)
-            if own.hexdigest() != manifest.bin.sha256:
-                raise HydraError(
-                    f"{prefix}.bin does not have the SHA-256 that {prefix}.json records; it is "
-                    "damaged: copy or prepare it again"
-                )
+            _check_sha256(prefix, ".bin", own.hexdigest(), manifest.bin)
         stream.flush()
         os.fsync(stream.fileno())
     return file_record(path, whole.hexdigest())
 
 
-def _join_indices(inputs: list[IndexedDocuments], path: Path) -> FileRecord:
+def _check_sha256(prefix: str, suffix: str, found: str, record: FileRecord) -> None:
+    if found != record.sha256:
+        raise HydraError(
+            f"{prefix}{suffix} does not have the SHA-256 that {prefix}.json records; it is "
+            "damaged: copy or prepare it again"
+        )
+
+
+def _join_indices(
+    inputs: list[IndexedDocuments], manifests: list[Manifest], path: Path
+) -> FileRecord:
+    """Write one index for all inputs, checking each input's own against its manifest."""
+    for documents, manifest in zip(inputs, manifests, strict=True):
+        prefix = documents.prefix
+        _check_sha256(prefix, ".idx", file_sha256(prefix + ".idx"), manifest.idx)
     lengths = np.concatenate([documents.sequence_lengths() for documents in inputs])
     edges = [np.zeros(1, dtype=np.int64)]
     before = 0
