@@ -29,6 +29,8 @@ _SUFFIXES: dict[str, Format] = {
     ".md": "text",
 }
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
+# What the datasets library writes beside its files to describe them.
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class CorpusConfig:
     Attributes:
         inputs: files, folders or glob patterns; or one Hub data set (or local folder) with ``hub``.
         format: of the files; ``None``: by suffix. ``text``: a file is a document; ``lines``: a
-            line is.
+            line is. Of a folder, only files of this format are read.
         column: the field that holds the text, or the list of messages with ``chat``.
         chat: rows are conversations.
         hub: ``inputs`` is a data set for ``datasets.load_dataset``.
@@ -107,10 +109,13 @@ def plan_units(corpus: CorpusConfig) -> list[Unit]:
 
         return hub_units(corpus)
     units: list[Unit] = []
-    for path in _expand(corpus.inputs):
+    for path in _expand(corpus):
         if os.path.getsize(path) == 0:
             raise HydraError(f"{path} is empty (0 bytes); leave it out or repair it")
-        units += _file_units(path, corpus)
+        own = _file_units(path, corpus)
+        if not own:
+            raise HydraError(f"{path} is empty (a table without rows); leave it out or repair it")
+        units += own
     return units
 
 
@@ -129,20 +134,18 @@ def input_identity(corpus: CorpusConfig) -> list[dict[str, Any]]:
         ]
     return [
         {"file": os.path.basename(p), "bytes": os.path.getsize(p), "probe": file_probe(p)}
-        for p in _expand(corpus.inputs)
+        for p in _expand(corpus)
     ]
 
 
-def _expand(inputs: tuple[str, ...]) -> list[str]:
+def _expand(corpus: CorpusConfig) -> list[str]:
     """Files of the inputs, in the order given, folders and patterns sorted."""
     paths: list[str] = []
-    for name in inputs:
+    for name in corpus.inputs:
         if os.path.isdir(name):
-            found = sorted(str(p) for p in Path(name).rglob("*") if format_of(str(p)) is not None)
-            found = [p for p in found if not os.path.basename(p).startswith((".", "dataset_info"))]
-            found = [p for p in found if os.path.basename(p) != "state.json"]
+            found = _files_of_folder(Path(name), corpus.format)
         elif glob.has_magic(name) and not os.path.exists(name):
-            found = sorted(glob.glob(name, recursive=True))
+            found = sorted(p for p in glob.glob(name, recursive=True) if os.path.isfile(p))
         else:
             found = [name] if os.path.isfile(name) else []
         if not found:
@@ -152,6 +155,32 @@ def _expand(inputs: tuple[str, ...]) -> list[str]:
             )
         paths += found
     return paths
+
+
+def _files_of_folder(folder: Path, wanted: Format | None) -> list[str]:
+    """Data files of a folder and of the folders in it, sorted; hidden ones are left out.
+
+    Raises:
+        HydraError: they have several formats and none is wanted. One of them is likely no data,
+            such as the README.md beside a data set's Parquet files.
+    """
+    examples: dict[Format, str] = {}
+    found = []
+    for path in sorted(folder.rglob("*")):
+        kind = format_of(str(path))
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if kind is None or hidden or path.name in _DESCRIPTIONS or not path.is_file():
+            continue
+        if wanted is None or kind == ("text" if wanted == "lines" else wanted):
+            examples.setdefault(kind, str(path))
+            found.append(str(path))
+    if len(examples) > 1:
+        shown = ", ".join(f"{path} ({kind})" for kind, path in examples.items())
+        raise HydraError(
+            f"--input {folder} holds files of several formats: {shown}; choose one with --format, "
+            "or give files or a pattern"
+        )
+    return found
 
 
 def format_of(path: str) -> Format | None:
@@ -185,12 +214,14 @@ def _parquet_units(path: str) -> list[Unit]:
     import pyarrow.parquet
 
     metadata = pyarrow.parquet.ParquetFile(path).metadata
+    if metadata.num_rows == 0:
+        return []
     sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
     return [Unit(path, "parquet", i, i + 1, size) for i, size in enumerate(sizes)]
 
 
 def arrow_units(path: str, corpus: CorpusConfig) -> list[Unit]:
-    """Units of an Arrow file."""
+    """Units of an Arrow file; none if it has no rows."""
     from datasets import Dataset
 
     rows = len(Dataset.from_file(path))

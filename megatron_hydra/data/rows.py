@@ -80,7 +80,7 @@ def _text_row(path: str) -> Row:
     compression = "detect" if path.endswith(COMPRESSED) else None
     try:
         with pa.input_stream(path, compression=compression) as stream:
-            return Row(path, stream.read().decode("utf-8"))
+            return Row(path, stream.read().decode("utf-8").removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         return Row(path, None, f"not UTF-8 ({error.reason} at byte {error.start:,})")
     except OSError as error:
@@ -137,7 +137,9 @@ def _field_values(data: Any, name: str, first: int, end: int) -> list[Any]:
 
 def _stream_values(unit: Unit, corpus: CorpusConfig) -> Iterator[Any]:
     data = load_hub(corpus, unit.path, True)
-    for row in data.shard(num_shards=unit.end, index=unit.begin):
+    for number, row in enumerate(data.shard(num_shards=unit.end, index=unit.begin)):
+        if number == 0:  # the end of a shard may be hours away
+            _check_column(unit.path, corpus.column, list(row))
         yield row.get(corpus.column)
 
 

@@ -82,6 +82,43 @@ def test_data_sets_of_the_datasets_library(tmp_path, streaming, monkeypatch):
     assert rows(corpus) == TEXTS[:30]
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_table_without_rows_is_named(tmp_path, name):
+    table, path = pa.table({"text": pa.array([], pa.string())}), str(tmp_path / name)
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    beside = jsonl(tmp_path / "b.jsonl", TEXTS)
+    with pytest.raises(HydraError, match=rf"{name} is empty \(a table without rows\)"):
+        plan_units(CorpusConfig((path, beside)))
+
+
+def test_a_folder_gives_its_data_and_nothing_else(tmp_path):
+    folder = tmp_path / "set"
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    jsonl(folder / ".cache" / "huggingface" / "meta.json", ["not data"])
+    (folder / "more.parquet").mkdir()
+    for name, text in (("train.parquet", "one"), ("more.parquet/part.parquet", "two")):
+        Dataset.from_dict({"text": [text]}).to_parquet(folder / name)
+    assert rows(CorpusConfig((str(folder),))) == ["two", "one"]
+    assert rows(CorpusConfig((str(folder / "*.parquet"),))) == ["one"]
+    (folder / "README.md").write_text("# not data either")
+    with pytest.raises(
+        HydraError, match=r"set holds files of several formats: .*README\.md \(text\), .*parquet"
+    ):
+        plan_units(CorpusConfig((str(folder),)))
+    assert rows(CorpusConfig((str(folder),), format="parquet")) == ["two", "one"]
+    assert rows(CorpusConfig((str(folder),), format="lines")) == ["# not data either"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("grün\n", encoding="utf-8-sig")
+    assert rows(CorpusConfig((str(path),))) == ["grün\n"]
+
+
 def test_inputs_come_in_the_order_given_and_folders_sorted(tmp_path):
     for name in ("b", "a", "c"):
         jsonl(tmp_path / f"{name}.jsonl", [name])
@@ -138,6 +175,14 @@ def test_a_missing_column_is_named(tmp_path):
     corpus = CorpusConfig((str(path),))
     with pytest.raises(HydraError, match=r"a\.parquet has no column 'text'; it has content"):
         list(read_unit(plan_units(corpus)[0], corpus))
+
+
+def test_a_missing_column_of_a_stream_is_named_at_its_first_row(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Dataset.from_dict({"content": ["x"] * 9}).to_parquet(tmp_path / "set" / "train.parquet")
+    corpus = CorpusConfig((str(tmp_path / "set"),), hub=True, streaming=True)
+    with pytest.raises(HydraError, match=r"set has no column 'text'; it has content"):
+        next(read_unit(plan_units(corpus)[0], corpus))
 
 
 def test_a_broken_archive_is_named(tmp_path):
