@@ -8,8 +8,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Generator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Generator, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from megatron_hydra.data.corpus import Row, Unit
 from megatron_hydra.data.parts import PartWriter, part_path
 from megatron_hydra.data.rows import read_unit
 from megatron_hydra.data.tokenize_config import TokenizeConfig
-from megatron_hydra.data.tokenizer import load_tokenizer, token_dtype
+from megatron_hydra.data.tokenizer import load_tokenizer, token_dtype, vocabulary_size
 from megatron_hydra.data.word_encoder import WordEncoder
 from megatron_hydra.errors import HydraError
 
-_AHEAD = 4
+_AHEAD = 4  # units in work or waiting for it, of each process
+_TICK_SECONDS = 1.0
 
 
 class Worker:
@@ -40,13 +41,16 @@ class Worker:
         """Load the tokenizer.
 
         Raises:
-            HydraError: it cannot be loaded, or lacks the end token.
+            HydraError: it cannot be loaded, or lacks the end token; or, for conversations, a chat
+                template or offsets.
         """
         self.config = config
         self.tokenizer = load_tokenizer(
             config.tokenizer, config.tokenizer_revision, config.trust_remote_code
         )
-        self.dtype = token_dtype(len(self.tokenizer))
+        if config.corpus.chat:
+            _check_chat(config, self.tokenizer)
+        self.dtype = token_dtype(vocabulary_size(self.tokenizer))
         self.eod = _eod_id(config, self.tokenizer)
         self._encoder = WordEncoder(
             self.tokenizer,
@@ -96,6 +100,19 @@ class Worker:
         part.add(ids.astype(self.dtype).tobytes(), lengths.tolist(), modes.tolist())
 
 
+def _check_chat(config: TokenizeConfig, tokenizer: Any) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        raise HydraError(
+            f"--chat: the tokenizer {config.tokenizer!r} has no chat template; use the one of a "
+            "chat model"
+        )
+    if not tokenizer.is_fast:
+        raise HydraError(
+            f"--chat: the tokenizer {config.tokenizer!r} is a slow one, which cannot tell where in "
+            "the text its tokens begin; use one with a tokenizer.json"
+        )
+
+
 def _eod_id(config: TokenizeConfig, tokenizer: Any) -> int | None:
     if not config.append_eod:
         return None
@@ -133,8 +150,12 @@ def _make_part(number: int, unit: Unit) -> None:
 
 def finished_parts(
     config: TokenizeConfig, units: list[Unit], todo: range, worker: Worker
-) -> Generator[int, None, None]:
+) -> Generator[int | None, None, None]:
     """Part numbers in order, each once it is complete; a few are made ahead.
+
+    While the next one is in work, ``None`` comes every second, so that progress can be shown. If
+    this generator is closed early, or fails, the worker processes are killed: whole parts stay, the
+    others are made by the run that goes on.
 
     Args:
         config, units: the preparation.
@@ -145,38 +166,55 @@ def finished_parts(
         HydraError: a worker process died.
     """
     global _worker
-
-    def exists(number: int) -> bool:
-        return Path(f"{part_path(config.work, number)}.json").exists()
-
     if config.workers == 0:
         for number in todo:
-            if not exists(number):
+            if not _is_made(config, number):
                 worker.make_part(number, units[number])
             yield number
         return
     _worker = worker
+    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn" if config.corpus.hub else "fork")
     pool = ProcessPoolExecutor(
         config.workers, context, initializer=_start_worker, initargs=(config, os.getpid())
     )
-    waiting: collections.deque[tuple[int, Future[None] | None]] = collections.deque()
-    numbers = iter(todo)
+    complete = False
     try:
-        while True:
-            while len(waiting) < _AHEAD * config.workers and (n := next(numbers, None)) is not None:
-                waiting.append((n, None if exists(n) else pool.submit(_make_part, n, units[n])))
-            if not waiting:
-                return
-            number, future = waiting.popleft()
-            if future is not None:
-                future.result()
-            yield number
+        yield from _parts_of_pool(pool, config, units, todo)
+        complete = True
     except BrokenProcessPool as error:
         raise HydraError(
             "a worker died (out of memory?); run the same command again to go on, with fewer "
             "--workers if it happens again"
         ) from error
     finally:
+        if not complete:
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
         pool.shutdown(wait=True, cancel_futures=True)
         _worker = None
+
+
+def _parts_of_pool(
+    pool: Executor, config: TokenizeConfig, units: list[Unit], todo: range
+) -> Iterator[int | None]:
+    streams = config.corpus.hub and config.corpus.streaming  # whose units are long
+    most = config.workers + 1 if streams else _AHEAD * config.workers
+    waiting: collections.deque[tuple[int, Future[None] | None]] = collections.deque()
+    numbers = iter(todo)
+    while True:
+        while len(waiting) < most and (n := next(numbers, None)) is not None:
+            made = _is_made(config, n)
+            waiting.append((n, None if made else pool.submit(_make_part, n, units[n])))
+        if not waiting:
+            return
+        number, future = waiting.popleft()
+        if future is not None:
+            while not wait([future], _TICK_SECONDS).done:
+                yield None
+            future.result()
+        yield number
+
+
+def _is_made(config: TokenizeConfig, number: int) -> bool:
+    return Path(f"{part_path(config.work, number)}.json").exists()

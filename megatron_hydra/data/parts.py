@@ -61,6 +61,12 @@ def part_path(work: Path, number: int) -> Path:
     return work / f"part-{number:08d}"
 
 
+def _number_and_kind(path: Path) -> tuple[int, str]:
+    """Which part a file belongs to, and what follows the first dot of its name."""
+    stem, _, kind = path.name.partition(".")
+    return int(stem.split("-")[1]), kind
+
+
 class PartWriter:
     """Writes one part.
 
@@ -179,7 +185,7 @@ class Assembler:
         for stale in work.glob("*.tmp-*"):
             stale.unlink()
         for path in work.glob("part-*.*"):
-            if int(path.name.split("-")[1].split(".")[0]) < self.state.parts:
+            if _number_and_kind(path)[0] < self.state.parts:
                 path.unlink()
         sizes = self._sizes(self.state.counts)
         self._streams = {suffix: self._reopen(suffix, size) for suffix, size in sizes.items()}
@@ -224,6 +230,16 @@ class Assembler:
         self._merged.append(number)
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             self.sync()
+
+    def tokens_in_work(self) -> int:
+        """Tokens of the parts that are written or being written and not taken in yet."""
+        size = 0
+        for path in self.work.glob("part-*.*"):
+            number, kind = _number_and_kind(path)
+            if number >= self.state.parts and (kind == "bin" or kind.startswith("tmp-")):
+                with contextlib.suppress(FileNotFoundError):  # renamed by its worker just now
+                    size += path.stat().st_size
+        return size // self.itemsize
 
     def _shortened(self, path: Path, counts: Counts) -> Counts:
         """Counts of the leading documents of a part that still fit under ``max_tokens``."""

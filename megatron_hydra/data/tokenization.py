@@ -15,8 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,16 @@ from megatron_hydra.data.corpus import Unit, input_identity, plan_units
 from megatron_hydra.data.hub import pin_revisions
 from megatron_hydra.data.manifest import Manifest, write_json_atomically
 from megatron_hydra.data.part_worker import Worker, finished_parts
-from megatron_hydra.data.parts import Assembler, State, publish
+from megatron_hydra.data.parts import Assembler, publish
+from megatron_hydra.data.progress import Progress, Report
 from megatron_hydra.data.tokenize_config import TokenizeConfig
-from megatron_hydra.data.tokenizer import tokenizer_fingerprint
+from megatron_hydra.data.tokenizer import (
+    chat_template_fingerprint,
+    special_tokens_fingerprint,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
 from megatron_hydra.errors import HydraError
-
-_PROGRESS_SECONDS = 2.0
-Report = Callable[[str], None]
 
 
 def tokenize(config: TokenizeConfig, report: Report = print) -> Manifest:
@@ -52,14 +54,15 @@ def tokenize(config: TokenizeConfig, report: Report = print) -> Manifest:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process is one core
     config = dataclasses.replace(config, corpus=pin_revisions(config.corpus, report))
     worker = Worker(config)
-    units = _shard_of(plan_units(config.corpus), config.shard)
-    recipe = _recipe(config, worker)
     try:
+        planned = plan_units(config.corpus)
+        units = _shard_of(planned, config.shard)
+        recipe = _recipe(config, worker, planned)
         with _locked(config):
             if _is_done(config, recipe):
                 report(f"{config.prefix}: prepared already, nothing to do")
                 return Manifest.load(config.prefix + ".json")
-            _claim(config, {**recipe, "units": _digest(units, config)})
+            _claim(config, _plan(config, units, recipe))
             assembler = Assembler(
                 config.work,
                 worker.dtype,
@@ -98,9 +101,14 @@ def _shard_of(units: list[Unit], shard: tuple[int, int]) -> list[Unit]:
     return units[first[index] : first[index + 1]]
 
 
-def _recipe(config: TokenizeConfig, worker: Worker) -> dict[str, Any]:
-    """All that decides the output's bytes; JSON."""
-    corpus = config.corpus
+def _recipe(config: TokenizeConfig, worker: Worker, planned: list[Unit]) -> dict[str, Any]:
+    """All that decides the output's bytes; JSON.
+
+    Args:
+        config, worker: the preparation.
+        planned: units of all shards, so that shards cut from other units are told apart.
+    """
+    corpus, tokenizer = config.corpus, worker.tokenizer
     recipe: dict[str, Any] = {
         "inputs": input_identity(corpus),
         "column": corpus.column,
@@ -113,23 +121,32 @@ def _recipe(config: TokenizeConfig, worker: Worker) -> dict[str, Any]:
         "tokenizer": {
             "name": config.tokenizer,
             "revision": config.tokenizer_revision,
-            "fingerprint": tokenizer_fingerprint(worker.tokenizer),
-            "vocab_size": len(worker.tokenizer),
+            "fingerprint": tokenizer_fingerprint(tokenizer),
+            "vocab_size": vocabulary_size(tokenizer),
             "eod_id": worker.eod,
         },
     }
-    if config.shard[1] > 1:
-        recipe["shard"] = {"index": config.shard[0], "count": config.shard[1]}
-        recipe["unit_bytes"] = corpus.unit_bytes
+    if config.add_special_tokens:
+        recipe["special_tokens"] = special_tokens_fingerprint(tokenizer)
+    if corpus.chat:
+        recipe["chat_template"] = chat_template_fingerprint(tokenizer)
+    index, count = config.shard
+    if count > 1:
+        recipe["shard"] = {"index": index, "count": count, "units": _digest(planned)}
     return recipe
 
 
-def _digest(units: list[Unit], config: TokenizeConfig) -> str:
-    """Identity of the work list; changes if an input file is touched."""
-    local = not config.corpus.hub
-    stamps = sorted({(u.path, os.stat(u.path).st_mtime_ns if local else 0) for u in units})
-    body = json.dumps([[dataclasses.astuple(unit) for unit in units], stamps])
-    return hashlib.sha256(body.encode()).hexdigest()
+def _digest(units: list[Unit]) -> str:
+    """Identity of a work list, the same on every node."""
+    rows = [(os.path.basename(u.path), u.kind, u.begin, u.end, u.size) for u in units]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _plan(config: TokenizeConfig, units: list[Unit], recipe: dict[str, Any]) -> dict[str, Any]:
+    """What unfinished work has to agree with; changes if an input file is touched."""
+    paths = [] if config.corpus.hub else sorted({unit.path for unit in units})
+    modified = [[path, os.stat(path).st_mtime_ns] for path in paths]
+    return {**recipe, "units": _digest(units), "modified": modified}
 
 
 @contextlib.contextmanager
@@ -205,17 +222,18 @@ def _make_parts(
     report: Report,
 ) -> None:
     """Make and assemble all parts that are missing."""
-    progress = _Progress(units, assembler.state, report)
+    progress = Progress(units, assembler, config.max_tokens, report)
     _check_bad_rows(config, assembler)
     todo = range(assembler.state.parts, 0 if assembler.state.full else len(units))
     with contextlib.closing(finished_parts(config, units, todo, worker)) as finished:
         for number in finished:
-            assembler.append(number)
-            progress.show(assembler.state)
-            _check_bad_rows(config, assembler)
+            if number is not None:
+                assembler.append(number)
+                _check_bad_rows(config, assembler)
+            progress.show()
             if assembler.state.full:
                 break
-    progress.show(assembler.state, last=True)
+    progress.show(last=True)
 
 
 def _check_bad_rows(config: TokenizeConfig, assembler: Assembler) -> None:
@@ -256,35 +274,3 @@ def _finish(
         f"{counts.empty_rows:,} empty and {counts.bad_rows:,} bad of {counts.rows:,} rows"
     )
     return manifest
-
-
-class _Progress:
-    """One line every few seconds: share done, tokens/s, time left."""
-
-    def __init__(self, units: list[Unit], state: State, report: Report) -> None:
-        self._ends = np.cumsum([unit.size for unit in units])
-        self._report = report
-        self._begin = self._shown = time.monotonic()
-        self._first_size = self._size(state)
-        self._first_tokens = state.counts.tokens
-        if state.parts:
-            report(f"going on after {state.counts.tokens:,} tokens ({state.parts:,} parts)")
-
-    def _size(self, state: State) -> int:
-        return int(self._ends[state.parts - 1]) if state.parts else 0
-
-    def show(self, state: State, last: bool = False) -> None:
-        """Report if it is time."""
-        now = time.monotonic()
-        if now - self._shown < _PROGRESS_SECONDS and not last:
-            return
-        self._shown = now
-        seconds = max(now - self._begin, 1e-9)
-        done, total = self._size(state), int(self._ends[-1])
-        rate = (state.counts.tokens - self._first_tokens) / seconds
-        left = (total - done) * seconds / max(done - self._first_size, 1)
-        clock = time.strftime("%H:%M:%S", time.gmtime(0 if last else left))
-        self._report(
-            f"{done / total:6.1%}  {state.counts.tokens:,} tokens  {rate:,.0f} tokens/s  "
-            f"{state.counts.documents:,} documents  {state.counts.bad_rows} bad rows  {clock} left"
-        )

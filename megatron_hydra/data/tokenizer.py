@@ -20,6 +20,8 @@ _PROBE = "Héllo,  world!\n\n\tdef f(x): return x**2  # 1234567 §¶ 你好 🙂
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Load an HF tokenizer from a folder, a ``tokenizer.json`` or the Hub.
 
+    Truncation and padding that its files ask for are turned off: documents are encoded whole.
+
     Raises:
         HydraError: it cannot be loaded.
     """
@@ -29,12 +31,18 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 
     try:
         if Path(name).is_file():
-            return PreTrainedTokenizerFast(tokenizer_file=name)
-        return AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=trust_remote_code
+            )
     except Exception as error:  # transformers raises many types; the reader needs the name
         raise HydraError(f"cannot load the tokenizer {name!r}: {error}") from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return tokenizer
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -54,6 +62,11 @@ def encode_batch(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool)
     return tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
 
 
+def vocabulary_size(tokenizer: Any) -> int:
+    """Entries of the vocabulary, or one more than the largest id where ids have gaps."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+
+
 def token_dtype(vocab_size: int) -> type[np.generic]:
     """Megatron-LM's choice of storage: uint16 below 65,500 entries, else int32."""
     return np.uint16 if vocab_size < 65500 else np.int32
@@ -71,3 +84,14 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     digest.update(json.dumps(vocabulary, ensure_ascii=True).encode())
     digest.update(json.dumps(encode(tokenizer, _PROBE)).encode())
     return digest.hexdigest()
+
+
+def special_tokens_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of a probe text's ids with the special tokens that the tokenizer puts around it."""
+    (ids,) = encode_batch(tokenizer, [_PROBE], add_special_tokens=True)
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def chat_template_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of the template that turns conversations into text."""
+    return hashlib.sha256(json.dumps(tokenizer.chat_template, sort_keys=True).encode()).hexdigest()

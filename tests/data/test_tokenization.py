@@ -8,9 +8,11 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,12 @@ import psutil
 import pytest
 from datasets import Dataset
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig
-from megatron_hydra.data import PackedStream, load_tokenizer, merging, tokenization
+from megatron_hydra.data import PackedStream, load_tokenizer, merging, part_worker, tokenization
+from megatron_hydra.data import corpus as corpus_module
 from megatron_hydra.data import parts as parts_module
 from megatron_hydra.data.corpus import CorpusConfig, Unit
 from megatron_hydra.data.indexed import IndexedDocuments
@@ -107,7 +112,7 @@ def test_shards_merge_into_the_whole(corpus, qwen, reference, tmp_path):
     prefixes = find_shards(str(tmp_path / "s"))
     sizes = [Manifest.load(f"{prefix}.json").counts["tokens"] for prefix in prefixes]
     assert max(sizes) < 1.5 * min(sizes)
-    merge(prefixes, str(tmp_path / "s"))
+    merge(prefixes, str(tmp_path / "s"), shards=True)
     assert contents(tmp_path / "s") == contents(reference)
     assert not (tmp_path / "s.merge").exists()
     with pytest.raises(HydraError, match=r"s\.bin exists"):
@@ -258,6 +263,69 @@ def test_chat_is_learned_on_answers_only(qwen, tmp_path):
         seen += tokenizer.decode(batch.labels[batch.loss_mask > 0])
     answers = sorted(seen.split("<|im_end|>")[:-1])
     assert answers == sorted(f"{n} it is" for n in range(20))
+
+
+def chat_settings(tmp_path: Path, tokenizer: str) -> TokenizeConfig:
+    row = [{"role": "user", "content": "say 1"}, {"role": "assistant", "content": "1"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": row}) + "\n")
+    corpus = CorpusConfig((str(tmp_path / "chat.jsonl"),), column="messages", chat=True)
+    return TokenizeConfig(corpus, str(tmp_path / "chat"), tokenizer, workers=0)
+
+
+@pytest.fixture
+def own_tokenizer(qwen, tmp_path):
+    """A tokenizer that a test may change."""
+    shutil.copytree(qwen, tmp_path / "tokenizer")
+    load_tokenizer.cache_clear()
+    yield tmp_path / "tokenizer"
+    load_tokenizer.cache_clear()
+
+
+def test_another_chat_template_is_another_preparation(own_tokenizer, tmp_path):
+    settings = chat_settings(tmp_path, str(own_tokenizer))
+    run(settings)
+    template = own_tokenizer / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|> "))
+    load_tokenizer.cache_clear()
+    with pytest.raises(HydraError, match=r"chat\.json exists and comes from other inputs"):
+        run(settings)
+
+
+def test_other_special_tokens_are_another_preparation(corpus, own_tokenizer, tmp_path):
+    settings = config(corpus, tmp_path / "out", str(own_tokenizer))
+    bare = config(corpus, tmp_path / "bare", str(own_tokenizer), add_special_tokens=False)
+    run(settings)
+    run(bare)
+    path = own_tokenizer / "tokenizer.json"
+    backend = Tokenizer.from_file(str(path))
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    backend.save(str(path))
+    load_tokenizer.cache_clear()
+    with pytest.raises(HydraError, match=r"out\.json exists and comes from other inputs"):
+        run(settings)
+    assert "prepared already" in run(bare)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"chat_template": None}, "has no chat template"), ({"is_fast": False}, "is a slow one")],
+)
+def test_chat_needs_a_template_and_a_fast_tokenizer(qwen, tmp_path, monkeypatch, change, message):
+    tokenizer = load_tokenizer(qwen)
+    given = types.SimpleNamespace(chat_template=tokenizer.chat_template, is_fast=True)
+    given.__dict__.update(change)
+    monkeypatch.setattr(part_worker, "load_tokenizer", lambda *_: given)
+    with pytest.raises(HydraError, match=f"--chat: the tokenizer .* {message}"):
+        run(chat_settings(tmp_path, qwen))
+
+
+def test_an_input_that_may_not_be_read_is_named(corpus, qwen, tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(corpus_module, "file_probe", refuse)
+    with pytest.raises(HydraError, match=r"cannot prepare .*Permission denied: .*corpus\.jsonl"):
+        run(config(corpus, tmp_path / "out", qwen))
 
 
 @pytest.mark.parametrize(
