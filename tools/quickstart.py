@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.quickstart.run import Settings, run_quickstart
+from megatron_hydra.stopping import StopRequest
 
 DESCRIPTION = """\
 A tiny Qwen3 (4 layers, 32 query heads; shipped, with the script that trained it) becomes a
@@ -65,13 +66,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.samples < 1:
         raise HydraError(f"--samples is {args.samples}: it must be 1 or more")
     settings = Settings(seed=args.seed, samples=args.samples, overrides=tuple(args.set))
-    run_quickstart(
-        args.output.resolve(),
-        args.configs.resolve(),
-        settings,
-        fresh=args.fresh,
-        say=lambda line: print(line, flush=True),
-    )
+    with StopRequest():  # a SIGTERM ends the students, too, once they have saved
+        run_quickstart(
+            args.output.resolve(),
+            args.configs.resolve(),
+            settings,
+            fresh=args.fresh,
+            say=lambda line: print(line, flush=True),
+        )
     return 0
 
 

@@ -20,12 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_hydra import __version__
 from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.config.loading import load_run_config
+from megatron_hydra.data.manifest import file_sha256
 from megatron_hydra.errors import HydraError
 from megatron_hydra.quickstart.progress import TrainingProgress
 from megatron_hydra.quickstart.student import evaluate_model, stage_arguments, stage_config
 from megatron_hydra.quickstart.workspace import STAGES, STUDENTS, Workspace, shipped_teacher
+from megatron_hydra.stopping import leave_if_stopped
 
 RATIO = "7:1"
 _POLL_SECONDS = 0.5
@@ -72,14 +75,26 @@ def run_quickstart(
     Raises:
         HydraError: ``output`` holds something else, a config is wrong, or a student failed; its log
             is named.
+        Stopped: inside a :class:`~megatron_hydra.stopping.StopRequest`, on a signal.
     """
-    from megatron_hydra.quickstart.report import write_report
-
     _check_configs(configs)
     _keep_libraries_quiet()
     workspace = Workspace(output)
-    body = {**dataclasses.asdict(settings), "overrides": list(settings.overrides)}
-    workspace.open(body, fresh)
+    body = dataclasses.asdict(settings) | {"overrides": list(settings.overrides)}
+    body |= fingerprints(configs)
+    with workspace.opened(body, fresh):
+        return _run(workspace, configs, settings, body, say)
+
+
+def _run(
+    workspace: Workspace,
+    configs: Path,
+    settings: Settings,
+    body: dict[str, Any],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    from megatron_hydra.quickstart.report import write_report
+
     started = time.monotonic()
     say("a tiny Qwen3 becomes a HydraHead: about 5 minutes on two CPU cores")
     steps: list[tuple[str, str, Callable[[], None]]] = [
@@ -93,6 +108,7 @@ def run_quickstart(
         ),
     ]
     for number, (name, title, action) in enumerate(steps, 1):
+        leave_if_stopped()
         head = f"[{number}/{len(steps)}] {title}"
         with workspace.phase(name) as todo:
             if not todo:
@@ -102,9 +118,10 @@ def run_quickstart(
             begun = time.monotonic()
             action()
         say(f"      {time.monotonic() - begun:.0f} s")
-    write_text_atomic(output / "commands.sh", commands_by_hand(workspace, configs, body))
+    commands = commands_by_hand(workspace, configs, body)
+    write_text_atomic(workspace.root / "commands.sh", commands)
     metrics = write_report(workspace, body, RATIO, say)
-    say(f"finished in {time.monotonic() - started:.0f} s; everything is in {output}")
+    say(f"finished in {time.monotonic() - started:.0f} s; everything is in {workspace.root}")
     return metrics
 
 
@@ -125,6 +142,18 @@ def _check_configs(configs: Path) -> None:
     for name in ("common", *STAGES):
         if not (configs / f"{name}.yaml").is_file():
             raise HydraError(f"--configs {configs} has no {name}.yaml")
+
+
+def fingerprints(configs: Path) -> dict[str, str]:
+    """What decides the results beside the settings: a run does not go on where one has changed.
+
+    Returns:
+        the first digits of the SHA-256 of every config and of the teacher's weights, and the
+        package's version.
+    """
+    files = {f"{name}.yaml": configs / f"{name}.yaml" for name in ("common", *STAGES)}
+    files["teacher"] = shipped_teacher() / "model.safetensors"
+    return {name: file_sha256(path)[:16] for name, path in files.items()} | {"version": __version__}
 
 
 # -- head selection and conversion ----------------------------------------------------------------
@@ -189,20 +218,30 @@ def _train(
     processes = {student: _start(workspace, student, configs) for student in waiting}
     try:
         while any(process.poll() is None for process in processes.values()):
-            for student, process in processes.items():
-                if process.poll():
-                    raise HydraError(_failure(workspace, student, process.returncode))
+            _check(workspace, processes)
             progress.show()
             time.sleep(_POLL_SECONDS)
-        for student, process in processes.items():
-            if process.returncode:
-                raise HydraError(_failure(workspace, student, process.returncode))
+        _check(workspace, processes)
     finally:
-        for process in processes.values():
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+        _end(list(processes.values()))
         progress.close()
+
+
+def _check(workspace: Workspace, processes: dict[str, subprocess.Popen[bytes]]) -> None:
+    """Leave if this process was asked to stop, or if a student has failed."""
+    leave_if_stopped()
+    for student, process in processes.items():
+        if process.poll():
+            raise HydraError(_failure(workspace, student, process.returncode))
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Stop what still runs, all at once, and wait: a stage of training saves before it ends."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
+        process.wait()
 
 
 def _start(workspace: Workspace, student: str, configs: Path) -> subprocess.Popen[bytes]:
@@ -212,10 +251,19 @@ def _start(workspace: Workspace, student: str, configs: Path) -> subprocess.Pope
         "OMP_NUM_THREADS": "1",  # three processes on two cores: more threads only get in the way
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        # transformers copies an export's code there before it imports it: processes that share the
+        # folder import each other's half-written files.
+        "HF_MODULES_CACHE": str(workspace.modules(student)),
         "PYTHONWARNINGS": "ignore",
     }
     with open(workspace.log(student), "ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=(workspace.lock,),
+        )
 
 
 def _failure(workspace: Workspace, student: str, code: int) -> str:
@@ -239,26 +287,30 @@ def _steps(workspace: Workspace, configs: Path, settings: dict[str, Any]) -> dic
 def commands_by_hand(workspace: Workspace, configs: Path, settings: dict[str, Any]) -> str:
     """HydraHead's way through the chain as shell commands, for who wants to go it alone."""
     teacher, seed, student = shipped_teacher(), settings["seed"], STUDENTS[0]
+    head_map = workspace.head_map(student)
+    trained = workspace.run(student, STAGES[-1]) / "checkpoints"
+    commands: list[list[Any]] = [
+        ["tools/select_heads.py", "--hf-path", teacher, "--ratio", RATIO, "--seed", seed]
+        + ["--num-prompts", settings["prompts"], "--no-attribution"]
+        + ["--tasks", f"jsonl:{workspace.prompts}", "--output", head_map],
+        ["tools/hf_to_megatron.py", "--hf-path", teacher, "--output", workspace.teacher],
+        ["tools/hf_to_megatron.py", "--hf-path", teacher, "--output", workspace.initial(student)]
+        + ["--head-map", head_map, "--seed", seed, "--calibration-file", workspace.calibration],
+        *(
+            ["-m", "megatron_hydra.train"]
+            + stage_arguments(*stage_config(workspace, student, stage, configs, settings))
+            for stage in STAGES
+        ),
+        ["tools/megatron_to_hf.py", "--output", workspace.export(student), "--checkpoint", trained],
+        ["tools/evaluate.py", "--model", workspace.export(student), "--trust-remote-code"]
+        + ["--tasks", "megatron_hydra.quickstart.tasks:retrieval", "--lengths", "128,256,512,1024"]
+        + ["--samples", settings["samples"], "--seed", seed]
+        + ["--output", workspace.evaluation(student)],
+    ]
     lines = [
         "# What the quickstart did for HydraHead, as commands; run them in the repository's root,",
         "# with other output folders. The prompts were made by",
         "# megatron_hydra.quickstart.tasks.write_selection_prompts.",
-        f"python tools/select_heads.py --hf-path {teacher} --ratio {RATIO} --seed {seed} "
-        f"--num-prompts {settings['prompts']} --no-attribution --tasks jsonl:{workspace.prompts} "
-        f"--output {workspace.head_map(student)}",
-        f"python tools/hf_to_megatron.py --hf-path {teacher} --output {workspace.teacher}",
-        f"python tools/hf_to_megatron.py --hf-path {teacher} --output {workspace.initial(student)} "
-        f"--head-map {workspace.head_map(student)} --seed {seed} "
-        f"--calibration-file {workspace.calibration}",
-    ]
-    for stage in STAGES:
-        arguments = stage_arguments(*stage_config(workspace, student, stage, configs, settings))
-        lines.append(shlex.join(["python", "-m", "megatron_hydra.train", *arguments]))
-    lines += [
-        f"python tools/megatron_to_hf.py --output {workspace.export(student)} "
-        f"--checkpoint {workspace.run(student, STAGES[-1]) / 'checkpoints'}",
-        f"python tools/evaluate.py --model {workspace.export(student)} --trust-remote-code "
-        f"--tasks megatron_hydra.quickstart.tasks:retrieval --lengths 128,256,512,1024 "
-        f"--samples {settings['samples']} --seed {seed} --output {workspace.evaluation(student)}",
+        *(shlex.join(["python", *map(str, words)]) for words in commands),
     ]
     return "\n".join(lines) + "\n"

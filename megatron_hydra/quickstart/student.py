@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import filecmp
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.quickstart.workspace import STAGES, STUDENTS, Workspace, shipped_teacher
+from megatron_hydra.stopping import REQUEUE_EXIT_CODE, Stopped
 
 LENGTH_FACTORS = (1, 2, 4, 8)
 CACHE_LENGTH = 512
@@ -53,21 +55,53 @@ def run_student(
     workspace: Workspace, student: str, configs: Path, settings: dict[str, Any]
 ) -> None:
     """Align, distill, finetune, export, evaluate; what is finished is skipped."""
-    from megatron_hydra import train
     from megatron_hydra.checkpoint.convert import megatron_to_hf
 
     for stage in STAGES:
         with workspace.phase(f"{student}_{stage}") as todo:
-            config = stage_config(workspace, student, stage, configs, settings)
-            if todo and train.main(stage_arguments(*config)) != 0:
-                raise HydraError(f"{student}: stage {stage} did not finish, see above")
+            if todo:
+                _train_stage(workspace, student, stage, configs, settings)
+    export = workspace.export(student)
     with workspace.phase(f"{student}_export") as todo:
-        if todo:
-            trained = workspace.run(student, STAGES[-1]) / "checkpoints"
-            megatron_to_hf(trained, workspace.export(student), force=True)
+        if todo or not carries_our_code(export):  # the package may have changed since
+            megatron_to_hf(workspace.run(student, STAGES[-1]) / "checkpoints", export, force=True)
     with workspace.phase(f"{student}_evaluate") as todo:
         if todo:
-            evaluate_model(workspace, student, workspace.export(student), settings)
+            evaluate_model(workspace, student, export, settings)
+
+
+def _train_stage(
+    workspace: Workspace, student: str, stage: str, configs: Path, settings: dict[str, Any]
+) -> None:
+    from megatron_hydra import train
+
+    run = workspace.run(student, stage)
+    if not can_be_resumed(run):
+        shutil.rmtree(run)
+    status = train.main(
+        stage_arguments(*stage_config(workspace, student, stage, configs, settings))
+    )
+    if status == REQUEUE_EXIT_CODE:
+        raise Stopped
+    if status:
+        raise HydraError(f"{student}: stage {stage} did not finish, see above")
+
+
+def can_be_resumed(run: Path) -> bool:
+    """Whether training can start in a stage's folder: what a stopped try left is whole, or nothing.
+
+    What is damaged, or was saved without the optimizer, has to be begun anew.
+    """
+    from megatron_hydra.training.checkpoint import TRAINING_FILE
+    from megatron_hydra.training.run_folder import CHECKPOINTS, find_resume_point
+
+    if not run.exists():
+        return True
+    try:
+        found = find_resume_point(run / CHECKPOINTS, "auto")
+    except HydraError:
+        return False
+    return found is None or bool(json.loads((Path(found) / TRAINING_FILE).read_text())["optimizer"])
 
 
 def evaluate_model(

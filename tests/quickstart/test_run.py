@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from megatron_hydra.errors import HydraError
-from megatron_hydra.quickstart.run import Settings, run_quickstart
-from megatron_hydra.quickstart.workspace import STAGES, STUDENTS
+from megatron_hydra.quickstart import run as chain
+from megatron_hydra.quickstart import student as one_student
+from megatron_hydra.quickstart.run import Settings, commands_by_hand, fingerprints, run_quickstart
+from megatron_hydra.quickstart.workspace import STAGES, STUDENTS, Workspace
+from megatron_hydra.stopping import REQUEUE_EXIT_CODE, Stopped
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "quickstart"
@@ -29,7 +36,6 @@ def test_missing_config_is_named(tmp_path):
 def test_stage_configs_are_valid_and_chained(tmp_path):
     from megatron_hydra.config.loading import load_run_config
     from megatron_hydra.quickstart.student import stage_config
-    from megatron_hydra.quickstart.workspace import Workspace
 
     settings = {"seed": 3, "overrides": []}
     workspace = Workspace(tmp_path)
@@ -44,6 +50,93 @@ def test_stage_configs_are_valid_and_chained(tmp_path):
     assert [bool(run.teacher.checkpoint) for run in runs] == [True, True, False]
     assert len({run.data.seed for run in runs}) == 3
     assert runs[2].data.sequence_length > runs[0].data.sequence_length == 128
+
+
+def test_a_run_belongs_to_its_configs_its_teacher_and_the_version(tmp_path, monkeypatch):
+    configs = shutil.copytree(CONFIGS, tmp_path / "configs")
+    before = fingerprints(configs)
+    assert set(before) == {*(f"{n}.yaml" for n in ("common", *STAGES)), "teacher", "version"}
+    with Workspace(tmp_path / "q").opened({"seed": 0, **before}, fresh=False):
+        pass
+    with open(configs / "distill.yaml", "a") as file:
+        file.write("# changed\n")
+    refused = pytest.raises(HydraError, match=r"holds a run with distill\.yaml = ")
+    changed = {"seed": 0, **fingerprints(configs)}
+    with refused, Workspace(tmp_path / "q").opened(changed, fresh=False):
+        pass
+
+
+def test_commands_survive_a_folder_with_a_space(tmp_path):
+    workspace = Workspace(tmp_path / "my runs")
+    settings = {"seed": 0, "prompts": 4, "samples": 2, "overrides": []}
+    text = commands_by_hand(workspace, CONFIGS, settings)
+    commands = [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+    assert len(commands) == 8
+    assert all(words[0] == "python" for words in commands)
+    for words in commands[:3]:
+        assert words[words.index("--output") + 1].startswith(f"{tmp_path}/my runs/")
+
+
+def test_every_student_imports_its_exports_code_from_a_folder_of_its_own(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: calls.append(options))
+    workspace = Workspace(tmp_path)
+    (tmp_path / "logs").mkdir()
+    for name in STUDENTS:
+        chain._start(workspace, name, CONFIGS)
+    folders = {options["env"]["HF_MODULES_CACHE"] for options in calls}
+    assert folders == {str(tmp_path / "modules" / name) for name in STUDENTS}
+
+
+# -- stopping and going on ------------------------------------------------------------------------
+
+
+def _stopped_stage(folder: Path, optimizer: bool) -> None:
+    checkpoint = folder / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "training.json").write_text(json.dumps({"optimizer": optimizer}))
+
+
+@pytest.mark.parametrize("kept", ["with_optimizer", "without_optimizer", "damaged"])
+def test_a_stage_that_cannot_be_resumed_begins_anew(tmp_path, monkeypatch, kept):
+    workspace = Workspace(tmp_path)
+    folder = workspace.run("hydra", "align")
+    _stopped_stage(folder, optimizer=kept == "with_optimizer")
+    if kept != "damaged":
+        monkeypatch.setattr("megatron_hydra.checkpoint.store.verify_checkpoint", lambda _: {})
+    found = []
+
+    def trainer(_arguments):
+        found.append(folder.exists())
+        return 0
+
+    monkeypatch.setattr("megatron_hydra.train.main", trainer)
+    one_student._train_stage(workspace, "hydra", "align", CONFIGS, {"seed": 0, "overrides": []})
+    assert found == [kept == "with_optimizer"]
+
+
+def test_a_stopped_stage_is_no_failure(tmp_path, monkeypatch):
+    settings = {"seed": 0, "overrides": []}
+    for status, error in ((REQUEUE_EXIT_CODE, Stopped), (2, HydraError)):
+        monkeypatch.setattr("megatron_hydra.train.main", lambda _, status=status: status)
+        with pytest.raises(error):
+            one_student._train_stage(Workspace(tmp_path), "hydra", "align", CONFIGS, settings)
+
+
+def test_students_are_stopped_together(tmp_path):
+    """Each is given the time to save, but not one after the other."""
+    program = "import signal, sys, time\n"
+    program += "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), sys.exit(85)))\n"
+    program += "print(flush=True)\ntime.sleep(60)"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) for _ in range(3)
+    ]
+    for process in processes:
+        process.stdout.readline()
+    chain._end(processes)
+    assert [process.returncode for process in processes] == [85, 85, 85]
+    for process in processes:
+        process.stdout.close()
 
 
 @pytest.mark.slow
@@ -92,3 +185,31 @@ def test_failing_student_is_reported_with_its_log(tmp_path):
     assert done.returncode == 2
     assert "do not fit" in done.stderr and ".log" in done.stderr
     assert not (tmp_path / "q" / "metrics.json").exists()
+
+
+@pytest.mark.slow
+def test_a_stopped_quickstart_ends_its_students_and_goes_on(tmp_path):
+    """SIGTERM to the command alone, as ``timeout`` sends it."""
+    output = tmp_path / "q"
+    command = [sys.executable, str(ROOT / "tools" / "quickstart.py"), "--samples", "1"]
+    command += ["--output", str(output)]
+    for word in (*SHORT, "schedule.steps=40"):
+        command += ["--set", word]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    metrics = output / "runs" / "hydra" / "align" / "metrics.jsonl"
+    deadline = time.monotonic() + 900
+    while not (metrics.is_file() and metrics.read_text().count("\n")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == REQUEUE_EXIT_CODE, errors
+    assert "the same command goes on" in errors
+    # Refused if a student were still alive, for it would hold the lock.
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    events = (metrics.parent / "events.jsonl").read_text().splitlines()
+    assert "resume" in {json.loads(line)["event"] for line in events}

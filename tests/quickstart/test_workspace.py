@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 
@@ -8,41 +9,84 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.hf.export_files import hf_export_files
 from megatron_hydra.quickstart.progress import TrainingProgress
 from megatron_hydra.quickstart.student import carries_our_code
-from megatron_hydra.quickstart.workspace import STAGES, STUDENTS, Workspace
+from megatron_hydra.quickstart.workspace import STAGES, Workspace
+from megatron_hydra.stopping import Stopped
 
 
 def test_finished_phases_are_skipped(tmp_path):
     workspace = Workspace(tmp_path / "q")
-    workspace.open({"seed": 0}, fresh=False)
-    with workspace.phase("select") as todo:
-        assert todo
-    with pytest.raises(ZeroDivisionError), workspace.phase("convert"):
-        raise ZeroDivisionError
+    with workspace.opened({"seed": 0}, fresh=False):
+        with workspace.phase("select") as todo:
+            assert todo
+        with pytest.raises(ZeroDivisionError), workspace.phase("convert"):
+            raise ZeroDivisionError
     again = Workspace(tmp_path / "q")
-    again.open({"seed": 0}, fresh=False)
-    with again.phase("select") as todo:
-        assert not todo
-    assert again.is_done("select") and not again.is_done("convert")
-    assert set(again.seconds()) == {"select"}
-    again.open({"seed": 1}, fresh=True)
-    assert not again.is_done("select")
+    with again.opened({"seed": 0}, fresh=False):
+        with again.phase("select") as todo:
+            assert not todo
+        assert again.is_done("select") and not again.is_done("convert")
+        assert set(again.seconds()) == {"select"}
+    with again.opened({"seed": 1}, fresh=True):
+        assert not again.is_done("select")
 
 
-def test_other_settings_and_other_folders_are_refused(tmp_path):
-    Workspace(tmp_path / "q").open({"seed": 0}, fresh=False)
-    with pytest.raises(HydraError, match="seed = 0, not 1"):
-        Workspace(tmp_path / "q").open({"seed": 1}, fresh=False)
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.jpg").write_text("x")
-    for fresh in (False, True):
-        with pytest.raises(HydraError, match="holds no quickstart"):
-            Workspace(tmp_path / "photos").open({"seed": 0}, fresh=fresh)
-    assert (tmp_path / "photos" / "a.jpg").exists()
+def test_seconds_include_the_tries_that_were_stopped(tmp_path, monkeypatch):
+    clock = iter([0.0, 40.0, 100.0, 102.5])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    workspace = Workspace(tmp_path)
+    with pytest.raises(Stopped), workspace.phase("train"):
+        raise Stopped
+    with workspace.phase("train") as todo:
+        assert todo
+    assert workspace.seconds() == {"train": 42.5}
+
+
+def test_a_run_with_other_settings_is_refused(tmp_path):
+    with Workspace(tmp_path / "q").opened({"seed": 0}, fresh=False):
+        pass
+    refused = pytest.raises(HydraError, match="seed = 0, not 1")
+    with refused, Workspace(tmp_path / "q").opened({"seed": 1}, fresh=False):
+        pass
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("name", ["a.jpg", "settings.json"])
+def test_the_folders_of_others_are_left_alone(tmp_path, name, fresh):
+    (tmp_path / name).write_text("{}")
+    refused = pytest.raises(HydraError, match="holds no quickstart")
+    with refused, Workspace(tmp_path).opened({"seed": 0}, fresh=fresh):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_fresh_leaves_what_the_quickstart_did_not_write(tmp_path):
+    workspace = Workspace(tmp_path)
+    with workspace.opened({"seed": 0}, fresh=False):
+        (tmp_path / "retrieval.png").write_text("old")
+        (tmp_path / "notes.txt").write_text("mine")
+    with workspace.opened({"seed": 1}, fresh=True):
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+        assert not (tmp_path / "retrieval.png").exists()
+
+
+def test_one_quickstart_at_a_time_works_in_a_folder(tmp_path):
+    """Also after the death of the one that started it: its students inherit the lock."""
+    workspace = Workspace(tmp_path)
+    with workspace.opened({}, fresh=False):
+        student = subprocess.Popen(["sleep", "60"], pass_fds=(workspace.lock,))
+    refused = pytest.raises(HydraError, match="another quickstart is at work")
+    try:
+        with refused, Workspace(tmp_path).opened({}, fresh=False):
+            pass
+    finally:
+        student.kill()
+        student.wait()
+    with Workspace(tmp_path).opened({}, fresh=False):
+        pass
 
 
 def test_progress_reads_the_metrics(tmp_path):
     workspace = Workspace(tmp_path)
-    workspace.open({}, fresh=False)
     lines: list[str] = []
     progress = TrainingProgress(workspace, dict.fromkeys(STAGES, 10), lines.append)
     progress.terminal = False
@@ -71,8 +115,3 @@ def test_only_our_own_code_is_run(tmp_path):
     changed = tmp_path / next(iter(hf_export_files()))
     changed.write_text(changed.read_text() + "\n")
     assert not carries_our_code(tmp_path)
-
-
-def test_students_and_stages_are_the_issues():
-    assert STUDENTS == ("hydra", "random", "all_gdn")
-    assert STAGES == ("align", "distill", "finetune")
