@@ -57,6 +57,7 @@ class EffectEngine:
             "direct": 2.0 * layers,
             "attention": 2.0 * layers,
             "attribution": 6.0 * layers,
+            "layers": layers * (layers + 1) / 2,
             "total": heads * layers * (layers + 1) / 2,
             "paths": 0.3 * heads * layers * (layers - 1) / 2,
         }
@@ -109,6 +110,11 @@ class EffectEngine:
         return self._all_heads(
             "attribution", name, prompts, patching.attribution_effects, 6 * self._layers
         )
+
+    def layers(self, name: str, prompts: Solved) -> np.ndarray:
+        """Normalised effects of whole layers' attention, ``[L]``."""
+        cost = self._layers * (self._layers + 1) // 2
+        return self._all_heads("layers", name, prompts, patching.layer_effects, cost)
 
     def attention_mass(self, name: str, prompts: Solved) -> np.ndarray:
         """Mean retrieval score over the prompts whose answer occurs in them, ``[L, H]``.

@@ -107,6 +107,25 @@ def total_effects(
             yield layer, wanted, torch.cat(results)
 
 
+@torch.no_grad()
+def layer_effects(runner: DecoderRunner, batch: PromptBatch) -> torch.Tensor:
+    """All heads of a layer replaced by their clean outputs together, everything downstream free.
+
+    Returns:
+        m, ``[L, P]``.
+    """
+    streams = PairedStreams(runner, batch)
+    direction = runner.logit_direction(batch)
+    results = []
+    for layer in range(runner.num_layers):
+        state = streams.advance()
+        weights = runner.head_output_weights(layer, range(runner.num_heads))
+        delta = torch.einsum("pthd,hdD->ptD", _clean_minus_corrupted(state.z), weights)
+        x = streams.continue_from(layer, _corrupted(state.x_mid) + delta)
+        results.append(_result(runner.logit_difference(x, direction)))
+    return torch.stack(results)
+
+
 def _patched_runs(
     runner: DecoderRunner,
     streams: PairedStreams,

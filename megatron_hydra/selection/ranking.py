@@ -185,15 +185,22 @@ def _greedy(
     return chosen
 
 
-def whole_layers(model: ModelIdentity, ratio: str) -> tuple[tuple[int, ...], ...]:
-    """Whole layers FA, as close to the budget as whole layers get, at equal distances.
+def whole_layers(
+    model: ModelIdentity, ratio: str, scores: np.ndarray | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """Whole layers FA, as close to the budget as whole layers get.
 
-    The last layer of each block of equal size is FA (three linear layers, then a full one, as in
-    Qwen3-Next).
+    Args:
+        scores: ``[L]``: the layers with the highest are FA; when absent, layers at equal distances,
+            the last of each block of equal size (three linear layers, then a full one, as in
+            Qwen3-Next).
     """
     heads = num_full_attention_heads(model.num_layers, model.num_query_heads, ratio)
     count = heads and max(1, (2 * heads + model.num_query_heads) // (2 * model.num_query_heads))
-    full = {(i + 1) * model.num_layers // count - 1 for i in range(count)}
+    if scores is None:
+        full = {(i + 1) * model.num_layers // count - 1 for i in range(count)}
+    else:
+        full = set(np.argsort(-scores, kind="stable")[:count].tolist())
     everything = tuple(range(model.num_query_heads))
     return tuple(everything if i in full else () for i in range(model.num_layers))
 

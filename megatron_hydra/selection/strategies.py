@@ -134,20 +134,27 @@ class Strategy:
         stages: what it measures of each task (for the progress bar); empty: it needs no model.
         score: from context to scores; ``None``: the choice needs no scores.
         same_in_every_layer: every layer gets an equal share of the FA heads.
+        whole_layers: layers are chosen, not heads: those with the best scores, or without scores
+            those at equal distances.
     """
 
     help: str
     stages: Callable[[SelectionOptions], tuple[str, ...]]
     score: Callable[[Context], Scored] | None
     same_in_every_layer: bool = False
+    whole_layers: bool = False
 
     def choose(self, context: Context, scored: Scored | None) -> Heads:
         """The FA heads of every layer."""
         constraints = context.options.constraints
-        if scored is None:
+        if self.whole_layers:
             if constraints.min_per_layer or constraints.max_per_layer is not None:
-                raise HydraError("--strategy layerwise takes no --min-per-layer or --max-per-layer")
-            return whole_layers(context.model, context.ratio)
+                raise HydraError(
+                    "strategies that choose whole layers take no --min-per-layer or --max-per-layer"
+                )
+            scores = None if scored is None else scored.unified.mean(1)
+            return whole_layers(context.model, context.ratio, scores)
+        assert scored is not None
         return choose_heads(
             scored.unified, context.model, context.ratio, constraints, self.same_in_every_layer
         )
@@ -189,6 +196,17 @@ def _interp_task(context: Context, task: str, prompts: Solved) -> tuple[np.ndarr
         score = score + options.sender_weight * paths["qkv"]
     details["effects"] = {kind: effect.tolist() for kind, effect in effects.items()}
     return score, details
+
+
+def _layer_effects(context: Context) -> Scored:
+    """What a layer's attention as a whole does; every head has the score of its layer."""
+    assert context.engine is not None
+    _, heads = context.shape
+    by_task = {
+        task: np.repeat(context.engine.layers(task, prompts)[:, None], heads, axis=1)
+        for task, prompts in context.prompts.items()
+    }
+    return Scored(by_task, fuse(by_task, context.options.task_weights))
 
 
 def _attribution(context: Context) -> Scored:
@@ -267,6 +285,13 @@ STRATEGIES: dict[str, Strategy] = {
         "whole layers at equal distances (the number of heads is rounded to whole layers)",
         lambda options: (),
         None,
+        whole_layers=True,
+    ),
+    "layerwise_effects": Strategy(
+        "the whole layers whose attention matters most (as HALO places its full layers)",
+        lambda options: ("baseline", "layers"),
+        _layer_effects,
+        whole_layers=True,
     ),
 }
 

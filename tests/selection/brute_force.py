@@ -84,6 +84,14 @@ class BruteForce:
             handles.append(projection.register_forward_pre_hook(lambda m, a: (z,)))
             return self._forward(self.pair.corrupted)
 
+    def layer(self, layer: int) -> float:
+        """All heads of a layer at once, everything downstream free."""
+        z = self.clean[f"z{layer}"]
+        with self._hooks() as handles:
+            projection = self.attentions[layer].o_proj
+            handles.append(projection.register_forward_pre_hook(lambda m, a: (z,)))
+            return self._forward(self.pair.corrupted)
+
     def direct(self, layer: int, head: int) -> float:
         """Everything downstream frozen."""
         with self._hooks() as handles:

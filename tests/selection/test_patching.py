@@ -47,6 +47,14 @@ def test_direct_and_total_equal_brute_force(family: str, first: int) -> None:
         np.testing.assert_allclose(total[layer, head], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("first", [0, 4])
+def test_effects_of_layers_equal_brute_force(family: str, first: int) -> None:
+    runner, batch, brute = setup(family, first)
+    found = patching.layer_effects(runner, batch)
+    expected = [[b.layer(layer) for b in brute] for layer in range(3)]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_path_patching_equals_brute_force(family: str) -> None:
     runner, batch, brute = setup(family, first=3)
     results = dict(patching.path_effects(runner, batch, [0, 1], RECEIVERS, tokens_per_batch=80))

@@ -101,7 +101,7 @@ def test_every_strategy_gives_a_reproducible_map(strategy: str, planted: Planted
 
     first = run(1)
     assert first.to_dict() == run(1).to_dict()
-    expected = 6 if strategy == "layerwise" else 5
+    expected = 6 if strategy.startswith("layerwise") else 5
     assert first.num_full_attention == expected
     if strategy in ("uniform", "per_layer_quota"):
         assert [len(x) for x in first.full_attention_heads] == [1] * 5
@@ -112,6 +112,14 @@ def test_every_strategy_gives_a_reproducible_map(strategy: str, planted: Planted
         assert -1 <= spearman <= 1
     if strategy == "attention_mass":
         assert planted.decoy in heads_of(first)
+
+
+def test_the_layer_whose_attention_decides_is_kept_whole(planted: Planted) -> None:
+    found = select_heads(
+        planted.model, ratio="4:1", strategy="layerwise_effects", tasks=[TASK], options=OPTIONS
+    )
+    (receivers,) = {layer for layer, _ in planted.receivers}
+    assert [i for i, heads in enumerate(found.full_attention_heads) if heads] == [receivers]
 
 
 def test_the_map_does_not_depend_on_the_name_of_a_path(folder: Path, planted: Planted) -> None:
@@ -180,7 +188,7 @@ def test_results_for_other_inputs_are_not_used(planted: Planted, tmp_path: Path)
         ({"tasks": []}, "at least one task"),
         ({"tasks": [TASK, TASK]}, "planted is given twice"),
         ({"tasks": ["facts"]}, "no tokenizer"),
-        ({"strategy": "layerwise", "options": ONE_EACH}, "layerwise takes no"),
+        ({"strategy": "layerwise", "options": ONE_EACH}, "whole layers take no"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: dict, message: str, planted: Planted) -> None:
