@@ -28,6 +28,8 @@ def fusion_tail(
     Returns:
         ``[T, N·d]`` in the outputs' dtype: what the output projection reads.
     """
+    if has_no_step(branches, scale, eps):
+        return branches[0][0].flatten(1)
     joined, start = [], 0
     for o, gate in branches:
         end = start + o.shape[1]
@@ -35,6 +37,11 @@ def fusion_tail(
         joined.append(_fused(o, gate, part, eps).flatten(1))
         start = end
     return joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)
+
+
+def has_no_step(branches: Sequence[Branch], scale: torch.Tensor | None, eps: float | None) -> bool:
+    """Whether the tail has nothing to compute or to join, as in a dense model."""
+    return len(branches) == 1 and branches[0][1] is None and scale is None and eps is None
 
 
 def _fused(

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from megatron_hydra.ops.fusion_tail import Branch
+from megatron_hydra.ops.fusion_tail import Branch, has_no_step
 
 ROWS, WARPS = 16, 4
 """Rows of a program and its warps: 32 bytes of each tensor per thread at d = 128 in bf16."""
@@ -157,6 +157,8 @@ def fusion_tail(
     branches: Sequence[Branch], scale: torch.Tensor | None, eps: float | None
 ) -> torch.Tensor:
     """As :func:`megatron_hydra.ops.fusion_tail.fusion_tail`, in one pass over every branch."""
+    if has_no_step(branches, scale, eps):
+        return branches[0][0].flatten(1)
     flat = [tensor for branch in branches for tensor in branch]
     output: torch.Tensor = _FusionTail.apply(scale, eps, *flat)
     return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -49,3 +50,15 @@ def test_kernels_compile_for_a_gpu_that_is_not_here():
     assert result.returncode == 0, result.stderr[-3000:]
     built = {json.loads(line)["kernel"].rpartition(".")[0] for line in result.stdout.splitlines()}
     assert len(built) == 4  # every module of ours with kernels
+
+
+@pytest.mark.parametrize("module", ["fusion_tail", "triton_fusion_tail"])
+def test_a_tail_without_steps_copies_nothing(module):
+    """As in the dense model that ours is compared with: no gate, norm, scale or second branch."""
+    if module.startswith("triton"):
+        pytest.importorskip("triton")
+    tail = importlib.import_module(f"megatron_hydra.ops.{module}").fusion_tail
+    o = torch.randn(5, 3, 8)
+    joined = tail([(o, None)], None, None)
+    assert joined.shape == (5, 24)
+    assert joined.data_ptr() == o.data_ptr()
