@@ -2,13 +2,14 @@
 
 Every kernel has a torch twin that runs anywhere. On a GPU, ``auto`` takes the fastest that is
 installed and supports the model's shape and precision; a named one that cannot run here is an error
-that says why. Before the first use on a GPU, what was chosen is compared with the twins on a small
-input (:mod:`megatron_hydra.ops.self_check`).
+that says why. Before the first use on a GPU, what was chosen is compared with the twins on small
+inputs (:mod:`megatron_hydra.ops.self_check`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -74,7 +75,8 @@ class Backend:
     Attributes:
         name: as in the config.
         missing: why it cannot run a case here, or ``None`` where it can.
-        load: imports it and returns its kernels by their names in :class:`Kernels`.
+        load: imports it and returns its kernels by their names in :class:`Kernels`; the same ones at
+            every call.
     """
 
     name: str
@@ -113,37 +115,60 @@ def _flash_attn_missing(case: Case) -> str | None:
     return None if version_3 is None else version_2
 
 
+@functools.cache
 def _load_flash_attn() -> dict[str, Any]:
     from megatron_hydra.ops import gpu_attention
 
-    packed = gpu_attention.flash_attn_varlen()
-    return {"attention": packed}
+    return {"attention": gpu_attention.flash_attn_varlen()}
 
 
+@functools.cache
 def _load_torch_varlen() -> dict[str, Any]:
     from megatron_hydra.ops import gpu_attention
 
     return {"attention": gpu_attention.torch_varlen()}
 
 
-def _load_cudnn() -> dict[str, Any]:
+@functools.cache
+def _load_transformer_engine() -> dict[str, Any]:
     from megatron_hydra.ops import gpu_attention
 
-    packed = (
-        gpu_attention.torch_varlen()
-        if _installed("torch.nn.attention.varlen")
-        else varlen_attention
-    )
+    return {"attention": gpu_attention.transformer_engine_varlen()}
+
+
+_PACKED = {
+    "flash_attn_interface": _load_flash_attn,
+    "torch.nn.attention.varlen": _load_torch_varlen,
+    "flash_attn": _load_flash_attn,
+}
+"""By its module, what computes packed documents and shards beside SDPA, the fastest first: version 3
+of flash-attn, torch's own, version 2."""
+
+
+def _sdpa_missing(case: Case) -> str | None:
+    reason: str | None = _needs()(case)
+    if reason is None and not any(_installed(module) for module in _PACKED):
+        return "packed documents need flash-attn or torch 2.10 beside it, and neither is installed"
+    return reason
+
+
+@functools.cache
+def _load_sdpa() -> dict[str, Any]:
+    from megatron_hydra.ops import gpu_attention
+
+    packed = next(load for module, load in _PACKED.items() if _installed(module))()["attention"]
     dense = gpu_attention.sdpa_attention
     return {"attention": gpu_attention.dense_or_packed(dense, packed)}
 
 
+@functools.cache
 def _load_fla() -> dict[str, Any]:
     from megatron_hydra.ops.fla_delta_rule import fla_gated_delta_rule
 
     return {"delta_rule": fla_gated_delta_rule}
 
 
+@functools.cache
 def _load_triton() -> dict[str, Any]:
     from megatron_hydra.ops import triton_fusion_tail, triton_qk_preparation, triton_short_conv
 
@@ -158,9 +183,10 @@ _TORCH = Backend("torch", lambda case: None, dict)
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "full_attention": (
-        Backend("sdpa", _needs(), _load_cudnn),
+        Backend("sdpa", _sdpa_missing, _load_sdpa),
         Backend("flash_attn", _flash_attn_missing, _load_flash_attn),
         Backend("varlen", _needs("torch.nn.attention.varlen"), _load_torch_varlen),
+        Backend("transformer_engine", _needs("transformer_engine"), _load_transformer_engine),
         _TORCH,
     ),
     "gated_delta_net": (Backend("fla", _needs("fla", "triton"), _load_fla), _TORCH),
@@ -188,7 +214,7 @@ def choose_kernels(backend: BackendConfig, case: Case, *, check: bool = True) ->
     names = {}
     for key, candidates in BACKENDS.items():
         selected = _select(key, getattr(backend, key), candidates, case)
-        chosen.update(selected.load())
+        chosen.update(_loaded(key, selected))
         names[key] = selected.name
     kernels = Kernels(**chosen, names=names)
     if check and case.device.type == "cuda":
@@ -215,6 +241,17 @@ def _select(key: str, name: str, candidates: tuple[Backend, ...], case: Case) ->
         f"backend.{key}={name!r} does not exist; here there are "
         f"{', '.join(_available(candidates, case))}, and auto"
     )
+
+
+def _loaded(key: str, backend: Backend) -> dict[str, Any]:
+    """Its kernels; a package that is there and cannot be imported is the user's to mend."""
+    try:
+        return backend.load()
+    except (ImportError, OSError) as error:  # OSError: a shared library that it needs
+        raise HydraError(
+            f"backend.{key}={backend.name} is installed but cannot be imported: {error}; mend its "
+            f"installation or set backend.{key} to another one"
+        ) from error
 
 
 def _available(candidates: tuple[Backend, ...], case: Case) -> list[str]:

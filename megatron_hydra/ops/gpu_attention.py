@@ -6,6 +6,7 @@ from the device.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -123,6 +124,50 @@ def flash_attn_varlen() -> Attention:
             window_size=(_left(window), -1 if window is None else 0),
         )
         return out[0] if isinstance(out, tuple) else out
+
+    return attention
+
+
+def transformer_engine_varlen() -> Attention:
+    """Transformer Engine's ``DotProductAttention``, which chooses between cuDNN and flash-attn itself.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    from transformer_engine.pytorch import DotProductAttention
+
+    @functools.cache
+    def module(heads: int, groups: int, d: int) -> Callable[..., torch.Tensor]:
+        # It has no parameters, so layers of one shape share it.
+        return DotProductAttention(  # type: ignore[no-any-return]
+            heads,
+            d,
+            num_gqa_groups=groups,
+            qkv_format="thd",
+            # Bottom right: the last query of a document is aligned with its last key.
+            attn_mask_type="padding_causal_bottom_right",
+        )
+
+    def attention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_q: Boundaries,
+        cu_k: Boundaries,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        starts_q, starts_k, longest_q, longest_k = _device_boundaries(cu_q, cu_k, q.device)
+        out = module(q.shape[1], k.shape[1], q.shape[2])(
+            q,
+            k,
+            v,
+            cu_seqlens_q=starts_q,
+            cu_seqlens_kv=starts_k,
+            max_seqlen_q=longest_q,
+            max_seqlen_kv=longest_k,
+            window_size=(_left(window), 0),
+        )
+        return out.view(q.shape)  # it joins the heads
 
     return attention
 

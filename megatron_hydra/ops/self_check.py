@@ -1,18 +1,18 @@
 """Start-up check: the chosen kernels against their torch twins, on this machine, with gradients.
 
 Compiled kernels have been wrong on some versions of their compiler without a word, backward passes
-above all. A second at the start of a run is cheaper than a model trained on wrong gradients.
+above all. Seconds at the start of a run are cheaper than a model trained on wrong gradients.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.ops.backends import Case, Kernels
+from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
 
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Largest ‖got − twin‖ / ‖twin‖ of an output or a gradient; the twin computes in fp32 from the same
@@ -21,31 +21,29 @@ rounded inputs. Rounding stays well below, a wrong kernel is off by a tenth and 
 BOUNDARIES = (0, 70, 71, 200, 330)
 """Documents of the test stream: unequal, one of a single token, none a multiple of a chunk."""
 
+TAIL_BOUNDARIES = (0, 30, 31, 130, 195)
+"""Of queries that are the last of each document, as a context-parallel shard has them."""
+
 Run = Callable[[Kernels, list[torch.Tensor]], torch.Tensor]
+
+Check = tuple[str, str, dict[str, torch.Tensor], Run]
+"""A key of the ``backend`` section, what the kernel is called, its inputs by name, the call."""
+
+_passed: set[tuple[tuple[tuple[str, str], ...], Case]] = set()
+"""Choices (names by key) and cases that were found right in this process."""
 
 
 def check_kernels(kernels: Kernels, case: Case) -> None:
-    """Compare every chosen kernel with its twin; does nothing for twins and after the first time.
+    """Compare every chosen kernel with its twin; does nothing for twins and after it has passed.
 
     Raises:
         HydraError: a kernel fails, or an output or gradient is off; names the key that avoids it.
     """
-    _check_once(tuple(sorted(kernels.names.items())), kernels.attention, kernels.delta_rule, case)
-
-
-@functools.lru_cache(maxsize=16)
-def _check_once(
-    names: tuple[tuple[str, str], ...], attention: Callable, delta_rule: Callable, case: Case
-) -> None:
-    from megatron_hydra.ops.backends import BACKENDS
-
+    choice = tuple(sorted(kernels.names.items())), case
+    if choice in _passed:
+        return
     twins = Kernels()
-    chosen: dict = {}
-    for key, name in names:
-        (backend,) = (b for b in BACKENDS[key] if b.name == name)
-        chosen.update(backend.load())
-    kernels = Kernels(**chosen, names=dict(names))
-    for key, what, inputs, run in _checks(case):
+    for key, what, inputs, run in all_checks(case):
         name = kernels.names[key]
         if name == "torch":
             continue
@@ -54,9 +52,14 @@ def _check_once(
             others = "torch" if key != "full_attention" else "another one (varlen, torch)"
             raise HydraError(
                 f"the start-up check of {what} failed with backend.{key}={name} on "
-                f"{torch.cuda.get_device_name(case.device)}: {problem}. "
+                f"{_device_name(case.device)}: {problem}. "
                 f"Set backend.{key}={others}, or install other versions of its package and of triton"
             )
+    _passed.add(choice)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def _difference(
@@ -70,7 +73,8 @@ def _difference(
         got = run(kernels, got_in)
         cotangent = torch.randn(got.shape, generator=generator, device=got.device)
         got_grads = torch.autograd.grad(got, got_in, cotangent.to(got.dtype))
-        torch.cuda.synchronize(got.device)
+        if got.is_cuda:
+            torch.cuda.synchronize(got.device)
     except Exception as error:
         return f"it raised {type(error).__name__}: {str(error)[:300]}"
     want = run(twins, want_in)
@@ -79,71 +83,171 @@ def _difference(
     for name, a, b in zip(inputs, got_grads, want_grads, strict=True):
         results[f"the gradient of {name}"] = (a, b)
     for what, (a, b) in results.items():
-        distance = float((a.float() - b).norm() / b.norm().clamp_min(1e-20))
+        a, b = a.detach().float(), b.detach()
+        distance = float((a - b).norm() / b.norm().clamp_min(1e-20))
         if not distance < tolerance:  # NaN must fail
             return f"{what} differs from the reference by {distance:.1%}"
     return None
 
 
-def _checks(case: Case) -> Iterator[tuple[str, str, dict[str, torch.Tensor], Run]]:
-    """(backend key, what it is called, inputs, call) of every kernel."""
-    device, dtype, d = case.device, case.dtype, case.head_dim
-    generator = torch.Generator(device=device).manual_seed(0)
-    tokens = BOUNDARIES[-1]
+class _Inputs:
+    """Random tensors of a case, always the same ones."""
 
-    def normal(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(kind)
+    def __init__(self, case: Case, seed: int) -> None:
+        self.case = case
+        self.generator = torch.Generator(device=case.device).manual_seed(seed)
 
-    for cu, name in ((BOUNDARIES, "packed"), ((0, tokens), "one document's")):
-        yield (
-            "full_attention",
-            f"{name} full attention",
-            {"q": normal(tokens, 4, d), "k": normal(tokens, 2, d), "v": normal(tokens, 2, d)},
-            lambda kernels, x, cu=cu: kernels.attention(*x, cu, cu),  # type: ignore[misc]
-        )
-        if case.windowed:
+    def normal(self, *shape: int) -> torch.Tensor:
+        x = torch.randn(*shape, generator=self.generator, device=self.case.device)
+        return x.to(self.case.dtype)
+
+    def unit(self, *shape: int) -> torch.Tensor:
+        x = torch.nn.functional.normalize(self.normal(*shape).float(), dim=-1)
+        return x.to(self.case.dtype)
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """Fp32, in 0 … 1."""
+        return torch.rand(*shape, generator=self.generator, device=self.case.device)
+
+    def positions(self, boundaries: Sequence[int]) -> torch.Tensor:
+        """Every token's position in its document."""
+        documents = zip(boundaries, boundaries[1:], strict=False)
+        return torch.cat([torch.arange(b - a) for a, b in documents]).to(self.case.device)
+
+
+def all_checks(case: Case) -> Iterator[Check]:
+    """The checks of every kernel, each for the ways in which layers and losses call it."""
+    yield from _attention_checks(case)
+    yield from _delta_rule_checks(case)
+    yield from _preparation_checks(case)
+    yield from _short_conv_checks(case)
+    yield from _fusion_tail_checks(case)
+    yield from _loss_checks(case)
+
+
+def _attention_checks(case: Case) -> Iterator[Check]:
+    make, d, tokens = _Inputs(case, 0), case.head_dim, BOUNDARIES[-1]
+    streams = {
+        "packed full attention": (BOUNDARIES, BOUNDARIES),
+        "one document's full attention": ((0, tokens), (0, tokens)),
+        "full attention of the documents' last queries": (TAIL_BOUNDARIES, BOUNDARIES),
+    }
+    for window in (None, 50) if case.windowed else (None,):
+        within = "" if window is None else " within a window"
+        for name, (cu_q, cu_k) in streams.items():
             yield (
                 "full_attention",
-                f"{name} attention within a window",
-                {"q": normal(tokens, 4, d), "k": normal(tokens, 2, d), "v": normal(tokens, 2, d)},
-                lambda kernels, x, cu=cu: kernels.attention(*x, cu, cu, window=50),  # type: ignore[misc]
+                name + within,
+                {
+                    "q": make.normal(cu_q[-1], 4, d),
+                    "k": make.normal(tokens, 2, d),
+                    "v": make.normal(tokens, 2, d),
+                },
+                lambda kernels, x, cu_q=cu_q, cu_k=cu_k, window=window: kernels.attention(  # type: ignore[misc]
+                    *x, cu_q, cu_k, window=window
+                ),
             )
-        unit = torch.nn.functional.normalize
+
+
+def _delta_rule_checks(case: Case) -> Iterator[Check]:
+    make, d, tokens = _Inputs(case, 1), case.head_dim, BOUNDARIES[-1]
+    for cu, name in ((BOUNDARIES, "packed"), ((0, tokens), "one document's")):
         yield (
             "gated_delta_net",
             f"{name} gated delta rule",
             {
-                "q": unit(normal(tokens, 2, d).float(), dim=-1).to(dtype),
-                "k": unit(normal(tokens, 2, d).float(), dim=-1).to(dtype),
-                "v": normal(tokens, 2, d),
+                "q": make.unit(tokens, 2, d),
+                "k": make.unit(tokens, 2, d),
+                "v": make.normal(tokens, 2, d),
                 # Half-lives from tens to hundreds of tokens: a leak between documents shows.
-                "log alpha": -torch.rand(tokens, 2, generator=generator, device=device) * 0.05,
-                "beta": torch.rand(tokens, 2, generator=generator, device=device),
+                "log alpha": -0.05 * make.uniform(tokens, 2),
+                "beta": make.uniform(tokens, 2),
             },
             lambda kernels, x, cu=cu: kernels.delta_rule(*x, cu)[0],  # type: ignore[misc]
         )
-    positions = torch.cat([torch.arange(b - a) for a, b in zip(BOUNDARIES, BOUNDARIES[1:])])
-    positions = positions.to(device)
-    angles = (positions.float()[:, None] * torch.rand(d // 2, device=device)).repeat(1, 2)[:, None]
-    tables, scale = (angles.cos(), angles.sin()), 1 + positions.float() / tokens
-    yield (
-        "fused_kernels",
-        "q/k preparation",
-        {"x": normal(tokens, 3, d), "weight": normal(d)},
-        lambda kernels, x: kernels.prepare_heads(x[0], x[1], 1e-6, tables, scale, True),
-    )
+
+
+def _preparation_checks(case: Case) -> Iterator[Check]:
+    """As GDN branches and as FA branches do it: a unit norm would hide a wrong scale."""
+    make, d, tokens = _Inputs(case, 2), case.head_dim, BOUNDARIES[-1]
+    positions = make.positions(BOUNDARIES).float()
+    angles = (positions[:, None] * make.uniform(d // 2)).repeat(1, 2)[:, None]
+    tables, log_scale = (angles.cos(), angles.sin()), 1 + positions / tokens
+    for name, rotary, scale, l2 in (
+        ("rotary embedding and unit norm", tables, None, True),
+        ("the log scale", None, log_scale, False),
+    ):
+        yield (
+            "fused_kernels",
+            f"q/k preparation with {name}",
+            {"x": make.normal(tokens, 3, d), "weight": make.normal(d)},
+            lambda kernels, x, rotary=rotary, scale=scale, l2=l2: kernels.prepare_heads(  # type: ignore[misc]
+                x[0], x[1], 1e-6, rotary, scale, l2
+            ),
+        )
+
+
+def _short_conv_checks(case: Case) -> Iterator[Check]:
+    make, channels, tokens = _Inputs(case, 3), 3 * case.head_dim, BOUNDARIES[-1]
+    positions = make.positions(BOUNDARIES)
+    inputs = {"x": make.normal(tokens, channels), "weight": make.normal(channels, 4)}
     yield (
         "fused_kernels",
         "the short convolution",
-        {"x": normal(tokens, 3 * d), "weight": normal(3 * d, 4)},
+        inputs,
         lambda kernels, x: kernels.short_conv(x[0], x[1], positions),
     )
+    # The first document began two tokens before this shard; what lies before those is another's.
+    shard = positions.clone()
+    shard[: BOUNDARIES[1]] += 2
+    yield (
+        "fused_kernels",
+        "the short convolution after another shard",
+        {**inputs, "halo": make.normal(3, channels)},
+        lambda kernels, x: kernels.short_conv(x[0], x[1], shard, x[2]),
+    )
+
+
+def _fusion_tail_checks(case: Case) -> Iterator[Check]:
+    make, d, tokens = _Inputs(case, 4), case.head_dim, BOUNDARIES[-1]
     yield (
         "fused_kernels",
         "the fusion tail",
         {
-            "o": normal(tokens, 2, d), "gate": normal(tokens, 2, d), "o'": normal(tokens, 3, d),
-            "gate'": normal(tokens, 3, d), "scale": normal(5),
+            "o": make.normal(tokens, 2, d), "gate": make.normal(tokens, 2, d),
+            "o'": make.normal(tokens, 3, d), "gate'": make.normal(tokens, 3, d),
+            "scale": make.normal(5),
         },
         lambda kernels, x: kernels.fusion_tail([(x[0], x[1]), (x[2], x[3])], x[4], 1e-6),
     )  # fmt: skip
+
+
+def _loss_checks(case: Case) -> Iterator[Check]:
+    """More columns than a kernel's block; with a teacher at two temperatures, and without one."""
+    make, tokens, vocabulary, d = _Inputs(case, 5), 40, 5000, 64
+    labels = (make.uniform(tokens) * vocabulary).long()
+    mask = make.uniform(tokens) < 0.8
+    teacher = {
+        "teacher_hidden": make.normal(tokens, d),
+        "teacher_weight": make.normal(vocabulary, d) * d**-0.5,
+    }
+    for name, options in {
+        "cross-entropy": {},
+        "distillation loss": {"kl_weight": 0.6},
+        "distillation loss at a temperature": {"kl_weight": 0.6, "temperature": 2.5},
+    }.items():
+
+        def run(
+            kernels: Kernels, x: list[torch.Tensor], options: dict[str, float] = options
+        ) -> torch.Tensor:
+            given = {key: value.to(x[0].dtype) for key, value in teacher.items() if options}
+            fused = kernels.names["fused_kernels"] == "triton"
+            return linear_distillation_loss(
+                *x, labels, mask, **given, **options, chunk_tokens=16, fused=fused
+            ).loss  # type: ignore[arg-type]
+
+        inputs = {
+            "hidden states": make.normal(tokens, d),
+            "the LM head": make.normal(vocabulary, d) * d**-0.5,
+        }
+        yield "fused_kernels", f"the {name}", inputs, run

@@ -1,0 +1,163 @@
+"""The choice between kernels: what ``auto`` takes, and what a name that cannot be had says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_hydra.config.run import BackendConfig
+from megatron_hydra.errors import HydraError
+from megatron_hydra.ops import backends, gpu_attention, varlen_attention
+from megatron_hydra.ops.backends import BACKENDS, Case, Kernels, choose_kernels
+
+CPU = Case(torch.device("cpu"), torch.float32, 64)
+GPU = Case(torch.device("cuda"), torch.bfloat16, 128)
+EVERYTHING = {
+    "flash_attn_interface", "flash_attn", "torch.nn.attention.varlen", "transformer_engine", "fla",
+    "triton",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _fresh_loaders():
+    def clear():
+        for candidates in BACKENDS.values():
+            for backend in candidates:
+                getattr(backend.load, "cache_clear", lambda: None)()
+
+    clear()
+    yield
+    clear()
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Sets what is installed."""
+
+    def pretend(*modules):
+        monkeypatch.setattr(backends, "_installed", lambda name: name in modules)
+
+    return pretend
+
+
+def chosen(key, case, name="auto"):
+    return backends._select(key, name, BACKENDS[key], case).name
+
+
+def test_auto_is_torch_without_a_gpu():
+    kernels = choose_kernels(BackendConfig(), CPU)
+    assert kernels == Kernels()
+    assert set(kernels.names.values()) == {"torch"}
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [(key, backend.name) for key, some in BACKENDS.items() for backend in some[:-1]],
+)
+def test_a_named_back_end_that_cannot_run_says_why(key, name):
+    with pytest.raises(HydraError, match=rf"backend\.{key}={name} cannot run here: it needs a GPU"):
+        choose_kernels(BackendConfig(**{key: name}), CPU)
+
+
+@pytest.mark.parametrize("key", BACKENDS)
+def test_an_unknown_name_is_refused_with_those_there_are(key):
+    with pytest.raises(
+        HydraError, match=rf"backend\.{key}='best' does not exist.* torch, and auto"
+    ):
+        choose_kernels(BackendConfig(**{key: "best"}), CPU)
+
+
+@pytest.mark.parametrize(
+    ("missing", "attention"),
+    [
+        (set(), "sdpa"),
+        ({"flash_attn_interface", "torch.nn.attention.varlen"}, "sdpa"),
+        ({"flash_attn_interface", "flash_attn"}, "sdpa"),
+        ({"flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"}, "transformer_engine"),
+        (EVERYTHING, "torch"),
+    ],
+)
+def test_order_of_auto_for_full_attention(installed, missing, attention):
+    installed(*EVERYTHING - missing)
+    assert chosen("full_attention", GPU) == attention
+
+
+def test_order_of_auto_for_the_rest(installed):
+    installed(*EVERYTHING)
+    assert chosen("gated_delta_net", GPU) == "fla"
+    assert chosen("fused_kernels", GPU) == "triton"
+    installed("triton")
+    assert chosen("gated_delta_net", GPU) == "torch"
+    installed()
+    assert chosen("fused_kernels", GPU) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("modules", "packed"),
+    [
+        (("flash_attn", "torch.nn.attention.varlen", "flash_attn_interface"), "flash"),
+        (("flash_attn", "torch.nn.attention.varlen"), "varlen"),
+        (("flash_attn",), "flash"),
+    ],
+)
+def test_sdpa_takes_the_fastest_kernel_for_packed_documents(
+    installed, monkeypatch, modules, packed
+):
+    installed(*modules)
+    monkeypatch.setattr(gpu_attention, "flash_attn_varlen", lambda: lambda *args: "flash")
+    monkeypatch.setattr(gpu_attention, "torch_varlen", lambda: lambda *args: "varlen")
+    attention = choose_kernels(BackendConfig(full_attention="sdpa"), GPU, check=False).attention
+    assert attention(None, None, None, (0, 3, 8), (0, 3, 8)) == packed
+
+
+def test_sdpa_alone_is_refused_where_packed_documents_have_no_kernel(installed):
+    installed("triton")
+    with pytest.raises(HydraError, match=r"full_attention=sdpa cannot run here: packed documents"):
+        choose_kernels(BackendConfig(full_attention="sdpa"), GPU, check=False)
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (Case(GPU.device, torch.float32, 128), "it computes in bf16 or fp16, the run in float32"),
+        (Case(GPU.device, torch.bfloat16, 512), "head dimension 512"),
+        (Case(GPU.device, torch.bfloat16, 60), "head dimension 60"),
+    ],
+)
+def test_cases_that_a_kernel_does_not_support(installed, case, reason):
+    installed(*EVERYTHING)
+    for name in ("sdpa", "flash_attn", "varlen", "transformer_engine"):
+        with pytest.raises(HydraError, match=f"full_attention={name} cannot run here: {reason}"):
+            chosen("full_attention", case, name)
+    assert chosen("full_attention", case) == "torch"
+
+
+def test_a_package_that_is_absent_is_named(installed):
+    installed()
+    for name, package in (("flash_attn", "flash_attn"), ("transformer_engine",) * 2):
+        with pytest.raises(HydraError, match=f"{package} is not installed; name another one"):
+            chosen("full_attention", GPU, name)
+
+
+def test_a_package_that_cannot_be_imported_is_named(installed, monkeypatch):
+    def broken():
+        raise ImportError("undefined symbol: _ZN3c10")
+
+    installed("flash_attn")
+    monkeypatch.setattr(gpu_attention, "flash_attn_varlen", broken)
+    with pytest.raises(HydraError, match=r"full_attention=flash_attn .*undefined symbol"):
+        choose_kernels(BackendConfig(full_attention="flash_attn"), GPU, check=False)
+
+
+def test_what_is_loaded_twice_is_the_same(installed, monkeypatch):
+    installed("flash_attn", "fla")
+    monkeypatch.setattr(gpu_attention, "flash_attn_varlen", lambda: lambda *args: None)
+    first, second = (choose_kernels(BackendConfig(), GPU, check=False) for _ in range(2))
+    assert first == second
+    assert first.attention is not varlen_attention.varlen_attention
+
+
+def test_modules_are_found_without_importing_them():
+    assert backends._installed("torch.nn.attention.bias")
+    assert not backends._installed("torch.nn.no_such_module")
+    assert not backends._installed("no_such_package.module")

@@ -1,0 +1,170 @@
+"""The start-up check: it passes right kernels once, and no wrong one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.ops import self_check
+from megatron_hydra.ops.backends import Case, Kernels
+from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
+from megatron_hydra.ops.self_check import BOUNDARIES, TOLERANCE, all_checks, check_kernels
+
+CPU = torch.device("cpu")
+CASE = Case(CPU, torch.float32, 16, windowed=True)
+TWINS = Kernels()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_passed_yet(monkeypatch):
+    monkeypatch.setattr(self_check, "_passed", set())
+
+
+def named(key, name, **kernels):
+    """Twins but for ``kernels``, under a name of its own for one key."""
+    return dataclasses.replace(TWINS, **kernels, names={**TWINS.names, key: name})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_twins_pass_every_check(dtype):
+    """So inputs, calls and tolerances hold; in bf16 the twin in fp32 is the reference."""
+    keys = set()
+    for key, what, inputs, run in all_checks(dataclasses.replace(CASE, dtype=dtype)):
+        assert self_check._difference(TWINS, TWINS, inputs, run, TOLERANCE[dtype]) is None, what
+        keys.add(key)
+    assert keys == set(TWINS.names)
+
+
+def first_keys_attention(q, k, v, cu_q, cu_k, window=None):
+    """Aligns a document's queries with its first keys."""
+    rows = [torch.arange(c, c + b - a) for a, b, c in zip(cu_q, cu_q[1:], cu_k[:-1], strict=False)]
+    return TWINS.attention(q, k[torch.cat(rows)], v[torch.cat(rows)], cu_q, cu_q, window)
+
+
+def wider_window(*args, window=None):
+    return TWINS.attention(*args, window=None if window is None else window + 5)
+
+
+def leaking_delta_rule(q, k, v, log_alpha, beta, cu):
+    return TWINS.delta_rule(q, k, v, log_alpha, beta, (0, q.shape[0]))
+
+
+def without_scale(x, weight, eps, tables, scale, l2):
+    return TWINS.prepare_heads(x, weight, eps, tables, None, l2)
+
+
+def without_rotary(x, weight, eps, tables, scale, l2):
+    return TWINS.prepare_heads(x, weight, eps, None, scale, l2)
+
+
+def without_halo(x, weight, positions, halo=None):
+    return TWINS.short_conv(x, weight, positions, None if halo is None else 0 * halo)
+
+
+def without_gate(branches, scale, eps):
+    return TWINS.fusion_tail([(o, 0 * gate) for o, gate in branches], scale, eps)
+
+
+@pytest.mark.parametrize(
+    ("key", "kernel", "wrong", "what"),
+    [
+        ("full_attention", "attention", first_keys_attention, "the documents' last queries"),
+        ("full_attention", "attention", wider_window, "within a window"),
+        ("gated_delta_net", "delta_rule", leaking_delta_rule, "packed gated delta rule"),
+        ("fused_kernels", "prepare_heads", without_scale, "q/k preparation with the log scale"),
+        ("fused_kernels", "prepare_heads", without_rotary, "q/k preparation with rotary"),
+        ("fused_kernels", "short_conv", without_halo, "convolution after another shard"),
+        ("fused_kernels", "fusion_tail", without_gate, "the fusion tail"),
+    ],
+)
+def test_a_wrong_kernel_is_refused_by_name(key, kernel, wrong, what):
+    kernels = named(key, "mine", **{kernel: wrong})
+    with pytest.raises(HydraError, match=rf"check of .*{what}.* failed with backend\.{key}=mine"):
+        check_kernels(kernels, CASE)
+
+
+@pytest.mark.parametrize("what", ["cross-entropy", "distillation loss", "at a temperature"])
+def test_a_wrong_fused_loss_is_refused(monkeypatch, what):
+    def loss(*args, fused, **kwargs):
+        right = linear_distillation_loss(*args, fused=False, **kwargs)
+        name = "cross-entropy"
+        if "kl_weight" in kwargs:
+            name = "at a temperature" if "temperature" in kwargs else "distillation loss"
+        return right._replace(loss=right.loss * 1.1) if fused and name == what else right
+
+    monkeypatch.setattr(self_check, "linear_distillation_loss", loss)
+    with pytest.raises(HydraError, match=f"{what} failed with backend.fused_kernels=triton"):
+        check_kernels(named("fused_kernels", "triton"), CASE)
+
+
+def test_a_choice_is_checked_once(monkeypatch):
+    calls = []
+
+    def attention(*args, **kwargs):
+        calls.append(args)
+        return TWINS.attention(*args, **kwargs)
+
+    check_kernels(named("full_attention", "mine", attention=attention), CASE)
+    first = len(calls)
+    assert first > 0
+    # A second model of the same run; its kernels may be closures of their own.
+    again = named("full_attention", "mine", attention=functools.partial(attention))
+    check_kernels(again, CASE)
+    assert len(calls) == first
+    check_kernels(again, dataclasses.replace(CASE, head_dim=8))
+    assert len(calls) == 2 * first
+
+
+def test_what_failed_is_checked_again():
+    kernels = named("fused_kernels", "mine", fusion_tail=without_gate)
+    for _ in range(2):
+        with pytest.raises(HydraError, match="fusion tail"):
+            check_kernels(kernels, CASE)
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2.2 * grad
+
+
+def difference(function):
+    """Of a kernel that should double, by the rule of the check."""
+
+    def run(kernels, inputs):
+        return function(inputs[0]) if kernels is not TWINS else 2 * inputs[0]
+
+    inputs = {"x": torch.randn(4, 3)}
+    return self_check._difference(Kernels(), TWINS, inputs, run, TOLERANCE[torch.float32])
+
+
+def test_differences_are_described():
+    assert difference(lambda x: 2 * x) is None
+    assert "the output differs from the reference by 5.0%" in difference(lambda x: 2.1 * x)
+    wrong = difference(_WrongGradient.apply)
+    assert "the gradient of x differs from the reference by 10.0%" in wrong
+
+
+def test_nan_and_exceptions_are_differences():
+    assert "the output differs" in difference(lambda x: 2 * x + float("nan"))
+
+    def raising(x):
+        raise RuntimeError("misaligned address")
+
+    assert difference(raising) == "it raised RuntimeError: misaligned address"
+
+
+def test_documents_are_such_that_errors_show():
+    lengths = [b - a for a, b in zip(BOUNDARIES, BOUNDARIES[1:], strict=False)]
+    assert 1 in lengths
+    assert len(set(lengths)) == len(lengths)
+    tails = [b - a for a, b in zip(self_check.TAIL_BOUNDARIES, self_check.TAIL_BOUNDARIES[1:])]
+    assert all(tail <= length for tail, length in zip(tails, lengths, strict=True))
