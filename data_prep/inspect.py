@@ -12,20 +12,21 @@ sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
+from typing import Any  # noqa: E402
 
-from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig  # noqa: E402
+from megatron_hydra.config.run import DataConfig  # noqa: E402
+from megatron_hydra.data.data_options import add_data_options, data_sections  # noqa: E402
 from megatron_hydra.data.indexed import IndexedDocuments  # noqa: E402
 from megatron_hydra.data.inspection import (  # noqa: E402
     describe_lengths,
     find_duplicates,
-    load_data_sections,
     plot_lengths,
     show_pack,
 )
 from megatron_hydra.data.manifest import file_sha256  # noqa: E402
 from megatron_hydra.data.sources import IndexedSource  # noqa: E402
 from megatron_hydra.data.stream import PackedStream  # noqa: E402
-from megatron_hydra.data.tokenizer import load_tokenizer  # noqa: E402
+from megatron_hydra.data.tokenizer import load_tokenizer, vocabulary_size  # noqa: E402
 from megatron_hydra.errors import HydraError, command  # noqa: E402
 
 DESCRIPTION = """\
@@ -47,16 +48,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--input", metavar="PREFIX", help="one .bin/.idx pair")
-    what.add_argument("--config", metavar="YAML", help="the blend of a run or of configs/data")
+    add_data_options(parser)
     parser.add_argument("--tokenizer", metavar="NAME", help="default: data.tokenizer, or the one "
                         "that the manifest names")  # fmt: skip
-    parser.add_argument("--sequence-length", type=int, default=4096, metavar="S")
-    parser.add_argument(
-        "--packing", choices=["best_fit", "split_long", "concat_chunk"], default="split_long"
-    )
-    parser.add_argument("--cache-dir", default="", help="default: .packs beside the data")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the tokenizer's code")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="packs to show")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first")
     parser.add_argument("--characters", type=int, default=400, help="shown of each document")
@@ -69,28 +64,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _data(given: argparse.Namespace) -> tuple[DataConfig, BatchConfig]:
-    if given.config:
-        run = load_data_sections(given.config)
-        data, batch = run.data, run.batch
-    else:
-        data = DataConfig(
-            blend=(SourceConfig(path=given.input),),
-            sequence_length=given.sequence_length,
-            packing=given.packing,
-        )
-        batch = BatchConfig(1, 1)
-    changes = {"tokenizer": given.tokenizer, "cache_dir": given.cache_dir}
-    return dataclasses.replace(data, **{k: v for k, v in changes.items() if v}), batch
-
-
-def _tokenizer_name(data: DataConfig) -> str:
+def _load_tokenizer(data: DataConfig, trust_remote_code: bool) -> Any:
+    """The tokenizer of the config, or else the one that a manifest names, at its revision."""
     if data.tokenizer:
-        return data.tokenizer
+        return load_tokenizer(data.tokenizer, trust_remote_code=trust_remote_code)
     for part in data.blend:
         manifest = IndexedDocuments(part.path).manifest if part.kind == "indexed" else None
         if manifest is not None:
-            return str(manifest.tokenizer["name"])
+            name, revision = manifest.tokenizer["name"], manifest.tokenizer.get("revision")
+            return load_tokenizer(name, revision, trust_remote_code)
     raise HydraError("no manifest names a tokenizer; give one with --tokenizer")
 
 
@@ -123,8 +105,11 @@ def _describe_source(
     if given.duplicates:
         count, tokens, pairs = find_duplicates(source.documents, given.most)
         shown = ", ".join(f"{later} = {earlier}" for earlier, later in pairs)
+        cut = report["documents"] > given.most
+        among = f" (among the first {given.most:,} only: --most)" if cut else ""
         print(
-            f"  duplicates: {count:,} documents, {tokens:,} tokens{': ' + shown if shown else ''}"
+            f"  duplicates{among}: {count:,} documents, {tokens:,} tokens"
+            f"{': ' + shown if shown else ''}"
         )
     if given.histogram:
         plot_lengths(lengths, length, source.name, picture)
@@ -136,9 +121,11 @@ def _describe_source(
 @command
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
-    data, batch = _data(given)
-    tokenizer = load_tokenizer(_tokenizer_name(data))
-    size = len(tokenizer)
+    data, batch = data_sections(given)
+    if given.tokenizer:
+        data = dataclasses.replace(data, tokenizer=given.tokenizer)
+    tokenizer = _load_tokenizer(data, given.trust_remote_code)
+    size = vocabulary_size(tokenizer)
     stream = PackedStream(data, batch, dp_rank=0, dp_size=1, vocab_size=size, tokenizer=tokenizer)
     indexed = [source for source in stream.sources if isinstance(source, IndexedSource)]
     for number, source in enumerate(indexed):

@@ -13,12 +13,11 @@ sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
 import argparse  # noqa: E402
 from typing import Any  # noqa: E402
 
-from megatron_hydra.config.run import DataConfig, SourceConfig  # noqa: E402
+from megatron_hydra.data.data_options import add_data_options, data_sections  # noqa: E402
 from megatron_hydra.data.indexed import IndexedDocuments  # noqa: E402
-from megatron_hydra.data.inspection import load_data_sections  # noqa: E402
 from megatron_hydra.data.pack_index import pack_index  # noqa: E402
 from megatron_hydra.data.packing import upsample_factors  # noqa: E402
-from megatron_hydra.errors import HydraError, command  # noqa: E402
+from megatron_hydra.errors import command  # noqa: E402
 
 DESCRIPTION = """\
 Pack documents into sequences, once, and report what that costs. Training finds the index by the
@@ -27,56 +26,19 @@ fingerprint of data and options; without this command it builds the same index a
 EXAMPLES = """\
 examples:
   python data_prep/pack.py --config configs/data/stage2_distill.yaml
-  python data_prep/pack.py --input data/pg19 --sequence-length 131072 --packing split_long \\
+  python data_prep/pack.py --input data/pg19 --sequence-length 131072 \\
       --upsample 0=0 32768=1 131072=3
 """
 
 
-def parse(arguments: list[str] | None = None) -> DataConfig:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="YAML", help="pack every indexed part of its data.blend")
-    what.add_argument("--input", nargs="+", metavar="PREFIX", help="pack these .bin/.idx pairs")
-    parser.add_argument("--sequence-length", type=int, default=4096, metavar="S")
-    parser.add_argument(
-        "--packing",
-        choices=["best_fit", "split_long", "concat_chunk"],
-        default="best_fit",
-        help="best_fit: documents stay whole; split_long: longer ones are cut into pieces of S; "
-        "concat_chunk: laid end to end and cut every S tokens",
-    )
-    parser.add_argument("--seed", type=int, default=DataConfig().seed, help="data.seed of the run")
-    parser.add_argument(
-        "--upsample",
-        nargs="+",
-        default=[],
-        metavar="LENGTH=FACTOR",
-        help="documents of at least LENGTH tokens appear FACTOR times per epoch (0: not at all)",
-    )
-    parser.add_argument("--cache-dir", default="", help="default: .packs beside the data")
-    given = parser.parse_args(arguments)
-    if given.config:
-        return load_data_sections(given.config).data
-    upsample = dict(_bucket(text) for text in given.upsample)
-    return DataConfig(
-        blend=tuple(SourceConfig(path=path, upsample=upsample) for path in given.input),
-        sequence_length=given.sequence_length,
-        packing=given.packing,
-        seed=given.seed,
-        cache_dir=given.cache_dir,
-    )
-
-
-def _bucket(text: str) -> tuple[int, float]:
-    try:
-        length, factor = text.split("=")
-        return int(length), float(factor)
-    except ValueError as error:
-        raise HydraError(f"--upsample {text} is not of the form 32768=2") from error
+    add_data_options(parser)
+    return parser.parse_args(arguments)
 
 
 def _line(report: dict[str, Any]) -> str:
@@ -95,7 +57,7 @@ def _line(report: dict[str, Any]) -> str:
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    data = parse(arguments)
+    data, _ = data_sections(parse(arguments))
     for part in data.blend:
         if part.kind != "indexed":
             continue

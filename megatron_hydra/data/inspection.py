@@ -8,21 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hydra.config.loading import from_dict, read_config
-from megatron_hydra.config.run import RunConfig
 from megatron_hydra.data.document import Document
 from megatron_hydra.data.indexed import IndexedDocuments
 
 _SHOWN_DUPLICATES = 5
-
-
-def load_data_sections(path: str) -> RunConfig:
-    """The ``data`` and ``batch`` sections of a YAML file, all else at its default.
-
-    Raises:
-        HydraError: the file cannot be read, or a key is unknown.
-    """
-    return from_dict(RunConfig, read_config(path), source=path)
 
 
 def show_pack(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +12,16 @@ import pytest
 
 from megatron_hydra.config.run import SourceConfig
 from megatron_hydra.data.corpus import CorpusConfig
+from megatron_hydra.data.data_options import load_data_sections
 from megatron_hydra.data.document import Document
 from megatron_hydra.data.indexed import IndexedDocuments
 from megatron_hydra.data.inspection import (
     describe_lengths,
     find_duplicates,
-    load_data_sections,
     plot_lengths,
     show_pack,
 )
+from megatron_hydra.data.manifest import Manifest
 from megatron_hydra.data.tokenization import tokenize
 from megatron_hydra.data.tokenize_config import TokenizeConfig
 from megatron_hydra.data.tokenizer import load_tokenizer
@@ -65,6 +68,14 @@ def test_duplicates_are_found(tmp_path):
     documents = IndexedDocuments(prefix)
     assert find_duplicates(documents, 100) == (3, 5, [(0, 3), (1, 4), (0, 6)])
     assert find_duplicates(documents, 3) == (1, 2, [(0, 3)])
+
+
+def test_inspect_says_where_it_stopped_looking_for_duplicates(prepared, capsys):
+    arguments = ["--input", prepared, "--samples", "0", "--duplicates"]
+    assert command("inspect")([*arguments, "--most", "60"]) == 0
+    assert "duplicates (among the first 60 only: --most): 20 documents" in capsys.readouterr().out
+    assert command("inspect")([*arguments, "--most", "80"]) == 0
+    assert "duplicates: 40 documents" in capsys.readouterr().out
 
 
 def test_lengths_are_described_and_drawn(tmp_path):
@@ -144,6 +155,56 @@ def test_pack_builds_the_index_that_training_finds(prepared, tmp_path, capsys):
     assert "upsampling repeats" in capsys.readouterr().out
     assert command("pack")([*arguments, "--upsample", "50:2"]) == 2
     assert "--upsample 50:2" in capsys.readouterr().err
+
+
+def test_options_replace_what_the_config_says(prepared, qwen, tmp_path, capsys):
+    path = tmp_path / "data.yaml"
+    path.write_text(
+        f"data: {{sequence_length: 512, packing: concat_chunk, tokenizer: {qwen}, "
+        f"blend: [{{path: {prepared}}}, {{kind: synthetic, task: needles}}]}}\n"
+    )
+    options = ["--config", str(path), "--sequence-length", "256", "--packing", "split_long"]
+    options += ["--seed", "7", "--upsample", "0=2", "--cache-dir", str(tmp_path / "cache")]
+    assert command("pack")(options) == 0
+    assert "upsampling repeats 80" in capsys.readouterr().out
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    assert folder.name.startswith("a-256-split_long-")
+    assert json.loads((folder / "pack.json").read_text())["recipe"]["seed"] == 7
+    before = (folder / "pack.json").stat().st_mtime_ns
+    assert command("inspect")([*options, "--steps", "1"]) == 0
+    assert "1 steps of 2,048 tokens" in capsys.readouterr().out
+    assert (folder / "pack.json").stat().st_mtime_ns == before
+    assert command("pack")(["--config", str(path)]) == 0
+    (from_config,) = Path(prepared).parent.glob(".packs/a-512-concat_chunk-*")
+    assert from_config.is_dir()
+
+
+def test_pack_and_inspect_have_the_same_defaults(prepared, tmp_path, capsys):
+    options = ["--input", prepared, "--cache-dir", str(tmp_path / "cache")]
+    assert command("pack")(options) == 0
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    assert folder.name.startswith("a-4096-split_long-")
+    assert command("inspect")(options) == 0
+    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [folder]
+
+
+def test_inspect_takes_the_tokenizer_of_the_manifest_at_its_revision(prepared, monkeypatch, qwen):
+    calls = []
+    main = command("inspect")
+    tokenizer = load_tokenizer(qwen)
+    monkeypatch.setitem(
+        main.__wrapped__.__globals__,
+        "load_tokenizer",
+        lambda *arguments, **options: calls.append((arguments, options)) or tokenizer,
+    )
+    manifest = Manifest.load(prepared + ".json")
+    pinned = {**manifest.tokenizer, "revision": "abc"}
+    dataclasses.replace(manifest, tokenizer=pinned).save(prepared + ".json")
+    try:
+        assert main(["--input", prepared, "--samples", "0", "--trust-remote-code"]) == 0
+    finally:
+        manifest.save(prepared + ".json")
+    assert calls == [((qwen, "abc", True), {})]
 
 
 def test_merge_joins_listed_pairs(prepared, tmp_path, capsys):

@@ -1,0 +1,84 @@
+"""Options that ``data_prep/pack.py`` and ``inspect.py`` share: which blend, packed how."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from megatron_hydra.config.loading import from_dict, read_config
+from megatron_hydra.config.run import BatchConfig, DataConfig, RunConfig, SourceConfig
+from megatron_hydra.errors import HydraError
+
+# Of --input, in place of DataConfig's: it takes every corpus, long documents too.
+_INPUT_PACKING = "split_long"
+
+
+def load_data_sections(path: str) -> RunConfig:
+    """The ``data`` and ``batch`` sections of a YAML file, all else at its default.
+
+    Raises:
+        HydraError: the file cannot be read, or a key is unknown.
+    """
+    return from_dict(RunConfig, read_config(path), source=path)
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`data_sections` reads."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="YAML", help="the blend of a run or of configs/data")
+    what.add_argument("--input", nargs="+", metavar="PREFIX", help="these .bin/.idx pairs")
+    given = parser.add_argument_group("packing", "each option replaces what --config says")
+    given.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="S",
+        help=f"default with --input: {DataConfig().sequence_length}",
+    )
+    given.add_argument(
+        "--packing",
+        choices=["best_fit", "split_long", "concat_chunk"],
+        help="best_fit: documents stay whole; split_long: longer ones are cut into pieces of S; "
+        f"concat_chunk: laid end to end and cut every S tokens. Default with --input: "
+        f"{_INPUT_PACKING}",
+    )
+    given.add_argument("--seed", type=int, help="data.seed of the run")
+    given.add_argument(
+        "--upsample",
+        nargs="+",
+        metavar="LENGTH=FACTOR",
+        help="documents of at least LENGTH tokens appear FACTOR times per epoch (0: not at all)",
+    )
+    given.add_argument("--cache-dir", metavar="FOLDER", help="default: .packs beside the data")
+
+
+def data_sections(given: argparse.Namespace) -> tuple[DataConfig, BatchConfig]:
+    """What the options ask for: the config's sections, or the inputs in equal shares.
+
+    Raises:
+        HydraError: the config cannot be read, or an option is malformed.
+    """
+    if given.config:
+        run = load_data_sections(given.config)
+        data, batch = run.data, run.batch
+    else:
+        blend = tuple(SourceConfig(path=path) for path in given.input)
+        data, batch = DataConfig(blend=blend, packing=_INPUT_PACKING), BatchConfig(1, 1)
+    names = ("sequence_length", "packing", "seed", "cache_dir")
+    changes: dict[str, Any] = {name: getattr(given, name) for name in names}
+    if given.upsample is not None:
+        buckets = dict(_bucket(text) for text in given.upsample)
+        changes["blend"] = tuple(
+            dataclasses.replace(part, upsample=buckets) if part.kind == "indexed" else part
+            for part in data.blend
+        )
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(data, **changes), batch
+
+
+def _bucket(text: str) -> tuple[int, float]:
+    try:
+        length, factor = text.split("=")
+        return int(length), float(factor)
+    except ValueError as error:
+        raise HydraError(f"--upsample {text} is not of the form 32768=2") from error
