@@ -56,6 +56,10 @@ def _show(path: str, top: int) -> None:
     )
     for task, facts in head_map.details.get("prompts", {}).items():
         print(f"task         {task}: {facts['solved']} of {facts['drawn']} prompts solved")
+    for task, facts in head_map.details.get("tasks", {}).items():
+        for effect, value in facts.get("attribution_spearman", {}).items():
+            shown = "undefined" if value is None else f"{value:.2f}"
+            print(f"attribution  {task}: rank correlation with the {effect} effect {shown}")
     if head_map.ranking and top > 0:
         print("ranking      " + " ".join(f"{a}.{b}" for a, b in head_map.ranking[:top]))
     print("layer  full-attention heads")

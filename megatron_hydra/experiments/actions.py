@@ -104,7 +104,8 @@ def select(context: Context) -> None:
         options=SelectionOptions(**body, constraints=constraints),
         work_folder=context.out / "work",
         tasks=tasks or DEFAULT_TASKS,
-    ).save(context.out / HEAD_MAP)
+        output=context.out / HEAD_MAP,
+    )
 
 
 def convert(context: Context) -> None:

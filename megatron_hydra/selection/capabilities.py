@@ -12,6 +12,7 @@ fact, its *value* changes.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ from megatron_hydra.selection.prompts import (
     read_jsonl,
     text_encoder,
 )
+from megatron_hydra.selection.work import is_first_rank
+
+_log = logging.getLogger(__name__)
 
 ATTEMPTS_PER_PROMPT = 40
 
@@ -111,7 +115,7 @@ class TextCapability:
                 return list(pairs)
             texts = self.draw(generator, self.options, encode)
             pair = texts.pair(encode)
-            if pair is not None and max(*pair.clean, pair.answer, pair.wrong) < vocab_size:
+            if pair is not None and pair.largest_token < vocab_size:
                 pairs[pair] = None
         if len(pairs) < count:
             raise HydraError(
@@ -132,18 +136,23 @@ class JsonlCapability:
     def prompts(
         self, tokenizer: Any | None, vocab_size: int, count: int, seed: int
     ) -> list[PromptPair]:
-        """The first ``count`` pairs of the file.
+        """The first ``count`` pairs of the file; it is said when there are more.
 
         Raises:
             HydraError: a line that cannot be used, or a token that the model does not have.
         """
         encode = None if tokenizer is None else text_encoder(tokenizer)
-        pairs = read_jsonl(self.path, encode)[:count]
+        pairs = read_jsonl(self.path, encode)
+        if len(pairs) > count and is_first_rank():
+            _log.warning(
+                "prompts %s: the first %d of %d are used; --num-prompts takes more",
+                self.path, count, len(pairs),
+            )  # fmt: skip
+        pairs = pairs[:count]
         for pair in pairs:
-            largest = max(*pair.clean, *pair.corrupted, pair.answer, pair.wrong)
-            if largest >= vocab_size:
+            if pair.largest_token >= vocab_size:
                 raise HydraError(
-                    f"prompts {self.path}: token id {largest} is outside the model's vocabulary of "
+                    f"prompts {self.path}: token id {pair.largest_token} is outside the model's vocabulary of "
                     f"{vocab_size}"
                 )
         return pairs

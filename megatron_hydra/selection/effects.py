@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,7 +148,7 @@ class EffectEngine:
         batches = make_batches(prompts.pairs, self._prompt_tokens, prompts.keep)
         chunks = [
             Chunk(
-                f"total-{name}-b{b}-l{layer}",
+                f"total-{name}-b{b}-l{layer}-{_digest(heads_here)}",
                 cost=_tokens(batch) * len(heads_here) * (self._layers - layer),
                 batch=b,
                 layer=layer,
@@ -180,7 +182,7 @@ class EffectEngine:
         batches = make_batches(prompts.pairs, self._prompt_tokens, prompts.keep)
         chunks = [
             Chunk(
-                f"path-{name}-b{b}-l{layer}",
+                f"path-{name}-b{b}-l{layer}-{_digest(receivers)}",
                 cost=0.3
                 * _tokens(batch)
                 * runner.num_heads
@@ -298,10 +300,10 @@ def prompt_tokens(tokens_per_batch: int, num_heads: int) -> int:
     return max(1, 2 * tokens_per_batch // num_heads)
 
 
+def _digest(heads: Sequence[Any]) -> str:
+    """A short name for a list of heads."""
+    return hashlib.sha256(repr(sorted(heads)).encode()).hexdigest()[:12]
+
+
 def _tokens(batch: PromptBatch) -> int:
     return len(batch.index) * (batch.clean.shape[1] - batch.shared_prefix)
-
-
-def mean_over(scores: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Mean over capabilities, ``[L, H]``."""
-    return np.mean(list(scores.values()), axis=0)

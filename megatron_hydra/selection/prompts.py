@@ -47,6 +47,11 @@ class PromptPair:
             raise HydraError("answer and wrong_answer are the same token")
 
     @property
+    def largest_token(self) -> int:
+        """The largest token id of both prompts and answers."""
+        return max(*self.clean, *self.corrupted, self.answer, self.wrong)
+
+    @property
     def first_difference(self) -> int:
         """Position of the first token in which the two prompts differ."""
         return next(
@@ -200,7 +205,8 @@ def read_jsonl(path: str | os.PathLike[str], encode: Encode | None) -> list[Prom
         HydraError: the file, line and field that cannot be used.
     """
     try:
-        lines = Path(path).read_text().splitlines()
+        # Not splitlines: JSON strings may hold U+2028 and the like, which it takes for line ends.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise HydraError(f"prompts {path} cannot be read: {error}") from None
     pairs = []

@@ -20,8 +20,8 @@ def standardise(scores: np.ndarray) -> np.ndarray:
     return (scores - scores.mean()) / max(float(scores.std()), SPREAD_FLOOR)
 
 
-def fuse(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """Weighted mean over capabilities of their standardised scores, ``[L, H]``.
+def weighted_mean(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """Weighted mean over capabilities, ``[L, H]``.
 
     Args:
         scores: capability -> ``[L, H]``.
@@ -38,8 +38,13 @@ def fuse(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.n
     values = [float(weights.get(name, 1.0)) for name in scores]
     if min(values) < 0 or sum(values) <= 0:
         raise HydraError("--task-weight: weights must not be negative, and one must be positive")
-    total = sum(w * standardise(s) for w, s in zip(values, scores.values(), strict=True))
+    total = sum(w * s for w, s in zip(values, scores.values(), strict=True))
     return np.asarray(total / sum(values))
+
+
+def fuse(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """:func:`weighted_mean` of standardised scores, ``[L, H]``."""
+    return weighted_mean({name: standardise(s) for name, s in scores.items()}, weights)
 
 
 def rank_heads(scores: np.ndarray) -> list[tuple[int, int]]:
@@ -84,6 +89,11 @@ class Constraints:
             raise HydraError(f"--granularity {self.granularity}: must be query_head or kv_group")
         if self.min_per_layer < 0 or self.kv_group_bonus < 0:
             raise HydraError("--min-per-layer and --kv-group-bonus must not be negative")
+        if self.granularity == "kv_group" and self.kv_group_bonus:
+            raise HydraError(
+                "--kv-group-bonus is for --granularity query_head: with kv_group, whole groups are "
+                "chosen anyway"
+            )
         if self.max_per_layer is not None and self.max_per_layer < max(1, self.min_per_layer):
             raise HydraError("--max-per-layer must be at least 1 and at least --min-per-layer")
 
@@ -131,7 +141,7 @@ def choose_heads(
         # Limits that the budget respects (checked above) are respected by equal shares as well.
         lowest = highest = np.array(spread_evenly(count, model.num_layers))
     group = np.arange(units.shape[1]) // (group_size // size)
-    bonus = constraints.kv_group_bonus * float(scores.std()) if size == 1 else 0.0
+    bonus = constraints.kv_group_bonus * float(scores.std())
     chosen = _greedy(units, count, lowest, highest, group, bonus)
     return tuple(
         tuple(int(u) * size + i for u in np.flatnonzero(layer) for i in range(size))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_hydra.errors import HydraError
@@ -21,6 +22,7 @@ from megatron_hydra.hf_identity import model_identity_from_hf, read_config, reso
 from megatron_hydra.selection.capabilities import DEFAULT_TASKS, Capability, make_capability
 from megatron_hydra.selection.effects import EffectEngine, Solved
 from megatron_hydra.selection.prompts import PromptPair, prompts_fingerprint
+from megatron_hydra.selection.ranking import fuse
 from megatron_hydra.selection.runner import DecoderRunner
 from megatron_hydra.selection.strategies import (
     STRATEGIES,
@@ -60,10 +62,12 @@ class Placement:
                 return [torch.device(self.device)]
             except RuntimeError as error:
                 raise HydraError(f"--device {self.device}: {error}") from None
-        if not torch.cuda.is_available():
-            return [torch.device("cpu")]
+        from megatron_hydra.parallel import platform
+
+        if not platform.device_count():
+            return [platform.device()]
         count = self.gpus_per_process
-        first, there = local_rank * count, torch.cuda.device_count()
+        first, there = local_rank * count, platform.device_count()
         if count < 1 or first + count > there:
             raise HydraError(
                 f"--gpus-per-process {count}: rank {local_rank} of this machine needs GPUs "
@@ -92,6 +96,7 @@ def select_heads(
     revision: str = "",
     options: SelectionOptions | None = None,
     placement: Placement | None = None,
+    output: str | os.PathLike[str] | None = None,
     work_folder: str | os.PathLike[str] | None = None,
     show_progress: bool = False,
 ) -> HeadMap:
@@ -111,9 +116,10 @@ def select_heads(
         seed: of the prompts and of random choices.
         options: prompts, effects, weights, constraints.
         placement: device and dtype; for a path only.
+        output: the map is saved here (by rank 0), before partial results are deleted.
         work_folder: partial results are kept here until the map is done; a run that was killed
-            continues from them, to the same map. Results for other inputs lie beside them
-            untouched.
+            continues from them, to the same map, and so does one with another ratio, strategy,
+            weight or constraint. Results for other models and prompts lie beside them untouched.
         show_progress: a bar with the remaining time, on standard error of rank 0.
 
     Raises:
@@ -131,29 +137,45 @@ def select_heads(
     )
     context = Context(identity, ratio, seed, options)
     chosen = STRATEGIES[strategy]
-    if not chosen.stages(options):
-        return _finish(context, strategy, chosen, None)
     ranks = Ranks()
     try:
+        if not chosen.stages(options):
+            return _saved(_finish(context, strategy, chosen, None), output, ranks)
         tokenizer = tokenizer or (folder and _load_tokenizer(folder))
         vocab_size = _vocab_size(model, folder)
         prompts = _draw_prompts(tasks, tokenizer, vocab_size, options.num_prompts, seed)
+        _refuse_what_cannot_be_chosen(context, chosen, prompts)
         runner = _load(model, folder, placement or Placement(), ranks)
         options = _with_batch_size(options, runner)
         context = dataclasses.replace(context, options=options)
-        inputs = _inputs_fingerprint(context, strategy, prompts, runner)
+        inputs = _inputs_fingerprint(context, prompts, runner)
         kept = Path(work_folder) / inputs.removeprefix("sha256:")[:16] if work_folder else None
         bench = WorkBench(ranks, kept, show_progress)
         try:
             engine = EffectEngine(runner, bench, options.tokens_per_batch)
             context = dataclasses.replace(context, engine=engine)
-            head_map = _measure(context, strategy, chosen, prompts)
+            head_map = _saved(_measure(context, strategy, chosen, prompts), output, ranks)
         finally:
             bench.close()
         bench.remove()
         return head_map
     finally:
         ranks.close()
+
+
+def _saved(head_map: HeadMap, output: str | os.PathLike[str] | None, ranks: Ranks) -> HeadMap:
+    if output is not None and ranks.rank == 0:
+        head_map.save(output)
+    return head_map
+
+
+def _refuse_what_cannot_be_chosen(
+    context: Context, strategy: Strategy, prompts: dict[str, list[PromptPair]]
+) -> None:
+    """Find mistakes that would show after all the measuring only."""
+    nothing = np.zeros(context.shape)
+    fuse(dict.fromkeys(prompts, nothing), context.options.task_weights)
+    strategy.choose(context, Scored({}, nothing))
 
 
 def _measure(
@@ -243,18 +265,20 @@ def _with_batch_size(options: SelectionOptions, runner: DecoderRunner) -> Select
 
 
 def _inputs_fingerprint(
-    context: Context, strategy: str, prompts: dict[str, list[PromptPair]], runner: DecoderRunner
+    context: Context, prompts: dict[str, list[PromptPair]], runner: DecoderRunner
 ) -> str:
-    """Hash of all that a partial result depends on."""
+    """Hash of all that partial results depend on and their own keys do not say.
+
+    How they are weighed and what is chosen by them is not in it: a corrected command, or another
+    ratio, uses what has been measured.
+    """
     identity = dataclasses.asdict(context.model) | {"name": "", "revision": ""}
     weights = runner.model.model.embed_tokens.weight
     body = {
         "model": identity,
-        "ratio": context.ratio,
-        "strategy": strategy,
-        "seed": context.seed,
         "prompts": prompts_fingerprint(prompts),
-        "options": _options_dict(context.options),
+        "solved": context.options.solved,
+        "tokens_per_batch": context.options.tokens_per_batch,
         "dtype": str(weights.dtype),
         "device": weights.device.type,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import ModelIdentity
-from megatron_hydra.selection.effects import EffectEngine, Solved, mean_over, top_heads
+from megatron_hydra.selection.effects import EffectEngine, Solved, top_heads
 from megatron_hydra.selection.patching import PATHS, Head
 from megatron_hydra.selection.ranking import (
     Constraints,
@@ -19,6 +20,7 @@ from megatron_hydra.selection.ranking import (
     fuse,
     rank_heads,
     spearman,
+    weighted_mean,
     whole_layers,
 )
 
@@ -84,6 +86,8 @@ class SelectionOptions:
                 "--tokens-per-batch must be at least 0, --sender-weight at least 0, "
                 "--check-heads at least 2"
             )
+        if self.num_receivers is not None and self.num_receivers < 1:
+            raise HydraError(f"--num-receivers {self.num_receivers}: must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +152,10 @@ class Strategy:
         """The FA heads of every layer."""
         constraints = context.options.constraints
         if self.whole_layers:
-            if constraints.min_per_layer or constraints.max_per_layer is not None:
+            if constraints != Constraints(constraints.granularity):
                 raise HydraError(
-                    "strategies that choose whole layers take no --min-per-layer or --max-per-layer"
+                    "strategies that choose whole layers take no --min-per-layer, --max-per-layer "
+                    "or --kv-group-bonus"
                 )
             scores = None if scored is None else scored.unified.mean(1)
             return whole_layers(context.model, context.ratio, scores)
@@ -184,7 +189,7 @@ def _interp_task(context: Context, task: str, prompts: Solved) -> tuple[np.ndarr
     if options.attribution:
         effects["attribution"] = engine.attribution(task, prompts)
         details["attribution_spearman"] = {
-            kind: spearman(effects["attribution"], effects[kind]) for kind in options.effects
+            kind: _correlation(effects["attribution"], effects[kind]) for kind in options.effects
         }
     score = effects[options.receiver_effect]
     if options.senders:
@@ -196,6 +201,12 @@ def _interp_task(context: Context, task: str, prompts: Solved) -> tuple[np.ndarr
         score = score + options.sender_weight * paths["qkv"]
     details["effects"] = {kind: effect.tolist() for kind, effect in effects.items()}
     return score, details
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Rank correlation; ``None`` (JSON has no NaN) where one of them is constant."""
+    value = spearman(a, b)
+    return None if math.isnan(value) else value
 
 
 def _layer_effects(context: Context) -> Scored:
@@ -224,7 +235,7 @@ def _attribution(context: Context) -> Scored:
         by_task[task] = estimate
         details[task] = {
             "attribution_spearman": {
-                "total": spearman(estimate[rows, columns], exact[rows, columns])
+                "total": _correlation(estimate[rows, columns], exact[rows, columns])
             },
             "checked_heads": len(checked),
         }
@@ -233,13 +244,13 @@ def _attribution(context: Context) -> Scored:
 
 
 def _attention_mass(context: Context) -> Scored:
-    """Retrieval scores: mean over tasks, unstandardised (they share one scale, 0 … 1)."""
+    """Retrieval scores: weighted mean over tasks, unstandardised (one scale, 0 … 1)."""
     assert context.engine is not None
     by_task = {
         task: context.engine.attention_mass(task, prompts)
         for task, prompts in context.prompts.items()
     }
-    return Scored(by_task, mean_over(by_task))
+    return Scored(by_task, weighted_mean(by_task, context.options.task_weights))
 
 
 def _random(context: Context) -> Scored:

@@ -88,6 +88,13 @@ def test_jsonl_takes_text_and_ids(tmp_path: Path) -> None:
     assert len(second.clean) == 6
 
 
+def test_a_jsonl_line_ends_at_its_newline_only(tmp_path: Path) -> None:
+    row = {"clean": "a=1\u2028a=", "corrupted": "a=2\u2028a=", "answer": "1", "wrong_answer": "2"}
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert len(read_jsonl(path, text_encoder(byte_tokenizer()))) == 1
+
+
 GOOD = {"clean": [1, 2], "corrupted": [1, 3], "answer": 2, "wrong_answer": 3}
 
 

@@ -91,6 +91,7 @@ def test_least_and_most_per_layer() -> None:
         ({"max_per_layer": 0}, "--max-per-layer must be at least 1"),
         ({"granularity": "layer"}, "--granularity layer"),
         ({"kv_group_bonus": -1.0}, "must not be negative"),
+        ({"granularity": "kv_group", "kv_group_bonus": 1.0}, "--kv-group-bonus is for"),
     ],
 )
 def test_impossible_constraints_are_refused(constraints: dict, message: str) -> None:
@@ -138,5 +139,8 @@ def test_whole_layers() -> None:
     assert whole_layers(MODEL, "3:1") == ((), (), (), every)
     assert whole_layers(MODEL, "1:1") == ((), every, (), every)
     assert whole_layers(MODEL, "31:1") == ((), (), (), every)
+    best = np.array([0.1, 0.4, 0.2, 0.3])
+    assert whole_layers(MODEL, "3:1", best) == ((), every, (), ())
+    assert whole_layers(MODEL, "1:1", best) == ((), every, (), every)
     assert whole_layers(MODEL, "all-gdn") == ((), (), (), ())
     assert whole_layers(MODEL, "dense") == (every,) * 4

@@ -173,6 +173,53 @@ def test_a_killed_run_continues_to_the_same_map(
     assert not (tmp_path / "work").exists()
 
 
+def test_nothing_measured_is_lost_when_the_map_cannot_be_saved(
+    planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And another ratio or weight goes on from what was measured."""
+    arguments = {"tasks": [TASK], "options": OPTIONS, "work_folder": tmp_path / "work"}
+    with monkeypatch.context() as patched:
+        patched.setattr(HeadMap, "save", lambda self, path: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            select_heads(planted.model, ratio="5:1", output=tmp_path / "map.json", **arguments)
+    expected = select_heads(planted.model, ratio="9:1", tasks=[TASK], options=OPTIONS)
+    for effect in ("baseline", "direct_effects", "total_effects", "attribution_effects"):
+        monkeypatch.setattr(patching, effect, None)
+    output = tmp_path / "map.json"
+    found = select_heads(planted.model, ratio="9:1", output=output, **arguments)
+    assert found.to_dict() == expected.to_dict() == HeadMap.load(output).to_dict()
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task_weights": {"other": 1.0}}, "--task-weight other: no such task"),
+        ({"constraints": Constraints(min_per_layer=3)}, "--min-per-layer 3 needs 15 FA"),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["interp", "attention_mass"])
+def test_mistakes_are_found_before_anything_is_measured(
+    strategy: str,
+    options: dict,
+    message: str,
+    planted: Planted,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(patching, "baseline", None)
+    wrong = dataclasses.replace(OPTIONS, **options)
+    with pytest.raises(HydraError, match=message):
+        select_heads(planted.model, ratio="5:1", strategy=strategy, tasks=[TASK], options=wrong)
+
+
+def test_tasks_whose_names_are_alike_keep_apart(planted: Planted, tmp_path: Path) -> None:
+    alike = [Pairs("x=1", induction_pairs(4, 0)), Pairs("x_1", induction_pairs(4, 1))]
+    options = dataclasses.replace(OPTIONS, senders=False, attribution=False)
+    expected = select_heads(planted.model, tasks=alike, options=options)
+    found = select_heads(planted.model, tasks=alike, options=options, work_folder=tmp_path)
+    assert found.to_dict() == expected.to_dict()
+
+
 def test_results_for_other_inputs_are_not_used(planted: Planted, tmp_path: Path) -> None:
     options = {"ratio": "5:1", "tasks": [TASK]}
     (tmp_path / "work" / "0123456789abcdef").mkdir(parents=True)
@@ -204,6 +251,7 @@ def test_what_cannot_be_is_refused(arguments: dict, message: str, planted: Plant
         ({"effects": ("total",)}, "--receiver-effect direct"),
         ({"min_prompts": 0}, "--min-prompts 0"),
         ({"check_heads": 1}, "--check-heads"),
+        ({"num_receivers": 0}, "--num-receivers 0"),
     ],
 )
 def test_options_that_contradict_are_refused(options: dict, message: str) -> None:
@@ -282,6 +330,13 @@ def test_head_map_command(
         select_heads(folder, ratio="5:1", strategy="random", seed=seed).save(maps[-1])
     assert run(head_map_tool, monkeypatch, "show", maps[0]) == 0
     assert "5 layers, 6 query heads on 3 KV heads" in capsys.readouterr().out
+    by_effects = tmp_path / "effects.json"
+    options = dataclasses.replace(OPTIONS, effects=("direct",), senders=False)
+    select_heads(folder, tasks=[TASK], options=options, output=by_effects)
+    assert run(head_map_tool, monkeypatch, "show", by_effects) == 0
+    spearman = HeadMap.load(by_effects).details["tasks"]["planted"]["attribution_spearman"]
+    line = f"planted: rank correlation with the direct effect {spearman['direct']:.2f}"
+    assert line in capsys.readouterr().out
     assert run(head_map_tool, monkeypatch, "diff", maps[0], maps[0]) == 0
     assert run(head_map_tool, monkeypatch, "diff", *maps) == 1
     assert f"only in {maps[1]}" in capsys.readouterr().out
