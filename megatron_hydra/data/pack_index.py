@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from megatron_hydra.data.indexed import IndexedDocuments
-from megatron_hydra.data.manifest import write_json_atomically
+from megatron_hydra.data.manifest import file_probe, write_json_atomically
 from megatron_hydra.data.packing import Packing, Packs, pack_documents, upsample
 from megatron_hydra.errors import HydraError
 
-VERSION = 1
+VERSION = 2
 _ARRAYS = ("starts", "offsets", "lengths")
 _log = logging.getLogger(__name__)
 
@@ -47,8 +48,9 @@ def pack_index(
         cache_dir: where indices are kept; empty: ``<folder of the source>/.packs``.
 
     Returns:
-        The packs (memory-mapped) and their description: ``key``, ``max_token_id`` and ``report``
-        (documents, pieces, packs, tokens, waste …).
+        The packs (memory-mapped) and their description: ``key`` (of what they were made from),
+        ``arrays`` (probes of what came out), ``max_token_id`` and ``report`` (documents, pieces,
+        packs, tokens, waste …).
 
     Raises:
         HydraError: the source cannot be packed so, or the cache cannot be written.
@@ -97,7 +99,7 @@ def _build(
         seed=recipe["seed"],
         upsampling=upsampling,
     )
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -106,14 +108,25 @@ def _build(
         description = {
             "recipe": recipe,
             "key": folder.name.rsplit("-", 1)[1],
+            "arrays": {name: file_probe(temporary / f"{name}.npy") for name in _ARRAYS},
             "max_token_id": source.max_token_id(),
             "report": report,
         }
         write_json_atomically(temporary / "pack.json", description)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        _put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Rename, but keep an index that another node has finished (not all file systems lock)."""
+    if not (folder / "pack.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if not (folder / "pack.json").exists():
+                raise
 
 
 def pack_source(
@@ -152,6 +165,9 @@ def _load(folder: Path, sequence_length: int) -> tuple[Packs, dict[str, Any]]:
         starts, offsets, lengths = (
             np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS
         )
+        probes = {name: file_probe(folder / f"{name}.npy") for name in _ARRAYS}
+        if probes != description["arrays"]:
+            raise ValueError("an array is not the one that pack.json describes")
         report = description["report"]
         if (len(starts), len(offsets), len(lengths)) != (
             report["packs"] + 1,

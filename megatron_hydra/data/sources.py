@@ -19,6 +19,7 @@ from megatron_hydra.data.tokenizer import tokenizer_fingerprint
 from megatron_hydra.errors import HydraError
 
 _TRIED = 64
+_PROBED = 64
 
 
 class Source(Protocol):
@@ -85,8 +86,14 @@ class IndexedSource:
         return [self.documents.read_piece(offset, length) for offset, length in pieces]
 
     def fingerprint(self) -> str:
-        """The packing's key: source, length, strategy, seed, upsampling."""
-        return self.description["key"]
+        """Hash of the packing (what it was made from, and what came out) and of its order.
+
+        What came out is in it because the same options may give other packs with another version
+        of this code or of NumPy.
+        """
+        order = [self.pack_number(index) for index in range(min(len(self.packs), _PROBED))]
+        body = [self.description["key"], self.description["arrays"], order]
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:24]
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer other than the one in the manifest (if there is a manifest).

@@ -6,11 +6,14 @@ s·B … (s+1)·B−1 whatever the data-parallel size. Resuming is asking for th
 
 from __future__ import annotations
 
+import collections
 import logging
+import os
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_hydra.config.run import BatchConfig, DataConfig
 from megatron_hydra.data.batch import PackedBatch
@@ -83,7 +86,7 @@ class PackedStream:
         Raises:
             HydraError: a sample holds a token outside the vocabulary.
         """
-        if self.dp_rank == 0:
+        if self.dp_rank == 0 and not (dist.is_initialized() and dist.get_rank()):  # one rank of all
             for message in self.epoch_restarts(step):
                 _log.warning(message)
         size = self.batch.micro_batch_size
@@ -163,7 +166,8 @@ class PackedStream:
             :meth:`epoch_report` at the end of the run.
 
         Raises:
-            HydraError: ``data.token_budget`` or a part's ``max_epochs`` would be exceeded.
+            HydraError: ``data.token_budget`` or a part's ``max_epochs`` would be exceeded; parts of
+                one path are read that often together.
         """
         needed, budget = steps * self.tokens_per_step, self.data.token_budget
         if budget and needed > budget:
@@ -173,16 +177,24 @@ class PackedStream:
                 f"{budget // self.tokens_per_step:,} steps fit"
             )
         report = self.epoch_report(steps)
-        for part, (name, numbers) in zip(self.data.blend, report.items(), strict=True):
-            if part.max_epochs and numbers["epochs"] > part.max_epochs:
+        epochs: collections.Counter[str] = collections.Counter()
+        for part, numbers in zip(self.data.blend, report.values(), strict=True):
+            epochs[os.path.realpath(part.path)] += numbers["epochs"]
+        for part, name in zip(self.data.blend, report, strict=True):
+            read = epochs[os.path.realpath(part.path)]
+            if part.max_epochs and read > part.max_epochs:
                 raise HydraError(
-                    f"data.{name} would be read {numbers['epochs']:.2f} times in {steps:,} steps, "
-                    f"above its max_epochs {part.max_epochs}; lower its weight or add data"
+                    f"data.{name} would be read {read:.2f} times in {steps:,} steps, above its "
+                    f"max_epochs {part.max_epochs}; lower its weight or add data"
                 )
         return report
 
     def epoch_restarts(self, step: int) -> list[str]:
-        """One sentence for every part that begins another epoch within ``step``; usually none."""
+        """One sentence for every part that begins another epoch within ``step``; usually none.
+
+        Args:
+            step: 0-based; the sentences count from 1, as the log of training does.
+        """
         size = self.batch.global_batch_size
         before = self._blend.drawn_before(step * size)
         after = self._blend.drawn_before((step + 1) * size)
@@ -194,7 +206,7 @@ class PackedStream:
             epoch = (end - 1) // period
             if epoch > 0 and (first == 0 or epoch > (first - 1) // period):
                 messages.append(
-                    f"step {step}: {source.name} starts epoch {epoch + 1}; its {period:,} packed "
+                    f"step {step + 1}: {source.name} starts epoch {epoch + 1}; its {period:,} packed "
                     "sequences have all been read and repeat in a new order"
                 )
         return messages
@@ -207,6 +219,7 @@ class PackedStream:
             "data.packing": self.data.packing,
             "data.tokenizer": self._tokenizer_fingerprint,
             "batch.global_batch_size": self.batch.global_batch_size,
+            "order of samples": derive_key(*self.global_samples(0)),
             "data.blend": [
                 {"name": source.name, "weight": part.weight, "fingerprint": source.fingerprint()}
                 for source, part in zip(self.sources, self.data.blend, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -86,9 +87,33 @@ def test_a_failed_build_leaves_nothing(prefix, tmp_path):
 def test_a_damaged_index_is_named(prefix, tmp_path):
     pack_index(IndexedDocuments(prefix), **OPTIONS)
     (folder,) = (tmp_path / ".packs").glob("books-*")
-    (folder / "lengths.npy").write_bytes(b"")
-    with pytest.raises(HydraError, match="damaged packing index"):
-        pack_index(IndexedDocuments(prefix), **OPTIONS)
+    whole = (folder / "lengths.npy").read_bytes()
+    for damaged in (b"", whole[:-1] + bytes([whole[-1] ^ 1])):
+        (folder / "lengths.npy").write_bytes(damaged)
+        with pytest.raises(HydraError, match="damaged packing index"):
+            pack_index(IndexedDocuments(prefix), **OPTIONS)
+
+
+def test_an_index_that_another_node_finished_meanwhile_is_kept(prefix, tmp_path, monkeypatch):
+    """Two nodes build at once where the file system does not lock across nodes."""
+    original = module.pack_source
+    finished: list[int] = []
+
+    def pack_while_another_node_does(*arguments, **options):
+        monkeypatch.setattr(module, "pack_source", original)
+        monkeypatch.setattr(module.socket, "gethostname", lambda: "other")
+        key = pack_index(IndexedDocuments(prefix), **OPTIONS)[1]["key"]
+        (folder,) = (tmp_path / ".packs").glob(f"books-*-{key}")
+        finished.append(folder.stat().st_ino)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, "_locked", lambda path: contextlib.nullcontext())
+    monkeypatch.setattr(module, "pack_source", pack_while_another_node_does)
+    packs, _ = pack_index(IndexedDocuments(prefix), **OPTIONS)
+    assert packs.lengths.sum() == 73
+    (folder,) = (tmp_path / ".packs").glob("books-*")
+    assert [folder.stat().st_ino] == finished
+    assert [path.name for path in (tmp_path / ".packs").iterdir()] == [folder.name]
 
 
 def test_a_cache_that_cannot_be_written_is_named(prefix, tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig
-from megatron_hydra.data import PackedStream, load_tokenizer
+from megatron_hydra.data import PackedStream, load_tokenizer, pack_index, sampling
 from megatron_hydra.data.document import Document
 from megatron_hydra.data.stream import pack_sequence
 from megatron_hydra.data.tokenizer import tokenizer_fingerprint
@@ -187,6 +187,31 @@ def test_a_resume_with_another_blend_is_refused_by_name(data, tmp_path):
         stream(data).check_state({"step": 3})
 
 
+def test_a_resume_with_other_packs_or_another_order_is_refused_by_name(data, tmp_path, monkeypatch):
+    """The options are the same: another version of NumPy, say, has shuffled in another way."""
+    state = stream(data).state(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedStream, "global_samples", lambda self, step: [3, 2, 1, 0])
+        with pytest.raises(HydraError, match="cannot resume: order of samples was"):
+            stream(data).check_state(state)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "mix64", lambda value: value * 5 + 1)
+        with pytest.raises(HydraError, match=r"data\.blend\[0\].*web.*another fingerprint"):
+            stream(data).check_state(state)
+    elsewhere = dataclasses.replace(data, cache_dir=str(tmp_path / "elsewhere"))
+    original = pack_index.pack_documents
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            pack_index,
+            "pack_documents",
+            lambda o, n, s, p, seed, name: original(o, n, s, p, 9, name),
+        )
+        with pytest.raises(HydraError, match=r"data\.blend\[0\].*web.*another fingerprint"):
+            stream(elsewhere).check_state(state)
+    again = dataclasses.replace(data, cache_dir=str(tmp_path / "again"))
+    assert stream(again).check_state(state) == 3
+
+
 def test_moved_files_are_the_same_data(data, tmp_path):
     state = stream(data).state(3)
     (tmp_path / "elsewhere").mkdir()
@@ -214,6 +239,20 @@ def test_no_epoch_repeats_silently(data, caplog):
     assert not caplog.records
 
 
+def test_the_log_counts_steps_from_one_and_one_rank_writes_it(data, caplog, monkeypatch):
+    only = dataclasses.replace(data, blend=data.blend[:1])
+    opened = stream(only, (1, 1))
+    last = opened.sources[0].samples_per_epoch
+    assert not opened.epoch_restarts(last - 1)
+    opened.micro_batches(last)
+    assert caplog.messages[0].startswith(f"step {last + 1}: ")
+    caplog.clear()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)  # of replica 0, but not rank 0
+    opened.micro_batches(last)
+    assert not caplog.messages
+
+
 def test_shares_follow_the_weights(data):
     report = stream(data).epoch_report(300)
     tokens = [numbers["tokens"] for numbers in report.values()]
@@ -229,6 +268,15 @@ def test_budgets_are_checked_before_the_first_step(data):
     blend = (dataclasses.replace(data.blend[0], max_epochs=1.5), data.blend[1])
     with pytest.raises(HydraError, match=r"data\.blend\[0\].*web would be read .* max_epochs 1\.5"):
         stream(dataclasses.replace(data, blend=blend)).plan(100)
+
+
+def test_a_path_named_twice_is_read_by_both(data):
+    part = dataclasses.replace(data.blend[0], weight=1.0, max_epochs=1.0)
+    opened = stream(dataclasses.replace(data, blend=(part, part)), (1, 1))
+    packs = opened.sources[0].samples_per_epoch
+    assert opened.plan(packs)
+    with pytest.raises(HydraError, match=r"web would be read 1\.\d+ times"):
+        opened.plan(packs + 1)
 
 
 def test_a_wrong_tokenizer_is_found_before_training(data, qwen):
