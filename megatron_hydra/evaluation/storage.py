@@ -12,6 +12,9 @@ from typing import Any
 
 from megatron_hydra.errors import HydraError
 
+FORMAT = "hydra-evaluation-settings"
+"""What ``settings.json`` says of a folder that ``--force`` may clear."""
+
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
@@ -31,10 +34,11 @@ class CellStore:
     Args:
         folder: the output folder.
         settings: whatever decides the results; a folder made with others is refused.
-        force: throw away what is there instead.
+        force: throw the evaluation that is there away instead.
 
     Raises:
-        HydraError: the folder holds an evaluation with other settings, or is a file.
+        HydraError: the folder holds an evaluation with other settings, or something else (which
+            ``force`` does not touch), or is a file.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], force: bool) -> None:
@@ -43,24 +47,28 @@ class CellStore:
         marker = folder / "settings.json"
         if folder.exists() and not folder.is_dir():
             raise HydraError(f"output {folder} is a file: give a folder")
-        if force:
-            self._clear()
-        if marker.exists():
-            self._check(marker, settings)
-        elif folder.exists() and any(folder.iterdir()) and not force:
-            raise HydraError(
-                f"output {folder} is not empty and no evaluation: give another folder, or --force"
-            )
+        if folder.exists() and any(folder.iterdir()):
+            before = self._kept_settings(marker)
+            if force:
+                self._clear()
+            else:
+                self._check(before, settings)
         with replace_file(marker) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1) + "\n")
+            temporary.write_text(json.dumps({"format": FORMAT, **settings}, indent=1) + "\n")
 
-    def _check(self, marker: Path, settings: dict[str, Any]) -> None:
+    def _kept_settings(self, marker: Path) -> dict[str, Any]:
         try:
             before = json.loads(marker.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError):
+            before = None
+        if not isinstance(before, dict) or before.pop("format", None) != FORMAT:
             raise HydraError(
-                f"{marker} cannot be read ({error}): use --force to start anew"
-            ) from None
+                f"output {self.folder} is not empty and no evaluation (of this version): give another "
+                "folder, or delete it yourself"
+            )
+        return before
+
+    def _check(self, before: dict[str, Any], settings: dict[str, Any]) -> None:
         for key in sorted(set(before) | set(settings)):
             if before.get(key) != json.loads(json.dumps(settings.get(key))):
                 raise HydraError(
@@ -70,7 +78,8 @@ class CellStore:
                 )
 
     def _clear(self) -> None:
-        for pattern in ("settings.json", "results.json", "*.png", "cells/*.json"):
+        """Remove what an evaluation writes, but the marker: it is written anew."""
+        for pattern in ("cells/*.json", "heatmap_*.png", "accuracy.png", "results.json"):
             for path in self.folder.glob(pattern):
                 path.unlink()
 
