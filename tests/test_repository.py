@@ -19,7 +19,7 @@ PACKAGE = ROOT / "megatron_hydra"
 
 # Imports go from a later entry to an earlier or the same one, never the other way.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "errors", "stopping", "config", "head_map", "hf", "hf_identity"),
+    ("__init__", "errors", "stopping", "watchdog", "config", "head_map", "hf", "hf_identity"),
     ("ops",),
     ("model", "parallel"),
     ("transfer", "selection", "checkpoint", "data", "reporting"),
@@ -170,6 +170,53 @@ def test_every_module_imports_without_gpu_libraries() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[0]) >= len(list(PACKAGE.rglob("*.py"))) // 2
+
+
+# -- the machine ----------------------------------------------------------------------------------
+
+_DEVICE_QUESTION = re.compile(
+    r"cuda\.(is_available|device_count|get_device_name|max_memory_allocated)"
+    r"|\.is_cuda\b|platform\.device\(\)\.type|\bhas_gpu\b"
+)
+
+
+def test_only_the_platform_asks_what_machine_this_is() -> None:
+    """Kernels (``ops``) go by their tensors, exports (``hf``) stand alone, ``layer_spec`` chooses kernels."""
+    free = ("parallel/platform.py", "model/layer_spec.py", "ops/", "hf/")
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        if path.relative_to(PACKAGE).as_posix().startswith(free):
+            continue
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if _DEVICE_QUESTION.search(line):
+                wrong.append(f"{_relative(path)}:{number}: {line.strip()}")
+    assert not wrong
+
+
+def _imports_of(path: Path) -> list[str]:
+    """Modules that a file imports at its top level, in order."""
+    modules: list[str] = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            modules += [f"{node.module}.{alias.name}" for alias in node.names]
+    return modules
+
+
+def test_the_platform_comes_before_megatron() -> None:
+    """Whichever module is imported first: Megatron-Core binds CUDA's names as it is imported."""
+    platform = "megatron_hydra.parallel.platform"
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        modules = _imports_of(path)
+        of_megatron = [n for n, name in enumerate(modules) if name.split(".")[0] == "megatron"]
+        package = path.with_name("__init__.py")
+        before = _imports_of(package) if package.exists() else []
+        before += modules[: min(of_megatron, default=0)]
+        if of_megatron and platform not in before:
+            wrong.append(_relative(path))
+    assert not wrong
 
 
 # -- documentation --------------------------------------------------------------------------------

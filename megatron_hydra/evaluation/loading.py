@@ -40,7 +40,9 @@ def load_model(
     if dtype not in DTYPES:
         raise HydraError(f"--dtype {dtype} is unknown: use one of {', '.join(DTYPES)}")
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        from megatron_hydra.parallel import platform
+
+        device = str(platform.device())
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_hydra.ops.qk_preparation import rms_norm
+from megatron_hydra.ops.rms_norm import weighted_rms_norm
 
 
 class RMSNorm(torch.nn.Module):
@@ -30,6 +30,4 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[…, D]`` → ``[…, D]``."""
-        if x.is_cuda:  # torch's fused kernel: one pass instead of six, weight applied in fp32
-            return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return rms_norm(x, self.eps, self.weight)
+        return weighted_rms_norm(x, self.weight, self.eps)

@@ -6,14 +6,17 @@ types ``torch.cuda.FloatTensor``. :func:`install` gives those calls a CPU meanin
 without a GPU, so that the same code trains, checkpoints and is tested there. Where a GPU is
 present it changes nothing at all.
 
-Importing this module is enough (``megatron_hydra.parallel`` users import it first): it must run
-before any ``megatron`` import, because Megatron binds some of these names at import time.
+Importing this module is enough, and every package that imports Megatron-Core does so first (in its
+``__init__``): it must run before any ``megatron`` import, because Megatron binds some of these names
+at import time.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import resource
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +41,16 @@ def device() -> torch.device:
     )
 
 
+def device_count() -> int:
+    """GPUs that this process can see; 0 without."""
+    return torch.cuda.device_count() if _CUDA_AVAILABLE else 0
+
+
+def device_name() -> str:
+    """The current GPU's name, as ``NVIDIA H100 80GB HBM3``; ``""`` without."""
+    return torch.cuda.get_device_name() if _CUDA_AVAILABLE else ""
+
+
 def communication_backend() -> str:
     """``nccl`` on GPUs, ``gloo`` without."""
     return "nccl" if _CUDA_AVAILABLE else "gloo"
@@ -50,18 +63,11 @@ def bind_process_to_device(local_rank: int) -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Highest memory use so far: of this process's GPU, or its resident set on the CPU."""
+    """Most memory that this process had allocated so far: on its GPU, or resident without one."""
     if _CUDA_AVAILABLE:
         return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def synchronize() -> None:
-    """Wait for the device (before reading a clock)."""
-    if _CUDA_AVAILABLE:
-        torch.cuda.synchronize()
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -57,17 +55,9 @@ class PhaseTimers:
         return seconds
 
 
-def peak_memory_bytes() -> int:
-    """Most memory that this process had allocated so far: on its GPU, or resident without one."""
-    if platform.device().type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
 def slowest(timers: PhaseTimers) -> dict[str, float]:
     """Phases and peak memory, each on the rank where it is largest. Collective."""
-    local = [*timers.take(), float(peak_memory_bytes())]
+    local = [*timers.take(), float(platform.peak_memory_bytes())]
     most = torch.tensor(local, dtype=torch.float64, device=platform.device())
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return dict(zip((*PHASES, "memory"), most.tolist(), strict=True))

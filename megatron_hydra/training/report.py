@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
-
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.parallel import platform
@@ -38,9 +36,7 @@ class StepReport:
         self._model, self._teacher = model, teacher
         self._steps, self._tokens, self._flops = 0, 0, 0.0
         self._clock = time.perf_counter()
-        self._peak = config.logging.peak_tflops
-        if not self._peak and platform.device().type == "cuda":
-            self._peak = peak_tflops(torch.cuda.get_device_name())
+        self._peak = config.logging.peak_tflops or peak_tflops(platform.device_name())
 
     def entry(
         self, result: StepResult, progress: Progress, timers: PhaseTimers

@@ -9,9 +9,10 @@ import pytest
 
 from megatron_hydra.checkpoint import store
 from megatron_hydra.config import apply_overrides
+from megatron_hydra.parallel.platform import peak_memory_bytes
 from megatron_hydra.reporting import PHASES
 from megatron_hydra.training.loop import run_training
-from megatron_hydra.training.observe import PhaseTimers, peak_memory_bytes
+from megatron_hydra.training.observe import PhaseTimers
 from tests.training import tiny
 
 
