@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import gc
+import importlib
+import itertools
 import json
 import math
 import platform as host
 import statistics
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -37,15 +38,15 @@ class Sample:
     Attributes:
         wall: seconds per call, one a round; empty where memory did not suffice.
         cpu: CPU seconds of this process per call (of use on a busy machine).
-        peak_bytes: device memory at its highest during a call, beyond what was held before; on the
-            CPU growth of the resident set.
+        peak_bytes: what torch's allocator had handed out at its highest during a call, beyond what
+            was held before (:func:`measured_memory`); ``None`` where that was not measured.
         failure: why there are none.
     """
 
     def __init__(self) -> None:
         self.wall: list[float] = []
         self.cpu: list[float] = []
-        self.peak_bytes = 0
+        self.peak_bytes: int | None = None
         self.failure = ""
 
     @property
@@ -57,6 +58,14 @@ class Sample:
     def spread(self) -> float:
         """(largest − smallest) / median."""
         return (max(self.wall) - min(self.wall)) / self.median if self.wall else math.nan
+
+    def __str__(self) -> str:
+        if self.failure:
+            return self.failure
+        shown = f"{1000 * self.median:12.3f} ms  ±{100 * self.spread / 2:4.1f} %"
+        if self.peak_bytes is not None:
+            shown += f"  {self.peak_bytes / 2**30:8.3f} GiB"
+        return shown
 
 
 class Ratio:
@@ -136,31 +145,24 @@ def chosen_device(arguments: argparse.Namespace) -> torch.device:
     return device
 
 
-class _ResidentPeak(threading.Thread):
-    """Samples this process's resident set until stopped."""
+def cpu_only(arguments: argparse.Namespace, benchmark: str) -> torch.device:
+    """The CPU, for a benchmark of work that no GPU does.
 
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.base = self.peak = _resident_bytes()
-        self._stopped = threading.Event()
-
-    def run(self) -> None:
-        while not self._stopped.wait(0.001):
-            self.peak = max(self.peak, _resident_bytes())
-
-    def stop(self) -> int:
-        self._stopped.set()
-        self.join()
-        return max(self.peak, _resident_bytes()) - self.base
-
-
-def _resident_bytes() -> int:
-    with open("/proc/self/statm", encoding="ascii") as stream:
-        return int(stream.read().split()[1]) * 4096
+    Raises:
+        HydraError: ``--device`` names another.
+    """
+    if arguments.device not in ("auto", "cpu"):
+        raise HydraError(f"--device {arguments.device}: {benchmark} measures the CPU; leave it out")
+    return torch.device("cpu")
 
 
 def measured_memory(peer: Peer, device: torch.device) -> int:
-    """Peak bytes of one call beyond what was held before it."""
+    """Peak bytes of one call beyond what was held before it, results included, as torch's allocator counts.
+
+    On the CPU that is the sum over the allocator's own records. The resident set would say less: what
+    the C library keeps of freed blocks, or maps anew, moves it by more than a loss's chunks.
+    Memory that torch did not allocate (mapped files, a library's buffers) is not counted.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -169,13 +171,11 @@ def measured_memory(peer: Peer, device: torch.device) -> int:
         peer()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    watcher = _ResidentPeak()
-    watcher.start()
-    try:
+    with torch.autograd.profiler.profile(profile_memory=True) as recorded:
         peer()
-    finally:
-        grown = watcher.stop()
-    return grown
+    changes = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
 
 
 def _timed(peer: Peer, device: torch.device, calls: int) -> tuple[float, float]:
@@ -206,35 +206,69 @@ def _failure(error: Exception) -> str:
 
 
 def time_in_turns(
-    peers: dict[str, Peer], device: torch.device, repeats: int, warmup: int
+    peers: dict[str, Peer],
+    device: torch.device,
+    repeats: int,
+    warmup: int,
+    memory: bool = True,
 ) -> dict[str, Sample]:
-    """Warm every peer up, then time all of them, each once a round."""
+    """Warm every peer up, then time all of them, each once a round.
+
+    A peer that fails, at whatever call, has no timings; the others go on.
+
+    Args:
+        memory: measure the memory of one of the warm-up calls.
+    """
     samples = {name: Sample() for name in peers}
     alive: dict[str, tuple[Peer, int]] = {}
     for name, peer in peers.items():
         try:
-            for _ in range(max(warmup - 1, 0)):
-                peer()
-            begin = time.perf_counter()
-            samples[name].peak_bytes = measured_memory(peer, device)
-            calls = 1
-            if device.type == "cuda":
-                once = time.perf_counter() - begin
-                if once < 1:  # a long one would be known well enough
-                    once, _ = _timed(peer, device, 1)
-                calls = max(1, min(100, round(MIN_SAMPLE_SECONDS / once)))
+            calls = _warm_up(peer, device, warmup, samples[name] if memory else None)
             alive[name] = (peer, calls)
         except Exception as error:
-            samples[name].failure = _failure(error)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            _give_up(samples[name], error, device)
     for _ in range(repeats):
-        for name, (peer, calls) in alive.items():
-            wall, cpu = _timed(peer, device, calls)
+        for name, (peer, calls) in list(alive.items()):
+            try:
+                wall, cpu = _timed(peer, device, calls)
+            except Exception as error:
+                _give_up(samples[name], error, device)
+                del alive[name]
+                continue
             samples[name].wall.append(wall)
             samples[name].cpu.append(cpu)
     return samples
+
+
+def _warm_up(peer: Peer, device: torch.device, warmup: int, sample: Sample | None) -> int:
+    """Call a peer ``warmup`` times, at least once; returns the calls that a timing should repeat.
+
+    Args:
+        sample: takes the memory of the last of these calls; ``None`` leaves it unmeasured.
+    """
+    for _ in range(max(warmup - 1, 0)):
+        peer()
+    begin = time.perf_counter()
+    if sample is None:
+        peer()
+    else:
+        sample.peak_bytes = measured_memory(peer, device)
+    if device.type != "cuda":
+        return 1
+    once = time.perf_counter() - begin
+    if once < 1:  # a long one would be known well enough
+        once, _ = _timed(peer, device, 1)
+    return max(1, min(100, round(MIN_SAMPLE_SECONDS / once)))
+
+
+def _give_up(sample: Sample, error: Exception, device: torch.device) -> None:
+    """Leave the reason in place of the timings, and free what the failed call held."""
+    sample.failure = _failure(error)
+    sample.wall.clear()
+    sample.cpu.clear()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class Report:
@@ -245,6 +279,7 @@ class Report:
         arguments: its flags.
         device: where it runs.
         ratios: label → (slower peer, faster peer): which ratios every size shows.
+        unit: what sizes count.
     """
 
     def __init__(
@@ -253,6 +288,7 @@ class Report:
         arguments: argparse.Namespace,
         device: torch.device,
         ratios: dict[str, tuple[str, str]] | None = None,
+        unit: str = "tokens",
     ) -> None:
         self.name, self.device, self.ratios = name, device, ratios or {}
         self.repeats, self.warmup = arguments.repeats, arguments.warmup
@@ -262,6 +298,8 @@ class Report:
             "date": dt.date.today().isoformat(),
             "machine": machine(device),
             "arguments": {key: str(value) for key, value in vars(arguments).items()},
+            "unit": unit,
+            "ran": {},
             "rows": [],
             "ratios": [],
             "notes": [],
@@ -269,13 +307,24 @@ class Report:
         machine_name = self.body["machine"]["device"]
         print(f"{name} on {machine_name}, torch {torch.__version__}", flush=True)
 
-    def measure(self, size: int, peers: dict[str, Peer], **facts: Any) -> dict[str, Sample]:
+    def ran(self, **kernels: str) -> None:
+        """Keep and print which implementations ran, beside the versions that are installed."""
+        if kernels.items() <= self.body["ran"].items():
+            return
+        self.body["ran"] |= kernels
+        print(f"  ran: {', '.join(f'{part} {name}' for part, name in kernels.items())}", flush=True)
+        self.save()
+
+    def measure(
+        self, size: int, peers: dict[str, Peer], *, memory: bool = True, **facts: Any
+    ) -> dict[str, Sample]:
         """Time the peers of one size and report them.
 
         Args:
+            memory: measure peak memory as well.
             facts: put into every row's JSON.
         """
-        samples = time_in_turns(peers, self.device, self.repeats, self.warmup)
+        samples = time_in_turns(peers, self.device, self.repeats, self.warmup, memory)
         self.add(size, samples, **facts)
         return samples
 
@@ -294,11 +343,7 @@ class Report:
                     **facts,
                 }
             )
-            shown = sample.failure or (
-                f"{1000 * sample.median:12.3f} ms  ±{100 * sample.spread / 2:4.1f} %"
-                f"  {sample.peak_bytes / 2**30:8.3f} GiB"
-            )
-            print(f"  {size_name(size):>6}  {name:<28} {shown}", flush=True)
+            print(f"  {size_name(size):>6}  {name:<28} {sample}", flush=True)
         for label, (over, under) in self.ratios.items():
             if over in samples and under in samples:
                 self.ratio(size, label, Ratio(samples[over].wall, samples[under].wall))
@@ -341,7 +386,10 @@ class Report:
             labels = list(dict.fromkeys(row["label"] for row in self.body["ratios"]))
             for label in labels:
                 rows = [row for row in self.body["ratios"] if row["label"] == label]
-                cells = ", ".join(f"{size_name(r['size'])} {r['median']:.2f}" for r in rows)
+                cells = ", ".join(
+                    f"{size_name(r['size'])} {r['median']:.2f} ({r['low']:.2f}..{r['high']:.2f})"
+                    for r in rows
+                )
                 print(f"  {label:<40} {cells}")
         if self.output is not None:
             plot(self.body, self.output / f"{self.name}.png")
@@ -384,8 +432,26 @@ def profile(peer: Peer, title: str, calls: int = 3, rows: int = 30) -> str:
     return f"== {title}, {calls} calls\n{table}\n"
 
 
+def delta_rule_that_ran(name: str) -> str:
+    """The chosen delta rule; FLA's with the kernels that its own dispatch took in this process so far.
+
+    Args:
+        name: ``names["gated_delta_net"]`` of the chosen kernels.
+    """
+    if name != "fla":
+        return name
+    try:
+        # The entries that FLA's dispatch has logged: "operation:function:backend", ":fail" if refused.
+        registries = importlib.import_module("fla.backends")._operation_registries
+        entries = registries["gated_delta_rule"]._logged
+    except (ImportError, AttributeError, KeyError):
+        return "fla (dispatch unknown)"
+    taken = sorted({e.rpartition(":")[2] for e in entries if not e.endswith(":fail")})
+    return f"fla ({', '.join(taken) or 'Triton'})"
+
+
 def machine(device: torch.device) -> dict[str, str]:
-    """What ran it: device and versions."""
+    """Where it ran: the device, and the versions that are installed."""
     facts = {"torch": torch.__version__, "python": host.python_version()}
     for package in ("triton", "fla", "transformers", "megatron.core", "flash_qla"):
         try:
@@ -428,7 +494,7 @@ def plot(body: dict[str, Any], path: Path) -> None:
     for name, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=name)
     sizes = sorted({size for points in lines.values() for size, _ in points})
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds",
+    axes.set(xscale="log", yscale="log", xlabel=body["unit"], ylabel="seconds",
              title=f"{body['benchmark']}, {body['machine']['device']}, {body['date']}")  # fmt: skip
     axes.set_xticks(sizes, [size_name(size) for size in sizes])
     axes.xaxis.minorticks_off()

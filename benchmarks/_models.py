@@ -8,6 +8,7 @@ import torch
 
 from megatron_hydra.parallel import platform  # isort: skip  (before anything of Megatron-Core)
 
+from benchmarks import _harness as harness
 from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.config.run import (
     BackendConfig,
@@ -17,6 +18,7 @@ from megatron_hydra.config.run import (
     RecomputeConfig,
     RunConfig,
 )
+from megatron_hydra.ops.backends import Case, choose_kernels
 
 QWEN3_1_7B = ModelConfig(
     family="qwen3",
@@ -74,6 +76,14 @@ def run_config(
         recompute=RecomputeConfig(granularity, modules),  # type: ignore[arg-type]
         backend=backend or BackendConfig(),
     )
+
+
+def kernels_that_ran(run: RunConfig, model: ModelConfig, device: torch.device) -> dict[str, str]:
+    """By key of the ``backend`` section, what runs of this config took; to be asked after a run."""
+    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    case = Case(device, dtype, model.head_dim)
+    names = choose_kernels(run.backend, case, check=False).names
+    return names | {"gated_delta_net": harness.delta_rule_that_ran(names["gated_delta_net"])}
 
 
 @torch.no_grad()

@@ -3,8 +3,9 @@
 
 On a GPU: FLA's Triton kernels, FlashQLA's through FLA's dispatch (if installed) and our torch twin.
 On the CPU: our torch rule against transformers' ``torch_chunk_gated_delta_rule``. All get the same
-inputs; outputs are compared before anything is timed. Time per token at the largest size over that
-at the smallest says how linear it is.
+inputs; outputs are compared before anything is timed. Time per token over that at the first size says
+how linear it is; on the CPU the sizes take turns within a round, so that this ratio too is taken
+within rounds.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ def make_inputs(length: int, args: argparse.Namespace, device: torch.device) -> 
     return [x.requires_grad_() for x in inputs]
 
 
+@torch.no_grad()
 def check_agreement(rules: dict[str, Rule], inputs: list[torch.Tensor]) -> None:
     """All implementations must compute the same.
 
@@ -92,6 +94,10 @@ def check_agreement(rules: dict[str, Rule], inputs: list[torch.Tensor]) -> None:
         error = float((rule(*inputs).float() - reference).norm() / reference.norm())
         if not error < AGREEMENT[inputs[0].dtype]:
             raise HydraError(f"{name} differs from our torch rule by {error:.1e}")
+    if "FlashQLA" in rules and "flash_qla" not in harness.delta_rule_that_ran("fla"):
+        raise HydraError(
+            "FlashQLA is installed, but FLA's dispatch did not take it; --skip FlashQLA"
+        )
 
 
 def peer(rule: Rule, inputs: list[torch.Tensor], cotangent: torch.Tensor) -> harness.Peer:
@@ -120,28 +126,50 @@ def main(arguments: list[str] | None = None) -> int:
     }
     report = harness.Report("gdn", args, device, ratios)
     report.note(f"{args.heads} heads, d = {args.head_dim}, forward + backward")
-    per_token: dict[str, list[float]] = {}
+    if "FLA (Triton)" in rules:
+        report.ran(fla=harness.delta_rule_that_ran("fla"))
+    steps: dict[str, dict[int, harness.Peer]] = {}
     for length in args.sizes:
         inputs = make_inputs(length, args, device)
         cotangent = torch.randn_like(inputs[2])
-        fitting = {
-            name: rule
+        peers = {
+            name: peer(rule, inputs, cotangent)
             for name, rule in rules.items()
             if device.type == "cpu" or "torch" not in name or length <= args.largest_torch
         }
-        samples = report.measure(
-            length, {name: peer(rule, inputs, cotangent) for name, rule in fitting.items()}
-        )
-        for name, sample in samples.items():
-            clock = sample.cpu if device.type == "cpu" and args.threads == 1 else sample.wall
-            if clock:
-                per_token.setdefault(name, []).append(sorted(clock)[len(clock) // 2] / length)
-    for name, each in per_token.items():
-        report.note(
-            f"{name}: time per token, largest over smallest of all sizes {max(each) / min(each):.3f}"
-        )
+        report.measure(length, peers)
+        for name, step in peers.items():
+            steps.setdefault(name, {})[length] = step
+    if len(args.sizes) > 1:
+        for name, by_length in steps.items():
+            _report_linearity(report, name, by_length)
     report.finish()
     return 0
+
+
+def _report_linearity(
+    report: harness.Report, name: str, by_length: dict[int, harness.Peer]
+) -> None:
+    """Time per token over that of the first length; lengths take turns, with about equal work a turn."""
+    longest, first = max(by_length), next(iter(by_length))
+
+    def repeated(length: int) -> harness.Peer:
+        calls = max(1, longest // length)
+        return lambda: [by_length[length]() for _ in range(calls)]
+
+    work = {str(length): repeated(length) for length in by_length}
+    samples = harness.time_in_turns(
+        work, report.device, report.repeats, report.warmup, memory=False
+    )
+    for length in list(by_length)[1:]:
+        for clock in ("wall", "cpu") if report.device.type == "cpu" else ("wall",):
+            over, under = (
+                [s / (max(1, longest // n) * n) for s in getattr(samples[str(n)], clock)]
+                for n in (length, first)
+            )
+            label = f"{name}: time per token / at {harness.size_name(first)}"
+            label += ", CPU time" if clock == "cpu" else ""
+            report.ratio(length, label, harness.Ratio(over, under))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from megatron_hydra.errors import command
 
 from megatron.core.transformer.spec_utils import build_module  # isort: skip
 from megatron_hydra.config.model import ModelConfig
-from megatron_hydra.model import hydra_attention
 from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.model.layer_spec import hydra_layer_spec, transformer_config
 from megatron_hydra.ops import gpu_attention
@@ -124,16 +123,15 @@ class Core:
         return run
 
 
-def on_one_stream(peer: harness.Peer) -> harness.Peer:
-    """The same with both branches on the current stream."""
+def on_one_stream(layer: HydraAttention, peer: harness.Peer) -> harness.Peer:
+    """The same with both branches of its layer on the current stream (``backend.streams=one``)."""
 
     def run() -> None:
-        original = hydra_attention.side_by_side
-        hydra_attention.side_by_side = lambda aside, here, device: (aside(), here())
+        layer.two_streams = False
         try:
             peer()
         finally:
-            hydra_attention.side_by_side = original
+            layer.two_streams = True
 
     return run
 
@@ -203,44 +201,52 @@ def measure_size(
     mixed = Core(build_core(hybrid, kernels, device), tokens, device, args.seed)
     peers: dict[str, harness.Peer] = {
         "hydra": mixed.step(mixed.both),
-        "hydra, one stream": on_one_stream(mixed.step(mixed.both)),
+        "hydra, one stream": on_one_stream(mixed.layer, mixed.step(mixed.both)),
     }
     fa, gdn = (Core(mixed.layer, tokens, device, args.seed, branch) for branch in ("fa", "gdn"))
     peers |= {"FA alone": fa.step(fa.fa_alone), "GDN alone": gdn.step(gdn.gdn_alone)}
-    best = ""
+    dense_peers: list[str] = []
     for name, attention in full_attention_kernels(device).items():
         if name in SLOW_KERNELS and tokens > args.largest_slow:
             continue
         dense = dataclasses.replace(kernels, attention=attention)
         core = Core(build_core(models.QWEN3_1_7B.dense(), dense, device), tokens, device, args.seed)
         peers[f"all-FA ({name})"] = core.step(core.both)
-        best = best or f"all-FA ({name})"
+        dense_peers.append(f"all-FA ({name})")
     if args.kernels:
         peers |= bare_kernels(tokens, hybrid, kernels, device)
     if args.graph and device.type == "cuda" and tokens <= args.largest_slow:
-        peers["hydra (graph)"] = harness.graphed(peers["hydra"])
-        peers[f"{best} (graph)"] = harness.graphed(peers[best])
+        peers |= {f"{n} (graph)": harness.graphed(peers[n]) for n in ("hydra", *dense_peers)}
     samples = report.measure(tokens, peers)
-    _report_ratios(tokens, samples, report)
+    report.ran(**models.kernels_that_ran(models.run_config(device), hybrid, device))
+    best = fastest({name: samples[name] for name in dense_peers})
+    _report_ratios(tokens, samples, best, report)
     if args.profile and device.type == "cuda" and report.output is not None:
-        text = "".join(
-            harness.profile(peers[name], f"{name}, {tokens}") for name in ("hydra", best)
-        )
+        ran = [name for name in ("hydra", best) if name and samples[name].wall]
+        text = "".join(harness.profile(peers[name], f"{name}, {tokens}") for name in ran)
         (report.output / f"layer_profile_{harness.size_name(tokens)}.txt").write_text(text)
 
 
-def _report_ratios(tokens: int, samples: dict[str, harness.Sample], report: harness.Report) -> None:
-    dense = {n: s for n, s in samples.items() if n.startswith("all-FA (") and s.wall}
-    eager = {n: s for n, s in dense.items() if not n.endswith("(graph)")}
-    if eager:
-        best = min(eager, key=lambda name: eager[name].median)
+def fastest(samples: dict[str, harness.Sample]) -> str:
+    """The name with the least median; empty where none has timings."""
+    timed = [name for name, sample in samples.items() if sample.wall]
+    return min(timed, key=lambda name: samples[name].median, default="")
+
+
+def _report_ratios(
+    tokens: int, samples: dict[str, harness.Sample], best: str, report: harness.Report
+) -> None:
+    """Ratios against the best all-FA core, and the mixing tax."""
+    if best:
         report.note(f"best all-FA at {harness.size_name(tokens)}: {best}")
         report.ratio(tokens, "speed-up of hydra over the best all-FA",
-                     harness.Ratio(eager[best].wall, samples["hydra"].wall))  # fmt: skip
-    graphs = [s for n, s in dense.items() if n.endswith("(graph)")]
-    if graphs and samples["hydra (graph)"].wall:
+                     harness.Ratio(samples[best].wall, samples["hydra"].wall))  # fmt: skip
+    graphs = {n: s for n, s in samples.items() if n.startswith("all-FA") and n.endswith("(graph)")}
+    best_graph = fastest(graphs)
+    if best_graph and samples["hydra (graph)"].wall:
+        report.note(f"best all-FA graph at {harness.size_name(tokens)}: {best_graph}")
         report.ratio(tokens, "the same as CUDA graphs",
-                     harness.Ratio(graphs[0].wall, samples["hydra (graph)"].wall))  # fmt: skip
+                     harness.Ratio(graphs[best_graph].wall, samples["hydra (graph)"].wall))  # fmt: skip
     apart = [
         a + b for a, b in zip(samples["FA alone"].wall, samples["GDN alone"].wall, strict=False)
     ]

@@ -3,7 +3,11 @@
 
 ``materialised`` is what one would write: both heads' logits, KL of two log-softmaxes plus
 cross-entropy, autograd. In ``materialised (compiled)`` torch.compile has fused what it can of it.
-Losses are compared before anything is timed. Peak memory counts what a call needs beyond its inputs.
+Losses are compared before anything is timed.
+
+Peak memory is what torch's allocator hands out beyond the inputs. It is reported twice: as it is, with
+the gradients that every implementation returns (by the hidden states, N·D, and by the weight, V·D);
+and less the gradient by the hidden states, the one part that has to grow with the tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ from benchmarks import _harness as harness
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
 
-EXAMPLE = "python -m benchmarks.loss --sizes 8K --hidden 2048 --vocabulary 151936"
+EXAMPLE = """python -m benchmarks.loss --sizes 8K --hidden 2048 --vocabulary 151936
+  python -m benchmarks.loss --device cpu --sizes 1K,2K,4K,8K --hidden 128 --vocabulary 16384 \\
+      --only-ours --repeats 1 --warmup 1                # flat memory"""
 KL_WEIGHT = 0.9
 Loss = Callable[..., torch.Tensor]
 
@@ -76,7 +82,7 @@ def peers_of(inputs: dict, args: argparse.Namespace, device: torch.device) -> di
 
         return loss
 
-    losses = {"materialised": materialised}
+    losses: dict[str, Loss] = {} if args.only_ours else {"materialised": materialised}
     if args.compiled:
         losses["materialised (compiled)"] = torch.compile(materialised, dynamic=False)
     losses["ours"] = ours(None, args.chunk)
@@ -100,6 +106,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--compiled", action="store_true", help="torch.compile the materialised one"
     )
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU (default 1)")
+    parser.add_argument(
+        "--only-ours", action="store_true", help="without full logits: memory against tokens"
+    )
     args = parser.parse_args(arguments)
     device = harness.chosen_device(args)
     if device.type == "cpu":
@@ -116,42 +125,53 @@ def main(arguments: list[str] | None = None) -> int:
     for tokens in args.sizes:
         inputs = make_inputs(tokens, args, device)
         losses = peers_of(inputs, args, device)
-        values = {name: float(loss(**inputs)) for name, loss in losses.items()}
-        for name, value in values.items():
-            if not abs(value / values["materialised"] - 1) < 1e-2:
-                raise HydraError(f"{name}: loss {value}, materialised {values['materialised']}")
+        check_agreement(losses, inputs)
         samples = report.measure(
             tokens, {name: step(loss, inputs) for name, loss in losses.items()}
         )
+        _report_memory(report, tokens, samples)
         for name, sample in samples.items():
-            if sample.wall:
+            if sample.peak_bytes is not None:
                 peaks.setdefault(name, []).append(sample.peak_bytes)
-        most = samples["materialised"].peak_bytes
-        for name in list(samples)[1:]:
-            if samples[name].wall and most:
-                share = samples[name].peak_bytes / most
-                report.ratio(
-                    tokens, f"memory of {name} / materialised", harness.Ratio([share], [1])
-                )
-    if len(args.sizes) > 1:
-        _report_growth(report, peaks, args, device)
+    _report_growth(report, peaks, args, inputs["hidden"].element_size())
     report.finish()
     return 0
 
 
+def check_agreement(losses: dict[str, Loss], inputs: dict) -> None:
+    """All must compute the same loss.
+
+    Raises:
+        HydraError: naming the one that does not.
+    """
+    values = {name: float(loss(**inputs)) for name, loss in losses.items()}
+    first, expected = next(iter(values.items()))
+    for name, value in values.items():
+        if not abs(value / expected - 1) < 1e-2:
+            raise HydraError(f"{name}: loss {value}, {first} {expected}")
+
+
+def _report_memory(report: harness.Report, tokens: int, samples: dict[str, harness.Sample]) -> None:
+    most = samples["materialised"].peak_bytes if "materialised" in samples else None
+    for name, sample in samples.items():
+        if name != "materialised" and most and sample.peak_bytes:
+            share = harness.Ratio([sample.peak_bytes], [most])
+            report.ratio(tokens, f"memory of {name} / materialised", share)
+
+
 def _report_growth(
-    report: harness.Report, peaks: dict, args: argparse.Namespace, device: torch.device
+    report: harness.Report, peaks: dict[str, list[int]], args: argparse.Namespace, bytes_each: int
 ) -> None:
-    """How much the peak grows over the sizes, beyond the gradient by the hidden states."""
-    bytes_each = 2 if device.type == "cuda" else 4
+    """Peaks over that of the first size, with and without the gradient by the hidden states."""
     for name, peak in peaks.items():
         if len(peak) != len(args.sizes):
             continue
-        own = [p - n * args.hidden * bytes_each for p, n in zip(peak, args.sizes, strict=True)]
-        report.note(
-            f"{name}: peak less the gradient by the hidden states, largest over smallest of all "
-            f"sizes {max(own) / max(min(own), 1):.3f}"
-        )
+        flat = [p - n * args.hidden * bytes_each for p, n in zip(peak, args.sizes, strict=True)]
+        for label, values in (("", peak), (", less the gradient by the hidden states", flat)):
+            for tokens, value in list(zip(args.sizes, values, strict=True))[1:]:
+                grown = harness.Ratio([value], [values[0]])
+                first = harness.size_name(args.sizes[0])
+                report.ratio(tokens, f"peak memory of {name} / its own at {first}{label}", grown)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 A step is the trainer's own (forward, backward, gradient norm, AdamW update) of stage 3, one sequence
 of the given length, random tokens and weights. The two models are built one after the other, since
 their optimizer states rarely fit side by side. ``--recompute`` says what is recomputed in the
-backward, the same for both models: none, mlp, attention, attention+mlp or full. With several, the
-first that fits is taken for each model, and named. With ``--layers`` below the model's, the rows say
+backward: none, mlp, attention, attention+mlp or full. With several, the first that fits is taken for
+each model, and named in the ratio, which is not one of like with like where they differ.
+With ``--layers`` below the model's, the rows say
 so and no ratio stands for the whole model.
 """
 
@@ -132,10 +133,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for tokens in args.sizes:
             samples: dict[str, harness.Sample] = {}
+            settings: dict[str, str] = {}
             for name, model in chosen.items():
                 for recompute in args.recompute.split(","):
                     sample = timed_steps(model, shape, tokens, recompute, world, args, device)
-                    samples[name] = sample
+                    samples[name], settings[name] = sample, recompute
                     report.add(tokens, {f"{name}, recompute {recompute}": sample})
                     if sample.wall:
                         rate = tokens / sample.median
@@ -143,7 +145,9 @@ def main(arguments: list[str] | None = None) -> int:
                         break
             if {"dense", "hydra"} <= set(samples):
                 ratio = harness.Ratio(samples["dense"].wall, samples["hydra"].wall)
-                report.ratio(tokens, "speed-up of hydra over dense", ratio)
+                with_settings = f"recompute {settings['hydra']} over {settings['dense']}"
+                report.ratio(tokens, f"speed-up of hydra over dense, {with_settings}", ratio)
+            report.ran(**models.kernels_that_ran(start, shape, device))
     finally:
         stop_world()
     report.finish()

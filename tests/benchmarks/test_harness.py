@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import _harness as harness
+from benchmarks.layer import fastest
+from megatron_hydra.errors import HydraError
 
 CPU = torch.device("cpu")
 
@@ -50,20 +54,66 @@ def test_one_failing_peer_does_not_stop_the_others():
     assert len(samples["b"].wall) == 2
 
 
-def test_memory_of_a_call_is_seen():
-    def allocate():
-        torch.ones(64 << 20, dtype=torch.uint8).add_(1)
+def test_a_peer_that_fails_in_a_timed_round_has_no_timings_and_stops_no_other():
+    calls = []
 
-    assert 60 << 20 < harness.measured_memory(allocate, CPU) < 90 << 20
+    def fails_third():
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no room")
+
+    samples = harness.time_in_turns({"a": fails_third, "b": lambda: None}, CPU, 4, 1)
+    assert samples["a"].failure == "OOM"
+    assert not samples["a"].wall
+    assert not samples["a"].cpu
+    assert len(calls) == 3
+    assert len(samples["b"].wall) == 4
+
+
+def test_memory_of_a_call_is_the_most_that_lives_at_once():
+    def two_blocks_then_three():
+        first = torch.ones(2 << 20, dtype=torch.uint8)
+        del first
+        return torch.ones(3 << 20, dtype=torch.uint8)
+
+    for _ in range(2):  # freed blocks that the C library keeps make no difference
+        peak = harness.measured_memory(two_blocks_then_three, CPU)
+        assert 3 << 20 <= peak < (3 << 20) + 1000
+
+
+def test_the_best_peer_is_the_one_with_the_least_median():
+    samples = {name: harness.Sample() for name in ("failed", "slow", "quick")}
+    samples["slow"].wall, samples["quick"].wall = [2.0, 2.0, 0.1], [1.0, 1.0, 3.0]
+    assert fastest(samples) == "quick"
+    assert fastest({"failed": samples["failed"]}) == ""
+
+
+def test_the_delta_rule_that_ran_is_what_flas_dispatch_took(monkeypatch):
+    assert harness.delta_rule_that_ran("torch") == "torch"
+    logged: set[str] = {"gated_delta_rule:chunk:triton_ascend:fail"}
+    registry = {"gated_delta_rule": SimpleNamespace(_logged=logged)}
+    backends = SimpleNamespace(_operation_registries=registry)
+    monkeypatch.setitem(sys.modules, "fla.backends", backends)
+    assert harness.delta_rule_that_ran("fla") == "fla (Triton)"
+    logged.add("gated_delta_rule:chunk:flash_qla")
+    assert harness.delta_rule_that_ran("fla") == "fla (flash_qla)"
+
+
+def test_another_device_is_refused_where_the_cpu_is_measured():
+    assert harness.cpu_only(argparse.Namespace(device="auto"), "some") == CPU
+    with pytest.raises(HydraError, match="--device cuda"):
+        harness.cpu_only(argparse.Namespace(device="cuda"), "some")
 
 
 def test_a_report_is_saved_after_every_size_and_drawn(tmp_path):
     report = harness.Report("some", arguments(tmp_path), CPU, {"a over b": ("a", "b")})
     for size in (1024, 2048):
         report.measure(size, {"a": lambda: sum(range(20000)), "b": lambda: sum(range(10000))})
+        report.ran(attention="torch")
         saved = json.loads((tmp_path / "some.json").read_text())
         assert {row["size"] for row in saved["rows"]} >= {size}
     report.finish()
     assert saved["ratios"][0]["label"] == "a over b"
     assert saved["machine"]["device"].startswith("CPU")
+    assert saved["ran"] == {"attention": "torch"}
     assert (tmp_path / "some.png").stat().st_size > 1000
