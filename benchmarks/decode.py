@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
 """Decoding of the exported model against the dense model of the same shape, in Hugging Face format.
 
-Both have random weights and get the same prompt of ``--sizes`` tokens; prefill is timed once, decode
-steps in turns: one token of the one, one token of the other. Bytes held are counted from the tensors
-of both caches. ``--compile`` also times both with torch.compile over their layers.
+Both have random weights and get the same prompt of ``--sizes`` tokens. Prefills take turns, then decode
+steps do: one token of the one, one token of the other. Bytes held are counted from the tensors of both
+caches. ``--compile`` times both once more with torch.compile over their layers, after all else.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import time
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from megatron_hydra.errors import command
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
 from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM
 
-EXAMPLE = "python -m benchmarks.decode --device cpu --layers 4 --sizes 8K"
+EXAMPLE = "python -m benchmarks.decode --device cpu --layers 4 --sizes 8K --bf16"
 SHAPE: dict[str, Any] = {
     "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
     "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
@@ -88,12 +87,52 @@ def decoder(model: Any, cache: Any, token: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def compiled(model: Any) -> Any:
-    """The same model, its layers compiled."""
-    twin = copy.copy(model)
-    for layer in twin.model.layers:
-        layer.compile(dynamic=True)
-    return twin
+def compile_layers(models: dict[str, Any]) -> None:
+    """Compile the layers of both models in place: eager timings come before this."""
+    for model in models.values():
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
+
+
+def measure_size(
+    length: int,
+    models: dict[str, Any],
+    args: argparse.Namespace,
+    device: torch.device,
+    report: harness.Report,
+    suffix: str = "",
+) -> None:
+    """Prefill and decode of one prompt length.
+
+    Args:
+        suffix: of peers and labels: which variant of the models this is.
+    """
+    generator = torch.Generator().manual_seed(args.seed)
+    prompt = torch.randint(1000, (args.batch, length), generator=generator).to(device)
+    prefills = {
+        f"prefill of {name}{suffix}": functools.partial(prefill, model, prompt, args.chunk)
+        for name, model in models.items()
+    }
+    samples = harness.time_in_turns(prefills, device, args.prefill_repeats, 1)
+    report.add(length, samples)
+    dense, hydra = samples.values()
+    report.ratio(length, f"prefill time of hydra / dense{suffix}",
+                 harness.Ratio(hydra.wall, dense.wall))  # fmt: skip
+
+    caches = {name: prefill(model, prompt, args.chunk) for name, model in models.items()}
+    held = {name: cache_bytes(cache) for name, cache in caches.items()}
+    report.note(
+        f"cache: dense {held['dense'] / 2**20:.1f} MiB, hydra {held['hydra'] / 2**20:.1f} MiB"
+    )
+    report.ratio(length, f"cache bytes of hydra / dense{suffix}",
+                 harness.Ratio([held["hydra"]], [held["dense"]]))  # fmt: skip
+    steps = {
+        f"{name}{suffix}": decoder(model, caches[name], prompt[:, -1:])
+        for name, model in models.items()
+    }
+    dense, hydra = report.measure(length, steps).values()
+    report.ratio(length, f"decode time of hydra / dense{suffix}",
+                 harness.Ratio(hydra.wall, dense.wall))  # fmt: skip
 
 
 @command
@@ -103,6 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fa-heads", type=int, default=2, help="of 16 a layer (default 2)")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=4096, help="prefill chunk (default 4096)")
+    parser.add_argument("--prefill-repeats", type=int, default=3, help="prefills (default 3)")
     parser.add_argument("--bf16", action="store_true", help="bf16 on the CPU too")
     parser.add_argument("--compile", action="store_true", help="compile the layers as well")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU (default 1)")
@@ -111,36 +151,16 @@ def main(arguments: list[str] | None = None) -> int:
     device = harness.chosen_device(args)
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
-    both = build(args, device)
-    report = harness.Report("decode", args, device, {"time of hydra / dense": ("hydra", "dense")})
+    models = build(args, device)
+    report = harness.Report("decode", args, device)
     report.note(f"{args.layers} layers of Qwen3-1.7B's shape, batch {args.batch}, "
-                f"{next(both['dense'].parameters()).dtype}")  # fmt: skip
+                f"{next(models['dense'].parameters()).dtype}")  # fmt: skip
     for length in args.sizes:
-        generator = torch.Generator().manual_seed(args.seed)
-        prompt = torch.randint(1000, (args.batch, length), generator=generator).to(device)
-        peers, held = {}, {}
-        for name, model in both.items():
-            begin = time.perf_counter()
-            cache = prefill(model, prompt, args.chunk)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            report.note(f"{name}: prefill of {length} tokens {time.perf_counter() - begin:.2f} s")
-            held[name] = cache_bytes(cache)
-            peers[name] = decoder(model, cache, prompt[:, -1:])
-        report.measure(length, peers)
-        share = held["hydra"] / held["dense"]
-        report.note(f"cache: dense {held['dense'] / 2**20:.1f} MiB, hydra "
-                    f"{held['hydra'] / 2**20:.1f} MiB: {share:.3f} of it")  # fmt: skip
-        report.ratio(length, "cache bytes of hydra / dense", harness.Ratio([share], [1]))
-        if args.compile:
-            fast = {}
-            for name, model in both.items():
-                cache = prefill(model, prompt, args.chunk)
-                fast[f"{name} (compiled)"] = decoder(compiled(model), cache, prompt[:, -1:])
-            samples = report.measure(length, fast)
-            report.ratio(length, "time of hydra / dense, compiled",
-                         harness.Ratio(samples["hydra (compiled)"].wall,
-                                       samples["dense (compiled)"].wall))  # fmt: skip
+        measure_size(length, models, args, device, report)
+    if args.compile:
+        compile_layers(models)
+        for length in args.sizes:
+            measure_size(length, models, args, device, report, " (compiled)")
     report.finish()
     return 0
 
