@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Two context-parallel processes against one, forward and backward, every process with one thread.
+"""Two context-parallel processes against one on the same tokens, every process with one thread.
 
-The model is a small hybrid with a long sequence; the two processes hold half of it each. Both
-layouts run in turns, each in its own processes, which stay alive: a round is one batch of steps of
-the one, then of the other, while the first waits at a barrier that does not spin.
+A step is forward, backward and the sum of the gradients over the processes. The model is a small hybrid
+with a long sequence; the two processes hold half of it each. Both layouts run in turns, each in its own
+processes, which stay alive and block on a pipe while the other layout works.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -19,7 +20,11 @@ from typing import IO
 from benchmarks import _harness as harness
 from megatron_hydra.errors import HydraError, command
 
-EXAMPLE = "python -m benchmarks.context_parallel --device cpu --sizes 16K --repeats 7"
+EXAMPLE = "python -m benchmarks.context_parallel --sizes 16K --repeats 7"
+CLOSING_SECONDS = 20
+
+
+LAYOUTS = {"one process": 1, "two processes": 2}
 
 
 class Group:
@@ -27,6 +32,13 @@ class Group:
 
     def __init__(self, ranks: int, tokens: int, args: argparse.Namespace, port: int) -> None:
         self.processes: list[subprocess.Popen] = []
+        try:
+            self._start(ranks, tokens, args, port)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, ranks: int, tokens: int, args: argparse.Namespace, port: int) -> None:
         for rank in range(ranks):
             environment = {
                 **os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
@@ -47,10 +59,15 @@ class Group:
             )
 
     def step(self) -> float:
-        """Seconds of one step, of the slowest process."""
+        """Seconds of one step, of the slowest process.
+
+        Raises:
+            HydraError: a process has died.
+        """
         for process in self.processes:
-            _pipe(process.stdin).write("step\n")
-            _pipe(process.stdin).flush()
+            with contextlib.suppress(BrokenPipeError):  # its answer, or the lack of one, tells
+                _pipe(process.stdin).write("step\n")
+                _pipe(process.stdin).flush()
         return max(json.loads(self._answer(process)) for process in self.processes)
 
     def _answer(self, process: subprocess.Popen) -> str:
@@ -60,11 +77,16 @@ class Group:
         raise HydraError(f"a worker process ended with status {process.wait()}; its error is above")
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes: by the end of their input, or by force where one does not answer."""
         for process in self.processes:
-            _pipe(process.stdin).close()
+            with contextlib.suppress(BrokenPipeError):
+                _pipe(process.stdin).close()
         for process in self.processes:
-            process.wait(timeout=60)
+            try:
+                process.wait(CLOSING_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _pipe(stream: IO[str] | None) -> IO[str]:
@@ -108,7 +130,10 @@ def work(args: argparse.Namespace) -> int:
     for _ in sys.stdin:
         dist.barrier()
         begin = time.perf_counter()
-        final_hidden_states(gpt, local, packed).square().mean().backward()
+        final_hidden_states(gpt, local, packed).square().sum().div(tokens).backward()
+        gradients = [p.grad for p in gpt.parameters() if p.grad is not None]
+        if size > 1:
+            dist.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
         dist.barrier()
         seconds = time.perf_counter() - begin
         gpt.zero_grad(set_to_none=True)
@@ -134,27 +159,22 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.worker:
         return work(args)
-    device = harness.chosen_device(args)
-    if device.type != "cpu":
-        raise HydraError("context_parallel measures CPU processes: give --device cpu")
+    device = harness.cpu_only(args, "context_parallel")
     ratios = {"speed-up of two processes over one": ("one process", "two processes")}
     report = harness.Report("context_parallel", args, device, ratios)
     report.note(f"{args.layers} layers, hidden {args.hidden}, 1 FA : 7 GDN heads, one thread each")
     for tokens in args.sizes:
-        groups = {
-            "one process": Group(1, tokens, args, _free_port()),
-            "two processes": Group(2, tokens, args, _free_port()),
-        }
-        try:
-            samples = {name: harness.Sample() for name in groups}
+        samples = {name: harness.Sample() for name in LAYOUTS}
+        with contextlib.ExitStack() as opened:
+            groups = {}
+            for name, ranks in LAYOUTS.items():
+                groups[name] = Group(ranks, tokens, args, _free_port())
+                opened.callback(groups[name].close)
             for turn in range(args.warmup + args.repeats):
                 for name, group in groups.items():
                     seconds = group.step()
                     if turn >= args.warmup:
                         samples[name].wall.append(seconds)
-        finally:
-            for group in groups.values():
-                group.close()
         report.add(tokens, samples)
     report.finish()
     return 0
