@@ -2,13 +2,18 @@
 """Converting a checkpoint against loading and re-saving the same safetensors.
 
 A random Qwen3 of about ``--megabytes`` (bf16) is written once. In turns: safetensors' own load_file
-and save_file of all its tensors; our conversion to a Megatron checkpoint; our export of that back to
-Hugging Face format. Whole functions in one process, imports not counted; everything in one folder.
+and save_file of all its tensors; the same with what every conversion of ours does besides (the file
+hashed and on the disk when the call returns); our conversion to a Megatron checkpoint; our export of
+that back to Hugging Face format. Whole functions in one process, imports not counted; everything in
+one folder. With ``--profile``, the functions that each conversion spends its time in.
 """
 
 from __future__ import annotations
 
-import shutil
+import cProfile
+import io
+import os
+import pstats
 import tempfile
 from pathlib import Path
 
@@ -18,6 +23,7 @@ import transformers
 
 from benchmarks import _harness as harness
 from megatron_hydra.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megatron_hydra.checkpoint.integrity import sha256_of_file
 from megatron_hydra.errors import HydraError, command
 
 EXAMPLE = "python -m benchmarks.conversion --megabytes 1000 --repeats 5"
@@ -62,19 +68,32 @@ def check_round_trip(source: Path, exported: Path) -> None:
             raise HydraError(f"{exported}: {name} did not survive the round trip")
 
 
+def profiled(peer: harness.Peer, rows: int = 20) -> str:
+    """The functions of one call with the most time of their own."""
+    profiler = cProfile.Profile()
+    profiler.runcall(peer)
+    text = io.StringIO()
+    pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(rows)
+    return text.getvalue()
+
+
 @command
 def main(arguments: list[str] | None = None) -> int:
     parser = harness.parser(__doc__, EXAMPLE)
     parser.add_argument("--megabytes", type=int, default=1000, help="of weights (default 1000)")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes")
     parser.set_defaults(repeats=5, warmup=1)
     args = parser.parse_args(arguments)
-    device = harness.chosen_device(args)
+    device = harness.cpu_only(args, "conversion")
+    torch.set_num_threads(args.threads)
     ratios = {
-        "time of HF -> Megatron / load and re-save": ("HF -> Megatron", "load and re-save"),
-        "time of Megatron -> HF / load and re-save": ("Megatron -> HF", "load and re-save"),
+        f"time of {ours} / {theirs}": (ours, theirs)
+        for theirs in ("load and re-save", "load, re-save, hash, sync")
+        for ours in ("HF -> Megatron", "Megatron -> HF")
     }
-    report = harness.Report("conversion", args, device, ratios)
+    report = harness.Report("conversion", args, device, ratios, unit="megabytes")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         source, stored, exported = (folder / part for part in ("source", "stored", "exported"))
@@ -86,14 +105,23 @@ def main(arguments: list[str] | None = None) -> int:
             tensors = safetensors.torch.load_file(source / "model.safetensors")
             safetensors.torch.save_file(tensors, folder / "copy.safetensors")
 
+        def resave_durably() -> None:
+            resave()
+            with open(folder / "copy.safetensors", "rb") as stream:
+                os.fsync(stream.fileno())
+            sha256_of_file(folder / "copy.safetensors")
+
         peers = {
             "load and re-save": resave,
+            "load, re-save, hash, sync": resave_durably,
             "HF -> Megatron": lambda: hf_to_megatron(source, stored, force=True),
             "Megatron -> HF": lambda: megatron_to_hf(stored, exported, force=True),
         }
-        report.measure(args.megabytes, peers)
+        report.measure(args.megabytes, peers, memory=False)
         check_round_trip(source, exported)
-        shutil.rmtree(stored)
+        if args.profile:
+            for name in ("HF -> Megatron", "Megatron -> HF"):
+                report.note(f"{name}\n{profiled(peers[name])}")
     report.finish()
     return 0
 
