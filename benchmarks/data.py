@@ -3,21 +3,21 @@
 
 ``tokenize``: Megatron-LM's ``tools/preprocess_data.py`` against ``data_prep/tokenize.py``, in
 turns, with the same tokenizer, input and number of workers; whole commands are timed, imports
-included, and the two outputs must be the same files. ``index``: time and memory to open a
-ten-million-document pair and to get a first batch, each in a fresh process. ``waste``: padding of
-every packing strategy on a log-normal corpus. ``stream``: batches per second.
+included, and the two outputs must be the same files. ``index``: opening a pair of ten million documents
+with our reader and with Megatron-Core's, and our first batch, each in a fresh process. ``waste``: time,
+padding and cuts of every packing strategy on a log-normal corpus, against cutting every S tokens.
+``stream``: batches of text and of generated tasks.
 """
 
 from __future__ import annotations
 
 import argparse
 import filecmp
+import functools
 import itertools
 import json
 import os
 import resource
-import shutil
-import statistics
 import subprocess
 import sys
 import sysconfig
@@ -27,20 +27,22 @@ from pathlib import Path
 
 import numpy as np
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import _harness as harness
 from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig
 from megatron_hydra.data.indexed import IndexedDocuments, write_index
 from megatron_hydra.data.packing import pack_documents
 from megatron_hydra.data.stream import PackedStream
 from megatron_hydra.errors import HydraError, command
 
-EXAMPLES = """\
-examples:
-  git -C Megatron-LM checkout core_v0.16.1; pip install six    # which its script imports
-  python benchmarks/data.py tokenize --megatron-lm Megatron-LM --megabytes 60 --workers 1
-  python benchmarks/data.py index --documents 10000000
-  python benchmarks/data.py waste
-  python benchmarks/data.py stream --length 4096
-"""
+EXAMPLE = """\
+git -C Megatron-LM checkout core_v0.16.1; pip install six    # which its script imports
+  python -m benchmarks.data tokenize --megatron-lm Megatron-LM --sizes 60 --workers 1
+  python -m benchmarks.data index --sizes 10000000
+  python -m benchmarks.data waste --sizes 2K,4K,32K
+  python -m benchmarks.data stream --sizes 4K --steps 100"""
 ROOT = Path(__file__).resolve().parents[1]
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -98,208 +100,266 @@ def make_tokenizer(corpus: Path, folder: Path, vocab_size: int = 32_000) -> None
     fast.save_pretrained(folder)
 
 
-def timed(arguments: list[str], environment: dict[str, str]) -> tuple[float, float]:
-    """Wall seconds and CPU seconds of a command and its children."""
+def timed(arguments: list[str], environment: dict[str, str], sample: harness.Sample) -> None:
+    """Add the wall seconds, and the CPU seconds of a command and its children, to a sample."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     begin = time.perf_counter()
+    run_command(arguments, environment)
+    sample.wall.append(time.perf_counter() - begin)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    sample.cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+
+def run_command(arguments: list[str], environment: dict[str, str] | None = None) -> str:
+    """What a command prints.
+
+    Raises:
+        HydraError: it failed.
+    """
     done = subprocess.run(
-        arguments, capture_output=True, text=True, env={**os.environ, **environment}, check=False
+        arguments,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(environment or {})},
+        check=False,
     )
-    seconds = time.perf_counter() - begin
     if done.returncode:
         raise HydraError(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done.stdout
 
 
-def bench_tokenize(args: argparse.Namespace) -> None:
-    """Both commands, in turns."""
-    theirs_script = Path(args.megatron_lm) / "tools" / "preprocess_data.py"
-    if not theirs_script.exists():
-        raise HydraError(f"--megatron-lm: {theirs_script} does not exist")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        corpus, tokenizer = args.input, args.tokenizer
-        if corpus is None:
-            corpus = str(folder / "corpus.jsonl")
-            make_corpus(Path(corpus), args.megabytes)
-        if tokenizer is None:
-            tokenizer = str(folder / "tokenizer")
-            make_tokenizer(Path(corpus), Path(tokenizer))
-        ours = [sys.executable, str(ROOT / "data_prep" / "tokenize.py"), "--input", corpus]
-        ours += ["--tokenizer", tokenizer, "--output", str(folder / "ours"), "--force"]
-        ours += ["--workers", str(args.workers), "--keep-empty"]
-        theirs = [sys.executable, str(theirs_script), "--input", corpus, "--append-eod"]
-        theirs += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
-        theirs += ["--output-prefix", str(folder / "theirs"), "--workers", str(args.workers)]
-        path = os.pathsep.join(filter(None, [args.megatron_lm, os.environ.get("PYTHONPATH")]))
-        ratios = []
-        for repeat in range(args.repeats):
-            slow, slow_cpu = timed(theirs, {"PYTHONPATH": path})
-            fast, fast_cpu = timed(ours, {})
+def bench_tokenize(args: argparse.Namespace, report: harness.Report) -> None:
+    """Both commands, in turns, for every size of a generated input or for ``--input``."""
+    script = Path(args.megatron_lm or "") / "tools" / "preprocess_data.py"
+    if not args.megatron_lm or not script.exists():
+        raise HydraError(f"--megatron-lm: {script} does not exist; give a checkout of Megatron-LM")
+    sizes = args.sizes if args.input is None else [round(Path(args.input).stat().st_size / 1e6)]
+    for megabytes in sizes:
+        with tempfile.TemporaryDirectory(dir=args.folder) as name:
+            folder = Path(name)
+            corpus, tokenizer = args.input, args.tokenizer
+            if corpus is None:
+                corpus = str(folder / "corpus.jsonl")
+                make_corpus(Path(corpus), megabytes)
+            if tokenizer is None:
+                tokenizer = str(folder / "tokenizer")
+                make_tokenizer(Path(corpus), Path(tokenizer))
+            samples = time_tokenizers(folder, corpus, tokenizer, args)
             tokens = IndexedDocuments(str(folder / "ours")).num_tokens
-            for suffix in (".bin", ".idx"):
-                pair = folder / f"ours{suffix}", folder / f"theirs_text_document{suffix}"
-                if not filecmp.cmp(*pair, shallow=False):
-                    raise HydraError(f"the two {suffix} files differ")
-            ratios.append(slow / fast)
-            print(
-                f"run {repeat}: {tokens:,} tokens, {args.workers} workers; Megatron-LM "
-                f"{tokens / slow:,.0f} tokens/s ({slow:.1f} s, CPU {slow_cpu:.1f} s), ours "
-                f"{tokens / fast:,.0f} tokens/s ({fast:.1f} s, CPU {fast_cpu:.1f} s): "
-                f"{slow / fast:.2f}x wall, {slow_cpu / fast_cpu:.2f}x CPU; same files",
-                flush=True,
-            )
-        print(f"median {statistics.median(ratios):.2f}x ({min(ratios):.2f}..{max(ratios):.2f})")
+            report.add(megabytes, samples, tokens=tokens, workers=args.workers)
+            rates = ", ".join(f"{n} {tokens / s.median:,.0f}" for n, s in samples.items())
+            report.note(f"{tokens:,} tokens, {args.workers} workers; tokens/s: {rates}; same files")
+
+
+def time_tokenizers(
+    folder: Path, corpus: str, tokenizer: str, args: argparse.Namespace
+) -> dict[str, harness.Sample]:
+    """Timings of both whole commands.
+
+    Raises:
+        HydraError: one failed, or they wrote different files.
+    """
+    ours = [sys.executable, str(ROOT / "data_prep" / "tokenize.py"), "--input", corpus]
+    ours += ["--tokenizer", tokenizer, "--output", str(folder / "ours"), "--force"]
+    ours += ["--workers", str(args.workers), "--keep-empty"]
+    script = Path(args.megatron_lm) / "tools" / "preprocess_data.py"
+    theirs = [sys.executable, str(script), "--input", corpus, "--append-eod"]
+    theirs += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
+    theirs += ["--output-prefix", str(folder / "theirs"), "--workers", str(args.workers)]
+    path = os.pathsep.join(filter(None, [args.megatron_lm, os.environ.get("PYTHONPATH")]))
+    samples = {"Megatron-LM": harness.Sample(), "ours": harness.Sample()}
+    for _ in range(args.repeats):
+        timed(theirs, {"PYTHONPATH": path}, samples["Megatron-LM"])
+        timed(ours, {}, samples["ours"])
+        for suffix in (".bin", ".idx"):
+            pair = folder / f"ours{suffix}", folder / f"theirs_text_document{suffix}"
+            if not filecmp.cmp(*pair, shallow=False):
+                raise HydraError(f"the two {suffix} files differ")
+    return samples
 
 
 OPEN = """\
-import sys, time, torch, megatron.core.datasets.indexed_dataset, resource
+import json, resource, sys, time, torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_hydra.data.indexed import IndexedDocuments
 from megatron_hydra.data.stream import PackedStream
-from megatron_hydra.config.run import *
+from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig
+reader, path = sys.argv[1:]
 def resident():
     with open("/proc/self/statm") as stream:
-        return int(stream.read().split()[1]) * resource.getpagesize() / 2**20
-before = resident()
-begin = time.perf_counter()
-documents = IndexedDocuments(sys.argv[1])
-opened = time.perf_counter() - begin
-memory = resident() - before
-begin = time.perf_counter()
-blend = (SourceConfig(path=sys.argv[1]),)
-data = DataConfig(blend=blend, sequence_length=4096, packing="split_long")
-stream = PackedStream(data, BatchConfig(1, 8), dp_rank=0, dp_size=1, vocab_size=65536)
-stream.micro_batches(0)
-first = time.perf_counter() - begin
-print(f"open {opened:.3f} s, {memory:.1f} MB more resident; first batch {first:.3f} s after that, "
-      f"{resident() - before:.1f} MB more resident in all, {resident():.0f} MB with the libraries")
+        return int(stream.read().split()[1]) * resource.getpagesize()
+def first_batch():
+    data = DataConfig(blend=(SourceConfig(path=path),), sequence_length=4096, packing="split_long")
+    stream = PackedStream(data, BatchConfig(1, 8), dp_rank=0, dp_size=1, vocab_size=65536)
+    return stream, stream.micro_batches(0)
+work = {"ours": lambda: IndexedDocuments(path), "Megatron-Core": lambda: IndexedDataset(path),
+        "ours, first batch": first_batch}[reader]
+before, begin, cpu = resident(), time.perf_counter(), time.process_time()
+kept = work()
+print(json.dumps([time.perf_counter() - begin, time.process_time() - cpu, resident() - before]))
 """
+READERS = ("Megatron-Core", "ours", "ours, first batch")
 
 
-def bench_index(args: argparse.Namespace) -> None:
+def bench_index(args: argparse.Namespace, report: harness.Report) -> None:
     """A large pair: building its packing, opening it, the first batch."""
-    rng = np.random.default_rng(0)
-    lengths = np.maximum(rng.lognormal(np.log(args.median), 1.0, args.documents), 1).astype(
-        np.int64
-    )
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        prefix = str(Path(name) / "large")
-        with open(prefix + ".bin", "wb") as stream:
-            left = int(lengths.sum())
-            while left:
-                size = min(left, 1 << 24)
-                stream.write(rng.integers(0, 50_000, size, dtype=np.uint16).tobytes())
-                left -= size
-        write_index(prefix + ".idx", np.uint16, lengths, np.arange(len(lengths) + 1))
-        print(f"{args.documents:,} documents, {lengths.sum():,} tokens", flush=True)
-        pack = [sys.executable, str(ROOT / "data_prep" / "pack.py"), "--input", prefix]
-        seconds, _ = timed([*pack, "--packing", "split_long"], {})
-        print(f"packing index built in {seconds:.1f} s (once, start of the process included)")
-        for _ in range(args.repeats):
-            done = subprocess.run(
-                [sys.executable, "-W", "ignore", "-c", OPEN, prefix],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                raise HydraError(done.stderr[-2000:])
-            print(done.stdout.strip(), flush=True)
+    for documents in [args.documents] if args.documents else args.sizes:
+        with tempfile.TemporaryDirectory(dir=args.folder) as name:
+            prefix = str(Path(name) / "large")
+            tokens = write_random_pair(prefix, documents, args)
+            pack = [sys.executable, str(ROOT / "data_prep" / "pack.py"), "--input", prefix]
+            packing = harness.Sample()
+            timed([*pack, "--packing", "split_long"], {}, packing)
+            report.add(documents, {"packing, once, whole command": packing}, tokens=tokens)
+            samples = {reader: harness.Sample() for reader in READERS}
+            resident: dict[str, list[int]] = {reader: [] for reader in READERS}
+            for _ in range(args.repeats):
+                for reader, sample in samples.items():
+                    command_line = [sys.executable, "-W", "ignore", "-c", OPEN, reader, prefix]
+                    answer = json.loads(run_command(command_line).splitlines()[-1])
+                    sample.wall.append(answer[0])
+                    sample.cpu.append(answer[1])
+                    resident[reader].append(answer[2])
+            report.add(documents, samples, tokens=tokens)
+            for reader, grown in resident.items():
+                low, high = min(grown) / 1e6, max(grown) / 1e6
+                report.note(f"{reader}: {low:.1f} to {high:.1f} MB more resident")
 
 
-def bench_waste(args: argparse.Namespace) -> None:
-    """Padding and cut documents, by strategy and sequence length."""
-    rng = np.random.default_rng(0)
-    drawn = rng.lognormal(np.log(args.median), args.sigma, args.documents).astype(np.int64) + 1
-    print(
-        f"{args.documents:,} documents, {drawn.sum():,} tokens: log-normal, median "
+def write_random_pair(prefix: str, documents: int, args: argparse.Namespace) -> int:
+    """Log-normal documents of random tokens as ``.bin`` and ``.idx``; returns their tokens."""
+    rng = np.random.default_rng(args.seed)
+    drawn = rng.lognormal(np.log(args.median or 60), 1.0, documents)
+    lengths = np.maximum(drawn, 1).astype(np.int64)
+    left = int(lengths.sum())
+    with open(prefix + ".bin", "wb") as stream:
+        while left:
+            size = min(left, 1 << 24)
+            stream.write(rng.integers(0, 50_000, size, dtype=np.uint16).tobytes())
+            left -= size
+    write_index(prefix + ".idx", np.uint16, lengths, np.arange(len(lengths) + 1))
+    return int(lengths.sum())
+
+
+STRATEGIES = ("concat_chunk", "best_fit", "split_long")
+
+
+def bench_waste(args: argparse.Namespace, report: harness.Report) -> None:
+    """Time, padding and cut documents, by strategy and sequence length."""
+    rng = np.random.default_rng(args.seed)
+    documents = args.documents or 1_000_000
+    drawn = rng.lognormal(np.log(args.median or 600), args.sigma, documents).astype(np.int64) + 1
+    report.note(
+        f"{documents:,} documents, {drawn.sum():,} tokens: log-normal, median "
         f"{np.median(drawn):,.0f}, mean {drawn.mean():,.0f}, longest {drawn.max():,}"
     )
-    for size in args.lengths:
-        whole = drawn[drawn <= size]
-        for packing in ("best_fit", "split_long", "concat_chunk"):
-            lengths = whole if packing == "best_fit" else drawn
-            offsets = np.cumsum(lengths) - lengths
-            begin = time.perf_counter()
-            packs = pack_documents(offsets, lengths, size, packing, 0, "corpus")
-            seconds = time.perf_counter() - begin
-            ends = packs.offsets + packs.lengths
-            cut = (~np.isin(ends, offsets + lengths)).sum()
-            print(
+    for size in args.sizes:
+        peers, corpora = {}, {}
+        for packing in STRATEGIES:
+            lengths = drawn[drawn <= size] if packing == "best_fit" else drawn
+            corpora[packing] = np.cumsum(lengths) - lengths, lengths
+            peers[packing] = functools.partial(
+                pack_documents, *corpora[packing], size, packing, args.seed, "corpus"
+            )
+        report.measure(size, peers, memory=False)
+        for packing, (offsets, lengths) in corpora.items():
+            packs = peers[packing]()
+            cut = int((~np.isin(packs.offsets + packs.lengths, offsets + lengths)).sum())
+            report.note(
                 f"{size:>7,} {packing:<12} {packs.waste():8.4%} padding, {cut:>9,} cuts inside "
-                f"documents, {len(packs):>9,} packs, {seconds:.2f} s",
-                flush=True,
+                f"documents, {len(packs):>9,} packs"
             )
 
 
-def bench_stream(args: argparse.Namespace) -> None:
+TASKS = ("needles", "multi_key", "variable_tracking", "word_extraction")
+
+
+def bench_stream(args: argparse.Namespace, report: harness.Report) -> None:
     """Batches from text and from generated tasks."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        make_corpus(folder / "corpus.jsonl", 8)
+        make_corpus(folder / "corpus.jsonl", args.corpus_megabytes)
         make_tokenizer(folder / "corpus.jsonl", folder / "tokenizer", 8_000)
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(args.seed)
         lengths = np.minimum(rng.lognormal(6.4, 1.0, 20_000), 4096).astype(np.int64) + 1
         rng.integers(0, 8000, lengths.sum(), dtype=np.uint16).tofile(folder / "text.bin")
         write_index(str(folder / "text.idx"), np.uint16, lengths, np.arange(len(lengths) + 1))
-        shutil.rmtree(folder / ".packs", ignore_errors=True)
-        parts = {"indexed": SourceConfig(path=str(folder / "text"))}
-        for task in ("needles", "multi_key", "variable_tracking", "word_extraction"):
-            parts[task] = SourceConfig(kind="synthetic", task=task)
-        for label, part in parts.items():
-            data = DataConfig(
-                blend=(part,),
-                sequence_length=args.length,
-                packing="split_long",
-                tokenizer=str(folder / "tokenizer") if part.task else "",
-            )
-            stream = PackedStream(data, BatchConfig(1, 1), dp_rank=0, dp_size=1, vocab_size=8_001)
-            stream.micro_batches(0)
-            begin = time.perf_counter()
-            for step in range(args.steps):
-                stream.micro_batches(step)
-            each = (time.perf_counter() - begin) / args.steps
-            rate = args.length / each
-            print(
-                f"{label}: {1000 * each:.2f} ms per {args.length:,} tokens ({rate:,.0f} tokens/s)"
-            )
+        for size in args.sizes:
+            samples = report.measure(size, stream_peers(folder, size), memory=False)
+            for part, sample in samples.items():
+                report.note(f"{part}: {size / sample.median:,.0f} tokens/s")
+
+
+def stream_peers(folder: Path, length: int) -> dict[str, harness.Peer]:
+    """One step's batch of one sequence, the next at every call, by what it is made of."""
+    parts = {"text from disk": SourceConfig(path=str(folder / "text"))}
+    parts |= {task: SourceConfig(kind="synthetic", task=task) for task in TASKS}
+
+    def peer(part: SourceConfig) -> harness.Peer:
+        data = DataConfig(
+            blend=(part,),
+            sequence_length=length,
+            packing="split_long",
+            tokenizer=str(folder / "tokenizer") if part.task else "",
+        )
+        stream = PackedStream(data, BatchConfig(1, 1), dp_rank=0, dp_size=1, vocab_size=8_001)
+        steps = itertools.count()
+        return lambda: stream.micro_batches(next(steps))
+
+    return {label: peer(part) for label, part in parts.items()}
+
+
+SUBJECTS = {
+    "tokenize": (bench_tokenize, {"speed-up of ours over Megatron-LM": ("Megatron-LM", "ours")},
+                 "megabytes", "60", 3),
+    "index": (bench_index, {"time to open of ours / Megatron-Core": ("ours", "Megatron-Core")},
+              "documents", "10000000", 3),
+    "waste": (bench_waste,
+              {f"time of {s} / concat_chunk": (s, "concat_chunk") for s in STRATEGIES[1:]},
+              "tokens of a sequence", "2K,4K,32K,64K,512K", 3),
+    "stream": (bench_stream, {f"time of {t} / text": (t, "text from disk") for t in TASKS},
+               "tokens of a sequence", "4K", 200),
+}  # fmt: skip
+"""By name: function, ratios, what a size is, default sizes, default rounds."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = harness.parser(__doc__, EXAMPLE)
+    parser.add_argument("subject", choices=SUBJECTS, help="what to measure")
+    defaults = "; ".join(
+        f"{name}: {what}, {sizes}" for name, (*_, what, sizes, _) in SUBJECTS.items()
+    )
+    parser.add_argument("--sizes", "--length", "--lengths", "--megabytes", type=harness.sizes_of,
+                        help=f"comma-separated, K for 1024 (defaults: {defaults})")  # fmt: skip
+    parser.add_argument("--steps", dest="repeats", type=int, help="same as --repeats")
+    parser.add_argument("--folder", help="where files are written; default: a temporary folder")
+    tokenize = parser.add_argument_group("tokenize")
+    tokenize.add_argument("--megatron-lm", help="checkout of Megatron-LM")
+    tokenize.add_argument("--input", help="JSONL with a field text; default: generated")
+    tokenize.add_argument("--tokenizer", help="HF tokenizer; default: trained on the input")
+    tokenize.add_argument("--workers", type=int, default=1)
+    corpora = parser.add_argument_group("index, waste, stream")
+    corpora.add_argument("--documents", type=int,
+                         help="waste: of the corpus (default 1000000); index: same as --sizes")  # fmt: skip
+    corpora.add_argument("--median", type=float,
+                         help="tokens of a document (default: index 60, waste 600)")  # fmt: skip
+    corpora.add_argument("--sigma", type=float, default=1.2, help="waste: of the logarithm")
+    corpora.add_argument("--corpus-megabytes", type=float, default=8,
+                         help="stream: text that its tokenizer is trained on")  # fmt: skip
+    parser.set_defaults(repeats=None, warmup=1)
+    return parser
 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    verbs = parser.add_subparsers(required=True)
-    tokenize = verbs.add_parser("tokenize", help="against Megatron-LM's script")
-    tokenize.add_argument("--megatron-lm", required=True, help="checkout of Megatron-LM")
-    tokenize.add_argument("--input", help="JSONL with a field text; default: generated")
-    tokenize.add_argument("--tokenizer", help="HF tokenizer; default: trained on the input")
-    tokenize.add_argument("--megabytes", type=float, default=60, help="of a generated input")
-    tokenize.add_argument("--workers", type=int, default=1)
-    tokenize.add_argument("--repeats", type=int, default=3)
-    tokenize.set_defaults(run=bench_tokenize)
-    index = verbs.add_parser("index", help="opening ten million documents")
-    index.add_argument("--documents", type=int, default=10_000_000)
-    index.add_argument("--median", type=int, default=60, help="tokens per document")
-    index.add_argument("--folder", help="where the pair is written; default: temporary folder")
-    index.add_argument("--repeats", type=int, default=3)
-    index.set_defaults(run=bench_index)
-    waste = verbs.add_parser("waste", help="padding of every packing strategy")
-    waste.add_argument("--documents", type=int, default=1_000_000)
-    waste.add_argument("--median", type=float, default=600, help="tokens of a document")
-    waste.add_argument("--sigma", type=float, default=1.2, help="of the logarithm")
-    waste.add_argument(
-        "--lengths", type=int, nargs="+", default=[2048, 4096, 32_768, 65_536, 524_288]
-    )
-    waste.set_defaults(run=bench_waste)
-    stream = verbs.add_parser("stream", help="batches per second")
-    stream.add_argument("--steps", type=int, default=200)
-    stream.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
-    stream.set_defaults(run=bench_stream)
-    args = parser.parse_args(arguments)
-    args.run(args)
+    args = _parser().parse_args(arguments)
+    device = harness.cpu_only(args, "data")
+    measure, ratios, what, sizes, repeats = SUBJECTS[args.subject]
+    args.sizes = args.sizes or harness.sizes_of(sizes)
+    args.repeats = args.repeats or repeats
+    report = harness.Report(f"data_{args.subject}", args, device, ratios, unit=what)
+    measure(args, report)
+    report.finish()
     return 0
 
 

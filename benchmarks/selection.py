@@ -4,21 +4,25 @@
 The sweep is what TransformerLens' ``get_act_patch_attn_head_out_all_pos`` does: for every (layer,
 head) one full forward of all corrupted prompts with a hook that puts the clean head output in at
 all positions. Here it runs on the same Hugging Face model, prompts and threads as the engine; with
-``--transformer-lens`` (if it is installed) the original runs as well, on the same weights. All must
-agree on every head, or the command fails.
+``--transformer-lens`` (if it is installed) the original runs as well, on the same weights. One size is
+the length of an induction prompt's repeated segment. All must agree on every head, or the command fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import _harness as harness
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.selection.capabilities import Induction
 from megatron_hydra.selection.effects import prompt_tokens
@@ -26,12 +30,18 @@ from megatron_hydra.selection.patching import total_effects
 from megatron_hydra.selection.prompts import PromptBatch, PromptPair, make_batches
 from megatron_hydra.selection.runner import DecoderRunner
 
-EXAMPLE = "example:\n  python benchmarks/selection.py --repeats 3\n"
+EXAMPLE = "python -m benchmarks.selection --sizes 32,128 --prompts 4 --repeats 3"
+AGREEMENT = 1e-3
+SHAPE = {
+    "layers": 28, "heads": 16, "kv-heads": 8, "head-dim": 8, "hidden": 64, "vocabulary": 512,
+    "prompts": 8, "tokens-per-batch": 2048,
+}  # fmt: skip
+"""Flags and their defaults: Qwen3-1.7B's heads at a tiny width."""
 
 
 def build_model(args: argparse.Namespace) -> Any:
     """A random Qwen3 of the asked shape with weights large enough for heads to matter."""
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     config = transformers.Qwen3Config(
         vocab_size=args.vocabulary,
         hidden_size=args.hidden,
@@ -139,29 +149,49 @@ def transformer_lens_sweep(model: Any, batch: PromptBatch) -> Callable[[], torch
     return run
 
 
-def _timed(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float, float]:
-    """The result, wall seconds, and CPU seconds of this process (of use on a busy machine)."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = run()
-    return result, time.perf_counter() - wall, time.process_time() - cpu
+def check_agreement(results: dict[str, torch.Tensor], batch: PromptBatch) -> dict[str, float]:
+    """The largest difference of every peer from the engine, by name.
+
+    Raises:
+        HydraError: naming the peer that computes something else.
+    """
+    engine_m = results["engine"][..., list(batch.index)]
+    gaps = {}
+    for name, other in results.items():
+        mine = engine_m if other.dim() == 3 else engine_m.mean(-1)
+        if name != "engine":
+            gaps[name] = float((other - mine).abs().max())
+            if not gaps[name] <= AGREEMENT:
+                raise HydraError(f"engine and {name} disagree by {gaps[name]}")
+    return gaps
+
+
+def measure_size(
+    segment: int, model: Any, args: argparse.Namespace, report: harness.Report
+) -> None:
+    """All peers on prompts of one length."""
+    pairs = Induction(length=segment).prompts(None, args.vocabulary, args.prompts, args.seed)
+    (batch,) = make_batches(pairs, 10**9)
+    sweeps: dict[str, Callable[[], torch.Tensor]] = {
+        "engine": lambda: engine(model, pairs, args.tokens_per_batch),
+        "one forward a head": lambda: hook_sweep(model, batch),
+    }
+    if args.transformer_lens:
+        sweeps["TransformerLens"] = transformer_lens_sweep(model, batch)
+    results: dict[str, torch.Tensor] = {}
+
+    def keeping(name: str) -> harness.Peer:
+        return lambda: results.__setitem__(name, sweeps[name]())
+
+    report.measure(segment, {name: keeping(name) for name in sweeps}, memory=False)
+    for name, gap in check_agreement(results, batch).items():
+        report.note(f"{name}: effects differ from the engine's by at most {gap:.1e}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for flag, default in {
-        "layers": 28,
-        "heads": 16,
-        "kv-heads": 8,
-        "head-dim": 8,
-        "hidden": 64,
-        "vocabulary": 512,
-        "prompts": 8,
-        "segment": 32,
-        "tokens-per-batch": 2048,
-        "repeats": 3,
-    }.items():
+    parser = harness.parser(__doc__, EXAMPLE, sizes="32", what="tokens of a prompt's segment")
+    parser.add_argument("--segment", dest="sizes", type=harness.sizes_of, help="same as --sizes")
+    for flag, default in SHAPE.items():
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
@@ -169,46 +199,27 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run the original as well (transformer_lens 2.17; 4.x has no HookedTransformer)",
     )
+    parser.set_defaults(repeats=3, warmup=1)
     return parser
 
 
 @command
-def main() -> int:
-    """Time all of them in one process and print one JSON line."""
-    args = _parser().parse_args()
+def main(arguments: list[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    device = harness.cpu_only(args, "selection")
     torch.set_num_threads(args.threads)
     model = build_model(args)
-    pairs = Induction(length=args.segment).prompts(None, args.vocabulary, args.prompts, 0)
-    (batch,) = make_batches(pairs, 10**9)
-    runs: dict[str, Callable[[], torch.Tensor]] = {
-        "engine": lambda: engine(model, pairs, args.tokens_per_batch),
-        "hook_sweep": lambda: hook_sweep(model, batch),
+    ratios = {
+        f"speed-up of the engine over {peer}": (peer, "engine")
+        for peer in ("one forward a head", "TransformerLens")
     }
-    if args.transformer_lens:
-        runs["transformer_lens"] = transformer_lens_sweep(model, batch)
-    report: dict[str, Any] = {"arguments": vars(args), "shared_prefix": batch.shared_prefix}
-    results: dict[str, torch.Tensor] = {}
-    wall: dict[str, list[float]] = {name: [] for name in runs}
-    cpu: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(args.repeats):  # in turns, so that other load on the machine falls on all alike
-        for name, run in runs.items():
-            results[name], wall_seconds, cpu_seconds = _timed(run)
-            wall[name].append(round(wall_seconds, 2))
-            cpu[name].append(round(cpu_seconds, 2))
-    reference = results["engine"][..., list(batch.index)]
-    report |= {"wall_seconds": wall, "cpu_seconds": cpu}
-    for name in list(runs)[1:]:
-        other = results[name]
-        mine = reference if other.dim() == 3 else reference.mean(-1)
-        gap = float((other - mine).abs().max())
-        if gap > 1e-3:
-            raise HydraError(f"engine and {name} disagree by {gap}")
-        report[name] = {
-            "largest_difference": gap,
-            "speedup_wall": round(min(wall[name]) / min(wall["engine"]), 2),
-            "speedup_cpu": round(min(cpu[name]) / min(cpu["engine"]), 2),
-        }
-    print(json.dumps(report))
+    report = harness.Report("selection", args, device, ratios, unit="tokens of a segment")
+    report.note(
+        f"{args.layers} layers of {args.heads} heads, {args.prompts} prompts, total effects"
+    )
+    for segment in args.sizes:
+        measure_size(segment, model, args, report)
+    report.finish()
     return 0
 
 

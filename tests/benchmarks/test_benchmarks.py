@@ -17,17 +17,27 @@ TOY = {
     "conversion": ["--megabytes", "40"],
     "decode": ["--layers", "1", "--sizes", "32", "--chunk", "20"],
     "context_parallel": ["--sizes", "128", "--layers", "1", "--hidden", "64"],
-}
-QUICK = ("gdn", "loss", "layer", "step")
+    "selection": ["--sizes", "4,8", "--layers", "2", "--heads", "4", "--kv-heads", "2",
+                  "--hidden", "32", "--prompts", "2"],
+    "data_waste": ["waste", "--sizes", "1K,2K", "--documents", "500"],
+    "data_index": ["index", "--sizes", "1000"],
+    "data_stream": ["stream", "--sizes", "1K,2K", "--corpus-megabytes", "0.3"],
+}  # fmt: skip
+"""By the name of the report: the flags of a toy run. Of ``data``, every subject has its own report."""
+QUICK = ("gdn", "loss", "layer", "step", "selection", "data_waste")
+
+
+def module_of(report: str) -> str:
+    return f"benchmarks.{'data' if report.startswith('data_') else report}"
 
 
 @pytest.mark.parametrize("name", TOY)
 def test_help_shows_an_example(name, capsys):
     with pytest.raises(SystemExit) as stopped:
-        importlib.import_module(f"benchmarks.{name}").main(["--help"])
+        importlib.import_module(module_of(name)).main(["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert f"python -m benchmarks.{name}" in shown
+    assert f"python -m {module_of(name)}" in shown
     assert "usage" in shown
 
 
@@ -35,7 +45,7 @@ def test_help_shows_an_example(name, capsys):
     "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in TOY]
 )
 def test_runs_at_a_toy_size(name, tmp_path):
-    main = importlib.import_module(f"benchmarks.{name}").main
+    main = importlib.import_module(module_of(name)).main
     flags = ["--device", "cpu", "--repeats", "2", "--warmup", "1", "--output", str(tmp_path)]
     assert main([*flags, *TOY[name]]) == 0
     saved = json.loads((tmp_path / f"{name}.json").read_text())
