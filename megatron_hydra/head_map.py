@@ -6,10 +6,12 @@ reads one goes through :meth:`HeadMap.load` and :meth:`HeadMap.check_model`.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
 import math
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -119,9 +121,10 @@ class HeadMap:
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        heads = tuple(tuple(int(h) for h in layer) for layer in self.full_attention_heads)
+        heads = tuple(tuple(map(_index, layer)) for layer in self.full_attention_heads)
         object.__setattr__(self, "full_attention_heads", heads)
-        object.__setattr__(self, "ranking", tuple((int(a), int(b)) for a, b in self.ranking))
+        ranking = tuple((_index(layer), _index(head)) for layer, head in self.ranking)
+        object.__setattr__(self, "ranking", ranking)
         self._validate("head map")
 
     # -- reading it ---------------------------------------------------------------------------
@@ -150,34 +153,52 @@ class HeadMap:
                 f"{source}: {m.num_query_heads} query heads are not a multiple of "
                 f"{m.num_kv_heads} key-value heads"
             )
-        group = m.num_query_heads // m.num_kv_heads
-        for layer, heads in enumerate(self.full_attention_heads):
-            if list(heads) != sorted(set(heads)):
-                raise HydraError(
-                    f"{source}: layer {layer}: heads {list(heads)} must be sorted, no repeats"
-                )
-            bad = [h for h in heads if not 0 <= h < m.num_query_heads]
-            if bad:
-                raise HydraError(
-                    f"{source}: layer {layer}: head {bad[0]} does not exist "
-                    f"(the model has heads 0..{m.num_query_heads - 1})"
-                )
-            if self.granularity == "kv_group":
-                partial = {h // group for h in heads if h // group * group not in heads}
-                counts = {
-                    g: sum(h // group == g for h in heads) for g in {h // group for h in heads}
-                }
-                partial |= {g for g, n in counts.items() if n != group}
-                if partial:
-                    raise HydraError(
-                        f"{source}: layer {layer}: granularity is kv_group, but only some heads of "
-                        f"KV group {min(partial)} are FA"
-                    )
         if self.granularity not in ("query_head", "kv_group"):
             raise HydraError(
                 f"{source}: granularity {self.granularity!r} must be query_head or kv_group"
             )
+        for layer, heads in enumerate(self.full_attention_heads):
+            self._validate_layer(f"{source}: layer {layer}", heads)
+        self._validate_scores(source)
         parse_ratio(self.ratio)
+
+    def _validate_layer(self, source: str, heads: tuple[int, ...]) -> None:
+        m = self.model
+        if list(heads) != sorted(set(heads)):
+            raise HydraError(f"{source}: heads {list(heads)} must be sorted, no repeats")
+        bad = [h for h in heads if not 0 <= h < m.num_query_heads]
+        if bad:
+            raise HydraError(
+                f"{source}: head {bad[0]} does not exist "
+                f"(the model has heads 0..{m.num_query_heads - 1})"
+            )
+        if self.granularity == "kv_group":
+            size = m.num_query_heads // m.num_kv_heads
+            counts = collections.Counter(h // size for h in heads)
+            partial = [group for group, count in counts.items() if count != size]
+            if partial:
+                raise HydraError(
+                    f"{source}: granularity is kv_group, but only some heads of "
+                    f"KV group {min(partial)} are FA"
+                )
+
+    def _validate_scores(self, source: str) -> None:
+        """Ranking and scores are of this model's layers and heads."""
+        m = self.model
+        for layer, head in self.ranking:
+            if not (0 <= layer < m.num_layers and 0 <= head < m.num_query_heads):
+                raise HydraError(
+                    f"{source}: ranking: [{layer}, {head}] does not exist (the model has "
+                    f"{m.num_layers} layers of {m.num_query_heads} heads)"
+                )
+        if len(set(self.ranking)) != len(self.ranking):
+            raise HydraError(f"{source}: ranking: a head is there twice")
+        for name, rows in self.scores.items():
+            if [len(row) for row in rows] != [m.num_query_heads] * m.num_layers:
+                raise HydraError(
+                    f"{source}: scores of {name!r} are not {m.num_layers} layers of "
+                    f"{m.num_query_heads} heads"
+                )
 
     def check_model(self, other: ModelIdentity, source: str = "head map") -> None:
         """Refuse a map that was made for another model.
@@ -247,16 +268,26 @@ class HeadMap:
             return cls(model=ModelIdentity(**model_body), **body)
         except HydraError as error:
             raise HydraError(f"{source}: {error}") from None
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise HydraError(f"{source}: a value has the wrong type: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file atomically (never half-written), one layer a line."""
+        """Write the file atomically (never half-written), one layer a line.
+
+        Raises:
+            HydraError: it cannot be written.
+        """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        os.replace(temporary, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            raise HydraError(f"head map {path} cannot be written: {error}") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HeadMap:
@@ -284,6 +315,13 @@ class HeadMap:
             "model": dataclasses.asdict(self.model) | {"name": "", "revision": ""},
         }
         return "sha256:" + hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _index(value: Any) -> int:
+    """An index as it is, never one made of a fraction, a truth value or a character."""
+    if isinstance(value, bool):
+        raise TypeError(f"{value} is no index")
+    return operator.index(value)
 
 
 def _check_keys(body: Mapping, known: set[str], required: Sequence[str], source: str) -> None:

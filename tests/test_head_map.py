@@ -42,6 +42,11 @@ def test_round_trip(tmp_path):
         ({"granularity": "kv_group"}, "layer 0.*KV group 0"),
         ({"granularity": "layer"}, "granularity 'layer'"),
         ({"ratio": "7"}, "ratio '7'"),
+        ({"ranking": ((2, 0),)}, r"ranking: \[2, 0\] does not exist"),
+        ({"ranking": ((0, -1),)}, r"ranking: \[0, -1\] does not exist"),
+        ({"ranking": ((0, 1), (0, 1))}, "ranking: a head is there twice"),
+        ({"scores": {"needles": [[0.0] * 4]}}, "'needles' are not 2 layers of 4 heads"),
+        ({"scores": {"needles": [[0.0] * 4, [0.0]]}}, "'needles' are not 2 layers of 4 heads"),
     ],
 )
 def test_invalid_maps_are_refused(change, message):
@@ -62,6 +67,12 @@ def test_whole_kv_groups_are_accepted():
         (lambda body: body.update(format="x"), "is not a head map"),
         (lambda body: body["model"].pop("num_layers"), "key 'num_layers' is missing"),
         (lambda body: body.update(full_attention_heads=[["a"], []]), "wrong type"),
+        (lambda body: body.update(full_attention_heads=[[1.7], []]), "wrong type"),
+        (lambda body: body.update(full_attention_heads=["12", []]), "wrong type"),
+        (lambda body: body.update(full_attention_heads=[[True], []]), "wrong type"),
+        (lambda body: body.update(ranking=[[0, 1.5]]), "wrong type"),
+        (lambda body: body.update(scores={"needles": [1, 2]}), "wrong type"),
+        (lambda body: body.update(scores=[]), "wrong type"),
     ],
 )
 def test_invalid_files_are_refused_by_name(tmp_path, edit, message):
@@ -80,6 +91,16 @@ def test_missing_and_broken_files_are_named(tmp_path):
     (tmp_path / "half.json").write_text('{"format": "hydra')
     with pytest.raises(HydraError, match=r"half\.json is not valid JSON"):
         HeadMap.load(tmp_path / "half.json")
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HydraError, match=r"map\.json cannot be written"):
+        tiny_map().save(tmp_path / "file" / "map.json")
+    (tmp_path / "map.json").mkdir()
+    with pytest.raises(HydraError, match=r"map\.json cannot be written"):
+        tiny_map().save(tmp_path / "map.json")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "map.json"}
 
 
 @pytest.mark.parametrize(

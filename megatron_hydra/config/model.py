@@ -32,8 +32,9 @@ class HydraConfig:
         short_conv: causal depthwise convolution on q, k, v of GDN heads.
         conv_width: its width in tokens.
         log_scale_a: a of the log scale; t is counted from the start of the document.
-        granularity: the unit of the FA/GDN assignment, ``query_head`` or ``kv_group``; a head map
-            of the other granularity is refused.
+        granularity: the unit of the FA/GDN assignment, ``query_head`` or ``kv_group``. With
+            ``kv_group`` a head map of single query heads is refused; a map of whole groups fits
+            both, and its own granularity is what the model then says.
     """
 
     mixer: Literal["head", "token", "parallel"] = "head"
@@ -219,7 +220,8 @@ class ModelConfig:
         """The hybrid that ``head_map`` makes of this dense model.
 
         Raises:
-            HydraError: the map is for another model, or of another granularity.
+            HydraError: the map is for another model, or of single heads where whole KV groups are
+                wanted.
         """
         head_map.check_model(self.identity())
         if hydra.mixes_in_every_head:
