@@ -159,7 +159,10 @@ class ParallelConfig:
 class RecomputeConfig:
     """Activation recomputation, as in Megatron-Core: ``none`` | ``selective`` | ``full``.
 
-    ``selective`` recomputes ``modules``: ``attention`` (our branches) and ``mlp``.
+    ``selective`` recomputes ``modules``: of the attention's parts between the projections ``fa``,
+    ``gdn`` and ``tail`` (gates, norm and scale), each from its own inputs; ``attention``, all three as
+    one; ``mlp``. At long context ``fa`` is most of the work and keeps little, ``gdn`` and ``tail`` are
+    little work and keep much.
     """
 
     granularity: Literal["none", "selective", "full"] = "none"
@@ -174,16 +177,22 @@ class BackendConfig:
     Attributes:
         gated_delta_net: ``fla`` | ``torch``.
         full_attention: ``sdpa`` (cuDNN; varlen for unequal documents) | ``flash_attn`` | ``varlen`` |
-            ``torch``.
+            ``transformer_engine`` | ``torch``.
         fused_kernels: our own fused kernels (q/k preparation, convolution, fusion tail):
             ``triton`` | ``torch``.
         transformer_impl: linears and norms.
+        streams: whether a layer's FA and GDN heads run side by side on a GPU: ``auto``: where neither
+            communicates and FA has no rotary embedding, ``one``: never, ``two``: as ``auto``, and a run
+            where that cannot be is refused.
     """
 
-    gated_delta_net: str = "auto"
-    full_attention: str = "auto"
-    fused_kernels: str = "auto"
+    gated_delta_net: Literal["auto", "fla", "torch"] = "auto"
+    full_attention: Literal[
+        "auto", "sdpa", "flash_attn", "varlen", "transformer_engine", "torch"
+    ] = "auto"
+    fused_kernels: Literal["auto", "triton", "torch"] = "auto"
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    streams: Literal["auto", "one", "two"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +205,8 @@ class CheckpointConfig:
         resume: ``auto`` goes on from the newest checkpoint of this run and stops if that is damaged,
             ``fallback`` takes the newest undamaged one, ``never`` refuses
             an output folder that already holds one.
-        save_optimizer: without it a checkpoint can start the next stage but not resume this one.
+        save_optimizer: without it the last checkpoint can start the next stage but not be trained
+            on; those before it, and that of a stop, hold the optimizer all the same.
         asynchronous: copy the state to the host, then write it while training goes on; costs host
             memory of one checkpoint.
     """

@@ -13,7 +13,7 @@ from megatron_hydra.config.run import RunConfig
 from megatron_hydra.errors import HydraError
 
 VERBS_WITH_TEACHER = ("align", "distill")
-RECOMPUTE_MODULES = ("attention", "mlp")
+RECOMPUTE_MODULES = ("attention", "fa", "gdn", "tail", "mlp")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -89,6 +89,10 @@ def _check_numbers(config: RunConfig) -> None:
     for key in ("weight_decay", "clip_grad"):
         value = getattr(optimizer, key)
         _require(value >= 0, f"optimizer.{key} is {value}: it must not be negative")
+    for key in ("beta1", "beta2"):
+        value = getattr(optimizer, key)
+        _require(0 <= value < 1, f"optimizer.{key} is {value}: it must be at least 0 and below 1")
+    _require(optimizer.eps > 0, f"optimizer.eps is {optimizer.eps}: it must be above 0")
     _require(
         0 <= schedule.warmup_steps < schedule.steps,
         f"schedule.warmup_steps is {schedule.warmup_steps}: it must be below schedule.steps "
@@ -142,6 +146,18 @@ def _check_switches(config: RunConfig) -> None:
             not unknown,
             f"recompute.modules: {unknown[:1]} is unknown; known: {', '.join(RECOMPUTE_MODULES)}",
         )
+        inside = [m for m in recompute.modules if m in ("fa", "gdn", "tail")]
+        _require(
+            not inside or "attention" not in recompute.modules,
+            f"recompute.modules names attention and {inside[:1]}: attention is all three of fa, gdn "
+            "and tail, remove one",
+        )
+    by_sequence = parallel.fa_partition == "sequence" and parallel.tensor > 1
+    _require(
+        config.backend.streams != "two" or (parallel.context == 1 and not by_sequence),
+        "backend.streams=two cannot be where full attention communicates (parallel.context or, with "
+        "parallel.fa_partition=sequence, parallel.tensor above 1): set it to auto",
+    )
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
@@ -203,6 +219,7 @@ def check_layout(
         )
         if parallel.tensor > 1:
             model.check_fa_partition(parallel.fa_partition)
+        _check_convolution(config, model, name)
         _require(
             model.ffn_hidden_size % parallel.tensor == 0,
             f"parallel.tensor {parallel.tensor} does not divide the {name}'s ffn_hidden_size "
@@ -214,12 +231,30 @@ def check_layout(
             f"{model.vocab_size}",
         )
     _require(
+        config.backend.streams != "two" or student.switches.fa_position in ("log-scale", "none"),
+        "backend.streams=two cannot be with hydra.fa_position="
+        f"{student.switches.fa_position}: both branches share rotary tables; set it to auto",
+    )
+    _require(
         parallel.virtual_pipeline == 1 or micro_batches % parallel.pipeline == 0,
         f"the interleaved schedule needs micro-batches per step in multiples of parallel.pipeline "
         f"({parallel.pipeline}), there are {micro_batches}: change batch.global_batch_size",
     )
     if teacher is not None:
         check_teacher(student, teacher)
+
+
+def _check_convolution(config: RunConfig, model: ModelConfig, name: str) -> None:
+    """A shard's halo comes from the one before it, so that has to hold all of it."""
+    context, switches = config.parallel.context, model.switches
+    halo = switches.conv_width - 1 if model.is_hybrid and switches.short_conv else 0
+    shard = rounded_stream_length(config) // context
+    _require(
+        context == 1 or shard >= halo,
+        f"parallel.context is {context}: its shards of {shard} tokens are shorter than the "
+        f"{halo} that the {name}'s short convolution reads back (hydra.conv_width); use fewer, or a "
+        "longer data.sequence_length",
+    )
 
 
 def check_teacher(student: ModelConfig, teacher: ModelConfig) -> None:
@@ -255,12 +290,12 @@ def check_teacher(student: ModelConfig, teacher: ModelConfig) -> None:
 def rounded_stream_length(config: RunConfig) -> int:
     """Tokens of a micro-batch after padding to what the layout can cut evenly.
 
-    Context-parallel shards are mirrored in halves; sequence parallelism, and full attention by
-    slices of the sequence, cut each shard again.
+    Context-parallel shards are mirrored in halves. Tensor-parallel ranks cut each shard again, under
+    sequence parallelism and wherever they share work that is not a head's: full attention by slices
+    of the sequence, KV groups that several ranks read, gated fusion.
     """
     parallel = config.parallel
-    cut_again = parallel.sequence or parallel.fa_partition == "sequence"
-    multiple = parallel.context * (parallel.tensor if cut_again else 1)
+    multiple = parallel.context * parallel.tensor
     if parallel.context > 1:
         multiple *= 2
     length = config.batch.micro_batch_size * config.data.sequence_length

@@ -149,10 +149,12 @@ class GatedDeltaNet(torch.nn.Module):
         """Short convolution of q, k and v: one exchange of halos, no joined copy of the three."""
         parts, sizes = (q, k, v), (q.shape[1], k.shape[1], v.shape[1])
         weight = self._conv_weight(q.shape[1], k.shape[1])
-        width = weight.shape[1]
-        ends = torch.cat([x[x.shape[0] - (width - 1) :] for x in parts], dim=1)
-        halo = convolution_halo(ends, width, self.cp_group)
-        halos = (None, None, None) if halo is None else halo.split(sizes, dim=1)
+        halos: Sequence[torch.Tensor | None] = (None, None, None)
+        if self.cp_group.size() > 1:
+            width = weight.shape[1]
+            ends = torch.cat([x[x.shape[0] - (width - 1) :] for x in parts], dim=1)
+            halo = convolution_halo(ends, width, self.cp_group)
+            halos = halos if halo is None else halo.split(sizes, dim=1)
         q, k, v = (
             self.kernels.short_conv(x, part, packed.positions_local, halo)
             for x, part, halo in zip(parts, weight.split(sizes), halos, strict=True)
@@ -168,5 +170,6 @@ class GatedDeltaNet(torch.nn.Module):
         of_q, of_k, of_v = self.conv[: q_channels + 2 * own].split((q_channels, own, own))
         assert self.shared_conv is not None
         shared = self.shared_conv.view(2, -1, self.head_dim, self.shared_conv.shape[1])
-        shared = shared[:, list(self.shared_kv)].flatten(1, 2)
+        index = int_tensor(self.shared_kv, torch.int64, shared.device)
+        shared = shared.index_select(1, index).flatten(1, 2)
         return torch.cat((of_q, of_k, shared[0], of_v, shared[1]))

@@ -8,14 +8,18 @@ the switches of :data:`megatron_hydra.config.model.DENSE_ATTENTION`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -62,7 +66,9 @@ class HydraAttention(MegatronModule):
         model: shapes, switches, and the FA heads of every layer.
         partitions: head partition of every layer.
         kernels: the chosen implementations.
-        recompute: recompute both branches in the backward pass instead of keeping their activations.
+        recompute: what is computed again in the backward pass instead of kept: of ``fa``, ``gdn`` and
+            ``tail`` (gate, norm and scale) each with its own inputs, ``attention`` all three as one.
+        two_streams: on a GPU, run the branches side by side where neither communicates.
         pg_collection: process groups (tp, cp, tp_cp are used).
     """
 
@@ -74,7 +80,8 @@ class HydraAttention(MegatronModule):
         model: ModelConfig,
         partitions: tuple[LayerPartition, ...],
         kernels: Kernels,
-        recompute: bool = False,
+        recompute: Collection[str] = (),
+        two_streams: bool = True,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
@@ -82,7 +89,7 @@ class HydraAttention(MegatronModule):
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.layer_number, self.model, self.kernels = layer_number, model, kernels
         self.switches, self.head_dim = model.switches, model.head_dim
-        self.recompute = recompute
+        self.recompute, self.two_streams = frozenset(recompute), two_streams
         self.tp_group, self.cp_group, self.tp_cp_group = groups.tp, groups.cp, groups.tp_cp
         self.tp_rank = get_pg_rank(self.tp_group)
         self.heads = LocalHeads(model, partitions[layer_number - 1], self.tp_rank)
@@ -229,14 +236,7 @@ class HydraAttention(MegatronModule):
         sliced = self._sequence_slice(hidden_states) if self.heads.needs_slice else None
         parts = self._project(hidden_states, sliced)
         weights = self._fusion_weights(sliced)
-        if self.recompute and torch.is_grad_enabled():
-            # Stopping a recomputation early could skip a collective on some ranks only.
-            with set_checkpoint_early_stop(False):
-                mixed = checkpoint(
-                    self._mix, parts, packed, weights, use_reentrant=False, preserve_rng_state=False
-                )
-        else:
-            mixed = self._mix(parts, packed, weights)
+        mixed = self._computed("attention", self._mix, parts, packed, weights)
         output = self._output(*mixed)
         # Overlapped gradient reduction waits for every parameter. Kept at the output, not at the
         # input: an input that needs no gradient (stage 1) would get one on ranks with idle
@@ -244,6 +244,14 @@ class HydraAttention(MegatronModule):
         for parameter in self._idle:
             output = keep_in_graph(output, parameter)
         return output, self.out_bias
+
+    def _computed(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """``function(*arguments)``, again in the backward pass if ``name`` is to be recomputed."""
+        if name not in self.recompute or not torch.is_grad_enabled():
+            return function(*arguments)
+        # Stopping a recomputation early could skip a collective on some ranks only.
+        with set_checkpoint_early_stop(False):
+            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     def _sequence_slice(self, x: torch.Tensor) -> torch.Tensor:
         """This tensor-parallel rank's slice of the sequence, ``[T_local/TP, D]``."""
@@ -283,7 +291,10 @@ class HydraAttention(MegatronModule):
         gathered = gather_sequence(projected, self.tp_group)
         shared = split_segments(gathered, self.heads.shared_kv_segments, 1)
         for key, used in self.heads.shared_kv_used.items():
-            columns = shared[key].unflatten(-1, (-1, self.head_dim))[:, list(used)].flatten(1)
+            index = int_tensor(used, torch.int64, gathered.device)
+            columns = (
+                shared[key].unflatten(-1, (-1, self.head_dim)).index_select(1, index).flatten(1)
+            )
             own = parts.get(key)
             parts[key] = columns if own is None else torch.cat((own, columns), dim=1)
         if not self.heads.shared_kv_used:
@@ -334,33 +345,52 @@ class HydraAttention(MegatronModule):
     def _branches(
         self, parts: Parts, packed: PackedSequence
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Head outputs of both branches, side by side where neither communicates.
-
-        Collectives of one group must not be in flight on two streams, and rotary tables are shared
-        by the branches: then they run one after the other.
-        """
-        has_fa = self.fa is not None and bool(self.heads.num_fa_here)
+        """Head outputs of both branches, side by side where they share nothing."""
+        fa = self.fa if self.heads.num_fa_here else None
         gdn = self.gdn if self.heads.gdn else None
-        arguments = [] if gdn is None else [parts[f"gdn.{name}"] for name in "qkvba"]
-        if gdn is None or not has_fa:
-            fa_output = self._full_attention(parts, packed) if has_fa else None
-            return fa_output, None if gdn is None else gdn(*arguments, packed)
-        apart = self.tp_cp_group.size() == 1 and self.switches.fa_position in ("log-scale", "none")
-        return side_by_side(
-            lambda: self._full_attention(parts, packed),
-            lambda: gdn(*arguments, packed),
-            arguments[0].device if apart else torch.device("cpu"),
-        )
+
+        def full_attention() -> torch.Tensor:
+            own = {key: part for key, part in parts.items() if key.startswith("fa.")}
+            output: torch.Tensor = self._computed("fa", self._full_attention, own, packed)
+            return output
+
+        def gated_delta_net() -> torch.Tensor:
+            assert gdn is not None
+            arguments = [parts[f"gdn.{name}"] for name in "qkvba"]
+            output: torch.Tensor = self._computed("gdn", gdn, *arguments, packed)
+            return output
+
+        if fa is None or gdn is None:
+            return (
+                None if fa is None else full_attention(),
+                None if gdn is None else gated_delta_net(),
+            )
+        if not self._branches_apart():
+            return full_attention(), gated_delta_net()
+        return side_by_side(full_attention, gated_delta_net, parts["fa.q"].device)
+
+    def _branches_apart(self) -> bool:
+        """Whether the branches share nothing while they run.
+
+        Collectives of one group must not be in flight on two streams, and rotary tables are cached
+        by whichever branch comes first.
+        """
+        own_tables = self.switches.fa_position in ("log-scale", "none")
+        return self.two_streams and own_tables and self._fa_group.size() == 1
+
+    @property
+    def _fa_group(self) -> dist.ProcessGroup:
+        """The ranks that share the sequence in the FA branch; those of GDN are among them."""
+        return self.tp_cp_group if self.heads.replicated_fa else self.cp_group
 
     def _full_attention(self, parts: Parts, packed: PackedSequence) -> torch.Tensor:
         q, k, v = (parts[f"fa.{name}"] for name in "qkv")
-        positions, group = packed.positions_local, self.cp_group
+        positions = packed.positions_local
         if self.heads.replicated_fa:
             length = q.shape[0]
             positions = positions[self.tp_rank * length : (self.tp_rank + 1) * length]
-            group = self.tp_cp_group
         assert self.fa is not None
-        output: torch.Tensor = self.fa(q, k, v, packed, group, positions)
+        output: torch.Tensor = self.fa(q, k, v, packed, self._fa_group, positions)
         return output
 
     def _fused(self, branches: list[Branch], scale: torch.Tensor | None) -> torch.Tensor:
@@ -370,7 +400,8 @@ class HydraAttention(MegatronModule):
             (output, None if gate is None else gate.unflatten(-1, (-1, self.head_dim)))
             for output, gate in branches
         ]
-        return self.kernels.fusion_tail(shaped, scale, eps)
+        fused: torch.Tensor = self._computed("tail", self.kernels.fusion_tail, shaped, scale, eps)
+        return fused
 
     def _scale(self, weights: torch.Tensor | None) -> torch.Tensor | None:
         """γ of the sharded heads, times their share of the competition."""
@@ -407,6 +438,11 @@ class HydraAttention(MegatronModule):
         if replicated is not None:
             assert self.fa_out is not None
             added = F.linear(replicated, self.fa_out).unsqueeze(1)
+            if not self.config.sequence_parallel:
+                # From slices to the whole; every rank's gradient of the whole is complete already.
+                added = gather_from_sequence_parallel_region(
+                    added, tensor_parallel_output_grad=False, group=self.tp_group
+                )
             output = added if output is None else output + added
         assert output is not None
         return output

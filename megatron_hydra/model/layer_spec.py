@@ -42,6 +42,17 @@ def uses_transformer_engine(run: RunConfig) -> bool:
     return choice == "transformer_engine" or (choice == "auto" and HAVE_TE and platform.has_gpu())
 
 
+def uses_two_streams(run: RunConfig) -> bool:
+    """Whether the two branches may run side by side (``backend.streams``).
+
+    Raises:
+        HydraError: it is asked for by name and there is no GPU.
+    """
+    if run.backend.streams == "two" and not platform.has_gpu():
+        raise HydraError("backend.streams=two cannot run here: it needs a GPU; set it to auto")
+    return run.backend.streams != "one"
+
+
 def transformer_config(model: ModelConfig, run: RunConfig) -> TransformerConfig:
     """Megatron-Core's config for a model under a run's layout, precision and recomputation."""
     parallel, recompute = run.parallel, run.recompute
@@ -110,7 +121,7 @@ def hydra_layer_spec(model: ModelConfig, run: RunConfig, kernels: Kernels) -> Mo
         backend = LocalSpecProvider()
         norm = RMSNorm
     partitions = plan_model(model, run.parallel.tensor, run.parallel.fa_partition)
-    recompute = run.recompute.granularity == "selective" and "attention" in run.recompute.modules
+    recompute = run.recompute.modules if run.recompute.granularity == "selective" else ()
     attention = ModuleSpec(
         module=HydraAttention,
         params={
@@ -118,6 +129,7 @@ def hydra_layer_spec(model: ModelConfig, run: RunConfig, kernels: Kernels) -> Mo
             "partitions": partitions,
             "kernels": kernels,
             "recompute": recompute,
+            "two_streams": uses_two_streams(run),
         },
         submodules=HydraAttentionSubmodules(
             in_proj=backend.column_parallel_linear(), out_proj=backend.row_parallel_linear()

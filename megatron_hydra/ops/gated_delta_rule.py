@@ -27,6 +27,8 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 
+from megatron_hydra.ops.device_cache import int_tensor
+
 MIN_CHUNK, MAX_CHUNK = 16, 64
 """Bounds of the chunk length in tokens. Intra-chunk work grows with it and scan work shrinks; the two
 meet near the head dimension, which is the default inside these bounds."""
@@ -130,7 +132,7 @@ class ChunkLayout:
         return tuple(starts)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=8)  # 16 bytes a token: the streams of a few micro-batches
 def chunk_layout(cu_seqlens: tuple[int, ...], chunk: int, device: torch.device) -> ChunkLayout:
     """The chunks of documents with the given boundaries (cached: layers of a model share it)."""
     lengths = [b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
@@ -340,7 +342,7 @@ def _permuted(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     """``x[order]`` along the first axis, without work when the order is the identity."""
     if order == tuple(range(len(order))):
         return x
-    return x.index_select(0, torch.tensor(order, device=x.device))
+    return x.index_select(0, int_tensor(order, torch.int64, x.device))
 
 
 def _affine(transition: torch.Tensor, state: torch.Tensor, write: torch.Tensor) -> torch.Tensor:
@@ -355,8 +357,8 @@ def _shard_map(
     """Transition ``[H, d, d]`` and final state from zero ``[H, d, dv]`` of one fragment."""
     position = layout.order.index(fragment)
     starts = layout.first_chunk_of_step
-    chunks = [starts[step] + position for step in range(layout.last_step[fragment] + 1)]
-    index = torch.tensor(chunks, device=maps.write.device)
+    chunks = tuple(starts[step] + position for step in range(layout.last_step[fragment] + 1))
+    index = int_tensor(chunks, torch.int64, maps.write.device)
     transitions = maps.transition.index_select(0, index).unbind(0)
     writes = maps.write.index_select(0, index).unbind(0)
     transition, state = transitions[0], writes[0]

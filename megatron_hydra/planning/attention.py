@@ -5,6 +5,8 @@ Reads like :mod:`megatron_hydra.model.hydra_attention`, whose memory it has to h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron_hydra.model.local_heads import LocalHeads
 from megatron_hydra.parallel.head_weights import Segment, total_rows
 from megatron_hydra.planning import operators as op
@@ -40,7 +42,6 @@ class Attention:
         with tape.inside("attention projections"):
             parts = self._project(x, sliced)
         weights = self._competition(sliced)
-        recompute = self.rank.run.recompute
         names = list(parts)
         inputs = [*parts.values(), *([] if weights is None else [weights])]
 
@@ -48,10 +49,26 @@ class Attention:
             given = dict(zip(names, tensors, strict=False))
             return self._mix(given, tensors[-1] if weights is not None else None)
 
-        again = recompute.granularity == "selective" and "attention" in recompute.modules
-        mixed = op.checkpoint(tape, mix, inputs) if again else mix(*inputs)
+        mixed = self._computed("attention", mix, inputs)
         with tape.inside("attention projections"):
             return self._output(mixed)
+
+    def _computed(
+        self, name: str, run: Callable[..., list[Tensor]], inputs: list[Tensor]
+    ) -> list[Tensor]:
+        """``run(*inputs)``, again in the backward pass if ``name`` is to be recomputed."""
+        recompute = self.rank.run.recompute
+        again = recompute.granularity == "selective" and name in recompute.modules
+        return op.checkpoint(self.tape, run, inputs) if again else run(*inputs)
+
+    def _branch(self, name: str, run: Callable[[Parts], Tensor], parts: Parts) -> Tensor:
+        """One branch's outputs from the parts whose names begin with its own."""
+        own = {key: part for key, part in parts.items() if key.startswith(f"{name}.")}
+
+        def branch(*tensors: Tensor) -> list[Tensor]:
+            return [run(dict(zip(own, tensors, strict=True)))]
+
+        return self._computed(name, branch, list(own.values()))[0]
 
     def _sliced(self, x: Tensor) -> Tensor:
         if self.rank.run.parallel.sequence or self.rank.tp == 1:
@@ -66,6 +83,20 @@ class Attention:
 
         x_size = x.size
         out.edge = None
+        tape.record([x], [out], backward)
+        return out
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """The opposite of :meth:`_sliced`."""
+        if self.rank.tp == 1:
+            return x
+        tape, shape, size = self.tape, x.shape, x.size
+        out = tape.empty((shape[0] * self.rank.tp, *shape[1:]), size)
+        tape.send("sequence", "tensor", x.nbytes * (self.rank.tp - 1.0))
+
+        def backward(grads: list[Tensor | None]) -> list[Tensor | None]:
+            return [tape.empty(shape, size)]
+
         tape.record([x], [out], backward)
         return out
 
@@ -140,10 +171,10 @@ class Attention:
         fa = gdn = None
         if heads.layer_has_fa and heads.num_fa_here:
             with tape.inside("full attention"):
-                fa = self._full_attention(parts)
+                fa = self._branch("fa", self._full_attention, parts)
         if heads.gdn:
             with tape.inside("gdn"):
-                gdn = delta_rule(self.program, heads, parts)
+                gdn = self._branch("gdn", lambda own: delta_rule(self.program, heads, own), parts)
         outs, sharded = [], []
         with tape.inside("fusion"):
             if fa is not None:
@@ -236,14 +267,26 @@ class Attention:
         self, branches: list[tuple[Tensor, Tensor | None]], weights: Tensor | None
     ) -> Tensor:
         """Gate, norm and scale of heads side by side: ``[T, n·d]``."""
-        tape, d = self.tape, self.d
-        count = sum(o.shape[1] for o, _ in branches)
+        tape, count = self.tape, sum(o.shape[1] for o, _ in branches)
         scale = None
         if self.switches.fusion != "concat":
             scale = self._weight(count, 1)
             if weights is not None:
                 chosen = op.copy(tape, op.narrow(tape, weights, (weights.shape[0], count)))
                 scale = op.multiply(tape, chosen, op.view(tape, scale, (1, count)))
+        flat = [x for branch in branches for x in branch if x is not None]
+        gated = [gate is not None for _, gate in branches]
+
+        def tail(*tensors: Tensor) -> list[Tensor]:
+            given = iter(tensors)
+            pairs = [(next(given), next(given) if has_gate else None) for has_gate in gated]
+            return [self._tail(pairs, next(given, None))]
+
+        return self._computed("tail", tail, [*flat, *([] if scale is None else [scale])])[0]
+
+    def _tail(self, branches: list[tuple[Tensor, Tensor | None]], scale: Tensor | None) -> Tensor:
+        tape, d = self.tape, self.d
+        count = sum(o.shape[1] for o, _ in branches)
         tokens = branches[0][0].shape[0]
         norm = self.switches.fusion_norm == "rms"
         if self.rank.gpu:
@@ -263,9 +306,8 @@ class Attention:
             if norm:
                 wide = normed(self.program, wide)
             if scale is not None:
-                part = op.narrow(
-                    tape, scale, (scale.shape[0] if weights is not None else 1, o.shape[1], 1)
-                )
+                rows = 1 if scale.shape == (count, 1) else scale.shape[0]
+                part = op.narrow(tape, scale, (rows, o.shape[1], 1))
                 part = op.cast(tape, part, op.WIDE)
                 wide = op.multiply(tape, wide, part)
             joined.append(op.view(tape, op.cast(tape, wide, self.size), (tokens, o.shape[1] * d)))
@@ -285,6 +327,8 @@ class Attention:
             output = row_linear(self.program, joined, self._weight(hidden, wanted))
         if outs:
             added = op.linear(tape, outs[0], self._weight(hidden, outs[0].shape[1]))
+            if not self.rank.run.parallel.sequence:
+                added = self._whole(added)
             output = added if output is None else op.add(tape, output, added)
         assert output is not None
         return output

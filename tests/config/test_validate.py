@@ -50,6 +50,14 @@ def test_a_good_config_passes() -> None:
         (["optimizer.min_lr=1"], "optimizer.min_lr is 1"),
         (["schedule.warmup_steps=100"], "schedule.warmup_steps is 100"),
         (["loss.kl_weight=1.1"], "loss.kl_weight is 1.1"),
+        (["optimizer.beta1=1"], "optimizer.beta1 is 1"),
+        (["optimizer.beta2=-0.1"], "optimizer.beta2 is -0.1"),
+        (["optimizer.eps=0"], "optimizer.eps is 0"),
+        (["backend.streams=two", "parallel.context=2"], "backend.streams=two cannot be where"),
+        (
+            ["backend.streams=two", "parallel.tensor=2", "parallel.fa_partition=sequence"],
+            "backend.streams=two cannot be where",
+        ),
         (["parallel.sequence=true"], "parallel.sequence is true, but parallel.tensor is 1"),
         (["parallel.virtual_pipeline=2"], "but parallel.pipeline is 1"),
         (["parallel.overlap_param_gather=true"], "needs parallel.overlap_grad_reduce=true"),
@@ -60,6 +68,10 @@ def test_a_good_config_passes() -> None:
         (
             ["recompute.granularity=selective", "recompute.modules=[norm]"],
             "recompute.modules: ['norm'] is unknown",
+        ),
+        (
+            ["recompute.granularity=selective", "recompute.modules=[attention, fa]"],
+            "recompute.modules names attention and ['fa']",
         ),
     ],
 )
@@ -117,6 +129,39 @@ def test_accumulation_and_padding() -> None:
     config = _config("batch.micro_batch_size=2", "batch.global_batch_size=8")
     assert [accumulation_steps(config, n) for n in (1, 2, 4)] == [4, 2, 1]
     config = _config("data.sequence_length=50", "parallel.context=2", "parallel.tensor=2")
-    assert rounded_stream_length(config) == 52
+    assert rounded_stream_length(config) == 56
     config = apply_overrides(config, ["parallel.sequence=true", "batch.micro_batch_size=3"])
     assert rounded_stream_length(config) == 152
+    # tensor-parallel ranks cut a stream also where neither of these keys says so
+    assert rounded_stream_length(_config("data.sequence_length=45", "parallel.tensor=4")) == 48
+
+
+def test_two_streams_cannot_share_rotary_tables() -> None:
+    def model(position: str) -> ModelConfig:
+        hydra = HydraConfig(fa_position=position)  # type: ignore[arg-type]
+        return dataclasses.replace(DENSE, hydra=hydra, full_attention_heads=((0,),) * 4)
+
+    config = _config("backend.streams=two")
+    check_layout(config, 1, model("log-scale"))
+    with pytest.raises(HydraError, match=r"streams=two cannot be with hydra\.fa_position=rope"):
+        check_layout(config, 1, model("rope"))
+
+
+def test_a_shard_holds_what_the_convolution_of_the_next_one_reads() -> None:
+    model = dataclasses.replace(
+        DENSE, hydra=HydraConfig(conv_width=8), full_attention_heads=((0,),) * 4
+    )
+    check_layout(_config("data.sequence_length=28", "parallel.context=4"), 4, model)
+    message = r"parallel\.context is 4: its shards of 6 tokens are shorter than the 7"
+    with pytest.raises(HydraError, match=message):
+        check_layout(_config("data.sequence_length=24", "parallel.context=4"), 4, model)
+
+
+def test_every_backend_has_its_name_in_the_config_and_no_other_passes() -> None:
+    from megatron_hydra.ops.backends import BACKENDS
+
+    for key, backends in BACKENDS.items():
+        for name in ("auto", *(backend.name for backend in backends)):
+            assert getattr(_config(f"backend.{key}={name}").backend, key) == name
+        with pytest.raises(HydraError, match=rf"backend\.{key}"):
+            _config(f"backend.{key}=flsh")

@@ -119,6 +119,8 @@ LAYOUTS = {
     "cp4": ParallelConfig(context=4),
     "tp2-cp2": ParallelConfig(tensor=2, context=2),
     "tp2-sp-cp2": ParallelConfig(tensor=2, sequence=True, context=2),
+    "tp2-seq": ParallelConfig(tensor=2, fa_partition="sequence"),
+    "tp2-cp2-seq": ParallelConfig(tensor=2, context=2, fa_partition="sequence"),
     "tp2-sp-cp2-seq": ParallelConfig(tensor=2, sequence=True, context=2, fa_partition="sequence"),
 }
 
@@ -129,6 +131,7 @@ FAST = [
     ("no-fa-layer", "tp2-sp-cp2", "one"), ("all-fa-layer", "tp2-sp-seq", "packed"),
     ("gqa-bias", "tp2-sp-cp2-seq", "packed"), ("gqa-bias", "tp4-sp", "aligned"), ("plain", "cp2", "aligned"),
     ("parallel", "tp2-sp-cp2", "packed"), ("parallel-gated", "tp4-sp", "packed"), ("token", "cp4", "packed"),
+    ("hydra", "tp2-cp2-seq", "packed"), ("all-fa-layer", "tp2-seq", "packed"), ("gqa-bias", "tp2-seq", "one"),
     ("token-wide", "cp4", "one"), ("token-wide", "tp2-cp2", "packed"), ("token-uneven", "tp4-sp", "aligned"),
 ]  # fmt: skip
 
@@ -156,13 +159,19 @@ def canonical_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
     return weights
 
 
+RECOMPUTE = {
+    "none": RecomputeConfig("none"),
+    "attention": RecomputeConfig("selective", ("attention",)),
+    "parts": RecomputeConfig("selective", ("fa", "gdn", "tail", "mlp")),
+    "full": RecomputeConfig("full"),
+}
+
+
 def run_case(
     model: ModelConfig, parallel: ParallelConfig, cu: tuple[int, ...], recompute: str, ddp: bool
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss per token and canonical gradients of one forward and backward."""
-    run = RunConfig(
-        precision="fp32", parallel=parallel, recompute=RecomputeConfig(granularity=recompute)
-    )
+    run = RunConfig(precision="fp32", parallel=parallel, recompute=RECOMPUTE[recompute])
     gpt = build_gpt_model(model, run)
     canonical_access.load(gpt, canonical_weights(model))
     generator = torch.Generator().manual_seed(3)
@@ -256,7 +265,7 @@ def main(arguments: list[str]) -> None:
         with groups(LAYOUTS[layout]):
             for i, case in chosen:
                 model, _, documents = case.split("/")
-                recompute = ("none", "selective", "full")[i % 3]
+                recompute = list(RECOMPUTE)[i % len(RECOMPUTE)]
                 result = compare(case, recompute, references[model, documents])
                 if dist.get_rank() == 0:
                     print(json.dumps(result), flush=True)

@@ -1,7 +1,8 @@
 """Worker: what must hold in every layout besides parity; run by test_properties.py in four processes.
 
 ``isolation``: with slow decay, the last token of one document changes nothing of the next, bit for bit.
-``host_reads``: once its caches are filled, a pass over the layers reads no value back to the host.
+``host_reads``: once its caches are filled, a pass over the layers reads no value back to the host and
+makes no tensor from the host's numbers.
 ``bytes``: what a rank sends per GDN layer under context parallelism, counted at the collectives.
 """
 
@@ -30,7 +31,7 @@ LENGTH, BOUNDARY = 96, 41
 ISOLATED = [
     (model, layout)
     for layout in ("one rank", *LAYOUTS)
-    for model in ("hydra", "parallel", "token", "token-wide")
+    for model in ("hydra", "one-kv", "parallel", "token", "token-wide")
     if layout == "one rank" or possible(model, layout)
 ]
 
@@ -54,13 +55,16 @@ def run_decoder(gpt, hidden: torch.Tensor, cotangent: torch.Tensor, packed, part
 
 
 class HostReads(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: ``.item()``, ``if tensor:``, data-dependent shapes."""
+    """Counts what would make the host wait for a GPU: ``.item()``, ``if tensor:``, data-dependent shapes,
+    and tensors from host numbers, such as the index in ``x[:, [0, 2]]``, whose copy waits as well.
+    """
 
     WAITS = (
         torch.ops.aten._local_scalar_dense.default,
         torch.ops.aten.nonzero.default,
         torch.ops.aten.masked_select.default,
         torch.ops.aten._unique2.default,
+        torch.ops.aten.lift_fresh.default,
     )
 
     def __init__(self) -> None:

@@ -40,7 +40,9 @@ def test_a_host_read_is_counted():
         x = torch.ones(3)
         assert x.sum().item() == 3
         assert (x > 0).nonzero().shape == (3, 1)
-    assert reads.count == 2
+        assert x[[0, 2]].shape == (2,)
+        assert torch.tensor([1, 2]).shape == (2,)
+    assert reads.count == 4
 
 
 @pytest.mark.parallel
