@@ -1,4 +1,7 @@
-"""What each rank of a run would hold, without starting it: no process group, no weights."""
+"""What each rank of a run would hold, without starting it: no process group, no weights.
+
+Every line is a YAML comment, so that ``--dry-run`` prints a config that can be read back.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from megatron_hydra.config.validate import (
     rounded_stream_length,
 )
 from megatron_hydra.errors import HydraError
+from megatron_hydra.model.local_heads import LocalHeads
 from megatron_hydra.parallel.head_partition import LayerPartition, plan_model
+from megatron_hydra.parallel.head_weights import total_rows
 from megatron_hydra.parallel.world import world_size_from_environment
 
 
@@ -31,13 +36,17 @@ def describe_layout(config: RunConfig, world_size: int | None = None) -> str:
     try:
         model = store.read_model_config(config.student.checkpoint)
     except HydraError as error:
-        return "\n".join([*lines, f"# shapes need the model: {error}"])
+        return "\n".join([*lines, *_commented(f"shapes need the model: {error}")])
     teacher = None
     if config.teacher.checkpoint:
         teacher = store.read_model_config(config.teacher.checkpoint)
     check_layout(config, world_size, model, teacher)
     lines += _model_lines(config, model)
     return "\n".join(lines)
+
+
+def _commented(text: str) -> list[str]:
+    return [f"# {line}" for line in text.splitlines()]
 
 
 def _batch_lines(config: RunConfig, world_size: int) -> list[str]:
@@ -76,26 +85,45 @@ def _model_lines(config: RunConfig, model: ModelConfig) -> list[str]:
     ]
     stages = parallel.pipeline * parallel.virtual_pipeline
     per_stage = model.num_layers // stages
+    shard = rounded_stream_length(config) // parallel.context
     for stage in range(parallel.pipeline):
         for chunk in range(parallel.virtual_pipeline):
             first = (chunk * parallel.pipeline + stage) * per_stage
-            lines.append(f"pipeline rank {stage}, layers {first}–{first + per_stage - 1}:")
+            lines.append(f"# pipeline rank {stage}, layers {first}–{first + per_stage - 1}:")
             for partition in partitions[first : first + per_stage]:
-                lines += _layer_lines(partition, d)
+                lines += _layer_lines(model, partition, shard)
     return lines
 
 
-def _layer_lines(partition: LayerPartition, head_dim: int) -> list[str]:
+def _layer_lines(model: ModelConfig, partition: LayerPartition, shard: int) -> list[str]:
     imbalance = partition.full_attention_imbalance()
-    lines = [f"  layer {partition.layer} (FA imbalance {imbalance:.2f})"]
+    lines = [f"#   layer {partition.layer} (FA imbalance {imbalance:.2f})"]
     for rank in range(partition.tp_size):
+        heads = LocalHeads(model, partition, rank)
         fa, gdn = partition.fa[rank], partition.gdn[rank]
-        columns = (len(fa) + len(gdn)) * head_dim
-        lines.append(
-            f"    tensor rank {rank}: FA {_heads(fa)}, GDN {_heads(gdn)}, "
-            f"head outputs [T, {columns}]"
-        )
+        outputs = [f"[{shard:,}, {len(heads.sharded) * model.head_dim}]"]
+        if heads.replicated_fa:
+            columns = len(heads.replicated_fa) * model.head_dim
+            outputs.append(f"FA on a slice [{shard // partition.tp_size:,}, {columns}]")
+        lines += [
+            f"#     tensor rank {rank}: FA {_heads(fa)}, GDN {_heads(gdn)}, "
+            f"head outputs {' and '.join(outputs)}",
+            f"#       {', '.join(_weights(model, heads))}",
+        ]
     return lines
+
+
+def _weights(model: ModelConfig, heads: LocalHeads) -> list[str]:
+    """The rank's fused projections and their shapes, padding included."""
+    hidden, d = model.hidden_size, model.head_dim
+    shapes = {
+        "in_proj": (heads.in_rows_padded, hidden),
+        "out_proj": (hidden, heads.num_sharded_padded * d),
+        "shared_kv": (total_rows(heads.shared_kv_segments), hidden),
+        "fa_in": (total_rows(heads.fa_in_segments), hidden),
+        "fa_out": (hidden, len(heads.replicated_fa) * d),
+    }
+    return [f"{name} {list(shape)}" for name, shape in shapes.items() if all(shape)]
 
 
 def _heads(heads: tuple[int, ...]) -> str:
