@@ -39,10 +39,9 @@ def test_heads_partition_is_exact_and_even(case):
 
 @given(layers())
 @settings(deadline=None)
-def test_sequence_partition_is_balanced_for_every_map(case):
+def test_sequence_partition_gives_every_rank_all_fa_heads(case):
     fa, heads, groups, tp = case
     plan = plan_layer(0, fa, heads, groups, tp, "sequence")
-    assert plan.full_attention_imbalance() <= 1.02
     assert all(list(rank) == fa for rank in plan.fa)
     assert sorted(h for rank in plan.gdn for h in rank) == sorted(set(range(heads)) - set(fa))
     counts = [len(rank) for rank in plan.gdn]
