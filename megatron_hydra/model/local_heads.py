@@ -66,7 +66,6 @@ class LocalHeads:
 
     def __init__(self, model: ModelConfig, partition: LayerPartition, rank: int) -> None:
         self.model, self.rank = model, rank
-        self._tp_size = partition.tp_size
         by_sequence = partition.mode == "sequence"
         nothing: tuple[tuple[int, ...], ...] = ((),) * partition.tp_size
         group_of = {head: model.kv_group(head) for head in range(model.num_query_heads)}

@@ -50,8 +50,6 @@ class PackedSequence(PackedSeqParams):
         shard_start: global index of the shard's first token.
         cp_rank, cp_size: this shard among the contiguous shards of the stream.
         local_cu_seqlens: boundaries of the document *fragments* inside the shard, ``0 … T_local``.
-        first_continues: the shard's first fragment belongs to a document begun on an earlier rank.
-        last_continues: the shard's last fragment goes on on a later rank.
         positions_local: ``[T_local]`` int64, each token's position from its document's start.
     """
 
@@ -78,10 +76,7 @@ class PackedSequence(PackedSeqParams):
         self.device = torch.device(device)
 
         start, end = self.shard_start, self.shard_start + self.length_local
-        block = self.attention_block(start, end)
-        self.local_cu_seqlens = block.cu_q
-        self.first_continues = block.k_start < start
-        self.last_continues = end not in self.cu_seqlens
+        self.local_cu_seqlens = self.attention_block(start, end).cu_q
         self.positions_local = self._positions(start, end)
         self._cache: dict[Hashable, Any] = {}
 
@@ -91,11 +86,6 @@ class PackedSequence(PackedSeqParams):
     ) -> PackedSequence:
         """The layout of a :class:`~megatron_hydra.data.batch.PackedBatch` on one rank."""
         return cls(cu_seqlens, cp_rank=cp_rank, cp_size=cp_size, device=device)
-
-    @property
-    def num_fragments_local(self) -> int:
-        """Documents, or parts of documents, in this shard."""
-        return len(self.local_cu_seqlens) - 1
 
     def attention_block(self, start: int, end: int, window: int | None = None) -> AttentionBlock:
         """Which keys the queries ``start:end`` (global) may see, document by document.

@@ -56,10 +56,9 @@ class Verb(abc.ABC):
         uses_teacher: a frozen dense model runs beside the student.
         backward_inside_forward: the verb takes its gradients during the forward, so the schedule
             runs forward only and nothing flows back between pipeline stages.
-        streams: hidden-state streams that travel between pipeline stages, stacked along the
-        sequence. sums: ``[num_parts + 1]`` float64: sums of each loss part over this rank's share
-        of the
-            tokens, then the number of those tokens.
+        streams: hidden-state streams that travel between pipeline stages, stacked along the sequence.
+        sums: ``[num_parts + 1]`` float64: sums of each loss part over this rank's share of the tokens,
+            then the number of those tokens.
     """
 
     loss_parts: tuple[str, ...] = ()

@@ -32,8 +32,6 @@ def test_shards_together_are_the_stream(case):
         local = document[start:end]
         changes = [i for i in range(1, len(local)) if local[i] != local[i - 1]]
         assert shard.local_cu_seqlens == (0, *changes, len(local))
-        assert shard.first_continues == (start > 0 and document[start] == document[start - 1])
-        assert shard.last_continues == (end < cu[-1] and document[end] == document[end - 1])
 
 
 @given(streams(), st.data())
