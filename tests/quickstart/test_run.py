@@ -123,6 +123,23 @@ def test_a_stopped_stage_is_no_failure(tmp_path, monkeypatch):
             one_student._train_stage(Workspace(tmp_path), "hydra", "align", CONFIGS, settings)
 
 
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_an_export_with_older_code_is_made_anew(tmp_path, monkeypatch, is_ours):
+    """Or the resumed run would end with the demand for --trust-remote-code."""
+    workspace, calls = Workspace(tmp_path), []
+    for phase in (*STAGES, "export"):
+        with workspace.phase(f"hydra_{phase}"):
+            pass
+    monkeypatch.setattr(one_student, "carries_our_code", lambda _: is_ours)
+    monkeypatch.setattr(
+        "megatron_hydra.checkpoint.convert.megatron_to_hf",
+        lambda *_, **__: calls.append("export"),
+    )
+    monkeypatch.setattr(one_student, "evaluate_model", lambda *_: calls.append("evaluate"))
+    one_student.run_student(workspace, "hydra", CONFIGS, {})
+    assert calls == (["evaluate"] if is_ours else ["export", "evaluate"])
+
+
 def test_students_are_stopped_together(tmp_path):
     """Each is given the time to save, but not one after the other."""
     program = "import signal, sys, time\n"
