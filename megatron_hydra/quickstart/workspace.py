@@ -22,8 +22,9 @@ STAGES = ("align", "distill", "finetune")
 
 FORMAT = "hydra-quickstart"
 """What ``settings.json`` says of a folder that ``--fresh`` may clear."""
-_FOLDERS = ("checkpoints", "evaluation", "exports", "head_maps", "logs", "modules", "phases")
-_FOLDERS += ("prompts", "runs")
+_FOLDERS = (
+    "checkpoints", "evaluation", "exports", "head_maps", "logs", "modules", "phases", "prompts", "runs",
+)  # fmt: skip
 _FILES = ("commands.sh", "metrics.json", "settings.json", "*.png")
 
 
