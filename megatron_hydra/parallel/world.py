@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
 import math
 import os
 import random
@@ -14,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.parallel import platform
+from megatron_hydra.watchdog import PATIENCE, collective_timeout
 
 from megatron.core import parallel_state, tensor_parallel  # isort: skip  (after the platform)
 
@@ -64,7 +64,7 @@ def start_world(config: RunConfig) -> World:
     Works under torchrun and, with one process, under plain ``python -m``.
     """
     platform.install()
-    timeout = dt.timedelta(seconds=config.faults.timeout_seconds)
+    timeout = collective_timeout(config.faults.timeout_seconds)
     platform.bind_process_to_device(int(os.environ.get("LOCAL_RANK", "0")))
     global _owned_process_group
     _owned_process_group = not dist.is_initialized()
@@ -84,7 +84,7 @@ def start_world(config: RunConfig) -> World:
             parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
         ),
         context_parallel_size=parallel.context,
-        distributed_timeout_minutes=math.ceil(config.faults.timeout_seconds / 60),
+        distributed_timeout_minutes=math.ceil(PATIENCE * config.faults.timeout_seconds / 60),
     )
     _seed(config)
     return World(

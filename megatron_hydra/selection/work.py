@@ -7,6 +7,7 @@ the same for any number of ranks, and after a kill.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.stopping import Stopped, stop_requested
+from megatron_hydra.watchdog import PATIENCE, collective_timeout, feed_watchdog
 
 _STOP_MARK = "stop"
 
@@ -48,8 +50,10 @@ class Ranks:
         self._owns_group = self.size > 1 and not dist.is_initialized()
         if self._owns_group:
             # Only small CPU results travel, whatever computes them: gloo serves GPUs as well.
-            dist.init_process_group("gloo")
-        self._group = dist.new_group(backend="gloo") if self.size > 1 else None
+            dist.init_process_group("gloo", timeout=collective_timeout())
+        self._group = None
+        if self.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=collective_timeout())
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, in rank order, on every rank."""
@@ -97,6 +101,8 @@ Compute = Callable[[int, list[Chunk]], Iterator[tuple[Chunk, Result]]]
 class WorkBench:
     """Runs chunks over all ranks and keeps their results.
 
+    Every chunk feeds the watchdog whose block runs: a rank that hangs in one ends the work of all.
+
     Args:
         ranks: the processes.
         folder: where results are kept for a later start; ``None``: nowhere.
@@ -143,8 +149,11 @@ class WorkBench:
             batches.setdefault(chunk.batch, []).append(chunk)
         failure: BaseException | None = None
         try:
+            self._leave_if_stopped()
+            feed_watchdog()
             for batch, members in batches.items():
                 for chunk, result in compute(batch, members):
+                    feed_watchdog()
                     self._write(chunk, result)
                     mine[chunk.key] = result
                     # Other ranks advance at the same pace: one bar stands for all of them.
@@ -152,6 +161,7 @@ class WorkBench:
                     self._leave_if_stopped()
         except (Exception, Stopped) as error:  # told to the other ranks, which would wait for ever
             failure = error
+        feed_watchdog(PATIENCE)  # the other ranks may have longer chunks
         self._raise_together(failure)
         for part in self.ranks.gather(mine):
             done.update(part)
@@ -195,7 +205,10 @@ class WorkBench:
 
     def _path(self, chunk: Chunk) -> Path:
         assert self.folder is not None
-        return self.folder / (re.sub(r"[^\w.-]", "_", chunk.key) + ".safetensors")
+        # The hash tells keys apart that are alike once they are file names.
+        readable = re.sub(r"[^\w.-]", "_", chunk.key)[:80]
+        digest = hashlib.sha256(chunk.key.encode()).hexdigest()[:12]
+        return self.folder / f"{readable}-{digest}.safetensors"
 
     def _read(self, chunk: Chunk) -> Result | None:
         if self.folder is None or self.ranks.rank != 0 or not self._path(chunk).is_file():
