@@ -19,6 +19,7 @@ from megatron_hydra.selection.capabilities import task_names
 from megatron_hydra.selection.plots import draw_head_map
 from megatron_hydra.selection.work import is_first_rank
 from megatron_hydra.stopping import StopRequest
+from megatron_hydra.watchdog import Watchdog
 
 EXAMPLES = """\
 examples:
@@ -96,6 +97,13 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.tokens_per_batch,
         help="positions computed at a time (default 2048 on a CPU, 32768 on a GPU)",
     )
+    machine(
+        "--timeout",
+        type=float,
+        default=1800,
+        help="seconds after which a process that is not through a piece of work writes its stacks "
+        "and ends, and with it the job (default %(default)s; loading has five times that)",
+    )
     add("--no-pictures", action="store_true", help="write the map only")
     add("--force", action="store_true", help="overwrite an existing output")
     return parser
@@ -132,10 +140,12 @@ def _options(args: argparse.Namespace) -> SelectionOptions:
 def main() -> int:
     """Read the command line, select, write the map and its pictures."""
     args = _parser().parse_args()
+    if args.timeout <= 0:
+        raise HydraError(f"--timeout {args.timeout:g}: must be above 0 seconds")
     # Only rank 0 writes, and it may have done so before another rank has started.
     if is_first_rank() and args.output.exists() and not args.force:
         raise HydraError(f"--output {args.output} exists; give --force to overwrite it")
-    with StopRequest():
+    with StopRequest(), Watchdog(args.timeout):
         head_map = select_heads(
             args.hf_path,
             ratio=args.ratio,
