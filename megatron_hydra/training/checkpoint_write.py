@@ -8,16 +8,18 @@ weights than those of the save.
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
@@ -136,10 +138,10 @@ class CheckpointWrite:
 
 
 def _save_common(common: dict[str, Any], folder: Path) -> None:
-    try:
-        TorchCommonSaveStrategy(*_FORMAT).save_common(common, str(folder))
-    except RuntimeError as error:  # what torch.save makes of a full disk
-        raise HydraError(f"{folder} cannot be written: {_root_cause(error)}") from None
+    """What is no tensor. Given a path, torch would hide what the operating system says of it."""
+    buffer = io.BytesIO()
+    torch.save(common, buffer)
+    (folder / COMMON_STATE_FNAME).write_bytes(buffer.getbuffer())
 
 
 def _tensors(state: Any) -> Iterator[ShardedTensor]:

@@ -6,7 +6,9 @@ else the config may ask for.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import os
 import socket
@@ -15,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hydra.config.run import LoggingConfig
+from megatron_hydra.errors import HydraError
 from megatron_hydra.reporting import EVENTS_FILE, METRICS_FILE
 from megatron_hydra.training.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
+
+_log = logging.getLogger(__name__)
 
 
 def _jsonable(value: Any) -> Any:
@@ -48,7 +53,11 @@ def truncate_metrics(path: str | os.PathLike[str], last_step: int) -> None:
 
 
 class MetricsLog:
-    """One entry a step to every sink; events; a bar on stderr."""
+    """One entry a step to every sink; events; a bar on stderr.
+
+    As a context manager it is closed with its block; if that ends by an error, then what goes wrong
+    while closing is only logged and does not hide it.
+    """
 
     def __init__(
         self,
@@ -117,15 +126,30 @@ class MetricsLog:
             self._events.sync()
 
     def close(self) -> None:
-        """Flush and close everything; safe to call twice."""
+        """Flush and close everything; safe to call twice.
+
+        Raises:
+            HydraError: something could not be closed; all the rest has been.
+        """
         if not self.enabled:
             return
         self.enabled = False
         sinks, self._sinks = self._sinks, []
-        for sink in (*sinks, self._events):
-            sink.close()
-        if self._bar is not None:
-            self._bar.close()
+        with contextlib.ExitStack() as stack:
+            for part in (self._bar, self._events, *sinks):
+                if part is not None:
+                    stack.callback(part.close)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        try:
+            self.close()
+        except HydraError as second:
+            if error is None:
+                raise
+            _log.warning("%s", second)
 
 
 def where_it_runs(world_size: int) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,17 @@ class Sink(abc.ABC):
         """Flush and close."""
 
 
+@contextlib.contextmanager
+def _writing(path: Path, advice: str = "") -> Iterator[None]:
+    """Name the file when the disk is full or the folder not writable."""
+    try:
+        yield
+    except OSError as error:
+        raise HydraError(f"{path} cannot be written: {error}{advice}") from None
+
+
 class JsonLines(Sink):
-    """One JSON object a line.
+    """One JSON object a line, appended. Half a line that a killed process has left is removed.
 
     Raises:
         HydraError: the file cannot be written (from every method).
@@ -37,43 +48,43 @@ class JsonLines(Sink):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
+        with _writing(path):
+            _drop_half_line(path)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise self._failure(error) from None
-
-    def _failure(self, error: OSError) -> HydraError:
-        return HydraError(f"{self._path} cannot be written: {error}")
 
     def write(self, entry: dict[str, Any]) -> None:
         """See :meth:`Sink.write`."""
-        try:
+        with _writing(self._path):
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise self._failure(error) from None
 
     def sync(self) -> None:
         """See :meth:`Sink.sync`."""
-        try:
+        with _writing(self._path):
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._failure(error) from None
 
     def close(self) -> None:
         """See :meth:`Sink.close`."""
         if not self._file.closed:
-            try:
+            with _writing(self._path):
                 self._file.close()
-            except OSError as error:
-                raise self._failure(error) from None
+
+
+def _drop_half_line(path: Path) -> None:
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
 
 
 class TensorBoard(Sink):
     """Scalars; a list becomes one series an index.
 
     Raises:
-        HydraError: the package is not installed.
+        HydraError: the package is not installed; the folder cannot be written (from every method,
+            as a thread writes: also for an entry before).
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -84,16 +95,23 @@ class TensorBoard(Sink):
                 "logging.tensorboard is true, but tensorboard is not installed: pip install "
                 "tensorboard, or set logging.tensorboard=false"
             ) from None
-        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+        self._folder = folder
+        with self._writing():
+            self._writer = SummaryWriter(str(folder), purge_step=first_step)
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return _writing(self._folder, "; logging.tensorboard=false does without it")
 
     def write(self, entry: dict[str, Any]) -> None:
         """See :meth:`Sink.write`."""
-        for name, value in scalars(entry).items():
-            self._writer.add_scalar(name, value, entry["step"])
+        with self._writing():
+            for name, value in scalars(entry).items():
+                self._writer.add_scalar(name, value, entry["step"])
 
     def close(self) -> None:
         """See :meth:`Sink.close`."""
-        self._writer.close()
+        with self._writing():
+            self._writer.close()
 
 
 class WeightsAndBiases(Sink):

@@ -13,7 +13,7 @@ from megatron_hydra.config.run import LoggingConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.reporting import EVENTS_FILE
 from megatron_hydra.training.metrics import MetricsLog
-from megatron_hydra.training.sinks import JsonLines, scalars
+from megatron_hydra.training.sinks import JsonLines, TensorBoard, scalars
 
 ENTRY = {
     "step": 2, "loss": 1.5, "layers": [0.5, None, 1.0], "seconds": {"data": 0.1}, "skipped": True,
@@ -122,6 +122,52 @@ def test_events_outlive_attempts(tmp_path: Path) -> None:
         ("start", 0, None), ("start", 4, None),
     ]  # fmt: skip
     assert events[0]["time"] <= events[1]["time"]
+
+
+def test_half_a_line_of_a_killed_attempt_is_removed(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        log = _log(tmp_path)
+        log.event(name, 0)
+        log.close()
+        with (tmp_path / EVENTS_FILE).open("a") as file:
+            file.write('{"time": 1.0, "eve')
+    lines = (tmp_path / EVENTS_FILE).read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines[:-1]] == ["first", "second"]
+
+
+class _FullDisk(_Run):
+    def finish(self) -> None:
+        raise HydraError("no room for the summary")
+
+
+def test_a_sink_that_fails_to_close_leaves_no_other_open(
+    wandb: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["wandb"], "init", _FullDisk)
+    log = _log(tmp_path, wandb="offline")
+    files = [log._events._file, log._sinks[0]._file]
+    with pytest.raises(HydraError, match="no room for the summary"):
+        log.close()
+    assert all(file.closed for file in files)
+
+
+def test_what_fails_while_closing_does_not_hide_why_the_run_ended(
+    wandb: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys.modules["wandb"], "init", _FullDisk)
+    with (
+        pytest.raises(HydraError, match="the disk is full"),
+        _log(tmp_path, wandb="offline"),
+    ):
+        raise HydraError("the disk is full")
+    assert "no room for the summary" in caplog.text
+
+
+def test_tensorboard_in_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("a file")
+    with pytest.raises(HydraError, match=r"tensorboard cannot be written: .*tensorboard=false"):
+        TensorBoard(tmp_path / "tensorboard", 1)
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
