@@ -45,10 +45,12 @@ from megatron_hydra.training.model_state import (
     set_model_state,
     sharding_metadata,
 )
+from megatron_hydra.training.provenance import OTHER_RUN, Provenance
 from megatron_hydra.training.random_state import capture_random_state, restore_random_state
 from megatron_hydra.training.run_folder import (
     CHECKPOINTS,
     checkpoint_name,
+    discard,
     find_resume_point,
     retain,
 )
@@ -93,7 +95,7 @@ class RunCheckpoints:
         model: the student's config, as it is to be saved.
         chunks: the student's model chunks, without wrappers.
         optimizer: its optimizer.
-        provenance: makes the manifest's record of where the weights come from.
+        provenance: where the weights come from, for the manifest.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class RunCheckpoints:
         model: ModelConfig,
         chunks: list[GPTModel],
         optimizer: MegatronOptimizer,
-        provenance: Callable[[Progress], dict[str, Any]],
+        provenance: Provenance,
     ) -> None:
         self.config, self.world, self.model = config, world, model
         self.chunks, self.optimizer, self.provenance = chunks, optimizer, provenance
@@ -128,7 +130,7 @@ class RunCheckpoints:
         temporary = self.folder / f".{final.name}.tmp"
         on_all(self._refuse_poison)
         on_main(lambda: self._make_room(temporary, final))
-        with_optimizer = self.config.checkpoint.save_optimizer and has_state(self.optimizer)
+        with_optimizer = self._wants_optimizer(progress) and has_state(self.optimizer)
         snapshot = self.config.checkpoint.asynchronous
         state = self._state(with_optimizer, is_loading=False) | {"content_metadata": dict(SHARDING)}
         body = {
@@ -141,9 +143,8 @@ class RunCheckpoints:
             "world": dataclasses.asdict(self.world) | {"rank": 0},
             "config": to_dict(self.config),
         }
-        publish = functools.partial(
-            self._publish, temporary, final, body, self.provenance(progress)
-        )
+        record = self.provenance.record(self.config, progress.step, progress.tokens)
+        publish = functools.partial(self._publish, temporary, final, body, record)
         with self._abandoned_on_failure(temporary):
             write = CheckpointWrite(state, temporary / store.WEIGHTS, snapshot=snapshot)
         self._pending = _Pending(final, write, publish)
@@ -187,6 +188,11 @@ class RunCheckpoints:
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise HydraError(f"{error}; earlier checkpoints are untouched") from None
+
+    def _wants_optimizer(self, progress: Progress) -> bool:
+        """The last checkpoint may go without; any other is there to be resumed, as after a stop."""
+        is_last = progress.step >= self.config.schedule.steps
+        return self.config.checkpoint.save_optimizer or not is_last
 
     def _make_room(self, temporary: Path, final: Path) -> None:
         try:
@@ -246,7 +252,7 @@ class RunCheckpoints:
         store.write_manifest(temporary, provenance, hashes)
         sync_tree(temporary)
         if final.exists():  # of an attempt that went on from an earlier step
-            shutil.rmtree(final)
+            discard(final)
         temporary.rename(final)
         sync(self.folder)
         write_text_atomic(self.folder / store.LATEST_FILE, final.name + "\n")
@@ -270,7 +276,8 @@ class RunCheckpoints:
             check_data: refuses a data position that does not fit; returns its step.
 
         Raises:
-            HydraError: another verb or other data, or a checkpoint saved without its optimizer.
+            HydraError: another verb, model, student, teacher or other data, or a checkpoint saved
+                without its optimizer.
         """
         body = on_main(lambda: _read_training(folder))
         if body["verb"] != self.config.verb:
@@ -278,16 +285,28 @@ class RunCheckpoints:
                 f"{folder} was made by verb {body['verb']}, this run is {self.config.verb}: choose "
                 "another output"
             )
+        on_main(lambda: self._refuse_other_weights(folder))
         step = check_data(body["data"])
+        was_updated = step > body["faults"].get("skipped", 0)  # else there is no state to lose
         is_finished = step >= self.config.schedule.steps
-        saves_optimizer = body["config"]["checkpoint"]["save_optimizer"]
-        if not (body["optimizer"] or saves_optimizer or is_finished):
+        if was_updated and not (body["optimizer"] or is_finished):
             raise HydraError(
                 f"{folder} was saved with checkpoint.save_optimizer=false and cannot be resumed; "
                 "start a new run from it with student.checkpoint"
             )
         self._load(folder, body)
         return Progress(step=step, tokens=body["tokens"], faults=body["faults"])
+
+    def _refuse_other_weights(self, folder: Path) -> None:
+        """The checkpoint holds this run's model, trained from this run's student and teacher."""
+        saved = store.read_model_config(folder)
+        for field in dataclasses.fields(ModelConfig):
+            if getattr(saved, field.name) != getattr(self.model, field.name):
+                raise HydraError(
+                    f"cannot resume from {folder}: {field.name} of its student is another than "
+                    f"that of {self.config.student.checkpoint}, this run's student; {OTHER_RUN}"
+                )
+        self.provenance.refuse_other_inputs(folder)
 
     def _load(self, folder: Path, body: dict[str, Any]) -> None:
         if body["optimizer"]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -28,6 +29,7 @@ from megatron_hydra.training.model_state import load_model, verified_checkpoint
 from megatron_hydra.training.observe import PhaseTimers
 from megatron_hydra.training.provenance import Provenance, trained_model_config
 from megatron_hydra.training.report import StepReport
+from megatron_hydra.training.run_folder import lock_output
 from megatron_hydra.training.setup import (
     build_chunks,
     build_optimizer,
@@ -35,9 +37,9 @@ from megatron_hydra.training.setup import (
     wrap_for_training,
 )
 from megatron_hydra.training.step import StepResult, Trainee, train_step
-from megatron_hydra.training.watchdog import Watchdog
 from megatron_hydra.transfer.verb import inner_model
 from megatron_hydra.transfer.verbs import VERBS
+from megatron_hydra.watchdog import PATIENCE, Watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +57,9 @@ def run_training(config: RunConfig) -> int:
     with Watchdog(config.faults.timeout_seconds) as watchdog, StopRequest(stop_before) as stop:
         world = start_world(config)
         try:
-            return _Run(config, world, watchdog, stop).loop()
+            with contextlib.ExitStack() as held:
+                on_main(lambda: _hold(held, config))
+                return _Run(config, world, watchdog, stop).loop()
         finally:
             stop_world()
 
@@ -67,7 +71,6 @@ class _Run:
         self, config: RunConfig, world: World, watchdog: Watchdog, stop: StopRequest
     ) -> None:
         self.config, self.world, self.watchdog, self.stop = config, world, watchdog, stop
-        on_main(lambda: _prepare_output(config))
         student, teacher = config.student, config.teacher
         student_folder = verified_checkpoint(student.checkpoint, student.fingerprint)
         teacher_folder = None
@@ -83,7 +86,6 @@ class _Run:
         self.faults = FaultKeeper(config.faults)
         self.timers = PhaseTimers()
 
-        self.provenance = Provenance.of(student_folder, teacher_folder)
         self.trainee, self.schedule = self._build(
             model, teacher_model, student_folder, teacher_folder
         )
@@ -93,9 +95,12 @@ class _Run:
             trained_model_config(model),
             [inner_model(chunk) for chunk in self.trainee.chunks],
             self.trainee.optimizer,
-            lambda progress: self.provenance.record(config, progress.step, progress.tokens),
+            Provenance.of(student_folder, teacher_folder),
         )
         self.progress = self._resume()
+        self.saved_step = self.progress.step
+        # Not before: a start that is refused leaves the folder as it was.
+        on_main(lambda: write_text_atomic(Path(config.output) / "config.yaml", to_yaml(config)))
 
     def _build(
         self,
@@ -135,40 +140,46 @@ class _Run:
     # -- the loop -----------------------------------------------------------------------------
 
     def loop(self) -> int:
-        config, total, first = self.config, self.config.schedule.steps, self.progress.step
-        log = MetricsLog(
+        """Run the steps that are left; returns the exit status."""
+        config, first = self.config, self.progress.step
+        with MetricsLog(
             config.output,
             config.logging,
             first_step=first,
-            total_steps=total,
+            total_steps=config.schedule.steps,
             enabled=self.world.is_main,
             title=config.verb,
             run_config=to_dict(config),
-        )
-        report = StepReport(config, self.world, self.trainee, self.model, self.teacher_model)
-        batches = _prefetched(self.stream, first, total)
-        try:
+        ) as log:
             log.event("resume" if first else "start", first, **where_it_runs(self.world.size))
-            for step, micro_batches in self.timers.over("data", batches):
-                self.watchdog.feed(5 if step == first + 1 else 1)
-                self.schedule.step(1)
-                result = train_step(self.trainee, micro_batches, self._notices, self.timers)
-                tokens = self.progress.tokens + self.stream.tokens_per_step
-                self.progress = Progress(step, tokens, self.faults.state())
-                entry = report.entry(result, self.progress, self.timers)
-                if entry is not None:
-                    log.write(entry)
-                log.advance(step, result.loss)
-                self._mind_faults(log, result, micro_batches)
-                self._mind_checkpoints(log, result)
-                if result.stop and step < total:
-                    log.event("stop", step, reason=self.stop.reason or "another rank was asked to")
-                    return REQUEUE_EXIT_CODE
-            log.event("end", self.progress.step)
-            return 0
-        finally:
-            batches.close()
-            log.close()
+            with contextlib.closing(
+                _prefetched(self.stream, first, config.schedule.steps)
+            ) as batches:
+                status = self._steps(log, batches)
+            self.watchdog.feed(PATIENCE)
+            on_main(log.close)  # no rank leaves while rank 0 still sends what it has logged
+        return status
+
+    def _steps(self, log: MetricsLog, batches: Iterator[tuple[int, list[PackedBatch]]]) -> int:
+        total, first = self.config.schedule.steps, self.progress.step
+        report = StepReport(self.config, self.world, self.trainee, self.model, self.teacher_model)
+        for step, micro_batches in self.timers.over("data", batches):
+            self.watchdog.feed(PATIENCE if step == first + 1 else 1)
+            self.schedule.step(1)
+            result = train_step(self.trainee, micro_batches, self._notices, self.timers)
+            tokens = self.progress.tokens + self.stream.tokens_per_step
+            self.progress = Progress(step, tokens, self.faults.state())
+            entry = report.entry(result, self.progress, self.timers)
+            if entry is not None:
+                log.write(entry)
+            log.advance(step, result.loss)
+            self._mind_faults(log, result, micro_batches)
+            self._mind_checkpoints(log, result)
+            if result.stop and step < total:
+                log.event("stop", step, reason=self.stop.reason or "another rank was asked to")
+                return REQUEUE_EXIT_CODE
+        log.event("end", self.progress.step)
+        return 0
 
     def _notices(self) -> tuple[bool, bool]:
         return self.stop.requested, self.checkpoints.is_writing
@@ -197,7 +208,9 @@ class _Run:
         is_last = step == config.schedule.steps or result.stop
         if self.checkpoints.is_pending and not result.saving:
             self._finish_save(log)
-        is_due = step % config.checkpoint.interval == 0 and not self.faults.in_a_row
+        interval = config.checkpoint.interval
+        # Counted from the last save: what fell due at a step that was left out comes after the next.
+        is_due = step // interval > self.saved_step // interval and not self.faults.in_a_row
         if is_due or is_last:
             self._save(log)
         if is_last:
@@ -205,7 +218,7 @@ class _Run:
 
     def _save(self, log: MetricsLog) -> None:
         self._finish_save(log)
-        self.watchdog.feed(5)
+        self.watchdog.feed(PATIENCE)
         with self.timers.phase("save"):
             log.sync()
             if self.config.parallel.overlap_param_gather:
@@ -215,25 +228,30 @@ class _Run:
             started = time.perf_counter()
             folder = self.checkpoints.save(self.progress, self.stream.state(self.progress.step))
             seconds = round(time.perf_counter() - started, 3)
+        self.saved_step = self.progress.step
         in_background = self.checkpoints.is_pending
         log.event(
             "save begun" if in_background else "save", self.progress.step,
             checkpoint=folder.name, seconds=seconds,
         )  # fmt: skip
-        self.watchdog.feed(5)
+        self.watchdog.feed(PATIENCE)
 
     def _finish_save(self, log: MetricsLog) -> None:
         """Complete the checkpoint that is being written in the background, if any."""
         if not self.checkpoints.is_pending:
             return
-        self.watchdog.feed(5)
+        self.watchdog.feed(PATIENCE)
         started = time.perf_counter()
         with self.timers.phase("save"):
             folder = self.checkpoints.finish()
         assert folder is not None
         seconds = round(time.perf_counter() - started, 3)
         log.event("save", self.progress.step, checkpoint=folder.name, seconds=seconds)
-        self.watchdog.feed(5)
+        self.watchdog.feed(PATIENCE)
+
+
+def _hold(held: contextlib.ExitStack, config: RunConfig) -> None:
+    held.enter_context(lock_output(Path(config.output)))
 
 
 def _open_stream(config: RunConfig, world: World, model: ModelConfig) -> PackedStream:
@@ -246,12 +264,6 @@ def _open_stream(config: RunConfig, world: World, model: ModelConfig) -> PackedS
     )
     stream.plan(config.schedule.steps)  # refuses what data.token_budget and max_epochs forbid
     return stream
-
-
-def _prepare_output(config: RunConfig) -> None:
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(output / "config.yaml", to_yaml(config))
 
 
 def _prefetched(

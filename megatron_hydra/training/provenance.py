@@ -10,6 +10,10 @@ from megatron_hydra.checkpoint import store
 from megatron_hydra.config.loading import to_dict
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import RunConfig
+from megatron_hydra.errors import HydraError
+
+OTHER_RUN = "give the checkpoint that this run was started from, or choose another output"
+"""What to do where a run is resumed with other inputs."""
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
@@ -43,6 +47,21 @@ class Provenance:
         history = list(earlier.get("history", []))
         return cls(inputs, [*history, {k: v for k, v in earlier.items() if k != "history"}])
 
+    def refuse_other_inputs(self, folder: Path) -> None:
+        """Refuse to go on from a checkpoint of a run that started from other checkpoints.
+
+        Raises:
+            HydraError: naming the role, and both checkpoints.
+        """
+        saved = store.read_manifest(folder).get("provenance", {}).get("inputs", {})
+        for role in sorted(saved.keys() | self.inputs.keys()):
+            before, now = saved.get(role, {}), self.inputs.get(role, {})
+            if before.get("fingerprint") != now.get("fingerprint"):
+                raise HydraError(
+                    f"cannot resume from {folder}: its {role} was {_named(before)}, this run's is "
+                    f"{_named(now)}; {OTHER_RUN}"
+                )
+
     def record(self, config: RunConfig, step: int, tokens: int) -> dict[str, Any]:
         """The ``provenance`` of a manifest, JSON."""
         return {
@@ -53,6 +72,10 @@ class Provenance:
             "config": to_dict(config),
             "history": self.history,
         }
+
+
+def _named(entry: dict[str, str]) -> str:
+    return f"{entry['path']} ({entry['fingerprint']})" if entry else "none"
 
 
 def trained_model_config(model: ModelConfig) -> ModelConfig:

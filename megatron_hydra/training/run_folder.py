@@ -1,19 +1,48 @@
-"""The ``checkpoints`` folder of a run: names, which one to go on from, which ones may go."""
+"""The folder of a run: whose it is; its checkpoints, which one to go on from, which ones may go."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_hydra.checkpoint import store
 from megatron_hydra.errors import HydraError
+from megatron_hydra.reporting import EVENTS_FILE
 
 _log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 _STEP_PREFIX = "step_"
 _DAMAGED_PREFIX = "damaged_"
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def lock_output(output: Path) -> Iterator[None]:
+    """Make a run's folder and keep it for this process: two runs would spoil each other's files.
+
+    The lock goes with the process, however that ends.
+
+    Raises:
+        HydraError: another process has it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / _LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HydraError(
+                f"{output} is in use by another run that has not ended: choose another output, or "
+                "end that run first"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            _log.warning("%s cannot be locked (%s): start no second run there", output, error)
+        yield
 
 
 def checkpoint_name(step: int) -> str:
@@ -37,13 +66,16 @@ def find_resume_point(folder: Path, resume: str) -> str | None:
         resume: ``checkpoint.resume``.
 
     Raises:
-        HydraError: there is one and ``resume`` is ``never``, or it is damaged.
+        HydraError: there is one and ``resume`` is ``never``, or it is damaged; or there is none, but
+            the run has saved one.
     """
+    folders = step_folders(folder)
+    has_pointer = (folder / store.LATEST_FILE).exists()
+    if not folders and not has_pointer:
+        _refuse_lost_checkpoints(folder)
     folder.mkdir(exist_ok=True)
     for leftover in folder.glob(f".{_STEP_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    folders = step_folders(folder)
-    has_pointer = (folder / store.LATEST_FILE).exists()
     if not folders and not has_pointer:
         return None
     if resume == "never":
@@ -62,6 +94,24 @@ def find_resume_point(folder: Path, resume: str) -> str | None:
             f"{error}; checkpoint.resume=fallback goes on from the newest undamaged checkpoint"
         ) from None
     return str(found)
+
+
+def _refuse_lost_checkpoints(folder: Path) -> None:
+    """A run whose checkpoints are gone (an unmounted disk) must not silently begin anew."""
+    events = folder.parent / EVENTS_FILE
+    if not events.is_file():
+        return
+    for line in reversed(events.read_text().splitlines()):
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:  # half-written when the process was killed
+            continue
+        if event["event"] == "save":
+            raise HydraError(
+                f"{folder} holds no checkpoint, but {events} says that {event['checkpoint']} was "
+                "saved there: mount or restore the folder; to begin anew, choose another output or "
+                f"remove {folder.parent}"
+            )
 
 
 def _newest_good(folders: list[Path]) -> Path:
@@ -87,7 +137,11 @@ def retain(folder: Path, newest: Path, keep: int) -> None:
     """Delete all but the ``keep`` newest checkpoints (0: none), and never ``newest``."""
     old = [path for path in step_folders(folder) if path != newest]
     for path in old[: max(0, len(old) + 1 - keep)] if keep else []:
-        # Renamed first: a half-deleted folder must not look like a checkpoint.
-        doomed = path.with_name(f".{path.name}.old")
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        discard(path)
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint, renamed first: a half-deleted folder must not look like one."""
+    doomed = path.with_name(f".{path.name}.old")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

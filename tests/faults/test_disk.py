@@ -18,7 +18,9 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.training import loop
 from megatron_hydra.training.loop import run_training
 from megatron_hydra.training.run_folder import step_folders
+from megatron_hydra.training.sinks import TensorBoard
 from tests.faults.runs import Run, start_run
+from tests.required import skip_without
 
 BOTH = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 
@@ -27,13 +29,13 @@ BOTH = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "asyn
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MB."""
     if os.geteuid() != 0:
-        pytest.skip("mounting a small file system wants root")
+        skip_without("root", "mounting a small file system wants root")
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
     if done.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+        skip_without("root", f"a small file system cannot be mounted: {done.stderr.strip()}")
     try:
         yield folder
     finally:
@@ -63,11 +65,11 @@ def _after_first_checkpoint(
     monkeypatch.setattr(loop, "train_step", patched)
 
 
-def _fill(folder: Path) -> None:
-    """Leave a few kilobytes."""
+def _fill(folder: Path, leave: int = 64 * 1024) -> None:
+    """Leave so many bytes."""
     free = shutil.disk_usage(folder).free
     with (folder / "filler").open("wb") as file:
-        file.write(b"\0" * max(0, free - 64 * 1024))
+        file.write(b"\0" * max(0, free - leave))
 
 
 def _assert_intact(checkpoints: Path, *, tidy: bool = True) -> None:
@@ -139,10 +141,41 @@ def test_a_checkpoint_folder_that_vanishes(
     monkeypatch.undo()
     assert not (output / "checkpoints").exists()  # not made up
     _assert_intact(elsewhere, tidy=False)
+    with pytest.raises(HydraError, match=r"holds no checkpoint, but .* was saved there: mount"):
+        run_training(config)  # the same command does not begin anew
     table(
         "checkpoint folder vanished while training" + _kind(asynchronous), 1, 1,
-        "clear error, older one intact",
+        "clear error, older one intact; the same command is refused as long as it is gone",
     )  # fmt: skip
+
+
+def test_a_full_disk_with_tensorboard(
+    small_disk: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table
+) -> None:
+    output = small_disk / "out"
+    config = apply_overrides(_config(inputs, tmp_path, output, False), ["logging.tensorboard=true"])
+    _after_first_checkpoint(monkeypatch, output / "checkpoints", lambda: _fill(small_disk, 0))
+    with pytest.raises(HydraError, match="No space left on device"):
+        run_training(config)
+    monkeypatch.undo()
+    _assert_intact(output / "checkpoints")
+    table("disk full to the last byte, with TensorBoard", 1, 1, "clear error, older one intact")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_says_that_the_disk_is_full(small_disk: Path) -> None:
+    """Its writer is a thread that fails on its own, and again when it is closed."""
+    sink = TensorBoard(small_disk / "tensorboard", 1)
+    _fill(small_disk, 0)
+
+    def write() -> None:
+        for step in range(1000):
+            sink.write({"step": step, "loss": 1.0})
+        sink.close()
+
+    for action in (write, sink.close):
+        with pytest.raises(HydraError, match=r"tensorboard cannot be written: .*No space left on"):
+            action()
 
 
 def test_an_output_that_cannot_be_written(inputs: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -139,6 +141,46 @@ def test_what_a_death_left_behind_goes(tmp_path: Path) -> None:
         (tmp_path / name / "weights").mkdir(parents=True)
     assert find_resume_point(tmp_path, "auto") is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_death_while_an_older_attempt_makes_room_leaves_no_half_checkpoint(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run died between a checkpoint's rename and the move of the pointer, and makes it again."""
+    checkpoints = tmp_path / "checkpoints"
+    every = ["checkpoint.interval=2", "checkpoint.keep=0"]
+    _run(inputs, tmp_path, *every)
+    atomic.write_text_atomic(checkpoints / "latest", "step_00000002\n")
+    remove = shutil.rmtree
+
+    def die_halfway(path, *args, **kwargs) -> None:
+        if "step_00000004" in path.name and not path.name.endswith(".tmp"):
+            (path / "model.json").unlink()
+            raise KeyboardInterrupt
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", die_halfway)
+    with pytest.raises(KeyboardInterrupt):
+        _run(inputs, tmp_path, *every)
+    monkeypatch.undo()
+    for folder in step_folders(checkpoints):
+        store.verify_checkpoint(folder)
+    _run(inputs, tmp_path, *every)
+    assert (checkpoints / "latest").read_text() == "step_00000004\n"
+
+
+def test_checkpoints_that_are_gone_are_no_new_run(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    saved = {"time": 1.0, "event": "save", "step": 4, "checkpoint": "step_00000004"}
+    events.write_text(json.dumps(saved | {"event": "start"}) + "\n")
+    assert find_resume_point(tmp_path / "checkpoints", "auto") is None
+    (tmp_path / "checkpoints").rmdir()
+    with events.open("a") as file:
+        file.write(json.dumps(saved) + '\n{"time": 2.0, "eve')
+    for resume in ("auto", "fallback", "never"):
+        with pytest.raises(HydraError, match=r"says that step_00000004 was saved there: mount or"):
+            find_resume_point(tmp_path / "checkpoints", resume)
+    assert not (tmp_path / "checkpoints").exists()  # not made up
 
 
 def test_a_checkpoint_without_a_manifest_is_no_new_run(tmp_path: Path) -> None:

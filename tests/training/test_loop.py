@@ -12,14 +12,19 @@ import pytest
 import torch
 
 from megatron_hydra.checkpoint import store
-from megatron_hydra.config import apply_overrides
+from megatron_hydra.checkpoint.convert import hf_to_megatron
+from megatron_hydra.checkpoint.store import save_canonical
+from megatron_hydra.config import apply_overrides, load_run_config
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.stopping import REQUEUE_EXIT_CODE
 from megatron_hydra.training import loop
 from megatron_hydra.training.loop import run_training
+from megatron_hydra.training.run_folder import lock_output, step_folders
+from megatron_hydra.transfer.student import initialise_student
 from tests.training import tiny
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 
 
@@ -98,6 +103,21 @@ def test_death_between_checkpoints_repeats_no_step(
     _assert_same_run(tmp_path, undisturbed)
 
 
+def test_a_stop_keeps_the_optimizer_that_the_last_checkpoint_goes_without(
+    inputs: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(inputs, tmp_path, "distill", "checkpoint.save_optimizer=false")
+    _at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_training(config) == REQUEUE_EXIT_CODE
+    monkeypatch.undo()
+    assert run_training(config) == 0
+    small, whole = (_everything(run / "checkpoints") for run in (tmp_path, undisturbed))
+    assert whole.keys() - small.keys() == {key for key in whole if key.startswith("optimizer.")}
+    assert all(torch.equal(small[key], whole[key]) for key in small)
+    with pytest.raises(HydraError, match=r"save_optimizer=false and cannot be resumed"):
+        run_training(apply_overrides(config, [f"schedule.steps={STEPS + 1}"]))
+
+
 def test_finished_run_is_not_run_again(undisturbed: Path, inputs: Path) -> None:
     before = (undisturbed / "metrics.jsonl").read_text()
     assert run_training(_config(inputs, undisturbed, "distill")) == 0
@@ -117,6 +137,29 @@ def test_resuming_another_run_is_refused(
 ) -> None:
     with pytest.raises(HydraError, match=message):
         run_training(_config(inputs, undisturbed, "distill", *overrides))
+
+
+def test_resuming_with_another_student_is_refused(inputs: Path, tmp_path: Path) -> None:
+    """Also where its weights would fit: as many FA heads in every layer, but others."""
+    weights = tiny.teacher_weights()
+    swapped = dataclasses.replace(
+        tiny.student_config(), full_attention_heads=((0, 6), (), (0, 1, 5), (2,))
+    )
+    save_canonical(tmp_path / "swapped", initialise_student(weights, swapped), swapped)
+    retrained = tiny.student_config()
+    others = initialise_student(tiny.teacher_weights(seed=1), retrained)
+    save_canonical(tmp_path / "retrained", others, retrained)
+    config = _config(inputs, tmp_path / "run", "finetune", "schedule.steps=2")
+    assert run_training(config) == 0
+    before = (tmp_path / "run/config.yaml").read_text()
+    for name, message in (
+        ("swapped", r"full_attention_heads of its student is another than that of .*/swapped"),
+        ("retrained", r"its student was .*/student \(sha256:.*, this run's is .*/retrained \("),
+    ):
+        other = [f"student.checkpoint={tmp_path / name}", "schedule.steps=4"]
+        with pytest.raises(HydraError, match=message):
+            run_training(apply_overrides(config, other))
+    assert (tmp_path / "run/config.yaml").read_text() == before
 
 
 def test_damaged_checkpoint_is_refused_and_fallback_is_explicit(
@@ -142,6 +185,16 @@ def test_damaged_checkpoint_is_refused_and_fallback_is_explicit(
     assert run_training(apply_overrides(config, ["checkpoint.resume=fallback"])) == 0
     assert [line["step"] for line in tiny.read_metrics(tmp_path)] == [1, 2, 3, 4]
     store.verify_manifest(folder / "step_00000004")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(inputs: Path, tmp_path: Path) -> None:
+    config = _config(inputs, tmp_path, "finetune", "schedule.steps=2")
+    with (
+        lock_output(tmp_path),
+        pytest.raises(HydraError, match="is in use by another run that has not ended"),
+    ):
+        run_training(config)
+    assert run_training(config) == 0
 
 
 def test_nonexistent_student_is_refused(inputs: Path, tmp_path: Path) -> None:
@@ -183,6 +236,16 @@ def test_a_step_without_finite_loss_changes_nothing(
     assert all(torch.isfinite(t).all() for t in after.values() if t.is_floating_point())
 
 
+def test_a_checkpoint_that_falls_due_at_a_bad_step_is_made_after_the_next_good_one(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(inputs, tmp_path, "finetune", "checkpoint.interval=2", "checkpoint.keep=0")
+    _poison(monkeypatch, {2})
+    assert run_training(config) == 0
+    steps = [path.name for path in step_folders(tmp_path / "checkpoints")]
+    assert steps == ["step_00000003", "step_00000004", "step_00000006"]
+
+
 def test_too_many_bad_steps_end_the_run(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +279,60 @@ def test_every_verb_learns_and_leaves_a_record(inputs: Path, tmp_path: Path) -> 
     assert stages[-2:] == ["align", "distill"]
     assert provenance["history"][-2]["inputs"]["teacher"]["fingerprint"].startswith("sha256:")
     assert store.read_model_config(student).full_attention_heads == tiny.HEADS
+
+
+def test_pretraining_starts_from_a_model_that_transformers_has_made(
+    inputs: Path, tmp_path: Path
+) -> None:
+    """As docs/training.md says, with the config that is shipped."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    shape = Qwen3Config(
+        vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    Qwen3ForCausalLM(shape).save_pretrained(tmp_path / "hf")
+    hf_to_megatron(tmp_path / "hf", tmp_path / "dense")
+    config = load_run_config(
+        [ROOT / "configs/tiny/pretrain.yaml"],
+        [f"student.checkpoint={tmp_path / 'dense'}", f"output={tmp_path / 'run'}",
+         f"data.blend.0.path={inputs / 'text'}", f"data.sequence_length={tiny.SEQUENCE}",
+         "schedule.steps=12", "schedule.warmup_steps=2", "optimizer.lr=3e-3",
+         "logging.progress=false"],
+    )  # fmt: skip
+    assert run_training(config) == 0
+    losses = [line["loss"] for line in tiny.read_metrics(tmp_path / "run")]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    model = store.read_model_config(tmp_path / "run/checkpoints")
+    assert not model.is_hybrid
+    assert model.source["fingerprint"] == ""  # these are no longer the weights it was made of
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_the_gradient_that_reaches_the_optimizer_is_clipped(
+    clip: float, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, norms = loop.train_step, []
+
+    def patched(trainee, *rest):
+        optimizer = trainee.optimizer
+
+        def noted():
+            norms.append(float(optimizer.get_grad_norm()))
+            return type(optimizer).step_with_ready_grads(optimizer)
+
+        optimizer.step_with_ready_grads = noted
+        return original(trainee, *rest)
+
+    monkeypatch.setattr(loop, "train_step", patched)
+    config = _config(
+        inputs, tmp_path, "finetune", "schedule.steps=2", f"optimizer.clip_grad={clip}"
+    )
+    assert run_training(config) == 0
+    before = [line["grad_norm"] for line in tiny.read_metrics(tmp_path)]
+    assert min(before) > 0.1
+    assert norms == pytest.approx([clip or norm for norm in before], rel=1e-4)
 
 
 def test_align_trains_the_hybrid_attention_alone(inputs: Path, tmp_path: Path) -> None:
