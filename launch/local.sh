@@ -24,18 +24,28 @@ run_command() {
   local status=0
   show "${COMMAND[@]}"
   ((DRY_RUN)) && return
+  leave_if_stopped
   "${COMMAND[@]}" &
   CHILD=$!
+  [[ -z $STOP_SIGNAL ]] || hand_on "$STOP_SIGNAL" # it came while the child was being started
   wait "$CHILD" || status=$?
   # A signal to this script is handed on by the trap and also ends the wait: wait again.
   while kill -0 "$CHILD" 2> /dev/null; do
     status=0
     wait "$CHILD" || status=$?
   done
+  CHILD=''
   if ((status == REQUEUE_STATUS)); then
     echo "stopped by a signal after saving; the same command goes on from there" >&2
   fi
   ((status == 0)) || exit "$status"
+}
+
+# A signal that came between two steps, or to a step that had nothing left to do, stops the chain.
+leave_if_stopped() {
+  [[ -n $STOP_SIGNAL ]] || return 0
+  echo "stopped by a signal between two steps; the same command goes on from there" >&2
+  exit "$REQUEUE_STATUS"
 }
 
 run_step() {
@@ -64,8 +74,9 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
   print_usage local.sh 'Runs the steps on this machine, one after the other; a step that fails ends it.'
   exit 0
 fi
-CHILD=''
+CHILD='' STOP_SIGNAL=''
 hand_on() {
+  STOP_SIGNAL=$1
   [[ -z $CHILD ]] || kill -s "$1" "$CHILD" 2> /dev/null || true
 }
 # A process in the background of a script is deaf to SIGINT, so Ctrl-C is handed on as SIGTERM.

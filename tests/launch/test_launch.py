@@ -186,6 +186,50 @@ def test_local_chain_ends_at_the_step_that_fails(folder: Path) -> None:
     assert "tool got ['three']" not in done.stdout
 
 
+def test_a_signal_between_two_steps_stops_the_chain(folder: Path) -> None:
+    """The first step is through when the launcher hands the signal on."""
+    (folder / "last_moment.py").write_text(
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: os._exit(0))\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(30)\n"
+    )
+    lines = launch(
+        LOCAL, "--procs-per-node", "1", "--python", sys.executable, "last_moment.py",
+        "--then", "tool.py", "two", cwd=folder, check=False,
+    )  # fmt: skip
+    assert "stopped by a signal between two steps; the same command goes on from there" in lines
+    assert not any("tool got" in line for line in lines)
+
+
+_SCONTROL = """#!/bin/bash
+case "$2" in
+  job) # asked by a subshell of the job script, which gets a signal while it waits
+    [[ -e signalled ]] || kill -USR1 "$(ps -o ppid= -p $PPID)"
+    touch signalled
+    echo "JobId=7 JobState=RUNNING EndTime=2026-01-01T00:00:00 " ;;
+  *) echo "$@" >> scontrol.log ;;
+esac
+"""
+
+
+def test_a_signal_before_a_job_has_begun_requeues_it(folder: Path) -> None:
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, text in (("scontrol", _SCONTROL), ("srun", "#!/bin/bash\ntouch started\n")):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    job = ROOT / "launch" / "job.sbatch"
+    done = subprocess.run(
+        ["bash", str(job), "--launch-dir", str(job.parent), "--python", "py", "--", "align.yaml"],
+        cwd=folder, capture_output=True, text=True, check=False,
+        env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"},
+    )  # fmt: skip
+    assert done.returncode == 85, done.stderr
+    assert (folder / "scontrol.log").read_text() == "requeue 7\n"
+    assert not (folder / "started").exists()
+
+
 def test_local_runs_tools_and_arrays(folder: Path) -> None:
     lines = launch(
         LOCAL, "--procs-per-node", "1", "--python", sys.executable, "--array", "array.txt",
