@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_hydra.ops import (
+    self_check,
     triton_chunk_loss,
     triton_fusion_tail,
     triton_qk_preparation,
@@ -28,6 +29,8 @@ MODULES = (triton_chunk_loss, triton_fusion_tail, triton_qk_preparation, triton_
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", int: "i32", float: "fp32",
 }  # fmt: skip
+SIZES = ("D", "BLOCK", "heads", "W")
+"""Arguments that are told of a kernel."""
 OPTIONS = ("num_warps", "num_stages")
 
 
@@ -53,7 +56,8 @@ class Recorder:
         signature, constants = {}, {}
         for parameter in self.kernel.params:
             value = bound[parameter.name]
-            if parameter.is_constexpr or value is None:
+            # As the compiler does at a real launch: counts of 1 are constants.
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
                 signature[parameter.name] = "constexpr"
                 constants[(parameter.num,)] = value
             else:
@@ -64,7 +68,8 @@ class Recorder:
             return
         source = ASTSource(self.kernel, signature, constants)
         binary = triton.compile(source, target=TARGET, options=options)
-        self.compiled[key] = len(binary.asm["cubin"])
+        sizes = {p.name: bound[p.name] for p in self.kernel.params if p.name in SIZES}
+        self.compiled[key] = {"kernel": self.name, **sizes, "bytes": len(binary.asm["cubin"])}
 
 
 def main(arguments: list[str]) -> None:
@@ -74,13 +79,14 @@ def main(arguments: list[str]) -> None:
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel"):
                 setattr(module, name, Recorder(f"{module.__name__}.{name}", value, compiled))
-    kernel_cases.TOLERANCE = dict.fromkeys(kernel_cases.TOLERANCE, Anything())
+    for module in (kernel_cases, self_check):
+        module.TOLERANCE = dict.fromkeys(module.TOLERANCE, Anything())
     for check in kernel_cases.CHECKS:
         if arguments and check.__name__ not in arguments:
             continue
         check(torch.device("cpu"), torch.bfloat16)
-    for (name, *_), size in compiled.items():
-        print(json.dumps({"kernel": name, "bytes": size}))
+    for built in compiled.values():
+        print(json.dumps(built))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,19 @@ TRITON_INTERPRET=1 python -m tests.ops.kernel_cases       # on a CPU, in Triton'
 from __future__ import annotations
 
 import itertools
+import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import torch
 
 from megatron_hydra.model.rotary import rotary_tables
 from megatron_hydra.ops import fusion_tail, qk_preparation, short_conv
+from megatron_hydra.ops.linear_distillation_loss import (
+    linear_distillation_loss,
+    linear_distillation_loss_reference,
+)
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
 
@@ -124,44 +132,134 @@ def check_short_conv(device, dtype, channels=40, tokens=150):
         )  # fmt: skip
 
 
-def check_chunk_loss(device, dtype, tokens=19, d=16, vocabulary=70):
-    """Fused against unfused, both from hidden states; blocks smaller than the vocabulary."""
-    from megatron_hydra.ops import triton_chunk_loss
-    from megatron_hydra.ops.linear_distillation_loss import (
-        linear_distillation_loss,
-        linear_distillation_loss_reference,
-    )
+def check_one_head(device, dtype, d=128, tokens=21):
+    """The compiler makes a constant of every count that is 1; d is that of real models."""
+    from megatron_hydra.ops import triton_fusion_tail, triton_qk_preparation
 
-    labels = torch.randint(0, vocabulary, (tokens,), device=device)
-    mask = (torch.rand(tokens, device=device) < 0.7).float()
-    whole_block = triton_chunk_loss.BLOCK
-    for teacher, tau, block in itertools.product((False, True), (1.0, 2.5), (whole_block, 16)):
-        triton_chunk_loss.BLOCK = block
-        weights = [torch.randn(vocabulary, d, device=device) for _ in range(2)]
-        hidden = [torch.randn(tokens, d, device=device) for _ in range(2)]
-        options = {"kl_weight": 0.6 if teacher else 0.0, "temperature": tau}
+    cos, sin = rotary_tables(torch.arange(tokens, device=device), torch.rand(d // 2), 1.0)
+    x, gate = (torch.randn(tokens, 1, d, device=device) for _ in range(2))
+    weight, scale = 1 + torch.rand(d, device=device), torch.rand(1, device=device)
+    compare(
+        lambda x: triton_qk_preparation.prepare_heads(*x, 1e-6, (cos, sin), None, True),
+        lambda x: qk_preparation.prepare_heads(*x, 1e-6, (cos, sin), None, True),
+        [x, weight], dtype, "q/k preparation of one head",
+    )  # fmt: skip
+    compare(
+        lambda x: triton_fusion_tail.fusion_tail([x[:2]], x[2], 1e-6),
+        lambda x: fusion_tail.fusion_tail([x[:2]], x[2], 1e-6),
+        [x, gate, scale], dtype, "fusion tail of one head",
+    )  # fmt: skip
 
-        def arguments(x, teacher=teacher, weights=weights, hidden=hidden):
-            given = (hidden[1].to(x[0]), weights[1].to(x[0])) if teacher else (None, None)
-            return {
-                "student_hidden": x[0], "student_weight": x[1], "labels": labels,
-                "loss_mask": mask, "teacher_hidden": given[0], "teacher_weight": given[1],
-            }  # fmt: skip
 
-        low = [x.to(dtype).requires_grad_() for x in (hidden[0], weights[0])]
-        hidden[1], weights[1] = hidden[1].to(dtype), weights[1].to(dtype)
-        wide = [x.detach().double().requires_grad_() for x in low]
-        got = linear_distillation_loss(**arguments(low), **options, chunk_tokens=8, fused=True)
-        want = linear_distillation_loss_reference(**arguments(wide), **options)
-        got_grads, want_grads = (
-            torch.autograd.grad(got.loss, low),
-            torch.autograd.grad(want.loss, wide),
+class LossCase:
+    """Hidden states, LM heads and labels in ``dtype``, and what the loss and its gradients should be."""
+
+    def __init__(self, device, dtype, teacher, tau, tokens=19, d=16, vocabulary=70):
+        self.options = {"kl_weight": 0.6 if teacher else 0.0, "temperature": tau}
+        self.labels = torch.randint(0, vocabulary, (tokens,), device=device)
+        self.mask = (torch.rand(tokens, device=device) < 0.7).float()
+        self.hidden, self.teacher_hidden = (
+            torch.randn(tokens, d, device=device).to(dtype) for _ in range(2)
         )
-        pairs = [(got.loss, want.loss), (got.kl, want.kl), (got.ce, want.ce)]
-        for i, (a, b) in enumerate([*pairs, *zip(got_grads, want_grads, strict=True)]):
+        self.weight, self.teacher_weight = (
+            torch.randn(vocabulary, d, device=device).to(dtype) for _ in range(2)
+        )
+        self.what, self.tolerance, self.has_teacher = (
+            f"{teacher=} {tau=}",
+            TOLERANCE[dtype],
+            teacher,
+        )
+        self.want = self.call(linear_distillation_loss_reference, torch.float64, slice(None))
+
+    def call(self, function, dtype, rows, **options):
+        """Loss, KL, CE, gradients by hidden states and by these rows of the LM head."""
+        inputs = [x.to(dtype).detach().requires_grad_() for x in (self.hidden, self.weight[rows])]
+        if self.has_teacher:
+            options["teacher_hidden"] = self.teacher_hidden.to(dtype)
+            options["teacher_weight"] = self.teacher_weight[rows].to(dtype)
+        loss = function(*inputs, self.labels, self.mask, **self.options, **options)
+        return [*loss, *torch.autograd.grad(loss.loss, inputs)]
+
+    def compare(self, got):
+        for i, (a, b) in enumerate(zip(got, self.want, strict=True)):
             error = float((a.double() - b).norm() / b.norm().clamp_min(1e-9))
-            assert error < TOLERANCE[dtype], f"{teacher=} {tau=}: tensor {i} is off by {error:.2e}"
-    triton_chunk_loss.BLOCK = whole_block
+            assert error < self.tolerance, f"{self.what}: tensor {i} is off by {error:.2e}"
+
+
+def check_chunk_loss(device, dtype):
+    """From hidden states, with blocks smaller than the vocabulary as well."""
+    from megatron_hydra.ops import triton_chunk_loss
+
+    blocks = triton_chunk_loss.BLOCK, 16
+    for teacher, tau, block in itertools.product((False, True), (1.0, 2.5), blocks):
+        case = LossCase(device, dtype, teacher, tau)
+        with mock.patch.object(triton_chunk_loss, "BLOCK", block):
+            case.compare(
+                case.call(linear_distillation_loss, dtype, slice(None), chunk_tokens=8, fused=True)
+            )
+
+
+class Ranks:
+    """A group whose ranks are threads that take turns: Triton's interpreter serves one at a time."""
+
+    def __init__(self, size):
+        self.size = size
+        self.met = threading.Barrier(size, timeout=60)
+        self.turn = threading.Lock()
+        self.given = [None] * size
+
+    def group(self, rank):
+        """What one rank passes as its process group."""
+        return types.SimpleNamespace(rank=lambda: rank, size=lambda: self.size)
+
+    def all_reduce(self, x, op, group):
+        self.given[group.rank()] = x.clone()
+        self.turn.release()
+        self.met.wait()
+        given = torch.stack(self.given)
+        self.met.wait()  # nobody gives anew before all have read
+        self.turn.acquire()
+        x.copy_(given.amax(0) if op == torch.distributed.ReduceOp.MAX else given.sum(0))
+
+    def run(self, function):
+        """Call ``function(rank)`` as every rank; results in their order."""
+
+        def one(rank):
+            with self.turn:
+                return function(rank)
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(one, range(self.size)))
+
+
+def check_vocabulary_parallel_loss(device, dtype, size=2):
+    """Half of the vocabulary a rank: the same loss on both, gradients that add up and join."""
+    for teacher, tau in itertools.product((False, True), (1.0, 2.5)):
+        case, ranks = LossCase(device, dtype, teacher, tau), Ranks(size)
+        part = len(case.weight) // size
+
+        def on_rank(rank, case=case, ranks=ranks, part=part):
+            return case.call(
+                linear_distillation_loss, dtype, slice(rank * part, (rank + 1) * part),
+                chunk_tokens=8, fused=True, tp_group=ranks.group(rank),
+            )  # fmt: skip
+
+        with mock.patch("torch.distributed.all_reduce", ranks.all_reduce):
+            results = ranks.run(on_rank)
+        d_hidden = sum(result[3].double() for result in results)
+        d_weight = torch.cat([result[4] for result in results])
+        for result in results:
+            case.compare([*result[:3], d_hidden, d_weight])
+
+
+def check_start_up(device, dtype):
+    """The start-up check itself passes our kernels, at the head dimension of real models."""
+    from megatron_hydra.ops.backends import BACKENDS, Case, Kernels
+    from megatron_hydra.ops.self_check import check_kernels
+
+    (triton,) = (b for b in BACKENDS["fused_kernels"] if b.name == "triton")
+    names = {**Kernels().names, "fused_kernels": "triton"}
+    check_kernels(Kernels(**triton.load(), names=names), Case(device, dtype, 128))
 
 
 CHECKS = (
@@ -169,11 +267,14 @@ CHECKS = (
     check_strided_gate,
     check_prepare_heads,
     check_short_conv,
+    check_one_head,
     check_chunk_loss,
+    check_vocabulary_parallel_loss,
+    check_start_up,
 )
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     for check in CHECKS:
         check(torch.device("cpu"), torch.float32)
-        print(check.__name__)
+        print(check.__name__, flush=True)

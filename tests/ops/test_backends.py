@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typing
+
 import pytest
 import torch
 
@@ -42,6 +44,12 @@ def installed(monkeypatch):
 
 def chosen(key, case, name="auto"):
     return backends._select(key, name, BACKENDS[key], case).name
+
+
+@pytest.mark.parametrize("key", BACKENDS)
+def test_the_config_has_these_names(key):
+    names = typing.get_args(typing.get_type_hints(BackendConfig)[key])
+    assert set(names) == {"auto", *(backend.name for backend in BACKENDS[key])}
 
 
 def test_auto_is_torch_without_a_gpu():

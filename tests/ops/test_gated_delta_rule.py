@@ -68,15 +68,20 @@ def test_fast_decay_does_not_overflow():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 def test_low_precision_stays_near_float64(dtype, tolerance):
-    exact = slow_inputs(200)
-    rounded = [x.detach().to(dtype) for x in exact]
-    rounded[3:] = [x.detach().float() for x in exact[3:]]  # decay and β are fp32 in the model
+    rounded = [x.detach().to(dtype) for x in slow_inputs(200)]
+    rounded[3:] = [x.detach().float() for x in slow_inputs(200)[3:]]  # decay and β, as in the model
+    exact = [x.double().requires_grad_() for x in rounded]
+    rounded = [x.requires_grad_() for x in rounded]
     expected, _ = recurrent_gated_delta_rule(*exact)
     actual, state = chunked_gated_delta_rule(*rounded)
     assert actual.dtype == dtype
     assert state.dtype == torch.float32
-    error = (actual.double() - expected).norm() / expected.norm()
-    assert error < tolerance
+    cotangent = torch.randn_like(actual)
+    expected_grads = torch.autograd.grad(expected, exact, cotangent.double())
+    actual_grads = torch.autograd.grad(actual, rounded, cotangent)
+    assert [g.dtype for g in actual_grads] == [x.dtype for x in rounded]
+    for a, b in zip([actual, *actual_grads], [expected, *expected_grads], strict=True):
+        assert (a.double() - b).norm() / b.norm() < tolerance
 
 
 def test_state_carries_a_stream_across_calls():

@@ -48,6 +48,37 @@ def test_state_carries_a_stream_across_calls_shorter_than_the_width():
     torch.testing.assert_close(torch.cat(pieces), whole)
 
 
+def test_gradients_flow_into_the_tokens_before_a_shard():
+    """Also into those of the first document only: what lies before it has no part in this shard."""
+    inputs = [torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (3, 8)]
+    weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    positions = torch.cat((torch.arange(2, 6), torch.arange(4)))  # two tokens came before
+    cotangent = torch.randn(8, 5, dtype=torch.float64)
+    actual = short_conv(inputs[1], weight, positions, inputs[0])
+    whole = short_conv(
+        torch.cat((inputs[0][1:], inputs[1])), weight, PackedSequence((0, 6, 10)).positions_local
+    )
+    torch.testing.assert_close(actual, whole[2:])
+    got, want = (torch.autograd.grad(y, [*inputs, weight], cotangent) for y in (actual, whole[2:]))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    assert (got[0][0] == 0).all()
+    assert (got[0][1:] != 0).all()
+
+
+def test_bf16_gradients_stay_near_float64():
+    positions = PackedSequence((0, 7, 40)).positions_local
+    low = [torch.randn(*n).bfloat16().requires_grad_() for n in ((40, 6), (6, 4), (3, 6))]
+    wide = [x.detach().double().requires_grad_() for x in low]
+    got, want = (short_conv(x, w, positions + 2, halo) for x, w, halo in (low, wide))
+    cotangent = torch.randn_like(got)
+    got_grads = torch.autograd.grad(got, low, cotangent)
+    want_grads = torch.autograd.grad(want, wide, cotangent.double())
+    for a, b in zip([got, *got_grads], [want, *want_grads], strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a.double() - b).norm() < 0.02 * b.norm()
+
+
 def test_a_nan_stays_in_its_document():
     x, weight = torch.randn(10, 5), torch.randn(5, 4)
     positions = PackedSequence((0, 4, 10)).positions_local

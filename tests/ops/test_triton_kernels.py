@@ -48,8 +48,24 @@ def test_kernels_compile_for_a_gpu_that_is_not_here():
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    built = {json.loads(line)["kernel"].rpartition(".")[0] for line in result.stdout.splitlines()}
-    assert len(built) == 4  # every module of ours with kernels
+    built = [json.loads(line) for line in result.stdout.splitlines()]
+    kernels = {tuple(b["kernel"].split(".")[-2:]) for b in built}
+    assert kernels == {
+        (f"triton_{module}", f"_{kernel}_kernel")
+        for module, kernels_of_it in {
+            "chunk_loss": ("statistics", "gradient"),
+            "fusion_tail": ("forward", "backward"),
+            "qk_preparation": ("forward", "backward"),
+            "short_conv": ("forward", "backward"),
+        }.items()
+        for kernel in kernels_of_it
+    }
+    # At the sizes of real models too: whole blocks of a vocabulary, d = 128, and a single head.
+    assert {b["BLOCK"] for b in built if "chunk_loss" in b["kernel"]} >= {16, 4096}
+    for module in ("fusion_tail", "qk_preparation"):
+        sizes = {(b["D"], b["heads"]) for b in built if module in b["kernel"]}
+        assert (128, 1) in sizes
+        assert any(d < 128 and heads > 1 for d, heads in sizes)
 
 
 @pytest.mark.parametrize("module", ["fusion_tail", "triton_fusion_tail"])
