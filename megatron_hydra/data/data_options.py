@@ -8,10 +8,11 @@ from typing import Any
 
 from megatron_hydra.config.loading import from_dict, read_config
 from megatron_hydra.config.run import BatchConfig, DataConfig, RunConfig, SourceConfig
+from megatron_hydra.data.packing import Packing
 from megatron_hydra.errors import HydraError
 
 # Of --input, in place of DataConfig's: it takes every corpus, long documents too.
-_INPUT_PACKING = "split_long"
+_INPUT_PACKING: Packing = "split_long"
 
 
 def load_data_sections(path: str) -> RunConfig:

@@ -177,7 +177,7 @@ class PackedStream:
                 f"{budget // self.tokens_per_step:,} steps fit"
             )
         report = self.epoch_report(steps)
-        epochs: collections.Counter[str] = collections.Counter()
+        epochs: collections.defaultdict[str, float] = collections.defaultdict(float)
         for part, numbers in zip(self.data.blend, report.values(), strict=True):
             epochs[os.path.realpath(part.path)] += numbers["epochs"]
         for part, name in zip(self.data.blend, report, strict=True):
