@@ -146,15 +146,27 @@ def test_a_full_disk_ends_a_merge_cleanly(reference, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_data_set_gives_the_bytes_of_its_files(corpus, qwen, reference, tmp_path, streaming):
-    (tmp_path / "set").mkdir()
+def write_data_set(folder: Path, corpus: Path, files: int) -> Path:
+    """The rows of a JSONL file as a data set of Parquet files."""
     texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
-    for part in range(3):
-        data = Dataset.from_dict({"text": texts[part * 100 : part * 100 + 100]})
-        data.to_parquet(tmp_path / "set" / f"train-{part}.parquet")
-    source = CorpusConfig((str(tmp_path / "set"),), hub=True, streaming=streaming)
-    run(TokenizeConfig(source, str(tmp_path / "out"), qwen, workers=0))
+    edges = [len(texts) * i // files for i in range(files + 1)]
+    for part in range(files):
+        data = Dataset.from_dict({"text": texts[edges[part] : edges[part + 1]]})
+        data.to_parquet(folder / f"train-{part}.parquet")
+    return folder
+
+
+IN_WORKERS = pytest.mark.slow  # spawned ones, each of which imports everything anew
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=IN_WORKERS)])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_gives_the_bytes_of_its_files(
+    corpus, qwen, reference, tmp_path, streaming, workers
+):
+    folder = write_data_set(tmp_path / "set", corpus, files=3)
+    source = CorpusConfig((str(folder),), hub=True, streaming=streaming)
+    run(TokenizeConfig(source, str(tmp_path / "out"), qwen, workers=workers))
     assert contents(tmp_path / "out")[:2] == contents(reference)[:2]
 
 
@@ -399,9 +411,10 @@ def _kill_during(settings: TokenizeConfig, seconds: float) -> bool:
     return running
 
 
-def _kill_many(kills: int, documents: int, qwen: str, tmp_path: Path, seed: int) -> None:
-    source = write_jsonl(tmp_path / "long.jsonl", documents, words=300)
-    settings = config(source, tmp_path / "out", qwen, unit_bytes=60_000, workers=2)
+def _kill_many(kills: int, settings: TokenizeConfig, seed: int) -> None:
+    """Kill a preparation of ``out`` again and again; it has to become what ``whole`` becomes."""
+    tmp_path = Path(settings.output).parent
+    before = [path.name for path in tmp_path.iterdir()]
     whole = dataclasses.replace(settings, output=str(tmp_path / "whole"))
     begin = time.monotonic()
     run(whole)
@@ -419,19 +432,32 @@ def _kill_many(kills: int, documents: int, qwen: str, tmp_path: Path, seed: int)
     run(settings)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["long.jsonl", *(f"{name}{suffix}" for name in ("out", "whole") for suffix in SUFFIXES)]
+        [*before, *(f"{name}{suffix}" for name in ("out", "whole") for suffix in SUFFIXES)]
     )
 
 
 def test_killed_runs_resume_to_the_same_bytes(qwen, tmp_path, monkeypatch):
     monkeypatch.setattr(parts_module, "_SYNC_SECONDS", 0.05)
-    _kill_many(3, 700, qwen, tmp_path, seed=0)
+    source = write_jsonl(tmp_path / "long.jsonl", 700, words=300)
+    settings = config(source, tmp_path / "out", qwen, unit_bytes=60_000, workers=2)
+    _kill_many(3, settings, seed=0)
 
 
 @pytest.mark.slow
 def test_twenty_kills_resume_to_the_same_bytes(qwen, tmp_path, monkeypatch):
     monkeypatch.setattr(parts_module, "_SYNC_SECONDS", 0.05)
-    _kill_many(20, 6000, qwen, tmp_path, seed=1)
+    source = write_jsonl(tmp_path / "long.jsonl", 6000, words=300)
+    settings = config(source, tmp_path / "out", qwen, unit_bytes=60_000, workers=2)
+    _kill_many(20, settings, seed=1)
+
+
+@pytest.mark.slow
+def test_killed_runs_of_a_stream_resume_to_the_same_bytes(qwen, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts_module, "_SYNC_SECONDS", 0.05)
+    source = write_jsonl(tmp_path / "long.jsonl", 4000, words=300)
+    folder = write_data_set(tmp_path / "set", source, files=40)
+    corpus = CorpusConfig((str(folder),), hub=True, streaming=True)
+    _kill_many(3, TokenizeConfig(corpus, str(tmp_path / "out"), qwen, workers=2), seed=2)
 
 
 @pytest.mark.parametrize("moved", [0, 1, 2, 3])
