@@ -8,44 +8,71 @@ import torch
 
 from megatron_hydra.errors import HydraError
 
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+"""Keys of transformers' configs that limit how far back a layer attends."""
+
 
 def measure_cache_bytes(model: Any, length: int = 512) -> dict[str, float]:
     """Bytes that one sequence's cache grows by per token, and what does not grow.
 
-    Runs prompts of ``length`` and ``length // 2`` tokens and adds up the storage of every tensor
-    that the returned caches hold: the difference is what grows. The config is not consulted.
+    Runs prompts of ``length`` and ``length // 2`` tokens, both longer by the model's window where it has
+    one (until that is full, it grows too), and adds up the storage of every tensor that the returned
+    caches hold: the difference is what grows. Of the config only the window is asked.
 
     Args:
         model: returns ``past_key_values`` (or ``cache_params``) when called with ``use_cache``.
-        length: tokens of the longer prompt, at least 2.
+        length: tokens of the longer prompt beyond the window, at least 2.
 
     Returns:
-        ``kv_bytes_per_token`` and ``state_bytes`` (recurrent states, convolution tails, counters).
+        ``kv_bytes_per_token`` and ``state_bytes`` (recurrent states, full windows, convolution tails,
+        counters).
 
     Raises:
         HydraError: the model returns no cache, or ``length`` is below 2.
     """
     if length < 2:
         raise HydraError(f"a cache is measured at two lengths: {length} tokens are too few")
-    half = length // 2
-    small, large = _cache_bytes(model, half), _cache_bytes(model, length)
-    per_token = (large - small) / (length - half)
-    return {"kv_bytes_per_token": per_token, "state_bytes": small - per_token * half}
+    window = _window(model)
+    short, long = window + length // 2, window + length
+    small, large = (_cache_bytes(model, tokens, step=window > 0) for tokens in (short, long))
+    per_token = (large - small) / (long - short)
+    return {
+        "kv_bytes_per_token": per_token,
+        "state_bytes": small - per_token * (short + (window > 0)),
+    }
 
 
-def _cache_bytes(model: Any, length: int) -> int:
+def _window(model: Any) -> int:
+    """Tokens of the longest window or chunk that a layer's attention is limited to; 0: none."""
+    config = getattr(model, "config", None)
+    config = getattr(config, "text_config", None) or config
+    hydra = getattr(config, "hydra", None) or {}
+    own = hydra["window"] if hydra.get("mixer") == "token" else 0
+    return max(own, *(int(getattr(config, name, None) or 0) for name in _WINDOWS))
+
+
+def _cache_bytes(model: Any, length: int, step: bool) -> int:
+    """After a prompt, and a ``step`` of one token: a full window is cut off the prompt's keys and values
+    as a view at first, which holds all of them until the next token comes.
+    """
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(length, device=model.device) * 7 % vocabulary)[None]
+    ids = (torch.arange(length + 1, device=model.device) * 7 % vocabulary)[None]
     with torch.inference_mode():
-        out = model(input_ids=ids, use_cache=True)
-    cache = getattr(out, "past_key_values", None)
-    if cache is None:
-        cache = getattr(out, "cache_params", None)
+        out = model(input_ids=ids[:, :length], use_cache=True)
+        cache = _cache_of(out)
+        if cache is not None and step:
+            model(input_ids=ids[:, length:], past_key_values=cache, use_cache=True)
     if cache is None:
         raise HydraError(f"{type(model).__name__} returns no cache: nothing to measure")
     storages: dict[int, int] = {}
     _collect(cache, storages, set())
     return sum(storages.values())
+
+
+def _cache_of(out: Any) -> Any:
+    """What a model returned to be handed back to it, by either name; or ``None``."""
+    cache = getattr(out, "past_key_values", None)
+    return getattr(out, "cache_params", None) if cache is None else cache
 
 
 def _collect(thing: Any, storages: dict[int, int], seen: set[int]) -> None:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation.cache_bytes import measure_cache_bytes
@@ -28,6 +28,18 @@ def test_hybrid_holds_the_kv_of_its_full_attention_heads(model):
     states = (3 + 2) * (8 * 8 + 3 * 3 * 8) * 4
     lengths = 8  # one counter of 64 bits
     assert measured["state_bytes"] == states + lengths
+
+
+def test_a_window_longer_than_the_prompts_does_not_count_as_growth():
+    """Both layers slide over 300 tokens, however short ``length`` is."""
+    config = MistralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, sliding_window=300,
+    )  # fmt: skip
+    measured = measure_cache_bytes(MistralForCausalLM(config).eval(), 32)
+    assert measured["kv_bytes_per_token"] == 0
+    sizes = 2 * 8  # each layer holds its window as a tensor
+    assert measured["state_bytes"] == 2 * 300 * 2 * 8 * 4 + sizes
 
 
 def test_a_model_without_cache_is_refused():
