@@ -29,6 +29,12 @@ DEFAULT_HEAD_DIM: dict[str, int | None] = {"qwen3": 128, "qwen2": None, "llama":
 DEFAULT_KV_HEADS: dict[str, int | None] = {"qwen3": 32, "qwen2": 32, "llama": None}
 """What transformers takes where the config has no ``num_key_value_heads``; ``None``: H."""
 
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+"""What is fetched of a Hub model: nothing of it is code, nor a pickle."""
+
+HUB_CODE = ("*.py", "*.tiktoken")
+"""What is fetched too where the user trusts the model's own code: it, and vocabularies that it reads."""
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -125,8 +131,15 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return body
 
 
-def resolve_hf_folder(name_or_path: str | os.PathLike[str], revision: str = "") -> Path:
+def resolve_hf_folder(
+    name_or_path: str | os.PathLike[str], revision: str = "", *, with_code: bool = False
+) -> Path:
     """A local folder for a path or a Hub name (downloaded into the Hub's cache if need be).
+
+    Args:
+        name_or_path: a folder, or ``owner/name``.
+        revision: of a Hub name: branch, tag or commit.
+        with_code: fetch the model's own Python as well, which whoever loads it may then run.
 
     Raises:
         HydraError: neither a folder nor a model that the Hub (or its cache) has.
@@ -144,7 +157,7 @@ def resolve_hf_folder(name_or_path: str | os.PathLike[str], revision: str = "") 
             snapshot_download(
                 text,
                 revision=revision or None,
-                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+                allow_patterns=[*HUB_FILES, *(HUB_CODE if with_code else ())],
             )
         )
     except Exception as error:  # the Hub client raises many kinds; the user needs one line

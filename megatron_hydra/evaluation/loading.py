@@ -59,14 +59,16 @@ def load_model(
 def load_tokenizer(
     folder: str | Path, *, trust_remote_code: bool = False, revision: str = ""
 ) -> Any:
-    """The tokenizer of a model folder, or ``None`` where the folder has none.
+    """The tokenizer of a model folder (or in a folder of its own), or ``None`` if there is none.
 
     Raises:
         HydraError: the tokenizer files are there and cannot be read.
     """
     from transformers import AutoTokenizer
 
-    path = checked_folder(folder, trust_remote_code, revision)
+    path = _resolved(folder, trust_remote_code, revision)
+    if (path / "config.json").is_file():  # of a model; a checkpoint's tokenizer stands alone
+        checked_folder(path, trust_remote_code)
     if not any((path / n).exists() for n in ("tokenizer.json", "tokenizer_config.json")):
         return None
     try:
@@ -79,10 +81,7 @@ def load_tokenizer(
 
 def checked_folder(folder: str | Path, trust_remote_code: bool, revision: str = "") -> Path:
     """The folder (of a Hub name: its snapshot), if it is a model whose code may be run."""
-    try:
-        path = resolve_hf_folder(folder, revision)
-    except HydraError as error:
-        raise HydraError(f"model {folder} is not a Hugging Face model folder: {error}") from None
+    path = _resolved(folder, trust_remote_code, revision)
     if not (path / "config.json").is_file():
         raise HydraError(
             f"model {path} is not a Hugging Face model folder (it has no config.json); "
@@ -99,3 +98,10 @@ def checked_folder(folder: str | Path, trust_remote_code: bool, revision: str = 
             "--trust-remote-code; look at the files first if you did not make them"
         )
     return path
+
+
+def _resolved(folder: str | Path, trust_remote_code: bool, revision: str) -> Path:
+    try:
+        return resolve_hf_folder(folder, revision, with_code=trust_remote_code)
+    except HydraError as error:
+        raise HydraError(f"model {folder} is not a Hugging Face model folder: {error}") from None
