@@ -1,22 +1,27 @@
 #!/usr/bin/env python
-"""Score a Hugging Face model on retrieval tasks at given lengths and depths."""
+"""Score a Hugging Face model or a Megatron checkpoint on retrieval tasks and lm-eval's."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_hydra.errors import HydraError, command
+from megatron_hydra.evaluation.lm_eval_suite import require_lm_eval
 from megatron_hydra.evaluation.loading import DTYPES, load_model, load_tokenizer
 from megatron_hydra.evaluation.runner import EvaluationSettings, evaluate
 from megatron_hydra.evaluation.tasks import load_task, task_names
-from megatron_hydra.stopping import StopRequest
+from megatron_hydra.stopping import StopRequest, leave_if_stopped
 
 DESCRIPTION = """\
 Hide facts in long texts, ask for them, and count right answers: greedy, generated offline with the
-model's own tokenizer, decided by the seed. Writes results.json, one picture of length × depth a
-task, and accuracy.png. A run that was stopped (SIGTERM, SIGUSR1: exit status 85) goes on where it was:
-every finished (task, length) is kept in OUTPUT/cells.
+model's own tokenizer, decided by the seed. The model is a Hugging Face one, or a Megatron checkpoint
+under any layout of tensor, sequence, context and pipeline parallelism (under torchrun). Writes
+results.json, one picture of length × depth a task, and accuracy.png. A run that was stopped (SIGTERM,
+SIGUSR1: exit status 85) goes on where it was: every finished (task, length) is kept in OUTPUT/cells.
 """
 
 EPILOG = """\
@@ -25,9 +30,13 @@ tasks: {tasks};
   a .jsonl file with {{"prompt": …, "answer": …}} a line, as text or token ids;
   or module:function, which returns a task (see megatron_hydra.evaluation.RetrievalTask).
 
-example:
+examples:
   python tools/evaluate.py --model exports/hydra --trust-remote-code \\
       --tasks niah_single_2,niah_multikey_1 --lengths 4K,16K,64K --depths 11 --output runs/eval
+  python tools/evaluate.py --model exports/hydra --trust-remote-code \\
+      --lm-eval arc_easy,hellaswag --output runs/lm_eval
+  torchrun --nproc-per-node 8 -m tools.evaluate --checkpoint runs/finetune/checkpoints \\
+      --tasks niah_single_2 --lengths 512K --output runs/eval_512k parallel.tensor=2 parallel.context=4
 """
 
 
@@ -57,10 +66,22 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="HF", help="Hugging Face model folder, or a Hub name")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", metavar="HF", help="Hugging Face model folder, or a Hub name")
+    what.add_argument("--checkpoint", metavar="DIR", help="Megatron checkpoint, under torchrun")
+    add(
+        "--config", metavar="YAML", help="of a checkpoint: file with its layout (parallel, backend)"
+    )
+    add("overrides", nargs="*", metavar="parallel.key=value", help="of a checkpoint: its layout")
     add("--revision", default="", help="of a Hub name: branch, tag or commit")
-    add("--tasks", required=True, help="comma-separated, see below")
-    add("--lengths", required=True, help="context lengths in tokens, for example 512,4K,128K")
+    add("--tasks", default="", help="comma-separated, see below")
+    add("--lengths", default="", help="context lengths in tokens, for example 512,4K,128K")
+    add(
+        "--lm-eval", default="", metavar="TASKS", help="tasks of lm-evaluation-harness, as arc_easy"
+    )
+    add(
+        "--lm-eval-include", default="", metavar="DIR", help="folder with lm-eval tasks of your own"
+    )
     add("--output", required=True, metavar="DIR", help="folder for the results")
     add(
         "--depths",
@@ -92,10 +113,10 @@ def _parser() -> argparse.ArgumentParser:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
     # Everything cheap first: a wrong flag must not cost the loading of a model.
-    tasks = [load_task(spec.strip()) for spec in args.tasks.split(",")]
-    lengths = [_length(part.strip()) for part in args.lengths.split(",")]
+    tasks = [load_task(spec) for spec in _listed(args.tasks)]
+    lengths = [_length(part) for part in _listed(args.lengths)]
     settings = EvaluationSettings(
         depths=_depths(args.depths),
         samples=args.samples,
@@ -104,21 +125,13 @@ def main(argv: list[str] | None = None) -> int:
         prefill_chunk=args.prefill_chunk,
         haystack=_read(args.haystack),
         cache_length=args.cache_length,
+        lm_eval=_listed(args.lm_eval),
+        lm_eval_include=args.lm_eval_include,
         progress=not args.quiet,
     )
-    trust = args.trust_remote_code
-    if args.tokenizer:
-        tokenizer = load_tokenizer(args.tokenizer, trust_remote_code=trust)
-    else:
-        tokenizer = load_tokenizer(args.model, trust_remote_code=trust, revision=args.revision)
-    model = load_model(
-        args.model,
-        revision=args.revision,
-        trust_remote_code=trust,
-        dtype=args.dtype,
-        device=args.device,
-    )
-    with StopRequest():
+    if settings.lm_eval:
+        require_lm_eval()
+    with StopRequest(), _opened(args) as (model, tokenizer):
         results = evaluate(
             model,
             tokenizer,
@@ -127,11 +140,69 @@ def main(argv: list[str] | None = None) -> int:
             settings,
             output=args.output,
             force=args.force,
-            name=str(args.model),
+            name=str(args.model or args.checkpoint),
         )
-    _print_table(results)
-    print(f"results: {Path(args.output) / 'results.json'}")
+        is_main = getattr(model, "is_main", True)
+    if is_main:
+        _print_results(results)
+        print(f"results: {Path(args.output) / 'results.json'}")
     return 0
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _opened(args: argparse.Namespace) -> contextlib.AbstractContextManager[tuple[Any, Any]]:
+    """The model or back end, and its tokenizer."""
+    return _hugging_face(args) if args.model else _megatron(args)
+
+
+@contextlib.contextmanager
+def _hugging_face(args: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
+    for flag, given in (("--config", args.config), ("an override", args.overrides)):
+        if given:
+            raise HydraError(f"{flag} ({given}) is the layout of a --checkpoint, --model has none")
+    trust = args.trust_remote_code
+    revision = "" if args.tokenizer else args.revision
+    tokenizer = load_tokenizer(
+        args.tokenizer or args.model, trust_remote_code=trust, revision=revision
+    )
+    model = load_model(
+        args.model,
+        revision=args.revision,
+        trust_remote_code=trust,
+        dtype=args.dtype,
+        device=args.device,
+    )
+    leave_if_stopped()  # loading takes minutes where models are large
+    yield model, tokenizer
+
+
+@contextlib.contextmanager
+def _megatron(args: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
+    for flag, given in (
+        ("--revision", args.revision),
+        ("--prefill-chunk", args.prefill_chunk is not None),
+        ("--device", args.device != "auto"),
+        ("--lm-eval", args.lm_eval),
+    ):
+        if given:
+            raise HydraError(
+                f"{flag} is for a Hugging Face --model; tools/megatron_to_hf.py makes one of a "
+                "--checkpoint"
+            )
+    # Megatron takes seconds to import, and a Hugging Face model does without.
+    from megatron_hydra.checkpoint.store import tokenizer_folder
+    from megatron_hydra.evaluation.megatron_backend import layout_config, open_checkpoint
+
+    run = layout_config(args.config, args.overrides)
+    folder = args.tokenizer or tokenizer_folder(args.checkpoint)
+    tokenizer = None
+    if folder is not None:
+        tokenizer = load_tokenizer(folder, trust_remote_code=args.trust_remote_code)
+    with open_checkpoint(args.checkpoint, run, args.dtype) as backend:
+        yield backend, tokenizer
 
 
 def _read(path: str | None) -> str:
@@ -143,19 +214,27 @@ def _read(path: str | None) -> str:
         raise HydraError(f"--haystack {path} cannot be read: {error}") from None
 
 
-def _print_table(results: dict) -> None:
-    lengths = sorted({n for cells in results["tasks"].values() for n in cells}, key=int)
-    width = max(len(name) for name in results["tasks"])
-    print(" ".join([f"{'task':{width}}", *(f"{n:>8}" for n in lengths)]))
-    for name, cells in results["tasks"].items():
-        row = [f"{100 * cells[n]['accuracy']:7.1f}%" if n in cells else " " * 8 for n in lengths]
-        print(" ".join([f"{name:{width}}", *row]))
+def _print_results(results: dict) -> None:
+    if results["tasks"]:
+        _print_table(results["tasks"])
+    for task, metrics in results.get("lm_eval", {}).get("tasks", {}).items():
+        shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
+        print(f"{task}: {shown}")
     if "cache" in results:
         cache = results["cache"]
         print(
             f"cache: {cache['kv_bytes_per_token']:.0f} bytes a token, "
             f"{cache['state_bytes']:.0f} bytes of state"
         )
+
+
+def _print_table(tasks: dict) -> None:
+    lengths = sorted({n for cells in tasks.values() for n in cells}, key=int)
+    width = max(len(name) for name in tasks)
+    print(" ".join([f"{'task':{width}}", *(f"{n:>8}" for n in lengths)]))
+    for name, cells in tasks.items():
+        row = [f"{100 * cells[n]['accuracy']:7.1f}%" if n in cells else " " * 8 for n in lengths]
+        print(" ".join([f"{name:{width}}", *row]))
 
 
 if __name__ == "__main__":

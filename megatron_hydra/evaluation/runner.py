@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from tqdm import tqdm
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation import plots
-from megatron_hydra.evaluation.cache_bytes import measure_cache_bytes
-from megatron_hydra.evaluation.scoring import Outcome, prefill_chunk, score_samples
+from megatron_hydra.evaluation.backend import Backend
+from megatron_hydra.evaluation.hf_backend import HfBackend
+from megatron_hydra.evaluation.lm_eval_suite import lm_eval_version, require_lm_eval, run_lm_eval
+from megatron_hydra.evaluation.scoring import Outcome, score_samples
 from megatron_hydra.evaluation.storage import CellStore, replace_file
 from megatron_hydra.evaluation.tasks import RetrievalTask, SampleRequest, load_task
-from megatron_hydra.head_map import fingerprint_tensors
-from megatron_hydra.stopping import leave_if_stopped
+from megatron_hydra.stopping import Stopped, leave_if_stopped, stop_requested
 
 FORMAT = "hydra-evaluation"
 VERSION = 1
@@ -38,7 +40,10 @@ class EvaluationSettings:
             which that is known to be exact, else all.
         haystack: distractor text for tasks that hide facts in text, or ``""``.
         keep_predictions: predictions of each cell that are kept for a person to read.
-        cache_length: measure the cache's bytes with a prompt of so many tokens; 0: do not.
+        cache_length: measure the cache's bytes with a prompt of so many tokens; 0: do not. A back
+            end without a cache has nothing to measure.
+        lm_eval: tasks of lm-evaluation-harness, for a Hugging Face model (needs the extra ``eval``).
+        lm_eval_include: a folder with lm-eval tasks (YAML) of the user's own, or ``""``.
         progress: show a progress bar on stderr.
     """
 
@@ -50,6 +55,8 @@ class EvaluationSettings:
     haystack: str = ""
     keep_predictions: int = 20
     cache_length: int = 0
+    lm_eval: tuple[str, ...] = ()
+    lm_eval_include: str = ""
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -73,7 +80,8 @@ def evaluate(
     """Score a model on every task at every length.
 
     Args:
-        model: a Hugging Face causal model (put into eval mode here, and back).
+        model: a Hugging Face causal model (put into eval mode here, and back), or a
+            :class:`~.backend.Backend`, all of whose processes call this with the same arguments.
         tokenizer: its tokenizer; may be ``None`` if all tasks make token ids.
         tasks: names (see :func:`tasks.load_task`) or tasks.
         lengths: context lengths in tokens.
@@ -84,9 +92,10 @@ def evaluate(
         name: the model's name in the results.
 
     Returns:
-        ``{"format", "version", "model", "settings", "cache", "tasks": {task: {length: cell}}}``
-        where a cell is ``{"accuracy", "samples", "answers", "depths": {depth: accuracy},
-        "seconds"}`` and all keys are strings. ``cache`` is absent unless it was measured.
+        ``{"format", "version", "model", "settings", "cache", "tasks": {task: {length: cell}},
+        "lm_eval": {"version", "tasks": {task: {metric: value}}}}`` where a cell is ``{"accuracy",
+        "samples", "answers", "depths": {depth: accuracy}, "seconds"}`` and all keys are strings.
+        ``cache`` and ``lm_eval`` are absent unless asked for.
 
     Raises:
         HydraError: an unknown task, a length too short for a task, another evaluation in
@@ -95,9 +104,12 @@ def evaluate(
     settings = settings or EvaluationSettings()
     found = [load_task(task) if isinstance(task, str) else task for task in tasks]
     lengths = sorted({int(n) for n in lengths})
-    _check(found, lengths)
-    identity = _identity(model, settings)
-    store = None if output is None else CellStore(Path(output), identity, force)
+    _check(found, lengths, settings)
+    backend = model if isinstance(model, Backend) else HfBackend(model, settings.prefill_chunk)
+    identity = _identity(backend, settings)
+    store = None
+    if output is not None:
+        store = backend.on_main(lambda: CellStore(Path(output), identity, force))
     results: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -105,40 +117,73 @@ def evaluate(
         "settings": identity,
         "tasks": {task.name: {} for task in found},
     }
-    was_training = model.training
-    model.eval()
-    try:
+    with backend.inference():
         for task in found:
             for length in lengths:
-                cell = _cell(model, tokenizer, task, length, tuple(lengths), settings, store)
+                cell = _cell(backend, tokenizer, task, length, tuple(lengths), settings, store)
                 if cell is not None:
                     results["tasks"][task.name][str(length)] = cell
             if not results["tasks"][task.name]:
                 raise HydraError(f"task {task.name!r} has no sample of length {lengths}")
-        if settings.cache_length:
-            results["cache"] = measure_cache_bytes(model, settings.cache_length)
-    finally:
-        model.train(was_training)
+        if settings.lm_eval:
+            results["lm_eval"] = _lm_eval(backend, tokenizer, settings, store)
+        cache = backend.cache_bytes(settings.cache_length) if settings.cache_length else None
+        if cache is not None:
+            results["cache"] = cache
     if output is not None:
-        with replace_file(Path(output) / "results.json") as temporary:
-            temporary.write_text(json.dumps(results, indent=1) + "\n")
-        plots.draw(results, Path(output))
+        backend.on_main(lambda: _write(results, Path(output)))
     return results
 
 
-def _check(tasks: Sequence[RetrievalTask], lengths: Sequence[int]) -> None:
+def _lm_eval(
+    backend: Backend, tokenizer: Any, settings: EvaluationSettings, store: CellStore | None
+) -> dict[str, Any]:
+    """lm-eval's tasks one by one, each kept like a cell once it is finished."""
+    if not isinstance(backend, HfBackend):
+        raise HydraError("lm-eval runs on Hugging Face models: export the checkpoint first")
+    require_lm_eval()
+    metrics: dict[str, Any] = {}
+    for task in settings.lm_eval:
+        key = f"lm-eval {lm_eval_version()} {task} {settings.lm_eval_include}"
+        kept = None if store is None else store.load(key, 0)
+        found = kept or run_lm_eval(
+            backend.model,
+            tokenizer,
+            task,
+            include=settings.lm_eval_include,
+            batch_tokens=settings.batch_tokens,
+            seed=settings.seed,
+        )
+        if store is not None:
+            store.save(key, 0, found)
+        leave_if_stopped()  # what was scored is on disk
+        metrics |= found
+    return {"version": lm_eval_version(), "tasks": metrics}
+
+
+def _write(results: dict[str, Any], output: Path) -> None:
+    with replace_file(output / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    plots.draw(results, output)
+
+
+def _check(
+    tasks: Sequence[RetrievalTask], lengths: Sequence[int], settings: EvaluationSettings
+) -> None:
     names = [task.name for task in tasks]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise HydraError(f"task {min(twice)!r} is given twice")
-    if not tasks or not lengths:
-        raise HydraError("an evaluation needs a task and a length at least")
-    if min(lengths) < 2:
+    if not (tasks and lengths) and not (settings.lm_eval and not tasks and not lengths):
+        raise HydraError(
+            "an evaluation needs a task and a length at least, or lm-eval's tasks alone"
+        )
+    if lengths and min(lengths) < 2:
         raise HydraError(f"length {min(lengths)} is too short: use 2 tokens or more")
 
 
 def _cell(
-    model: Any,
+    backend: Backend,
     tokenizer: Any,
     task: RetrievalTask,
     length: int,
@@ -148,7 +193,9 @@ def _cell(
 ) -> dict[str, Any] | None:
     """One (task, length); ``None`` where the task has no sample of that length."""
     task_key = _task_fingerprint(task)
-    kept = None if store is None else store.load(task.name, length)
+    kept = None
+    if store is not None:
+        kept = backend.on_main(lambda: store.load(task.name, length))
     if kept is not None and kept.get("task_fingerprint") == task_key:
         return _public(kept)
     request = SampleRequest(
@@ -160,17 +207,20 @@ def _cell(
         lengths=lengths,
         haystack=settings.haystack,
     )
-    samples = task.samples(request)
+    samples = backend.on_main(lambda: task.samples(request))
     if not samples:
         return None
     started = time.monotonic()
-    chunk = prefill_chunk(model, settings.prefill_chunk)
     outcomes = list(
-        _with_progress(
-            score_samples(model, tokenizer, samples, settings.batch_tokens, chunk),
-            len(samples),
-            f"{task.name} {length}",
-            settings.progress,
+        _watched(
+            score_samples(backend, tokenizer, samples, settings.batch_tokens),
+            tqdm(
+                total=len(samples),
+                desc=f"{task.name} {length}",
+                disable=not (settings.progress and backend.is_main),
+                unit="sample",
+            ),
+            backend,
         )
     )
     cell = summarise(outcomes, settings.depths) | {"seconds": time.monotonic() - started}
@@ -179,11 +229,8 @@ def _cell(
             {"score": sum(o.scores) / len(o.scores), "said": o.prediction, "expected": o.expected}
             for o in outcomes[: settings.keep_predictions]
         ]
-        store.save(
-            task.name,
-            length,
-            cell | {"task_fingerprint": task_key, "predictions": predictions},
-        )
+        whole = cell | {"task_fingerprint": task_key, "predictions": predictions}
+        backend.on_main(lambda: store.save(task.name, length, whole))
     return cell
 
 
@@ -216,32 +263,28 @@ def _public(cell: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in cell.items() if k not in ("task_fingerprint", "predictions")}
 
 
-def _with_progress(outcomes: Any, total: int, label: str, shown: bool) -> Any:
-    from tqdm import tqdm
-
+def _watched(outcomes: Iterator[Outcome], bar: Any, backend: Backend) -> Iterator[Outcome]:
+    """Show progress, and leave with status 85 where a process was asked to stop."""
     right, count = 0.0, 0
-    with tqdm(total=total, desc=label, disable=not shown, unit="sample") as bar:
+    with bar:
         for outcome in outcomes:
             right, count = right + sum(outcome.scores), count + len(outcome.scores)
             bar.update()
             bar.set_postfix(accuracy=f"{right / count:.3f}", refresh=False)
-            leave_if_stopped()  # finished cells are on disk
+            if backend.anywhere(stop_requested()):  # finished cells are on disk
+                if backend.is_main:
+                    print(
+                        "stopped: the same command goes on from here", file=sys.stderr, flush=True
+                    )
+                raise Stopped
             yield outcome
 
 
-def _identity(model: Any, settings: EvaluationSettings) -> dict[str, Any]:
+def _identity(backend: Backend, settings: EvaluationSettings) -> dict[str, Any]:
     """What decides the results: kept beside them, compared when a run is resumed."""
-    # Vectors (norms, scales, biases) differ between any two trained models, and are few.
-    vectors = {n: p for n, p in model.named_parameters() if p.ndim == 1}
-    if not vectors:
-        vectors = dict(list(model.named_parameters())[:1])
-    return {
-        "model_type": getattr(model.config, "model_type", ""),
-        "weights": fingerprint_tensors(vectors),
-        "dtype": str(getattr(model, "dtype", torch.float32)).removeprefix("torch."),
+    return backend.identity() | {
         "samples": settings.samples,
         "depths": list(settings.depths),
         "seed": settings.seed,
         "haystack": hashlib.sha256(settings.haystack.encode()).hexdigest()[:16],
-        "prefill_chunk": settings.prefill_chunk,
     }

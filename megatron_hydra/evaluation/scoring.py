@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
 from megatron_hydra.errors import HydraError
+from megatron_hydra.evaluation.backend import Backend, Continuation
 from megatron_hydra.evaluation.tasks import GenerationSample, Sample, ScoredSample
-
-CHUNKABLE = ("hydrahead", "qwen3", "qwen2", "llama", "mistral")
-"""Model types known to give the same result for a prompt passed in chunks as in one pass.
-
-Some recurrent models ignore their state when more than one token follows it; what is not known here
-is passed in one pass unless the user asks otherwise.
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +29,8 @@ class Outcome:
     expected: str
 
 
-def prefill_chunk(model: Any, asked: int | None) -> int:
-    """Tokens passed at a time (0: all): as asked, else 8192 where that is known to be exact."""
-    if asked is not None:
-        return asked
-    return 8192 if getattr(model.config, "model_type", "") in CHUNKABLE else 0
-
-
 def score_samples(
-    model: Any, tokenizer: Any, samples: Sequence[Sample], batch_tokens: int, chunk: int
+    backend: Backend, tokenizer: Any, samples: Sequence[Sample], batch_tokens: int
 ) -> Iterator[Outcome]:
     """Score samples in order; batches hold at most ``batch_tokens`` tokens (one sample at least).
 
@@ -55,16 +40,16 @@ def score_samples(
     batch: list[Any] = []
     widest = 0
     for sample in samples:
-        item = _encoded(sample, tokenizer, model)
+        item = _encoded(sample, tokenizer, backend.vocabulary)
         width = max(widest, item.width)
         mixed = batch and type(batch[0]) is not type(item)
         if batch and (mixed or width * (len(batch) + 1) > batch_tokens):
-            yield from _score_batch(model, tokenizer, batch, chunk)
+            yield from _score_batch(backend, tokenizer, batch)
             batch, width = [], item.width
         batch.append(item)
         widest = width
     if batch:
-        yield from _score_batch(model, tokenizer, batch, chunk)
+        yield from _score_batch(backend, tokenizer, batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +72,7 @@ class _Sequence:
         return len(self.ids)
 
 
-def _encoded(sample: Sample, tokenizer: Any, model: Any) -> _Prompt | _Sequence:
+def _encoded(sample: Sample, tokenizer: Any, vocabulary: int) -> _Prompt | _Sequence:
     item: _Prompt | _Sequence
     if isinstance(sample, ScoredSample):
         item = _Sequence(sample, [int(t) for t in sample.tokens])
@@ -97,7 +82,6 @@ def _encoded(sample: Sample, tokenizer: Any, model: Any) -> _Prompt | _Sequence:
         item = _Prompt(sample, tokenizer(sample.prompt)["input_ids"])
     else:
         item = _Prompt(sample, list(sample.prompt))
-    vocabulary = model.get_input_embeddings().weight.shape[0]
     if not item.ids or min(item.ids) < 0 or max(item.ids) >= vocabulary:
         raise HydraError(
             f"a sample has no tokens, or token ids outside the model's vocabulary of {vocabulary}: "
@@ -106,27 +90,21 @@ def _encoded(sample: Sample, tokenizer: Any, model: Any) -> _Prompt | _Sequence:
     return item
 
 
-def _score_batch(model: Any, tokenizer: Any, batch: list[Any], chunk: int) -> list[Outcome]:
-    with torch.inference_mode():
-        if isinstance(batch[0], _Sequence):
-            return _score_sequences(model, batch, chunk)
-        return _score_prompts(model, tokenizer, batch, chunk)
+def _score_batch(backend: Backend, tokenizer: Any, batch: list[Any]) -> list[Outcome]:
+    if isinstance(batch[0], _Sequence):
+        return _score_sequences(backend, batch)
+    return _score_prompts(backend, tokenizer, batch)
 
 
 # -- sequences with answers inside ----------------------------------------------------------------
 
 
-def _score_sequences(model: Any, batch: list[_Sequence], chunk: int) -> list[Outcome]:
-    width = max(item.width for item in batch)
-    # Padding on the right: causal models are not affected by what follows.
-    ids = torch.tensor([item.ids + [0] * (width - item.width) for item in batch])
-    asked = sorted({int(p) - 1 for item in batch for p in item.sample.answers})
-    argmax = _argmax_at(model, ids.to(model.device), asked, chunk)
-    column = {position: i for i, position in enumerate(asked)}
+def _score_sequences(backend: Backend, batch: list[_Sequence]) -> list[Outcome]:
+    asked = [[int(p) - 1 for p in item.sample.answers] for item in batch]
+    argmax = backend.argmax_at([item.ids for item in batch], asked)
     outcomes = []
-    for row, item in enumerate(batch):
+    for item, said in zip(batch, argmax, strict=True):
         expected = [item.ids[p] for p in item.sample.answers]
-        said = [argmax[row][column[int(p) - 1]] for p in item.sample.answers]
         outcomes.append(
             Outcome(
                 scores=tuple(float(a == b) for a, b in zip(said, expected, strict=True)),
@@ -138,91 +116,45 @@ def _score_sequences(model: Any, batch: list[_Sequence], chunk: int) -> list[Out
     return outcomes
 
 
-def _argmax_at(model: Any, ids: torch.Tensor, positions: list[int], chunk: int) -> list[list[int]]:
-    """Likeliest next tokens ``[B, len(positions)]`` at ascending positions; logits only there."""
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    end = positions[-1] + 1
-    step = chunk or end
-    cache = None
-    pieces = []
-    for start in range(0, end, step):
-        stop = min(start + step, end)
-        wanted = [p - start for p in positions if start <= p < stop]
-        index = torch.tensor(wanted or [stop - start - 1], device=ids.device)
-        arguments: dict[str, Any] = {"logits_to_keep": index} if keeps else {}
-        if end > step:
-            arguments |= {"past_key_values": cache, "use_cache": True}
-        else:
-            arguments["use_cache"] = False
-        out = model(input_ids=ids[:, start:stop], **arguments)
-        cache = getattr(out, "past_key_values", None)
-        if wanted:
-            logits = out.logits if keeps else out.logits[:, index]
-            pieces.append(logits.argmax(-1))
-    return torch.cat(pieces, dim=1).tolist()
-
-
 # -- prompts to be continued ----------------------------------------------------------------------
 
 
-def _score_prompts(model: Any, tokenizer: Any, batch: list[_Prompt], chunk: int) -> list[Outcome]:
-    from transformers import GenerationConfig, StoppingCriteriaList
-
-    width = max(len(item.ids) for item in batch)
-    eos = _end_tokens(model, tokenizer)
-    pad = eos[0] if eos else 0
-    ids = torch.tensor([[pad] * (width - len(item.ids)) + item.ids for item in batch])
-    mask = torch.tensor([[0] * (width - len(item.ids)) + [1] * len(item.ids) for item in batch])
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=max(item.sample.max_new_tokens for item in batch),
-        pad_token_id=pad,
-        eos_token_id=eos or None,
-        prefill_chunk_size=chunk if 0 < chunk < width else None,
-    )
-    settled = _Settled(tokenizer, batch, width)
-    out = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=settings,
-        stopping_criteria=StoppingCriteriaList([settled]),
-    )
-    return [
-        _outcome(item, tokenizer, row[width:].tolist())
-        for item, row in zip(batch, out, strict=True)
+def _score_prompts(backend: Backend, tokenizer: Any, batch: list[_Prompt]) -> list[Outcome]:
+    continuations = [
+        Continuation(
+            prompt=item.ids,
+            max_new_tokens=item.sample.max_new_tokens,
+            draft=_draft(item.sample, tokenizer),
+            settled=functools.partial(_settled, item.sample, tokenizer),
+        )
+        for item in batch
     ]
+    rows = backend.generate(continuations, backend.end_tokens(tokenizer))
+    return [_outcome(item, tokenizer, row) for item, row in zip(batch, rows, strict=True)]
 
 
-class _Settled:
-    """Stops a row when its score can no longer change, which keeps the result and saves the rest.
+def _draft(sample: GenerationSample, tokenizer: Any) -> list[int]:
+    """The right answer in tokens: what a good model is likely to say."""
+    if isinstance(sample.answers[0], int):
+        return [int(token) for token in sample.answers]
+    answers = sample.answers[:1] if sample.match == "any" else sample.answers
+    text = " " + ", ".join(map(str, answers))
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _settled(sample: GenerationSample, tokenizer: Any, row: list[int]) -> bool:
+    """Whether a score can no longer change.
 
     A text score only counts which answers occur, so it is settled when all of them (or, for
     ``any``, one of them) have; a score of token ids is settled once enough tokens are there.
     """
-
-    def __init__(self, tokenizer: Any, batch: list[_Prompt], width: int) -> None:
-        self.tokenizer = tokenizer
-        self.batch = batch
-        self.width = width
-
-    def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        """``[B]`` bool, which rows are done."""
-        done = []
-        for item, row in zip(self.batch, ids[:, self.width :].tolist(), strict=True):
-            enough = len(row) >= item.sample.max_new_tokens
-            if not enough and isinstance(item.sample.answers[0], int):
-                enough = len(row) >= len(item.sample.answers)
-            elif not enough:
-                enough = text_score(item.sample, self.tokenizer.decode(row)) == 1.0
-            done.append(enough)
-        return torch.tensor(done, device=ids.device)
+    if isinstance(sample.answers[0], int):
+        return len(row) >= len(sample.answers)
+    return text_score(sample, tokenizer.decode(row)) == 1.0
 
 
 def _outcome(item: _Prompt, tokenizer: Any, row: list[int]) -> Outcome:
     sample = item.sample
-    row = row[: sample.max_new_tokens]
     if isinstance(sample.answers[0], int):
         expected = list(sample.answers)
         row = row[: len(expected)]
@@ -239,13 +171,3 @@ def text_score(sample: GenerationSample, said: str) -> float:
     """RULER's string match: the share of answers that occur, in any case; or whether one does."""
     found = [str(answer).lower() in said.lower() for answer in sample.answers]
     return float(any(found)) if sample.match == "any" else sum(found) / len(found)
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that end a continuation: the model's, else the tokenizer's."""
-    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if given is None and tokenizer is not None:
-        given = tokenizer.eos_token_id
-    if given is None:
-        return []
-    return [int(x) for x in given] if isinstance(given, list | tuple) else [int(given)]

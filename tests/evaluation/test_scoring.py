@@ -5,12 +5,13 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_hydra.errors import HydraError
-from megatron_hydra.evaluation import scoring
+from megatron_hydra.evaluation.hf_backend import HfBackend
+from megatron_hydra.evaluation.scoring import score_samples
 from megatron_hydra.evaluation.tasks import GenerationSample, ScoredSample
 
 
 def score(model, tokenizer, samples, batch_tokens=10_000, chunk=0):
-    return list(scoring.score_samples(model, tokenizer, samples, batch_tokens, chunk))
+    return list(score_samples(HfBackend(model, chunk), tokenizer, samples, batch_tokens))
 
 
 def sequences(seed=0):
@@ -78,6 +79,27 @@ def test_stopping_early_does_not_change_a_score(model, tokenizer):
     assert [o.scores for o in score(model, tokenizer, found)] == [(1.0,)] * 3
 
 
+def test_stopping_early_gives_the_scores_of_full_continuations(model, tokenizer, monkeypatch):
+    """The same samples, with every continuation generated to its full length."""
+    prompts = ["alpha", "a longer prompt", "z", "something else entirely", "q" * 30]
+    limits = (12, 5, 9, 12, 7)
+    free = [GenerationSample(p, ("\x00",), max_new_tokens=n) for p, n in zip(prompts, limits)]
+    said = [o.prediction for o in score(model, tokenizer, free)]
+    samples = [
+        GenerationSample(p, (text[start : start + 2], other), match, n)
+        for match in ("all", "any")
+        for other in ("\x00", said[0][:1])
+        for start in (0, 3)
+        for p, text, n in zip(prompts, said, limits, strict=True)
+    ]
+    early = score(model, tokenizer, samples)
+    monkeypatch.setattr("megatron_hydra.evaluation.scoring._settled", lambda *_: False)
+    full = score(model, tokenizer, samples)
+    assert [o.scores for o in early] == [o.scores for o in full]
+    shorter = [len(a.prediction) < len(b.prediction) for a, b in zip(early, full, strict=True)]
+    assert any(shorter) and not all(shorter)
+
+
 def test_token_answers_must_start_the_continuation(model):
     prompt = tuple(sequences()[3])
     with torch.no_grad():
@@ -91,14 +113,14 @@ def test_token_answers_must_start_the_continuation(model):
 
 
 def test_chunked_prefill_is_used_only_where_it_is_known_to_be_exact(model):
-    assert scoring.prefill_chunk(model, None) == 8192
-    assert scoring.prefill_chunk(model, 0) == 0
+    assert HfBackend(model).chunk == 8192
+    assert HfBackend(model, 0).chunk == 0
 
-    class Unknown:
-        config = type("C", (), {"model_type": "somebody_s_hybrid"})
-
-    assert scoring.prefill_chunk(Unknown, None) == 0
-    assert scoring.prefill_chunk(Unknown, 77) == 77
+    config = Qwen3Config(vocab_size=9, hidden_size=8, num_hidden_layers=1, head_dim=8)
+    unknown = Qwen3ForCausalLM(config)
+    unknown.config.model_type = "somebody_s_hybrid"
+    assert HfBackend(unknown).chunk == 0
+    assert HfBackend(unknown, 77).chunk == 77
 
 
 def test_what_does_not_fit_the_model_is_refused(model):

@@ -1,0 +1,90 @@
+"""What the scorer asks of a model, whatever runs it: one Hugging Face process, or many of Megatron."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """A prompt to be continued greedily.
+
+    Attributes:
+        prompt: token ids, one at least.
+        max_new_tokens: tokens to be added, at most.
+        draft: how the continuation may well go on. It changes no result: a back end that has no cache
+            checks it in one forward instead of generating token by token.
+        settled: whether the tokens so far need no further one.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    draft: Sequence[int] = ()
+    settled: Callable[[list[int]], bool] = lambda tokens: False
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A model that scores samples, in one process or several.
+
+    All processes of a back end call the same methods in the same order and get the same results.
+    """
+
+    is_main: bool
+    """Whether this process writes files and shows progress."""
+
+    vocabulary: int
+    """Token ids are below it."""
+
+    def inference(self) -> AbstractContextManager[Any]:
+        """What a whole evaluation runs in: evaluation mode, no gradients."""
+
+    def identity(self) -> dict[str, Any]:
+        """``model_type``, ``weights`` (a fingerprint), ``dtype``, ``prefill_chunk``; JSON."""
+
+    def end_tokens(self, tokenizer: Any) -> list[int]:
+        """Ids that end a continuation; ``tokenizer`` is asked where the model does not say."""
+
+    def argmax_at(
+        self, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+    ) -> list[list[int]]:
+        """Likeliest next token at ascending positions of each row; logits are made only there."""
+
+    def generate(
+        self, continuations: Sequence[Continuation], end_tokens: Sequence[int]
+    ) -> list[list[int]]:
+        """New tokens of each, up to its limit, until settled or an end token (included)."""
+
+    def cache_bytes(self, length: int) -> dict[str, float] | None:
+        """What :func:`~.cache_bytes.measure_cache_bytes` finds; ``None``: there is no cache."""
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """The result of ``action``, which only the main process runs, on every process."""
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process."""
+
+
+def is_over(tokens: list[int], continuation: Continuation, end_tokens: Sequence[int]) -> bool:
+    """Whether nothing comes after these new tokens, of which the last one has not been asked about."""
+    full = len(tokens) >= continuation.max_new_tokens or tokens[-1] in end_tokens
+    return full or continuation.settled(tokens)
+
+
+def cut(
+    tokens: list[int], continuation: Continuation, end_tokens: Sequence[int], known: int = 0
+) -> list[int]:
+    """The new tokens up to where the continuation is over, if it is.
+
+    Args:
+        known: after so many of them it is not.
+    """
+    for count in range(known + 1, len(tokens) + 1):
+        if is_over(tokens[:count], continuation, end_tokens):
+            return tokens[:count]
+    return tokens

@@ -1,0 +1,177 @@
+"""A Hugging Face causal model in this process: left-padded batches, a cache, prompts in chunks."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from megatron_hydra.evaluation.backend import Continuation, T, cut, is_over
+from megatron_hydra.evaluation.cache_bytes import measure_cache_bytes
+from megatron_hydra.head_map import fingerprint_tensors
+
+CHUNKABLE = ("hydrahead", "qwen3", "qwen2", "llama", "mistral")
+"""Model types known to give the same result for a prompt passed in chunks as in one pass.
+
+Some recurrent models ignore their state when more than one token follows it; what is not known here
+is passed in one pass unless the user asks otherwise.
+"""
+
+
+class HfBackend:
+    """Scores with any Hugging Face causal model.
+
+    Args:
+        model: the model, on its device.
+        prefill_chunk: tokens of a prompt passed at a time, 0: all; ``None``: 8192 for models for
+            which that is known to be exact, else all.
+    """
+
+    is_main = True
+
+    def __init__(self, model: Any, prefill_chunk: int | None = None) -> None:
+        self.model = model
+        self.asked_chunk = prefill_chunk
+        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        known = getattr(model.config, "model_type", "") in CHUNKABLE
+        self.chunk = prefill_chunk if prefill_chunk is not None else 8192 if known else 0
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Put the model into evaluation mode, and back."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+
+    def identity(self) -> dict[str, Any]:
+        """See :class:`~.backend.Backend`."""
+        # Vectors (norms, scales, biases) differ between any two trained models, and are few.
+        vectors = {n: p for n, p in self.model.named_parameters() if p.ndim == 1}
+        if not vectors:
+            vectors = dict(list(self.model.named_parameters())[:1])
+        return {
+            "model_type": getattr(self.model.config, "model_type", ""),
+            "weights": fingerprint_tensors(vectors),
+            "dtype": str(getattr(self.model, "dtype", torch.float32)).removeprefix("torch."),
+            "prefill_chunk": self.asked_chunk,
+        }
+
+    def end_tokens(self, tokenizer: Any) -> list[int]:
+        """The model's, else the tokenizer's."""
+        given = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        if given is None and tokenizer is not None:
+            given = tokenizer.eos_token_id
+        return token_ids(given)
+
+    @torch.inference_mode()
+    def argmax_at(
+        self, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+    ) -> list[list[int]]:
+        """See :class:`~.backend.Backend`."""
+        asked = sorted({p for row in positions for p in row})
+        width = asked[-1] + 1
+        # Padding on the right: causal models are not affected by what follows.
+        padded = [[*row[:width], *[0] * (width - len(row))] for row in rows]
+        ids = torch.tensor(padded, device=self.model.device)
+        argmax = self._argmax(ids, asked)
+        column = {position: i for i, position in enumerate(asked)}
+        return [[said[column[p]] for p in row] for said, row in zip(argmax, positions, strict=True)]
+
+    def _argmax(self, ids: torch.Tensor, positions: list[int]) -> list[list[int]]:
+        keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        end = ids.shape[1]
+        step = self.chunk or end
+        cache = None
+        pieces = []
+        for start in range(0, end, step):
+            stop = min(start + step, end)
+            wanted = [p - start for p in positions if start <= p < stop]
+            index = torch.tensor(wanted or [stop - start - 1], device=ids.device)
+            arguments: dict[str, Any] = {"logits_to_keep": index} if keeps else {}
+            if end > step:
+                arguments |= {"past_key_values": cache, "use_cache": True}
+            else:
+                arguments["use_cache"] = False
+            out = self.model(input_ids=ids[:, start:stop], **arguments)
+            cache = getattr(out, "past_key_values", None)
+            if wanted:
+                logits = out.logits if keeps else out.logits[:, index]
+                pieces.append(logits.argmax(-1))
+        return torch.cat(pieces, dim=1).tolist()
+
+    @torch.inference_mode()
+    def generate(
+        self, continuations: Sequence[Continuation], end_tokens: Sequence[int]
+    ) -> list[list[int]]:
+        """See :class:`~.backend.Backend`; drafts are not used, the cache is."""
+        from transformers import GenerationConfig, StoppingCriteriaList
+
+        width = max(len(c.prompt) for c in continuations)
+        pad = end_tokens[0] if end_tokens else 0
+        ids = torch.tensor(
+            [[pad] * (width - len(c.prompt)) + list(c.prompt) for c in continuations]
+        )
+        mask = torch.tensor(
+            [[0] * (width - len(c.prompt)) + [1] * len(c.prompt) for c in continuations]
+        )
+        settings = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            max_new_tokens=max(c.max_new_tokens for c in continuations),
+            pad_token_id=pad,
+            eos_token_id=list(end_tokens) or None,
+            prefill_chunk_size=self.chunk if 0 < self.chunk < width else None,
+        )
+        out = self.model.generate(
+            input_ids=ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            generation_config=settings,
+            stopping_criteria=StoppingCriteriaList([_Ended(continuations, width, end_tokens)]),
+        )
+        rows = out[:, width:].tolist()
+        return [cut(row, c, end_tokens) for row, c in zip(rows, continuations, strict=True)]
+
+    def cache_bytes(self, length: int) -> dict[str, float]:
+        """See :func:`~.cache_bytes.measure_cache_bytes`."""
+        return measure_cache_bytes(self.model, length)
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """There is one process: run it."""
+        return action()
+
+    def anywhere(self, flag: bool) -> bool:
+        """There is one process: its own flag."""
+        return flag
+
+
+class _Ended:
+    """Stops a row once it is settled, which keeps the score and saves the rest."""
+
+    def __init__(
+        self, continuations: Sequence[Continuation], width: int, end_tokens: Sequence[int]
+    ) -> None:
+        self.continuations = continuations
+        self.width = width
+        self.end_tokens = end_tokens
+        self.done = [False] * len(continuations)
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        """``[B]`` bool, which rows are done."""
+        for index, row in enumerate(ids[:, self.width :].tolist()):
+            if not self.done[index]:
+                self.done[index] = is_over(row, self.continuations[index], self.end_tokens)
+        return torch.tensor(self.done, device=ids.device)
+
+
+def token_ids(given: int | Sequence[int] | None) -> list[int]:
+    """A config's token id: none, one or several."""
+    if given is None:
+        return []
+    return [int(x) for x in given] if isinstance(given, list | tuple) else [int(given)]

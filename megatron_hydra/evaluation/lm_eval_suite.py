@@ -1,0 +1,89 @@
+"""EleutherAI's lm-evaluation-harness on a model that is loaded already; optional (the extra ``eval``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_hydra.errors import HydraError
+
+TOKENS_OF_A_REQUEST = 4096
+"""How long a request of lm-eval is taken to be, to make batches of so many tokens."""
+
+
+def require_lm_eval() -> None:
+    """Refuse where lm-eval is not installed.
+
+    Raises:
+        HydraError: naming the extra that brings it.
+    """
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise HydraError(
+            "--lm-eval needs lm-evaluation-harness, which is not installed: pip install -c "
+            f"constraints.txt -e '.[eval]' ({error})"
+        ) from None
+
+
+def lm_eval_version() -> str:
+    """Of the installed one: scores of different versions are not always comparable."""
+    from importlib.metadata import version
+
+    return version("lm_eval")
+
+
+def run_lm_eval(
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    *,
+    include: str = "",
+    batch_tokens: int = 32768,
+    seed: int = 1234,
+) -> dict[str, dict[str, Any]]:
+    """Score a Hugging Face causal model on one of lm-eval's tasks or groups.
+
+    Args:
+        model: in evaluation mode, on its device.
+        tokenizer: its tokenizer.
+        task: lm-eval's name.
+        include: a folder with task files (YAML) of the user's own, or ``""``.
+        batch_tokens: tokens of a batch, about (one request at least).
+        seed: of few-shot examples, and whatever else lm-eval draws.
+
+    Returns:
+        Name → metrics as lm-eval calls them (``"acc,none"``, ``"acc_stderr,none"``, …): the task's own
+        and, of a group, those of its members.
+
+    Raises:
+        HydraError: lm-eval is not installed, there is no tokenizer, or no such task.
+    """
+    require_lm_eval()
+    if tokenizer is None:
+        raise HydraError("--lm-eval needs the model's tokenizer: give --tokenizer")
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    tasks = TaskManager(include_path=include or None)
+    if not tasks.match_tasks([task]):
+        where = f" and none in {include}" if include else ""
+        raise HydraError(f"--lm-eval: lm-eval {lm_eval_version()} has no task {task!r}{where}")
+    batch = max(1, batch_tokens // TOKENS_OF_A_REQUEST)
+    found = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
+        tasks=[task],
+        task_manager=tasks,
+        bootstrap_iters=0,
+        log_samples=False,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
+    return {name: _metrics(values) for name, values in found["results"].items()}
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, Any]:
+    """Numbers only: an error bar that was not computed is the text ``N/A``."""
+    return {key: v for key, v in values.items() if isinstance(v, int | float)}

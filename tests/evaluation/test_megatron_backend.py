@@ -1,0 +1,65 @@
+"""Drafts change how many forwards a continuation costs, and nothing that it says."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_hydra.evaluation.backend import Continuation, cut
+from megatron_hydra.evaluation.megatron_backend import MegatronBackend, draft
+
+END = 99
+
+
+class Counting(MegatronBackend):
+    """A back end whose model says one more than the token before; from 9 it goes on with 0."""
+
+    def __init__(self) -> None:
+        self.forwards = 0
+
+    def argmax_at(self, rows, positions):
+        self.forwards += 1
+        return [[(row[p] + 1) % 10 for p in asked] for row, asked in zip(rows, positions)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "forwards"),
+    [
+        ((4, 5, 6, 7, 8, 9), 1),  # right, and one token beyond it
+        ((4, 5, 6, 8, 8, 8), 4),  # right up to a place, where nothing was said before
+        ((), 6),
+    ],
+)
+def test_a_right_answer_costs_one_forward(answer, forwards):
+    backend = Counting()
+    continuation = Continuation(prompt=[3], max_new_tokens=6, draft=answer)
+    assert backend.generate([continuation], []) == [[4, 5, 6, 7, 8, 9]]
+    assert backend.forwards <= forwards
+
+
+def test_continuations_of_a_batch_end_each_at_its_own_place():
+    backend = Counting()
+    made = [
+        Continuation([1, 2], max_new_tokens=2),
+        Continuation([0], max_new_tokens=8, draft=[1, 2, 3, 4, 5, 6, 7, 8]),
+        Continuation([5], max_new_tokens=8, settled=lambda tokens: tokens[-1] == 8),
+        Continuation([6], max_new_tokens=8, draft=[7, 8, 9, 0, 1]),
+    ]
+    assert backend.generate(made, end_tokens=[9]) == [
+        [3, 4], [1, 2, 3, 4, 5, 6, 7, 8], [6, 7, 8], [7, 8, 9],
+    ]  # fmt: skip
+
+
+def test_a_draft_is_the_answer_then_what_the_text_said_before():
+    continuation = Continuation([5, 6, 7, 8, 9], max_new_tokens=4, draft=[1, 2, 3, 4, 5])
+    assert draft(continuation, []) == [1, 2, 3]  # the forward adds a fourth
+    assert draft(continuation, [1]) == [2, 3]
+    assert draft(continuation, [5, 6]) == [7]  # not [2]: it said something else
+    assert draft(continuation, [9, 1]) == []
+
+
+def test_what_comes_after_the_end_is_cut():
+    continuation = Continuation([0], max_new_tokens=3, settled=lambda tokens: tokens == [1, 2])
+    assert cut([1, 2, 3], continuation, [END]) == [1, 2]
+    assert cut([1, END, 3], continuation, [END]) == [1, END]
+    assert cut([4, 4, 4, 4], continuation, [END]) == [4, 4, 4]
+    assert cut([1, 2, 3], continuation, [END], known=2) == [1, 2, 3]
