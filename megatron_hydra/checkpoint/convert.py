@@ -208,7 +208,13 @@ def _gamma(
         tokenizer, dense.vocab_size, options.calibration_file, options.calibration_tokens
     )
     # The backbone without its LM head, in the dtype that the student will have.
-    backbone = AutoModel.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+    backbone = AutoModel.from_pretrained(
+        folder,
+        dtype=dtype or "auto",
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
+    )
     return calibrate_gamma(backbone.to(device()).eval(), batches)
 
 
@@ -250,7 +256,7 @@ def megatron_to_hf(
 
     refuse_existing(output, force)
     folder = store.resolve_checkpoint(checkpoint)
-    store.verify_manifest(folder)
+    store.verify_checkpoint(folder)
     model = store.read_model_config(folder)
     dtypes = {
         key: dtype if dtype is not None and not is_fp32(key) else own

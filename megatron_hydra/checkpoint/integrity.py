@@ -6,29 +6,32 @@ Three checks, each of which stands without the others:
   of any byte of the folder is found. It is no signature: whoever can write the folder can write a
   matching manifest.
 - the index ``weights/.metadata``, a pickle that torch opens whatever ``weights_only`` says: read here
-  first, by an unpickler that knows only the dozen classes that an index is made of; the files that
-  it names must lie in the folder.
-- every other pickle (``common.pt``, the byte objects inside ``*.distcp``) is read with
-  ``weights_only=True`` before Megatron reads it without.
+  first, by an unpickler that knows only the dozen classes that an index is made of. It may list
+  tensors only, which torch reads with ``weights_only=True``: what it calls an object, torch would
+  unpickle without. The files that it names must lie in the folder.
+- ``common.pt`` is read with ``weights_only=True`` before Megatron reads it without.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import hashlib
-import io
 import json
 import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.errors import HydraError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
 
 MANIFEST_FORMAT, MANIFEST_VERSION = "megatron-hydra-manifest", 2
 MANIFEST_FILE = "manifest.json"
@@ -42,27 +45,23 @@ ALLOWED_GLOBALS = {
     "torch.distributed.checkpoint.metadata": {
         "Metadata",
         "TensorStorageMetadata",
-        "BytesStorageMetadata",
         "ChunkStorageMetadata",
         "TensorProperties",
         "MetadataIndex",
         "StorageMeta",
         "_MEM_FORMAT_ENCODING",
     },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.planner": {
-        "SavePlan",
-        "WriteItem",
-        "WriteItemType",
-        "TensorWriteData",
-    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch": {"Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8"},
     "torch.serialization": {"_get_layout"},
     "pathlib": {"Path", "PosixPath"},
     "pathlib._local": {"Path", "PosixPath"},
-    "collections": {"OrderedDict"},
 }
-"""What ``weights/.metadata`` may refer to; anything else is refused before it is imported."""
+"""What ``weights/.metadata`` may refer to; anything else is refused before it is imported.
+
+``BytesStorageMetadata`` is not among it: such an entry is an object that torch unpickles without a
+guard, and checkpoints of ours hold tensors only.
+"""
 
 
 # -- manifest ------------------------------------------------------------------------------------
@@ -209,45 +208,109 @@ def verify_manifest(folder: str | os.PathLike[str], *, sizes_only: bool = False)
 
 
 class _IndexUnpickler(pickle.Unpickler):
+    """Resolves :data:`ALLOWED_GLOBALS` only, and notices if the pickle changes one of them.
+
+    It is the C unpickler, as torch's is: another parser might read the same bytes differently.
+    """
+
     def __init__(self, file: Any, source: Path) -> None:
         super().__init__(file)
         self._source = source
+        self._resolved: dict[type, dict[str, Any]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in ALLOWED_GLOBALS.get(module, ()):
             raise HydraError(
-                f"{self._source} refers to {module}.{name}, which no checkpoint index needs: it is "
-                "not opened"
+                f"{self._source} refers to {module}.{name}, which no checkpoint of ours needs: it "
+                "is not opened"
             )
-        return super().find_class(module, name)
+        found = super().find_class(module, name)
+        if isinstance(found, type):
+            self._resolved.setdefault(found, dict(vars(found)))
+        return found
+
+    def load(self) -> Any:
+        try:
+            return super().load()
+        finally:
+            self._refuse_changed_classes()
+
+    def _refuse_changed_classes(self) -> None:
+        """A pickle may set attributes of whatever it refers to, of a class for all its instances."""
+        changed = [kind for kind, before in self._resolved.items() if dict(vars(kind)) != before]
+        for kind in changed:
+            before = self._resolved[kind]
+            for name in vars(kind).keys() - before.keys():
+                delattr(kind, name)
+            for name in before:
+                if vars(kind)[name] is not before[name]:
+                    setattr(kind, name, before[name])
+        if changed:
+            raise HydraError(
+                f"{self._source} changes the class {changed[0].__name__}: it is not opened"
+            )
 
 
-def read_index(weights: str | os.PathLike[str]) -> Any:
+def read_index(weights: str | os.PathLike[str]) -> Metadata:
     """``weights/.metadata``, read with :data:`ALLOWED_GLOBALS` only.
 
     Returns:
-        The ``torch.distributed.checkpoint.metadata.Metadata``.
+        The index: tensors only, each piece in a file of the folder.
 
     Raises:
-        HydraError: the file is missing, broken, refers to anything else, or names a file outside
-            the folder.
+        HydraError: the file is missing, broken, refers to anything else, lists anything but
+            tensors, or names a file outside the folder.
     """
     path = Path(weights) / ".metadata"
     try:
         with open(path, "rb") as file:
             index = _IndexUnpickler(file, path).load()
-        places = {info.relative_path for info in (index.storage_data or {}).values()}
-        dict(index.state_dict_metadata)
+        _check_index(index, path)
     except FileNotFoundError:
         raise HydraError(f"{path} is missing: {weights} is no dist_checkpointing folder") from None
     except HydraError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
         raise HydraError(f"{path} is damaged: {error}") from None
-    for name in sorted(places, key=str):
-        if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):
-            raise HydraError(f"{path} names {name!r}, which is not a file in {weights}")
     return index
+
+
+def _check_index(index: Any, path: Path) -> None:
+    """The index is put together as torch does it, so that torch takes it for what it is here.
+
+    Torch tells tensors from objects by class; an attribute or a subclass proves nothing.
+    """
+    # Importing these costs seconds, and most commands open no checkpoint.
+    from torch.distributed.checkpoint import metadata as parts
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    _check_is(index, parts.Metadata, "the index", path)
+    if index.storage_meta is not None:
+        _check_is(index.storage_meta, parts.StorageMeta, "storage_meta", path)
+    for key, entry in index.state_dict_metadata.items():
+        _check_is(entry, parts.TensorStorageMetadata, f"the entry of {key!r}", path)
+        _check_is(entry.properties, parts.TensorProperties, f"the entry of {key!r}", path)
+        for chunk in entry.chunks:
+            _check_is(chunk, parts.ChunkStorageMetadata, f"the entry of {key!r}", path)
+    for place, info in index.storage_data.items():
+        _check_is(place, parts.MetadataIndex, "a place in storage_data", path)
+        _check_is(info, _StorageInfo, f"the place of {place.fqn!r}", path)
+        if info.transform_descriptors is not None:
+            raise HydraError(f"{path}: {place.fqn!r} is stored transformed: it is not opened")
+        name = info.relative_path
+        if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):
+            raise HydraError(f"{path} names {name!r}, which is not a file in {path.parent}")
+
+
+def _check_is(value: Any, kind: type, what: str, path: Path) -> None:
+    """``value`` is exactly of a dataclass and has no attribute but its fields."""
+    if type(value) is not kind:
+        raise HydraError(
+            f"{path}: {what} is a {type(value).__name__}, not a {kind.__name__}: it is not opened"
+        )
+    unknown = sorted(vars(value).keys() - {field.name for field in dataclasses.fields(kind)})
+    if unknown:
+        raise HydraError(f"{path}: {what} has an attribute {unknown[0]!r}: it is not opened")
 
 
 def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -258,27 +321,14 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     body = verify_manifest(folder)
     weights = Path(folder) / WEIGHTS
-    index = read_index(weights)
-    _check_pickle(weights / "common.pt", (weights / "common.pt").read_bytes)
-    for place, info in (index.storage_data or {}).items():
-        if hasattr(index.state_dict_metadata.get(place.fqn), "size"):
-            continue  # a tensor: torch itself reads those with weights_only
-        _check_pickle(weights / info.relative_path, _slice_reader(weights, info))
+    read_index(weights)
+    _check_pickle(weights / "common.pt")
     return body
 
 
-def _slice_reader(weights: Path, info: Any) -> Any:
-    def read() -> bytes:
-        with open(weights / info.relative_path, "rb") as file:
-            file.seek(info.offset)
-            return file.read(info.length)
-
-    return read
-
-
-def _check_pickle(path: Path, read: Any) -> None:
+def _check_pickle(path: Path) -> None:
     try:
-        torch.load(io.BytesIO(read()), map_location="cpu", weights_only=True)
+        torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise HydraError(f"{path} is missing") from None
     except Exception as error:  # a damaged or forged pickle raises nearly anything

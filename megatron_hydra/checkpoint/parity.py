@@ -49,7 +49,7 @@ def verify_export(
     """Read a Hugging Face folder back and compare it with a checkpoint, bit for bit.
 
     Args:
-        checkpoint: a checkpoint folder whose manifest was verified.
+        checkpoint: a checkpoint folder that was verified.
         hf_folder: what was written from it.
         dtype: the dtype that the export was converted to, if any.
 
@@ -93,7 +93,7 @@ def megatron_logits(checkpoint: str | os.PathLike[str], tokens: torch.Tensor) ->
     """Logits of the Megatron model of a checkpoint, in fp32 on one process.
 
     Args:
-        checkpoint: a checkpoint folder whose manifest was verified.
+        checkpoint: a checkpoint folder that was verified.
         tokens: ``[T]`` int64, one document.
 
     Returns:
@@ -148,7 +148,9 @@ def hf_logits(folder: str | os.PathLike[str], tokens: torch.Tensor) -> torch.Ten
         from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM
 
         loader = HydraHeadForCausalLM
-    model = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model = loader.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+    ).eval()
     with torch.no_grad():
         return model(input_ids=tokens[None], use_cache=False).logits[0].float()
 

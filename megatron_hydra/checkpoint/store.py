@@ -333,7 +333,7 @@ def stored_tensors(
     found = {
         key: (tuple(entry.size), entry.properties.dtype)
         for key, entry in read_index(weights).state_dict_metadata.items()
-        if hasattr(entry, "size") and not key.startswith(NON_MODEL_KEYS)
+        if not key.startswith(NON_MODEL_KEYS)
     }
     canonical.check_shapes({key: shape for key, (shape, _) in found.items()}, model, str(weights))
     return found
@@ -381,7 +381,7 @@ def load_canonical(
 
 
 def lazy_canonical(folder: str | os.PathLike[str]) -> canonical.LazyTensors:
-    """The model's tensors of a checkpoint, each read when asked for. Verify the manifest first."""
+    """The model's tensors of a checkpoint, each read when asked for. Verify the checkpoint first."""
     folder = resolve_checkpoint(folder)
 
     def load(key: str) -> torch.Tensor:

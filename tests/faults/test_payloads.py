@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,21 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from megatron_hydra.checkpoint import integrity, store
+from megatron_hydra.checkpoint.convert import megatron_to_hf
 from megatron_hydra.config import apply_overrides
 from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation.loading import load_model, load_tokenizer
 from megatron_hydra.training.loop import run_training
+from tests.checkpoint.models import make_head_map, make_hf
 from tests.faults.runs import start_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,13 +104,26 @@ def _forge_object(folder: Path, sentinel: Path) -> None:
     (folder / "weights/.metadata").write_bytes(pickle.dumps(index))
 
 
+def _forge_object_like_a_tensor(folder: Path, sentinel: Path) -> None:
+    """A pickle in the place of a weight; its entry has what a tensor's has, but not its class."""
+    index = integrity.read_index(folder / "weights")
+    key = "embedding.word_embeddings.weight"
+    entry = BytesStorageMetadata()
+    vars(entry).update(vars(index.state_dict_metadata[key]))
+    index.state_dict_metadata[key] = entry  # type: ignore[assignment]
+    index.storage_data[MetadataIndex(key)] = _StorageInfo(*_append(folder, sentinel))
+    (folder / "weights/.metadata").write_bytes(pickle.dumps(index))
+
+
 FORGERIES = {
     ".metadata": _forge_index,
     "a value in .metadata": _forge_part_of_index,
     "common.pt": _forge_common,
     "a tensor in .distcp": _forge_tensor,
     "an object in .distcp": _forge_object,
+    "an object that claims to be a tensor": _forge_object_like_a_tensor,
 }
+REFUSED = r"not opened|Weights only load failed"
 
 
 @pytest.mark.parametrize("forge", FORGERIES.values(), ids=FORGERIES)
@@ -115,13 +137,17 @@ def test_a_forged_student_runs_nothing(
         start_run(inputs, tmp_path / "run", 1, verb="finetune").config,
         [f"student.checkpoint={student}"],
     )
-    with pytest.raises(HydraError, match=r"not opened|Weights only load failed"):
+    with pytest.raises(HydraError, match=REFUSED):
         run_training(config)
-    with pytest.raises(HydraError, match=r"not opened|Weights only load failed"):
+    with pytest.raises(HydraError, match=REFUSED):
         store.load_canonical(student)
+    with pytest.raises(HydraError, match=REFUSED):
+        megatron_to_hf(student, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
     assert not sentinel.exists()
     name = request.node.callspec.id
-    table(f"payload in {name} of a checkpoint to start from", 1, 1, "refused, sentinel absent")
+    where = "a checkpoint to start from or to export"
+    table(f"payload in {name} of {where}", 1, 1, "refused, sentinel absent")
 
 
 @pytest.mark.parametrize("forge", FORGERIES.values(), ids=FORGERIES)
@@ -133,11 +159,57 @@ def test_a_forged_checkpoint_of_the_run_itself_runs_nothing(
     folder = store.resolve_checkpoint(Path(config.output) / "checkpoints")
     forge(folder, sentinel)
     store.write_manifest(folder)
-    with pytest.raises(HydraError, match=r"not opened|Weights only load failed"):
+    with pytest.raises(HydraError, match=REFUSED):
         run_training(apply_overrides(config, ["schedule.steps=2"]))
     assert not sentinel.exists()
     name = request.node.callspec.id
     table(f"payload in {name} of a checkpoint to resume", 1, 1, "refused, sentinel absent")
+
+
+def _add_attribute(index: Metadata) -> None:
+    index.mcore_data = {}  # type: ignore[attr-defined]
+
+
+def _take_other_class(index: Metadata) -> None:
+    key = next(iter(index.state_dict_metadata))
+    index.state_dict_metadata[key] = ChunkStorageMetadata(torch.Size(), torch.Size())  # type: ignore[assignment]
+
+
+def _transform(index: Metadata) -> None:
+    next(iter(index.storage_data.values())).transform_descriptors = ["zstd"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_add_attribute, "the index has an attribute 'mcore_data'"),
+        (_take_other_class, "is a ChunkStorageMetadata, not a TensorStorageMetadata"),
+        (_transform, "is stored transformed"),
+    ],
+)
+def test_an_index_holds_nothing_but_what_is_known(
+    change: Callable, message: str, student: Path
+) -> None:
+    index = integrity.read_index(student / "weights")
+    change(index)
+    (student / "weights/.metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(HydraError, match=message):
+        integrity.read_index(student / "weights")
+
+
+def test_an_index_changes_no_class(student: Path) -> None:
+    """A pickle can set attributes of a class that it refers to, and all its instances have them."""
+    path = student / "weights/.metadata"
+    build = (
+        b"\x80\x04ctorch.distributed.checkpoint.metadata\nTensorStorageMetadata\n"
+        b"N}X\x06\x00\x00\x00forgedNs\x86b0"
+    )
+    path.write_bytes(build + path.read_bytes()[2:])
+    pickle.loads(build + b"N.")  # noqa: S301
+    del TensorStorageMetadata.forged  # type: ignore[attr-defined]  # so it does change the class
+    with pytest.raises(HydraError, match="changes the class TensorStorageMetadata"):
+        integrity.read_index(student / "weights")
+    assert not hasattr(TensorStorageMetadata, "forged")
 
 
 # -- paths ----------------------------------------------------------------------------------------
@@ -215,17 +287,23 @@ def test_a_forged_packing_cache_runs_nothing(
 _CODE = (
     "import os\nos.mkdir({sentinel!r})\nclass Model: pass\nclass Config: pass\nclass Tok: pass\n"
 )
+_LACKS_TRUST = "trust_remote_code=True|--trust-remote-code"
 
 
 @pytest.fixture
 def hf_folder(tmp_path: Path, sentinel: Path) -> Path:
-    """A model folder whose own code, weights and tokenizer all want to run."""
-    folder = tmp_path / "hf"
-    folder.mkdir()
-    config = {
-        "model_type": "qwen3", "architectures": ["Model"],
-        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
-    }  # fmt: skip
+    """A whole model folder, but its own code, pickled weights and tokenizer all want to run too.
+
+    Of the family for whose tokenizers transformers has no class, and so would ask on stdin.
+    """
+    folder = make_hf(tmp_path / "hf", "llama")
+    config = json.loads((folder / "config.json").read_text()) | {
+        "architectures": ["Model"],
+        "auto_map": {
+            name: f"evil.{name[4:10]}"
+            for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+        },
+    }
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = {"tokenizer_class": "Tok", "auto_map": {"AutoTokenizer": ["evil.Tok", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
@@ -234,31 +312,55 @@ def hf_folder(tmp_path: Path, sentinel: Path) -> Path:
     return folder
 
 
-def test_code_and_pickles_of_a_model_folder_do_not_run(
-    hf_folder: Path, sentinel: Path, tmp_path: Path, table
-) -> None:
-    with pytest.raises(HydraError, match="trust-remote-code"):
+def test_evaluation_asks_before_it_runs_a_folders_code(hf_folder: Path, sentinel: Path) -> None:
+    with pytest.raises(HydraError, match=_LACKS_TRUST):
         load_model(hf_folder)
-    with pytest.raises(HydraError, match="trust-remote-code"):
+    with pytest.raises(HydraError, match=_LACKS_TRUST):
         load_tokenizer(hf_folder)
-    commands = [
-        ["tools/hf_to_megatron.py", "--hf-path", hf_folder, "--output", tmp_path / "a"],
-        ["tools/select_heads.py", "--hf-path", hf_folder, "--output", tmp_path / "b.json"],
-        ["tools/evaluate.py", "--model", hf_folder, "--tasks", "niah_single_1", "--lengths", "1K",
-         "--output", tmp_path / "c"],
-    ]  # fmt: skip
-    for command in commands:
-        done = subprocess.run(
-            [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
-            stdin=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
-        assert done.returncode == 2, done.stderr[-2000:]
-        assert done.stderr.strip().splitlines()[-1].startswith("error: "), done.stderr[-2000:]
     assert not sentinel.exists()
-    count = len(commands) + 2
+
+
+_COMMANDS = {
+    "conversion": ("hf_to_megatron.py --hf-path {hf} --output {out}", 0, ""),
+    "conversion with calibration": (
+        "hf_to_megatron.py --hf-path {hf} --output {out} --head-map {map}", 2, _LACKS_TRUST,
+    ),
+    "calibration on given tokens": (
+        "hf_to_megatron.py --hf-path {hf} --output {out} --head-map {map} --calibration-file {ids}",
+        2, _LACKS_TRUST,
+    ),
+    "selection": ("select_heads.py --hf-path {hf} --output {out}", 2, _LACKS_TRUST),
+    "evaluation": (
+        "evaluate.py --model {hf} --tasks niah_single_1 --lengths 1K --output {out}", 2,
+        _LACKS_TRUST,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _COMMANDS)
+def test_code_and_pickles_of_a_model_folder_do_not_run(
+    name: str, hf_folder: Path, sentinel: Path, tmp_path: Path, table
+) -> None:
+    """Not even if somebody answers yes: transformers asks on stdin where it is not told."""
+    words, status, reason = _COMMANDS[name]
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text('{"tokens": [1, 2, 3]}\n')
+    places = {
+        "hf": hf_folder, "out": tmp_path / "out", "ids": ids,
+        "map": make_head_map(tmp_path / "map.json", hf_folder),
+    }  # fmt: skip
+    script, *arguments = words.format(**places).split()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / script), *arguments],
+        cwd=ROOT, capture_output=True, text=True, input="y\n" * 9, check=False,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr[-2000:]
+    assert re.search(reason, done.stderr), done.stderr[-2000:]
+    assert not sentinel.exists()
+    outcome = "refused" if status else "converted from its safetensors"
     table(
-        "auto_map code, tokenizer code and pytorch_model.bin of a Hugging Face folder", count,
-        count, "refused without --trust-remote-code, sentinel absent",
+        f"{name}: auto_map code, tokenizer code and pytorch_model.bin of a Hugging Face folder",
+        1, 1, f"{outcome}, sentinel absent",
     )  # fmt: skip
 
 
