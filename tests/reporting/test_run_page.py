@@ -16,6 +16,7 @@ import pytest
 from megatron_hydra.errors import HydraError
 from megatron_hydra.reporting import EVENTS_FILE, METRICS_FILE
 from megatron_hydra.reporting.run_page import write_run_page
+from tests.required import skip_without
 
 ROOT = Path(__file__).resolve().parents[2]
 CHARTS = (
@@ -116,7 +117,7 @@ _MEASURE = """<script>addEventListener('load', () => {
 def test_a_browser_lays_it_out(width: int, run: Path, tmp_path: Path) -> None:
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
     if chromium is None:
-        pytest.skip("chromium is not installed (apt-get install chromium)")
+        skip_without("chromium", "chromium is not installed (apt-get install chromium)")
     command = [sys.executable, str(ROOT / "tools/run_report.py"), str(run)]
     subprocess.run(command, check=True, capture_output=True)
     page = run / "report.html"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.table import table  # noqa: F401  (a fixture)
+from tests.required import skip_without
 
 PROGRAMS = (
     "munged",
@@ -120,9 +121,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """A two-node cluster; everything that it starts is ended with it."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
     if missing:
-        pytest.skip(f"{missing[0]} is missing: apt-get install slurm-wlm munge")
+        skip_without("slurm", f"{missing[0]} is missing: apt-get install slurm-wlm munge")
     if os.geteuid() != 0:
-        pytest.skip("the daemons of a test cluster run as root")
+        skip_without("slurm", "the daemons of a test cluster run as root")
     folder = tmp_path_factory.mktemp("slurm")
     # munge wants a socket that others can reach through folders that only their owner can write.
     for parent in (folder, *folder.parents[:2]):

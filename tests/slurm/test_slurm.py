@@ -12,7 +12,7 @@ import pytest
 
 from tests.launch.payload import expected_value
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = ["--gpus-per-node", "0", "--procs-per-node", "1", "--python", sys.executable]

@@ -13,7 +13,7 @@ import torch
 from megatron_hydra.config.loading import to_yaml
 from tests.training import tiny
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
