@@ -14,9 +14,6 @@ import torch
 from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.ops.gated_delta_rule import StateExchange
 
-MAX_HEAD_DIM = 256
-"""FLA's kernels hold a state of at most 256 × block per program."""
-
 
 def fla_gated_delta_rule(
     q: torch.Tensor,

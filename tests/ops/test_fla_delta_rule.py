@@ -1,0 +1,89 @@
+"""What FLA's delta rule is called with, against the definition, with a stand-in for its GPU kernels."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+from megatron_hydra.ops.fla_delta_rule import fla_gated_delta_rule
+from megatron_hydra.ops.gated_delta_rule import recurrent_gated_delta_rule
+
+T, HEADS, D = 11, 2, 4
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Installs the stand-ins, which have FLA's signatures; the keyword arguments of every call."""
+    seen = []
+
+    def chunk_gated_delta_rule(
+        q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
+        use_qk_l2norm_in_kernel=False, cu_seqlens=None, cu_seqlens_cpu=None, cp_context=None,
+    ):  # fmt: skip
+        assert len(q) == len(k) == len(v) == len(g) == len(beta) == 1
+        assert scale is None  # the default is 1/√d
+        assert not use_qk_l2norm_in_kernel
+        seen.append({"cu": cu_seqlens, "cu_cpu": cu_seqlens_cpu, "cp_context": cp_context})
+        cu = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+        inputs = (x[0] for x in (q, k, v, g, beta))
+        output, final = recurrent_gated_delta_rule(*inputs, cu, initial_state)
+        return output[None], final if output_final_state else None
+
+    def build_cp_context(cu_seqlens, group, conv1d_kernel_size=None, cu_seqlens_cpu=None):
+        return cu_seqlens, group, cu_seqlens_cpu
+
+    for module, function in (
+        ("fla.ops.gated_delta_rule", chunk_gated_delta_rule),
+        ("fla.ops.cp", build_cp_context),
+    ):
+        stand_in = types.ModuleType(module)
+        setattr(stand_in, function.__name__, function)
+        monkeypatch.setitem(sys.modules, module, stand_in)
+    for parent in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    return seen
+
+
+def inputs():
+    q, k, v = (torch.randn(T, HEADS, D, dtype=torch.float64) for _ in range(3))
+    k = torch.nn.functional.normalize(k, dim=-1)
+    log_alpha, beta = (torch.rand(T, HEADS, dtype=torch.float64) for _ in range(2))
+    return [x.requires_grad_() for x in (q, k, v, -0.1 * log_alpha, beta)]
+
+
+@pytest.mark.parametrize("cu", [None, (0, T), (0, 1, 6, T)])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_equals_the_definition_with_gradients(calls, cu, with_state):
+    tensors = [x.detach().requires_grad_() for x in inputs()]
+    documents = 1 if cu is None else len(cu) - 1
+    state = torch.randn(documents, HEADS, D, D, dtype=torch.float64) if with_state else None
+    got, final = fla_gated_delta_rule(*tensors, cu, state)
+    want, _ = recurrent_gated_delta_rule(*tensors, cu, state)
+    assert final is None
+    torch.testing.assert_close(got, want)
+    cotangent = torch.randn_like(want)
+    for a, b in zip(
+        torch.autograd.grad(got, tensors, cotangent),
+        torch.autograd.grad(want, tensors, cotangent),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    (call,) = calls
+    if documents == 1:  # FLA's path without boundaries is the faster one
+        assert call["cu"] is None
+    else:  # given on the host as well, or FLA reads them back
+        assert call["cu"].dtype == torch.int64
+        assert call["cu_cpu"].tolist() == list(cu)
+
+
+def test_context_parallelism_gets_the_group_and_the_whole_streams_documents(calls):
+    exchange = types.SimpleNamespace(group="the group", cu_seqlens_global=(0, 5, 22))
+    fla_gated_delta_rule(*inputs(), (0, 5, T), exchange=exchange)
+    (call,) = calls
+    boundaries, group, on_host = call["cp_context"]
+    assert group == "the group"
+    assert boundaries.tolist() == on_host.tolist() == [0, 5, 22]
+    assert call["cu"] is None  # FLA cuts the shard's own from the whole stream's
