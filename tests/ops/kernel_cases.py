@@ -1,11 +1,13 @@
 """Our Triton kernels against their torch twins: outputs and gradients, on a GPU or interpreted.
 
-TRITON_INTERPRET=1 python -m tests.ops.kernel_cases       # on a CPU, in Triton's interpreter
+TRITON_INTERPRET=1 python -m tests.ops.kernel_cases           # on a CPU, in Triton's interpreter
+TRITON_INTERPRET=1 python -m tests.ops.kernel_cases --slow    # what takes it long
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -272,9 +274,12 @@ CHECKS = (
     check_vocabulary_parallel_loss,
     check_start_up,
 )
+SLOW = (check_start_up,)
+"""Those that take the interpreter long."""
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     for check in CHECKS:
-        check(torch.device("cpu"), torch.float32)
-        print(check.__name__, flush=True)
+        if (check in SLOW) == ("--slow" in sys.argv):
+            check(torch.device("cpu"), torch.float32)
+            print(check.__name__, flush=True)

@@ -19,15 +19,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_kernels_equal_their_twins_in_the_interpreter():
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_kernels_equal_their_twins_in_the_interpreter(slow):
     # Triton reads the variable when it is first imported, so in a process of its own.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(  # noqa: PLW1510
-        [sys.executable, "-m", "tests.ops.kernel_cases"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240,
+        [sys.executable, "-m", "tests.ops.kernel_cases", *(["--slow"] if slow else [])],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500 if slow else 240,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split() == [check.__name__ for check in kernel_cases.CHECKS]
+    ran = [check for check in kernel_cases.CHECKS if (check in kernel_cases.SLOW) == slow]
+    assert result.stdout.split() == [check.__name__ for check in ran]
 
 
 @pytest.mark.gpu
