@@ -56,11 +56,13 @@ def test_every_kind_of_model_under_every_layout(layout: str, tmp_path: Path) -> 
 @pytest.mark.timeout(1800)
 def test_precision_verbs_and_recomputation(tmp_path: Path) -> None:
     again = {"granularity": "selective", "modules": ["attention", "mlp"]}
+    parts = {"granularity": "selective", "modules": ["fa", "gdn", "tail"]}
     bodies = {
         "bf16": cases.run_config(precision="bf16"),
         "distill": cases.run_config("distill"),
         "align": cases.run_config("align"),
         "recompute selective": cases.run_config(recompute=again),
+        "recompute parts": cases.run_config(recompute=parts),
         "recompute full": cases.run_config(recompute={"granularity": "full"}),
     }
     model = cases.MODELS["hydrahead"]
