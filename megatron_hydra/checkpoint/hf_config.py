@@ -17,6 +17,7 @@ from megatron_hydra.checkpoint.families import FAMILIES
 from megatron_hydra.config.loading import from_dict, to_dict
 from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.head_map import HeadMap
 
 HYBRID_MODEL_TYPE = "hydrahead"
 HEAD_MAP_FILE = "head_map.json"
@@ -65,8 +66,8 @@ def read_hf_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """The model that ``folder/config.json`` describes: a dense family or an exported hybrid.
 
     Raises:
-        HydraError: an unknown ``model_type`` or a setting that the model cannot represent; the
-            file and the key are named.
+        HydraError: an unknown ``model_type``, a setting that the model cannot represent, or a
+            head map that is not this model's; the file and the key are named.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -74,8 +75,19 @@ def read_hf_config(folder: str | os.PathLike[str]) -> ModelConfig:
     model = model_from_hf_config(read_json(path), str(path))
     head_map = Path(folder) / HEAD_MAP_FILE
     if model.is_hybrid and head_map.is_file():
-        model = dataclasses.replace(model, head_map=read_json(head_map))
+        model = dataclasses.replace(model, head_map=_read_head_map(head_map, model))
     return model
+
+
+def _read_head_map(path: Path, model: ModelConfig) -> dict[str, Any]:
+    """The head map beside an exported hybrid's ``config.json``, which must say the same."""
+    body = read_json(path)
+    head_map = HeadMap.from_dict(body, source=str(path))
+    identity = dataclasses.replace(model.identity(), name=str(path.parent))
+    head_map.check_model(identity, source=str(path))
+    if head_map.full_attention_heads != model.full_attention_heads:
+        raise HydraError(f"{path}: full_attention_heads is not that of the config.json beside it")
+    return body
 
 
 def model_from_hf_config(config: Mapping[str, Any], source: str = "config.json") -> ModelConfig:

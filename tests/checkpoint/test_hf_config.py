@@ -15,6 +15,7 @@ from megatron_hydra.checkpoint.hf_config import (
 )
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.head_map import HeadMap
 from tests.checkpoint.models import LLAMA3_ROPE, VARIANTS, hybrid_config
 
 QWEN3 = {
@@ -172,3 +173,33 @@ def test_a_hybrid_config_with_an_unknown_switch_is_refused():
     body["hydra"] = {**body["hydra"], "fushion": "scale"}
     with pytest.raises(HydraError, match=r"hydra.*fushion"):
         model_from_hf_config(body)
+
+
+@pytest.fixture
+def export(tmp_path):
+    """The config.json and the head_map.json of an exported hybrid."""
+    model = hybrid_config()
+    (tmp_path / "config.json").write_text(json.dumps(hf_config_from_model(model, "bfloat16")))
+    heads = model.full_attention_heads
+    HeadMap(model.identity(), heads, "random", "1:1").save(tmp_path / "head_map.json")
+    return tmp_path
+
+
+def test_the_head_map_of_an_export_is_read(export):
+    assert read_hf_config(export).head_map == json.loads((export / "head_map.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "x"}, "is not a head map"),
+        ({"colour": 1}, "colour"),
+        ({"model": {**vars(hybrid_config().identity()), "head_dim": 8}}, "head_dim is 8"),
+        ({"full_attention_heads": [[1], [], [0, 1, 2, 3], [0, 2, 3]]}, "beside it"),
+    ],
+)
+def test_a_head_map_that_is_not_the_exports_is_refused(change, message, export):
+    path = export / "head_map.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(HydraError, match=rf"head_map\.json.*{message}"):
+        read_hf_config(export)
