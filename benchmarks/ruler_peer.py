@@ -408,7 +408,9 @@ def main(argv: list[str] | None = None) -> int:
         folder = args.tokenizer or Path(scratch) / "tokenizer"
         if args.tokenizer is None:
             make_tokenizer(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
         print(
             "| task | length | properties | differing | filled, ours | theirs | over, ours | theirs |"
         )

@@ -399,6 +399,8 @@ def _unsafe_calls(source: str) -> list[str]:
             unsafe.append(f"line {node.lineno}: {name} with allow_pickle=True")
         if _is_true(keywords.get("trust_remote_code")):
             unsafe.append(f"line {node.lineno}: trust_remote_code=True without the user's flag")
+        if re.search(r"\bAuto\w+\.from_pretrained$", name) and "trust_remote_code" not in keywords:
+            unsafe.append(f"line {node.lineno}: {name} asks on stdin without trust_remote_code")
     return unsafe
 
 
@@ -417,6 +419,8 @@ def test_unsafe_loads_are_recognised() -> None:
     assert not _unsafe_calls("torch.load(p, weights_only=True)\nnp.load(p)\njson.load(f)")
     assert _unsafe_calls("A.from_pretrained(p, trust_remote_code=True)")
     assert not _unsafe_calls("A.from_pretrained(p, trust_remote_code=args.trust_remote_code)")
+    assert _unsafe_calls("transformers.AutoConfig.from_pretrained(p)")
+    assert not _unsafe_calls("AutoConfig.from_pretrained(p, trust_remote_code=False)")
 
 
 def test_shell_is_strict_and_never_evaluates_text() -> None:
