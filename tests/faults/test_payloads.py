@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -339,7 +340,7 @@ _COMMANDS = {
 
 @pytest.mark.parametrize("name", _COMMANDS)
 def test_code_and_pickles_of_a_model_folder_do_not_run(
-    name: str, hf_folder: Path, sentinel: Path, tmp_path: Path, table
+    name: str, hf_folder: Path, sentinel: Path, tmp_path: Path, table, monkeypatch, capsys
 ) -> None:
     """Not even if somebody answers yes: transformers asks on stdin where it is not told."""
     words, status, reason = _COMMANDS[name]
@@ -349,13 +350,12 @@ def test_code_and_pickles_of_a_model_folder_do_not_run(
         "hf": hf_folder, "out": tmp_path / "out", "ids": ids,
         "map": make_head_map(tmp_path / "map.json", hf_folder),
     }  # fmt: skip
-    script, *arguments = words.format(**places).split()
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / script), *arguments],
-        cwd=ROOT, capture_output=True, text=True, input="y\n" * 9, check=False,
-    )  # fmt: skip
-    assert done.returncode == status, done.stderr[-2000:]
-    assert re.search(reason, done.stderr), done.stderr[-2000:]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    arguments = words.format(**places).split()
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert runpy.run_path(str(ROOT / "tools" / arguments[0]))["main"]() == status
+    said = capsys.readouterr().err
+    assert re.search(reason, said), said[-2000:]
     assert not sentinel.exists()
     outcome = "refused" if status else "converted from its safetensors"
     table(
