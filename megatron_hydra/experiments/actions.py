@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import os
 import shutil
 import subprocess
@@ -16,13 +15,10 @@ from typing import Any
 from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.config.loading import from_dict, to_yaml
 from megatron_hydra.errors import HydraError
-from megatron_hydra.experiments import fingerprint
 from megatron_hydra.experiments.plan import PREPARED, Step
 from megatron_hydra.stopping import REQUEUE_EXIT_CODE, Stopped
 
 HEAD_MAP = "head_map.json"
-CODE = "code.json"
-"""Beside an export: hashes of the Python that it carries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +134,11 @@ def stage(context: Context) -> None:
     if not config.checkpoint.save_optimizer:
         # What a stopped try has saved cannot be resumed: it begins anew.
         shutil.rmtree(context.out, ignore_errors=True)
+    paths = context.step.places["data"]
+    blend = tuple(
+        dataclasses.replace(part, path=paths.get(str(n), ""))
+        for n, part in enumerate(config.data.blend)
+    )
     config = dataclasses.replace(
         config,
         output=str(context.out),
@@ -148,7 +149,7 @@ def stage(context: Context) -> None:
             config.teacher,
             checkpoint=str(context.inputs["teacher"]) if "teacher" in context.inputs else "",
         ),
-        data=dataclasses.replace(config.data, tokenizer=str(context.teacher_hf)),
+        data=dataclasses.replace(config.data, blend=blend, tokenizer=str(context.teacher_hf)),
     )
     processes = context.step.params["processes"]
     if processes == 1:
@@ -171,7 +172,6 @@ def export(context: Context) -> None:
     from megatron_hydra.checkpoint.convert import megatron_to_hf
 
     megatron_to_hf(_checkpoint(context, "student"), context.out, force=True)
-    write_text_atomic(context.out.parent / CODE, json.dumps(_code(context.out)) + "\n")
 
 
 def evaluate(context: Context) -> None:
@@ -179,11 +179,14 @@ def evaluate(context: Context) -> None:
     from megatron_hydra.evaluation import EvaluationSettings
     from megatron_hydra.evaluation import evaluate as run_evaluation
     from megatron_hydra.evaluation.loading import load_model, load_tokenizer
+    from megatron_hydra.hf.export_files import carries_our_code
 
     params, places = context.step.params, context.step.places
     body = params["evaluation"]
     folder = context.inputs.get("model") or Path(places["model"])
-    trust = body["trust_remote_code"] or _is_as_exported(folder)
+    if "model" in context.inputs:
+        _renew_code(folder)
+    trust = body["trust_remote_code"] or carries_our_code(folder)
     run_evaluation(
         load_model(folder, trust_remote_code=trust, dtype=body["dtype"], device=body["device"]),
         load_tokenizer(folder, trust_remote_code=trust),
@@ -194,8 +197,10 @@ def evaluate(context: Context) -> None:
             samples=body["samples"],
             seed=params["seed"],
             batch_tokens=body["batch_tokens"],
+            prefill_chunk=body.get("prefill_chunk"),
             haystack=Path(places["haystack"]).read_text() if places["haystack"] else "",
             cache_length=body["cache_length"],
+            lm_eval=body.get("lm_eval", ()),
             progress=False,
         ),
         output=context.out,
@@ -203,18 +208,16 @@ def evaluate(context: Context) -> None:
     )
 
 
-def _code(folder: Path) -> dict[str, str]:
-    """Hashes of a folder's Python."""
-    return {path.name: fingerprint.of_file(path) for path in sorted(folder.glob("*.py"))}
+def _renew_code(folder: Path) -> None:
+    """Give a student that a step has exported the package's code of today.
 
-
-def _is_as_exported(folder: Path) -> bool:
-    """Whether a folder's code is what an export step wrote, so that it may be run.
-
-    The package's own code may have changed since: comparing with that would refuse what it made.
+    What lies there was written by an earlier version, or by somebody else: neither is run.
     """
-    noted = folder.parent / CODE
-    return noted.is_file() and json.loads(noted.read_text()) == _code(folder)
+    from megatron_hydra.hf.export_files import carries_our_code, hf_export_files
+
+    if any(folder.glob("*.py")) and not carries_our_code(folder):  # a trained teacher has none
+        for name, path in hf_export_files().items():
+            write_text_atomic(folder / name, path.read_text(encoding="utf-8"))
 
 
 def _checkpoint(context: Context, name: str) -> Path:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
+import json
 from pathlib import Path
+from typing import Any
 
 ARCHITECTURE = "HydraHeadForCausalLM"
 """The class named in an exported ``config.json`` under ``architectures``."""
@@ -22,3 +25,28 @@ def auto_map() -> dict[str, str]:
         "AutoModel": "modeling_hydrahead.HydraHeadModel",
         "AutoModelForCausalLM": f"modeling_hydrahead.{ARCHITECTURE}",
     }
+
+
+def carries_our_code(folder: Path) -> bool:
+    """Whether all code that a model folder may make transformers run is this package's own.
+
+    Its Python files are compared byte for byte (also below it: transformers runs
+    ``custom_generate/generate.py``), and its configs may name nothing but those: an ``auto_map``
+    may also point into another repository.
+    """
+    ours = hf_export_files()
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}
+    return (
+        found.keys() == ours.keys()
+        and all(filecmp.cmp(path, ours[name], shallow=False) for name, path in found.items())
+        and _auto_map_in(folder / "config.json") == auto_map()
+        and _auto_map_in(folder / "tokenizer_config.json") is None
+    )
+
+
+def _auto_map_in(path: Path) -> Any:
+    try:
+        body = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return body.get("auto_map") if isinstance(body, dict) else None

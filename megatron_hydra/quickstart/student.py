@@ -10,13 +10,13 @@ torch and Megatron costs more than a short stage.
 from __future__ import annotations
 
 import argparse
-import filecmp
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from megatron_hydra.errors import HydraError, command
+from megatron_hydra.hf.export_files import carries_our_code
 from megatron_hydra.quickstart.workspace import STAGES, STUDENTS, Workspace, shipped_teacher
 from megatron_hydra.stopping import REQUEUE_EXIT_CODE, Stopped
 
@@ -127,18 +127,6 @@ def evaluate_model(
         output=workspace.evaluation(name),
         force=True,
         name=name,
-    )
-
-
-def carries_our_code(folder: Path) -> bool:
-    """Whether the Python files of an export are this package's own, byte for byte."""
-    from megatron_hydra.hf.export_files import hf_export_files
-
-    ours = hf_export_files()
-    found = {path.name: path for path in folder.glob("*.py")}
-    return bool(found) and all(
-        name in ours and filecmp.cmp(path, ours[name], shallow=False)
-        for name, path in found.items()
     )
 
 

@@ -6,20 +6,38 @@ from megatron_hydra.config.loading import to_dict
 from megatron_hydra.config.run import CheckpointConfig, RunConfig
 from megatron_hydra.experiments import actions
 from megatron_hydra.experiments.plan import Step
+from megatron_hydra.hf.export_files import auto_map, carries_our_code, hf_export_files
 
 
-def test_exported_code_is_run_only_as_it_was_exported(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "modeling.py").write_text("a = 1\n")
-    assert not actions._is_as_exported(out)
-    (tmp_path / actions.CODE).write_text(json.dumps(actions._code(out)))
-    assert actions._is_as_exported(out)
-    (out / "modeling.py").write_text("a = 2\n")
-    assert not actions._is_as_exported(out)
-    (out / "modeling.py").write_text("a = 1\n")
-    (out / "more.py").write_text("")
-    assert not actions._is_as_exported(out)
+def test_the_packages_own_code_is_run_and_no_other(tmp_path, monkeypatch):
+    """Whatever an earlier version, or somebody who may write there, has left beside the weights."""
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": auto_map()}))
+    trusted = []
+
+    def load(folder, trust_remote_code, **_):
+        trusted.append(trust_remote_code and carries_our_code(folder))
+
+    monkeypatch.setattr("megatron_hydra.evaluation.loading.load_model", load)
+    monkeypatch.setattr("megatron_hydra.evaluation.loading.load_tokenizer", load)
+    monkeypatch.setattr("megatron_hydra.evaluation.evaluate", lambda *_, **__: None)
+    evaluation = {
+        "trust_remote_code": False, "dtype": "fp32", "device": "cpu", "lengths": [1],
+        "depths": [0.5], "samples": 1, "batch_tokens": 1, "cache_length": 1,
+    }  # fmt: skip
+    places = {"tasks": [], "haystack": "", "model": str(tmp_path)}
+    step = Step("k", "evaluate", "evaluate", "t", {"evaluation": evaluation, "seed": 0}, {}, places)
+
+    def evaluate(**inputs):
+        actions.evaluate(actions.Context(step, tmp_path / "out", inputs))
+        answers, trusted[:] = list(trusted), []
+        return answers
+
+    name = next(iter(hf_export_files()))
+    (tmp_path / name).write_text("raise SystemExit")
+    assert evaluate() == [False, False]  # somebody's folder stays as it is
+    assert evaluate(model=tmp_path) == [True, True]
+    (tmp_path / "more.py").write_text("")
+    assert evaluate(model=tmp_path) == [False, False]
 
 
 def stage_in(tmp_path, monkeypatch, save_optimizer):
