@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from megatron_hydra.checkpoint.convert import StudentOptions, hf_to_megatron, me
 from megatron_hydra.checkpoint.hf_io import HfWeights
 from megatron_hydra.config.model import DENSE_ATTENTION, HydraConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.hf.export_files import hf_export_files
 from tests.checkpoint.models import VARIANTS, make_head_map, make_hf
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -102,16 +102,20 @@ def test_dtype_is_converted_and_said(hf_folders, tmp_path):
     assert all(torch.equal(back[key], original[key].bfloat16()) for key in original)
 
 
-def test_tokenizer_files_travel_through(hf_folders, tmp_path):
-    source = shutil.copytree(hf_folders["qwen2"], tmp_path / "hf")
-    for name in ("tokenizer.json", "merges.txt", "chat_template.jinja"):
-        (source / name).write_text(name)
-    hf_to_megatron(source, tmp_path / "megatron")
+@pytest.mark.parametrize("hybrid", [False, True], ids=["dense", "hybrid"])
+def test_tokenizer_files_travel_through(hybrid, hf_folders, head_map, tmp_path):
+    source = shutil.copytree(hf_folders["qwen3-tied"], tmp_path / "hf")
+    names = {"tokenizer.json", "merges.txt", "chat_template.jinja", "generation_config.json"}
+    for name in names:
+        (source / name).write_text(f'{{"this is": "{name}"}}')
+    options = StudentOptions(head_map=head_map, calibrate=False) if hybrid else None
+    hf_to_megatron(source, tmp_path / "megatron", options)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
-    assert (tmp_path / "back" / "merges.txt").read_text() == "merges.txt"
-    assert sorted(p.name for p in (tmp_path / "back").iterdir()) == sorted(
-        p.name for p in source.iterdir()
-    )
+    for name in names:
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+    made = {"head_map.json", *hf_export_files()} if hybrid else set()
+    found = {path.name for path in (tmp_path / "back").iterdir()}
+    assert found == {path.name for path in source.iterdir()} | made
 
 
 # -- hybrid --------------------------------------------------------------------------------------
@@ -315,20 +319,58 @@ def test_commands_convert_there_and_back(hf_folders, head_map, token_file, tmp_p
     assert "fp32 logits differ by at most" in said
 
 
-def test_a_missing_tensor_ends_the_command_and_leaves_no_folder(hf_folders, tmp_path):
+SAID = {"missing": "is missing", "extra": "is not part of", "misshapen": "has shape"}
+
+
+def change_safetensors(file: Path, key: str, change: str) -> str:
+    """Make one tensor of a file wrong; returns the key that the message must name."""
+    tensors = load_file(file)
+    if change == "missing":
+        del tensors[key]
+    elif change == "extra":
+        tensors[f"{key}.more"] = tensors[key].clone()
+        key = f"{key}.more"
+    else:
+        tensors[key] = tensors[key][:-1].clone()
+    save_file(tensors, file)
+    return key
+
+
+def change_checkpoint(folder: Path, key: str, change: str) -> str:
+    """The same in the index of a checkpoint, with a manifest that fits."""
+    index = store.read_index(folder / store.WEIGHTS)
+    entries = index.state_dict_metadata
+    if change == "missing":
+        del entries[key]
+    elif change == "extra":
+        entries[f"{key}.more"] = entries[key]
+        key = f"{key}.more"
+    else:
+        entries[key].size = torch.Size([entries[key].size[0] - 1])
+    (folder / store.WEIGHTS / ".metadata").write_bytes(pickle.dumps(index))
+    store.write_manifest(folder)
+    return key
+
+
+@pytest.mark.parametrize("change", SAID)
+def test_a_wrong_tensor_of_a_model_folder_ends_the_command(change, hf_folders, tmp_path, capsys):
     folder = shutil.copytree(hf_folders["qwen2"], tmp_path / "hf")
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.norm.weight"]
-    save_file(tensors, folder / "model.safetensors")
-    command = [sys.executable, str(TOOLS / "hf_to_megatron.py")]
+    key = change_safetensors(folder / "model.safetensors", "model.norm.weight", change)
     arguments = ["--hf-path", str(folder), "--output", str(tmp_path / "out")]
-    result = subprocess.run(
-        command + arguments, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert result.returncode == 2
-    assert "model.norm.weight" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert load_tool("hf_to_megatron").main(arguments) == 2
+    assert f"key '{key}' {SAID[change]}" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("change", SAID)
+def test_a_wrong_tensor_of_a_checkpoint_ends_the_command(change, hf_folders, tmp_path, capsys):
+    folder = tmp_path / "megatron"
+    hf_to_megatron(hf_folders["qwen2"], folder)
+    key = change_checkpoint(folder, "decoder.final_layernorm.weight", change)
+    arguments = ["--checkpoint", str(folder), "--output", str(tmp_path / "out")]
+    assert load_tool("megatron_to_hf").main(arguments) == 2
+    assert f"key '{key}' {SAID[change]}" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["megatron"]
 
 
 def test_switches_come_from_a_file_and_from_flags(hf_folders, head_map, tmp_path, capsys):
