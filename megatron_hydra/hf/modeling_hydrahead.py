@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -461,11 +462,7 @@ def _decode_attention(
     if slots != list(range(len(groups))):
         q = q.index_select(1, _index(tuple(slots), q.device))
     q = q.reshape(q.shape[0], k.shape[1], widest, q.shape[-1])
-    mask = visibility.key_mask
-    if mask is not None:
-        last = torch.zeros_like(mask)
-        last[:, -1] = True
-        mask = (mask | last)[:, None, None, :]
+    mask = None if visibility.key_mask is None else visibility.mask(0, 1, q.device)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     out = out.reshape(out.shape[0], -1, 1, out.shape[-1])
     if slots != list(range(len(groups))):
@@ -956,7 +953,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
             ones = torch.ones(x.shape[0], past, dtype=torch.bool, device=x.device)
             new = ones.new_ones(x.shape[:2]) if valid is None else valid
             key_mask = torch.cat((ones if key_mask is None else key_mask, new), dim=1)
-        a = torch.tensor(self.config.hydra["log_scale_a"], device=x.device)
+        a = self.config.hydra["log_scale_a"]
         cos, sin = self.rotary_emb(positions)
         seen = positions
         if self.config.hydra["mixer"] == "token":  # it makes up for the number of keys
@@ -964,7 +961,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         return TokenContext(
             cos=cos,
             sin=sin,
-            log_scale=((seen.float() + a).log() / a.log())[..., None, None],
+            log_scale=((seen.float() + a).log() / math.log(a))[..., None, None],
             first=positions[:, 0],
             valid=valid,
             visibility=Visibility(past, x.shape[1], key_mask),
@@ -1075,6 +1072,26 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: HydraHeadCache | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As for every model, but with no mask for a token that generate() itself has appended.
+
+        Such a token is real, and a mask would be read back at every step: the host would wait for the
+        device. The cache remembers which tokens of the prompt are padding.
+        """
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, **kwargs
+        )
+        appended = inputs["input_ids"] is not None and inputs["input_ids"].shape[1] == 1
+        begun = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if appended and begun and not kwargs.get("is_first_iteration", False):
+            inputs.pop("attention_mask", None)
+        return inputs
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

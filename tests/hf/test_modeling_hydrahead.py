@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import shutil
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -482,6 +484,75 @@ def test_generation_with_and_without_cache(heads, hydra):
         uncached = model.generate(sequence, use_cache=False, **options)
         assert torch.equal(single, uncached)
         assert single[0, sequence.shape[1] :].tolist() == batch[row, 40:].tolist()
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts values read back and tensors made from host numbers: on a GPU, the host waits for both."""
+
+    WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in self.WAITS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@CASES
+def test_decoding_never_makes_the_host_wait(heads, hydra, padding):
+    model, ids = make_model(heads, hydra), tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    forward, counts = model.forward, []
+
+    @functools.wraps(forward)
+    def counted(*args, **kwargs):
+        with HostWaits() as waits:
+            output = forward(*args, **kwargs)
+        counts.append(waits.count)
+        return output
+
+    model.forward = counted
+    model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert len(counts) == 6
+    assert counts[0] > 0  # the prompt's mask is read
+    assert counts[2:] == [0] * 4  # the first step may have made indices that the others find
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_decode_steps_are_compiled_a_few_times_only():
+    """As one graph, whatever the length: compiled again for a store of keys that has grown, or grows."""
+    from torch._dynamo.testing import CompileCounter  # slow to import
+
+    model, graphs = make_model(), CompileCounter()
+    compiled = torch.compile(model, backend=graphs, dynamic=True, fullgraph=True)
+    prompt, steps = tokens(1, 8), 80
+    with torch.no_grad():
+        caches = [model(prompt, use_cache=True).past_key_values for _ in range(2)]
+        counts = []
+        for step in range(steps):
+            token = tokens(1, 1, seed=step)
+            eager, fast = (
+                f(token, past_key_values=cache).logits
+                for f, cache in zip((model, compiled), caches, strict=True)
+            )
+            close(fast, eager)
+            counts.append(graphs.frame_count)
+    capacity = caches[1].layers[0].keys.shape[2]
+    assert capacity > 8 + 8 // 8 + 32 + 1  # the store grew more than once
+    assert counts[-1] <= 4
+    assert counts[-1] == counts[steps // 2]  # and never again
 
 
 @pytest.mark.parametrize("kind", ["head", "token"])
