@@ -17,8 +17,8 @@ _EPILOG = """examples:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Lay the heads of a HydraHead model over tensor-parallel ranks and print, for "
-        "every layer and rank, its FA and GDN heads and its forward FLOPs, with the worst imbalance "
-        "(slowest rank over the mean; 1 is even).",
+        "every layer and rank, its FA and GDN heads and its forward FLOPs for one document, with the "
+        "worst imbalance (slowest rank over the mean; 1 is even).",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
