@@ -1,8 +1,8 @@
 """RULER's tasks beyond needles: variable tracking, common and frequent words.
 
 Wording, counts and the worked example in front follow RULER (Hsieh et al., arXiv 2404.06654;
-NVIDIA/RULER, Apache-2.0); word lists are made offline (``misty-harbor``), which costs more tokens a
-word than RULER's dictionary does.
+NVIDIA/RULER, Apache-2.0); long word lists are made offline (``misty-harbor``), which costs more tokens
+a word than RULER's dictionary does.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import dataclasses
 import functools
 import random
 import string
+from collections.abc import Callable
 
 from megatron_hydra.evaluation.tasks import GenerationSample, SampleRequest, register_task
-from megatron_hydra.evaluation.text import NOISE, Fitter, distinct_names
+from megatron_hydra.evaluation.text import NOISE, WORDS, Fitter, distinct_names, distinct_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,10 @@ class VariableTracking:
 
 @dataclasses.dataclass(frozen=True)
 class CommonWords:
-    """Which ten words of a numbered list occur more often than the others?"""
+    """Which ten words of a numbered list occur more often than the others?
+
+    Plain words where the list's length allows, else names of two words, of which there are more.
+    """
 
     name: str = "cwe"
     common: int = 10
@@ -93,25 +97,31 @@ class CommonWords:
         repeats, example_words, example_repeats = (
             ((6, 1), 20, (3, 1)) if short else ((30, 3), 40, (10, 3))
         )
+        every = self._text(random.Random(0), len(WORDS) - self.common, repeats, distinct_words)[0]
+        draw = distinct_names if fitter.fits(every) else distinct_words
         samples = []
         for index in range(request.count):
             rng = request.rng(self.name, index)
-            example, found = self._text(rng, example_words - self.common, example_repeats)
+            example, found = self._text(rng, example_words - self.common, example_repeats, draw)
             head = f"{example} {self._numbered(found)}\n"
             seed = rng.random()
-            answers = self._text(random.Random(seed), 1, repeats)[1]
+            answers = self._text(random.Random(seed), 1, repeats, draw)[1]
 
             def build(words: int, seed: float = seed, head: str = head) -> str:
-                return head + self._text(random.Random(seed), words, repeats)[0]
+                return head + self._text(random.Random(seed), words, repeats, draw)[0]
 
             prompt = fitter.fit(build)
             samples.append(GenerationSample(prompt, tuple(answers), "all", self.new_tokens))
         return samples
 
     def _text(
-        self, rng: random.Random, uncommon: int, repeats: tuple[int, int]
+        self,
+        rng: random.Random,
+        uncommon: int,
+        repeats: tuple[int, int],
+        draw: Callable[[random.Random, int], list[str]],
     ) -> tuple[str, list[str]]:
-        words = distinct_names(rng, self.common + uncommon)
+        words = draw(rng, self.common + uncommon)
         answers = words[: self.common]
         listed = answers * repeats[0] + words[self.common :] * repeats[1]
         rng.shuffle(listed)

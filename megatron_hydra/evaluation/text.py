@@ -18,6 +18,7 @@ _WORDS: dict[str, list[str]] = json.loads(
     resources.files("megatron_hydra.evaluation").joinpath("words.json").read_text()
 )
 ADJECTIVES, NOUNS = _WORDS["adjectives"], _WORDS["nouns"]
+WORDS = sorted({*ADJECTIVES, *NOUNS})
 
 
 def text_sentence(rng: random.Random) -> str:
@@ -44,6 +45,12 @@ def distinct_names(rng: random.Random, count: int, taken: Collection[str] = ()) 
         if name not in taken:
             names[name] = None
     return list(names)
+
+
+def distinct_words(rng: random.Random, count: int) -> list[str]:
+    """``count`` different words; beyond the :data:`WORDS` that there are, names of two."""
+    words = rng.sample(WORDS, min(count, len(WORDS)))
+    return words + distinct_names(rng, count - len(words))
 
 
 def random_number(rng: random.Random) -> str:
@@ -74,6 +81,10 @@ class Fitter:
 
     def _tokens(self, prompt: str) -> int:
         return len(self.tokenizer(prompt)["input_ids"])  # type: ignore[operator]
+
+    def fits(self, prompt: str) -> bool:
+        """Whether a prompt is within the budget."""
+        return self._tokens(prompt) <= self.budget
 
     def fit(self, build: Callable[[int], str], minimum: int = 1) -> str:
         """The longest prompt found that fits.

@@ -101,8 +101,13 @@ def test_variable_tracking_answers_are_the_chain(tokenizer):
             assert source == sources[order[0]] or source not in order[order.index(name) :]
 
 
-def test_common_words_are_the_most_common_ones(tokenizer):
-    for sample in CommonWords().samples(request(tokenizer, 12_000)):
+@pytest.mark.parametrize("length, words_of_name", [(12_000, 1), (40_000, 2)])
+def test_common_words_are_the_most_common_ones(length, words_of_name, tokenizer):
+    """Single words, which are shorter, as long as there are enough of them."""
+    for sample in CommonWords().samples(request(tokenizer, length)):
+        used = len(tokenizer(sample.prompt)["input_ids"]) + sample.max_new_tokens
+        assert 0.95 * length < used <= length
+        assert {len(answer.split("-")) for answer in sample.answers} == {words_of_name}
         context = sample.prompt[sample.prompt.rindex("Below is a numbered list") :]
         words = re.findall(r"\d+\. (\S+)", context)
         ranked = sorted(set(words), key=words.count, reverse=True)
