@@ -330,9 +330,10 @@ def stored_tensors(
     folder = resolve_checkpoint(folder)
     model = read_model_config(folder)
     weights = folder / WEIGHTS
+    entries: dict[str, Any] = read_index(weights).state_dict_metadata  # tensors, it has checked
     found = {
         key: (tuple(entry.size), entry.properties.dtype)
-        for key, entry in read_index(weights).state_dict_metadata.items()
+        for key, entry in entries.items()
         if not key.startswith(NON_MODEL_KEYS)
     }
     canonical.check_shapes({key: shape for key, (shape, _) in found.items()}, model, str(weights))

@@ -139,7 +139,7 @@ def transformer_engine_varlen() -> Attention:
     @functools.cache
     def module(heads: int, groups: int, d: int) -> Callable[..., torch.Tensor]:
         # It has no parameters, so layers of one shape share it.
-        return DotProductAttention(  # type: ignore[no-any-return]
+        return DotProductAttention(
             heads,
             d,
             num_gqa_groups=groups,

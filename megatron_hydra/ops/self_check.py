@@ -7,6 +7,7 @@ above all. Seconds at the start of a run are cheaper than a model trained on wro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -240,11 +241,14 @@ def _loss_checks(case: Case) -> Iterator[Check]:
         def run(
             kernels: Kernels, x: list[torch.Tensor], options: dict[str, float] = options
         ) -> torch.Tensor:
-            given = {key: value.to(x[0].dtype) for key, value in teacher.items() if options}
+            hidden, head = x
+            given: dict[str, Any] = dict(options)
+            if options:
+                given |= {key: value.to(hidden.dtype) for key, value in teacher.items()}
             fused = kernels.names["fused_kernels"] == "triton"
             return linear_distillation_loss(
-                *x, labels, mask, **given, **options, chunk_tokens=16, fused=fused
-            ).loss  # type: ignore[arg-type]
+                hidden, head, labels, mask, chunk_tokens=16, fused=fused, **given
+            ).loss
 
         inputs = {
             "hidden states": make.normal(tokens, d),
