@@ -11,10 +11,13 @@ import pytest
 
 from megatron_hydra.checkpoint import store
 from megatron_hydra.reporting import EVENTS_FILE
+from megatron_hydra.training.run_folder import step_folders
 from tests.faults.forks import Forker
 from tests.faults.runs import Run, differences, same_bits, start_run
 from tests.faults.worker import Fault
 from tests.training import tiny
+
+pytestmark = pytest.mark.timeout(1800)  # an attempt takes minutes on a busy machine
 
 TIMEOUT = 8
 QUICK = {"timeout_seconds": TIMEOUT}
@@ -144,6 +147,61 @@ def test_a_signal_to_one_rank_stops_all(
     assert differences(run, undisturbed(8)) == []
     kind = ", saving in the background" if asynchronous else ""
     table(f"SIGTERM to rank {rank} alone{kind}", 1, 1, "both save once, exit 85; bit-equal after")
+
+
+SIGNALS_IN_SAVES = [("planned", 1), ("written", 1), ("sealed", 0), ("pointed", 0)]
+"""Points of a save, and the rank that gets the signal there."""
+
+
+@pytest.mark.parametrize(
+    ("point", "rank", "asynchronous"),
+    [
+        pytest.param(
+            point, rank, asynchronous,
+            marks=[] if (point, asynchronous) == ("written", True) else pytest.mark.slow,
+            id=f"{point}-{'async' if asynchronous else 'sync'}",
+        )
+        for point, rank in SIGNALS_IN_SAVES
+        for asynchronous in (False, True)
+    ],
+)  # fmt: skip
+def test_a_signal_in_a_save_stops_all(
+    point: str, rank: int, asynchronous: bool, inputs: Path, undisturbed: Callable[[int], Run],
+    tmp_path: Path, forker: Forker, table,
+) -> None:  # fmt: skip
+    run = start_run(
+        inputs, tmp_path, 8, checkpoint={"interval": 2, "keep": 0, "asynchronous": asynchronous}
+    )
+    ended = run.attempt(Fault("signal_in_save", 1, rank, point=point), forker=forker)
+    assert ended.fault_happened, ended.output[-3000:]
+    assert ended.status == 85, ended.output[-3000:]
+    assert ended.left_over == []
+    assert run.steps()[0] == 2  # the save that was disturbed
+    for folder in step_folders(run.checkpoints):
+        store.verify_checkpoint(folder)
+    (stop,) = _events(run, "stop")
+    assert max(run.steps()) == stop["step"] < 8
+    assert run.attempt(forker=forker).status == 0
+    for step in set(run.steps()) - {2, 4, 6, 8}:  # where it was stopped: the other has none of it
+        (run.checkpoints / f"step_{step:08d}").rename(tmp_path / f"stopped-at-{step}")
+    assert differences(run, undisturbed(8)) == []
+    kind = "in the background" if asynchronous else "at the step boundary"
+    table(
+        f"SIGTERM to rank {rank} while saving {kind}: {point}", 1, 1,
+        "the save is completed, both exit 85; bit-equal after",
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_no_rank_leaves_before_the_log_is_closed(
+    inputs: Path, tmp_path: Path, forker: Forker
+) -> None:
+    """Where one did, a launcher could end rank 0 while it still sends what it has logged."""
+    run = start_run(inputs, tmp_path, 2)
+    ended = run.attempt(Fault("slow_close", 1, 0), forker=forker)
+    assert ended.status == 0, ended.output[-3000:]
+    assert ended.fault_happened
+    assert "left before" not in ended.output
 
 
 @pytest.mark.slow

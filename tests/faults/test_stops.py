@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_hydra.stopping import REQUEUE_EXIT_CODE
+from megatron_hydra.stopping import REQUEUE_EXIT_CODE, Stopped
 from tests.selection.helpers import tiny_model
+
+pytestmark = pytest.mark.timeout(1800)  # processes that import torch, on a machine that may be busy
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -75,6 +78,45 @@ def test_selection_stops_on_all_ranks_and_goes_on(model: Path, tmp_path: Path, t
     )  # fmt: skip
 
 
+_HANGS = """
+import os, runpy, sys, time
+from megatron_hydra.selection.work import WorkBench
+write = WorkBench._write
+def hang(self, chunk, result):
+    write(self, chunk, result)
+    if os.environ["RANK"] == "1":
+        open(sys.argv.pop(), "w").close()
+        time.sleep(3600)
+WorkBench._write = hang
+tool, sys.argv = sys.argv[1], sys.argv[1:]
+runpy.run_path(tool, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_hung_rank_ends_the_selection(model: Path, tmp_path: Path, table) -> None:
+    (tmp_path / "hangs.py").write_text(_HANGS)
+    command = [
+        sys.executable, str(ROOT / "launch" / "agent.py"), "--standalone", "--nproc-per-node", "2",
+        str(tmp_path / "hangs.py"), str(ROOT / "tools" / "select_heads.py"),
+        "--hf-path", str(model), "--tasks", "induction:length=12", "--solved", "off",
+        "--num-prompts", "24", "--tokens-per-batch", "200", "--no-pictures", "--timeout", "8",
+        "--output", str(tmp_path / "map.json"), str(tmp_path / "mark"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    seconds = time.time() - (tmp_path / "mark").stat().st_mtime
+    assert done.returncode not in (0, 85), done.stderr[-3000:]
+    assert "Timeout (" in done.stderr
+    assert "in hang" in done.stderr  # where rank 1 hung
+    assert seconds < 60
+    table(
+        "a rank of head selection hangs (--timeout 8)", 1, 1,
+        f"both processes gone {seconds:.0f} s later, non-zero exit, stacks",
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 def test_evaluation_stops_and_goes_on(tmp_path: Path, table) -> None:
     folder = ROOT / "megatron_hydra" / "quickstart" / "shipped_teacher"
@@ -93,3 +135,29 @@ def test_evaluation_stops_and_goes_on(tmp_path: Path, table) -> None:
     assert first.stat().st_mtime_ns == before  # kept, not done again
     assert (tmp_path / "out/results.json").exists()
     table("SIGTERM to an evaluation", 1, 1, "leaves with 85; finished cells are kept")
+
+
+def test_an_evaluation_that_is_stopped_while_it_loads_leaves_with_85(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "evaluate.py"))
+    globals_of_tool = tool["main"].__wrapped__.__globals__
+
+    def load(*_args: object, **_settings: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def not_listening(number: int, _frame: object) -> None:
+        raise AssertionError("the signal would have ended the process")
+
+    monkeypatch.setitem(globals_of_tool, "load_model", load)
+    monkeypatch.setitem(globals_of_tool, "load_tokenizer", lambda *_args, **_settings: None)
+    before = signal.signal(signal.SIGTERM, not_listening)
+    try:
+        with pytest.raises(Stopped):
+            tool["main"](
+                ["--model", "m", "--tasks", "niah_single_1", "--lengths", "600",
+                 "--output", str(tmp_path / "out")]
+            )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not (tmp_path / "out").exists()

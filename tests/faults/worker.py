@@ -36,7 +36,8 @@ class Fault:
     """What goes wrong.
 
     Attributes:
-        kind: ``kill`` | ``kill_in_save`` | ``hang`` | ``nan`` | ``spike`` | ``signal`` | ``signal_twice``.
+        kind: ``kill`` | ``kill_in_save`` | ``hang`` | ``nan`` | ``spike`` | ``signal`` | ``signal_twice``
+            | ``signal_in_save`` | ``slow_close``.
         step: before which step (or, in a save, which save of this attempt; from 1).
         rank: where.
         everyone: SIGKILL all ranks at once, not the one.
@@ -116,7 +117,8 @@ def _poison(fault: Fault) -> None:
     loop.train_step = patched
 
 
-def _kill_in_save(fault: Fault) -> None:
+def _in_save(fault: Fault, action: Callable[[Fault], None]) -> None:
+    """Let ``action`` happen at the fault's point of the fault's save."""
     from megatron_hydra.checkpoint import store
     from megatron_hydra.training import checkpoint, checkpoint_write, run_folder
 
@@ -128,10 +130,10 @@ def _kill_in_save(fault: Fault) -> None:
         def patched(*args: Any, **kwargs: Any) -> Any:
             due = saves[0] == fault.step and when(*args)
             if due and not after:
-                _die(fault)
+                action(fault)
             result = original(*args, **kwargs)
-            if due:
-                _die(fault)
+            if due and after:
+                action(fault)
             return result
 
         setattr(owner, name, patched)
@@ -141,7 +143,7 @@ def _kill_in_save(fault: Fault) -> None:
     def counted(self: Any) -> None:
         saves[0] += 1
         if fault.point == "begin" and saves[0] == fault.step:
-            _die(fault)
+            action(fault)
         begin(self)
 
     checkpoint.RunCheckpoints._refuse_poison = counted
@@ -180,6 +182,21 @@ def _die_in_the_middle_of_a_file(fault: Fault, is_due: Callable[[], bool]) -> No
     filesystem._write_item = patched
 
 
+def _close_slowly(fault: Fault) -> None:
+    """As W&B does, which sends what it has left."""
+    from megatron_hydra.training.metrics import MetricsLog
+
+    close = MetricsLog.close
+
+    def slow(self: Any) -> None:
+        if self.enabled:
+            time.sleep(3)
+            Path(fault.mark).write_text("closed")
+        close(self)
+
+    MetricsLog.close = slow
+
+
 def _count_and_record() -> None:
     """Innermost wrapper of the step: which samples this rank got."""
     from megatron_hydra.training import loop
@@ -215,14 +232,19 @@ def main() -> int:
     text = os.environ.get("HYDRA_TEST_FAULT", "")
     fault = Fault(**json.loads(text)) if text else None
     if fault is not None and int(os.environ.get("RANK", "0")) == fault.rank:
-        if fault.kind == "kill_in_save":
-            _kill_in_save(fault)
+        if fault.kind.endswith("_in_save"):
+            _in_save(fault, _die if fault.kind == "kill_in_save" else _signal)
+        elif fault.kind == "slow_close":
+            _close_slowly(fault)
         elif fault.kind in ("nan", "spike"):
             _poison(fault)
         else:
             action = {"kill": _die, "hang": _hang}.get(fault.kind, _signal)
             _before_step(fault.step, lambda: action(fault))
-    return train.main()
+    status = train.main()
+    if fault is not None and fault.kind == "slow_close" and not Path(fault.mark).exists():
+        print("left before rank 0 had closed its log", flush=True)
+    return status
 
 
 if __name__ == "__main__":
