@@ -158,8 +158,9 @@ def test_a_forged_checkpoint_of_the_run_itself_runs_nothing(
     config = start_run(inputs, tmp_path / "run", 1, verb="finetune").config
     assert run_training(config) == 0
     folder = store.resolve_checkpoint(Path(config.output) / "checkpoints")
+    provenance = store.read_manifest(folder)["provenance"]
     forge(folder, sentinel)
-    store.write_manifest(folder)
+    store.write_manifest(folder, provenance)
     with pytest.raises(HydraError, match=REFUSED):
         run_training(apply_overrides(config, ["schedule.steps=2"]))
     assert not sentinel.exists()
