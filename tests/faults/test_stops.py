@@ -85,10 +85,10 @@ write = WorkBench._write
 def hang(self, chunk, result):
     write(self, chunk, result)
     if os.environ["RANK"] == "1":
-        open(sys.argv.pop(), "w").close()
+        open(mark, "w").close()
         time.sleep(3600)
 WorkBench._write = hang
-tool, sys.argv = sys.argv[1], sys.argv[1:]
+tool, mark, sys.argv = sys.argv[1], sys.argv[-1], sys.argv[1:-1]
 runpy.run_path(tool, run_name="__main__")
 """
 
@@ -106,6 +106,7 @@ def test_a_hung_rank_ends_the_selection(model: Path, tmp_path: Path, table) -> N
     done = subprocess.run(
         command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
+    assert (tmp_path / "mark").exists(), done.stderr[-3000:]
     seconds = time.time() - (tmp_path / "mark").stat().st_mtime
     assert done.returncode not in (0, 85), done.stderr[-3000:]
     assert "Timeout (" in done.stderr
