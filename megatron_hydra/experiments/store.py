@@ -17,7 +17,8 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ from megatron_hydra.experiments.plan import Step
 _HEARTBEAT_SECONDS = 10.0
 _STALE_SECONDS = 120.0
 MARKER = "hydra-experiments.json"
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 class StepStore:
@@ -107,27 +112,33 @@ class StepStore:
         return {kind: statistics.median(values) for kind, values in seconds.items()}
 
     @contextlib.contextmanager
-    def claimed(self, step: Step) -> Iterator[bool]:
+    def claimed(self, step: Step, say: Callable[[str], None] = _say) -> Iterator[bool]:
         """Be the only one to compute a step.
 
-        Waits while another process does; yields whether there is anything left to do.
+        Waits while another process does, which ``say`` tells once; yields whether there is anything
+        left to do.
         """
         path = self.folder(step) / "claim.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        while not (mine := _try_claim(path)) and not self.is_done(step):
+        waiting = False
+        while (mine := _try_claim(path)) is None and not self.is_done(step):
+            if not waiting and (owner := _owner(path)):
+                say(f"waiting for {step.title}: process {owner} is computing it")
+                waiting = True
             time.sleep(0.5)
-        if not mine:
+        if mine is None:
             yield False
             return
         stop = threading.Event()
-        beat = threading.Thread(target=_beat, args=(path, stop), daemon=True)
+        beat = threading.Thread(target=_beat, args=(path, mine, stop), daemon=True)
         beat.start()
         try:
             yield not self.is_done(step)
         finally:
             stop.set()
             beat.join()
-            path.unlink(missing_ok=True)
+            if _text(path) == mine:
+                path.unlink(missing_ok=True)
 
 
 def _json(path: Path) -> dict[str, Any] | None:
@@ -141,38 +152,67 @@ def _json(path: Path) -> dict[str, Any] | None:
         ) from None
 
 
-def _me() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid()}
-
-
-def _try_claim(path: Path) -> bool:
-    """Make the claim's file, or take over that of a process that is gone."""
+def _try_claim(path: Path) -> str | None:
+    """Make the claim's file, whose text is returned, or put aside that of a process that is gone."""
+    mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "claim": uuid.uuid4().hex})
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
-        if _is_abandoned(path):
-            # Of several that see this, one renames it away; then all try again.
-            aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
-            with contextlib.suppress(FileNotFoundError):
-                path.rename(aside)
-                aside.unlink()
-        return False
+        if (abandoned := _abandoned(path)) is not None:
+            _put_aside(path, abandoned)
+        return None
     with os.fdopen(descriptor, "w") as file:
-        json.dump(_me(), file)
-    return True
+        file.write(mine)
+    return mine
 
 
-def _is_abandoned(path: Path) -> bool:
+def _abandoned(path: Path) -> str | None:
+    """The text of a claim whose process has ended or fallen silent; ``None``: it is being kept.
+
+    A process of this machine that has ended is known at once. One that runs may be another that was
+    given its number, so it has to beat as well.
+    """
     try:
         age = time.time() - path.stat().st_mtime
-        owner = json.loads(path.read_text() or "{}")
+        text = path.read_text()
     except FileNotFoundError:
-        return False
+        return None
+    owner = _parsed(text)
+    ended = owner.get("host") == socket.gethostname() and not _is_alive(int(owner["pid"]))
+    return text if ended or age > _STALE_SECONDS else None
+
+
+def _put_aside(path: Path, abandoned: str) -> None:
+    """Remove an abandoned claim; of several processes that see it, one does, and all try again."""
+    aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(aside)
+        if aside.read_text() != abandoned:
+            # Another process was faster, and this is its new claim: give it back.
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+        aside.unlink()
+
+
+def _owner(path: Path) -> str:
+    """Who holds a claim, for a message; ``""`` where nobody does."""
+    owner = _parsed(_text(path))
+    return f"{owner['pid']} on {owner['host']}" if owner else ""
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """A claim's facts; none while it is being written."""
+    try:
+        return json.loads(text or "{}")
     except json.JSONDecodeError:
-        owner = {}
-    if owner.get("host") == socket.gethostname():
-        return not _is_alive(int(owner["pid"]))
-    return age > _STALE_SECONDS
+        return {}
 
 
 def _is_alive(pid: int) -> bool:
@@ -185,7 +225,8 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _beat(path: Path, stop: threading.Event) -> None:
-    while not stop.wait(_HEARTBEAT_SECONDS):
+def _beat(path: Path, mine: str, stop: threading.Event) -> None:
+    """Show that the claim is kept, as long as it is this process's."""
+    while not stop.wait(_HEARTBEAT_SECONDS) and _text(path) == mine:
         with contextlib.suppress(FileNotFoundError):
             os.utime(path)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 
@@ -41,8 +42,10 @@ def test_one_claim_at_a_time(tmp_path):
     store, one = StepStore(tmp_path / "s"), step("one")
     order = []
 
+    said: list[str] = []
+
     def other() -> None:
-        with store.claimed(one) as todo:
+        with store.claimed(one, said.append) as todo:
             order.append(("other", todo))
 
     with store.claimed(one) as todo:
@@ -54,6 +57,8 @@ def test_one_claim_at_a_time(tmp_path):
         store.finish(one, 1.0)
     thread.join(timeout=10)
     assert order == [("other", False)]
+    here = f"process {os.getpid()} on {socket.gethostname()}"
+    assert said == [f"waiting for one: {here} is computing it"]
     assert not (store.folder(one) / "claim.json").exists()
 
 
@@ -65,7 +70,7 @@ def test_a_failed_owner_leaves_the_step_to_the_next(tmp_path):
         assert todo
 
 
-@pytest.mark.parametrize("owner", ["dead here", "silent elsewhere"])
+@pytest.mark.parametrize("owner", ["dead here", "silent here", "silent elsewhere"])
 def test_an_abandoned_claim_is_taken_over(tmp_path, owner, monkeypatch):
     store, one = StepStore(tmp_path / "s"), step("one")
     path = store.folder(one) / "claim.json"
@@ -75,9 +80,12 @@ def test_an_abandoned_claim_is_taken_over(tmp_path, owner, monkeypatch):
         if child == 0:
             os._exit(0)
         os.waitpid(child, 0)
-        path.write_text(json.dumps({"host": module.socket.gethostname(), "pid": child}))
+        path.write_text(json.dumps({"host": socket.gethostname(), "pid": child}))
     else:
-        path.write_text(json.dumps({"host": "another-machine", "pid": 1}))
+        # "silent here": the number of a process that has ended, given to another since.
+        here = owner == "silent here"
+        host, pid = (socket.gethostname(), os.getpid()) if here else ("another-machine", 1)
+        path.write_text(json.dumps({"host": host, "pid": pid}))
         old = time.time() - module._STALE_SECONDS - 5
         os.utime(path, (old, old))
     with store.claimed(one) as todo:
@@ -89,5 +97,23 @@ def test_a_live_claim_elsewhere_is_respected(tmp_path):
     path = store.folder(one) / "claim.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"host": "another-machine", "pid": 1}))
-    assert not module._try_claim(path)
+    assert module._try_claim(path) is None
+    assert path.exists()
+
+
+def test_a_new_claim_is_not_taken_for_the_abandoned_one_before_it(tmp_path):
+    """Another process was faster between the look at the old claim and its removal."""
+    path = tmp_path / "claim.json"
+    mine = module._try_claim(path)
+    module._put_aside(path, json.dumps({"host": "another-machine", "pid": 1}))
+    assert path.read_text() == mine and list(tmp_path.iterdir()) == [path]
+    module._put_aside(path, mine)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_claim_that_was_taken_over_stays(tmp_path):
+    store, one = StepStore(tmp_path / "s"), step("one")
+    path = store.folder(one) / "claim.json"
+    with store.claimed(one):
+        path.write_text(json.dumps({"host": "another-machine", "pid": 1}))
     assert path.exists()
