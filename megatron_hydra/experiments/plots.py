@@ -18,7 +18,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
         ``<name>_<task>.png`` (mean and range over seeds against length) for every task with several
         lengths, and ``<name>_bars.png``.
     """
-    columns = [split_column(column) for column in results.columns()]
+    parts = [split_column(column) for column in results.columns()]
+    columns = [(task, length) for task, length in parts if length is not None]
     paths = []
     name = results.experiment.name
     for task in dict.fromkeys(task for task, _ in columns):
@@ -89,6 +90,7 @@ def _bars(results: Results, columns: list[tuple[str, int]], path: Path) -> Path:
     width = 0.85 / len(variants)
     colors = colormaps["tab10" if len(variants) <= 10 else "tab20"]
     for number, variant in enumerate(variants):
+        label: str | None = variant  # of its first bar, wherever that is
         for place, (task, length) in enumerate(shown):
             spread = results.spread(variant, f"{task}@{length}")
             if spread is None:
@@ -99,10 +101,11 @@ def _bars(results: Results, columns: list[tuple[str, int]], path: Path) -> Path:
                 spread.mean,
                 width,
                 color=colors(number % colors.N),
-                label=variant if place == 0 else None,
+                label=label,
                 yerr=[[spread.mean - low], [high - spread.mean]],
                 error_kw={"linewidth": 0.8},
             )
+            label = None
     axes.set_xticks(range(len(shown)), [f"{task}\n{n}" for task, n in shown], fontsize=8)
     axes.set_ylim(0, 1.05)
     axes.set(ylabel="right answers")

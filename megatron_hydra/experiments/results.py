@@ -7,10 +7,12 @@ import json
 import statistics
 from typing import Any
 
+from megatron_hydra.config.loading import from_dict
+from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments.actions import HEAD_MAP
 from megatron_hydra.experiments.plan import Plan
-from megatron_hydra.experiments.spec import Experiment
+from megatron_hydra.experiments.spec import TEACHER, Cell, CellSpec, Experiment
 from megatron_hydra.experiments.store import StepStore
 from megatron_hydra.head_map import HeadMap
 
@@ -22,9 +24,10 @@ class CellResult:
     Attributes:
         variant, seed: its place.
         state: ``done``, ``failed`` or ``missing``.
-        accuracy: ``task@length`` → share of right answers.
+        accuracy: ``task@length`` → share of right answers, ``task/metric`` → lm-eval's.
         kv_bytes_per_token, state_bytes: of the cache, measured on the running model.
-        fa_heads: for each layer the FA heads; ``None``: not a hybrid.
+        fa_heads: for each layer the FA heads; ``None``: no head map chose them.
+        attention: where none did, what heads do instead; ``–``: not known.
         log: of the step that failed, or ``""``.
         step: name of the step that failed, or ``""``.
         seconds: of the evaluation, and of the training of all its stages.
@@ -38,6 +41,7 @@ class CellResult:
     kv_bytes_per_token: float | None = None
     state_bytes: float | None = None
     fa_heads: tuple[tuple[int, ...], ...] | None = None
+    attention: str = ""
     log: str = ""
     step: str = ""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -89,13 +93,17 @@ class Results:
         return [cell for cell in self.cells if cell.variant == variant]
 
     def columns(self) -> list[str]:
-        """All ``task@length`` that are there, tasks as they came, lengths ascending."""
+        """All that are there: ``task@length``, tasks as they came, lengths ascending; lm-eval's."""
         tasks: dict[str, set[int]] = {}
-        for cell in self.cells:
-            for column in cell.accuracy:
-                task, length = split_column(column)
+        others: dict[str, None] = {}
+        for column in (column for cell in self.cells for column in cell.accuracy):
+            task, length = split_column(column)
+            if length is None:
+                others[column] = None
+            else:
                 tasks.setdefault(task, set()).add(length)
-        return [f"{task}@{n}" for task, lengths in tasks.items() for n in sorted(lengths)]
+        known = [f"{task}@{n}" for task, lengths in tasks.items() for n in sorted(lengths)]
+        return [*known, *others]
 
     def spread(self, variant: str, column: str) -> Spread | None:
         """Accuracy of a row in a column; ``None`` where no seed has it."""
@@ -118,16 +126,20 @@ class Results:
         }
 
 
-def split_column(column: str) -> tuple[str, int]:
-    """``task@length`` as its parts.
+def split_column(column: str) -> tuple[str, int | None]:
+    """``task@length`` as its parts; lm-eval's ``task/metric`` whole and with no length.
 
     Raises:
-        HydraError: it is not of that form.
+        HydraError: it is of neither form.
     """
     task, _, length = column.rpartition("@")
-    if not task or not length.isdecimal():
-        raise HydraError(f"table column {column!r} is not of the form task@length")
-    return task, int(length)
+    if task and length.isdecimal():
+        return task, int(length)
+    if "/" not in column:
+        raise HydraError(
+            f"table column {column!r} is neither of the form task@length nor, for lm-eval, task/metric"
+        )
+    return column, None
 
 
 def collect(experiment: Experiment, plan: Plan, store: StepStore) -> Results:
@@ -135,7 +147,29 @@ def collect(experiment: Experiment, plan: Plan, store: StepStore) -> Results:
     return Results(experiment, tuple(_cell(cell, plan, store) for cell in experiment.cells))
 
 
-def _cell(cell: Any, plan: Plan, store: StepStore) -> CellResult:
+def _accuracy(body: dict[str, Any]) -> dict[str, float]:
+    """Columns of an evaluation's ``results.json``; lm-eval's error bars are left out."""
+    found = {
+        f"{task}@{length}": part["accuracy"]
+        for task, lengths in body["tasks"].items()
+        for length, part in lengths.items()
+    }
+    for task, metrics in body.get("lm_eval", {}).get("tasks", {}).items():
+        for name, value in metrics.items():
+            if isinstance(value, float) and "_stderr" not in name:
+                found[f"{task}/{name.removesuffix(',none')}"] = value
+    return found
+
+
+def _attention(spec: CellSpec) -> str:
+    """What the heads of a row are that has no head map."""
+    if spec.hf_model:
+        return "all" if spec.hf_model == TEACHER else "–"
+    switches = from_dict(HydraConfig, spec.hydra, "hydra")
+    return "all, beside GDN" if switches.fa_window is None else f"window {switches.fa_window}"
+
+
+def _cell(cell: Cell, plan: Plan, store: StepStore) -> CellResult:
     key = plan.cells[cell.name]
     steps = [plan.steps[k] for k in plan.ancestors(key)]
     last = plan.steps[key]
@@ -154,14 +188,11 @@ def _cell(cell: Any, plan: Plan, store: StepStore) -> CellResult:
         cell.variant,
         cell.seed,
         "done",
-        accuracy={
-            f"{task}@{length}": part["accuracy"]
-            for task, lengths in body["tasks"].items()
-            for length, part in lengths.items()
-        },
+        accuracy=_accuracy(body),
         kv_bytes_per_token=cache.get("kv_bytes_per_token"),
         state_bytes=cache.get("state_bytes"),
         fa_heads=HeadMap.load(maps[0]).full_attention_heads if maps else None,
+        attention="" if maps else _attention(cell.spec),
         seconds={step.kind: records[step.key].get("seconds", 0.0) for step in steps},
         sources=tuple(sorted({str(r.get("package_source")) for r in records.values()})),
     )

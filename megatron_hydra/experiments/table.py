@@ -15,13 +15,15 @@ def markdown(results: Results) -> str:
     """
     experiment = results.experiment
     columns = list(experiment.table.columns) or results.columns()
-    for column in columns:
-        split_column(column)
+    lengths = [split_column(column)[1] for column in columns]
     lines = [f"# {experiment.title}", ""]
     if experiment.paper:
         lines += [f"The paper: {' '.join(experiment.paper.split())}", ""]
     seeds = ", ".join(map(str, experiment.seeds))
-    lines += [f"Share of right answers, mean ± standard deviation over seeds {seeds}.", ""]
+    lines += [f"Share of right answers, mean ± standard deviation over seeds {seeds}."]
+    if None in lengths:
+        lines += ["Columns with a slash are lm-eval's tasks and metrics."]
+    lines += [""]
     lines += _row(["", *columns, "FA heads", "KV bytes/token", "state bytes"])
     lines += _row(["---", *["---:"] * (len(columns) + 3)])
     for variant in experiment.variants:
@@ -58,15 +60,14 @@ def _facts(cells: list[CellResult]) -> list[str]:
         values = [value for cell in cells if (value := getattr(cell, name)) is not None]
         low, high = (f"{min(values):.0f}", f"{max(values):.0f}") if values else ("", "")
         shown.append(low if low == high else f"{low}–{high}")
-    return shown
+    heads, *rest = shown
+    return [heads or max(cell.attention for cell in cells), *rest]
 
 
 def _heads(cell: CellResult) -> str:
     if cell.state != "done":
         return f"{cell.state} ({cell.step}: {cell.log})" if cell.log else cell.state
-    if cell.fa_heads is None:
-        return "all"
-    return _short(cell) or "none"
+    return cell.attention or _short(cell) or "none"
 
 
 def _short(cell: CellResult) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
 import pytest
 
 from megatron_hydra.errors import HydraError
+from megatron_hydra.experiments import plots
 from megatron_hydra.experiments.plan import make_plan
 from megatron_hydra.experiments.plots import draw
 from megatron_hydra.experiments.results import collect
@@ -53,7 +55,9 @@ def line(text, start):
 def test_mean_and_spread_over_seeds(made):
     text = markdown(made({("a", 0): 0.2, ("a", 1): 0.4, ("b", 0): 0.1, ("b", 1): 0.5}))
     assert line(text, "")[:3] == ["", "facts@128", "facts@256"]
-    assert line(text, "**a**") == ["**a**", "0.300 ± 0.141", "0.600 ± 0.283", "", "64", "0"]
+    assert line(text, "**a**") == [
+        "**a**", "0.300 ± 0.141", "0.600 ± 0.283", "all", "64", "0",
+    ]  # fmt: skip
     # Paired: −0.1 and +0.1. (Rows of the third table begin with a seed.)
     assert line(text, "b")[1] == "+0.000 ± 0.141"
     assert line(text, "a | 1")[2:4] == ["0.400", "0.800"]
@@ -78,9 +82,88 @@ def test_rows_without_any_cell_say_so(made):
     assert line(text, "a | 0")[-1].startswith("failed (evaluate: ")
 
 
-def test_pictures(made, tmp_path):
+def test_heads_of_rows_without_a_head_map(write, tmp_path):
+    """All only where all heads attend to everything; of other models nothing is said."""
+    (tmp_path / "other").mkdir()
+    experiment = load_experiment(
+        write(
+            "variants: {teacher: {hf_model: teacher}, other: {hf_model: other}, "
+            "token: {hydra: {mixer: token, window: 64}}, both: {hydra: {mixer: parallel}}}"
+        )
+    )
+    plan, store = make_plan(experiment.cells), StepStore(tmp_path / "s")
+    for key in plan.cells.values():
+        store.out(plan.steps[key]).mkdir(parents=True, exist_ok=True)
+        body = {"tasks": {"facts": {"128": {"accuracy": 0.5}}}}
+        (store.out(plan.steps[key]) / "results.json").write_text(json.dumps(body))
+        store.finish(plan.steps[key], 1.0)
+    text = markdown(collect(experiment, plan, store))
+    names = {"teacher": "all", "other": "–", "token": "window 64", "both": "all, beside GDN"}
+    assert {name: line(text, f"**{name}**")[2] for name in names} == names
+    assert {name: line(text, f"{name} | 0")[3] for name in names} == names
+
+
+def test_lm_eval_has_columns_of_its_own(write, tmp_path):
+    rest = "variants: {a: {hf_model: teacher, evaluation: {lm_eval: [arc_easy]}}}"
+    experiment = load_experiment(write(rest))
+    plan, store = make_plan(experiment.cells, fetch=False), StepStore(tmp_path / "s")
+    for number, key in enumerate(plan.cells.values()):
+        store.out(plan.steps[key]).mkdir(parents=True)
+        metrics = {"acc,none": 0.25 + number / 2, "acc_stderr,none": 0.1, "f1,strict": 0.5, "n": 3}
+        body = {"tasks": {"facts": {"128": {"accuracy": 0.5}}}}
+        body["lm_eval"] = {"tasks": {"arc_easy": metrics}}
+        (store.out(plan.steps[key]) / "results.json").write_text(json.dumps(body))
+        store.finish(plan.steps[key], 1.0)
+    results = collect(experiment, plan, store)
+    assert results.columns() == ["facts@128", "arc_easy/acc", "arc_easy/f1,strict"]
+    text = markdown(results)
+    assert line(text, "**a**")[2] == "0.500 ± 0.354" and "lm-eval's tasks" in text
+    assert [path.name for path in draw(results, tmp_path)] == ["trial_bars.png"]
+
+
+def drawn(results, monkeypatch, folder):
+    """The axes of every picture, by its file's name."""
+    figures = {}
+
+    def save(figure, path):
+        figures[path.name] = figure.axes[0]
+        return path
+
+    monkeypatch.setattr(plots, "_save", save)
+    draw(results, folder)
+    return figures
+
+
+def test_curves_are_means_and_bands_reach_over_seeds(made, tmp_path, monkeypatch):
     results = made({("a", 0): 0.2, ("a", 1): 0.4, ("b", 0): 0.1})
-    paths = draw(results, tmp_path / "pictures")
+    axes = drawn(results, monkeypatch, tmp_path)["trial_facts.png"]
+    curves = {line.get_label(): line for line in axes.lines if line.get_label() in ("a", "b")}
+    assert list(curves["a"].get_xdata()) == [128, 256]
+    assert list(curves["a"].get_ydata()) == pytest.approx([0.3, 0.6])
+    assert list(curves["b"].get_ydata()) == pytest.approx([0.1, 0.2])
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((0.2, 0.8))
+    (mark,) = [line for line in axes.lines if line.get_label() not in ("a", "b")]
+    assert list(mark.get_xdata()) == [128, 128]  # the length of training
+
+
+def test_every_row_with_a_bar_is_in_the_legend(made, tmp_path, monkeypatch):
+    """Also a row that has nothing at the first place."""
+    results = made({("a", 0): 0.2, ("a", 1): 0.4, ("b", 0): 0.1, ("b", 1): 0.3})
+    cells = tuple(
+        dataclasses.replace(cell, accuracy={"facts@256": cell.accuracy["facts@256"]})
+        if cell.variant == "b"
+        else cell
+        for cell in results.cells
+    )
+    results = dataclasses.replace(results, cells=cells)
+    axes = drawn(results, monkeypatch, tmp_path)["trial_bars.png"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+    assert [patch.get_height() for patch in axes.patches] == pytest.approx([0.3, 0.6, 0.4])
+
+
+def test_pictures_are_written(made, tmp_path):
+    paths = draw(made({("a", 0): 0.2}), tmp_path / "pictures")
     assert [path.name for path in paths] == ["trial_facts.png", "trial_bars.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
