@@ -131,8 +131,17 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return body
 
 
+def is_hub_name(text: str) -> bool:
+    """Whether it reads as ``owner/name``, and not as a path."""
+    return not (Path(text).is_absolute() or text.startswith(".") or text.count("/") > 1)
+
+
 def resolve_hf_folder(
-    name_or_path: str | os.PathLike[str], revision: str = "", *, with_code: bool = False
+    name_or_path: str | os.PathLike[str],
+    revision: str = "",
+    *,
+    with_code: bool = False,
+    fetch: bool = True,
 ) -> Path:
     """A local folder for a path or a Hub name (downloaded into the Hub's cache if need be).
 
@@ -140,6 +149,7 @@ def resolve_hf_folder(
         name_or_path: a folder, or ``owner/name``.
         revision: of a Hub name: branch, tag or commit.
         with_code: fetch the model's own Python as well, which whoever loads it may then run.
+        fetch: download; without, only what the Hub's cache has counts.
 
     Raises:
         HydraError: neither a folder nor a model that the Hub (or its cache) has.
@@ -148,7 +158,7 @@ def resolve_hf_folder(
     if path.is_dir():
         return path
     text = str(name_or_path)
-    if path.is_absolute() or text.startswith(".") or text.count("/") > 1:
+    if not is_hub_name(text):
         raise HydraError(f"{text} is no folder")
     from huggingface_hub import snapshot_download
 
@@ -158,6 +168,7 @@ def resolve_hf_folder(
                 text,
                 revision=revision or None,
                 allow_patterns=[*HUB_FILES, *(HUB_CODE if with_code else ())],
+                **({} if fetch else {"local_files_only": True}),
             )
         )
     except Exception as error:  # the Hub client raises many kinds; the user needs one line

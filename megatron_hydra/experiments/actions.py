@@ -134,9 +134,9 @@ def stage(context: Context) -> None:
     if not config.checkpoint.save_optimizer:
         # What a stopped try has saved cannot be resumed: it begins anew.
         shutil.rmtree(context.out, ignore_errors=True)
-    paths = context.step.places["data"]
+    paths = context.step.places.get("data", {})
     blend = tuple(
-        dataclasses.replace(part, path=paths.get(str(n), ""))
+        dataclasses.replace(part, path=paths.get(str(n), part.path))
         for n, part in enumerate(config.data.blend)
     )
     config = dataclasses.replace(

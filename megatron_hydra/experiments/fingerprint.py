@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import megatron_hydra
+from megatron_hydra.data.manifest import Manifest, file_sha256
 from megatron_hydra.errors import HydraError
 
-_WHOLE = 64 * 2**20
-_END = 2**20
+_DIGITS = 32
 
 
 def of_json(body: Mapping[str, Any]) -> str:
@@ -23,33 +23,48 @@ def of_json(body: Mapping[str, Any]) -> str:
 
 
 def of_file(path: Path) -> str:
-    """Hash of a file's content; of size, start and end for files above 64 MiB.
+    """SHA-256 of a file's content, its first 32 hexadecimal digits.
+
+    A process reads a file once, however many cells name it, as long as its size and its time stay.
 
     Raises:
         HydraError: the file cannot be read.
     """
-    digest = hashlib.sha256()
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            if size <= _WHOLE:
-                digest.update(file.read())
-            else:
-                digest.update(str(size).encode() + file.read(_END))
-                file.seek(-_END, 2)
-                digest.update(file.read())
+        facts = path.stat()
+        return _digest(path.resolve(), facts.st_size, facts.st_mtime_ns)
     except OSError as error:
         raise HydraError(f"{path} cannot be read: {error}") from None
-    return digest.hexdigest()[:32]
 
 
 @functools.cache
+def _digest(path: Path, size: int, mtime_ns: int) -> str:
+    return file_sha256(path)[:_DIGITS]
+
+
 def of_model(folder: Path) -> str:
     """Hash of a Hugging Face folder: config, weights and tokenizer."""
     names = sorted(
         p.name for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".py", ".model")
     )
-    return of_json({name: of_file(folder / name) for name in names})[:32]
+    return of_json({name: of_file(folder / name) for name in names})[:_DIGITS]
+
+
+def of_data(prefix: str) -> dict[str, str]:
+    """Hashes of an indexed data set's two files, as its manifest has them, else read in whole.
+
+    Raises:
+        HydraError: a file is missing, or is not the one that the manifest describes.
+    """
+    files = {"index": Path(f"{prefix}.idx"), "tokens": Path(f"{prefix}.bin")}
+    for path in files.values():
+        if not path.is_file():
+            raise HydraError(f"data {path} does not exist")
+    if not Path(f"{prefix}.json").is_file():
+        return {name: of_file(path) for name, path in files.items()}
+    manifest = Manifest.load(f"{prefix}.json")
+    manifest.check_files(prefix)
+    return {"index": manifest.idx.sha256[:_DIGITS], "tokens": manifest.bin.sha256[:_DIGITS]}
 
 
 @functools.cache

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_hydra.config.loading import from_dict, load_run_config, read_config, to_dict
 from megatron_hydra.config.model import HydraConfig
+from megatron_hydra.config.run import RunConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments import fingerprint
-from megatron_hydra.experiments.spec import TEACHER, Cell, SelectionSpec, StageSpec
-from megatron_hydra.hf_identity import resolve_hf_folder
+from megatron_hydra.experiments.spec import TEACHER, Cell, SelectionSpec, StageSpec, as_plain
+from megatron_hydra.hf_identity import is_hub_name, resolve_hf_folder
 
 FORMAT = 1
 """Raised when a step's meaning changes, so that nothing computed before is taken for it."""
@@ -83,8 +85,12 @@ class Plan:
         return list(found)
 
 
-def make_plan(cells: Iterable[Cell]) -> Plan:
+def make_plan(cells: Iterable[Cell], *, fetch: bool = True) -> Plan:
     """Expand cells into steps.
+
+    Args:
+        fetch: download Hub models that are not here: their content is part of the keys. Without,
+            such a model is known by its name alone, under which nothing can have been computed.
 
     Raises:
         HydraError: a stage's config is wrong, a file is missing; the cell is named.
@@ -92,7 +98,7 @@ def make_plan(cells: Iterable[Cell]) -> Plan:
     plan = Plan()
     for cell in cells:
         try:
-            plan.cells[cell.name] = _CellPlanner(plan, cell).evaluation()
+            plan.cells[cell.name] = _CellPlanner(plan, cell, fetch).evaluation()
         except HydraError as error:
             raise HydraError(f"{cell.name}: {error}") from None
     return plan
@@ -101,8 +107,8 @@ def make_plan(cells: Iterable[Cell]) -> Plan:
 class _CellPlanner:
     """Adds one cell's steps to a plan."""
 
-    def __init__(self, plan: Plan, cell: Cell) -> None:
-        self.plan, self.cell, self.spec = plan, cell, cell.spec
+    def __init__(self, plan: Plan, cell: Cell, fetch: bool) -> None:
+        self.plan, self.cell, self.spec, self.fetch = plan, cell, cell.spec, fetch
 
     def _add(
         self,
@@ -136,16 +142,31 @@ class _CellPlanner:
             if any("{seed}" in word for word in teacher.train):
                 params["seed"] = self.cell.seed
             return {}, {"teacher_hf": self._add("train_teacher", params, {})}, {}
-        folder = self._hf_folder(teacher.model, teacher.revision)
-        return {"model": fingerprint.of_model(folder)}, {}, {"teacher_hf": str(folder)}
+        hashed, place = self._model(teacher.model, teacher.revision)
+        return {"model": hashed}, {}, {"teacher_hf": place}
 
-    def _hf_folder(self, name: str, revision: str = "") -> Path:
+    def _model(self, name: str, revision: str = "", *, with_code: bool = False) -> tuple[Any, str]:
+        """A Hugging Face model as it is hashed, and its folder."""
         if name == "quickstart":
             from megatron_hydra.quickstart.workspace import shipped_teacher
 
-            return shipped_teacher()
-        beside = self.cell.folder / name
-        return beside if beside.is_dir() else resolve_hf_folder(name, revision)
+            folder = shipped_teacher()
+        elif (self.cell.folder / name).is_dir():
+            folder = self.cell.folder / name
+        else:
+            found = self._hub_folder(name, revision, with_code)
+            if found is None:
+                return {"not here": name, "revision": revision}, name
+            folder = found
+        return fingerprint.of_model(folder), str(folder)
+
+    def _hub_folder(self, name: str, revision: str, with_code: bool) -> Path | None:
+        try:
+            return resolve_hf_folder(name, revision, with_code=with_code, fetch=self.fetch)
+        except HydraError:
+            if self.fetch or not is_hub_name(name):
+                raise
+            return None
 
     def _prepare(self) -> str | None:
         prepare = self.spec.prepare
@@ -181,7 +202,7 @@ class _CellPlanner:
         seedless = selection.strategy in _SEEDLESS or selection.ratio in ("all-gdn", "dense")
         blind = seedless or selection.strategy in ("random", "uniform")
         tasks = [] if blind else [self._task(task) for task in selection.tasks]
-        body = dataclasses.asdict(selection) | {"tasks": [hashed for hashed, _ in tasks]}
+        body = as_plain(selection) | {"tasks": [hashed for hashed, _ in tasks]}
         if blind:  # options of prompts and effects decide nothing
             body = {key: body[key] for key in _BLIND_KEYS}
         params, inputs, places = self._teacher_model()
@@ -238,19 +259,28 @@ class _CellPlanner:
         )
         _, inputs, places = self._teacher_model()
         inputs |= {"student": before, "teacher": self._teacher() if reads_teacher else None}
+        paths = {
+            str(n): os.path.abspath(part.path)
+            for n, part in enumerate(config.data.blend)
+            if part.path
+        }
         params = {
-            "config": to_dict(config),
-            "data": {part.path: _data_facts(part.path) for part in config.data.blend if part.path},
+            "config": to_dict(_without_paths(config)),
+            "data": {n: fingerprint.of_data(path) for n, path in paths.items()},
             "processes": stage.processes,
         }
-        return self._add("stage", params, inputs, places, kind=name)
+        return self._add("stage", params, inputs, places | {"data": paths}, kind=name)
 
     def evaluation(self) -> str:
         """Key of the cell's last step."""
         spec = self.spec
         evaluation = spec.evaluation
+        if evaluation.lm_eval and self.fetch:
+            from megatron_hydra.evaluation.lm_eval_suite import require_lm_eval
+
+            require_lm_eval()  # before days of training, not after them
         tasks = [self._task(task) for task in evaluation.tasks]
-        hashed, haystack = self._file(evaluation.haystack)
+        text, haystack = self._file(evaluation.haystack)
         params: dict[str, Any] = {}
         inputs: dict[str, str | None]
         places: dict[str, Any] = {}
@@ -261,10 +291,11 @@ class _CellPlanner:
             inputs = {"model": inputs.get("teacher_hf")}
             places = {"model": places.get("teacher_hf")}
         else:
-            folder = self._hf_folder(spec.hf_model)
-            params, inputs = {"model": fingerprint.of_model(folder)}, {}
-            places = {"model": str(folder)}
-        body = dataclasses.asdict(evaluation) | {"tasks": [h for h, _ in tasks], "haystack": hashed}
+            hashed, place = self._model(
+                spec.hf_model, spec.hf_revision, with_code=evaluation.trust_remote_code
+            )
+            params, inputs, places = {"model": hashed}, {}, {"model": place}
+        body = as_plain(evaluation) | {"tasks": [h for h, _ in tasks], "haystack": text}
         if any(PREPARED in place for _, place in tasks):
             inputs |= {"prepare": self._prepare()}
         places |= {"tasks": [place for _, place in tasks], "haystack": haystack}
@@ -285,9 +316,9 @@ def _yaml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _data_facts(prefix: str) -> dict[str, Any]:
-    """What an indexed data set is known by: its index's content and its size."""
-    data = Path(f"{prefix}.bin")
-    if not data.is_file():
-        raise HydraError(f"data {data} does not exist")
-    return {"index": fingerprint.of_file(Path(f"{prefix}.idx")), "bytes": data.stat().st_size}
+def _without_paths(config: RunConfig) -> RunConfig:
+    """The same whatever folder its data lie in: their content is hashed apart."""
+    blend = tuple(
+        dataclasses.replace(part, path=PLACE) if part.path else part for part in config.data.blend
+    )
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, blend=blend))

@@ -15,6 +15,21 @@ from megatron_hydra.errors import HydraError
 TEACHER = "teacher"
 """As ``hf_model``: the row is the teacher itself."""
 
+_LATER = {"later": True}
+"""Marks a key that specs had not at first: at its default it is left out of the hashes of steps, so that
+what was computed before there was such a key is still found."""
+
+
+def as_plain(spec: SelectionSpec | EvaluationSpec) -> dict[str, Any]:
+    """A spec as the plain data that steps are hashed by."""
+    default = type(spec)()
+    values = {field: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    return {
+        field.name: value
+        for field, value in values.items()
+        if not (field.metadata.get("later") and value == getattr(default, field.name))
+    }
+
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSpec:
@@ -67,6 +82,10 @@ class SelectionSpec:
     min_per_layer: int = 0
     max_per_layer: int | None = None
     kv_group_bonus: float = 0.0
+    effects: tuple[str, ...] = dataclasses.field(default=("direct", "total"), metadata=_LATER)
+    task_weights: dict = dataclasses.field(default_factory=dict, metadata=_LATER)
+    check_heads: int = dataclasses.field(default=24, metadata=_LATER)
+    tokens_per_batch: int = dataclasses.field(default=0, metadata=_LATER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +117,10 @@ class StageSpec:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSpec:
-    """How a model is scored: the options of ``tools/evaluate.py``."""
+    """How a model is scored: the options of ``tools/evaluate.py``.
+
+    ``lm_eval`` lists tasks of lm-evaluation-harness.
+    """
 
     tasks: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
@@ -110,6 +132,8 @@ class EvaluationSpec:
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+    prefill_chunk: int | None = dataclasses.field(default=None, metadata=_LATER)
+    lm_eval: tuple[str, ...] = dataclasses.field(default=(), metadata=_LATER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +143,7 @@ class CellSpec:
     Attributes:
         hf_model: score this Hugging Face model (folder or Hub name) instead of a student;
             ``teacher``: the teacher itself.
+        hf_revision: of a Hub name in ``hf_model``: branch, tag or commit.
         hydra: switches of the layer (keys of :class:`~megatron_hydra.config.model.HydraConfig`).
         stages: name → stage, in this order.
     """
@@ -126,6 +151,7 @@ class CellSpec:
     teacher: TeacherSpec = dataclasses.field(default_factory=TeacherSpec)
     prepare: PrepareSpec = dataclasses.field(default_factory=PrepareSpec)
     hf_model: str = ""
+    hf_revision: str = ""
     selection: SelectionSpec = dataclasses.field(default_factory=SelectionSpec)
     hydra: dict = dataclasses.field(default_factory=dict)
     student: StudentSpec = dataclasses.field(default_factory=StudentSpec)
@@ -138,7 +164,7 @@ class TableSpec:
     """What the table and the pictures show.
 
     Attributes:
-        columns: ``task@length`` of the main table's columns; empty: all.
+        columns: the main table's columns, ``task@length``, or ``task/metric`` of lm-eval; empty: all.
         baseline: the row that differences are taken from, or empty.
         train_length: marked in the pictures; 0: not.
         bars: lengths of the bar chart; empty: the shortest and the longest.
@@ -203,6 +229,8 @@ class _File:
 
     Attributes:
         include: another file under this one, path relative to it.
+        constants: name → value; ``$name`` in place of a value stands for it. Those of this file are
+            over those of the included one.
         base: what all rows share (a :class:`CellSpec`).
         variants: row → what differs from base.
         axes: a grid: each axis is ``dotted.key: [values]`` or ``name: {label: what differs}``; the
@@ -210,6 +238,7 @@ class _File:
     """
 
     include: str = ""
+    constants: dict = dataclasses.field(default_factory=dict)
     title: str = ""
     paper: str = ""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -219,15 +248,18 @@ class _File:
     table: TableSpec = dataclasses.field(default_factory=TableSpec)
 
 
-def load_experiment(path: str | Path) -> Experiment:
+def load_experiment(path: str | Path, base: str | Path | None = None) -> Experiment:
     """Read an experiment file and expand it.
 
+    Args:
+        base: a file to include in place of the one that the experiment file names.
+
     Raises:
-        HydraError: an unreadable file, an unknown key or a wrong type (file, row and key are named),
-            no rows, a row given twice, no seeds.
+        HydraError: an unreadable file, an unknown key, constant or type (file, row and key are
+            named), no rows, a row given twice, no seeds.
     """
     path = Path(path)
-    body = _read(path)
+    body = _read(path, None if base is None else Path(base))
     file = from_dict(_File, body, str(path))
     if not file.seeds or len(set(file.seeds)) != len(file.seeds):
         raise HydraError(f"{path}: seeds {list(file.seeds)} must be there, each one once")
@@ -254,19 +286,51 @@ def load_experiment(path: str | Path) -> Experiment:
     )
 
 
-def _read(path: Path, nested: bool = False) -> dict[str, Any]:
+def _read(path: Path, base: Path | None) -> dict[str, Any]:
+    """The file over what it includes, constants filled in."""
+    body, head = _parse(path)
+    include = base or (path.parent / head.include if head.include else None)
+    if include is None:
+        return _checked(body, head.constants, path)
+    under, above = _parse(include)
+    if above.include:
+        raise HydraError(f"{include}: an included file includes no further one")
+    constants = {**above.constants, **head.constants}
+    return _merge(_checked(under, constants, include), _checked(body, constants, path))
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], _File]:
+    """A file's keys, and those of them that hold before constants are filled in."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise HydraError(f"experiment {path} cannot be read: {error}") from None
     body = parse_yaml(text, str(path)) or {}
-    from_dict(_File, body, str(path))
-    include = body.get("include", "")
-    if not include:
-        return body
-    if nested:
-        raise HydraError(f"{path}: an included file includes no further one")
-    return _merge(_read(path.parent / include, nested=True), body)
+    if not isinstance(body, dict):
+        raise HydraError(f"experiment {path} must be a mapping of keys")
+    head = {key: body[key] for key in ("include", "constants") if key in body}
+    return body, from_dict(_File, head, str(path))
+
+
+def _checked(body: dict[str, Any], constants: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """One file with its constants filled in and its keys looked at."""
+    filled = _filled(body, constants, str(path))
+    from_dict(_File, filled, str(path))
+    return filled
+
+
+def _filled(value: Any, constants: Mapping[str, Any], where: str) -> Any:
+    """``value`` with every ``$name`` replaced by that constant."""
+    if isinstance(value, dict):
+        return {key: _filled(part, constants, f"{where}: {key}") for key, part in value.items()}
+    if isinstance(value, list):
+        return [_filled(part, constants, where) for part in value]
+    if not isinstance(value, str) or not value.startswith("$"):
+        return value
+    if value[1:] not in constants:
+        known = ", ".join(constants) or "none"
+        raise HydraError(f"{where}: no constant is called {value[1:]!r}; there are: {known}")
+    return constants[value[1:]]
 
 
 def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
@@ -345,8 +409,12 @@ def _check(spec: CellSpec, where: str) -> None:
     needs_teacher = spec.hf_model in ("", TEACHER)
     if needs_teacher and bool(teacher.model) == bool(teacher.train):
         raise HydraError(f"{where}: teacher needs either model or train")
-    if not spec.evaluation.tasks or not spec.evaluation.lengths:
-        raise HydraError(f"{where}: evaluation needs tasks and lengths")
+    evaluation = spec.evaluation
+    retrieval = bool(evaluation.tasks) and bool(evaluation.lengths)
+    if not retrieval and (evaluation.tasks or evaluation.lengths or not evaluation.lm_eval):
+        raise HydraError(f"{where}: evaluation needs tasks and lengths, or lm_eval")
+    if spec.hf_revision and spec.hf_model in ("", TEACHER):
+        raise HydraError(f"{where}: hf_revision is of a Hub name in hf_model, which is not given")
     if len(spec.student.half_life) not in (0, 2):
         raise HydraError(f"{where}: student.half_life is [least, most], in tokens")
     if spec.hf_model and spec.hydra:

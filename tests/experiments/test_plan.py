@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 
+import huggingface_hub
 import pytest
 
+from megatron_hydra.data.manifest import Manifest, file_record
 from megatron_hydra.errors import HydraError
+from megatron_hydra.experiments import fingerprint
+from megatron_hydra.experiments.command import Request, run, show
 from megatron_hydra.experiments.plan import make_plan
 from megatron_hydra.experiments.spec import load_experiment
 from tests.experiments.conftest import CONFIGS
@@ -149,3 +155,147 @@ def test_heads_that_are_both_need_no_selection(write, mixer):
     plain, both = steps(plan, "a / seed 0"), steps(plan, "both / seed 0")
     assert set(plain) - set(both) == {"select"}
     assert plain["teacher"] == both["teacher"] and plain["convert"] != both["convert"]
+
+
+def test_a_change_between_the_ends_of_a_large_file_is_another_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with open(path, "wb") as file:
+        file.truncate(65 * 2**20)
+    before = fingerprint.of_file(path)
+    assert before == hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+    with open(path, "r+b") as file:
+        file.seek(30 * 2**20)
+        file.write(b"x")
+    os.utime(path, ns=(1, 1))  # a coarse clock may not tell two writes apart
+    assert fingerprint.of_file(path) != before
+
+
+def test_a_file_is_read_once(tmp_path, monkeypatch):
+    reads = []
+    monkeypatch.setattr(fingerprint, "file_sha256", lambda path: reads.append(path) or "0" * 64)
+    (tmp_path / "a").write_text("a")
+    assert fingerprint.of_file(tmp_path / "a") == fingerprint.of_file(tmp_path / "a")
+    assert reads == [tmp_path / "a"]
+
+
+def indexed(prefix, tokens):
+    prefix.parent.mkdir(exist_ok=True)
+    for suffix, content in ((".bin", tokens), (".idx", b"index")):
+        prefix.with_suffix(suffix).write_bytes(content)
+
+
+BLEND = "variants: {a: {stages: {distill: {set: {data.blend: [{path: PREFIX}]}}}}}"
+
+
+def test_data_count_by_content_and_not_by_place(write, tmp_path, monkeypatch):
+    def distill(prefix):
+        plan = planned(write(BLEND.replace("PREFIX", str(prefix))))
+        return plan.steps[steps(plan, "/ a / seed 0")["distill"]]
+
+    indexed(tmp_path / "one" / "text", b"12345678")
+    indexed(tmp_path / "two" / "words", b"12345678")
+    indexed(tmp_path / "three" / "text", b"1234x678")
+    first = distill(tmp_path / "one" / "text")
+    monkeypatch.chdir(tmp_path)
+    assert distill("two/words").key == first.key  # relative: to the folder of the command
+    assert distill("two/words").places["data"] == {"0": str(tmp_path / "two" / "words")}
+    assert distill(tmp_path / "three" / "text").key != first.key
+    with pytest.raises(HydraError, match=r"gone\.idx does not exist"):
+        distill("gone")
+
+
+def test_a_manifest_saves_reading_the_data(tmp_path, monkeypatch):
+    prefix = tmp_path / "data" / "text"
+    indexed(prefix, b"12345678")
+    read = fingerprint.of_data(str(prefix))
+    records = [file_record(f"{prefix}{suffix}") for suffix in (".bin", ".idx")]
+    Manifest({}, {}, {}, "all", *records).save(f"{prefix}.json")
+    monkeypatch.setattr(fingerprint, "of_file", lambda path: pytest.fail(f"{path} is read"))
+    assert fingerprint.of_data(str(prefix)) == read
+    prefix.with_suffix(".bin").write_bytes(b"1234x678")
+    with pytest.raises(HydraError, match="stale"):
+        fingerprint.of_data(str(prefix))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub with one model, and the calls made to it; nothing is in its cache."""
+    calls = []
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "config.json").write_text("{}")
+
+    def snapshot_download(name, revision, allow_patterns, local_files_only=False):
+        if local_files_only:
+            raise OSError("not in the cache")
+        calls.append((name, revision, "*.py" in allow_patterns))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return calls
+
+
+def test_a_table_downloads_no_model(write, tmp_path, hub):
+    rows = "variants: {a: {}, b: {hf_model: owner/name, hf_revision: v2}}"
+    path = write(rows)
+    lines = []
+    assert show(Request([path], tmp_path / "s"), lines.append) == 1
+    assert run(Request([path], tmp_path / "s", dry_run=True), lines.append) == 0
+    assert "4 of 4 cells are not there" in lines[2] and not hub
+    planned(path)
+    assert hub == [("owner/name", "v2", False)] * 2  # two seeds; the client has it cached by then
+    with pytest.raises(HydraError, match="no folder"):  # a path is no name of a model
+        make_plan(load_experiment(write("variants: {a: {hf_model: ./b}}")).cells, fetch=False)
+
+
+def test_code_is_fetched_of_a_model_that_is_trusted(write, hub):
+    planned(write("variants: {a: {hf_model: o/n, evaluation: {trust_remote_code: true}}}"))
+    assert hub[0] == ("o/n", None, True)
+
+
+@pytest.mark.parametrize(
+    "change, first",
+    [
+        ("selection: {check_heads: 24, task_weights: {}}", None),
+        ("evaluation: {lm_eval: [], prefill_chunk: null}", None),
+        ("selection: {effects: [direct]}", "select"),
+        ("selection: {task_weights: {facts: 2.0}}", "select"),
+        ("evaluation: {prefill_chunk: 64}", "evaluate"),
+    ],
+)
+def test_later_keys_count_where_they_differ_from_their_default(write, change, first):
+    plan = planned(write(f"variants: {{plain: {{}}, changed: {{{change}}}}}"))
+    plain, changed = steps(plan, "plain / seed 0"), steps(plan, "changed / seed 0")
+    differing = [kind for kind in ALL if plain[kind] != changed[kind]]
+    assert differing[:1] == ([] if first is None else [first])
+    body = plan.steps[plain["select"]].params["selection"]
+    assert "check_heads" not in body  # as hashed before there was such a key
+
+
+def test_the_shipped_experiments_plan_with_a_real_models_recipe(tmp_path, monkeypatch):
+    """Every stage's config is read; model and data are stand-ins."""
+    from megatron_hydra.quickstart.workspace import shipped_teacher
+
+    shared = CONFIGS / "experiments" / "shared" / "qwen3_1.7b.yaml"
+    base = tmp_path / "base.yaml"
+    base.write_text(shared.read_text().replace("Qwen/Qwen3-1.7B", str(shipped_teacher())))
+    for name in ("fineweb_edu", "finemath", "stack_edu", "smoltalk", "finepdfs", "pg19"):
+        indexed(tmp_path / "data" / name, name.encode())
+    monkeypatch.chdir(tmp_path)
+    cells = [
+        cell
+        for path in sorted((CONFIGS / "experiments").glob("*.yaml"))
+        for cell in load_experiment(path, base).cells
+        if cell.seed == 0
+    ]
+    plan = make_plan(cells, fetch=False)
+    assert len(plan.cells) == len(cells)
+    verbs = {
+        step.kind: step.params["config"]["verb"]
+        for step in plan.steps.values()
+        if step.action == "stage"
+    }
+    assert verbs == {"align": "align", "distill": "distill", "finetune": "finetune"}
+    budget = steps(plan, "ratio / dense, same budget / seed 0")
+    assert "align" not in budget and budget == steps(
+        plan, "length / dense, same budget / seed 0"
+    ) | {"evaluate": budget["evaluate"]}

@@ -4,6 +4,7 @@ import pytest
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments.spec import load_experiment
+from tests.experiments.conftest import CONFIGS
 
 
 def test_variants_and_axes_become_rows_times_seeds(write):
@@ -58,6 +59,34 @@ def test_an_included_file_is_under_this_one(write, tmp_path):
     assert experiment.cells[0].spec.selection.num_prompts == 6
 
 
+def test_constants_come_from_the_included_file_or_from_another_base(write, tmp_path):
+    rest = "constants: {window: 64, far: {lengths: [512], samples: 3}, bars: [512]}\n"
+    small = write(rest, name="small")
+    large = write(rest.replace("64", "4096").replace("512", "8192"), name="large")
+    path = tmp_path / "top.yaml"
+    path.write_text(
+        "include: small.yaml\nconstants: {bars: [9]}\nbase: {evaluation: $far}\n"
+        "variants: {a: {hydra: {mixer: token, window: $window}}}\ntable: {bars: $bars}\n"
+    )
+    found = [load_experiment(path), load_experiment(path, small), load_experiment(path, large)]
+    specs = [experiment.cells[0].spec for experiment in found]
+    assert [spec.hydra["window"] for spec in specs] == [64, 64, 4096]
+    assert [spec.evaluation.lengths for spec in specs] == [(512,), (512,), (8192,)]
+    assert specs[2].evaluation.samples == 3 and specs[2].evaluation.tasks  # as in the base
+    assert found[2].table.bars == (9,)
+
+
+@pytest.mark.parametrize("base", [None, CONFIGS / "experiments" / "shared" / "qwen3_1.7b.yaml"])
+def test_the_shipped_experiments_expand_at_any_scale(base):
+    for path in (CONFIGS / "experiments").glob("*.yaml"):
+        experiment = load_experiment(path, base)
+        assert len(experiment.cells) == 3 * len(experiment.variants) and experiment.paper
+        models = {cell.spec.teacher.model for cell in experiment.cells}
+        assert models == {"quickstart" if base is None else "Qwen/Qwen3-1.7B"}
+        tiny = [cell.name for cell in experiment.cells if "tiny:" in str(cell.spec)]
+        assert bool(tiny) == (base is None)  # with another base nothing tiny is left
+
+
 @pytest.mark.parametrize(
     "rest, words",
     [
@@ -71,6 +100,13 @@ def test_an_included_file_is_under_this_one(write, tmp_path):
         ("variants: {a: {teacher: {model: ''}}}", ["row 'a'", "either model or train"]),
         ("variants: {a: {hf_model: x, hydra: {fusion: gated}}}", ["row 'a'", "do not apply"]),
         ("variants: {a: [1]}", ["variants.a", "a mapping"]),
+        ("variants: {a: {hydra: {window: $w}}}", ["trial.yaml", "hydra", "no constant", "'w'"]),
+        ("variants: {a: {hf_revision: v2}}", ["row 'a'", "hf_revision"]),
+        ("variants: {a: {selection: {effects: direct}}}", ["row 'a'", "selection.effects"]),
+        (
+            "variants: {a: {evaluation: {tasks: [], lm_eval: [arc_easy]}}}",
+            ["row 'a'", "tasks and lengths, or lm_eval"],
+        ),
         ("variants: {a: {}}\ntable: {baseline: b}", ["table.baseline 'b'"]),
         ("axes: {hydra.fusion: scale}", ["axes.hydra.fusion", "a list of values"]),
         ("title: again\nvariants: {a: {}}", ["given twice"]),
