@@ -49,6 +49,13 @@ def parser() -> argparse.ArgumentParser:
         default=Path("runs/experiments"),
         help="folder of steps and results, shared by experiments (%(default)s)",
     )
+    p.add_argument(
+        "--base",
+        type=Path,
+        metavar="FILE",
+        help="include this file in place of the one that the experiments name: another model, other "
+        "stages and tasks under the same rows, as configs/experiments/shared/qwen3_1.7b.yaml",
+    )
     run = p.add_argument_group("run")
     run.add_argument("--workers", type=int, default=2, help="steps at a time (%(default)s)")
     run.add_argument("--threads", type=int, default=1, help="threads of a worker (%(default)s)")
@@ -61,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="OPTIONS",
         help="submit the cells as an array through launch/slurm.sh, with these options",
     )
-    run.add_argument("--cell", type=int, help=argparse.SUPPRESS)  # one task of that array
+    run.add_argument("--cell", default="", help=argparse.SUPPRESS)  # one task of that array
     return p
 
 
@@ -82,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         threads=args.threads,
         only=args.only,
         cell=args.cell,
+        base=args.base,
         dry_run=args.dry_run,
         slurm=None if args.slurm is None else shlex.split(args.slurm),
     )

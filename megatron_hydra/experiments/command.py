@@ -12,6 +12,7 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments.executor import run_plan
 from megatron_hydra.experiments.plan import Plan, make_plan
 from megatron_hydra.experiments.results import Results, collect
+from megatron_hydra.experiments.slurm import from_word, submit
 from megatron_hydra.experiments.spec import Cell, Experiment, load_experiment
 from megatron_hydra.experiments.store import StepStore
 from megatron_hydra.experiments.table import markdown
@@ -28,7 +29,8 @@ class Request:
         output: folder of steps and results.
         workers, threads: steps at a time, and threads of each.
         only: rows; empty: all.
-        cell: number of one cell, or ``None``: all.
+        cell: one cell, by its name (:func:`~.slurm.as_word`); empty: all.
+        base: included by every file in place of what it names, or ``None``.
         dry_run: list the steps.
         slurm: options for ``launch/slurm.sh``, or ``None``: compute here.
     """
@@ -38,25 +40,24 @@ class Request:
     workers: int = 2
     threads: int = 1
     only: Sequence[str] = ()
-    cell: int | None = None
+    cell: str = ""
+    base: Path | None = None
     dry_run: bool = False
     slurm: Sequence[str] | None = None
 
 
 def run(request: Request, say: Say) -> int:
     """Compute what is missing; 1 if a cell failed."""
-    experiments = [load_experiment(path) for path in request.files]
-    plan = make_plan(_chosen(experiments, request))
+    experiments = [load_experiment(path, request.base) for path in request.files]
+    plan = make_plan(_chosen(experiments, request), fetch=not request.dry_run)
     store = StepStore(request.output)
     if request.dry_run:
         _list(plan, store, say)
         return 0
     if request.slurm is not None:
-        from megatron_hydra.experiments.slurm import submit
-
-        return submit(plan, store, request.files, request.slurm, say)
+        return submit(plan, store, _words(request), request.slurm, say)
     failures = run_plan(plan, store, request.workers, say, threads=request.threads)
-    if request.cell is None and not request.only:
+    if not request.cell and not request.only:
         for experiment in experiments:
             write_results(_collected(experiment, store), store, say)
     affected = 0
@@ -78,7 +79,7 @@ def show(request: Request, say: Say) -> int:
     store = StepStore(request.output)
     missing = 0
     for path in request.files:
-        results = _collected(load_experiment(path), store)
+        results = _collected(load_experiment(path, request.base), store)
         write_results(results, store, say)
         say("")
         say(markdown(results))
@@ -92,7 +93,7 @@ def draw(request: Request, say: Say) -> int:
 
     store = StepStore(request.output)
     for path in request.files:
-        results = _collected(load_experiment(path), store)
+        results = _collected(load_experiment(path, request.base), store)
         pictures = draw_results(results, store.root / results.experiment.name)
         if not pictures:
             raise HydraError(
@@ -113,15 +114,23 @@ def write_results(results: Results, store: StepStore, say: Say) -> None:
 
 
 def _collected(experiment: Experiment, store: StepStore) -> Results:
-    return collect(experiment, make_plan(experiment.cells), store)
+    return collect(experiment, make_plan(experiment.cells, fetch=False), store)
+
+
+def _words(request: Request) -> list[str]:
+    """What a task of an array reads: the same experiments, into the same folder."""
+    base = [] if request.base is None else ["--base", str(request.base.resolve())]
+    return [*(str(path.resolve()) for path in request.files), *base]
 
 
 def _chosen(experiments: Sequence[Experiment], request: Request) -> list[Cell]:
     cells = [cell for experiment in experiments for cell in experiment.cells]
-    if request.cell is not None:
-        if not 0 <= request.cell < len(cells):
-            raise HydraError(f"--cell {request.cell}: there are {len(cells)} cells")
-        return [cells[request.cell]]
+    if request.cell:
+        wanted = from_word(request.cell)
+        found = [cell for cell in cells if cell.name == wanted]
+        if not found:
+            raise HydraError(f"--cell: the experiment files have no cell {wanted!r} any more")
+        return found
     known = {cell.variant for cell in cells}
     for name in request.only:
         if name not in known:

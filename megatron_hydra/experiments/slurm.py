@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
+import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,20 +14,32 @@ from megatron_hydra.experiments.plan import Plan
 from megatron_hydra.experiments.store import StepStore
 
 
+def as_word(cell: str) -> str:
+    """A cell's name without blanks, which an array's line would be split at."""
+    return urllib.parse.quote(cell, safe="")
+
+
+def from_word(word: str) -> str:
+    """Inverse of :func:`as_word`."""
+    return urllib.parse.unquote(word)
+
+
 def submit(
     plan: Plan,
     store: StepStore,
-    files: Sequence[Path],
+    reads: Sequence[str],
     options: Sequence[str],
     say: Callable[[str], None],
 ) -> int:
-    """Submit every cell that is not finished.
+    """Submit every cell of the plan that is not finished.
 
     A task computes what its cell needs. A step that another task is computing is waited for, and
-    one that it has finished is read from the shared folder, so shared steps are computed once.
+    one that it has finished is read from the shared folder, so shared steps are computed once. Cells
+    are submitted by name, in a file named by its content: neither a row added to an experiment file
+    nor another submission changes what a pending task computes.
 
     Args:
-        files: the experiment files, as the tasks will read them.
+        reads: the experiment files, absolute, with the flags that say how they are read.
         options: words for ``launch/slurm.sh`` (``--gpus-per-node 1 --time 4:00:00``).
 
     Returns:
@@ -34,18 +48,14 @@ def submit(
     Raises:
         HydraError: a path holds a blank, which an array's line cannot.
     """
-    missing = [
-        number
-        for number, key in enumerate(plan.cells.values())
-        if not store.is_done(plan.steps[key])
-    ]
+    missing = [name for name, key in plan.cells.items() if not store.is_done(plan.steps[key])]
     if not missing:
         say("every cell is finished")
         return 0
     root = Path(__file__).resolve().parents[2]
     words = [
         "run",
-        *(str(f.resolve()) for f in files),
+        *reads,
         "--output",
         str(store.root),
         "--workers",
@@ -53,9 +63,11 @@ def submit(
     ]
     if blank := [word for word in words if any(c.isspace() for c in word)]:
         raise HydraError(f"{blank[0]!r} holds a blank: SLURM array tasks cannot be given that path")
-    array = store.root / "array.txt"
-    write_text_atomic(array, "".join(f"--cell {number}\n" for number in missing))
+    lines = "".join(f"--cell {as_word(name)}\n" for name in missing)
+    array = store.root / f"array-{hashlib.sha256(lines.encode()).hexdigest()[:12]}.txt"
+    write_text_atomic(array, lines)
     command = ["bash", str(root / "launch" / "slurm.sh"), *options, "--array", str(array)]
-    command += [str(root / "tools" / "experiment.py"), *words]
+    # However many GPUs a task has: it is one process, which starts the ranks of a stage itself.
+    command += ["--procs-per-node", "1", str(root / "tools" / "experiment.py"), *words]
     say(f"{len(missing)} of {len(plan.cells)} cells are not finished")
     return subprocess.run(command, check=False).returncode

@@ -12,8 +12,10 @@ import pytest
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments.command import Request, draw, run, show
 from megatron_hydra.experiments.plan import make_plan
+from megatron_hydra.experiments.slurm import as_word
 from megatron_hydra.experiments.spec import load_experiment
 from megatron_hydra.experiments.store import StepStore
+from tests.experiments.conftest import BODY
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = "variants: {dense: {hf_model: teacher}, hydra: {}, gated: {hydra: {fusion: gated}}}"
@@ -33,8 +35,8 @@ def test_unknown_rows_and_cells_are_refused(write, tmp_path):
     path = write(ROWS)
     with pytest.raises(HydraError, match="--only x: no such row; there are dense, gated, hydra"):
         run(Request([path], tmp_path / "s", only=["x"]), print)
-    with pytest.raises(HydraError, match="there are 6 cells"):
-        run(Request([path], tmp_path / "s", cell=6), print)
+    with pytest.raises(HydraError, match="no cell 'trial / gone / seed 0' any more"):
+        run(Request([path], tmp_path / "s", cell=as_word("trial / gone / seed 0")), print)
 
 
 def test_nothing_to_draw_yet(write, tmp_path):
@@ -50,15 +52,45 @@ def test_slurm_gets_an_array_of_the_cells_that_are_missing(write, tmp_path, capf
     path = write(ROWS)
     store, plan = StepStore(tmp_path / "s"), make_plan(load_experiment(path).cells)
     store.finish(plan.steps[plan.cells["trial / dense / seed 1"]], 1.0)
-    options = ["--dry-run", "--gpus-per-node", "1", "--time", "1:00:00"]
+    options = ["--dry-run", "--gpus-per-node", "8", "--time", "1:00:00"]
     lines: list[str] = []
     assert run(Request([path], tmp_path / "s", slurm=options), lines.append) == 0
     assert lines == ["5 of 6 cells are not finished"]
-    array = (tmp_path / "s" / "array.txt").read_text().splitlines()
-    assert array == [f"--cell {n}" for n in (0, 2, 3, 4, 5)]
+    (array,) = (tmp_path / "s").glob("array-*.txt")
+    missing = [name for name in plan.cells if name != "trial / dense / seed 1"]
+    assert array.read_text().splitlines() == [f"--cell {as_word(name)}" for name in missing]
     out = capfd.readouterr().out
-    assert "--array=0-4" in out and "--time=1:00:00" in out
+    assert "--array=0-4" in out and "--time=1:00:00" in out and "--gpus-per-node=8" in out
+    assert "agent.py" not in out  # one process, not one a GPU
     assert f"experiment.py run {path}" in out and "--workers 1" in out
+
+
+def test_a_task_computes_the_cell_that_was_submitted(write, tmp_path, monkeypatch):
+    """Whatever rows were left out, and whatever the file says by then of others."""
+    output = tmp_path / "s"
+    for only in ("hydra", "gated"):
+        request = Request([write(ROWS)], output, only=[only], slurm=["--dry-run", "--time", "1"])
+        assert run(request, lambda _: None) == 0
+    arrays = [path.read_text().split() for path in output.glob("array-*.txt")]
+    assert sorted(words[0] for words in arrays) == ["--cell", "--cell"]  # none has replaced another
+    (word,) = [words[1] for words in arrays if "hydra" in words[1]]
+    computed = []
+    monkeypatch.setattr(
+        "megatron_hydra.experiments.command.run_plan",
+        lambda plan, *_, **__: computed.extend(plan.cells) or [],
+    )
+    path = write("variants: {new: {}, dense: {hf_model: teacher}, hydra: {}}")
+    assert run(Request([path], output, cell=word), lambda _: None) == 0
+    assert computed == ["trial / hydra / seed 0"]
+
+
+def test_tasks_read_the_same_base(write, tmp_path, capfd):
+    base = write("", name="base")
+    path = tmp_path / "rows.yaml"
+    path.write_text("title: Rows\nvariants: {a: {}}\n")
+    options = ["--dry-run", "--time", "1"]
+    assert run(Request([path], tmp_path / "s", base=base, slurm=options), lambda _: None) == 0
+    assert f"experiment.py run {path} --base {base}" in capfd.readouterr().out
 
 
 def test_slurm_refuses_paths_that_an_array_line_cannot_hold(write, tmp_path):
@@ -111,3 +143,28 @@ def test_the_chain_in_miniature(write, tmp_path):
             for root in (output, fresh / variant)
         )
         assert ours["settings"]["weights"] == theirs["settings"]["weights"]
+
+
+BUDGET = """
+variants:
+  dense: {hf_model: teacher}
+  budget:
+    selection: {ratio: dense}
+    hydra: {fusion: concat, fusion_norm: none, fa_position: rope, fa_gate: false}
+    stages: {align: {skip: true}}
+"""
+
+
+@pytest.mark.slow
+def test_a_skipped_stage_and_a_dense_student_are_trained(write, tmp_path):
+    """The teacher's own attention through the stages that are left: a dense model, trained on."""
+    path = write(BUDGET, body=BODY.replace("[0, 1]", "[0]"))
+    request = Request([path], tmp_path / "s", workers=1)
+    assert run(request, print) == 0
+    kinds = {folder.name.split("-")[0] for folder in (tmp_path / "s" / "steps").iterdir()}
+    assert "distill" in kinds and "align" not in kinds
+    results = json.loads((tmp_path / "s" / "trial" / "results.json").read_text())
+    dense, budget = results["cells"]
+    assert sum(map(len, budget["fa_heads"])) == 32 and dense["attention"] == "all"
+    assert budget["kv_bytes_per_token"] == dense["kv_bytes_per_token"]
+    assert budget["accuracy"]["facts@128"] == pytest.approx(dense["accuracy"]["facts@128"], abs=0.1)
