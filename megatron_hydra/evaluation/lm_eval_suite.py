@@ -63,12 +63,8 @@ def run_lm_eval(
         raise HydraError("--lm-eval needs the model's tokenizer: give --tokenizer")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    tasks = TaskManager(include_path=include or None)
-    if not tasks.match_tasks([task]):
-        where = f" and none in {include}" if include else ""
-        raise HydraError(f"--lm-eval: lm-eval {lm_eval_version()} has no task {task!r}{where}")
+    tasks = _tasks_with(task, include)
     batch = max(1, batch_tokens // TOKENS_OF_A_REQUEST)
     found = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
@@ -82,6 +78,21 @@ def run_lm_eval(
         fewshot_random_seed=seed,
     )
     return {name: _metrics(values) for name, values in found["results"].items()}
+
+
+def _tasks_with(task: str, include: str) -> Any:
+    """lm-eval's index. Its own has thousands of files, which a task of the user's does without."""
+    from lm_eval.tasks import TaskManager
+
+    if include:
+        tasks = TaskManager(include_path=include, include_defaults=False)
+        if task in tasks.all_subtasks:
+            return tasks
+    tasks = TaskManager(include_path=include or None)
+    if task not in tasks.all_tasks:
+        where = f", and {include} has none" if include else ""
+        raise HydraError(f"--lm-eval: lm-eval {lm_eval_version()} has no task {task!r}{where}")
+    return tasks
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, Any]:
