@@ -3,9 +3,10 @@ from __future__ import annotations
 import json
 
 from megatron_hydra.config.loading import to_dict
-from megatron_hydra.config.run import CheckpointConfig, RunConfig
+from megatron_hydra.config.run import CheckpointConfig, DataConfig, RunConfig, SourceConfig
 from megatron_hydra.experiments import actions
-from megatron_hydra.experiments.plan import Step
+from megatron_hydra.experiments.plan import PLACE, Step
+from megatron_hydra.experiments.spec import EvaluationSpec, SelectionSpec, as_plain
 from megatron_hydra.hf.export_files import auto_map, carries_our_code, hf_export_files
 
 
@@ -65,3 +66,42 @@ def test_a_stopped_stage_that_cannot_be_resumed_begins_anew(tmp_path, monkeypatc
 
 def test_a_stopped_stage_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     assert stage_in(tmp_path, monkeypatch, save_optimizer=True) == [True]
+
+
+def test_data_are_read_where_they_are(tmp_path, monkeypatch):
+    """A step's config names no place of theirs; the parts that are generated have none."""
+    read = []
+    monkeypatch.setattr(
+        "megatron_hydra.training.loop.run_training",
+        lambda config: read.extend(part.path for part in config.data.blend) or 0,
+    )
+    blend = (SourceConfig("synthetic", task="needles"), SourceConfig(path=PLACE))
+    params = {"config": to_dict(RunConfig(data=DataConfig(blend))), "processes": 1, "data": {}}
+    places = {"teacher_hf": "hf", "data": {"1": "/data/text"}}
+    step = Step("k", "finetune", "stage", "t", params, {}, places)
+    actions.stage(actions.Context(step, tmp_path / "out", {"student": tmp_path}))
+    assert read == ["", "/data/text"]
+
+
+def test_later_keys_reach_what_they_are_for(tmp_path, monkeypatch):
+    given = {}
+    select = {"task_weights": {"a": 2.0}, "effects": ("direct",), "check_heads": 5}
+    monkeypatch.setattr(
+        "megatron_hydra.selection.select_heads", lambda *_, **words: given.update(words)
+    )
+    body = as_plain(SelectionSpec(**select))
+    step = Step("k", "select", "select", "t", {"selection": body}, {}, {"tasks": []})
+    actions.select(actions.Context(step, tmp_path / "out", {"teacher_hf": tmp_path}))
+    assert {name: getattr(given["options"], name) for name in select} == select
+
+    settings = []
+    for name in ("evaluation.loading.load_model", "evaluation.loading.load_tokenizer"):
+        monkeypatch.setattr(f"megatron_hydra.{name}", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "megatron_hydra.evaluation.evaluate", lambda *words, **_: settings.append(words[4])
+    )
+    body = as_plain(EvaluationSpec(prefill_chunk=64, lm_eval=("arc_easy",)))
+    places = {"tasks": [], "haystack": "", "model": str(tmp_path)}
+    step = Step("k", "evaluate", "evaluate", "t", {"evaluation": body, "seed": 0}, {}, places)
+    actions.evaluate(actions.Context(step, tmp_path / "out", {}))
+    assert (settings[0].prefill_chunk, settings[0].lm_eval) == (64, ("arc_easy",))
