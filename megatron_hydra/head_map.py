@@ -78,6 +78,32 @@ def num_full_attention_heads(num_layers: int, num_query_heads: int, ratio: str) 
     return max(1, math.floor(total / (r + 1) + 0.5))
 
 
+def whole_layers(
+    num_layers: int,
+    num_query_heads: int,
+    num_full_attention: int,
+    scores: Sequence[float] | None = None,
+) -> tuple[tuple[int, ...], ...]:
+    """Whole layers FA, as close to a number of heads as whole layers get; at least one for any head.
+
+    Args:
+        scores: of each layer: those with the highest are FA; when absent, layers at equal distances,
+            the last of each block of equal size (three linear layers, then a full one, as in
+            Qwen3-Next).
+
+    Returns:
+        For each layer all of its heads, or none.
+    """
+    nearest = (2 * num_full_attention + num_query_heads) // (2 * num_query_heads)
+    count = max(1, nearest) if num_full_attention else 0
+    if scores is None:
+        full = {(i + 1) * num_layers // count - 1 for i in range(count)}
+    else:
+        full = set(sorted(range(num_layers), key=lambda layer: -scores[layer])[:count])
+    everything = tuple(range(num_query_heads))
+    return tuple(everything if layer in full else () for layer in range(num_layers))
+
+
 def fingerprint_tensors(tensors: Mapping[str, Any]) -> str:
     """SHA-256 over names, shapes and float32 bytes of a few torch tensors, independent of dict order.
 

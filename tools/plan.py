@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME=SHARE",
         help="another assumption: matmul, attention, attention_backward, delta_rule, bandwidth, "
-        "nvlink, network, usable, overlap (shares), latency (seconds); repeatable",
+        "nvlink, network, usable, overlap (shares), latency (seconds a collective); repeatable",
     )
     p.add_argument("--top", type=int, default=5, help="layouts shown (%(default)s)")
     p.add_argument("--json", action="store_true", help="everything as JSON")

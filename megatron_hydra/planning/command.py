@@ -48,7 +48,8 @@ def plan(request: Request, show: Callable[[str], None]) -> int:
     """
     _check(request)
     machine = Machine(find_gpu(request.gpu), Efficiency().changed(list(request.efficiency)))
-    kinds = model_kinds(read_model(request.model), request.ratio, request.head_map)
+    model = read_model(request.model)
+    kinds = model_kinds(model, request.ratio, request.head_map)
     if request.verb in ("align", "distill"):
         kinds.pop("dense")  # the teacher: it is not trained to be itself
     job = Job(
@@ -57,15 +58,15 @@ def plan(request: Request, show: Callable[[str], None]) -> int:
         request.distributed_optimizer, request.loss_chunk,
     )  # fmt: skip
     plans, refused = report.compare(kinds, job, machine)
-    costs = {
-        name: _costs(request, kinds[name], job, machine, plans[name])
-        for name in plans
-        if name != "dense" or request.verb is not None
-    }
+    costs, no_stage = _costs(request, kinds, job, machine, plans)
     if request.as_json:
-        show(json.dumps(_as_json(request, machine, plans, refused, costs), indent=1))
+        body = _as_json(request, machine, plans, refused, costs)
+        show(json.dumps(body | {"stages_that_do_not_fit": no_stage}, indent=1))
         return 0
-    for line in _as_text(request, machine, kinds, plans, refused, costs):
+    is_drawn = not (request.head_map or model.is_hybrid)
+    text = _as_text(request, machine, kinds, plans, refused, is_drawn)
+    stages = ["", "Stages, each under its fastest layout", *report.stage_lines(costs, no_stage)]
+    for line in [*text, *stages]:
         show(line)
     return 0
 
@@ -85,19 +86,39 @@ def _check(request: Request) -> None:
 
 
 def _costs(
-    request: Request, model: ModelConfig, job: Job, machine: Machine, plans: list[report.Plan]
-) -> list[report.StageCost]:
-    price = request.price_per_gpu_hour
-    if request.verb is None:
-        return report.all_stages(model, request.tokens, job, machine, price)
+    request: Request,
+    kinds: dict[str, ModelConfig],
+    job: Job,
+    machine: Machine,
+    plans: dict[str, list[report.Plan]],
+) -> tuple[dict[str, list[report.StageCost]], dict[str, dict[str, str]]]:
+    """Of the kinds that have a plan: their stages, and why some stages have none."""
+    if request.verb is not None:
+        return {name: [_only_stage(request, job, found[0])] for name, found in plans.items()}, {}
+    costs: dict[str, list[report.StageCost]] = {}
+    refused: dict[str, dict[str, str]] = {}
+    for name in plans:
+        if name == "dense":  # it is there already
+            continue
+        costs[name], missing = report.all_stages(
+            kinds[name], request.tokens, job, machine, request.price_per_gpu_hour
+        )
+        if missing:
+            refused[name] = missing
+    return costs, refused
+
+
+def _only_stage(request: Request, job: Job, plan: report.Plan) -> report.StageCost:
+    """The one stage that was asked for, with all tokens."""
     budget = next(s for s in STAGES if s.verb == request.verb)
     budget = dataclasses.replace(
         budget, sequence_length=job.sequence_length, tokens_per_step=job.tokens_per_step
     )
-    hours = request.tokens / plans[0].tokens_per_second / report.HOUR
+    hours = request.tokens / plan.tokens_per_second / report.HOUR
     gpu_hours = hours * job.gpus
+    price = request.price_per_gpu_hour
     paid = None if price is None else gpu_hours * price
-    return [report.StageCost(budget, request.tokens, plans[0], hours, gpu_hours, paid)]
+    return report.StageCost(budget, request.tokens, plan, hours, gpu_hours, paid)
 
 
 def _as_json(
@@ -127,7 +148,7 @@ def _as_text(
     kinds: dict[str, ModelConfig],
     plans: dict[str, list[report.Plan]],
     refused: dict[str, str],
-    costs: dict[str, list[report.StageCost]],
+    is_drawn: bool,
 ) -> list[str]:
     verb = request.verb or "finetune"
     lines = [
@@ -139,7 +160,7 @@ def _as_text(
         "  efficiencies: "
         + ", ".join(f"{k} {v:g}" for k, v in dataclasses.asdict(machine.efficiency).items()),
     ]
-    if not request.head_map and not kinds["hydrahead"].head_map:
+    if is_drawn:
         lines.append(
             "  head map: ASSUMED: FA heads drawn at random (give --head-map for a real one)"
         )
@@ -153,5 +174,4 @@ def _as_text(
             f"Best of {len(found)} layouts that fit, {name}",
             *report.ranked(found, request.top),
         ]
-    lines += ["", "Stages, each under its fastest layout", *report.stage_lines(costs)]
     return lines

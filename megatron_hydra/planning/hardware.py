@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.training.flops import PEAK_TFLOPS
@@ -82,7 +83,7 @@ class Efficiency:
         """With some factors set, from ``name=value`` words.
 
         Raises:
-            HydraError: an unknown name, or a value that is no share.
+            HydraError: an unknown name, a value that is no share, a latency below 0.
         """
         known = [field.name for field in dataclasses.fields(self)]
         values = {}
@@ -94,9 +95,12 @@ class Efficiency:
                 values[name] = float(text)
             except ValueError:
                 raise HydraError(f"--efficiency {word}: {text!r} is not a number") from None
-            lowest_is_zero = name in ("overlap", "latency")
-            if not (0 <= values[name] <= 1) or (values[name] == 0 and not lowest_is_zero):
-                raise HydraError(f"--efficiency {word}: give a share above 0 and up to 1")
+            if name == "latency":
+                if not 0 <= values[name] < math.inf:
+                    raise HydraError(f"--efficiency {word}: give seconds, 0 or more")
+            elif not 0 <= values[name] <= 1 or (values[name] == 0 and name != "overlap"):
+                least = "from 0" if name == "overlap" else "above 0 and"
+                raise HydraError(f"--efficiency {word}: give a share {least} up to 1")
         return dataclasses.replace(self, **values)
 
 

@@ -10,7 +10,7 @@ from megatron_hydra.checkpoint import store
 from megatron_hydra.checkpoint.hf_config import model_from_hf_config, read_hf_config, read_json
 from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.errors import HydraError
-from megatron_hydra.head_map import HeadMap, num_full_attention_heads
+from megatron_hydra.head_map import HeadMap, num_full_attention_heads, whole_layers
 from megatron_hydra.planning.shapes import SHAPES
 
 SEED = 0
@@ -52,33 +52,39 @@ def hydrahead(dense: ModelConfig, ratio: str) -> ModelConfig:
     return dataclasses.replace(dense, hydra=HydraConfig(), full_attention_heads=heads)
 
 
-def layer_wise(dense: ModelConfig, ratio: str) -> ModelConfig:
-    """A hybrid of whole layers at the same ratio, evenly spaced."""
-    every = dense.num_layers * dense.num_query_heads
-    budget = num_full_attention_heads(dense.num_layers, dense.num_query_heads, ratio)
-    count = round(dense.num_layers * budget / every)
-    full = {(2 * i + 1) * dense.num_layers // (2 * count) for i in range(count)}
-    all_heads = tuple(range(dense.num_query_heads))
-    heads = tuple(all_heads if layer in full else () for layer in range(dense.num_layers))
+def layer_wise(dense: ModelConfig, budget: int) -> ModelConfig:
+    """A hybrid of whole layers with as many FA heads, evenly spaced; at least one layer."""
+    heads = whole_layers(dense.num_layers, dense.num_query_heads, budget)
     return dataclasses.replace(dense, hydra=HydraConfig(), full_attention_heads=heads)
 
 
 def model_kinds(model: ModelConfig, ratio: str, head_map: str) -> dict[str, ModelConfig]:
-    """The dense model, the layer-wise hybrid and HydraHead.
+    """The dense model, the layer-wise hybrid of the same number of FA heads, and HydraHead.
 
     Args:
         model: dense, or a hybrid, which is then taken as it is.
-        ratio: GDN:FA, where there is neither a hybrid nor a head map.
+        ratio: GDN:FA, where neither a hybrid nor a head map says which heads are FA.
         head_map: a file, or empty.
 
     Raises:
-        HydraError: the map is for another model.
+        HydraError: the map is for another model, or the model is a hybrid that has one.
     """
     dense = model.dense()
+    if model.is_hybrid and head_map:
+        raise HydraError(
+            f"--head-map {head_map}: --model is a hybrid, whose heads are chosen already; leave the "
+            "head map out, or give the dense model"
+        )
     if model.is_hybrid:
         ours = model
     elif head_map:
-        ours = dense.with_head_map(HeadMap.load(head_map), HydraConfig())
+        chosen = HeadMap.load(head_map)
+        chosen.check_model(dense.identity(), source=head_map)
+        ours = dense.with_head_map(chosen, HydraConfig())
     else:
         ours = hydrahead(dense, ratio)
-    return {"dense": dense, "layer-wise": layer_wise(dense, ratio), "hydrahead": ours}
+    if ours.switches.mixes_in_every_head:
+        budget = num_full_attention_heads(dense.num_layers, dense.num_query_heads, ratio)
+    else:
+        budget = sum(len(ours.fa_heads(layer)) for layer in range(ours.num_layers))
+    return {"dense": dense, "layer-wise": layer_wise(dense, budget), "hydrahead": ours}

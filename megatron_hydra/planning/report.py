@@ -78,12 +78,16 @@ def stage_cost(
 
 def all_stages(
     model: ModelConfig, tokens: float, job: Job, machine: Machine, price: float | None
-) -> list[StageCost]:
-    """Every stage of a transfer that ends at the job's sequence length."""
-    return [
-        stage_cost(model, budget, tokens * budget.share, job, machine, price)
-        for budget in stages_up_to(job.sequence_length)
-    ]
+) -> tuple[list[StageCost], dict[str, str]]:
+    """Every stage of a transfer that ends at the job's sequence length, and why some have no plan."""
+    costs: list[StageCost] = []
+    refused: dict[str, str] = {}
+    for budget in stages_up_to(job.sequence_length):
+        try:
+            costs.append(stage_cost(model, budget, tokens * budget.share, job, machine, price))
+        except HydraError as error:
+            refused[budget.name] = str(error)
+    return costs, refused
 
 
 # -- JSON -----------------------------------------------------------------------------------------
@@ -147,11 +151,12 @@ def _short(plan: Plan) -> str:
 
 def ranked(plans: list[Plan], top: int) -> list[str]:
     """The best layouts, one a line."""
-    rows = [["layout", "GiB", "s/step", "tokens/s"]]
+    rows = [["layout", "sequences", "GiB", "s/step", "tokens/s"]]
     for plan in plans[:top]:
         rows.append(
             [
                 _short(plan),
+                str(plan.run.batch.global_batch_size),
                 f"{plan.memory.total / GIB:.1f}",
                 f"{plan.time.total:.2f}",
                 f"{plan.tokens_per_second:,.0f}",
@@ -190,8 +195,8 @@ def details(name: str, model: ModelConfig, plan: Plan) -> list[str]:
     ]
 
 
-def stage_lines(costs: dict[str, list[StageCost]]) -> list[str]:
-    """Every stage of every kind of model: hours and price."""
+def stage_lines(costs: dict[str, list[StageCost]], refused: dict[str, dict[str, str]]) -> list[str]:
+    """Every stage of every kind of model: hours and price; the sum names what it leaves out."""
     rows = [
         ["stage", "model", "tokens", "length", "tokens/s", "hours", "GPU-hours", "price", "layout"]
     ]
@@ -205,16 +210,21 @@ def stage_lines(costs: dict[str, list[StageCost]]) -> list[str]:
                     "-" if cost.price is None else f"{cost.price:,.0f}", _short(cost.plan),
                 ]
             )  # fmt: skip
+        missing = ", ".join(refused.get(name, ()))
         gpu_hours = sum(c.gpu_hours for c in stages)
         prices = [c.price for c in stages if c.price is not None]
         rows.append(
             [
-                "all", name, f"{sum(c.tokens for c in stages) / 1e9:.2f} B", "", "",
+                f"all but {missing}" if missing else "all", name,
+                f"{sum(c.tokens for c in stages) / 1e9:.2f} B", "", "",
                 f"{sum(c.hours for c in stages):,.1f}", f"{gpu_hours:,.0f}",
                 f"{sum(prices):,.0f}" if prices else "-", "",
             ]
         )  # fmt: skip
-    return _table(rows)
+    lines = _table(rows)
+    for name, stages in refused.items():
+        lines += [f"  {name}, {stage}: {why}" for stage, why in stages.items()]
+    return lines
 
 
 def compare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 from megatron_hydra.config.model import ModelConfig
@@ -32,6 +33,9 @@ MICRO_BATCHES = (1, 2, 4, 8)
 SHORTEST_SHARD = 1024
 """Tokens below which a sequence is not cut further."""
 
+MOST_BATCH_GROWTH = 2
+"""Rounding up leaves a step with less than so many times the sequences that were asked for."""
+
 MOST_TOKENS_PER_RANK = 2**15
 """No micro-batch is made larger than that by putting more sequences into it."""
 
@@ -43,7 +47,8 @@ class Job:
     Attributes:
         verb: the stage.
         sequence_length: tokens.
-        tokens_per_step: of all ranks, at least one sequence; replicas share it.
+        tokens_per_step: of all ranks, at least one sequence; replicas share it. Rounded up to as
+            many sequences as they can share equally.
         gpus: how many.
         precision: ``bf16`` or ``fp32``.
         distributed_optimizer: shard optimizer states.
@@ -60,8 +65,14 @@ class Job:
 
     @property
     def sequences(self) -> int:
-        """Of a step."""
+        """Of a step, as asked for."""
         return max(1, self.tokens_per_step // self.sequence_length)
+
+    def batch(self, parallel: ParallelConfig, micro: int) -> int:
+        """Sequences of a step under a layout: every replica has as many micro-batches."""
+        ranks = parallel.tensor * parallel.context * parallel.pipeline
+        at_a_time = micro * (self.gpus // ranks)
+        return -(-self.sequences // at_a_time) * at_a_time
 
     def run(self, parallel: ParallelConfig, micro: int, recompute: RecomputeConfig) -> RunConfig:
         """The config of one layout."""
@@ -71,7 +82,7 @@ class Job:
             precision=self.precision,  # type: ignore[arg-type]
             teacher=TeacherConfig("teacher" if self.verb in ("align", "distill") else ""),
             data=DataConfig(sequence_length=self.sequence_length),
-            batch=BatchConfig(micro, self.sequences),
+            batch=BatchConfig(micro, self.batch(parallel, micro)),
             loss=dataclasses.replace(base.loss, chunk_tokens=self.loss_chunk),
             parallel=parallel,
             recompute=recompute,
@@ -88,20 +99,16 @@ def layouts(model: ModelConfig, job: Job) -> Iterator[tuple[ParallelConfig, int]
         modes = ["heads"]
         if model.is_hybrid and tensor > 1 and not model.switches.mixes_in_every_head:
             modes.append("sequence")
-        replicas = job.gpus // (tensor * context * pipeline)
-        for micro in MICRO_BATCHES:
+        for micro, mode in itertools.product(MICRO_BATCHES, modes):
             tokens = micro * job.sequence_length // context
-            if job.sequences % (micro * replicas) or (micro > 1 and tokens > MOST_TOKENS_PER_RANK):
-                continue
-            for mode in modes:
-                yield (
-                    ParallelConfig(
-                        tensor=tensor, context=context, pipeline=pipeline, sequence=tensor > 1,
-                        fa_partition=mode,  # type: ignore[arg-type]
-                        distributed_optimizer=job.distributed_optimizer,
-                    ),
-                    micro,
-                )  # fmt: skip
+            parallel = ParallelConfig(
+                tensor=tensor, context=context, pipeline=pipeline, sequence=tensor > 1,
+                fa_partition=mode,  # type: ignore[arg-type]
+                distributed_optimizer=job.distributed_optimizer,
+            )  # fmt: skip
+            fits = micro == 1 or tokens <= MOST_TOKENS_PER_RANK
+            if fits and job.batch(parallel, micro) < MOST_BATCH_GROWTH * job.sequences:
+                yield parallel, micro
 
 
 def _sizes(model: ModelConfig, job: Job) -> Iterator[tuple[int, int, int]]:

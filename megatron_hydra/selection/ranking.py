@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from megatron_hydra import head_map
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import ModelIdentity, num_full_attention_heads
 
@@ -198,21 +199,14 @@ def _greedy(
 def whole_layers(
     model: ModelIdentity, ratio: str, scores: np.ndarray | None = None
 ) -> tuple[tuple[int, ...], ...]:
-    """Whole layers FA, as close to the budget as whole layers get.
+    """:func:`megatron_hydra.head_map.whole_layers` at a ratio.
 
     Args:
-        scores: ``[L]``: the layers with the highest are FA; when absent, layers at equal distances,
-            the last of each block of equal size (three linear layers, then a full one, as in
-            Qwen3-Next).
+        scores: ``[L]``, or ``None``.
     """
-    heads = num_full_attention_heads(model.num_layers, model.num_query_heads, ratio)
-    count = heads and max(1, (2 * heads + model.num_query_heads) // (2 * model.num_query_heads))
-    if scores is None:
-        full = {(i + 1) * model.num_layers // count - 1 for i in range(count)}
-    else:
-        full = set(np.argsort(-scores, kind="stable")[:count].tolist())
-    everything = tuple(range(model.num_query_heads))
-    return tuple(everything if i in full else () for i in range(model.num_layers))
+    count = num_full_attention_heads(model.num_layers, model.num_query_heads, ratio)
+    listed = None if scores is None else scores.tolist()
+    return head_map.whole_layers(model.num_layers, model.num_query_heads, count, listed)
 
 
 def spread_evenly(count: int, bins: int) -> list[int]:

@@ -8,24 +8,27 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hydra.checkpoint.hf_config import hf_config_from_model
 from megatron_hydra.config.loading import from_dict, load_run_config
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import ParallelConfig, RecomputeConfig, RunConfig
 from megatron_hydra.errors import HydraError
-from megatron_hydra.head_map import num_full_attention_heads
+from megatron_hydra.head_map import HeadMap, num_full_attention_heads
 from megatron_hydra.model.layer_spec import build_gpt_model
 from megatron_hydra.planning.command import Request, plan
 from megatron_hydra.planning.hardware import GPUS, Efficiency, find_gpu
 from megatron_hydra.planning.models import hydrahead, layer_wise, model_kinds, read_model
 from megatron_hydra.planning.parameters import layer_parameters, stage_parameters
-from megatron_hydra.planning.plan import plan_run
+from megatron_hydra.planning.plan import Plan, plan_run
 from megatron_hydra.planning.rank import Rank
-from megatron_hydra.planning.search import Job, search
+from megatron_hydra.planning.report import ranked
+from megatron_hydra.planning.search import Job, layouts, search
 from megatron_hydra.planning.stage import StageBuilder
 from megatron_hydra.planning.stages import STAGES, stages_up_to
 from megatron_hydra.planning.timing import Machine
 from tests.parallel.launch import ROOT
 from tests.planning import cases
+from tools.plan import main
 
 QWEN = "Qwen/Qwen3-1.7B"
 H200 = Machine(find_gpu("h200"), Efficiency())
@@ -91,9 +94,47 @@ def test_kinds_have_the_ratio_that_was_asked_for() -> None:
     assert sum(counts["hydrahead"]) == budget == 56
     assert sorted(set(counts["layer-wise"])) == [0, 16]
     assert abs(sum(counts["layer-wise"]) - budget) <= 16
-    assert sum(map(len, layer_wise(dense, "all-gdn").full_attention_heads or ())) == 0
+    assert sum(map(len, layer_wise(dense, 0).full_attention_heads or ())) == 0
     with pytest.raises(HydraError, match="ratio"):
         hydrahead(dense, "seven")
+
+
+def _map(path: Path, dense: ModelConfig, heads: int, **changes: object) -> str:
+    """A head map with so many FA heads, all in the first layers."""
+    identity = dataclasses.replace(dense.identity(), **changes)  # type: ignore[arg-type]
+    chosen = tuple(
+        tuple(range(min(16, max(0, heads - 16 * layer)))) for layer in range(dense.num_layers)
+    )
+    HeadMap(identity, chosen, "random", "7:1").save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("heads", "layers"),
+    [(3, 1), (25, 2), (112, 7)],  # of 16 heads a layer
+)
+def test_whole_layers_have_the_heads_of_the_map(tmp_path: Path, heads: int, layers: int) -> None:
+    """At any ratio that the map has, whatever --ratio says; of a hybrid as well."""
+    dense = read_model(QWEN)
+    kinds = model_kinds(dense, "7:1", _map(tmp_path / "map.json", dense, heads))
+    for found in (kinds, model_kinds(kinds["hydrahead"], "7:1", "")):
+        assert sum(len(found["hydrahead"].fa_heads(i)) for i in range(28)) == heads
+        assert sum(len(found["layer-wise"].fa_heads(i)) > 0 for i in range(28)) == layers
+
+
+def test_the_command_refuses_a_map_that_does_not_belong(tmp_path: Path, capfd) -> None:
+    dense = read_model(QWEN)
+    path = _map(tmp_path / "map.json", dense, 56, num_query_heads=32, num_kv_heads=16)
+    machine = ["--seq", "4096", "--gpus", "8", "--gpu", "h200", "--head-map", path]
+    assert main(["--model", QWEN, *machine]) == 2
+    message = capfd.readouterr().err
+    assert f"error: {path} was made for another model" in message and "num_query_heads" in message
+
+    hybrid = hydrahead(dense, "7:1")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(hf_config_from_model(hybrid, "bfloat16")))
+    assert main(["--model", str(config), *machine]) == 2
+    assert f"error: --head-map {path}: --model is a hybrid" in capfd.readouterr().err
 
 
 # -- plans ----------------------------------------------------------------------------------------
@@ -164,6 +205,28 @@ def test_found_layouts_fit_and_are_ranked() -> None:
     for p in plans:
         sizes = p.layout()
         assert sizes["tensor"] * sizes["context"] * sizes["pipeline"] * sizes["data"] == 16  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("gpus", [24, 48, 96])
+def test_machines_of_no_power_of_two_have_a_plan(gpus: int) -> None:
+    """Two sequences a step and three replicas: three sequences."""
+    job = _job(gpus=gpus, sequence_length=524_288)
+    sizes = {
+        (job.batch(parallel, micro), parallel.tensor * parallel.context * parallel.pipeline)
+        for parallel, micro in layouts(hydrahead(read_model(QWEN), "7:1"), job)
+    }
+    assert sizes == {(3, gpus // 3)}
+    parallel = ParallelConfig(tensor=8, context=gpus // 24, sequence=True, fa_partition="sequence")
+    run = job.run(parallel, 1, RecomputeConfig("full"))
+    found = plan_run(hydrahead(read_model(QWEN), "7:1"), run, gpus, H200)
+    assert found.data_parallel == found.run.batch.global_batch_size == 3
+    assert "3" in ranked([found], 1)[1].split()
+
+
+def test_powers_of_two_keep_the_batch() -> None:
+    job = _job(gpus=64)
+    found = list(layouts(read_model(QWEN), job))
+    assert found and all(job.batch(parallel, micro) == 16 for parallel, micro in found)
 
 
 def test_what_does_not_fit_names_what_binds() -> None:
@@ -237,6 +300,26 @@ def test_the_report_says_what_is_assumed() -> None:
     assert "GPU-hours" in text
 
 
+def test_a_stage_that_does_not_fit_leaves_the_rest_of_the_report(monkeypatch) -> None:
+    def search_but_distill(model: ModelConfig, job: Job, machine: Machine) -> list[Plan]:
+        if job.verb == "distill":
+            raise HydraError("teacher and student do not fit")
+        parallel = ParallelConfig(context=8)
+        return [plan_run(model, job.run(parallel, 1, RecomputeConfig("full")), 8, machine)]
+
+    monkeypatch.setattr("megatron_hydra.planning.report.search", search_but_distill)
+    text = _run(verb=None)
+    assert "hydrahead, distill: teacher and student do not fit" in text
+    sums = [line.split() for line in text.splitlines() if line.startswith("  all")]
+    assert [line[:4] for line in sums] == [
+        ["all", "but", "distill", kind] for kind in ("layer-wise", "hydrahead")
+    ]
+    body = json.loads(_run(verb=None, as_json=True))
+    assert set(body["stages_that_do_not_fit"]["hydrahead"]) == {"distill"}
+    stages = [stage["stage"] for stage in body["stages"]["hydrahead"]]
+    assert stages == ["align", "finetune"]
+
+
 def test_json_adds_up() -> None:
     body = json.loads(_run(as_json=True, price_per_gpu_hour=2.0, tokens=1e9))
     for found in body["layouts"].values():
@@ -258,6 +341,10 @@ def test_json_adds_up() -> None:
         ({"gpus": 0}, "--gpus is 0"),
         ({"efficiency": ("matmul=2",)}, "--efficiency matmul=2"),
         ({"efficiency": ("speed=1",)}, "known are matmul"),
+        ({"efficiency": ("matmul=0",)}, "a share above 0 and up to 1"),
+        ({"efficiency": ("overlap=-1",)}, "a share from 0 up to 1"),
+        ({"efficiency": ("latency=-1",)}, "give seconds, 0 or more"),
+        ({"efficiency": ("latency=nan",)}, "give seconds, 0 or more"),
         ({"tokens": -1.0}, "--tokens"),
     ],
 )
