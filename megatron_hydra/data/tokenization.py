@@ -15,9 +15,10 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -35,6 +36,9 @@ from megatron_hydra.data.tokenizer import (
     vocabulary_size,
 )
 from megatron_hydra.errors import HydraError
+
+_LOCK_PATIENCE = 5.0
+"""Seconds to wait for an output's lock: workers of a run that was killed hold it until they have died."""
 
 
 def tokenize(config: TokenizeConfig, report: Report = print) -> Manifest:
@@ -154,17 +158,28 @@ def _locked(config: TokenizeConfig) -> Iterator[None]:
     """One process at a time prepares an output."""
     path = Path(config.prefix + ".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(stream.fileno()).st_ino != os.stat(path).st_ino:
-                raise BlockingIOError  # removed by the process that held it, and made anew
-        except (BlockingIOError, FileNotFoundError) as error:
-            raise HydraError(f"{config.prefix} is being prepared by another process") from error
+    with _lock(path, config.prefix):
         try:
             yield
         finally:
             path.unlink()
+
+
+def _lock(path: Path, prefix: str) -> TextIO:
+    """Make and lock a file; closing it ends the lock."""
+    deadline = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        stream = open(path, "w", encoding="utf-8")  # noqa: SIM115  # the caller closes it
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(stream.fileno()).st_ino == os.stat(path).st_ino:
+                return stream
+        except (BlockingIOError, FileNotFoundError):
+            pass  # held by another; or its holder has removed it and let it go just now
+        stream.close()
+        if time.monotonic() > deadline:
+            raise HydraError(f"{prefix} is being prepared by another process")
+        time.sleep(0.1)
 
 
 def _is_done(config: TokenizeConfig, recipe: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -387,13 +388,18 @@ def test_unfinished_work_of_another_preparation_is_not_mixed_in(corpus, qwen, tm
     assert not (tmp_path / "out.work").exists()
 
 
-def test_one_process_at_a_time_prepares_an_output(corpus, qwen, tmp_path):
+def test_one_process_at_a_time_prepares_an_output(corpus, qwen, tmp_path, monkeypatch):
     import fcntl
 
     with open(tmp_path / "out.lock", "w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
+        threading.Timer(0.3, lambda: fcntl.flock(stream, fcntl.LOCK_UN)).start()
+        run(config(corpus, tmp_path / "out", qwen))  # waits for workers that are about to die
+    monkeypatch.setattr(tokenization, "_LOCK_PATIENCE", 0.2)
+    with open(tmp_path / "more.lock", "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
         with pytest.raises(HydraError, match="being prepared by another process"):
-            run(config(corpus, tmp_path / "out", qwen))
+            run(config(corpus, tmp_path / "more", qwen))
 
 
 def _kill_during(settings: TokenizeConfig, seconds: float) -> bool:
