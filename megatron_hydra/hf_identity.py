@@ -168,7 +168,7 @@ def resolve_hf_folder(
                 text,
                 revision=revision or None,
                 allow_patterns=[*HUB_FILES, *(HUB_CODE if with_code else ())],
-                **({} if fetch else {"local_files_only": True}),
+                local_files_only=not fetch,
             )
         )
     except Exception as error:  # the Hub client raises many kinds; the user needs one line

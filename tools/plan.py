@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 
 from megatron_hydra.errors import command
 
@@ -92,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
 @command
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    # What Megatron misses on a machine without GPUs is of no matter here.
+    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
     from megatron_hydra.planning.command import Request, plan
 
     request = Request(

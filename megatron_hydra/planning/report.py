@@ -222,8 +222,8 @@ def stage_lines(costs: dict[str, list[StageCost]], refused: dict[str, dict[str, 
             ]
         )  # fmt: skip
     lines = _table(rows)
-    for name, stages in refused.items():
-        lines += [f"  {name}, {stage}: {why}" for stage, why in stages.items()]
+    for name, reasons in refused.items():
+        lines += [f"  {name}, {stage}: {why}" for stage, why in reasons.items()]
     return lines
 
 

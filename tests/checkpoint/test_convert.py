@@ -84,7 +84,7 @@ def test_a_hub_name_is_resolved_at_its_revision(hf_folders, tmp_path, monkeypatc
 
     asked = []
 
-    def download(name, revision=None, allow_patterns=()):
+    def download(name, revision=None, allow_patterns=(), **_):
         asked.append((name, revision, [p for p in allow_patterns if "bin" in p or p == "*"]))
         return str(hf_folders["qwen2"])
 

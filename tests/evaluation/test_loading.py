@@ -17,7 +17,7 @@ def hub(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "code.C"}}))
     calls = []
 
-    def snapshot_download(name, revision, allow_patterns):
+    def snapshot_download(name, revision, allow_patterns, **_):
         calls.append((name, revision, allow_patterns))
         return str(tmp_path)
 
