@@ -24,13 +24,13 @@ from megatron_hydra.watchdog import Watchdog
 EXAMPLES = """\
 examples:
   tools/select_heads.py --hf-path Qwen/Qwen3-1.7B --ratio 7:1 --output maps/qwen3-1.7b.json
-  tools/select_heads.py --hf-path models/tiny --tasks induction jsonl:my_prompts.jsonl --output
-  map.json tools/select_heads.py --hf-path models/tiny --strategy random --seed 3 --output
-  random-3.json torchrun --nproc-per-node 8 tools/select_heads.py --hf-path Qwen/Qwen3-32B --output
-  map.json
+  tools/select_heads.py --hf-path models/tiny --tasks induction jsonl:my_prompts.jsonl \\
+      --output map.json
+  tools/select_heads.py --hf-path models/tiny --strategy random --seed 3 --output random-3.json
+  torchrun --nproc-per-node 8 tools/select_heads.py --hf-path Qwen/Qwen3-32B --output map.json
 
 A run that was stopped (SIGTERM, SIGUSR1: exit status 85) or killed continues where it was when it is
-started again with the same arguments.
+started again with the same arguments; other ratios, weights and constraints use what it has measured.
 A JSONL task has one object a line: clean, corrupted, answer, wrong_answer (strings or token ids).
 """
 
@@ -65,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.solved,
         choices=["top1", "pair", "off"],
         help="a prompt counts if the answer is the likeliest token (top1), or preferred to "
-        "the wrong one in the clean run and not in the corrupted one (pair), or always (off)",
+        "the wrong one in the clean run and not in the corrupted one (pair), or if the corruption "
+        "lowers the answer at all (off)",
     )
     causal = parser.add_argument_group("causal effects (interp, per_layer_quota)").add_argument
     causal("--effects", nargs="+", default=list(defaults.effects), choices=["direct", "total"])
@@ -76,7 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         "--sender-weight", type=float, default=defaults.sender_weight, help="beside receivers' 1"
     )
     causal("--no-attribution", action="store_true", help="no first-order estimate beside")
-    causal("--check-heads", type=int, default=defaults.check_heads, help="for attribution")
+    parser.add_argument_group("attribution").add_argument(
+        "--check-heads",
+        type=int,
+        default=defaults.check_heads,
+        help="random heads that are measured exactly as well (default %(default)s)",
+    )
     limits = parser.add_argument_group("constraints").add_argument
     limits("--granularity", default="query_head", choices=["query_head", "kv_group"])
     limits("--min-per-layer", type=int, default=0, help="FA heads in every layer, at least")
@@ -155,11 +161,11 @@ def main() -> int:
             revision=args.revision,
             options=_options(args),
             placement=Placement(args.device, args.dtype, args.gpus_per_process),
+            output=args.output,
             work_folder=args.output.with_name(args.output.name + ".work"),
             show_progress=True,
         )
     if is_first_rank():
-        head_map.save(args.output)
         for task, facts in head_map.details["prompts"].items():
             print(f"{task}: {facts['solved']} of {facts['drawn']} prompts solved")
         print(f"{args.output}: {head_map.num_full_attention} full-attention heads")
