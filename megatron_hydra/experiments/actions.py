@@ -134,10 +134,16 @@ def stage(context: Context) -> None:
     if not config.checkpoint.save_optimizer:
         # What a stopped try has saved cannot be resumed: it begins anew.
         shutil.rmtree(context.out, ignore_errors=True)
-    paths = context.step.places.get("data", {})
+    places = context.step.places
     blend = tuple(
-        dataclasses.replace(part, path=paths.get(str(n), part.path))
+        dataclasses.replace(part, path=places["data"].get(str(n), ""))
         for n, part in enumerate(config.data.blend)
+    )
+    data = dataclasses.replace(
+        config.data,
+        blend=blend,
+        cache_dir=places["cache_dir"],
+        tokenizer=str(context.teacher_hf),
     )
     config = dataclasses.replace(
         config,
@@ -149,7 +155,7 @@ def stage(context: Context) -> None:
             config.teacher,
             checkpoint=str(context.inputs["teacher"]) if "teacher" in context.inputs else "",
         ),
-        data=dataclasses.replace(config.data, blend=blend, tokenizer=str(context.teacher_hf)),
+        data=data,
     )
     processes = context.step.params["processes"]
     if processes == 1:

@@ -269,7 +269,8 @@ class _CellPlanner:
             "data": {n: fingerprint.of_data(path) for n, path in paths.items()},
             "processes": stage.processes,
         }
-        return self._add("stage", params, inputs, places | {"data": paths}, kind=name)
+        places |= {"data": paths, "cache_dir": config.data.cache_dir}
+        return self._add("stage", params, inputs, places, kind=name)
 
     def evaluation(self) -> str:
         """Key of the cell's last step."""
@@ -317,8 +318,9 @@ def _yaml(value: Any) -> str:
 
 
 def _without_paths(config: RunConfig) -> RunConfig:
-    """The same whatever folder its data lie in: their content is hashed apart."""
+    """The same wherever its data and their packs lie: the content of data is hashed apart."""
     blend = tuple(
         dataclasses.replace(part, path=PLACE) if part.path else part for part in config.data.blend
     )
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, blend=blend))
+    data = dataclasses.replace(config.data, blend=blend, cache_dir="")
+    return dataclasses.replace(config, data=data)

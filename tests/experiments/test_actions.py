@@ -55,7 +55,9 @@ def stage_in(tmp_path, monkeypatch, save_optimizer):
     (tmp_path / "out" / "checkpoints" / "step_1").mkdir(parents=True)
     config = RunConfig(verb="finetune", checkpoint=CheckpointConfig(save_optimizer=save_optimizer))
     params = {"config": to_dict(config), "processes": 1, "data": {}}
-    step = Step("k", "finetune", "stage", "t", params, {}, {"teacher_hf": "hf"})
+    step = Step(
+        "k", "finetune", "stage", "t", params, {}, {"teacher_hf": "hf", "data": {}, "cache_dir": ""}
+    )
     actions.stage(actions.Context(step, tmp_path / "out", {"student": tmp_path / "student"}))
     return found
 
@@ -73,14 +75,18 @@ def test_data_are_read_where_they_are(tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(
         "megatron_hydra.training.loop.run_training",
-        lambda config: read.extend(part.path for part in config.data.blend) or 0,
+        lambda config: (
+            read.extend(part.path for part in config.data.blend)
+            or read.append(config.data.cache_dir)
+            or 0
+        ),
     )
     blend = (SourceConfig("synthetic", task="needles"), SourceConfig(path=PLACE))
     params = {"config": to_dict(RunConfig(data=DataConfig(blend))), "processes": 1, "data": {}}
-    places = {"teacher_hf": "hf", "data": {"1": "/data/text"}}
+    places = {"teacher_hf": "hf", "data": {"1": "/data/text"}, "cache_dir": "/packs"}
     step = Step("k", "finetune", "stage", "t", params, {}, places)
     actions.stage(actions.Context(step, tmp_path / "out", {"student": tmp_path}))
-    assert read == ["", "/data/text"]
+    assert read == ["", "/data/text", "/packs"]
 
 
 def test_later_keys_reach_what_they_are_for(tmp_path, monkeypatch):

@@ -184,12 +184,15 @@ def indexed(prefix, tokens):
         prefix.with_suffix(suffix).write_bytes(content)
 
 
-BLEND = "variants: {a: {stages: {distill: {set: {data.blend: [{path: PREFIX}]}}}}}"
+BLEND = (
+    "variants: {a: {stages: {distill: {set: "
+    "{data.blend: [{path: PREFIX}], data.cache_dir: CACHE}}}}}"
+)
 
 
 def test_data_count_by_content_and_not_by_place(write, tmp_path, monkeypatch):
-    def distill(prefix):
-        plan = planned(write(BLEND.replace("PREFIX", str(prefix))))
+    def distill(prefix, cache_dir="''"):
+        plan = planned(write(BLEND.replace("PREFIX", str(prefix)).replace("CACHE", cache_dir)))
         return plan.steps[steps(plan, "/ a / seed 0")["distill"]]
 
     indexed(tmp_path / "one" / "text", b"12345678")
@@ -199,6 +202,8 @@ def test_data_count_by_content_and_not_by_place(write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert distill("two/words").key == first.key  # relative: to the folder of the command
     assert distill("two/words").places["data"] == {"0": str(tmp_path / "two" / "words")}
+    packed = distill("two/words", "packs")
+    assert (packed.key, packed.places["cache_dir"]) == (first.key, "packs")
     assert distill(tmp_path / "three" / "text").key != first.key
     with pytest.raises(HydraError, match=r"gone\.idx does not exist"):
         distill("gone")
