@@ -174,4 +174,4 @@ def token_ids(given: int | Sequence[int] | None) -> list[int]:
     """A config's token id: none, one or several."""
     if given is None:
         return []
-    return [int(x) for x in given] if isinstance(given, list | tuple) else [int(given)]
+    return [given] if isinstance(given, int) else [int(x) for x in given]
