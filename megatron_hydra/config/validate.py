@@ -128,6 +128,11 @@ def _check_switches(config: RunConfig) -> None:
         f"parallel.virtual_pipeline is {parallel.virtual_pipeline}, but parallel.pipeline is 1",
     )
     _require(
+        config.precision == "fp32" or parallel.distributed_optimizer,
+        f"precision={config.precision} needs parallel.distributed_optimizer=true, on one rank as well: "
+        "Megatron-Core's plain optimizer cannot save a model that keeps A_log and dt_bias in fp32",
+    )
+    _require(
         not parallel.overlap_param_gather or parallel.distributed_optimizer,
         "parallel.overlap_param_gather needs parallel.distributed_optimizer=true",
     )

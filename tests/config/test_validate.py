@@ -60,6 +60,10 @@ def test_a_good_config_passes() -> None:
         ),
         (["parallel.sequence=true"], "parallel.sequence is true, but parallel.tensor is 1"),
         (["parallel.virtual_pipeline=2"], "but parallel.pipeline is 1"),
+        (
+            ["precision=bf16", "parallel.distributed_optimizer=false"],
+            "precision=bf16 needs parallel.distributed_optimizer=true",
+        ),
         (["parallel.overlap_param_gather=true"], "needs parallel.overlap_grad_reduce=true"),
         (
             ["verb=align", "parallel.overlap_grad_reduce=true"],
