@@ -247,6 +247,21 @@ def test_a_head_map_of_another_model_is_refused(hf_folders, head_map, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("field", ["num_layers", "num_query_heads", "num_kv_heads"])
+def test_a_head_map_of_another_shape_is_refused(field, hf_folders, head_map, tmp_path):
+    """By its shape alone: no weights are compared where the map knows none."""
+    body = json.loads(head_map.read_text())
+    body["model"] |= {"fingerprint": "", field: 2 * body["model"][field]}
+    heads = body["full_attention_heads"]
+    if field == "num_layers":
+        body["full_attention_heads"] = heads + heads
+    (tmp_path / "map.json").write_text(json.dumps(body))
+    options = StudentOptions(head_map=tmp_path / "map.json")
+    with pytest.raises(HydraError, match=rf"map\.json was made for another model.*{field} is"):
+        hf_to_megatron(hf_folders["qwen3-tied"], tmp_path / "x", options)
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_hybrid_takes_no_head_map(hf_folders, head_map, tmp_path):
     options = StudentOptions(head_map=head_map, calibrate=False)
     hf_to_megatron(hf_folders["qwen3-tied"], tmp_path / "megatron", options)
