@@ -32,6 +32,8 @@ ClusterName=hydra
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
+# A finished job stays known: on a busy machine a test asks for it late.
+MinJobAge=86400
 SlurmdUser=root
 AuthType=auth/munge
 # A requeued job waits as long as a job credential lives (120 s by default).
@@ -82,7 +84,7 @@ class Slurm:
         text = self.run("scontrol", "show", "job", job_id, "--oneliner")
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
-    def wait(self, job_id: str, *states: str, seconds: float = 240) -> dict[str, str]:
+    def wait(self, job_id: str, *states: str, seconds: float = 600) -> dict[str, str]:
         """Wait until the job is in one of ``states``."""
         end = time.monotonic() + seconds
         while (job := self.job(job_id))["JobState"] not in states:
