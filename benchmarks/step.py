@@ -75,7 +75,8 @@ def timed_steps(
 ) -> harness.Sample:
     """Timings of one model's steps; ``peak_bytes`` is everything: weights, optimizer, activations."""
     config = models.run_config(device, tokens, recompute)
-    config = dataclasses.replace(config, verb=args.verb)
+    backend = dataclasses.replace(config.backend, streams=args.streams)
+    config = dataclasses.replace(config, verb=args.verb, backend=backend)
     try:
         trainee = build_trainee(model, teacher, config, world)
         batch = random_batch(tokens, model.vocab_size, args.seed)
@@ -113,6 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
                         help="settings to try in this order (default none,mlp,full)")  # fmt: skip
     parser.add_argument("--layers", type=int, help="fewer layers than the model's 28")
     parser.add_argument("--models", default="dense,hydra", help="default dense,hydra")
+    parser.add_argument("--streams", choices=("auto", "one", "two"), default="auto",
+                        help="backend.streams: branches side by side (auto, two) or not")  # fmt: skip
     parser.add_argument("--profile", action="store_true",
                         help="write tables of kernel times into --output")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the script out")

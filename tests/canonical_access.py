@@ -62,7 +62,9 @@ def gather(
             shards = [entry]
         for shard in shards:
             data = shard.data if isinstance(entry, ShardedTensorFactory) else value
-            local.append((shard.key, shard.global_shape, _index(shard), data.detach().clone()))
+            local.append(
+                (shard.key, shard.global_shape, _index(shard), data.detach().cpu().clone())
+            )
     everything: list = [local]
     if dist.is_initialized() and dist.get_world_size() > 1:
         everything = [None] * dist.get_world_size()

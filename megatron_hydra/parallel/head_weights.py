@@ -53,10 +53,10 @@ def split_segments(
 ) -> dict[str, torch.Tensor]:
     """Cut a fused tensor along ``dim`` by segment; padding behind the last one is dropped."""
     sizes = [segment.rows for segment in segments]
-    if x.shape[dim] != sum(sizes):  # where nothing is padded, the slice's backward would be a copy
-        x = x.narrow(dim, 0, sum(sizes))
-    pieces = x.split(sizes, dim=dim)
-    return {segment.key: piece for segment, piece in zip(segments, pieces, strict=True)}
+    # Padding is a piece of its own: the backward of a slice would copy all the others once more.
+    padding = x.shape[dim] - sum(sizes)
+    pieces = x.split([*sizes, padding] if padding else sizes, dim=dim)
+    return {segment.key: piece for segment, piece in zip(segments, pieces, strict=False)}
 
 
 def segments_factory(

@@ -1,12 +1,17 @@
 """Worker: every layout's loss and gradients against one rank, whole models, in four processes.
 
-Run by test_layouts.py under torchrun; prints one JSON line of relative errors per case on rank 0.
+Run by test_layouts.py under torchrun; prints one JSON line of relative errors per case on rank 0. On a
+machine with four GPUs it runs there, on NCCL; with ``--bf16`` in front in bf16 and eight times as large, so
+that the kernels of GPUs (FLA, cuDNN) take part:
+
+    torchrun --standalone --nproc-per-node 4 -m tests.parallel.layouts [--bf16] fast
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,21 +39,23 @@ from megatron_hydra.parallel.world import World
 from megatron_hydra.transfer.verb import lm_head_weight, replicate_sequence
 from tests import canonical_access
 
-LENGTH, VOCABULARY = 96, 64
+BF16 = "--bf16" in sys.argv
+SIZE = 8 if BF16 else 1  # of lengths, head dimension and width
+LENGTH, VOCABULARY = 96 * SIZE, 64
 
 DOCUMENTS = {
     "one": (0, LENGTH),
     # documents shorter than a shard, longer than one, over three shards, and of a single token
-    "packed": (0, 5, 6, 40, 41, 90, LENGTH),
-    "aligned": (0, 24, 48, 72, LENGTH),
+    "packed": (0, *(SIZE * b + 1 for b in (4, 5, 39, 40, 89)), LENGTH),
+    "aligned": tuple(SIZE * b for b in (0, 24, 48, 72, 96)),
 }
 
 
 def tiny(hydra: HydraConfig | None, fa: tuple | None, **changes) -> ModelConfig:
     """A model small enough to run hundreds of times."""
     base = ModelConfig(
-        family="qwen3", num_layers=2, hidden_size=32, ffn_hidden_size=48, vocab_size=VOCABULARY,
-        num_query_heads=8, num_kv_heads=4, head_dim=8, qk_norm=True, tie_embeddings=True,
+        family="qwen3", num_layers=2, hidden_size=32 * SIZE, ffn_hidden_size=48 * SIZE, vocab_size=VOCABULARY,
+        num_query_heads=8, num_kv_heads=4, head_dim=8 * SIZE, qk_norm=True, tie_embeddings=True,
         # A first token's GDN output is β(q·k)v, which may vanish by chance; its RMSNorm then
         # magnifies one rounding error (1 ulp of the weights: 3e-4 of a gradient at eps 1e-6).
         norm_eps=1e-4,
@@ -150,7 +157,7 @@ def canonical_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     weights = {}
     for key, shape in canonical_shapes(model).items():
-        value = torch.randn(shape, generator=generator, dtype=torch.float32) * 0.2
+        value = torch.randn(shape, generator=generator, dtype=torch.float32) * 0.2 / SIZE**0.5
         if key.endswith(("layernorm.weight", "_norm", "gamma")):
             value = 1 + value
         elif key.endswith("dt_bias"):
@@ -171,15 +178,17 @@ def run_case(
     model: ModelConfig, parallel: ParallelConfig, cu: tuple[int, ...], recompute: str, ddp: bool
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss per token and canonical gradients of one forward and backward."""
-    run = RunConfig(precision="fp32", parallel=parallel, recompute=RECOMPUTE[recompute])
+    precision = "bf16" if BF16 else "fp32"
+    run = RunConfig(precision=precision, parallel=parallel, recompute=RECOMPUTE[recompute])  # type: ignore[arg-type]
     gpt = build_gpt_model(model, run)
     canonical_access.load(gpt, canonical_weights(model))
     generator = torch.Generator().manual_seed(3)
     tokens, labels = torch.randint(0, VOCABULARY, (2, LENGTH), generator=generator)
     mask = (torch.rand(LENGTH, generator=generator) > 0.2).float()
+    tokens, labels, mask = (x.to(platform.device()) for x in (tokens, labels, mask))
 
     cp_rank, cp_size = parallel_state.get_context_parallel_rank(), parallel.context
-    packed = PackedSequence(cu, cp_rank=cp_rank, cp_size=cp_size)
+    packed = PackedSequence(cu, cp_rank=cp_rank, cp_size=cp_size, device=platform.device())
     shard = slice(cp_rank * LENGTH // cp_size, (cp_rank + 1) * LENGTH // cp_size)
     wrapped = DistributedDataParallel(
         gpt.config, DistributedDataParallelConfig(overlap_grad_reduce=False), gpt
@@ -213,6 +222,7 @@ def groups(layout: ParallelConfig) -> Iterator[None]:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     if not dist.is_initialized():
+        platform.bind_process_to_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(platform.communication_backend())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor, context_parallel_size=layout.context
@@ -245,7 +255,8 @@ def compare(name: str, recompute: str, reference: tuple[float, dict]) -> dict:
 
 
 def main(arguments: list[str]) -> None:
-    """``fast``, ``full``, or case names ``model/layout/documents``."""
+    """``fast``, ``full``, or case names ``model/layout/documents``; ``--bf16``: see above."""
+    arguments = [argument for argument in arguments if argument != "--bf16"]
     if arguments == ["full"]:
         cases = ["/".join(case) for case in FULL]
     elif arguments == ["fast"]:

@@ -47,8 +47,9 @@ def test_full_attention_by_sequence_is_shown_on_its_slice(inputs: Path) -> None:
         "#     tensor rank 0: FA 1,6, GDN 0,2,3, head outputs [96, 24] and FA on a slice [48, 16]",
         "#     tensor rank 1: FA 1,6, GDN 4,5,7, head outputs [96, 24] and FA on a slice [48, 16]",
     ]
-    # a GDN head: q, k, v, gate of 8 rows each, β and a; FA: q and gate of two heads, two k and v
-    weights = "in_proj [102, 32], out_proj [32, 24], fa_in [64, 32], fa_out [32, 16]"
+    # a GDN head: q, k, v, gate of 8 rows each, β and a: 102 rows, padded to 112
+    # FA: q and gate of two heads, two k and v
+    weights = "in_proj [112, 32], out_proj [32, 24], fa_in [64, 32], fa_out [32, 16]"
     assert lines[start + 2] == lines[start + 4] == f"#       {weights}"
 
 
