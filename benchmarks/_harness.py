@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from megatron_hydra.errors import HydraError
+from megatron_hydra.parallel import platform
 
 Peer = Callable[[], Any]
 MIN_SAMPLE_SECONDS = 0.02
@@ -142,6 +143,7 @@ def chosen_device(arguments: argparse.Namespace) -> torch.device:
         raise HydraError("--device cuda: torch sees no CUDA device here; use --device cpu")
     if device.type == "cpu" and torch.cuda.is_available():
         raise HydraError("--device cpu on a machine with a GPU: hide it, CUDA_VISIBLE_DEVICES=''")
+    platform.keep_freed_memory()
     return device
 
 

@@ -16,6 +16,7 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments.actions import ACTIONS, Context
 from megatron_hydra.experiments.plan import Step
 from megatron_hydra.experiments.store import StepStore
+from megatron_hydra.parallel import platform
 from megatron_hydra.stopping import Stopped, StopRequest
 
 
@@ -58,6 +59,7 @@ def compute(store: StepStore, step: Step, folders: dict[str, Path]) -> str:
 def serve(connection: Connection, root: str) -> None:
     """Compute the steps that arrive; answers each with (key, error)."""
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")  # what a CPU machine lacks
+    platform.keep_freed_memory()
     store = StepStore(Path(root))
     while True:
         try:

@@ -19,6 +19,7 @@ from megatron_hydra.config.run import RunConfig
 from megatron_hydra.config.validate import check_layout
 from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.data.stream import PackedStream
+from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.world import World, start_world, stop_world
 from megatron_hydra.stopping import REQUEUE_EXIT_CODE, StopRequest
 from megatron_hydra.training.agreement import on_all, on_main
@@ -53,6 +54,7 @@ def run_training(config: RunConfig) -> int:
     Raises:
         HydraError: bad input, or too many steps in a row that had to be left out.
     """
+    platform.keep_freed_memory()
     stop_before = config.faults.stop_seconds_before_limit
     with Watchdog(config.faults.timeout_seconds) as watchdog, StopRequest(stop_before) as stop:
         world = start_world(config)
