@@ -105,10 +105,12 @@ def work(args: argparse.Namespace) -> int:
     from megatron_hydra.config.run import ParallelConfig
     from megatron_hydra.model.forward import final_hidden_states
     from megatron_hydra.model.layer_spec import build_gpt_model
+    from megatron_hydra.parallel import platform
     from megatron_hydra.parallel.packed_sequence import PackedSequence
     from megatron_hydra.parallel.world import start_world, stop_world
 
     torch.set_num_threads(1)
+    platform.keep_freed_memory()
     size, tokens = int(os.environ["WORLD_SIZE"]), args.sizes[0]
     model = models.hybrid(
         dataclasses.replace(
