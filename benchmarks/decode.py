@@ -21,7 +21,7 @@ from megatron_hydra.errors import command
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
 from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM
 
-EXAMPLE = "python -m benchmarks.decode --device cpu --layers 4 --sizes 8K --bf16"
+EXAMPLE = "python -m benchmarks.decode --device cpu --layers 2 --sizes 8K --threads 2"
 SHAPE: dict[str, Any] = {
     "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
     "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
