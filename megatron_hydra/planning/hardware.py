@@ -56,7 +56,7 @@ class Efficiency:
     """Shares of the data sheet that are reached: **assumptions** about a whole step.
 
     Four are near what single kernels gave on one H200 (docs/PERFORMANCE.md; a test compares them);
-    no step has been timed on a GPU, and nothing across GPUs.
+    two dense steps on an H200 were met within 5 % (docs/planning.md); nothing was timed across GPUs.
 
     Attributes:
         matmul, attention, attention_backward: of the matrix peak.

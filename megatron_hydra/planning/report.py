@@ -18,11 +18,11 @@ BASIS = {
     "shapes": "exact: the head partition and padding that a run would use",
     "memory": "derived operator by operator; held within 10 % of the measured peak on the CPU (torch "
     "twins, docs/planning.md); of the GPU's kernels, GDN and the loss within 5 % of an H200's peak, "
-    "whole steps have not been measured",
+    "three whole steps within 5 % (docs/planning.md)",
     "flops": "derived; held within 2 % of torch.utils.flop_counter on the CPU",
     "traffic": "derived: bytes that a rank sends",
     "time": "ASSUMED: a roofline of the GPU's data sheet with the efficiencies below; single kernels were "
-    "timed on one H200 (docs/PERFORMANCE.md), no step and nothing across GPUs",
+    "timed on one H200 and two dense steps met within 5 % (docs/planning.md), nothing across GPUs",
     "documents": "ASSUMED: every sequence is one document (the most attention there can be)",
 }
 """What each figure rests on."""
