@@ -30,10 +30,9 @@ from megatron.core.transformer.spec_utils import build_module  # isort: skip
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.model.layer_spec import hydra_layer_spec, transformer_config
-from megatron_hydra.model.local_heads import ROW_MULTIPLE
 from megatron_hydra.ops import gpu_attention
 from megatron_hydra.ops.backends import Case, Kernels, choose_kernels
-from megatron_hydra.parallel.head_weights import split_segments, total_rows
+from megatron_hydra.parallel.head_weights import padded_rows, split_segments
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 from megatron_hydra.parallel.world import start_world, stop_world
 
@@ -77,7 +76,7 @@ class Core:
         generator = torch.Generator(device).manual_seed(seed)
         dtype = layer.config.params_dtype
         # As the layer's are; a branch's alone would be no multiple either.
-        rows = -(-total_rows(self.segments) // ROW_MULTIPLE) * ROW_MULTIPLE
+        rows = padded_rows(self.segments)
         self.projected = torch.randn(
             tokens, rows, generator=generator, device=device, dtype=dtype
         ).requires_grad_()

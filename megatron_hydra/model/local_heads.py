@@ -11,12 +11,7 @@ from collections.abc import Sequence
 
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.parallel.head_partition import LayerPartition, shared_groups
-from megatron_hydra.parallel.head_weights import Segment, total_rows
-
-ROW_MULTIPLE = 16
-"""The input projection's rows are padded to a multiple of this. One β and one a logit a head make them
-an odd number otherwise, and a GEMM whose rows do not start at a multiple of 16 bytes (FP8: 16 elements)
-falls back to kernels of an older GPU, which take more than three times as long."""
+from megatron_hydra.parallel.head_weights import Segment, padded_rows, total_rows
 
 
 class _Branch:
@@ -94,8 +89,7 @@ class LocalHeads:
         )
         self.num_sharded_padded = self.num_outputs_padded // (2 if self.mixed else 1)
         self.num_gdn_padded = max(len(heads) for heads in partition.gdn)
-        largest = max(total_rows(self._in_segments(r)) for r in ranks)
-        self.in_rows_padded = -(-largest // ROW_MULTIPLE) * ROW_MULTIPLE
+        self.in_rows_padded = max(padded_rows(self._in_segments(r)) for r in ranks)
         self.in_bias_padded = max(total_rows(self._bias_segments(r)) for r in ranks)
         self.num_conv_padded = max(
             len(partition.gdn[r]) + 2 * len(self._gdn.own_kv(r)) for r in ranks
