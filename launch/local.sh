@@ -21,18 +21,19 @@ check_local_step() {
 }
 
 run_command() {
-  local status=0
+  local status seen
   show "${COMMAND[@]}"
   ((DRY_RUN)) && return
   leave_if_stopped
   "${COMMAND[@]}" &
   CHILD=$!
   [[ -z $STOP_SIGNAL ]] || hand_on "$STOP_SIGNAL" # it came while the child was being started
-  wait "$CHILD" || status=$?
-  # A signal to this script is handed on by the trap and also ends the wait: wait again.
-  while kill -0 "$CHILD" 2> /dev/null; do
-    status=0
+  # A signal to this script is handed on by the trap and also ends the wait: wait again. A child that has
+  # ended by then, however quickly, still gives its own status.
+  while true; do
+    seen=$SIGNALS status=0
     wait "$CHILD" || status=$?
+    ((SIGNALS == seen)) && break
   done
   CHILD=''
   if ((status == REQUEUE_STATUS)); then
@@ -74,9 +75,9 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
   print_usage local.sh 'Runs the steps on this machine, one after the other; a step that fails ends it.'
   exit 0
 fi
-CHILD='' STOP_SIGNAL=''
+CHILD='' STOP_SIGNAL='' SIGNALS=0
 hand_on() {
-  STOP_SIGNAL=$1
+  STOP_SIGNAL=$1 SIGNALS=$((SIGNALS + 1))
   [[ -z $CHILD ]] || kill -s "$1" "$CHILD" 2> /dev/null || true
 }
 # A process in the background of a script is deaf to SIGINT, so Ctrl-C is handed on as SIGTERM.

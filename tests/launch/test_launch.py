@@ -202,6 +202,26 @@ def test_a_signal_between_two_steps_stops_the_chain(folder: Path) -> None:
     assert not any("tool got" in line for line in lines)
 
 
+def test_the_exit_status_of_a_step_that_ends_on_the_signal_at_once_is_kept(folder: Path) -> None:
+    """The step is gone, and known to be, before the launcher looks again after handing the signal on."""
+    (folder / "at_once.py").write_text(
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: os._exit(85))\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(30)\n"
+    )
+    (folder / "slow_kill.sh").write_text(
+        'kill() { builtin kill "$@"; local s=$?; [[ $1 != -s ]] || sleep 0.5; return $s; }\n'
+    )
+    done = subprocess.run(
+        ["bash", str(LOCAL), "--procs-per-node", "1", "--python", sys.executable, "at_once.py"],
+        cwd=folder, capture_output=True, text=True, check=False,
+        env={**os.environ, "BASH_ENV": str(folder / "slow_kill.sh")},
+    )  # fmt: skip
+    assert done.returncode == 85, done.stderr
+    assert "stopped by a signal after saving" in done.stderr
+
+
 _SCONTROL = """#!/bin/bash
 case "$2" in
   job) # asked by a subshell of the job script, which gets a signal while it waits
