@@ -40,7 +40,7 @@ quickstart: setup ## the whole pipeline on a tiny model, on CPU; writes quicksta
 	"$(BIN)/python" tools/quickstart.py --output quickstart
 
 test: setup lint ## the gate: lint, types, and the fast test suite
-	$(TEST_ENV) "$(BIN)/python" -m pytest -n $(WORKERS)
+	$(TEST_ENV) "$(BIN)/python" -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: setup ## the tests that take longer, except the parallel and SLURM suites
 	$(TEST_ENV) "$(BIN)/python" -m pytest -m "slow and not parallel and not slurm" --timeout 1800

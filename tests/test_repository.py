@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -308,19 +310,27 @@ def _commands() -> list[list[str]]:
     ]
 
 
-def test_every_command_explains_itself(tmp_path: Path) -> None:
-    """``--help`` works from any folder, shows an example and asks for no GPU and no model."""
-
-    def run(command: list[str]) -> str | None:
+@functools.cache
+def _help(*command: str) -> subprocess.CompletedProcess:
+    """What the command says of itself, asked in a folder of its own that has to stay empty."""
+    with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [*command, "--help"],
-            cwd=tmp_path,
+            cwd=folder,
             capture_output=True,
             text=True,
             timeout=60,
             check=False,
         )
-        name = command[-1]
+        assert not list(Path(folder).iterdir())
+    return done
+
+
+def test_every_command_explains_itself() -> None:
+    """``--help`` works from any folder, shows an example and asks for no GPU and no model."""
+
+    def run(command: list[str]) -> str | None:
+        done, name = _help(*command), command[-1]
         if done.returncode:
             return f"{name} --help: exit {done.returncode}: {done.stderr[-500:]}"
         if "usage:" not in done.stdout.lower() or "example" not in done.stdout.lower():
@@ -330,7 +340,6 @@ def test_every_command_explains_itself(tmp_path: Path) -> None:
     with ThreadPoolExecutor(max_workers=2) as pool:
         problems = [problem for problem in pool.map(run, _commands()) if problem]
     assert not problems
-    assert not list(tmp_path.iterdir())
 
 
 def _readme_commands() -> list[list[str]]:
@@ -361,15 +370,8 @@ def test_the_readme_names_files_and_options_that_exist() -> None:
             elif re.fullmatch(r"(tools|data_prep|launch)/\w+\.(py|sh)", word):
                 scripts.append(word)
         for script in scripts:
-            if script not in helps:
-                program = [sys.executable] if script.endswith(".py") else ["bash"]
-                helps[script] = subprocess.run(
-                    [*program, script, "--help"],
-                    cwd=ROOT,
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                ).stdout
+            program = [sys.executable] if script.endswith(".py") else ["bash"]
+            helps[script] = _help(*program, str(ROOT / script)).stdout
         text = " ".join(helps[script] for script in scripts)
         options = {word.split("=")[0] for word in words if word.startswith("--")}
         if scripts:

@@ -26,10 +26,10 @@ CASES = [
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("mixer", ["token", "parallel"])
 def test_layouts_equal_one_process(tmp_path: Path, mixer: str) -> None:
-    tiny.write_all(tmp_path)
+    tiny.write_all(tmp_path, tiny.DEEP)
     # A window longer than a shard of four: its halo comes from more than one rank.
-    student = tiny.TEACHER.with_every_head_mixed(HydraConfig(mixer=mixer, window=20))
-    weights = initialise_student(tiny.teacher_weights(), student)
+    student = tiny.DEEP.with_every_head_mixed(HydraConfig(mixer=mixer, window=20))
+    weights = initialise_student(tiny.teacher_weights(tiny.DEEP), student)
     save_canonical(tmp_path / "student", weights, student, force=True)
     outcomes = _run(tmp_path, [_case(verb, layout) for verb, layout in CASES])
     for verb, layout in CASES:

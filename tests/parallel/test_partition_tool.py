@@ -23,7 +23,7 @@ def tool():
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tiny")
-    tiny.write_all(folder)
+    tiny.write_all(folder, tiny.DEEP)
     return str(folder / "student")
 
 

@@ -8,29 +8,39 @@ import pytest
 import torch
 
 from tests.parallel.launch import torchrun
-from tests.parallel.properties import ISOLATED
+from tests.parallel.properties import CASES, FAST, FULL
+
+
+def _run(selection: str, timeout: float) -> list[dict]:
+    output = torchrun("tests.parallel.properties", 4, selection, timeout=timeout)
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 
 @pytest.fixture(scope="module")
 def results() -> list[dict]:
-    output = torchrun("tests.parallel.properties", 4, timeout=280)
-    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return _run("fast", 280)
 
 
-@pytest.mark.parallel
-def test_documents_are_isolated_bit_for_bit_in_every_layout(results):
+def _assert_isolated(results: list[dict], selection: str) -> None:
     isolated = [r for r in results if "layout" in r]
-    assert [(r["model"], r["layout"]) for r in isolated] == ISOLATED
+    assert [(r["model"], r["layout"]) for r in isolated] == CASES[selection]
     for result in isolated:
         assert result["first_changed"], result  # the change did reach its own document
         assert not result["second_changed"], result
         assert not result["gradient_leaked"], result
+        assert result["host_reads"] == 0, result  # layers never wait for the device
 
 
 @pytest.mark.parallel
-def test_layers_never_wait_for_the_device(results):
-    reads = {(r["model"], r["layout"]): r["host_reads"] for r in results if "layout" in r}
-    assert reads == dict.fromkeys(ISOLATED, 0)
+def test_documents_are_isolated_bit_for_bit_and_the_device_is_not_waited_for(results):
+    _assert_isolated(results, "fast")
+    assert {layout for _, layout in FAST} == {layout for _, layout in FULL}
+
+
+@pytest.mark.parallel
+@pytest.mark.slow
+def test_every_kind_of_model_in_every_layout():
+    _assert_isolated(_run("full", 1700), "full")
 
 
 def test_a_host_read_is_counted():

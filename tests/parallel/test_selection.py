@@ -21,19 +21,35 @@ ARGUMENTS = [
 ]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    tiny_model("qwen3").save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("qwen3").save_pretrained(folder)
+    return folder
 
 
-def test_three_ranks_write_the_map_of_one(folder: Path, tmp_path: Path) -> None:
-    outputs = [tmp_path / f"{n}.json" for n in (1, 3)]
-    for processes, output in zip((1, 3), outputs, strict=True):
-        paths = ["--hf-path", str(folder), "--output", str(output)]
-        torchrun("tools.select_heads", processes, *paths, *ARGUMENTS)
-    assert outputs[0].read_bytes() == outputs[1].read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.json", "3.json", "model"]
+def _select(folder: Path, output: Path, *before: str) -> int:
+    """The command in one process; ``before``: what the interpreter runs in the script's stead."""
+    tool = [sys.executable, *before, str(ROOT / "tools" / "select_heads.py")]
+    command = [*tool, "--hf-path", str(folder), "--output", str(output), *ARGUMENTS]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, check=False, env=environment).returncode
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The map of one process that nothing disturbed."""
+    output = tmp_path_factory.mktemp("whole") / "map.json"
+    assert _select(folder, output) == 0
+    return output.read_bytes()
+
+
+def test_three_ranks_write_the_map_of_one(folder: Path, whole: bytes, tmp_path: Path) -> None:
+    output = tmp_path / "3.json"
+    paths = ["--hf-path", str(folder), "--output", str(output)]
+    torchrun("tools.select_heads", 3, *paths, *ARGUMENTS)
+    assert output.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [output]
 
 
 # Killed by itself, right after its first total effects lie on disk: from outside the moment is missed
@@ -55,19 +71,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_a_run_that_was_killed_resumes_to_the_same_map(folder: Path, tmp_path: Path) -> None:
-    def run(output: Path, *before: str) -> int:
-        tool = [sys.executable, *before, str(ROOT / "tools" / "select_heads.py")]
-        command = [*tool, "--hf-path", str(folder), "--output", str(output), *ARGUMENTS]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, check=False, env=environment)
-        return done.returncode
-
-    whole, resumed = tmp_path / "whole.json", tmp_path / "resumed.json"
-    assert run(whole) == 0
-    assert run(resumed, "-c", _KILLED) == -signal.SIGKILL
+def test_a_run_that_was_killed_resumes_to_the_same_map(
+    folder: Path, whole: bytes, tmp_path: Path
+) -> None:
+    resumed = tmp_path / "resumed.json"
+    assert _select(folder, resumed, "-c", _KILLED) == -signal.SIGKILL
     assert len(list(tmp_path.glob("resumed.json.work/*/total-*"))) == 1
     assert not resumed.exists()
-    assert run(resumed) == 0
-    assert resumed.read_bytes() == whole.read_bytes()
-    assert not (tmp_path / "resumed.json.work").exists()
+    assert _select(folder, resumed) == 0
+    assert resumed.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [resumed]

@@ -30,7 +30,7 @@ def test_what_is_printed_is_the_config_with_comments(
     options = ["--config", str(path), "--dry-run", "--world-size", "4"]
     assert train.main(options) == 0
     printed = capsys.readouterr().out
-    assert "# pipeline rank 1, layers 2–3:" in printed
+    assert "# pipeline rank 1, layers 1–1:" in printed
     assert from_dict(RunConfig, yaml.safe_load(printed)) == config
     assert train.main([*options, f"student.checkpoint={tmp_path / 'none'}"]) == 0
     printed = capsys.readouterr().out

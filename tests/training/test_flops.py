@@ -55,7 +55,7 @@ def test_projections_of_the_dense_model_are_those_that_torch_counts(one_rank: No
 
 
 def test_a_hybrid_counts_each_head_by_its_branch() -> None:
-    model = tiny.student_config()
+    model = tiny.student_config(tiny.DEEP)
     dense = dataclasses.replace(model, full_attention_heads=(tuple(range(8)),) * 4)
     none = dataclasses.replace(model, full_attention_heads=((),) * 4)
     per_fa = full_attention_flops(TOKENS, model.head_dim)

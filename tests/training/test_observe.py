@@ -56,7 +56,7 @@ def test_an_entry_tells_everything(verb: str, inputs: Path, tmp_path: Path) -> N
 def _assert_gamma(line: dict, run: Path) -> None:
     """The log against the weights in the checkpoint."""
     weights = store.load_canonical(run / "checkpoints")
-    for layer, heads in enumerate(tiny.HEADS):
+    for layer, heads in enumerate(tiny.student_config().full_attention_heads):
         gamma = weights[f"decoder.layers.{layer}.self_attention.gamma"]
         chosen = gamma[list(heads)]
         rest = gamma[[head for head in range(len(gamma)) if head not in heads]]

@@ -25,13 +25,16 @@ OF_THE_CLOCK = ("tokens_per_s", "model_tflops", "mfu", "seconds", "memory_gb")
 """Metrics that differ from run to run."""
 
 TEACHER = ModelConfig(
-    family="qwen3", num_layers=4, hidden_size=32, ffn_hidden_size=48, vocab_size=VOCABULARY,
+    family="qwen3", num_layers=2, hidden_size=32, ffn_hidden_size=48, vocab_size=VOCABULARY,
     num_query_heads=8, num_kv_heads=4, head_dim=8, qk_norm=True, tie_embeddings=True,
     norm_eps=1e-4,  # at 1e-6, norms of outputs that vanish by chance magnify roundings
     rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     source={"name": "tiny", "revision": "", "fingerprint": "sha256:tiny"},
 )  # fmt: skip
+DEEP = dataclasses.replace(TEACHER, num_layers=4)
+"""Enough layers for four stages of a pipeline; its saves take twice as long."""
 HEADS = ((1, 6), (), (0, 1, 5), (2,))
+"""Full-attention heads of the first layers."""
 
 
 def teacher_weights(model: ModelConfig = TEACHER, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -49,7 +52,9 @@ def teacher_weights(model: ModelConfig = TEACHER, seed: int = 0) -> dict[str, to
 def student_config(model: ModelConfig = TEACHER, **switches) -> ModelConfig:
     """The hybrid of a tiny teacher."""
 
-    return dataclasses.replace(model, hydra=HydraConfig(**switches), full_attention_heads=HEADS)
+    return dataclasses.replace(
+        model, hydra=HydraConfig(**switches), full_attention_heads=HEADS[: model.num_layers]
+    )
 
 
 def write_text(folder: Path, documents: int = 60) -> str:
@@ -66,14 +71,12 @@ def write_text(folder: Path, documents: int = 60) -> str:
     return str(prefix)
 
 
-def write_all(folder: Path) -> None:
+def write_all(folder: Path, teacher: ModelConfig = TEACHER) -> None:
     """``teacher/``, ``student/`` and ``text.bin/.idx`` in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = teacher_weights()
-    save_canonical(folder / "teacher", weights, TEACHER)
-    save_canonical(
-        folder / "student", initialise_student(weights, student_config()), student_config()
-    )
+    weights, student = teacher_weights(teacher), student_config(teacher)
+    save_canonical(folder / "teacher", weights, teacher)
+    save_canonical(folder / "student", initialise_student(weights, student), student)
     write_text(folder)
 
 
