@@ -1,28 +1,21 @@
-"""A launcher that starts ranks by fork from a process that has imported everything: a second an
-attempt instead of ten, which is what lets a machine with two cores try sixty kills.
+"""A launcher for many attempts: it has imported everything, and forks the ranks of each (tests/forking.py),
+which is what lets a machine with two cores try sixty kills. Some attempts of every test go through
+torchrun instead.
 
     python -m tests.faults.forks < requests
-
-The ranks are processes as any others, joined by gloo over a TCP store; what is missing is torchrun, and
-some attempts of every test go through that instead. As torchrun does, the launcher ends the ranks that
-are left when one has failed: SIGTERM, and SIGKILL 30 seconds later.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import traceback
 from pathlib import Path
 
+from tests.forking import run_ranks
+
 ROOT = Path(__file__).resolve().parents[2]
-GRACE_SECONDS = 30
 
 
 class Forker:
@@ -50,71 +43,27 @@ class Forker:
         self._process.wait(30)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _rank(rank: int, world: int, port: int, request: dict) -> None:
-    """Never returns."""
+def _worker(request: dict) -> int:
     from tests.faults import worker
 
     os.environ.update(request["environment"])
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
     sys.argv = ["worker", *request["arguments"]]
-    status = 1
-    try:
-        status = worker.main()
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    return worker.main()
 
 
-def _launch(request: dict, world: int = 2) -> None:
+def _launch(request: dict) -> None:
     """The launcher of one attempt, in a session of its own. Never returns."""
     os.setsid()
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    port = _free_port()
-    ranks = set()
-    for rank in range(world):
-        pid = os.fork()
-        if pid == 0:
-            _rank(rank, world, port, request)
-        ranks.add(pid)
-    first, killed_at = 0, float("inf")
-    while ranks:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            ranks.discard(pid)
-            code = os.waitstatus_to_exitcode(status)
-            if code and not first:
-                first = code if code > 0 else 128 - code
-                killed_at = time.monotonic() + GRACE_SECONDS
-                for left in ranks:
-                    os.kill(left, signal.SIGTERM)
-            continue
-        if time.monotonic() > killed_at:
-            for left in ranks:
-                os.kill(left, signal.SIGKILL)
-        time.sleep(0.02)
-    os._exit(first)
+    os._exit(run_ranks(2, lambda: _worker(request)))
 
 
 def main() -> None:
     """Import, then fork for every line of standard input."""
     import tests.faults.worker  # noqa: F401
 
-    gc.freeze()  # else every collection in a child copies all of these modules' pages
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

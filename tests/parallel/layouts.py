@@ -1,6 +1,6 @@
 """Worker: every layout's loss and gradients against one rank, whole models, in four processes.
 
-Run by test_layouts.py under torchrun; prints one JSON line of relative errors per case on rank 0. On a
+Run by test_layouts.py; prints one JSON line of relative errors per case on rank 0. On a
 machine with four GPUs it runs there, on NCCL; with ``--bf16`` in front in bf16 and eight times as large, so
 that the kernels of GPUs (FLA, cuDNN) take part:
 

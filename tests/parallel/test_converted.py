@@ -12,7 +12,7 @@ from megatron_hydra.checkpoint import parity
 from megatron_hydra.checkpoint.convert import StudentOptions, hf_to_megatron, megatron_to_hf
 from tests.checkpoint.models import make_head_map, make_hf
 from tests.parallel.converted import LAYOUTS
-from tests.parallel.launch import torchrun
+from tests.parallel.launch import forked
 
 
 @pytest.mark.parallel
@@ -30,7 +30,7 @@ def test_converted_checkpoints_agree_with_transformers_under_tensor_parallelism(
         for kind, folder in folders.items():
             logits = parity.hf_logits(folder, tokens)
             save_file({"tokens": tokens, "logits": logits}, cases / f"{variant}-{kind}.safetensors")
-    output = torchrun("tests.parallel.converted", 2, str(cases), timeout=200)
+    output = forked("tests.parallel.converted", 2, str(cases), timeout=200)
     results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert len(results) == 4 * len(LAYOUTS)
     wrong = [result for result in results if not result["error"] < 1e-4]

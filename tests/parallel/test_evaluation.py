@@ -13,7 +13,7 @@ from megatron_hydra.checkpoint.convert import megatron_to_hf
 from megatron_hydra.checkpoint.store import save_canonical
 from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM
 from tests.parallel.evaluation_task import VOCABULARY
-from tests.parallel.launch import ROOT, torchrun
+from tests.parallel.launch import ROOT, forked
 from tests.parallel.layouts import MODELS, canonical_weights
 
 LAYOUTS = {
@@ -98,7 +98,7 @@ def run_layout(case, layout: tuple, output: Path) -> dict[str, list]:
     checkpoint, arguments, _ = case
     processes, *overrides = layout
     line = ["--checkpoint", str(checkpoint), *arguments, "--output", str(output), *overrides]
-    printed = torchrun("tools.evaluate", processes, *line)
+    printed = forked("tools.evaluate", processes, *line)
     assert printed.count("results: ") == 1  # rank 0 alone speaks and writes
     return predictions(output)
 

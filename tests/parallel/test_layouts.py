@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from tests.parallel.launch import torchrun
+from tests.parallel.launch import forked
 from tests.parallel.layouts import FAST, FULL
 
 
 def _check(selection: str, expected: int, timeout: float) -> None:
-    output = torchrun("tests.parallel.layouts", 4, selection, timeout=timeout)
+    output = forked("tests.parallel.layouts", 4, selection, timeout=timeout)
     results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert len(results) == expected
     wrong = [r for r in results if not (r["loss_error"] < 1e-5 and r["gradient_error"] < 1e-4)]

@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
-from tests.parallel.launch import torchrun
+from tests.parallel.launch import forked
 from tests.parallel.properties import CASES, FAST, FULL
 
 
 def _run(selection: str, timeout: float) -> list[dict]:
-    output = torchrun("tests.parallel.properties", 4, selection, timeout=timeout)
+    output = forked("tests.parallel.properties", 4, selection, timeout=timeout)
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 

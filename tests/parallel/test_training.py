@@ -19,7 +19,7 @@ from megatron_hydra.config import apply_overrides
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.training.loop import run_training
 from megatron_hydra.transfer.student import initialise_student
-from tests.parallel.launch import ROOT, torchrun
+from tests.parallel.launch import ROOT, forked, torchrun
 from tests.training import tiny
 from tests.training.test_loop import _everything
 
@@ -110,7 +110,7 @@ def _run(folder: Path, cases: list[dict], processes: int = 4) -> dict[str, list]
     """Outcomes of all ranks by output; of the last case, where several write one output."""
     listing = folder / "cases.json"
     listing.write_text(json.dumps(cases))
-    text = torchrun(
+    text = forked(
         "tests.parallel.training_runs", processes, str(folder), str(listing), timeout=1700
     )
     lines = [json.loads(line) for line in text.splitlines() if line.startswith('{"output"')]
