@@ -90,6 +90,7 @@ def _counted(counter: Counter[str]) -> str:
     return ", ".join(f"{count}× {name}" for name, count in counter.items())
 
 
+@pytest.mark.slow
 def test_a_kill_while_saving_in_the_background(
     inputs: Path, undisturbed: Callable[[int], Run], forker: Forker, tmp_path: Path
 ) -> None:
