@@ -371,7 +371,9 @@ def test_the_readme_names_files_and_options_that_exist() -> None:
                 scripts.append(word)
         for script in scripts:
             program = [sys.executable] if script.endswith(".py") else ["bash"]
-            helps[script] = _help(*program, str(ROOT / script)).stdout
+            done = _help(*program, str(ROOT / script))
+            done.check_returncode()
+            helps[script] = done.stdout
         text = " ".join(helps[script] for script in scripts)
         options = {word.split("=")[0] for word in words if word.startswith("--")}
         if scripts:

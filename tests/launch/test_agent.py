@@ -64,16 +64,12 @@ def test_a_signal_before_anything_runs_asks_for_a_requeue(tmp_path: Path) -> Non
     errors = tmp_path / "torch" / "distributed" / "elastic" / "multiprocessing" / "errors.py"
     errors.parent.mkdir(parents=True)
     errors.write_text("class ChildFailedError(Exception): pass\n")
-    # Torch takes a second to import; the signal comes within it.
-    signalled = "import os, signal\nos.kill(os.getpid(), signal.SIGUSR1)\n"
-    (tmp_path / "torch" / "__init__.py").write_text(signalled)
     (tmp_path / "torch" / "distributed" / "run.py").write_text("def main(_): raise SystemExit(3)\n")
-    done = subprocess.run(
-        [sys.executable, str(AGENT)], env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=False
-    )
-    assert done.returncode == 85
-    (tmp_path / "torch" / "__init__.py").write_text("")
-    done = subprocess.run(
-        [sys.executable, str(AGENT)], env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=False
-    )
-    assert done.returncode == 3  # without a signal it runs
+
+    def status(while_torch_is_imported: str) -> int:
+        (tmp_path / "torch" / "__init__.py").write_text(while_torch_is_imported)
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        return subprocess.run([sys.executable, str(AGENT)], env=environment, check=False).returncode
+
+    assert status("import os, signal\nos.kill(os.getpid(), signal.SIGUSR1)\n") == 85
+    assert status("") == 3  # without a signal it runs

@@ -22,15 +22,16 @@ def _lines(config: RunConfig, world_size: int) -> list[str]:
 
 
 def test_what_is_printed_is_the_config_with_comments(
-    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny.run_config(inputs, "distill", "unused", parallel={"tensor": 2, "pipeline": 2})
+    tiny.write_all(tmp_path, tiny.DEEP)
+    config = tiny.run_config(tmp_path, "distill", "unused", parallel={"tensor": 2, "pipeline": 2})
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     options = ["--config", str(path), "--dry-run", "--world-size", "4"]
     assert train.main(options) == 0
     printed = capsys.readouterr().out
-    assert "# pipeline rank 1, layers 1–1:" in printed
+    assert "# pipeline rank 1, layers 2–3:" in printed
     assert from_dict(RunConfig, yaml.safe_load(printed)) == config
     assert train.main([*options, f"student.checkpoint={tmp_path / 'none'}"]) == 0
     printed = capsys.readouterr().out
