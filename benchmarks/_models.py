@@ -36,6 +36,28 @@ QWEN3_1_7B = ModelConfig(
 )
 """Qwen3-1.7B's shape."""
 
+SMOLLM2_135M = ModelConfig(
+    family="llama",
+    num_layers=30,
+    hidden_size=576,
+    ffn_hidden_size=1536,
+    vocab_size=49152,
+    num_query_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+    max_position_embeddings=8192,
+    tie_embeddings=True,
+    qk_norm=False,
+)
+"""SmolLM2-135M's shape."""
+
+TINY = dataclasses.replace(
+    QWEN3_1_7B, num_layers=2, hidden_size=64, ffn_hidden_size=128, vocab_size=512,
+    num_query_heads=8, num_kv_heads=4, head_dim=16,
+)  # fmt: skip
+"""For trying a script out on a CPU (``--tiny``)."""
+
 
 def hybrid(model: ModelConfig, fa_per_layer: int = 2) -> ModelConfig:
     """HydraHead of a dense shape, the same number of FA heads in every layer, of different groups."""
@@ -44,6 +66,21 @@ def hybrid(model: ModelConfig, fa_per_layer: int = 2) -> ModelConfig:
     return dataclasses.replace(
         model, hydra=HydraConfig(), full_attention_heads=(heads,) * model.num_layers
     )
+
+
+def hybrid_at_ratio(model: ModelConfig, ratio: int = 7) -> ModelConfig:
+    """HydraHead of a dense shape at ``ratio``:1, at least one FA head in every layer.
+
+    What is left over after one a layer goes to the first layers; the heads differ from layer to layer.
+    """
+    num_heads, num_layers = model.num_query_heads, model.num_layers
+    budget = max(num_layers, num_heads * num_layers // (ratio + 1))
+    per_layer = [budget // num_layers + (i < budget % num_layers) for i in range(num_layers)]
+    heads = tuple(
+        tuple(sorted((layer + 2 * i) % num_heads for i in range(count)))
+        for layer, count in enumerate(per_layer)
+    )
+    return dataclasses.replace(model, hydra=HydraConfig(), full_attention_heads=heads)
 
 
 def smaller(model: ModelConfig, layers: int) -> ModelConfig:

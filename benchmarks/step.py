@@ -32,11 +32,6 @@ from megatron_hydra.training.step import Trainee, train_step
 from megatron_hydra.transfer.verbs import VERBS
 
 EXAMPLE = "python -m benchmarks.step --sizes 8K,32K,128K --recompute none,mlp,full"
-TINY = dataclasses.replace(
-    models.QWEN3_1_7B, num_layers=2, hidden_size=64, ffn_hidden_size=128, vocab_size=512,
-    num_query_heads=8, num_kv_heads=4, head_dim=16,
-)  # fmt: skip
-"""For trying the script out on a CPU (``--tiny``)."""
 
 
 def random_batch(tokens: int, vocabulary: int, seed: int) -> PackedBatch:
@@ -122,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.set_defaults(repeats=3, warmup=1)
     args = parser.parse_args(arguments)
     device = harness.chosen_device(args)
-    shape = TINY if args.tiny else models.QWEN3_1_7B
+    shape = models.TINY if args.tiny else models.QWEN3_1_7B
     if args.layers:
         shape = models.smaller(shape, args.layers)
     shapes = {"dense": shape, "hydra": models.hybrid(shape, max(1, shape.num_query_heads // 8))}
