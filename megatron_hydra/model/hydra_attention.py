@@ -349,9 +349,8 @@ class HydraAttention(MegatronModule):
         fa = self.fa if self.heads.num_fa_here else None
         gdn = self.gdn if self.heads.gdn else None
 
-        def full_attention() -> torch.Tensor:
-            own = {key: part for key, part in parts.items() if key.startswith("fa.")}
-            output: torch.Tensor = self._computed("fa", self._full_attention, own, packed)
+        def full_attention(*qkv: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self._computed("fa", self._full_attention, *qkv, packed)
             return output
 
         def gated_delta_net() -> torch.Tensor:
@@ -360,14 +359,12 @@ class HydraAttention(MegatronModule):
             output: torch.Tensor = self._computed("gdn", gdn, *arguments, packed)
             return output
 
-        if fa is None or gdn is None:
-            return (
-                None if fa is None else full_attention(),
-                None if gdn is None else gated_delta_net(),
-            )
-        if not self._branches_apart():
-            return full_attention(), gated_delta_net()
-        return side_by_side(full_attention, gated_delta_net, parts["fa.q"].device)
+        if fa is None:
+            return None, None if gdn is None else gated_delta_net()
+        qkv = (parts["fa.q"], parts["fa.k"], parts["fa.v"])
+        if gdn is None or not self._branches_apart():
+            return full_attention(*qkv), None if gdn is None else gated_delta_net()
+        return side_by_side(full_attention, qkv, gated_delta_net)
 
     def _branches_apart(self) -> bool:
         """Whether the branches share nothing while they run.
@@ -383,8 +380,9 @@ class HydraAttention(MegatronModule):
         """The ranks that share the sequence in the FA branch; those of GDN are among them."""
         return self.tp_cp_group if self.heads.replicated_fa else self.cp_group
 
-    def _full_attention(self, parts: Parts, packed: PackedSequence) -> torch.Tensor:
-        q, k, v = (parts[f"fa.{name}"] for name in "qkv")
+    def _full_attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSequence
+    ) -> torch.Tensor:
         positions = packed.positions_local
         if self.heads.replicated_fa:
             length = q.shape[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -22,7 +24,8 @@ class SlowSquare(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         (x,) = ctx.saved_tensors
-        torch.cuda._sleep(SLEEP_CYCLES)
+        if x.is_cuda:
+            torch.cuda._sleep(SLEEP_CYCLES)
         return gradient * 2 * x
 
 
@@ -44,33 +47,83 @@ def two_branches(x: torch.Tensor, side_by_side) -> torch.Tensor:
     """The side branch reads two tensors of the main stream. Its backward is done with the second one at
     once, so that work of the main stream follows while it still reads the first.
     """
-    slow, quick = x * 1.5, Overwriting.apply(x)
+    reads = x * 1.5, Overwriting.apply(x)
 
-    def aside() -> torch.Tensor:
+    def aside(slow: torch.Tensor, quick: torch.Tensor) -> torch.Tensor:
         squared = SlowSquare.apply(slow)  # first here, so last in the backward
         return squared + quick.exp()
 
-    first, second = side_by_side(aside, x.sin, x.device)
+    first, second = side_by_side(aside, reads, x.sin)
     return (first + second).sum()  # nothing but the graph holds the rest from here on
+
+
+def one_after_the_other(aside, reads, here):
+    return aside(*reads), here()
 
 
 def gradient_of_two_branches(x: torch.Tensor, side_by_side) -> torch.Tensor:
     """The gradient by ``x``, once all streams are done."""
     two_branches(x, side_by_side).backward()
-    torch.cuda.synchronize()
+    if x.is_cuda:
+        torch.cuda.synchronize()
     assert x.grad is not None
     return x.grad
 
 
-@pytest.mark.gpu
-def test_what_the_side_branch_reads_is_not_overwritten_in_the_backward():
-    def one_after_the_other(aside, here, _device):
-        return aside(), here()
-
-    generator = torch.Generator("cuda").manual_seed(0)
-    x = torch.randn(1 << 22, generator=generator, device="cuda")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_the_side_branch_reads_is_not_overwritten_in_the_backward(device):
+    generator = torch.Generator(device).manual_seed(0)
+    size = 1 << 22 if device == "cuda" else 16
+    x = torch.randn(size, generator=generator, device=device)
     expected, found = (
         gradient_of_two_branches(x.clone().requires_grad_(), how)
         for how in (one_after_the_other, streams.side_by_side)
     )
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.gpu
+def test_the_race_that_holding_prevents_is_real(monkeypatch):
+    monkeypatch.setattr(streams, "held", lambda tensors: tensors)
+    x = torch.randn(1 << 22, device="cuda", requires_grad=True)
+    assert gradient_of_two_branches(x, streams.side_by_side).isnan().any()
+
+
+def test_held_memory_is_freed_once_all_gradients_have_come_back():
+    events = []
+
+    class Made(torch.autograd.Function):
+        """A tensor whose memory says when it is freed."""
+
+        @staticmethod
+        def forward(ctx, x):
+            memory = x.numpy() * 1.5
+            weakref.finalize(memory, events.append, "freed")
+            return torch.from_numpy(memory)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * 1.5
+
+    def loss(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        slow, quick = streams.held((Made.apply(x), other * 2))
+        slow.register_hook(lambda _: events.append("gradient of the first"))
+        quick.register_hook(lambda _: events.append("gradient of the second"))
+        return (SlowSquare.apply(slow) + quick.exp()).sum()
+
+    x, other = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    total = loss(x, other)
+    assert not events
+    total.backward()
+    assert sorted(events[:2]) == ["gradient of the first", "gradient of the second"]
+    assert events[2:] == ["freed"]
+    torch.testing.assert_close(x.grad, 2 * 1.5**2 * x.detach())
+    torch.testing.assert_close(other.grad, 2 * (2 * other.detach()).exp())
+
+
+def test_held_passes_on_what_has_no_gradient():
+    x, constant = torch.randn(3, requires_grad=True), torch.ones(3)
+    held_x, held_constant = streams.held((x, constant))
+    (held_x * held_constant).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(3))
+    assert constant.grad is None
