@@ -268,7 +268,8 @@ class FaultsConfig:
 class RunConfig:
     """One run of one verb.
 
-    ``deterministic`` asks torch for deterministic kernels (slower on GPUs; the CPU has no others).
+    ``deterministic``: equal runs give equal bits on GPUs, too (slower there: attention without atomics,
+    kernels that are not tuned); the CPU has no other kernels.
     """
 
     verb: Verb = "pretrain"

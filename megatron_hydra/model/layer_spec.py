@@ -87,6 +87,8 @@ def transformer_config(model: ModelConfig, run: RunConfig) -> TransformerConfig:
         # Megatron's overlapped interleaved schedule does not allow batched sends.
         overlap_p2p_comm=pipelined and parallel.virtual_pipeline > 1,
         batch_p2p_comm=not (pipelined and parallel.virtual_pipeline > 1),
+        # A lookup whose backward adds rows in a fixed order.
+        deterministic_mode=run.deterministic,
         params_dtype=dtype,
         bf16=run.precision == "bf16",
         calculate_per_token_loss=True,

@@ -27,6 +27,7 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 
+from megatron_hydra.ops.determinism import is_deterministic
 from megatron_hydra.ops.device_cache import int_tensor
 
 MIN_CHUNK, MAX_CHUNK = 16, 64
@@ -250,8 +251,8 @@ def _chunk_maps(
 ) -> _ChunkMaps:
     """The affine map of every chunk; inputs ``[N, H, C, ·]``."""
     d, size = q.shape[-1], q.shape[-2]
-    g = log_alpha.cumsum(-2)
     causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+    g = _running_sum(log_alpha, causal)
     # Masked before exp: above the diagonal g_i − g_j is positive and may overflow.
     decay = (g - g.transpose(-1, -2)).masked_fill(~causal, float("-inf")).exp()
     grown = g.exp()
@@ -274,6 +275,13 @@ def _chunk_maps(
         read=scaled * grown - read_out[..., :d],
         own_output=read_out[..., d:],
     )
+
+
+def _running_sum(x: torch.Tensor, causal: torch.Tensor) -> torch.Tensor:
+    """Sums of ``x [N, H, C, 1]`` up to every token of a chunk, in a fixed order if that is asked for."""
+    if x.is_cuda and is_deterministic():  # torch has no such cumsum there
+        return causal.to(x.dtype) @ x
+    return x.cumsum(-2)
 
 
 def _step_groups(layout: ChunkLayout, elements: int) -> list[tuple[int, ...]]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_hydra.ops.determinism import is_deterministic
 from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.ops.varlen_attention import varlen_attention
 
@@ -24,6 +25,9 @@ Attention = Callable[..., torch.Tensor]
 
 DENSE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 """In order of preference: cuDNN's kernel uses Hopper's own instructions, torch's flash does not."""
+
+DETERMINISTIC_KERNELS = [SDPBackend.FLASH_ATTENTION]
+"""Those whose backward has a variant without atomics, which torch takes if it is asked for."""
 
 
 def _lengths(cu: Boundaries) -> list[int]:
@@ -41,18 +45,20 @@ def sdpa_attention(
     v: torch.Tensor,
     cu_q: Boundaries,
     cu_k: Boundaries,
-    kernels: Sequence[SDPBackend] = DENSE_KERNELS,
+    kernels: Sequence[SDPBackend] | None = None,
 ) -> torch.Tensor:
     """Torch's SDPA (cuDNN, else flash) on documents of equal length; see ``varlen_attention``.
 
     Args:
-        kernels: what SDPA may choose from, the preferred one first.
+        kernels: what SDPA may choose from, the preferred one first; all that are known when absent.
 
     Raises:
         ValueError: documents of different lengths, or queries that are a document's tail.
     """
     if not is_uniform(cu_q, cu_k):
         raise ValueError("sdpa_attention takes documents of one length, every query with its key")
+    if kernels is None:
+        kernels = DETERMINISTIC_KERNELS if is_deterministic() else DENSE_KERNELS
     batch = len(cu_q) - 1
     q4, k4, v4 = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(list(kernels), set_priority=True):
@@ -121,6 +127,7 @@ def flash_attn_varlen() -> Attention:
             v,
             *boundaries,
             causal=True,
+            deterministic=is_deterministic(),
             window_size=(_left(window), -1 if window is None else 0),
         )
         return out[0] if isinstance(out, tuple) else out

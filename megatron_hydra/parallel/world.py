@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_hydra.config.run import RunConfig
+from megatron_hydra.ops.determinism import make_deterministic
 from megatron_hydra.parallel import platform
 from megatron_hydra.watchdog import PATIENCE, collective_timeout
 
@@ -62,8 +63,13 @@ def start_world(config: RunConfig) -> World:
     """Join the process group, build Megatron's groups and seed every generator.
 
     Works under torchrun and, with one process, under plain ``python -m``.
+
+    Raises:
+        HydraError: ``deterministic`` cannot be had here.
     """
     platform.install()
+    if config.deterministic:
+        make_deterministic()  # before NCCL reads its environment
     timeout = collective_timeout(config.faults.timeout_seconds)
     platform.bind_process_to_device(int(os.environ.get("LOCAL_RANK", "0")))
     global _owned_process_group
@@ -107,9 +113,6 @@ def _seed(config: RunConfig) -> None:
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
 
 
 def stop_world() -> None:
