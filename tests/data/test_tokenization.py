@@ -412,7 +412,7 @@ def _kill_during(settings: TokenizeConfig, seconds: float) -> bool:
     running = process.is_alive()
     process.kill()  # unlike os.kill, nothing where is_alive() has just reaped it
     process.join()
-    _, alive = psutil.wait_procs(with_children, timeout=20)
+    _, alive = psutil.wait_procs(with_children, timeout=240)
     assert not alive, "workers outlived the killed main process"
     return running
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -89,10 +90,12 @@ def test_a_stopped_run_goes_on(tmp_path, number):
         os.kill(worker, signal.SIGKILL)  # the whole machine went down
     else:
         process.terminate()
-        time.sleep(1)
-        os.kill(worker, signal.SIGTERM)  # the step does not poll: a second signal ends it
-        time.sleep(3.5)
-        os.kill(worker, signal.SIGTERM)
+        while process.poll() is None and time.time() < deadline + 400:
+            # The step does not poll: a second signal, 3 s after it has noticed the first, ends it.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=3.5)
     assert process.wait(timeout=200) == (85 if number == signal.SIGTERM else -9)
     (tmp_path / "pid").unlink()
     (tmp_path / "go").touch()

@@ -55,7 +55,7 @@ def test_one_claim_at_a_time(tmp_path):
         time.sleep(1.2)
         assert not order
         store.finish(one, 1.0)
-    thread.join(timeout=10)
+    thread.join(timeout=240)
     assert order == [("other", False)]
     here = f"process {os.getpid()} on {socket.gethostname()}"
     assert said == [f"waiting for one: {here} is computing it"]

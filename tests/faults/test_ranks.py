@@ -31,7 +31,7 @@ def _events(run: Run, name: str) -> list[dict]:
 def test_a_hung_rank_ends_the_job(inputs: Path, tmp_path: Path, forker: Forker, table) -> None:
     run = start_run(inputs, tmp_path, 40, faults=QUICK, checkpoint={"interval": 2})
     ended = run.attempt(Fault("hang", 4, 1), forker=forker)
-    _assert_gone_with_stacks(ended, 60)
+    _assert_gone_with_stacks(ended)
     assert "_hang" in ended.output  # where rank 1 hung
     assert "train_step" in ended.output
     store.verify_checkpoint(store.resolve_checkpoint(run.checkpoints))
@@ -50,7 +50,7 @@ def test_a_dead_rank_ends_the_job(everyone: bool, inputs: Path, tmp_path: Path, 
     assert ended.fault_happened
     assert ended.status == 137  # 128 + SIGKILL, of the rank that died first
     assert ended.left_over == []
-    assert ended.seconds_after_fault < 60
+    assert "Timeout (" not in ended.output  # nobody had to wait for the watchdog
     who = "both ranks die" if everyone else "a rank dies"
     table(who, 1, 1, f"all processes gone {ended.seconds_after_fault:.0f} s later, status 137")
 
@@ -59,19 +59,19 @@ def test_a_dead_rank_ends_the_job(everyone: bool, inputs: Path, tmp_path: Path, 
 def test_a_rank_that_hangs_under_torchrun(inputs: Path, tmp_path: Path, table) -> None:
     run = start_run(inputs, tmp_path, 40, faults=QUICK)
     ended = run.attempt(Fault("hang", 4, 0))
-    _assert_gone_with_stacks(ended, 60)
+    _assert_gone_with_stacks(ended)
     table(
         f"a rank hangs under launch/agent.py (faults.timeout_seconds={TIMEOUT})", 1, 1,
         f"all processes gone {ended.seconds_after_fault:.0f} s later, non-zero exit, stacks",
     )  # fmt: skip
 
 
-def _assert_gone_with_stacks(ended, seconds: float) -> None:
+def _assert_gone_with_stacks(ended) -> None:
+    """By the watchdog: a hung rank would sleep for longer than an attempt may take."""
     assert ended.fault_happened, ended.output[-3000:]
     assert ended.status not in (0, 85)
     assert ended.left_over == []
-    assert ended.seconds_after_fault < seconds
-    assert "Timeout (" in ended.output
+    assert f"Timeout (0:00:{TIMEOUT:02d})" in ended.output
     assert "Thread 0x" in ended.output
 
 
@@ -213,7 +213,7 @@ def test_a_second_signal_leaves_at_once(
     assert ended.status == 138  # 128 + SIGUSR1
     assert "second signal (SIGUSR1): leaving at once" in ended.output
     assert ended.left_over == []
-    assert ended.seconds_after_fault < 40
+    assert "Timeout (" not in ended.output
     store.verify_checkpoint(store.resolve_checkpoint(run.checkpoints))
     table(
         "a second signal, seconds later, to a rank that cannot get to the boundary", 1, 1,

@@ -152,7 +152,7 @@ def start_payload(*steps: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 90) -> None:
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None, process.communicate()[0]
@@ -165,12 +165,12 @@ def test_local_stop_and_resume_equals_an_undisturbed_run(folder: Path) -> None:
     process = start_payload(*step)
     wait_for(folder / "align" / "started.json", process)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=240)[0]
     assert process.returncode == 85, output
     assert "the same command goes on from there" in output
     assert not (folder / "align" / "final.json").exists()
     resumed = start_payload(*step)
-    assert resumed.wait(120) == 0, resumed.communicate()[0]
+    assert resumed.wait(240) == 0, resumed.communicate()[0]
     final = json.loads((folder / "align" / "final.json").read_text())
     assert final == {"step": 80, "value": expected_value(80, 2), "starts": 2}
 

@@ -206,7 +206,7 @@ class Ranks:
 
     def __init__(self, size):
         self.size = size
-        self.met = threading.Barrier(size, timeout=60)
+        self.met = threading.Barrier(size, timeout=240)
         self.turn = threading.Lock()
         self.given = [None] * size
 

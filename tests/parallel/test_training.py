@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -350,14 +349,12 @@ def test_a_hung_rank_ends_the_job_with_stacks(folder: Path) -> None:
         "-m", "tests.parallel.training_runs", str(folder), str(listing),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    start = time.monotonic()
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
-    assert time.monotonic() - start < 120
     assert "train_step" in done.stderr
-    assert "Timeout" in done.stderr
+    assert "Timeout (0:00:06)" in done.stderr  # the watchdog, before the hang ends by itself
 
 
 def test_layout_that_cannot_work_is_refused_before_anything_starts(folder: Path) -> None:

@@ -71,7 +71,7 @@ def test_a_save_in_the_background_holds_the_weights_of_its_step(
     write, step, steps = checkpoint_write.CheckpointWrite.write, loop.train_step, [0]
 
     def held_up(self) -> None:
-        assert later.wait(60)
+        assert later.wait(240)
         write(self)
 
     def counted(*args):
