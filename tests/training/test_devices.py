@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_hydra.config import apply_overrides
 from megatron_hydra.training.loop import run_training
 from tests.training import tiny
-from tests.training.pretended_gpu import GPU, is_on_gpu, pretended_gpu
+from tests.training.pretended_gpu import pretended_gpu
 
 
 def _run(inputs: Path, output: Path, verb: str, *overrides: str) -> None:
