@@ -258,14 +258,14 @@ def megatron_to_hf(
     folder = store.resolve_checkpoint(checkpoint)
     store.verify_checkpoint(folder)
     model = store.read_model_config(folder)
+    stored = store.lazy_canonical(folder)
     dtypes = {
-        key: dtype if dtype is not None and not is_fp32(key) else own
-        for key, (_, own) in store.stored_tensors(folder).items()
+        key: dtype if dtype is not None and not is_fp32(key) else stored.describe(key).dtype
+        for key in stored
     }
 
     def load(keys: list[str]) -> Mapping[str, torch.Tensor]:
-        loaded = store.load_canonical(folder, keys, verify=False)
-        return {key: loaded.pop(key).to(dtypes[key]) for key in keys}
+        return {key: stored[key].to(dtypes[key]) for key in keys}
 
     shards = plan_shards(model, dtypes.__getitem__, max_shard_bytes)
     with atomic_folder(output, force=force) as temporary:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 MANIFEST_FORMAT, MANIFEST_VERSION = "megatron-hydra-manifest", 2
 MANIFEST_FILE = "manifest.json"
 WEIGHTS = "weights"
+INDEX_FILE, COMMON_FILE = ".metadata", "common.pt"
+"""Below ``weights/``."""
 
 _NO_DIGEST = "0" * 64
 _DIGEST = re.compile(r'"digest": "([0-9a-f]{64})"')
@@ -261,7 +263,7 @@ def read_index(weights: str | os.PathLike[str]) -> Metadata:
         HydraError: the file is missing, broken, refers to anything else, lists anything but
             tensors, or names a file outside the folder.
     """
-    path = Path(weights) / ".metadata"
+    path = Path(weights) / INDEX_FILE
     try:
         with open(path, "rb") as file:
             index = _IndexUnpickler(file, path).load()
@@ -322,7 +324,7 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
     body = verify_manifest(folder)
     weights = Path(folder) / WEIGHTS
     read_index(weights)
-    _check_pickle(weights / "common.pt")
+    _check_pickle(weights / COMMON_FILE)
     return body
 
 

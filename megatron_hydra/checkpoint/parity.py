@@ -72,13 +72,12 @@ def _compare(
     source: str,
     dtype: torch.dtype | None = None,
 ) -> int:
-    with store.single_process_group():
-        for key, wanted in expected.items():
-            if dtype is not None and not is_fp32(key):
-                wanted = wanted.to(dtype)
-            found = written[key]
-            if found.dtype != wanted.dtype or not _same_bits(found, wanted):
-                raise HydraError(f"{source}: {key!r} is not what it was made from")
+    for key, wanted in expected.items():
+        if dtype is not None and not is_fp32(key):
+            wanted = wanted.to(dtype)
+        found = written[key]
+        if found.dtype != wanted.dtype or not _same_bits(found, wanted):
+            raise HydraError(f"{source}: {key!r} is not what it was made from")
     return len(written)
 
 
@@ -124,13 +123,15 @@ def megatron_logits(checkpoint: str | os.PathLike[str], tokens: torch.Tensor) ->
 
 
 def _load_weights(model: Any, folder: os.PathLike[str]) -> None:
-    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core import parallel_state
+
+    from megatron_hydra.checkpoint.sharded import load_sharded
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     state = model.sharded_state_dict(metadata={"dp_cp_group": group})
     # Stock linears declare an (empty) extra state, which no layout-free checkpoint holds.
     state = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
-    loaded = dist_checkpointing.load(state, str(store.resolve_checkpoint(folder) / store.WEIGHTS))
+    loaded = load_sharded(state, store.resolve_checkpoint(folder) / store.WEIGHTS)
     model.load_state_dict(loaded, strict=False)
 
 

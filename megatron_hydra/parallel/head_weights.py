@@ -68,6 +68,30 @@ def split_segments(
     return {segment.key: piece for segment, piece in zip(segments, pieces, strict=True)}
 
 
+def runs_of(slots: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of neighbouring slots, in order: (first slot, how many)."""
+    runs: list[tuple[int, int]] = []
+    for slot in slots:
+        if runs and slot == sum(runs[-1]):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((slot, 1))
+    return runs
+
+
+def _by_entry(rows: torch.Tensor, segment: Segment, axis: int) -> torch.Tensor:
+    """A segment's rows along ``axis`` as ``[entries, …]``, each as it is stored."""
+    if segment.size:
+        rows = rows.unflatten(axis, (len(segment.slots), segment.size))
+    return rows.movedim(axis, 0)
+
+
+def _by_row(entries: torch.Tensor, segment: Segment, axis: int) -> torch.Tensor:
+    """Inverse of :func:`_by_entry`."""
+    rows = entries.movedim(0, axis)
+    return rows.flatten(axis, axis + 1) if segment.size else rows
+
+
 def segments_factory(
     key: str,
     parameter: torch.Tensor,
@@ -76,6 +100,8 @@ def segments_factory(
     axis: int = 0,
 ) -> ShardedTensorFactory:
     """A fused parameter as canonical per-head slices for ``dist_checkpointing``.
+
+    Neighbouring slices go together: on one rank with all heads, a segment is one part.
 
     Args:
         key: canonical prefix; a segment's tensor is ``{key}.{segment.key}`` (``{key}`` for ``""``).
@@ -91,18 +117,20 @@ def segments_factory(
         shards: list[ShardedTensor | LocalNonpersistentObject] = []
         pieces = split_segments(tensor.detach(), segments, axis)
         for segment in segments:
-            name = f"{key}.{segment.key}" if segment.key else key
-            for slot, piece in zip(
-                segment.slots,
-                pieces[segment.key].chunk(max(len(segment.slots), 1), axis),
-                strict=False,
+            entries = _by_entry(pieces[segment.key], segment, axis)
+            runs = runs_of(segment.slots)
+            for (slot, _), part in zip(
+                runs, entries.split([count for _, count in runs]), strict=True
             ):
-                piece = piece.squeeze(axis) if segment.size == 0 else piece
                 shards.append(
-                    ShardedTensor.from_rank_offsets(
-                        name,
-                        piece.contiguous()[None],
-                        (0, slot, segment.total),
+                    ShardedTensor(
+                        f"{key}.{segment.key}" if segment.key else key,
+                        part,
+                        part.dtype,
+                        local_shape=tuple(part.shape),
+                        global_shape=(segment.total, *part.shape[1:]),
+                        global_offset=(slot, *(0 for _ in part.shape[1:])),
+                        axis_fragmentations=None,  # no regular grid: runs are of any length
                         replica_id=replica_id,
                     )
                 )
@@ -110,12 +138,11 @@ def segments_factory(
         return shards or [LocalNonpersistentObject(None)]
 
     def merge(loaded: list[torch.Tensor]) -> torch.Tensor:
-        sizes = [segment.size for segment in segments for _ in segment.slots]
-        loaded = loaded if sizes else []
-        pieces = [
-            piece.squeeze(0).unsqueeze(axis) if size == 0 else piece.squeeze(0)
-            for piece, size in zip(loaded, sizes, strict=True)
-        ]
+        parts = iter(loaded if segments else ())
+        pieces = []
+        for segment in segments:
+            entries = torch.cat([next(parts) for _ in runs_of(segment.slots)])
+            pieces.append(_by_row(entries, segment, axis))
         merged = torch.cat(pieces, axis) if pieces else parameter.detach().narrow(axis, 0, 0)
         missing = parameter.shape[axis] - merged.shape[axis]
         if missing:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_hydra.errors import HydraError
+from megatron_hydra.parallel import platform
 
 T = TypeVar("T")
 
@@ -49,3 +51,19 @@ def on_all(action: Callable[[], T]) -> T:
         if text:
             raise HydraError(text if rank == dist.get_rank() else f"rank {rank}: {text}")
     return result  # type: ignore[return-value]
+
+
+def true_everywhere(flag: bool) -> bool:
+    """Whether every rank says so, told to all. Collective."""
+    return _agreed(flag, dist.ReduceOp.MIN)
+
+
+def true_anywhere(flag: bool) -> bool:
+    """Whether some rank says so, told to all. Collective."""
+    return _agreed(flag, dist.ReduceOp.MAX)
+
+
+def _agreed(flag: bool, how: dist.ReduceOp.RedOpType) -> bool:
+    tensor = torch.tensor(int(flag), device=platform.device())
+    dist.all_reduce(tensor, how)
+    return bool(tensor.item())

@@ -36,7 +36,8 @@ from megatron_hydra.config.run import RunConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.parallel.world import World
 from megatron_hydra.training.agreement import on_all, on_main
-from megatron_hydra.training.checkpoint_write import CheckpointWrite
+from megatron_hydra.training.checkpoint_write import CheckpointWrite, WritePlan
+from megatron_hydra.training.host_memory import HostMemory
 from megatron_hydra.training.megatron_fixes import allocate_optimizer_state, has_state
 from megatron_hydra.training.model_state import (
     SHARDING,
@@ -45,6 +46,7 @@ from megatron_hydra.training.model_state import (
     set_model_state,
     sharding_metadata,
 )
+from megatron_hydra.training.optimizer_state import add_optimizer_state
 from megatron_hydra.training.provenance import OTHER_RUN, Provenance
 from megatron_hydra.training.random_state import capture_random_state, restore_random_state
 from megatron_hydra.training.run_folder import (
@@ -54,6 +56,7 @@ from megatron_hydra.training.run_folder import (
     find_resume_point,
     retain,
 )
+from megatron_hydra.training.snapshot import Snapshot
 
 TRAINING_FILE = "training.json"
 TRAINING_FORMAT, TRAINING_VERSION = "megatron-hydra-training", 2
@@ -111,6 +114,8 @@ class RunCheckpoints:
         self.chunks, self.optimizer, self.provenance = chunks, optimizer, provenance
         self.folder = Path(config.output) / CHECKPOINTS
         self._pending: _Pending | None = None
+        self._plan: WritePlan | None = None
+        self._memory = HostMemory()
         self.tokenizer = store.tokenizer_folder(config.student.checkpoint)
 
     # -- saving -------------------------------------------------------------------------------
@@ -131,8 +136,7 @@ class RunCheckpoints:
         on_all(self._refuse_poison)
         on_main(lambda: self._make_room(temporary, final))
         with_optimizer = self._wants_optimizer(progress) and has_state(self.optimizer)
-        snapshot = self.config.checkpoint.asynchronous
-        state = self._state(with_optimizer, is_loading=False) | {"content_metadata": dict(SHARDING)}
+        snapshot, common = self._snapshot(with_optimizer)
         body = {
             "format": TRAINING_FORMAT,
             "version": TRAINING_VERSION,
@@ -146,9 +150,10 @@ class RunCheckpoints:
         record = self.provenance.record(self.config, progress.step, progress.tokens)
         publish = functools.partial(self._publish, temporary, final, body, record)
         with self._abandoned_on_failure(temporary):
-            write = CheckpointWrite(state, temporary / store.WEIGHTS, snapshot=snapshot)
+            write = CheckpointWrite(snapshot, common, temporary / store.WEIGHTS, self._plan)
+        self._plan = write.plan
         self._pending = _Pending(final, write, publish)
-        if snapshot:
+        if self.config.checkpoint.asynchronous:
             write.start()
         else:
             write.write()
@@ -215,26 +220,28 @@ class RunCheckpoints:
         for i, part in enumerate(self.optimizer.chained_optimizers):
             for j, state in enumerate(part.optimizer.state.values() if part.optimizer else ()):
                 for key, value in state.items():
-                    if isinstance(value, torch.Tensor) and value.is_floating_point():
+                    if isinstance(value, torch.Tensor):
                         tensors[f"optimizer {i}, parameter {j}, {key}"] = value
-        if not tensors:
-            return
-        finite = torch.stack([t.isfinite().all() for t in tensors.values()]).tolist()
-        bad = [name for name, ok in zip(tensors, finite, strict=True) if not ok]
+        bad = first_not_finite(tensors)
         if bad:
-            raise HydraError(f"{bad[0]} is not finite: no checkpoint is made of it")
+            raise HydraError(f"{bad} is not finite: no checkpoint is made of it")
 
-    def _state(self, with_optimizer: bool, is_loading: bool) -> dict[str, Any]:
+    def _snapshot(self, with_optimizer: bool) -> tuple[Snapshot, dict[str, Any]]:
+        """What this rank writes, and what is no tensor. Collective."""
+        snapshot = Snapshot(self._memory, copying=self.config.checkpoint.asynchronous)
         model = model_state(self.chunks)
-        state = dict(model)
+        snapshot.add(model)
+        common: dict[str, Any] = {"content_metadata": dict(SHARDING)}
         if with_optimizer:
-            state["optimizer"] = self.optimizer.sharded_state_dict(
-                model, is_loading=is_loading, metadata=sharding_metadata()
-            )
+            common["optimizer"] = add_optimizer_state(self.optimizer, model, snapshot)
+        snapshot.add(self._random_state())
+        snapshot.wait()
+        return snapshot, common
+
+    def _random_state(self) -> ShardedTensor:
         packed = capture_random_state()[None]
         place = (0, self.world.rank, self.world.size)
-        state["rng_state"] = ShardedTensor.from_rank_offsets("rng_state", packed, place)
-        return state
+        return ShardedTensor.from_rank_offsets("rng_state", packed, place)
 
     def _publish(
         self,
@@ -309,20 +316,52 @@ class RunCheckpoints:
         self.provenance.refuse_other_inputs(folder)
 
     def _load(self, folder: Path, body: dict[str, Any]) -> None:
+        state: dict[str, Any] = dict(model_state(self.chunks))
         if body["optimizer"]:
             allocate_optimizer_state(self.optimizer)
-        state = self._state(body["optimizer"], is_loading=True)
-        same_world = body["world"]["size"] == self.world.size
-        if not same_world:
-            del state["rng_state"]
+            state["optimizer"] = self.optimizer.sharded_state_dict(
+                state, is_loading=True, metadata=sharding_metadata()
+            )
+        random_state = self._random_state()
+        same_generators = on_main(lambda: _holds(folder, random_state))
+        if same_generators:
+            state["rng_state"] = random_state
         loaded = load_state(state, folder)
         set_model_state(self.chunks, loaded)
         if body["optimizer"]:
             self.optimizer.load_state_dict(loaded["optimizer"])
         else:
             self.optimizer.reload_model_params()
-        if same_world:
+        if same_generators:
             restore_random_state(loaded["rng_state"][0])
+
+
+def _holds(folder: Path, tensor: ShardedTensor) -> bool:
+    """Whether a tensor of this shape is stored: generators are of as many ranks, on such devices."""
+    entries: dict[str, Any] = store.read_index(folder / store.WEIGHTS).state_dict_metadata
+    return tensor.key in entries and tuple(entries[tensor.key].size) == tensor.global_shape
+
+
+def first_not_finite(tensors: dict[str, torch.Tensor]) -> str:
+    """Name of the first tensor that holds NaN or an infinity, or an empty text.
+
+    Tensors may be on several devices: an optimizer counts its steps on the host. Those of integers are
+    passed over.
+    """
+    extremes: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if tensor.itemsize == 1:  # FP8 knows no comparison
+            tensor = tensor.float()
+        # One pass and nothing written: NaN is passed on, and an infinity is an extreme.
+        low, high = tensor.aminmax()
+        extremes.setdefault(tensor.device, {})[name] = torch.stack((low, high)).double()
+    bad = set()
+    for of_device in extremes.values():
+        finite = torch.stack(list(of_device.values())).isfinite().all(1).tolist()
+        bad |= {name for name, ok in zip(of_device, finite, strict=True) if not ok}
+    return next((name for name in tensors if name in bad), "")
 
 
 def _read_training(folder: Path) -> dict[str, Any]:

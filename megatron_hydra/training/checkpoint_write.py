@@ -1,112 +1,126 @@
 """One checkpoint's files on their way to the disk: planned and finished by all ranks together,
-written by each rank alone, at once or in a thread while training goes on.
+written by each rank alone, at once or in threads while training goes on.
 
-The files are those of Megatron's ``torch_dist`` format. Its own writers fork a process for every
-save, which costs seconds, cannot be stopped by a signal, and (kept alive between saves) may write later
-weights than those of the save.
+Megatron's and torch's own writers plan every save anew and fork a process for it, which costs seconds,
+cannot be stopped by a signal, and (kept alive between saves) may write later weights than those of the
+save. Here the plan of a run's first save is kept for the others.
 """
 
 from __future__ import annotations
 
-import io
+import dataclasses
+import itertools
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.utils import _DistWrapper
 
-from megatron_hydra.checkpoint import store
+from megatron_hydra.checkpoint import records, store
+from megatron_hydra.checkpoint.records import Box, Place
 from megatron_hydra.errors import HydraError
-from megatron_hydra.training.agreement import on_main
+from megatron_hydra.training.agreement import on_main, true_everywhere
+from megatron_hydra.training.model_state import dealt
+from megatron_hydra.training.snapshot import Snapshot
 
-_FORMAT = ("torch_dist", 1)
+_FILE_BYTES = 64 * 2**20
+_MAX_FILES = 4
+"""Files of a rank, each written and hashed by a thread of its own; small ranks have fewer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WritePlan:
+    """Who writes what; the same for all saves of a run with the same part of its state.
+
+    Attributes:
+        boxes: what this rank writes.
+        files: the same as indices into ``boxes``, file by file.
+        boxes_by_rank, cover: everybody's, and by key; known on rank 0 only.
+    """
+
+    boxes: list[Box]
+    files: list[list[int]]
+    boxes_by_rank: list[list[Box]]
+    cover: dict[str, list[Box]]
 
 
 class CheckpointWrite:
     """Making one is collective: ranks agree on who writes what.
 
     Args:
-        state: Megatron's sharded state dict.
+        snapshot: what this rank writes.
+        common: what is no sharded tensor; rank 0's is written.
         folder: an empty folder for the files.
-        snapshot: copy the tensors to the host now, so that they may change while they are written.
+        last_plan: of an earlier save.
+
+    Attributes:
+        plan: for the next save.
 
     Raises:
         HydraError: on every rank.
     """
 
-    def __init__(self, state: dict[str, Any], folder: Path, *, snapshot: bool) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        common: dict[str, Any],
+        folder: Path,
+        last_plan: WritePlan | None = None,
+    ) -> None:
+        self._snapshot, self._folder = snapshot, folder
         self._thread: threading.Thread | None = None
         self._error = ""
-        self._results: list[Any] = []
-        self._hashes: dict[str, str] = {}
-        sharded, common = save_preprocess(state, True)
-        on_main(lambda: _save_common(common, folder))
-        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
-        if snapshot:
-            for tensor in _tensors(flat):
-                tensor.data = tensor.data.detach().to("cpu", copy=True)
-        self._plan(mcore_to_pyt_state_dict(flat, False))
+        self._files: list[tuple[list[Place], str]] = []
+        on_main(lambda: records.write_common(folder, common))
+        self.plan = self._plan(last_plan)
 
-    def _plan(self, state: dict[str, Any]) -> None:
-        ranks = _DistWrapper(None, True, 0)
-        self._writer = writer = dcp.FileSystemWriter(self._folder, sync_files=True)
-        self._planner = planner = MCoreSavePlanner(
-            dedup_replicated_tensors=False, flatten_state_dict=False
-        )
-        self._metadata: Any = None
+    def _plan(self, last: WritePlan | None) -> WritePlan:
+        boxes = self._snapshot.boxes
+        if true_everywhere(last is not None and last.boxes == boxes):
+            assert last is not None
+            return last
+        is_main = dist.get_rank() == 0
+        by_rank: list[Any] = [None] * dist.get_world_size() if is_main else []
+        dist.gather_object(boxes, by_rank if is_main else None)
+        cover: dict[str, list[Box]] = {}
 
-        def own_plan() -> Any:
-            planner.set_up_planner(state, writer.storage_meta(), ranks.is_coordinator)
-            writer.set_up_storage_writer(ranks.is_coordinator)
-            return writer.prepare_local_plan(planner.create_local_plan())
+        def check() -> None:  # its result stays where it is needed
+            cover.update(records.check_cover(itertools.chain.from_iterable(by_rank)))
 
-        def everyones_plan(plans: list[Any]) -> list[Any]:
-            plans, self._metadata = planner.create_global_plan(plans)
-            return writer.prepare_global_plan(plans)
-
-        try:
-            plan = ranks.reduce_scatter("plan", own_plan, everyones_plan)
-        except dcp.api.CheckpointException as report:
-            error = next(iter(report.failures.values()))[0]
-            raise HydraError(f"{self._folder} cannot be written: {error}") from None
-        self._final_plan = planner.finish_plan(plan)
+        on_main(check)
+        return WritePlan(list(boxes), _files_of([box.num_bytes for box in boxes]), by_rank, cover)
 
     # -- writing: no rank waits for another ---------------------------------------------------
 
     def write(self) -> None:
         """Write this rank's files, durably, and hash them. Errors wait for :meth:`finish`."""
+        self._files = [([], "")] * len(self.plan.files)
+        first, *others = (
+            threading.Thread(target=self._write_file, args=(i,), name=f"file {i}", daemon=True)
+            for i in range(len(self.plan.files))
+        )
+        for thread in others:
+            thread.start()
+        first.run()
+        for thread in others:
+            thread.join()
+
+    def _write_file(self, number: int) -> None:
+        path = self._folder / f"__{dist.get_rank()}_{number}.distcp"
+        tensors = (self._snapshot.tensors[i] for i in self.plan.files[number])
         try:
-            self._results = self._writer.write_data(self._final_plan, self._planner).value()
-            names = {result.storage_data.relative_path for result in self._results}
-            self._hashes = {
-                f"{store.WEIGHTS}/{name}": store.sha256_of_file(self._folder / name)
-                for name in names
-            }
+            self._files[number] = records.write_file(path, tensors)
         except Exception as error:  # told to all ranks by finish(); torch hides an OSError here
             self._error = _root_cause(error)
 
     def start(self) -> None:
-        """:meth:`write` in a thread, which dies with the process."""
+        """:meth:`write` in threads, which die with the process."""
         self._thread = threading.Thread(target=self.write, name="checkpoint", daemon=True)
         self._thread.start()
 
     @property
     def is_writing(self) -> bool:
-        """Whether the thread is still at it."""
+        """Whether the threads are still at it."""
         return self._thread is not None and self._thread.is_alive()
 
     # -- finishing: collective ----------------------------------------------------------------
@@ -122,7 +136,11 @@ class CheckpointWrite:
         """
         if self._thread is not None:
             self._thread.join()
-        outcome = (self._error, self._results, self._hashes)
+        order = [i for indices in self.plan.files for i in indices]
+        places = [place for of_file, _ in self._files for place in of_file]
+        by_box = dict(zip(order, places, strict=False))  # incomplete, if there was an error
+        hashes = {of_file[0].file: digest for of_file, digest in self._files if of_file}
+        outcome = (self._error, [by_box.get(i) for i in range(len(order))], hashes)
         is_main = dist.get_rank() == 0
         outcomes: list[Any] | None = [None] * dist.get_world_size() if is_main else None
         dist.gather_object(outcome, outcomes)
@@ -132,27 +150,26 @@ class CheckpointWrite:
         for rank, (error, _, _) in enumerate(outcomes):
             if error:
                 raise HydraError(f"rank {rank}: {self._folder} cannot be written: {error}")
-        self._writer.finish(self._metadata, [results for _, results, _ in outcomes])
-        save_config(CheckpointingConfig(*_FORMAT), str(self._folder))
-        return {name: digest for _, _, hashes in outcomes for name, digest in hashes.items()}
+        places = {
+            box: place
+            for boxes, (_, of_rank, _) in zip(self.plan.boxes_by_rank, outcomes, strict=True)
+            for box, place in zip(boxes, of_rank, strict=True)
+        }
+        records.write_index(self._folder, self.plan.cover, places)
+        return {
+            f"{store.WEIGHTS}/{name}": digest
+            for _, _, hashes in outcomes
+            for name, digest in hashes.items()
+        }
 
 
-def _save_common(common: dict[str, Any], folder: Path) -> None:
-    """What is no tensor. Given a path, torch would hide what the operating system says of it."""
-    buffer = io.BytesIO()
-    torch.save(common, buffer)
-    (folder / COMMON_STATE_FNAME).write_bytes(buffer.getbuffer())
-
-
-def _tensors(state: Any) -> Iterator[ShardedTensor]:
-    if isinstance(state, ShardedTensor):
-        yield state
-    elif isinstance(state, dict):
-        for value in state.values():
-            yield from _tensors(value)
-    elif isinstance(state, (list, tuple)):
-        for value in state:
-            yield from _tensors(value)
+def _files_of(sizes: list[int]) -> list[list[int]]:
+    """Indices by file, so that files are of about the same size; at least one file."""
+    count = max(1, min(_MAX_FILES, sum(sizes) // _FILE_BYTES))
+    files: list[list[int]] = [[] for _ in range(count)]
+    for i, number in enumerate(dealt(sizes, count)):
+        files[number].append(i)
+    return files
 
 
 def _root_cause(error: BaseException) -> str:

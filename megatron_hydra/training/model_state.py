@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.models.gpt import GPTModel
 
 from megatron_hydra.checkpoint import store
+from megatron_hydra.checkpoint.sharded import load_sharded, sharded_tensors
 from megatron_hydra.errors import HydraError
-from megatron_hydra.training.agreement import on_main
+from megatron_hydra.training.agreement import on_all, on_main
 from megatron_hydra.training.provenance import checkpoint_fingerprint
 
 SHARDING = {
@@ -29,8 +31,12 @@ def sharding_metadata() -> dict[str, Any]:
 
 
 def model_state(chunks: list[GPTModel]) -> dict[str, Any]:
-    """Sharded tensors only: the layers' extra states are pickles for FP8, which nothing here uses."""
-    return {
+    """Sharded tensors only: the layers' extra states are pickles for FP8, which nothing here uses.
+
+    Of weights that data-parallel ranks hold alike, each rank is the writer of a part.
+    """
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    state = {
         f"model{i}": {
             name: entry
             for name, entry in chunk.sharded_state_dict(metadata=sharding_metadata()).items()
@@ -38,6 +44,42 @@ def model_state(chunks: list[GPTModel]) -> dict[str, Any]:
         }
         for i, chunk in enumerate(chunks)
     }
+    entries = [(part, name) for part, of_part in state.items() for name in of_part]
+    sizes = [_bytes_saved(state[part][name]) for part, name in entries]
+    for (part, name), writer in zip(entries, dealt(sizes, group.size()), strict=True):
+        state[part][name] = _written_by(writer, state[part][name], group)
+    return state
+
+
+def _bytes_saved(entry: ShardedBase) -> int:
+    """With the optimizer's state: master weight, both moments."""
+    parameter: Any = entry.data
+    state = 3 * 4 if parameter.requires_grad else 0
+    return parameter.numel() * (parameter.itemsize + state)
+
+
+def dealt(sizes: list[int], count: int) -> list[int]:
+    """For each of some items whose of ``count`` shares it is, so that shares are about equal."""
+    shares, filled = [0] * len(sizes), [0] * count
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        shares[i] = min(range(count), key=filled.__getitem__)
+        filled[shares[i]] += sizes[i]
+    return shares
+
+
+def _written_by(writer: int, entry: Any, group: dist.ProcessGroup) -> Any:
+    """The entry with the data-parallel part of its replica id counted from its writer."""
+    *others, rank = entry.replica_id
+    assert rank == group.rank(), "the last part of a replica id is the data-parallel rank"
+    replica = (*others, (rank - writer) % group.size())
+    return dataclasses.replace(entry, replica_id=replica)
+
+
+def writer_of(entry: Any) -> int | None:
+    """Which data-parallel rank writes an entry of :func:`model_state`; ``None``: of other groups."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    *others, distance = entry.replica_id
+    return None if any(others) else (group.rank() - distance) % group.size()
 
 
 def set_model_state(chunks: list[GPTModel], loaded: dict[str, Any]) -> None:
@@ -87,18 +129,16 @@ def load_model(chunks: list[GPTModel], folder: Path) -> None:
 
 
 def load_state(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Megatron's load of a verified checkpoint.
+    """Megatron's load of a verified checkpoint. Collective.
 
     Raises:
         HydraError: what went wrong on the first rank where something did.
     """
-    weights = folder / store.WEIGHTS
-    with store.plain_failures(weights):
-        return dist_checkpointing.load(state, str(weights))
+    return load_sharded(state, folder / store.WEIGHTS, on_all)
 
 
 def _check_all_used(state: dict[str, Any], folder: Path) -> None:
-    asked = sorted({tensor.key for tensor in _sharded_tensors(state)})
+    asked = sorted({tensor.key for tensor in sharded_tensors(state)})
     everywhere: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(everywhere, asked)
     used = {key for keys in everywhere for key in keys}
@@ -106,15 +146,3 @@ def _check_all_used(state: dict[str, Any], folder: Path) -> None:
     for key in sorted(stored ^ used):
         where = "holds, but no rank reads" if key in stored else "lacks"
         raise HydraError(f"{folder}: the checkpoint {where} {key!r}")
-
-
-def _sharded_tensors(state: Any) -> list[ShardedTensor]:
-    """All ShardedTensors in nested state, factories expanded."""
-    if isinstance(state, ShardedTensor):
-        return [state]
-    if isinstance(state, dict):
-        return [t for value in state.values() for t in _sharded_tensors(value)]
-    if isinstance(state, (list, tuple)):
-        return [t for value in state for t in _sharded_tensors(value)]
-    build = getattr(state, "build", None)
-    return _sharded_tensors(build()) if callable(build) else []

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_hydra.checkpoint import store
+from megatron_hydra.checkpoint import records, store
 from megatron_hydra.checkpoint.canonical import canonical_shapes, is_fp32
 from megatron_hydra.checkpoint.store import save_canonical
 from megatron_hydra.config.loading import from_dict
@@ -108,17 +108,12 @@ def read_metrics(output: str | Path) -> list[dict]:
 
 def everything(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a training checkpoint: model, optimizer, generators."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import ShardedTensor
-
-    folder = store.resolve_checkpoint(folder)
-    index = store.read_index(folder / store.WEIGHTS)
-    targets = {
-        key: ShardedTensor.from_rank_offsets(key, torch.empty(e.size, dtype=e.properties.dtype))
+    weights = store.resolve_checkpoint(folder) / store.WEIGHTS
+    index = store.read_index(weights)
+    boxes = [
+        records.Box(key, (0,) * len(e.size), tuple(e.size), tuple(e.size), e.properties.dtype)
         for key, e in index.state_dict_metadata.items()
-    }
-    with store.single_process_group():
-        loaded = dist_checkpointing.load(
-            targets, str(folder / store.WEIGHTS), validate_access_integrity=False
-        )
-    return {key: loaded[key] for key in targets}
+    ]
+    tensors = {box.key: torch.empty(box.shape, dtype=box.dtype) for box in boxes}
+    records.read_boxes(weights, list(zip(boxes, tensors.values(), strict=True)), index)
+    return tensors

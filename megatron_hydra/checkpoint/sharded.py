@@ -1,0 +1,106 @@
+"""Between Megatron's sharded state dicts and the boxes of :mod:`megatron_hydra.checkpoint.records`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+import megatron_hydra.parallel.platform  # noqa: F401  # isort: skip  (before any megatron import)
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+
+from megatron_hydra.checkpoint.integrity import read_index
+from megatron_hydra.checkpoint.records import Box, read_boxes
+
+T = TypeVar("T")
+
+
+def sharded_tensors(state: Any) -> Iterator[ShardedTensor]:
+    """All ShardedTensors in nested state, factories expanded."""
+    if isinstance(state, ShardedTensor):
+        yield state
+    elif isinstance(state, dict):
+        for value in state.values():
+            yield from sharded_tensors(value)
+    elif isinstance(state, (list, tuple)):
+        for value in state:
+            yield from sharded_tensors(value)
+    elif callable(getattr(state, "build", None)):
+        yield from sharded_tensors(state.build())
+
+
+def box_of(tensor: ShardedTensor) -> Box:
+    """What part of its global tensor a ShardedTensor is."""
+    shape = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
+    return Box(
+        tensor.key, tuple(tensor.global_offset), shape, tuple(tensor.global_shape), tensor.dtype
+    )
+
+
+def main_replicas(state: Any) -> list[ShardedTensor]:
+    """Of nested state what this rank stands for: of every replicated tensor one copy counts."""
+    return [tensor for tensor in sharded_tensors(state) if is_main_replica(tensor.replica_id)]
+
+
+class _ReadBoxes(TorchDistLoadShardedStrategy):
+    """Reads with the guarded index, every record once, and without collectives.
+
+    Args:
+        together: runs a function on every rank, so that an error of one is an error of all.
+    """
+
+    def __init__(self, together: Callable[[Callable[[], T]], T]) -> None:
+        super().__init__()
+        self._together = together
+
+    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> Any:
+        weights = Path(checkpoint_dir)
+        wanted: list[tuple[Box, torch.Tensor]] = []
+        loaded = _data_to_fill(sharded_state_dict, wanted)
+        self._together(lambda: read_boxes(weights, wanted, read_index(weights)))
+        return loaded
+
+
+def _data_to_fill(state: Any, wanted: list[tuple[Box, torch.Tensor]]) -> Any:
+    """Nested state with the tensors that are to be filled, which are noted in ``wanted``."""
+    if isinstance(state, ShardedTensor):
+        if state.data is None:
+            state.init_data("cpu")
+        assert state.data is not None
+        box = box_of(state)
+        wanted.append((box, state.data.detach().view(box.shape)))
+        return state.data
+    if isinstance(state, dict):
+        return {key: _data_to_fill(value, wanted) for key, value in state.items()}
+    return [_data_to_fill(value, wanted) for value in state]
+
+
+def load_sharded(
+    state: dict[str, Any],
+    weights: Path,
+    together: Callable[[Callable[[], Any]], Any] = lambda action: action(),
+) -> dict[str, Any]:
+    """Megatron's load of a verified checkpoint's weights.
+
+    Args:
+        state: Megatron's sharded state dict.
+        weights: the folder.
+        together: how ranks agree on an error; not needed in a single process.
+
+    Returns:
+        The state dict with tensors, and what the checkpoint holds besides.
+
+    Raises:
+        HydraError: something is missing, misshapen or damaged.
+    """
+    return dist_checkpointing.load(
+        state,
+        str(weights),
+        sharded_strategy=_ReadBoxes(together),
+        validate_access_integrity=False,  # boxes are looked up one by one, whoever else reads them
+    )

@@ -1,0 +1,215 @@
+"""A GPU that is pretended on the CPU: tensors have a device, and two devices do not meet.
+
+A run under :func:`pretended_gpu` computes on the CPU as ever. But every tensor has a pretended device,
+by its storage: ``cuda:0`` for what is made there, moved there or computed from what is there, ``cpu``
+for the rest, among it the optimizer's step counts and the states of random generators. An operator
+that is given both raises as CUDA does, and so does a NCCL collective of a tensor on the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.distributed_c10d as c10d
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_hydra.config.run import BackendConfig
+from megatron_hydra.model import layer_spec
+from megatron_hydra.ops.backends import Case, Kernels, choose_kernels
+from megatron_hydra.parallel import platform
+from megatron_hydra.training import checkpoint_write
+
+GPU = torch.device("cuda", 0)
+_HOST = torch.device("cpu")
+
+_aten = torch.ops.aten
+_COPIES = (_aten.copy_.default, _aten._to_copy.default, _aten.copy.default)
+_TAKE_HOST_INDICES = (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default)
+
+# By the address of a storage; the weak reference keeps the address from being used again.
+_on_the_gpu: dict[int, StorageWeakRef] = {}
+
+
+def is_on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether the pretended device of a tensor is the GPU."""
+    with torch._C.DisableTorchFunction():
+        return tensor.untyped_storage()._cdata in _on_the_gpu
+
+
+def _place(tensor: torch.Tensor, on_gpu: bool) -> None:
+    with torch._C.DisableTorchFunction():
+        storage = tensor.untyped_storage()
+        if on_gpu:
+            _on_the_gpu.setdefault(storage._cdata, StorageWeakRef(storage))
+
+
+class _Operators(TorchDispatchMode):
+    """Refuses operators that are given tensors of both devices; says where their results are.
+
+    Attributes:
+        target: where the results of the next operators are, in spite of their inputs: of a copy
+            between devices, or of a factory that was given a device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.target: bool | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if self.target is None:
+            _refuse_two_devices(func, args, inputs)
+        result = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            given = {tensor.untyped_storage()._cdata for tensor in inputs}
+            on_gpu = any(is_on_gpu(tensor) for tensor in inputs) or _is_of_autograd(inputs)
+            for leaf in tree_leaves(result):
+                if not isinstance(leaf, torch.Tensor):
+                    continue
+                if self.target is not None:
+                    _place(leaf, self.target)
+                elif leaf.untyped_storage()._cdata not in given:
+                    _place(leaf, on_gpu)
+        return result
+
+
+def _is_of_autograd(inputs: list[torch.Tensor]) -> bool:
+    """Whether autograd itself makes a tensor, where the one it stands for is: on the GPU."""
+    return not inputs and torch._C._current_graph_task_id() != -1
+
+
+def _refuse_two_devices(func: Any, args: tuple, inputs: list[torch.Tensor]) -> None:
+    host = [tensor for tensor in inputs if not is_on_gpu(tensor)]
+    if func.namespace == "c10d" and host:
+        raise RuntimeError(f"No backend type associated with device type cpu ({func})")
+    if len(host) in (0, len(inputs)) or func in _COPIES:
+        return
+    if func in _TAKE_HOST_INDICES and is_on_gpu(args[0]):
+        return
+    written = func._schema.is_mutable and isinstance(args[0], torch.Tensor)
+    if (
+        torch.Tag.pointwise in func.tags
+        and all(tensor.dim() == 0 for tensor in host)
+        and not (written and not is_on_gpu(args[0]))
+    ):
+        return  # a number on the host may meet tensors of the GPU, element by element
+    raise RuntimeError(
+        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 "
+        f"and cpu! (when running {func})"
+    )
+
+
+class _Functions(TorchFunctionMode):
+    """Answers what a tensor's device is, and moves tensors between the two."""
+
+    def __init__(self, operators: _Operators) -> None:
+        super().__init__()
+        self._operators = operators
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if tensor is not None:
+            if func == torch.Tensor.device.__get__:
+                return GPU if is_on_gpu(tensor) else _HOST
+            if func == torch.Tensor.is_cpu.__get__:
+                return not is_on_gpu(tensor)
+            if func is torch.Tensor.cpu:
+                return self._moved(tensor, False)
+            if func is torch.Tensor.to:
+                return self._to(tensor, args[1:], kwargs)
+            if func is torch.Tensor.new_tensor and kwargs.get("device") is None:
+                kwargs["device"] = GPU if is_on_gpu(tensor) else _HOST
+            if func in (torch.Tensor.numpy, torch.Tensor.__array__) and is_on_gpu(tensor):
+                raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        if kwargs.get("device") is None:
+            return func(*args, **kwargs)
+        on_gpu = _means_gpu(kwargs["device"])
+        with self._into(on_gpu):
+            return func(*args, **kwargs | {"device": _HOST})
+
+    @contextlib.contextmanager
+    def _into(self, on_gpu: bool) -> Iterator[None]:
+        before, self._operators.target = self._operators.target, on_gpu
+        try:
+            yield
+        finally:
+            self._operators.target = before
+
+    def _to(self, tensor: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        copy = kwargs.pop("copy", False)
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        on_gpu = is_on_gpu(tensor)
+        if args and isinstance(args[0], torch.Tensor):
+            on_gpu = is_on_gpu(args[0])
+        elif device is not None:
+            on_gpu = _means_gpu(device)
+        return self._moved(tensor, on_gpu, dtype, copy)
+
+    def _moved(
+        self,
+        tensor: torch.Tensor,
+        on_gpu: bool,
+        dtype: torch.dtype | None = None,
+        copy: bool = False,
+    ) -> torch.Tensor:
+        dtype = dtype or tensor.dtype
+        if on_gpu == is_on_gpu(tensor) and not copy:
+            return tensor.to(dtype)
+        with self._into(on_gpu):
+            return tensor.to(dtype, copy=True)
+
+
+def _type(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Any:
+    if dtype is not None:
+        return tensor.to(dtype)
+    name = {torch.float32: "Float", torch.bfloat16: "BFloat16"}[tensor.dtype]
+    return f"torch.{'cuda.' * is_on_gpu(tensor)}{name}Tensor"
+
+
+def _means_gpu(device: Any) -> bool:
+    return isinstance(device, int) or "cuda" in str(device)
+
+
+def _kernels_of_the_cpu(config: BackendConfig, case: Case, **options: Any) -> Kernels:
+    return choose_kernels(config, dataclasses.replace(case, device=_HOST), **options)
+
+
+@contextlib.contextmanager
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A block in which this process has a GPU, as far as the devices of tensors go.
+
+    The kernels stay the CPU's: ``is_cuda``, by which they are chosen, is false.
+    """
+    operators = _Operators()
+    with monkeypatch.context() as patch:
+        patch.setattr(platform, "device", lambda: GPU)
+        patch.setattr(layer_spec, "choose_kernels", _kernels_of_the_cpu)
+        patch.setattr(torch.cuda, "current_device", lambda: GPU.index)
+        patch.setattr(torch.Tensor, "cuda", lambda self, *_, **__: self.to(GPU))
+        patch.setattr(torch.Tensor, "type", _type)
+        patch.setattr(c10d, "_get_object_coll_device", lambda group=None: "cuda")
+        for name in ("tensor", "zeros", "ones", "empty", "empty_like", "zeros_like", "full"):
+            patch.setattr(torch, name, getattr(torch, name).__wrapped__)  # the platform's
+        write = checkpoint_write.CheckpointWrite.write
+
+        def write_under_modes(self: Any) -> None:  # modes are a thread's own
+            with _Functions(operators), operators:
+                write(self)
+
+        patch.setattr(checkpoint_write.CheckpointWrite, "write", write_under_modes)
+        with _Functions(operators), operators:
+            yield
