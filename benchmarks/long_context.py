@@ -12,13 +12,11 @@ the status is 1. Without a GPU, ``--tiny`` tries the script out over gloo.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -32,6 +30,7 @@ from megatron_hydra.parallel import platform  # isort: skip  (before anything of
 
 from benchmarks import _harness as harness
 from benchmarks import _models as models
+from benchmarks._processes import Family
 from megatron_hydra.checkpoint.store import save_canonical
 from megatron_hydra.config.loading import load_run_config
 from megatron_hydra.config.model import ModelConfig
@@ -133,17 +132,17 @@ def run_layout(words: list[str], output: Path, steps: int, limit: float) -> dict
     log = output.with_suffix(".log")
     begin = time.monotonic()
     arrived: list[float] = []
+    variables = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    }
     with log.open("w") as file:
-        process = subprocess.Popen(
-            words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        )  # fmt: skip
+        family = Family(words, variables, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
             while True:
                 now = time.monotonic() - begin
                 lines = _metrics(output)
                 arrived += [now] * (len(lines) - len(arrived))
-                status = process.poll()
+                status = family.process.poll()
                 if len(lines) >= steps:
                     ended = "done"
                     break
@@ -155,9 +154,7 @@ def run_layout(words: list[str], output: Path, steps: int, limit: float) -> dict
                     break
                 time.sleep(0.1)
         finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            family.kill()
     return {
         "metrics": lines[:steps], "arrived": arrived[:steps], "seconds": time.monotonic() - begin,
         "ended": ended, "log": str(log),
@@ -310,6 +307,29 @@ def main(arguments: list[str] | None = None) -> int:
     return _measure(args, chosen, model, folder, sys.argv[1:] if arguments is None else arguments)
 
 
+def _provide_inputs(
+    folder: Path, model: ModelConfig, tokens: list[int], seed: int, words: list[str]
+) -> None:
+    """Make the inputs, or keep those of an earlier call for the same lengths."""
+    wanted = {"model": dataclasses.asdict(model), "tokens": tokens, "seed": seed}
+    text, made = json.dumps(wanted, sort_keys=True), folder / "inputs.json"
+    if made.exists() and made.read_text() == text:
+        print("inputs: those of an earlier call", flush=True)
+        return
+    for name in ("student", "packs"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    made.unlink(missing_ok=True)
+    begin = time.monotonic()
+    # A process of its own: it has a GPU's context, and memory, only while it makes the weights.
+    maker = [sys.executable, "-m", "benchmarks.long_context", "--make", *words]
+    if status := subprocess.run(maker, cwd=ROOT, check=False).returncode:
+        raise HydraError(
+            f"making the student and its document ended with status {status}, see above"
+        )
+    made.write_text(text)
+    print(f"inputs: {time.monotonic() - begin:.0f} s", flush=True)
+
+
 def _measure(
     args: argparse.Namespace,
     chosen: dict[str, Layout],
@@ -318,17 +338,11 @@ def _measure(
     words: list[str],
 ) -> int:
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("student", "packs", "runs"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.rmtree(folder / "runs", ignore_errors=True)
     (folder / "runs").mkdir()
-    begin = time.monotonic()
-    # A process of its own: it has a GPU's context, and memory, only while it makes the weights.
-    maker = [sys.executable, "-m", "benchmarks.long_context", "--make", *words]
-    if status := subprocess.run(maker, cwd=ROOT, check=False).returncode:
-        raise HydraError(
-            f"making the student and its document ended with status {status}, see above"
-        )
-    print(f"inputs: {time.monotonic() - begin:.0f} s", flush=True)
+    _provide_inputs(
+        folder, model, sorted({layout.tokens for layout in chosen.values()}), args.seed, words
+    )
     device = torch.device("cuda" if platform.device_count() else "cpu")
     body: dict[str, Any] = {"machine": harness.machine(device), "rows": []}
     body["machine"]["gpus"] = platform.device_count()

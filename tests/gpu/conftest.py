@@ -42,19 +42,21 @@ class Session:
         self.chain = Chain(self.machine, work)
         self.scheduler = Scheduler(self.machine, self.chain.jobs(), self.folder / "logs")
         self.tests: dict[str, dict[str, Any]] = {}
+        self._head = {
+            "date": dt.date.today().isoformat(),
+            "dry_run": self.machine.is_dry_run,
+            "cards": _cards(self.machine),
+            "commit": _commit(),
+            "versions": _versions(),
+        }
 
     def can_run(self, name: str) -> bool:
         """Whether there are GPUs enough for a job and what it needs."""
         return self.scheduler.gpus_needed(name) <= len(self.machine.gpus)
 
     def write_report(self) -> None:
-        """``report.json`` and ``table.md``."""
-        body = {
-            "date": dt.date.today().isoformat(),
-            "dry_run": self.machine.is_dry_run,
-            "cards": _cards(self.machine),
-            "commit": _commit(),
-            "versions": _versions(),
+        """``report.json`` and ``table.md``, of the tests that have ended."""
+        body = self._head | {
             "seconds": time.monotonic() - self.begin,
             "jobs": dict(self.scheduler.seconds),
             "tests": list(self.tests.values()),
@@ -115,7 +117,7 @@ def _is_skipped(item: pytest.Item) -> bool:
 
 
 def pytest_sessionfinish() -> None:
-    """Write the report of what ran."""
+    """End what nobody waits for any more, and write the report."""
     if _session:
         _session[0].scheduler.close()
         _session[0].write_report()
@@ -128,6 +130,8 @@ def pytest_runtest_makereport(
     report = yield
     if _session and jobs_of(item):
         _note(_session[0], item, report)
+        if report.when == "teardown":
+            _session[0].write_report()  # now: a machine may be taken away before the end
     return report
 
 

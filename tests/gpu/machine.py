@@ -7,10 +7,8 @@ gloo on the CPU, one job at a time.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +17,8 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks._processes import Family
 
 ROOT = Path(__file__).resolve().parents[2]
 DRY_RUN = "HYDRA_GPU_DRY_RUN"
@@ -99,7 +99,7 @@ class Place:
 
     def __init__(self, machine: Machine, gpus: Sequence[str], folder: Path) -> None:
         self.machine, self.gpus, self.folder = machine, tuple(gpus), folder
-        self.processes: set[subprocess.Popen] = set()
+        self.families: set[Family] = set()
         folder.mkdir(parents=True, exist_ok=True)
 
     def run(
@@ -130,24 +130,23 @@ class Place:
         with log.open("w") as file:
             file.write(f"$ {' '.join(command)}\n")
             file.flush()
-            process = subprocess.Popen(
+            family = Family(
                 command,
+                {**self.machine.environment(self.gpus), **(environment or {})},
                 cwd=ROOT,
-                env={**self.machine.environment(self.gpus), **(environment or {})},
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
-            self.processes.add(process)
+            self.families.add(family)
             try:
                 if meanwhile is not None:
-                    meanwhile(process)
-                code = process.wait(limit)
+                    meanwhile(family.process)
+                code = family.process.wait(limit)
             except subprocess.TimeoutExpired:
                 raise JobFailed(f"{name}: not through after {limit:.0f} s\n{tail(log)}") from None
             finally:
-                kill_group(process)
-                self.processes.discard(process)
+                family.kill()
+                self.families.discard(family)
         if status is not None and code != status:
             raise JobFailed(f"{name}: status {code} where {status} is due\n{tail(log)}")
         return Ended(code, time.monotonic() - begin, log)
@@ -168,13 +167,6 @@ class Place:
 def tail(log: Path, characters: int = 5000) -> str:
     """The end of a log, for a message."""
     return f"{log} ends:\n{log.read_text(errors='replace')[-characters:]}"
-
-
-def kill_group(process: subprocess.Popen) -> None:
-    """End what is left of a process and of those that it started (it leads a session of its own)."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,8 +210,8 @@ class Scheduler:
         with self._changed:
             self._wanted = []
             for place in self._running.values():
-                for process in list(place.processes):
-                    kill_group(process)
+                for family in list(place.families):
+                    family.kill()
 
     def want(self, names: Iterable[str]) -> None:
         """Let jobs run, with all that they need, as soon as it can be."""

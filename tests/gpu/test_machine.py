@@ -105,8 +105,8 @@ def test_another_status_fails_with_the_end_of_the_log(tmp_path):
 def test_what_exceeds_its_limit_is_killed_with_its_children(tmp_path):
     child = "import time; time.sleep(600)"
     program = (
-        f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}]);"
-        "print(p.pid, flush=True); time.sleep(600)"
+        f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}], "
+        "start_new_session=True); print(p.pid, flush=True); time.sleep(600)"  # as torchrun does
     )
     place = Place(FOUR, (), tmp_path)
     with pytest.raises(JobFailed, match="not through"):
@@ -122,7 +122,7 @@ def test_closing_ends_what_runs(tmp_path):
         tmp_path, Job("sleeps", lambda p: p.run("sleeps", ["-c", "import time; time.sleep(600)"]))
     )
     scheduler.want(["sleeps"])
-    while not any(place.processes for place in scheduler._running.values()):
+    while not any(place.families for place in scheduler._running.values()):
         time.sleep(0.01)
     scheduler.close()
     with pytest.raises(JobFailed, match="status -9"):
