@@ -99,13 +99,13 @@ class Chain:
         """All of them; what this machine has too few GPUs for among them."""
         return [
             Job("inputs", self._inputs, gpus=0),
-            Job("convert", self._convert_teacher, gpus=0, after=("inputs",)),
+            Job("convert", self._convert_teacher, after=("inputs",)),
             Job("select", self._select, after=("inputs",)),
-            Job("student", self._convert_student, gpus=0, after=("select",)),
+            Job("student", self._convert_student, after=("select",)),
             Job("align", self._align, after=("convert", "student")),
             Job("distill", self._distill_stopped, after=("align",)),
             Job("finetune", self._finetune, after=("distill",)),
-            Job("export", self._export, gpus=0, after=("finetune",)),
+            Job("export", self._export, after=("finetune",)),
             Job("evaluate_hf", self._evaluate_hf, after=("export",)),
             Job("evaluate_checkpoint", self._evaluate_checkpoint, after=("finetune",)),
             Job("distill_whole", self._distill_whole, after=("align",)),
@@ -290,7 +290,7 @@ class Chain:
         bf16 = ["precision=bf16", *self.kernels]
         runs = {name: [*bf16, *LAYOUTS[name][1]] for name in self.layouts_of(len(place.gpus))}
         if len(place.gpus) == 1:
-            runs = {"one": bf16, "exact": ["precision=fp32"]}
+            runs = {"one": bf16, "exact": ["precision=fp32", "backend.fused_kernels=torch"]}
         cases = [
             {"verb": verb, "output": f"{verb}-{name}", "overrides": overrides, "sections": self._sections()}
             for name, overrides in runs.items()

@@ -36,11 +36,12 @@ class Session:
         self.begin = time.monotonic()
         self.machine = Machine.here()
         self.folder = Path(os.environ.get("HYDRA_GPU_REPORT", "gpu-report")).resolve()
-        work = self.folder / "work"
-        shutil.rmtree(work, ignore_errors=True)
+        work, logs = self.folder / "work", self.folder / "logs"
+        for old in (work, logs):
+            shutil.rmtree(old, ignore_errors=True)  # or its runs would be resumed
         work.mkdir(parents=True)
         self.chain = Chain(self.machine, work)
-        self.scheduler = Scheduler(self.machine, self.chain.jobs(), self.folder / "logs")
+        self.scheduler = Scheduler(self.machine, self.chain.jobs(), logs)
         self.tests: dict[str, dict[str, Any]] = {}
         self._head = {
             "date": dt.date.today().isoformat(),
