@@ -122,6 +122,7 @@ class Chain:
             Job("hung", lambda place: self._fault(place, "hang"), gpus=2, after=("inputs",)),
             Job("dead", lambda place: self._fault(place, "kill"), gpus=2, after=("inputs",)),
             Job("too_many", self._too_many, after=("inputs",)),
+            Job("too_large", self._too_large, after=("inputs",)),
         ]  # fmt: skip
 
     # -- the chain ----------------------------------------------------------------------------------
@@ -350,15 +351,23 @@ class Chain:
 
     def _too_many(self, place: Place) -> tuple[Ended, int, Path]:
         """The trainer on one process more than there are GPUs for this place."""
-        count = len(place.gpus) + 1
-        output = self.run_folder("too_many")
-        words = [
-            "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
-            "-m", "megatron_hydra.train", "--config", "configs/tiny/finetune.yaml", f"output={output}",
-            f"student.checkpoint={self.random / 'student'}", f"data.blend=[{{path: {self.random / 'text'}}}]",
-            f"parallel.context={count}",
-        ]  # fmt: skip
+        count, output = len(place.gpus) + 1, self.run_folder("too_many")
+        launcher = ["launch/agent.py", "--standalone", "--nproc-per-node", str(count), "-m"]
+        words = [*launcher, "megatron_hydra.train", *self._smallest_run(output, f"context={count}")]
         return place.run("refused", words, status=None, limit=180), count, output
+
+    def _too_large(self, place: Place) -> tuple[Ended, Path]:
+        """One process, and a layout of two."""
+        output = self.run_folder("too_large")
+        words = ["-m", "megatron_hydra.train", *self._smallest_run(output, "tensor=2")]
+        return place.run("refused", words, status=None, limit=180), output
+
+    def _smallest_run(self, output: Path, layout: str) -> list[str]:
+        return [
+            "--config", "configs/tiny/finetune.yaml", f"output={output}", f"parallel.{layout}",
+            f"student.checkpoint={self.random / 'student'}",
+            f"data.blend=[{{path: {self.random / 'text'}}}]",
+        ]  # fmt: skip
 
 
 def _answer(ended: Ended) -> Any:

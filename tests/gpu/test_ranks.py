@@ -53,10 +53,23 @@ def test_more_ranks_than_gpus_are_refused(result, suite, note):
     if suite.machine.is_dry_run:
         pytest.skip("a CPU machine has no number of GPUs that could be too small")
     ended, count, output = result("too_many")
-    assert ended.status not in (0, 85)
-    messages = [line for line in ended.output.splitlines() if line.startswith("error: ")]
+    message = _assert_refused(ended, output)
+    assert "GPU" in message and str(count) in message
+    note(message=message)
+
+
+@needs("too_large")
+def test_a_layout_of_more_gpus_than_the_run_has_is_refused(result, note):
+    message = _assert_refused(*result("too_large"))
+    assert "parallel.tensor" in message
+    note(message=message)
+
+
+def _assert_refused(ended, output):
+    """Its message: one, in words, and nothing was begun."""
+    assert ended.status == 2, ended.output[-3000:]
+    messages = {line for line in ended.output.splitlines() if line.startswith("error: ")}
     assert messages, ended.output[-3000:]
-    assert all("GPU" in line and str(count) in line for line in messages)
-    assert "Traceback (most recent call last)" not in ended.output.partition("ChildFailedError")[0]
+    assert "Traceback (most recent call last)" not in ended.output
     assert not output.exists()
-    note(message=messages[0])
+    return messages.pop()
