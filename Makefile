@@ -14,7 +14,11 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
-.PHONY: help setup quickstart test test-slow test-parallel test-slurm lint format clean
+# An interpreter that has everything of docs/gpu.md already; without one, .venv is made and used.
+GPU_PYTHON ?=
+GPU_TESTS = $$(grep -rl --include='test_*.py' 'pytest\.mark\.gpu' tests) tests/gpu
+
+.PHONY: help setup quickstart test test-slow test-parallel test-slurm test-gpu lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +55,11 @@ test-parallel: setup ## the whole parity suite: every layout against one rank
 test-slurm: setup ## jobs on a real SLURM on this host (root; apt-get install slurm-wlm munge)
 	$(TEST_ENV) "$(BIN)/python" -m pytest -m slurm tests/slurm --timeout 900
 
+test-gpu: $(if $(GPU_PYTHON),,setup) ## the public commands on this machine's GPUs; GPU_PYTHON=python3: without .venv
+	@"$(or $(GPU_PYTHON),$(BIN)/python)" -m tests.gpu.ready
+	$(TEST_ENV) "$(or $(GPU_PYTHON),$(BIN)/python)" -m pytest -o addopts= -o timeout=0 --import-mode=importlib \
+	  -ra -v -m gpu $(GPU_TESTS)
+
 lint: setup ## ruff (lint, format), mypy
 	"$(BIN)/ruff" check
 	"$(BIN)/ruff" format --check
@@ -61,5 +70,5 @@ format: setup ## rewrite the sources as the linter wants them
 	"$(BIN)/ruff" format
 
 clean: ## remove the environment, caches and the quickstart's output
-	rm -rf "$(VENV)" quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis build ./*.egg-info
+	rm -rf "$(VENV)" quickstart gpu-report .pytest_cache .mypy_cache .ruff_cache .hypothesis build ./*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

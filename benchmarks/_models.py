@@ -9,6 +9,7 @@ import torch
 from megatron_hydra.parallel import platform  # isort: skip  (before anything of Megatron-Core)
 
 from benchmarks import _harness as harness
+from megatron_hydra.checkpoint.canonical import canonical_shapes, is_fp32
 from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.config.run import (
     BackendConfig,
@@ -136,3 +137,31 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> None:
             parameter.uniform_(-6.0, -2.0, generator=generator)
         elif parameter.dim() > 1:
             parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+
+
+@torch.no_grad()
+def random_weights(
+    model: ModelConfig, dtype: torch.dtype, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Canonical tensors of a sensible size, drawn on the GPU where there is one, kept on the host.
+
+    Args:
+        dtype: of all but the decays, which are fp32.
+    """
+    device = platform.device()
+    generator = torch.Generator(device).manual_seed(seed)
+    weights = {}
+    for key, shape in canonical_shapes(model).items():
+        value = torch.empty(shape, dtype=torch.float32 if is_fp32(key) else dtype, device=device)
+        if key.endswith(("layernorm.weight", "_norm", "gamma")):
+            value.fill_(1.0)
+        elif key.endswith("A_log"):
+            value.uniform_(0.0, 2.0, generator=generator)
+        elif key.endswith("dt_bias"):
+            value.uniform_(-6.0, -2.0, generator=generator)
+        else:
+            # The output projection, stored by head, sums over heads as well.
+            inputs = shape[-1] * (shape[0] if key.endswith("self_attention.out") else 1)
+            value.normal_(std=inputs**-0.5, generator=generator)
+        weights[key] = value.cpu()
+    return weights

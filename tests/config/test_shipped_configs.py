@@ -29,8 +29,10 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("gpus", [8, 64])
-@pytest.mark.parametrize("length", ["short", "long"])
+@pytest.mark.parametrize(
+    ("gpus", "length"),
+    [(2, "long"), (4, "long"), (8, "short"), (8, "long"), (64, "short"), (64, "long")],
+)
 def test_qwen_stages_fit_their_layouts(gpus: int, length: str) -> None:
     layout = QWEN / "layouts" / f"{gpus}_gpus_{length}.yaml"
     for files in STAGES[length]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
+
+from benchmarks._processes import Family
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,19 +25,19 @@ def forked(module: str, processes: int, *arguments: str, timeout: float = 600) -
 
 def _output(words: list[str], timeout: float) -> str:
     command = [sys.executable, "-m", *words]
-    process = subprocess.Popen(
+    family = Family(
         command,
+        os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        start_new_session=True,
     )
+    process = family.process
     try:
         output, errors = process.communicate(timeout=timeout)
     except BaseException:  # a timeout of ours or of pytest, or Ctrl-C
-        os.killpg(process.pid, signal.SIGKILL)  # with the ranks, which would run on for ever
+        family.kill()  # with the ranks, which would run on for ever
         process.communicate()
         raise
     assert process.returncode == 0, f"{' '.join(command)}\n{output[-4000:]}\n{errors[-6000:]}"

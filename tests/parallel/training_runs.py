@@ -1,7 +1,7 @@
 """Worker: several trainings one after the other in the same processes, each under its own layout.
 
-Run by test_training.py under torchrun: ``training_runs FOLDER CASES.json``. Rank 0 prints one JSON
-line a case: exit code or error of every rank.
+Run by test_training.py, and by the GPU suite over NCCL: ``training_runs FOLDER CASES.json``, under torchrun.
+Rank 0 prints one JSON line a case: exit code or error of every rank.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_hydra.config import apply_overrides
 from megatron_hydra.errors import HydraError
+from megatron_hydra.parallel import platform
 from megatron_hydra.training import loop
 from megatron_hydra.training.loop import run_training
 from megatron_hydra.transfer import finetune
@@ -78,7 +79,8 @@ def main() -> None:
     """Run every case of the list."""
     folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    platform.bind_process_to_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(platform.communication_backend())
     for case in cases:
         outcomes = _run(folder, case)
         if dist.get_rank() == 0:

@@ -37,12 +37,14 @@ HEADS = ((1, 6), (), (0, 1, 5), (2,))
 """Full-attention heads of the first layers."""
 
 
-def teacher_weights(model: ModelConfig = TEACHER, seed: int = 0) -> dict[str, torch.Tensor]:
+def teacher_weights(
+    model: ModelConfig = TEACHER, seed: int = 0, scale: float = 0.15
+) -> dict[str, torch.Tensor]:
     """Random canonical tensors of a dense model, small enough for losses near ln V."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for key, shape in canonical_shapes(model).items():
-        value = torch.randn(shape, generator=generator) * 0.15
+        value = torch.randn(shape, generator=generator) * scale
         is_norm = key.endswith(("layernorm.weight", "_norm"))
         weights[key] = 1 + value if is_norm else value
         assert not is_fp32(key)
@@ -57,11 +59,12 @@ def student_config(model: ModelConfig = TEACHER, **switches) -> ModelConfig:
     )
 
 
-def write_text(folder: Path, documents: int = 60) -> str:
-    """A Megatron ``.bin/.idx`` pair of short documents whose tokens repeat; returns its prefix."""
+def write_text(folder: Path, documents: int = 60, longest: int = SEQUENCE) -> str:
+    """A Megatron ``.bin/.idx`` pair of documents of 5 to ``longest`` tokens that repeat; returns its prefix."""
     rng = np.random.default_rng(0)
-    lengths = rng.integers(5, SEQUENCE, documents)
-    tokens = np.concatenate([np.tile(rng.integers(0, VOCABULARY, 6), 9)[:n] for n in lengths])
+    lengths = rng.integers(5, longest, documents)
+    repeats = longest // 6 + 1
+    tokens = np.concatenate([np.tile(rng.integers(0, VOCABULARY, 6), repeats)[:n] for n in lengths])
     prefix = folder / "text"
     prefix.with_suffix(".bin").write_bytes(tokens.astype("<u2").tobytes())
     write_index(

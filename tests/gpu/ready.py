@@ -1,0 +1,43 @@
+"""Whether the GPU suite can run here, said in words before it starts: ``python -m tests.gpu.ready``."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+NEEDED = (
+    "torch", "triton", "megatron.core", "fla", "transformers", "datasets", "safetensors", "yaml", "tqdm",
+    "matplotlib", "tensorboard", "psutil", "pytest",
+)  # fmt: skip
+"""Modules that the commands of the suite import, and those whose absence would mean another kernel."""
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package is absent
+        return False
+
+
+def problem() -> str | None:
+    """What is missing; ``None``: nothing."""
+    missing = [name for name in NEEDED if not _is_there(name)]
+    if missing:
+        return (
+            f"{sys.executable} lacks {', '.join(missing)}: docs/gpu.md lists the wheels; where they are "
+            "in a folder of their own, name it in PYTHONPATH"
+        )
+    if os.environ.get("HYDRA_GPU_DRY_RUN"):
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return "torch sees no GPU here; HYDRA_GPU_DRY_RUN=2 tries the suite out on the CPU"
+    return None
+
+
+if __name__ == "__main__":
+    found = problem()
+    if found:
+        raise SystemExit(f"error: {found}")

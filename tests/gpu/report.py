@@ -1,0 +1,61 @@
+"""The table of a run of the GPU suite: ``python -m tests.gpu.report REPORT.json [--write docs/gpu.md]``.
+
+With ``--write``, the table takes the place of the last one, between the two comments that mark it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- table of the last run: begin -->", "<!-- table of the last run: end -->"
+
+
+def table(body: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    versions = ", ".join(f"{name} {value}" for name, value in body["versions"].items())
+    played = ", **dry run on the CPU**" if body["dry_run"] else ""
+    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    for test in body["tests"]:
+        counts[test["outcome"]] += 1
+    lines = [
+        f"{body['date']}, {body['cards']}{played}; commit {body['commit']}; {versions}. "
+        f"{', '.join(f'{n} {what}' for what, n in counts.items())} in {body['seconds']:.0f} s.",
+        "",
+        "| test | outcome | what came out |",
+        "|---|---|---|",
+    ]
+    for test in body["tests"]:
+        facts = "; ".join(f"{name} {value}" for name, value in test["facts"].items())
+        cells = (test["name"], test["outcome"], facts or test["reason"])
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    jobs = ", ".join(f"{name} {seconds:.0f}" for name, seconds in body["jobs"].items())
+    return "\n".join([*lines, "", f"Seconds of each job (several ran at once): {jobs}.", ""])
+
+
+def write_into(page: Path, text: str) -> None:
+    """Put a table between the page's two marks."""
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{page} lacks the marks {BEGIN} and {END}")
+    page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
+
+
+def main() -> None:
+    """Print the table, or write it into a page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("report", type=Path)
+    parser.add_argument("--write", type=Path, metavar="PAGE")
+    arguments = parser.parse_args()
+    text = table(json.loads(arguments.report.read_text()))
+    if arguments.write:
+        write_into(arguments.write, text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
