@@ -18,6 +18,7 @@ from typing import Any
 from megatron_hydra.config.loading import from_dict, load_run_config, read_config, to_dict
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.config.run import RunConfig
+from megatron_hydra.config.validate import check_run
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments import fingerprint
 from megatron_hydra.experiments.spec import TEACHER, Cell, SelectionSpec, StageSpec, as_plain
@@ -257,6 +258,11 @@ class _CellPlanner:
                 *overrides,
             ],
         )
+        if stage.tokens:
+            per_step = config.batch.global_batch_size * config.data.sequence_length
+            schedule = dataclasses.replace(config.schedule, **stage.schedule(per_step))
+            config = dataclasses.replace(config, schedule=schedule)
+            check_run(config)
         _, inputs, places = self._teacher_model()
         inputs |= {"student": before, "teacher": self._teacher() if reads_teacher else None}
         paths = {
