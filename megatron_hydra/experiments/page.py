@@ -48,7 +48,7 @@ def section(results: Results) -> list[str]:
     """A table a task with lengths as columns, one of lm-eval's metrics, the cache, the training."""
     columns = results.columns()
     parts = [split_column(column) for column in columns]
-    lines: list[str] = []
+    lines = [*_samples(results), ""]
     for task in dict.fromkeys(task for task, length in parts if length is not None):
         lengths = [length for other, length in parts if other == task and length is not None]
         headers = [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths]
@@ -62,6 +62,18 @@ def section(results: Results) -> list[str]:
         lines += row([variant, *facts_columns(results.of(variant))])
     trained = [line for line in training_table(results) if not line.startswith("## ")]
     return [*lines, *trained, "", *footnotes(results)]
+
+
+def _samples(results: Results) -> list[str]:
+    """How many questions stand behind a figure."""
+    found = []
+    for evaluation in dict.fromkeys(cell.spec.evaluation for cell in results.experiment.cells):
+        text = f"{evaluation.samples} samples at each of {len(evaluation.depths)} depths"
+        if evaluation.lm_eval:
+            limit = evaluation.lm_eval_limit
+            text += f"; of lm-eval's sets {f'the first {limit}' if limit else 'all'} questions"
+        found.append(text)
+    return [f"Retrieval: {' or '.join(dict.fromkeys(found))}."]
 
 
 def _table(results: Results, corner: str, headers: list[str], columns: list[str]) -> list[str]:

@@ -21,7 +21,14 @@ from megatron_hydra.config.run import RunConfig
 from megatron_hydra.config.validate import check_run
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments import fingerprint
-from megatron_hydra.experiments.spec import TEACHER, Cell, SelectionSpec, StageSpec, as_plain
+from megatron_hydra.experiments.spec import (
+    SHIPPED,
+    TEACHER,
+    Cell,
+    SelectionSpec,
+    StageSpec,
+    as_plain,
+)
 from megatron_hydra.hf_identity import is_hub_name, resolve_hf_folder
 
 FORMAT = 1
@@ -148,7 +155,7 @@ class _CellPlanner:
 
     def _model(self, name: str, revision: str = "", *, with_code: bool = False) -> tuple[Any, str]:
         """A Hugging Face model as it is hashed, and its folder."""
-        if name == "quickstart":
+        if name == SHIPPED:
             from megatron_hydra.quickstart.workspace import shipped_teacher
 
             folder = shipped_teacher()
@@ -303,6 +310,10 @@ class _CellPlanner:
             )
             params, inputs, places = {"model": hashed}, {}, {"model": place}
         body = as_plain(evaluation) | {"tasks": [h for h, _ in tasks], "haystack": text}
+        if include := evaluation.lm_eval_include:
+            include = str(self.cell.folder / include)
+            body["lm_eval_include"] = fingerprint.of_folder(Path(include))
+            places["lm_eval_include"] = include
         if any(PREPARED in place for _, place in tasks):
             inputs |= {"prepare": self._prepare()}
         places |= {"tasks": [place for _, place in tasks], "haystack": haystack}

@@ -16,6 +16,9 @@ from megatron_hydra.errors import HydraError
 TEACHER = "teacher"
 """As ``hf_model``: the row is the teacher itself."""
 
+SHIPPED = "quickstart"
+"""As ``teacher.model``: the one that the package brings."""
+
 _LATER = {"later": True}
 """Marks a key that specs had not at first: at its default it is left out of the hashes of steps, so that
 what was computed before there was such a key is still found."""
@@ -374,7 +377,9 @@ def _file_path(folder: Path, text: str) -> str:
 
 
 def _model_path(folder: Path, text: str) -> str:
-    return str(folder / text) if text and (folder / text).is_dir() else text
+    if text in ("", TEACHER, SHIPPED):
+        return text
+    return str(folder / text) if (folder / text).is_dir() else text  # else a Hub name
 
 
 def _task_path(folder: Path, text: str) -> str:
@@ -497,6 +502,8 @@ def _check(spec: CellSpec, where: str) -> None:
     retrieval = bool(evaluation.tasks) and bool(evaluation.lengths)
     if not retrieval and (evaluation.tasks or evaluation.lengths or not evaluation.lm_eval):
         raise HydraError(f"{where}: evaluation needs tasks and lengths, or lm_eval")
+    if evaluation.lm_eval_include and not evaluation.lm_eval:
+        raise HydraError(f"{where}: evaluation.lm_eval_include is given, and no task of lm_eval")
     if evaluation.lm_eval_limit < 0:
         raise HydraError(f"{where}: evaluation.lm_eval_limit must be 0 (all questions) or more")
     if spec.hf_revision and spec.hf_model in ("", TEACHER):
