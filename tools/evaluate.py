@@ -82,6 +82,13 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--lm-eval-include", default="", metavar="DIR", help="folder with lm-eval tasks of your own"
     )
+    add(
+        "--lm-eval-limit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the first N questions of each of lm-eval's tasks (%(default)s: all)",
+    )
     add("--output", required=True, metavar="DIR", help="folder for the results")
     add(
         "--depths",
@@ -127,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         cache_length=args.cache_length,
         lm_eval=_listed(args.lm_eval),
         lm_eval_include=args.lm_eval_include,
+        lm_eval_limit=args.lm_eval_limit,
         progress=not args.quiet,
     )
     if settings.lm_eval:

@@ -19,13 +19,18 @@ run:   compute every cell (variant × seed) of the experiment files: select head
        cells or experiments share is computed once, and a run that was stopped goes on where it was.
        A cell that fails is named with its log, all others go on; the exit status is then 1.
 table: write OUTPUT/<experiment>/table.md and results.json of what is finished, print the table.
-plot:  draw accuracy against length for every task, and bars, into OUTPUT/<experiment>/.
+plot:  draw accuracy against length for every task, bars and losses, into OUTPUT/<experiment>/.
+pack:  copy records, logs, head maps, metrics and scores to another folder, without weights: small enough
+       to take along from a machine that is given back. All verbs accept that folder as --output.
 """
 
 EPILOG = """\
 examples:
   python tools/experiment.py run configs/experiments/selection.yaml --workers 2
   python tools/experiment.py run configs/experiments/*.yaml --dry-run
+  python tools/experiment.py run configs/experiments/real/chain.yaml --base mine.yaml --gpus 0,1 \\
+      --tokens-scale 0.2 --stop-after 50
+  python tools/experiment.py pack configs/experiments/real/chain.yaml --base mine.yaml --to results
   python tools/experiment.py table configs/experiments/selection.yaml
   python tools/experiment.py run configs/experiments/ratio.yaml \\
       --slurm '--gpus-per-node 1 --time 4:00:00 --array-limit 8'
@@ -41,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("verb", choices=("run", "table", "plot"))
+    p.add_argument("verb", choices=("run", "table", "plot", "pack"))
     p.add_argument("experiments", nargs="+", type=Path, metavar="EXPERIMENT.yaml")
     p.add_argument(
         "--output",
@@ -56,9 +61,28 @@ def parser() -> argparse.ArgumentParser:
         help="include this file in place of the one that the experiments name: another model, other "
         "stages and tasks under the same rows, as configs/experiments/shared/qwen3_1.7b.yaml",
     )
+    p.add_argument(
+        "--tokens-scale",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="multiply every stage's budget in tokens; a scale has steps of its own (%(default)s)",
+    )
     run = p.add_argument_group("run")
-    run.add_argument("--workers", type=int, default=2, help="steps at a time (%(default)s)")
+    run.add_argument("--workers", type=int, help="steps at a time (one a GPU; 2 without a GPU)")
     run.add_argument("--threads", type=int, default=1, help="threads of a worker (%(default)s)")
+    run.add_argument(
+        "--gpus",
+        metavar="N,…",
+        help="share out these of the GPUs that are visible, one a worker, in turn: with --workers 4 "
+        "--gpus 0,1, two steps at a time run on each (all of them, unless stages have several processes)",
+    )
+    run.add_argument(
+        "--stop-after",
+        type=float,
+        metavar="MINUTES",
+        help="begin no step after so many minutes; exit status 85 if cells are left",
+    )
     run.add_argument("--dry-run", action="store_true", help="list the steps, compute nothing")
     run.add_argument(
         "--only", action="append", default=[], metavar="VARIANT", help="this row only; repeatable"
@@ -68,6 +92,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="OPTIONS",
         help="submit the cells as an array through launch/slurm.sh, with these options",
     )
+    p.add_argument_group("table").add_argument(
+        "--page",
+        type=Path,
+        metavar="FILE.md",
+        help="write the table into this file too, between its lines <!-- experiment NAME --> and <!-- end -->",
+    )
+    p.add_argument_group("pack").add_argument(
+        "--to", type=Path, metavar="FOLDER", help="where results are copied"
+    )
     run.add_argument("--cell", default="", help=argparse.SUPPRESS)  # one task of that array
     return p
 
@@ -75,9 +108,13 @@ def parser() -> argparse.ArgumentParser:
 @command
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.workers < 1 or args.threads < 1:
+    if (args.workers is not None and args.workers < 1) or args.threads < 1:
         raise HydraError("--workers and --threads must be 1 or more")
-    from megatron_hydra.experiments.command import Request, draw, run, show
+    if args.tokens_scale <= 0:
+        raise HydraError(f"--tokens-scale {args.tokens_scale} must be more than 0")
+    if args.stop_after is not None and args.stop_after < 0:
+        raise HydraError(f"--stop-after {args.stop_after}: minutes, 0 or more")
+    from megatron_hydra.experiments.command import Request, draw, pack, run, show
 
     names = [path.stem for path in args.experiments]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -87,14 +124,26 @@ def main(argv: list[str] | None = None) -> int:
         output=args.output,
         workers=args.workers,
         threads=args.threads,
+        gpus=None if args.gpus is None else _numbers(args.gpus),
+        stop_after=args.stop_after,
+        tokens_scale=args.tokens_scale,
         only=args.only,
         cell=args.cell,
         base=args.base,
         dry_run=args.dry_run,
         slurm=None if args.slurm is None else shlex.split(args.slurm),
+        to=args.to,
+        page=args.page,
     )
-    action = {"run": run, "table": show, "plot": draw}[args.verb]
+    action = {"run": run, "table": show, "plot": draw, "pack": pack}[args.verb]
     return action(request, lambda line: print(line, flush=True))
+
+
+def _numbers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
+        raise HydraError(f"--gpus {text!r}: write numbers, each one once, as 0,1")
+    return [int(part) for part in parts]
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def run_lm_eval(
     task: str,
     *,
     include: str = "",
+    limit: int = 0,
     batch_tokens: int = 32768,
     seed: int = 1234,
 ) -> dict[str, dict[str, Any]]:
@@ -48,6 +49,7 @@ def run_lm_eval(
         tokenizer: its tokenizer.
         task: lm-eval's name.
         include: a folder with task files (YAML) of the user's own, or ``""``.
+        limit: the first so many questions of each task; 0: all of them.
         batch_tokens: tokens of a batch, about (one request at least).
         seed: of few-shot examples, and whatever else lm-eval draws.
 
@@ -70,6 +72,7 @@ def run_lm_eval(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
         tasks=[task],
         task_manager=tasks,
+        limit=limit or None,
         bootstrap_iters=0,
         log_samples=False,
         random_seed=seed,

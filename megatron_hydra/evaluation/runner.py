@@ -44,6 +44,7 @@ class EvaluationSettings:
             end without a cache has nothing to measure.
         lm_eval: tasks of lm-evaluation-harness, for a Hugging Face model (needs the extra ``eval``).
         lm_eval_include: a folder with lm-eval tasks (YAML) of the user's own, or ``""``.
+        lm_eval_limit: the first so many questions of each of lm-eval's tasks; 0: all of them.
         progress: show a progress bar on stderr.
     """
 
@@ -57,11 +58,14 @@ class EvaluationSettings:
     cache_length: int = 0
     lm_eval: tuple[str, ...] = ()
     lm_eval_include: str = ""
+    lm_eval_limit: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.batch_tokens < 1:
             raise HydraError("samples and batch_tokens must be 1 or more")
+        if self.lm_eval_limit < 0:
+            raise HydraError("lm_eval_limit must be 0 (all questions) or more")
         if not self.depths or any(not 0 <= d <= 1 for d in self.depths):
             raise HydraError(f"depths {list(self.depths)} must lie in 0..1, and not be empty")
 
@@ -145,12 +149,15 @@ def _lm_eval(
     metrics: dict[str, Any] = {}
     for task in settings.lm_eval:
         key = f"lm-eval {lm_eval_version()} {task} {settings.lm_eval_include}"
+        if settings.lm_eval_limit:
+            key += f" first {settings.lm_eval_limit}"
         kept = None if store is None else store.load(key, 0)
         found = kept or run_lm_eval(
             backend.model,
             tokenizer,
             task,
             include=settings.lm_eval_include,
+            limit=settings.lm_eval_limit,
             batch_tokens=settings.batch_tokens,
             seed=settings.seed,
         )
@@ -158,7 +165,10 @@ def _lm_eval(
             store.save(key, 0, found)
         leave_if_stopped()  # what was scored is on disk
         metrics |= found
-    return {"version": lm_eval_version(), "tasks": metrics}
+    body: dict[str, Any] = {"version": lm_eval_version(), "tasks": metrics}
+    if settings.lm_eval_limit:
+        body["limit"] = settings.lm_eval_limit
+    return body
 
 
 def _write(results: dict[str, Any], output: Path) -> None:

@@ -207,6 +207,8 @@ def evaluate(context: Context) -> None:
             haystack=Path(places["haystack"]).read_text() if places["haystack"] else "",
             cache_length=body["cache_length"],
             lm_eval=body.get("lm_eval", ()),
+            lm_eval_include=places.get("lm_eval_include", ""),
+            lm_eval_limit=body.get("lm_eval_limit", 0),
             progress=False,
         ),
         output=context.out,

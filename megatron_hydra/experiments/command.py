@@ -1,21 +1,27 @@
-"""``run``, ``table`` and ``plot`` of ``tools/experiment.py``."""
+"""``run``, ``table``, ``plot`` and ``pack`` of ``tools/experiment.py``."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments.executor import run_plan
+from megatron_hydra.experiments.pack import pack as pack_results
+from megatron_hydra.experiments.page import write_into
 from megatron_hydra.experiments.plan import Plan, make_plan
 from megatron_hydra.experiments.results import Results, collect
 from megatron_hydra.experiments.slurm import from_word, submit
 from megatron_hydra.experiments.spec import Cell, Experiment, load_experiment
 from megatron_hydra.experiments.store import StepStore
 from megatron_hydra.experiments.table import markdown
+from megatron_hydra.parallel import platform
+from megatron_hydra.stopping import REQUEUE_EXIT_CODE
 
 Say = Callable[[str], None]
 
@@ -27,28 +33,48 @@ class Request:
     Attributes:
         files: experiment files.
         output: folder of steps and results.
-        workers, threads: steps at a time, and threads of each.
+        workers: steps at a time; ``None``: one a GPU, two without.
+        threads: of each worker.
+        gpus: the GPUs to share out, by their numbers among those that this process sees; ``None``: all.
+        stop_after: no step begins after so many minutes; ``None``: no limit.
+        tokens_scale: every stage's budget in tokens is multiplied by it.
         only: rows; empty: all.
         cell: one cell, by its name (:func:`~.slurm.as_word`); empty: all.
         base: included by every file in place of what it names, or ``None``.
         dry_run: list the steps.
         slurm: options for ``launch/slurm.sh``, or ``None``: compute here.
+        to: where ``pack`` copies results.
+        page: a Markdown file that ``table`` writes its tables into.
     """
 
     files: Sequence[Path]
     output: Path
-    workers: int = 2
+    workers: int | None = None
     threads: int = 1
+    gpus: Sequence[int] | None = None
+    stop_after: float | None = None
+    tokens_scale: float = 1.0
     only: Sequence[str] = ()
     cell: str = ""
     base: Path | None = None
     dry_run: bool = False
     slurm: Sequence[str] | None = None
+    to: Path | None = None
+    page: Path | None = None
+
+    def load(self, path: Path) -> Experiment:
+        """One of the files."""
+        return load_experiment(path, self.base, tokens_scale=self.tokens_scale)
 
 
 def run(request: Request, say: Say) -> int:
-    """Compute what is missing; 1 if a cell failed."""
-    experiments = [load_experiment(path, request.base) for path in request.files]
+    """Compute what is missing.
+
+    Returns:
+        0; 1 if a cell failed; 85 if none has, and some are not finished because the time was over.
+    """
+    began = time.monotonic()
+    experiments = [request.load(path) for path in request.files]
     plan = make_plan(_chosen(experiments, request), fetch=not request.dry_run)
     store = StepStore(request.output)
     if request.dry_run:
@@ -56,7 +82,16 @@ def run(request: Request, say: Say) -> int:
         return 0
     if request.slurm is not None:
         return submit(plan, store, _words(request), request.slurm, say)
-    failures = run_plan(plan, store, request.workers, say, threads=request.threads)
+    gpus = shared_out(plan, request.gpus)
+    failures = run_plan(
+        plan,
+        store,
+        request.workers or len(gpus) or 2,
+        say,
+        threads=request.threads,
+        gpus=gpus,
+        begin_until=None if request.stop_after is None else began + 60 * request.stop_after,
+    )
     if not request.cell and not request.only:
         for experiment in experiments:
             write_results(_collected(experiment, store), store, say)
@@ -71,7 +106,38 @@ def run(request: Request, say: Say) -> int:
                 break
     if affected:
         say(f"{affected} of {len(plan.cells)} cells failed; the same command tries them again")
-    return 1 if affected else 0
+        return 1
+    if left := sum(not store.is_done(plan.steps[key]) for key in plan.cells.values()):
+        say(f"the time is over: {left} of {len(plan.cells)} cells are not finished")
+        say("the same command goes on from here")
+        return REQUEUE_EXIT_CODE
+    return 0
+
+
+def shared_out(plan: Plan, wanted: Sequence[int] | None) -> list[str]:
+    """The GPUs that workers share out, as words for ``CUDA_VISIBLE_DEVICES``; none: they see all.
+
+    Args:
+        wanted: numbers among the GPUs that this process sees; ``None``: all of them, unless a stage has
+            several ranks, which find their GPUs themselves.
+
+    Raises:
+        HydraError: a GPU that is not there, or GPUs by number for a stage of several ranks.
+    """
+    ranks = max((step.params.get("processes", 1) for step in plan.steps.values()), default=1)
+    if ranks > 1:
+        if wanted is not None:
+            raise HydraError(f"--gpus gives each worker one GPU, and a stage has {ranks} processes")
+        return []
+    count = platform.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:count]
+    words = visible if len(visible) == count else [str(number) for number in range(count)]
+    if wanted is None:
+        return words
+    for number in wanted:
+        if not 0 <= number < count:
+            raise HydraError(f"--gpus {number}: this process sees {count} GPUs, counted from 0")
+    return [words[number] for number in wanted]
 
 
 def show(request: Request, say: Say) -> int:
@@ -79,8 +145,11 @@ def show(request: Request, say: Say) -> int:
     store = StepStore(request.output)
     missing = 0
     for path in request.files:
-        results = _collected(load_experiment(path, request.base), store)
+        results = _collected(request.load(path), store)
         write_results(results, store, say)
+        if request.page is not None:
+            write_into(request.page, results)
+            say(f"{request.page}: {results.experiment.name}")
         say("")
         say(markdown(results))
         missing += sum(cell.state != "done" for cell in results.cells)
@@ -93,7 +162,7 @@ def draw(request: Request, say: Say) -> int:
 
     store = StepStore(request.output)
     for path in request.files:
-        results = _collected(load_experiment(path, request.base), store)
+        results = _collected(request.load(path), store)
         pictures = draw_results(results, store.root / results.experiment.name)
         if not pictures:
             raise HydraError(
@@ -101,6 +170,16 @@ def draw(request: Request, say: Say) -> int:
             )
         for picture in pictures:
             say(str(picture))
+    return 0
+
+
+def pack(request: Request, say: Say) -> int:
+    """Copy results without weights to ``request.to``."""
+    if request.to is None:
+        raise HydraError("pack needs --to FOLDER: where the results are copied")
+    experiments = [request.load(path) for path in request.files]
+    plan = make_plan(_chosen(experiments, request), fetch=False)
+    pack_results(experiments, plan, StepStore(request.output), request.to, say)
     return 0
 
 
@@ -120,7 +199,8 @@ def _collected(experiment: Experiment, store: StepStore) -> Results:
 def _words(request: Request) -> list[str]:
     """What a task of an array reads: the same experiments, into the same folder."""
     base = [] if request.base is None else ["--base", str(request.base.resolve())]
-    return [*(str(path.resolve()) for path in request.files), *base]
+    scale = [] if request.tokens_scale == 1 else ["--tokens-scale", str(request.tokens_scale)]
+    return [*(str(path.resolve()) for path in request.files), *base, *scale]
 
 
 def _chosen(experiments: Sequence[Experiment], request: Request) -> list[Cell]:

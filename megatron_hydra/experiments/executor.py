@@ -7,7 +7,7 @@ import dataclasses
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -37,6 +37,8 @@ def run_plan(
     say: Callable[[str], None],
     *,
     threads: int = 1,
+    gpus: Sequence[str] = (),
+    begin_until: float | None = None,
 ) -> list[Failure]:
     """Compute the missing steps; those that need a failed one are left, all others go on.
 
@@ -44,6 +46,9 @@ def run_plan(
         workers: steps at a time.
         say: prints a line for the user.
         threads: torch threads of each worker.
+        gpus: words for ``CUDA_VISIBLE_DEVICES``, one a worker, in turn; empty: every worker sees what
+            this process sees.
+        begin_until: after this ``time.monotonic()`` no step begins; those that run come to their end.
 
     Returns:
         The failed steps.
@@ -51,14 +56,16 @@ def run_plan(
     Raises:
         Stopped: SIGTERM or SIGUSR1; the workers have saved what they had.
     """
-    todo = {key: step for key, step in plan.steps.items() if not store.is_done(step)}
+    todo = missing_steps(plan, store)
     say(f"{len(plan.steps)} steps, {len(plan.steps) - len(todo)} of them finished before")
     if not todo:
         return []
     schedule = _Schedule(plan, store, todo)
-    with StopRequest() as stop, _Pool(store, min(workers, len(todo)), threads) as pool:
+    pool = _Pool(store, min(workers, len(todo)), threads, gpus)
+    with StopRequest() as stop, pool:
         while True:
-            for step in schedule.ready(pool.idle):
+            may_begin = begin_until is None or time.monotonic() < begin_until
+            for step in schedule.ready(pool.idle if may_begin else 0):
                 pool.start(step, {n: store.out(plan.steps[k]) for n, k in step.inputs.items()})
             if not pool.busy:
                 break
@@ -68,6 +75,28 @@ def run_plan(
                 say("stopping: the workers save what they have")
                 raise Stopped
     return schedule.failures
+
+
+def missing_steps(plan: Plan, store: StepStore) -> dict[str, Step]:
+    """What the cells that are not finished still need, in the order of the plan.
+
+    A finished step whose weights were left out (:mod:`~.pack`) is needed again only where an unfinished
+    one reads it.
+    """
+    needed: set[str] = set()
+
+    def visit(key: str) -> None:
+        if key in needed:
+            return
+        needed.add(key)
+        for other in plan.steps[key].inputs.values():
+            if not store.is_whole(plan.steps[other]):
+                visit(other)
+
+    for key in plan.cells.values():
+        if not store.is_done(plan.steps[key]):
+            visit(key)
+    return {key: step for key, step in plan.steps.items() if key in needed}
 
 
 class _Schedule:
@@ -138,8 +167,11 @@ class _Schedule:
 class _Pool:
     """Worker processes; one that dies takes only its step with it."""
 
-    def __init__(self, store: StepStore, count: int, threads: int) -> None:
+    def __init__(self, store: StepStore, count: int, threads: int, gpus: Sequence[str]) -> None:
         self.store, self.count, self.threads = store, count, threads
+        # The device of each worker that may be started; a worker that dies gives its own back.
+        self.devices = [gpus[n % len(gpus)] if gpus else None for n in reversed(range(count))]
+        self.device_of: dict[BaseProcess, str | None] = {}
         self.context = multiprocessing.get_context("spawn")
         self.free: list[tuple[BaseProcess, Connection]] = []
         self.busy: dict[Connection, tuple[BaseProcess, Step]] = {}
@@ -173,13 +205,17 @@ class _Pool:
 
     def _spawn(self) -> tuple[BaseProcess, Connection]:
         mine, theirs = self.context.Pipe()
+        device = self.devices.pop()
+        variables = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
         with _environment(
             OMP_NUM_THREADS=str(self.threads),
             TOKENIZERS_PARALLELISM="false",
             TRANSFORMERS_VERBOSITY="error",
+            **variables,
         ):
             process = self.context.Process(target=serve, args=(theirs, str(self.store.root)))
             process.start()
+        self.device_of[process] = device
         theirs.close()
         return process, mine
 
@@ -194,6 +230,7 @@ class _Pool:
                 self.free.append((process, connection))
             except EOFError:
                 process.join()
+                self.devices.append(self.device_of.pop(process))
                 message = f"the worker process died (exit status {process.exitcode})"
                 self.store.fail(step, message)
                 done.append((step.key, message))

@@ -42,6 +42,18 @@ def _digest(path: Path, size: int, mtime_ns: int) -> str:
     return file_sha256(path)[:_DIGITS]
 
 
+def of_folder(folder: Path) -> str:
+    """Hash of all files in a folder, and of theirs in it.
+
+    Raises:
+        HydraError: it is no folder, or a file cannot be read.
+    """
+    if not folder.is_dir():
+        raise HydraError(f"{folder} is no folder")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return of_json({str(path.relative_to(folder)): of_file(path) for path in files})[:_DIGITS]
+
+
 def of_model(folder: Path) -> str:
     """Hash of a Hugging Face folder: config, weights and tokenizer."""
     names = sorted(

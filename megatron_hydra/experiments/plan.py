@@ -18,9 +18,17 @@ from typing import Any
 from megatron_hydra.config.loading import from_dict, load_run_config, read_config, to_dict
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.config.run import RunConfig
+from megatron_hydra.config.validate import check_run
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments import fingerprint
-from megatron_hydra.experiments.spec import TEACHER, Cell, SelectionSpec, StageSpec, as_plain
+from megatron_hydra.experiments.spec import (
+    SHIPPED,
+    TEACHER,
+    Cell,
+    SelectionSpec,
+    StageSpec,
+    as_plain,
+)
 from megatron_hydra.hf_identity import is_hub_name, resolve_hf_folder
 
 FORMAT = 1
@@ -147,7 +155,7 @@ class _CellPlanner:
 
     def _model(self, name: str, revision: str = "", *, with_code: bool = False) -> tuple[Any, str]:
         """A Hugging Face model as it is hashed, and its folder."""
-        if name == "quickstart":
+        if name == SHIPPED:
             from megatron_hydra.quickstart.workspace import shipped_teacher
 
             folder = shipped_teacher()
@@ -257,6 +265,11 @@ class _CellPlanner:
                 *overrides,
             ],
         )
+        if stage.tokens:
+            per_step = config.batch.global_batch_size * config.data.sequence_length
+            schedule = dataclasses.replace(config.schedule, **stage.schedule(per_step))
+            config = dataclasses.replace(config, schedule=schedule)
+            check_run(config)
         _, inputs, places = self._teacher_model()
         inputs |= {"student": before, "teacher": self._teacher() if reads_teacher else None}
         paths = {
@@ -297,6 +310,10 @@ class _CellPlanner:
             )
             params, inputs, places = {"model": hashed}, {}, {"model": place}
         body = as_plain(evaluation) | {"tasks": [h for h, _ in tasks], "haystack": text}
+        if include := evaluation.lm_eval_include:
+            include = str(self.cell.folder / include)
+            body["lm_eval_include"] = fingerprint.of_folder(Path(include))
+            places["lm_eval_include"] = include
         if any(PREPARED in place for _, place in tasks):
             inputs |= {"prepare": self._prepare()}
         places |= {"tasks": [place for _, place in tasks], "haystack": haystack}

@@ -1,4 +1,4 @@
-"""Pictures of an experiment: accuracy against length for every task, and bars at some lengths."""
+"""Pictures of an experiment: accuracy against length, bars at some lengths, losses against tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
     Returns:
         ``<name>_<task>.png`` (mean and range over seeds against length) for every task with several
-        lengths, and ``<name>_bars.png``.
+        lengths, ``<name>_bars.png``, and ``<name>_losses.png`` if any stage left its metrics.
     """
     parts = [split_column(column) for column in results.columns()]
     columns = [(task, length) for task, length in parts if length is not None]
@@ -31,6 +31,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
     shown = [(task, n) for task, n in columns if not chosen or f"{task}@{n}" in chosen]
     if shown:
         paths.append(_bars(results, shown, folder / f"{name}_bars.png"))
+    if any(curve for cell in results.cells for curve in cell.training.values()):
+        paths.append(_losses(results, folder / f"{name}_losses.png"))
     return paths
 
 
@@ -64,8 +66,10 @@ def _lengths(results: Results, task: str, lengths: list[int], path: Path) -> Pat
             alpha=0.12,
             linewidth=0,
         )
-    if results.experiment.table.train_length:
-        axes.axvline(results.experiment.table.train_length, color="#5f6368", linestyle=":")
+    if native := results.experiment.table.train_length:
+        axes.axvline(native, color="#5f6368", linestyle=":")
+        if max(lengths) > native:
+            axes.axvspan(native, max(lengths) * 1.1, color="#5f6368", alpha=0.06, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [str(n) for n in lengths])
     axes.minorticks_off()
@@ -112,6 +116,37 @@ def _bars(results: Results, columns: list[tuple[str, int]], path: Path) -> Path:
     figure.suptitle(f"{results.experiment.title}; bars: mean, lines: range over seeds", fontsize=10)
     axes.grid(alpha=0.3, axis="y")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return _save(figure, path)
+
+
+def _losses(results: Results, path: Path) -> Path:
+    """Loss against tokens: a panel a stage, a line a seed."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    stages = list(dict.fromkeys(stage for cell in results.cells for stage in cell.training))
+    variants = results.experiment.variants
+    colors = colormaps["tab10" if len(variants) <= 10 else "tab20"]
+    figure = Figure(figsize=(1.5 + 3.6 * len(stages), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(stages), squeeze=False)[0]
+    drawn: dict[str, Any] = {}
+    for stage, axes in zip(stages, panels, strict=True):
+        for cell in results.cells:
+            if stage not in cell.training:
+                continue
+            curve = cell.training[stage].curve
+            color = colors(variants.index(cell.variant) % colors.N)
+            (line,) = axes.plot(
+                [n / 1e6 for n, _ in curve], [loss for _, loss in curve], color=color, linewidth=1.2
+            )
+            drawn.setdefault(cell.variant, line)
+        axes.set(title=stage, xlabel="tokens (millions)", ylabel="loss")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both")
+    panels[-1].legend(
+        list(drawn.values()), list(drawn), fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)
+    )
+    figure.suptitle(results.experiment.title, fontsize=10)
     return _save(figure, path)
 
 

@@ -11,10 +11,32 @@ from megatron_hydra.config.loading import from_dict
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments.actions import HEAD_MAP
-from megatron_hydra.experiments.plan import Plan
+from megatron_hydra.experiments.plan import Plan, Step
 from megatron_hydra.experiments.spec import TEACHER, Cell, CellSpec, Experiment
 from megatron_hydra.experiments.store import StepStore
 from megatron_hydra.head_map import HeadMap
+from megatron_hydra.reporting import METRICS_FILE
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a stage's ``metrics.jsonl`` says.
+
+    Attributes:
+        steps, tokens: of the whole stage; tokens with padding.
+        seconds: of the whole step of the experiment, loading and saving included.
+        tokens_per_s: median over the entries.
+        curve: (tokens, loss) of at most :data:`CURVE_POINTS` entries, the last one among them.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    curve: tuple[tuple[int, float], ...]
+
+
+CURVE_POINTS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +52,8 @@ class CellResult:
         attention: where none did, what heads do instead; ``–``: not known.
         log: of the step that failed, or ``""``.
         step: name of the step that failed, or ``""``.
-        seconds: of the evaluation, and of the training of all its stages.
+        seconds: of every step.
+        training: stage → what its metrics say.
         sources: hashes of the package's code that its steps were computed with.
     """
 
@@ -45,6 +68,7 @@ class CellResult:
     log: str = ""
     step: str = ""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    training: dict[str, Training] = dataclasses.field(default_factory=dict)
     sources: tuple[str, ...] = ()
 
     @property
@@ -161,6 +185,24 @@ def _accuracy(body: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def _training(step: Step, store: StepStore) -> Training | None:
+    """A finished stage's curve and speed; ``None`` where it left no metrics."""
+    path = store.out(step) / METRICS_FILE
+    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    curve = [(e["tokens"], e["loss"]) for e in entries if e.get("loss") is not None]
+    if not curve:
+        return None
+    every = -(-len(curve) // CURVE_POINTS)
+    speeds = [e["tokens_per_s"] for e in entries if e.get("tokens_per_s")]
+    return Training(
+        steps=entries[-1]["step"],
+        tokens=entries[-1]["tokens"],
+        seconds=float((store.record(step) or {}).get("seconds", 0.0)),
+        tokens_per_s=statistics.median(speeds) if speeds else 0.0,
+        curve=tuple(curve[::-1][::every][::-1]),
+    )
+
+
 def _attention(spec: CellSpec) -> str:
     """What the heads of a row are that has no head map."""
     if spec.hf_model:
@@ -173,13 +215,23 @@ def _cell(cell: Cell, plan: Plan, store: StepStore) -> CellResult:
     key = plan.cells[cell.name]
     steps = [plan.steps[k] for k in plan.ancestors(key)]
     last = plan.steps[key]
+    training = {
+        step.kind: found
+        for step in steps
+        if step.action == "stage" and store.is_done(step) and (found := _training(step, store))
+    }
     if not store.is_done(last):
         for step in steps:
             if store.failure(step):
                 return CellResult(
-                    cell.variant, cell.seed, "failed", log=str(store.log(step)), step=step.kind
+                    cell.variant,
+                    cell.seed,
+                    "failed",
+                    log=str(store.log(step)),
+                    step=step.kind,
+                    training=training,
                 )
-        return CellResult(cell.variant, cell.seed, "missing")
+        return CellResult(cell.variant, cell.seed, "missing", training=training)
     body = json.loads((store.out(last) / "results.json").read_text())
     cache = body.get("cache", {})
     records = {step.key: store.record(step) or {} for step in steps}
@@ -194,5 +246,6 @@ def _cell(cell: Cell, plan: Plan, store: StepStore) -> CellResult:
         fa_heads=HeadMap.load(maps[0]).full_attention_heads if maps else None,
         attention="" if maps else _attention(cell.spec),
         seconds={step.kind: records[step.key].get("seconds", 0.0) for step in steps},
+        training=training,
         sources=tuple(sorted({str(r.get("package_source")) for r in records.values()})),
     )

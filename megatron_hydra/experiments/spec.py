@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from megatron_hydra.errors import HydraError
 
 TEACHER = "teacher"
 """As ``hf_model``: the row is the teacher itself."""
+
+SHIPPED = "quickstart"
+"""As ``teacher.model``: the one that the package brings."""
 
 _LATER = {"later": True}
 """Marks a key that specs had not at first: at its default it is left out of the hashes of steps, so that
@@ -105,21 +109,34 @@ class StageSpec:
     Attributes:
         configs: run configs, later files over earlier ones; paths relative to the experiment file.
         set: ``section.key: value``, over the files.
+        tokens: train on so many tokens (times the command's ``--tokens-scale``), rounded up to whole
+            steps; 0: as many steps as the configs say.
+        warmup: with ``tokens``, the share of these steps in which the learning rate rises.
         skip: leave the stage out.
         processes: ranks on this machine; more than one start through ``launch/local.sh``.
     """
 
     configs: tuple[str, ...] = ()
     set: dict = dataclasses.field(default_factory=dict)
+    tokens: float = 0
+    warmup: float = 0.03
     skip: bool = False
     processes: int = 1
+
+    def schedule(self, tokens_per_step: int) -> dict[str, Any]:
+        """What a budget in tokens says of a run's ``schedule``; nothing without a budget."""
+        if not self.tokens:
+            return {}
+        steps = max(1, math.ceil(self.tokens / tokens_per_step))
+        return {"steps": steps, "warmup_steps": min(steps - 1, math.ceil(self.warmup * steps))}
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSpec:
     """How a model is scored: the options of ``tools/evaluate.py``.
 
-    ``lm_eval`` lists tasks of lm-evaluation-harness.
+    ``lm_eval`` lists tasks of lm-evaluation-harness, ``lm_eval_include`` is a folder with such tasks of
+    one's own, ``lm_eval_limit`` takes the first questions of each only.
     """
 
     tasks: tuple[str, ...] = ()
@@ -134,6 +151,8 @@ class EvaluationSpec:
     trust_remote_code: bool = False
     prefill_chunk: int | None = dataclasses.field(default=None, metadata=_LATER)
     lm_eval: tuple[str, ...] = dataclasses.field(default=(), metadata=_LATER)
+    lm_eval_include: str = dataclasses.field(default="", metadata=_LATER)
+    lm_eval_limit: int = dataclasses.field(default=0, metadata=_LATER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,9 +247,9 @@ class _File:
     """The keys of an experiment file.
 
     Attributes:
-        include: another file under this one, path relative to it.
+        include: another file under this one, path relative to it; it may include one in turn.
         constants: name → value; ``$name`` in place of a value stands for it. Those of this file are
-            over those of the included one.
+            over those of included ones.
         base: what all rows share (a :class:`CellSpec`).
         variants: row → what differs from base.
         axes: a grid: each axis is ``dotted.key: [values]`` or ``name: {label: what differs}``; the
@@ -248,11 +267,14 @@ class _File:
     table: TableSpec = dataclasses.field(default_factory=TableSpec)
 
 
-def load_experiment(path: str | Path, base: str | Path | None = None) -> Experiment:
+def load_experiment(
+    path: str | Path, base: str | Path | None = None, *, tokens_scale: float = 1.0
+) -> Experiment:
     """Read an experiment file and expand it.
 
     Args:
         base: a file to include in place of the one that the experiment file names.
+        tokens_scale: every stage's ``tokens`` are multiplied by it.
 
     Raises:
         HydraError: an unreadable file, an unknown key, constant or type (file, row and key are
@@ -268,7 +290,8 @@ def load_experiment(path: str | Path, base: str | Path | None = None) -> Experim
         raise HydraError(f"{path}: no rows; give variants or axes")
     cells = []
     for variant, differing in rows.items():
-        spec, stages = _cell_spec(_merge(file.base, differing), f"{path}, row {variant!r}")
+        where = f"{path}, row {variant!r}"
+        spec, stages = _cell_spec(_merge(file.base, differing), where, tokens_scale)
         cells += [
             Cell(path.stem, variant, seed, spec, stages, path.resolve().parent)
             for seed in file.seeds
@@ -287,16 +310,23 @@ def load_experiment(path: str | Path, base: str | Path | None = None) -> Experim
 
 
 def _read(path: Path, base: Path | None) -> dict[str, Any]:
-    """The file over what it includes, constants filled in."""
-    body, head = _parse(path)
-    include = base or (path.parent / head.include if head.include else None)
-    if include is None:
-        return _checked(body, head.constants, path)
-    under, above = _parse(include)
-    if above.include:
-        raise HydraError(f"{include}: an included file includes no further one")
-    constants = {**above.constants, **head.constants}
-    return _merge(_checked(under, constants, include), _checked(body, constants, path))
+    """The file over what it includes, which may include another, constants filled in."""
+    files = [(path, *_parse(path))]
+    while include := _included(*files[-1], base if len(files) == 1 else None):
+        if include.resolve() in {other.resolve() for other, _, _ in files}:
+            raise HydraError(f"{files[-1][0]} includes {include}, which includes it in turn")
+        files.append((include, *_parse(include)))
+    constants: dict[str, Any] = {}
+    for _, _, head in reversed(files):
+        constants |= head.constants
+    merged: dict[str, Any] = {}
+    for file, body, _ in reversed(files):
+        merged = _merge(merged, _checked(body, constants, file))
+    return merged
+
+
+def _included(path: Path, body: dict[str, Any], head: _File, base: Path | None) -> Path | None:
+    return base or (path.parent / head.include if head.include else None)
 
 
 def _parse(path: Path) -> tuple[dict[str, Any], _File]:
@@ -315,8 +345,61 @@ def _parse(path: Path) -> tuple[dict[str, Any], _File]:
 def _checked(body: dict[str, Any], constants: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """One file with its constants filled in and its keys looked at."""
     filled = _filled(body, constants, str(path))
-    from_dict(_File, filled, str(path))
-    return filled
+    file = from_dict(_File, filled, str(path))
+    folder = path.resolve().parent
+    rows = {name: _anchored(part, folder) for name, part in file.variants.items()}
+    anchored = {"base": _anchored(file.base, folder), "variants": rows}
+    return filled | {key: part for key, part in anchored.items() if key in filled}
+
+
+def _anchored(body: Any, folder: Path) -> Any:
+    """A row's keys with their paths made absolute: they are relative to the file they stand in."""
+    for keys, absolute in _PATHS.items():
+        body = _applied(body, keys, lambda text, f=absolute: f(folder, text))
+    return body
+
+
+def _applied(body: Any, keys: tuple[str, ...], change: Callable[[str], str]) -> Any:
+    """``change`` applied to the text, or each text of the list, that stands at ``keys``."""
+    if not keys:
+        if isinstance(body, list):
+            return [_applied(part, keys, change) for part in body]
+        return change(body) if isinstance(body, str) else body
+    if not isinstance(body, dict):
+        return body  # of the wrong type: the reader of the whole row says so
+    chosen = body if keys[0] == "*" else {keys[0]} & set(body)
+    return body | {key: _applied(body[key], keys[1:], change) for key in chosen}
+
+
+def _file_path(folder: Path, text: str) -> str:
+    # A prepared file is found in the folder that the prepare step has written.
+    return text if not text or text.startswith("{") else str(folder / text)
+
+
+def _model_path(folder: Path, text: str) -> str:
+    if text in ("", TEACHER, SHIPPED):
+        return text
+    return str(folder / text) if (folder / text).is_dir() else text  # else a Hub name
+
+
+def _task_path(folder: Path, text: str) -> str:
+    for prefix in ("jsonl:", "qa:"):
+        if text.startswith(prefix):
+            return prefix + _file_path(folder, text.removeprefix(prefix))
+    return _file_path(folder, text) if text.endswith(".jsonl") and ":" not in text else text
+
+
+_PATHS: dict[tuple[str, ...], Callable[[Path, str], str]] = {
+    ("teacher", "model"): _model_path,
+    ("hf_model",): _model_path,
+    ("selection", "tasks"): _task_path,
+    ("student", "calibration_file"): _file_path,
+    ("stages", "*", "configs"): _file_path,
+    ("evaluation", "tasks"): _task_path,
+    ("evaluation", "haystack"): _file_path,
+    ("evaluation", "lm_eval_include"): _file_path,
+}
+"""Where a row's keys name files or folders."""
 
 
 def _filled(value: Any, constants: Mapping[str, Any], where: str) -> Any:
@@ -386,7 +469,7 @@ def _axis(name: str, body: Any, path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _cell_spec(
-    body: dict[str, Any], where: str
+    body: dict[str, Any], where: str, tokens_scale: float
 ) -> tuple[CellSpec, tuple[tuple[str, StageSpec], ...]]:
     spec = from_dict(CellSpec, body, where)
     from_dict(HydraConfig, spec.hydra, f"{where}, hydra")
@@ -399,7 +482,13 @@ def _cell_spec(
             raise HydraError(f"{where}, stages.{name}: configs names no file")
         if stage.processes < 1:
             raise HydraError(f"{where}, stages.{name}: processes is {stage.processes}, below 1")
-        stages.append((str(name), stage))
+        if stage.tokens < 0 or not 0 <= stage.warmup < 1:
+            raise HydraError(f"{where}, stages.{name}: tokens must be 0 or more, warmup in 0 … 1")
+        if stage.tokens and (twice := {"schedule.steps", "schedule.warmup_steps"} & set(stage.set)):
+            raise HydraError(
+                f"{where}, stages.{name}: both tokens and {min(twice)}: give one of them"
+            )
+        stages.append((str(name), dataclasses.replace(stage, tokens=stage.tokens * tokens_scale)))
     _check(spec, where)
     return spec, tuple(stages)
 
@@ -413,6 +502,10 @@ def _check(spec: CellSpec, where: str) -> None:
     retrieval = bool(evaluation.tasks) and bool(evaluation.lengths)
     if not retrieval and (evaluation.tasks or evaluation.lengths or not evaluation.lm_eval):
         raise HydraError(f"{where}: evaluation needs tasks and lengths, or lm_eval")
+    if evaluation.lm_eval_include and not evaluation.lm_eval:
+        raise HydraError(f"{where}: evaluation.lm_eval_include is given, and no task of lm_eval")
+    if evaluation.lm_eval_limit < 0:
+        raise HydraError(f"{where}: evaluation.lm_eval_limit must be 0 (all questions) or more")
     if spec.hf_revision and spec.hf_model in ("", TEACHER):
         raise HydraError(f"{where}: hf_revision is of a Hub name in hf_model, which is not given")
     if len(spec.student.half_life) not in (0, 2):

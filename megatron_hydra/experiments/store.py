@@ -4,6 +4,7 @@
                          record.json   that it is finished, with its inputs and seconds
                          log.txt       what it printed
                          failed.json   how its last try ended, if it failed
+                         without_weights   (empty) what it made is here but for its weights
                          claim.json    the process that is computing it
 """
 
@@ -13,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import statistics
 import threading
@@ -28,6 +30,7 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments import fingerprint
 from megatron_hydra.experiments.plan import Step
 
+WITHOUT_WEIGHTS = "without_weights"
 _HEARTBEAT_SECONDS = 10.0
 _STALE_SECONDS = 120.0
 MARKER = "hydra-experiments.json"
@@ -71,6 +74,18 @@ class StepStore:
     def is_done(self, step: Step) -> bool:
         """Whether it is finished."""
         return (self.folder(step) / "record.json").is_file()
+
+    def is_whole(self, step: Step) -> bool:
+        """Whether it is finished and other steps can read all that it made."""
+        return self.is_done(step) and not (self.folder(step) / WITHOUT_WEIGHTS).exists()
+
+    def discard_remains(self, step: Step) -> None:
+        """Throw away what is left of a step whose weights were left out."""
+        marker = self.folder(step) / WITHOUT_WEIGHTS
+        if marker.exists():
+            shutil.rmtree(self.out(step), ignore_errors=True)
+            (self.folder(step) / "record.json").unlink(missing_ok=True)
+            marker.unlink()
 
     def record(self, step: Step) -> dict[str, Any] | None:
         """``record.json`` of a finished step."""
@@ -121,7 +136,7 @@ class StepStore:
         path = self.folder(step) / "claim.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         waiting = False
-        while (mine := _try_claim(path)) is None and not self.is_done(step):
+        while (mine := _try_claim(path)) is None and not self.is_whole(step):
             if not waiting and (owner := _owner(path)):
                 say(f"waiting for {step.title}: process {owner} is computing it")
                 waiting = True
@@ -133,7 +148,7 @@ class StepStore:
         beat = threading.Thread(target=_beat, args=(path, mine, stop), daemon=True)
         beat.start()
         try:
-            yield not self.is_done(step)
+            yield not self.is_whole(step)
         finally:
             stop.set()
             beat.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
 from megatron_hydra.experiments.results import CellResult, Results, Spread, split_column
 
@@ -19,41 +20,75 @@ def markdown(results: Results) -> str:
     lines = [f"# {experiment.title}", ""]
     if experiment.paper:
         lines += [f"The paper: {' '.join(experiment.paper.split())}", ""]
-    seeds = ", ".join(map(str, experiment.seeds))
-    lines += [f"Share of right answers, mean ± standard deviation over seeds {seeds}."]
+    lines += [f"Share of right answers, {_over(experiment.seeds)}."]
     if None in lengths:
         lines += ["Columns with a slash are lm-eval's tasks and metrics."]
     lines += [""]
-    lines += _row(["", *columns, "FA heads", "KV bytes/token", "state bytes"])
-    lines += _row(["---", *["---:"] * (len(columns) + 3)])
+    lines += row(["", *columns, "FA heads", "KV bytes/token", "state bytes"])
+    lines += row(["---", *["---:"] * (len(columns) + 3)])
     for variant in experiment.variants:
         cells = results.of(variant)
-        values = [_spread(results.spread(variant, column), cells) for column in columns]
-        lines += _row([f"**{variant}**", *values, *_facts(cells)])
+        values = [spread_text(results.spread(variant, column), cells) for column in columns]
+        lines += row([f"**{variant}**", *values, *facts_columns(cells)])
     lines += ["", *_differences(results, columns)]
+    lines += training_table(results)
     lines += ["## Every value", ""]
-    lines += _row(["", "seed", *columns, "FA heads (layer.head)"])
-    lines += _row(["---", "---:", *["---:"] * len(columns), "---"])
+    lines += row(["", "seed", *columns, "FA heads (layer.head)"])
+    lines += row(["---", "---:", *["---:"] * len(columns), "---"])
     for cell in results.cells:
         shown = [f"{cell.accuracy[c]:.3f}" if c in cell.accuracy else "" for c in columns]
-        lines += _row([cell.variant, str(cell.seed), *shown, _heads(cell)])
-    lines += ["", *_footnotes(results)]
+        lines += row([cell.variant, str(cell.seed), *shown, _heads(cell)])
+    lines += ["", *footnotes(results)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _row(cells: list[str]) -> list[str]:
+def _over(seeds: Sequence[int]) -> str:
+    names = ", ".join(map(str, seeds))
+    return f"mean ± standard deviation over seeds {names}" if len(seeds) > 1 else f"seed {names}"
+
+
+def training_table(results: Results) -> list[str]:
+    """Stages of every row: steps, tokens, minutes, speed, first and last loss; mean over seeds."""
+    stages = dict.fromkeys(stage for cell in results.cells for stage in cell.training)
+    if not stages:
+        return []
+    lines = ["## Training", "", "Minutes are of the whole step, loading and saving included.", ""]
+    lines += row(["", "stage", "steps", "tokens", "minutes", "tokens/s", "loss, first → last"])
+    lines += row(["---", "---", *["---:"] * 5])
+    for variant in results.experiment.variants:
+        for stage in stages:
+            found = [c.training[stage] for c in results.of(variant) if stage in c.training]
+            if not found:
+                continue
+            mean = statistics.fmean
+            loss = " → ".join(f"{mean(t.curve[n][1] for t in found):.3g}" for n in (0, -1))
+            shown = (
+                f"{found[0].steps:,}",
+                f"{found[0].tokens:,}",
+                f"{mean(t.seconds for t in found) / 60:.1f}",
+                f"{mean(t.tokens_per_s for t in found):,.0f}",
+            )
+            lines += row([variant, stage, *shown, loss])
+    return [*lines, ""]
+
+
+def row(cells: list[str]) -> list[str]:
+    """A line of a Markdown table."""
     return ["| " + " | ".join(cells) + " |"]
 
 
-def _spread(spread: Spread | None, cells: list[CellResult]) -> str:
+def spread_text(spread: Spread | None, cells: list[CellResult]) -> str:
+    """Mean and deviation over seeds, or why there is none."""
     if spread is None:
         states = {cell.state for cell in cells}
         return "failed" if "failed" in states else "–" if states == {"done"} else "not run"
-    text = f"{spread.mean:.3f} ± {spread.deviation:.3f}"
+    text = f"{spread.mean:.3f}"
+    if len(spread.seeds) > 1:
+        text += f" ± {spread.deviation:.3f}"
     return text if spread.is_complete else f"{text} [{len(spread.values)} of {len(spread.seeds)}]"
 
 
-def _facts(cells: list[CellResult]) -> list[str]:
+def facts_columns(cells: list[CellResult]) -> list[str]:
     """FA heads, bytes a token, bytes of state: one number, or least–most over seeds."""
     shown = []
     for name in ("num_fa_heads", "kv_bytes_per_token", "state_bytes"):
@@ -82,8 +117,8 @@ def _differences(results: Results, columns: list[str]) -> list[str]:
     if not baseline:
         return []
     lines = [f"Difference from **{baseline}**, paired by seed:", ""]
-    lines += _row(["", *columns])
-    lines += _row(["---", *["---:"] * len(columns)])
+    lines += row(["", *columns])
+    lines += row(["---", *["---:"] * len(columns)])
     for variant in results.experiment.variants:
         if variant == baseline:
             continue
@@ -97,12 +132,14 @@ def _differences(results: Results, columns: list[str]) -> list[str]:
             gaps = [ours.values[seed] - theirs.values[seed] for seed in sorted(both)]
             spread = statistics.stdev(gaps) if len(gaps) > 1 else 0.0
             mean = round(statistics.fmean(gaps), 3) + 0.0  # no "-0.000"
-            shown.append(f"{mean:+.3f} ± {spread:.3f}")
-        lines += _row([variant, *shown])
+            several = len(results.experiment.seeds) > 1
+            shown.append(f"{mean:+.3f} ± {spread:.3f}" if several else f"{mean:+.3f}")
+        lines += row([variant, *shown])
     return [*lines, ""]
 
 
-def _footnotes(results: Results) -> list[str]:
+def footnotes(results: Results) -> list[str]:
+    """Cells that are not there; states of the code, if several."""
     lines = []
     missing = [c for c in results.cells if c.state != "done"]
     if missing:

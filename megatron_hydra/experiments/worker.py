@@ -40,6 +40,7 @@ def compute(store: StepStore, step: Step, folders: dict[str, Path]) -> str:
             print(f"== {step.title} ({time.strftime('%Y-%m-%d %H:%M:%S')})", flush=True)
             try:
                 with StopRequest():
+                    store.discard_remains(step)
                     ACTIONS[step.action](Context(step, store.out(step), folders))
             except Stopped:
                 raise
@@ -66,7 +67,9 @@ def serve(connection: Connection, root: str) -> None:
             step, folders = connection.recv()
         except EOFError:
             return
-        connection.send((step.key, compute(store, step, folders)))
+        message = compute(store, step, folders)
+        platform.free_cached_memory()  # other workers may share the GPU
+        connection.send((step.key, message))
 
 
 def _cpu_seconds() -> float:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import os
 import resource
 import sys
@@ -73,6 +74,13 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def free_cached_memory() -> None:
+    """Give back the GPU memory that this process holds and does not use; nothing on a CPU."""
+    if _CUDA_AVAILABLE:
+        gc.collect()  # models in reference cycles hold their tensors until then
+        torch.cuda.empty_cache()
 
 
 def keep_freed_memory() -> None:

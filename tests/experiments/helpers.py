@@ -34,6 +34,12 @@ def count(folder: Path, model: Path, seed: int, calls: str) -> None:
     (folder / "made").write_text("counted")
 
 
+def meet(folder: Path, model: Path, seed: int, mine: str, other: str) -> None:
+    """Two steps at a time: each notes its GPU and waits for the other one's note."""
+    Path(mine).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    wait_for(folder, model, seed, mine + ".pid", other)
+
+
 def wait_for(folder: Path, model: Path, seed: int, started: str, file: str) -> None:
     Path(started).write_text(str(os.getpid()))
     while not Path(file).exists():

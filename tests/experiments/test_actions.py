@@ -106,8 +106,9 @@ def test_later_keys_reach_what_they_are_for(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "megatron_hydra.evaluation.evaluate", lambda *words, **_: settings.append(words[4])
     )
-    body = as_plain(EvaluationSpec(prefill_chunk=64, lm_eval=("arc_easy",)))
-    places = {"tasks": [], "haystack": "", "model": str(tmp_path)}
+    body = as_plain(EvaluationSpec(prefill_chunk=64, lm_eval=("arc_easy",), lm_eval_limit=7))
+    places = {"tasks": [], "haystack": "", "model": str(tmp_path), "lm_eval_include": "/tasks"}
     step = Step("k", "evaluate", "evaluate", "t", {"evaluation": body, "seed": 0}, {}, places)
     actions.evaluate(actions.Context(step, tmp_path / "out", {}))
     assert (settings[0].prefill_chunk, settings[0].lm_eval) == (64, ("arc_easy",))
+    assert (settings[0].lm_eval_include, settings[0].lm_eval_limit) == ("/tasks", 7)

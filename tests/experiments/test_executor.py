@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hydra.experiments.executor import run_plan
-from megatron_hydra.experiments.store import StepStore
+from megatron_hydra.experiments.executor import missing_steps, run_plan
+from megatron_hydra.experiments.plan import Plan
+from megatron_hydra.experiments.store import WITHOUT_WEIGHTS, StepStore
 from tests.experiments.helpers import plan_of, step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +52,50 @@ def test_failures_are_named_and_others_go_on(tmp_path):
     assert store.is_done(good)
     assert not store.folder(after).exists() and not store.folder(later).exists()
     assert store.failure(bad) is not None
+
+
+def test_workers_share_out_the_gpus_and_a_dead_one_gives_its_own_back(tmp_path):
+    notes = [str(tmp_path / name) for name in "abcd"]
+    pairs = [(notes[0], notes[1]), (notes[1], notes[0]), (notes[2], notes[3]), (notes[3], notes[2])]
+    first = [step(f"s{n}", "meet", mine=m, other=o) for n, (m, o) in enumerate(pairs[:2])]
+    fatal = step("fatal", "die", inputs={str(n): one.key for n, one in enumerate(first)})
+    last = [
+        step(f"t{n}", "meet", {"before": first[0].key}, mine=m, other=o)
+        for n, (m, o) in enumerate(pairs[2:])
+    ]
+    plan = plan_of(*first, fatal, *last)
+    failures = run_plan(plan, StepStore(tmp_path / "s"), 2, print, gpus=["3", "GPU-7"])
+    assert [failure.step.title for failure in failures] == ["fatal"]
+    said = [Path(note).read_text() for note in notes]
+    assert sorted(said[:2]) == sorted(said[2:]) == ["3", "GPU-7"]
+
+
+def test_no_step_begins_after_the_time_is_over(tmp_path):
+    a, b = step("a"), step("b")
+    store, lines = StepStore(tmp_path / "s"), []
+    assert run_plan(plan_of(a, b), store, 1, lines.append, begin_until=time.monotonic()) == []
+    assert not store.is_done(a) and not store.is_done(b)
+    later = time.monotonic() + 600
+    assert run_plan(plan_of(a, b), store, 1, lines.append, begin_until=later) == []
+    assert store.is_done(a) and store.is_done(b)
+
+
+def test_weights_are_made_again_only_where_an_unfinished_step_reads_them(tmp_path):
+    calls = tmp_path / "calls"
+    a = step("a", "count", calls=str(calls))
+    b = step("b", inputs={"before": a.key})
+    c = step("c", inputs={"before": a.key})
+    store = StepStore(tmp_path / "s")
+    plan = Plan({one.key: one for one in (a, b, c)}, {"b": b.key})
+    run_plan(plan, store, 1, print)
+    (store.folder(a) / WITHOUT_WEIGHTS).touch()
+    (store.out(a) / "remains").touch()
+    assert missing_steps(plan, store) == {}
+    plan.cells["c"] = c.key
+    assert [one.title for one in missing_steps(plan, store).values()] == ["a", "c"]
+    run_plan(plan, store, 1, print)
+    assert store.is_whole(a) and not (store.out(a) / "remains").exists()
+    assert len(calls.read_text().splitlines()) == 2
 
 
 _RUN = """

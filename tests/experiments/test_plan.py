@@ -179,7 +179,7 @@ def test_a_file_is_read_once(tmp_path, monkeypatch):
 
 
 def indexed(prefix, tokens):
-    prefix.parent.mkdir(exist_ok=True)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
     for suffix, content in ((".bin", tokens), (".idx", b"index")):
         prefix.with_suffix(suffix).write_bytes(content)
 
@@ -188,6 +188,48 @@ BLEND = (
     "variants: {a: {stages: {distill: {set: "
     "{data.blend: [{path: PREFIX}], data.cache_dir: CACHE}}}}}"
 )
+
+
+def test_the_chain_plans_with_its_own_base(tmp_path, monkeypatch):
+    """Every stage's config is read and has the budget's steps; model and data are stand-ins."""
+    from megatron_hydra.quickstart.workspace import shipped_teacher
+
+    real = CONFIGS / "experiments" / "real"
+    base = tmp_path / "base.yaml"
+    base.write_text(
+        f"include: {real / 'base.yaml'}\nbase: {{teacher: {{model: {shipped_teacher()}}}}}\n"
+    )
+    for name in ("prose", "docs", "long"):
+        indexed(tmp_path / "data" / "smollm2_135m" / name, name.encode())
+    monkeypatch.chdir(tmp_path)
+
+    def training(scale):
+        cells = load_experiment(real / "chain.yaml", base, tokens_scale=scale).cells
+        found = make_plan(cells, fetch=False).steps.values()
+        return {step.kind: step.params["config"] for step in found if step.action == "stage"}
+
+    for scale, count in ((1.0, 400), (0.1, 40)):
+        configs = training(scale)
+        assert list(configs) == ["align", "distill", "finetune"]
+        assert {config["schedule"]["steps"] for config in configs.values()} == {count}
+        lengths = [config["data"]["sequence_length"] for config in configs.values()]
+        assert lengths == [512, 1024, 16384]
+
+
+def test_a_folder_of_tasks_counts_by_content(write, tmp_path):
+    def key():
+        rest = "variants: {a: {evaluation: {lm_eval: [x], lm_eval_include: tasks}}}"
+        plan = make_plan(load_experiment(write(rest)).cells, fetch=False)
+        return steps(plan, "/ a / seed 0")["evaluate"]
+
+    with pytest.raises(HydraError, match="tasks is no folder"):
+        key()
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "x.yaml").write_text("task: x\n")
+    first = key()
+    assert first == key()
+    (tmp_path / "tasks" / "x.yaml").write_text("task: x \n")
+    assert first != key()
 
 
 def test_data_count_by_content_and_not_by_place(write, tmp_path, monkeypatch):
@@ -282,7 +324,8 @@ def test_the_shipped_experiments_plan_with_a_real_models_recipe(tmp_path, monkey
 
     shared = CONFIGS / "experiments" / "shared" / "qwen3_1.7b.yaml"
     base = tmp_path / "base.yaml"
-    base.write_text(shared.read_text().replace("Qwen/Qwen3-1.7B", str(shipped_teacher())))
+    text = shared.read_text().replace("Qwen/Qwen3-1.7B", str(shipped_teacher()))
+    base.write_text(text.replace("../../", f"{CONFIGS}/"))
     for name in ("fineweb_edu", "finemath", "stack_edu", "smoltalk", "finepdfs", "pg19"):
         indexed(tmp_path / "data" / name, name.encode())
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from megatron_hydra.errors import HydraError
@@ -76,6 +78,81 @@ def test_constants_come_from_the_included_file_or_from_another_base(write, tmp_p
     assert found[2].table.bars == (9,)
 
 
+def test_files_include_one_another_in_a_row_and_not_in_a_ring(write, tmp_path):
+    write("constants: {n: 1, m: 1}\n", name="low")
+    (tmp_path / "middle.yaml").write_text(
+        "include: low.yaml\nconstants: {m: 2}\nbase: {selection: {num_prompts: $m}}\n"
+    )
+    top = tmp_path / "top.yaml"
+    top.write_text("include: middle.yaml\nvariants: {a: {evaluation: {samples: $n}}}\n")
+    spec = load_experiment(top).cells[0].spec
+    assert (spec.selection.num_prompts, spec.evaluation.samples) == (2, 1)
+    assert spec.evaluation.lengths == (128, 256)  # of the lowest
+    (tmp_path / "low.yaml").write_text("include: middle.yaml\n")
+    with pytest.raises(HydraError, match=r"low\.yaml includes .*middle\.yaml"):
+        load_experiment(top)
+
+
+def test_paths_are_relative_to_the_file_they_stand_in(write, tmp_path):
+    (tmp_path / "shared" / "model").mkdir(parents=True)
+    (tmp_path / "shared" / "low.yaml").write_text(
+        "base:\n  teacher: {model: model}\n  student: {calibration_file: c.jsonl}\n"
+        "  selection: {tasks: ['jsonl:p.jsonl', induction]}\n"
+        "  stages: {align: {configs: [../run.yaml]}}\n"
+        "  evaluation: {tasks: ['qa:q.json', niah_single_1], lengths: [9], haystack: '{prepare}/h', "
+        "lm_eval: [x], lm_eval_include: tasks}\n"
+    )
+    top = tmp_path / "top.yaml"
+    top.write_text(
+        "include: shared/low.yaml\nvariants: {a: {evaluation: {haystack: h.txt}}, b: {hf_model: model}}\n"
+    )
+    a, b = (cell.spec for cell in load_experiment(top).cells if cell.seed == 0)
+    low = tmp_path / "shared"
+    assert a.teacher.model == str(low / "model")
+    assert a.student.calibration_file == str(low / "c.jsonl")
+    assert a.selection.tasks == (f"jsonl:{low / 'p.jsonl'}", "induction")
+    assert a.evaluation.tasks == (f"qa:{low / 'q.json'}", "niah_single_1")
+    assert a.evaluation.lm_eval_include == str(low / "tasks")
+    assert a.stages["align"]["configs"] == [str(low / "../run.yaml")]
+    assert (a.evaluation.haystack, b.evaluation.haystack) == (
+        str(tmp_path / "h.txt"),
+        "{prepare}/h",
+    )
+    assert b.hf_model == "model"  # there is no such folder beside top.yaml: a Hub name
+
+
+@pytest.mark.parametrize(
+    "tokens, scale, schedule",
+    [
+        (1000, 1.0, {"steps": 10, "warmup_steps": 2}),
+        (1001, 1.0, {"steps": 11, "warmup_steps": 3}),
+        (1000, 0.01, {"steps": 1, "warmup_steps": 0}),
+        (0, 1.0, {}),
+    ],
+)
+def test_a_budget_in_tokens_is_a_number_of_steps(write, tokens, scale, schedule):
+    from tests.experiments.conftest import BODY
+
+    body = BODY.replace("set: {{schedule.steps: 2, schedule.warmup_steps: 1}}", "warmup: 0.2")
+    path = write(f"variants: {{a: {{stages: {{align: {{tokens: {tokens}}}}}}}}}", body=body)
+    ((_, align), (_, distill)) = load_experiment(path, tokens_scale=scale).cells[0].stages
+    assert align.schedule(100) == schedule
+    assert distill.schedule(100) == {}
+
+
+REAL = CONFIGS / "experiments" / "real"
+
+
+@pytest.mark.parametrize("base", ["real/base", "shared/tiny", "shared/qwen3_1.7b"])
+def test_the_real_experiments_expand_at_any_scale(base):
+    for path in set(REAL.glob("*.yaml")) - {REAL / "base.yaml"}:
+        experiment = load_experiment(path, CONFIGS / "experiments" / f"{base}.yaml")
+        assert experiment.paper and len(experiment.variants) > 1
+        for cell in experiment.cells:
+            for name, stage in cell.stages:
+                assert all(Path(config).is_file() for config in stage.configs), (cell.name, name)
+
+
 @pytest.mark.parametrize("base", [None, CONFIGS / "experiments" / "shared" / "qwen3_1.7b.yaml"])
 def test_the_shipped_experiments_expand_at_any_scale(base):
     for path in (CONFIGS / "experiments").glob("*.yaml"):
@@ -102,6 +179,14 @@ def test_the_shipped_experiments_expand_at_any_scale(base):
         ("variants: {a: [1]}", ["variants.a", "a mapping"]),
         ("variants: {a: {hydra: {window: $w}}}", ["trial.yaml", "hydra", "no constant", "'w'"]),
         ("variants: {a: {hf_revision: v2}}", ["row 'a'", "hf_revision"]),
+        (
+            "variants: {a: {stages: {align: {tokens: 100}}}}",
+            ["row 'a', stages.align", "both tokens and schedule.steps"],
+        ),
+        ("variants: {a: {stages: {align: {tokens: -1}}}}", ["stages.align", "0 or more"]),
+        ("variants: {a: {stages: {align: {warmup: 1}}}}", ["stages.align", "warmup"]),
+        ("variants: {a: {evaluation: {lm_eval_limit: -1}}}", ["row 'a'", "lm_eval_limit"]),
+        ("variants: {a: {evaluation: {lm_eval_include: x}}}", ["row 'a'", "no task of lm_eval"]),
         ("variants: {a: {selection: {effects: direct}}}", ["row 'a'", "selection.effects"]),
         (
             "variants: {a: {evaluation: {tasks: [], lm_eval: [arc_easy]}}}",

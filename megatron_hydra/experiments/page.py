@@ -1,0 +1,85 @@
+"""An experiment's tables inside a page that people write: the text between two marker lines.
+
+    <!-- experiment NAME -->
+    … written anew by ``tools/experiment.py table FILE --page PAGE`` …
+    <!-- end -->
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_hydra.checkpoint.atomic import write_text_atomic
+from megatron_hydra.errors import HydraError
+from megatron_hydra.experiments.results import Results, split_column
+from megatron_hydra.experiments.table import (
+    facts_columns,
+    footnotes,
+    row,
+    spread_text,
+    training_table,
+)
+
+_END = "<!-- end -->"
+
+
+def write_into(page: Path, results: Results) -> None:
+    """Put the experiment's tables between its markers.
+
+    Raises:
+        HydraError: the page cannot be read, or has no such markers.
+    """
+    try:
+        text = page.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HydraError(f"--page {page} cannot be read: {error}") from None
+    begin = f"<!-- experiment {results.experiment.name} -->"
+    before, found, rest = text.partition(begin)
+    _, ended, after = rest.partition(_END)
+    if not found or not ended:
+        raise HydraError(
+            f"--page {page} has no place for the table: write the lines {begin} and {_END} into it"
+        )
+    body = "\n".join(section(results)).strip()
+    write_text_atomic(page, f"{before}{begin}\n{body}\n{_END}{after}")
+
+
+def section(results: Results) -> list[str]:
+    """A table a task with lengths as columns, one of lm-eval's metrics, the cache, the training."""
+    columns = results.columns()
+    parts = [split_column(column) for column in columns]
+    lines = [*_samples(results), ""]
+    for task in dict.fromkeys(task for task, length in parts if length is not None):
+        lengths = [length for other, length in parts if other == task and length is not None]
+        headers = [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths]
+        lines += _table(results, f"`{task}`", headers, [f"{task}@{n}" for n in lengths])
+    others = [column for column, (_, length) in zip(columns, parts, strict=True) if length is None]
+    if others:
+        lines += _table(results, "questions", others, others)
+    lines += row(["", "FA heads", "KV bytes/token", "state bytes"])
+    lines += row(["---", "---:", "---:", "---:"])
+    for variant in results.experiment.variants:
+        lines += row([variant, *facts_columns(results.of(variant))])
+    trained = [line for line in training_table(results) if not line.startswith("## ")]
+    return [*lines, *trained, "", *footnotes(results)]
+
+
+def _samples(results: Results) -> list[str]:
+    """How many questions stand behind a figure."""
+    found = []
+    for evaluation in dict.fromkeys(cell.spec.evaluation for cell in results.experiment.cells):
+        text = f"{evaluation.samples} samples at each of {len(evaluation.depths)} depths"
+        if evaluation.lm_eval:
+            limit = evaluation.lm_eval_limit
+            text += f"; of lm-eval's sets {f'the first {limit}' if limit else 'all'} questions"
+        found.append(text)
+    return [f"Retrieval: {' or '.join(dict.fromkeys(found))}."]
+
+
+def _table(results: Results, corner: str, headers: list[str], columns: list[str]) -> list[str]:
+    lines = [*row([corner, *headers]), *row(["---", *["---:"] * len(headers)])]
+    for variant in results.experiment.variants:
+        cells = results.of(variant)
+        shown = [spread_text(results.spread(variant, column), cells) for column in columns]
+        lines += row([variant, *shown])
+    return [*lines, ""]
