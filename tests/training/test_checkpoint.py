@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import threading
 from pathlib import Path
 
@@ -14,15 +15,16 @@ import torch
 from megatron_hydra.checkpoint import atomic, store
 from megatron_hydra.config import apply_overrides
 from megatron_hydra.errors import HydraError
+from megatron_hydra.stopping import REQUEUE_EXIT_CODE
 from megatron_hydra.training import checkpoint_write, loop
 from megatron_hydra.training.loop import run_training
 from megatron_hydra.training.run_folder import find_resume_point, retain, step_folders
 from tests.training import tiny
 
 
-def _run(inputs: Path, output: Path, *overrides: str) -> None:
+def _run(inputs: Path, output: Path, *overrides: str, status: int = 0) -> None:
     config = tiny.run_config(inputs, "finetune", "unused", schedule={"steps": 4, "warmup_steps": 1})
-    assert run_training(apply_overrides(config, [f"output={output}", *overrides])) == 0
+    assert run_training(apply_overrides(config, [f"output={output}", *overrides])) == status
 
 
 def test_nothing_gets_its_name_before_it_is_on_the_disk(
@@ -97,6 +99,67 @@ def test_a_save_in_the_background_holds_the_weights_of_its_step(
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
         store.verify_checkpoint(tmp_path / "background/checkpoints" / name)
+
+
+def _events(output: Path, kind: str) -> list[dict]:
+    lines = (output / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def test_a_stop_during_a_save_needs_no_second_one(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint_write.CheckpointWrite.write
+
+    def interrupted(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(self)
+
+    monkeypatch.setattr(checkpoint_write.CheckpointWrite, "write", interrupted)
+    _run(inputs, tmp_path, "checkpoint.interval=2", status=REQUEUE_EXIT_CODE)
+    assert [path.name for path in step_folders(tmp_path / "checkpoints")] == ["step_00000002"]
+    (stop,) = _events(tmp_path, "stop")
+    assert (stop["step"], stop["saved_step"]) == (2, 2)
+    assert len(tiny.read_metrics(tmp_path)) == 2
+
+
+def test_a_stop_completes_what_is_being_written_and_begins_nothing(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer is held up until the run wants to leave; what it loses is done again, bit for bit."""
+    leaving = threading.Event()
+    write, finish = checkpoint_write.CheckpointWrite.write, checkpoint_write.CheckpointWrite.finish
+    step, steps = loop.train_step, [0]
+
+    def held_up(self) -> None:
+        assert leaving.wait(60)
+        write(self)
+
+    def finished(self) -> dict[str, str]:
+        leaving.set()
+        return finish(self)
+
+    def signalled(*args):
+        steps[0] += 1
+        if steps[0] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(checkpoint_write.CheckpointWrite, "write", held_up)
+    monkeypatch.setattr(checkpoint_write.CheckpointWrite, "finish", finished)
+    monkeypatch.setattr(loop, "train_step", signalled)
+    behind = ["checkpoint.asynchronous=true", "checkpoint.interval=2"]
+    _run(inputs, tmp_path / "stopped", *behind, status=REQUEUE_EXIT_CODE)
+    monkeypatch.undo()
+    checkpoints = tmp_path / "stopped/checkpoints"
+    assert [path.name for path in step_folders(checkpoints)] == ["step_00000002"]
+    assert len(_events(tmp_path / "stopped", "save begun")) == 1
+    (stop,) = _events(tmp_path / "stopped", "stop")
+    assert (stop["step"], stop["saved_step"]) == (3, 2)
+    _run(inputs, tmp_path / "stopped", *behind)
+    _run(inputs, tmp_path / "undisturbed", *behind)
+    one, other = (tiny.everything(tmp_path / run / "checkpoints") for run in ("stopped", "undisturbed"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_weights_that_are_not_finite_are_not_saved(
