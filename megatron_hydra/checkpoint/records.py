@@ -114,7 +114,8 @@ class _HashedFile:
         return size
 
     def flush(self) -> None:
-        """Once, at the end of the file, is enough."""
+        """See :meth:`io.IOBase.flush`; torch asks for it behind every record."""
+        self._file.flush()
 
     def digest(self) -> str:
         """Hex digest of what was written."""

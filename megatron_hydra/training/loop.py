@@ -22,7 +22,7 @@ from megatron_hydra.data.stream import PackedStream
 from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.world import World, start_world, stop_world
 from megatron_hydra.stopping import REQUEUE_EXIT_CODE, StopRequest
-from megatron_hydra.training.agreement import on_all, on_main
+from megatron_hydra.training.agreement import on_all, on_main, true_anywhere
 from megatron_hydra.training.checkpoint import Progress, RunCheckpoints
 from megatron_hydra.training.faults import FaultKeeper
 from megatron_hydra.training.metrics import MetricsLog, where_it_runs
@@ -176,9 +176,9 @@ class _Run:
                 log.write(entry)
             log.advance(step, result.loss)
             self._mind_faults(log, result, micro_batches)
-            self._mind_checkpoints(log, result)
-            if result.stop and step < total:
-                log.event("stop", step, reason=self.stop.reason or "another rank was asked to")
+            if self._mind_checkpoints(log, result) and step < total:
+                reason = self.stop.reason or "another rank was asked to"
+                log.event("stop", step, reason=reason, saved_step=self.saved_step)
                 return REQUEUE_EXIT_CODE
         log.event("end", self.progress.step)
         return 0
@@ -204,19 +204,30 @@ class _Run:
             self._finish_save(log)
         self.faults.refuse_too_many(step, result.fault)
 
-    def _mind_checkpoints(self, log: MetricsLog, result: StepResult) -> None:
-        """Complete what was written in the background; save where it is time to."""
+    def _mind_checkpoints(self, log: MetricsLog, result: StepResult) -> bool:
+        """Complete what was written in the background; save where it is time to.
+
+        A stop writes once: whoever is asked to leave may have seconds. If a checkpoint is on its way to
+        the disk, that one is completed, and the few steps since are done again by the next attempt.
+
+        Returns:
+            Whether to leave: everything is saved, and some rank was asked to.
+        """
         config, step = self.config, self.progress.step
-        is_last = step == config.schedule.steps or result.stop
+        is_end = step == config.schedule.steps
         if self.checkpoints.is_pending and not result.saving:
             self._finish_save(log)
         interval = config.checkpoint.interval
         # Counted from the last save: what fell due at a step that was left out comes after the next.
         is_due = step // interval > self.saved_step // interval and not self.faults.in_a_row
-        if is_due or is_last:
+        stop = result.stop
+        if is_end or ((is_due or stop) and not (stop and self.checkpoints.is_pending)):
             self._save(log)
-        if is_last:
+            # Asked again: a request that came during the save needs no step more, and no second save.
+            stop = stop or true_anywhere(self.stop.requested)
+        if is_end or stop:
             self._finish_save(log)
+        return stop
 
     def _save(self, log: MetricsLog) -> None:
         self._finish_save(log)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
@@ -55,6 +55,7 @@ def add_optimizer_state(
 def _add_part(part: MegatronOptimizer, model: dict[str, Any], snapshot: Snapshot) -> dict[str, Any]:
     if not isinstance(part, DistributedOptimizer):
         state = part.sharded_state_dict(model, metadata=sharding_metadata())
+        _, state = extract_nonpersistent(state)
         sharded, common = extract_sharded_base(state)
         snapshot.add(sharded)
         return common

@@ -167,19 +167,18 @@ def _in_save(fault: Fault, action: Callable[[Fault], None]) -> None:
 
 
 def _die_in_the_middle_of_a_file(fault: Fault, is_due: Callable[[], bool]) -> None:
-    from torch.distributed.checkpoint import filesystem
+    from megatron_hydra.checkpoint import records
 
-    original = filesystem._write_item
+    original = records.write_record
 
-    def patched(transforms: Any, stream: Any, *args: Any) -> Any:
-        result = original(transforms, stream, *args)
+    def patched(file: Any, tensor: Any) -> None:
+        original(file, tensor)
         if is_due():
-            stream.write(b"half a tens")
-            stream.flush()
+            file.write(b"half a tens")
+            file.flush()
             _die(fault)
-        return result
 
-    filesystem._write_item = patched
+    records.write_record = patched
 
 
 def _close_slowly(fault: Fault) -> None:

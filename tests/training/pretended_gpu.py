@@ -189,12 +189,18 @@ def _kernels_of_the_cpu(config: BackendConfig, case: Case, **options: Any) -> Ke
 
 
 @contextlib.contextmanager
+def _modes() -> Iterator[None]:
+    operators = _Operators()
+    with _Functions(operators), operators:
+        yield
+
+
+@contextlib.contextmanager
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A block in which this process has a GPU, as far as the devices of tensors go.
 
     The kernels stay the CPU's: ``is_cuda``, by which they are chosen, is false.
     """
-    operators = _Operators()
     with monkeypatch.context() as patch:
         patch.setattr(platform, "device", lambda: GPU)
         patch.setattr(layer_spec, "choose_kernels", _kernels_of_the_cpu)
@@ -207,9 +213,9 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         write = checkpoint_write.CheckpointWrite.write
 
         def write_under_modes(self: Any) -> None:  # modes are a thread's own
-            with _Functions(operators), operators:
+            with _modes():
                 write(self)
 
         patch.setattr(checkpoint_write.CheckpointWrite, "write", write_under_modes)
-        with _Functions(operators), operators:
+        with _modes():
             yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import threading
 from pathlib import Path
 
@@ -14,15 +15,20 @@ import torch
 from megatron_hydra.checkpoint import atomic, store
 from megatron_hydra.config import apply_overrides
 from megatron_hydra.errors import HydraError
+from megatron_hydra.stopping import REQUEUE_EXIT_CODE
 from megatron_hydra.training import checkpoint_write, loop
 from megatron_hydra.training.loop import run_training
 from megatron_hydra.training.run_folder import find_resume_point, retain, step_folders
+from tests.checkpoint import legacy
 from tests.training import tiny
 
 
-def _run(inputs: Path, output: Path, *overrides: str) -> None:
-    config = tiny.run_config(inputs, "finetune", "unused", schedule={"steps": 4, "warmup_steps": 1})
-    assert run_training(apply_overrides(config, [f"output={output}", *overrides])) == 0
+_STEPS = {"schedule": {"steps": 4, "warmup_steps": 1}}
+
+
+def _run(inputs: Path, output: Path, *overrides: str, status: int = 0) -> None:
+    config = tiny.run_config(inputs, "finetune", "unused", **_STEPS)
+    assert run_training(apply_overrides(config, [f"output={output}", *overrides])) == status
 
 
 def test_nothing_gets_its_name_before_it_is_on_the_disk(
@@ -97,6 +103,67 @@ def test_a_save_in_the_background_holds_the_weights_of_its_step(
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
         store.verify_checkpoint(tmp_path / "background/checkpoints" / name)
+
+
+def _events(output: Path, kind: str) -> list[dict]:
+    lines = (output / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def test_a_stop_during_a_save_needs_no_second_one(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint_write.CheckpointWrite.write
+
+    def interrupted(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(self)
+
+    monkeypatch.setattr(checkpoint_write.CheckpointWrite, "write", interrupted)
+    _run(inputs, tmp_path, "checkpoint.interval=2", status=REQUEUE_EXIT_CODE)
+    assert [path.name for path in step_folders(tmp_path / "checkpoints")] == ["step_00000002"]
+    (stop,) = _events(tmp_path, "stop")
+    assert (stop["step"], stop["saved_step"]) == (2, 2)
+    assert len(tiny.read_metrics(tmp_path)) == 2
+
+
+def test_a_stop_completes_what_is_being_written_and_begins_nothing(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer is held up until the run wants to leave; what it loses is done again, bit for bit."""
+    leaving = threading.Event()
+    write, finish = checkpoint_write.CheckpointWrite.write, checkpoint_write.CheckpointWrite.finish
+    step, steps = loop.train_step, [0]
+
+    def held_up(self) -> None:
+        assert leaving.wait(60)
+        write(self)
+
+    def finished(self) -> dict[str, str]:
+        leaving.set()
+        return finish(self)
+
+    def signalled(*args):
+        steps[0] += 1
+        if steps[0] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(checkpoint_write.CheckpointWrite, "write", held_up)
+    monkeypatch.setattr(checkpoint_write.CheckpointWrite, "finish", finished)
+    monkeypatch.setattr(loop, "train_step", signalled)
+    behind = ["checkpoint.asynchronous=true", "checkpoint.interval=2"]
+    _run(inputs, tmp_path / "stopped", *behind, status=REQUEUE_EXIT_CODE)
+    monkeypatch.undo()
+    checkpoints = tmp_path / "stopped/checkpoints"
+    assert [path.name for path in step_folders(checkpoints)] == ["step_00000002"]
+    assert len(_events(tmp_path / "stopped", "save begun")) == 1
+    (stop,) = _events(tmp_path / "stopped", "stop")
+    assert (stop["step"], stop["saved_step"]) == (3, 2)
+    _run(inputs, tmp_path / "stopped", *behind)
+    _run(inputs, tmp_path / "undisturbed", *behind)
+    one, other = (tiny.everything(tmp_path / run / "checkpoints") for run in ("stopped", "undisturbed"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_weights_that_are_not_finite_are_not_saved(
@@ -204,3 +271,57 @@ def test_small_files_are_never_half_written(
         atomic.write_text_atomic(path, "two")
     assert path.read_text() == "one"
     assert [p.name for p in tmp_path.iterdir()] == ["latest"]
+
+
+# -- what is on the disk ---------------------------------------------------------------------------
+
+
+def test_checkpoints_of_one_record_a_head_still_load(inputs: Path, tmp_path: Path) -> None:
+    """Student, teacher and a run's own, with the optimizer: the run goes on as if nothing had changed."""
+    old = shutil.copytree(inputs, tmp_path / "inputs")
+    records = len(store.read_index(old / "student/weights").storage_data)
+    for name in ("student", "teacher"):
+        assert legacy.rewrite(old / name) > records
+    every = ["checkpoint.interval=2", "checkpoint.keep=0"]
+    config = tiny.run_config(old, "distill", str(tmp_path / "old"), **_STEPS)
+    assert run_training(apply_overrides(config, every)) == 0
+    checkpoints = tmp_path / "old/checkpoints"
+    shutil.move(checkpoints / "step_00000004", tmp_path / "undisturbed")
+    atomic.write_text_atomic(checkpoints / "latest", "step_00000002\n")
+    assert legacy.rewrite(checkpoints / "step_00000002") > 4 * records
+    assert run_training(apply_overrides(config, every)) == 0
+    one, other = tiny.everything(tmp_path / "undisturbed"), tiny.everything(checkpoints)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_process_with_all_heads_writes_one_record_a_tensor(inputs: Path, tmp_path: Path) -> None:
+    """Not one a head, which made saves slow. But a gate and its up projection lie apart, and so do, in
+    weights over all heads, runs of FA heads and of GDN heads."""
+    _run(inputs, tmp_path)
+    index = store.read_index(store.resolve_checkpoint(tmp_path / "checkpoints") / store.WEIGHTS)
+    counts = {key: len(entry.chunks) for key, entry in index.state_dict_metadata.items()}
+    assert len(counts) > 100
+    several = {key.rpartition(".")[2] for key, count in counts.items() if count > 1}
+    assert several == {"weight", "gamma", "out"}
+    assert all(
+        key.endswith("mlp.linear_fc1.weight")
+        for key, count in counts.items()
+        if count > 1 and key.endswith("weight")
+    )
+
+
+def test_the_plan_of_a_save_is_kept_for_the_next(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks tell each other what they write once, and again when that changes."""
+    planned = []
+    check = checkpoint_write.records.check_cover
+    monkeypatch.setattr(
+        checkpoint_write.records, "check_cover", lambda boxes: (planned.append(1), check(boxes))[1]
+    )
+    keep = ["checkpoint.interval=1", "checkpoint.keep=0", "checkpoint.save_optimizer=false"]
+    _run(inputs, tmp_path, *keep)
+    assert len(step_folders(tmp_path / "checkpoints")) == 4
+    assert len(planned) == 2  # the last one goes without the optimizer
+    for folder in step_folders(tmp_path / "checkpoints"):
+        store.verify_checkpoint(folder)

@@ -1,22 +1,108 @@
-"""Saving, resuming and training on a GPU: no operator meets tensors of two devices."""
+"""On a GPU, no operator of a run meets tensors of two devices: training, saving, loading, resuming."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_hydra.config import apply_overrides
+from megatron_hydra.training.checkpoint import first_not_finite
 from megatron_hydra.training.loop import run_training
 from tests.training import tiny
-from tests.training.pretended_gpu import pretended_gpu
+from tests.training.optimizers import use_optimizer
+from tests.training.pretended_gpu import GPU, is_on_gpu, pretended_gpu
+
+SHARDED, WHOLE = "parallel.distributed_optimizer=true", "parallel.distributed_optimizer=false"
+AT_ONCE, BEHIND = "checkpoint.asynchronous=false", "checkpoint.asynchronous=true"
+CASES = {
+    "torch, saved in the background": ("torch", SHARDED, BEHIND, "precision=bf16"),
+    "torch, not distributed": ("torch", WHOLE, AT_ONCE, "precision=fp32"),
+    "fused, not distributed": ("torch-fused", WHOLE, AT_ONCE, "precision=bf16"),
+    "fused": ("torch-fused", SHARDED, AT_ONCE, "precision=fp32"),
+    "Apex": ("apex", SHARDED, BEHIND, "precision=bf16"),
+    "Apex, not distributed": ("apex", WHOLE, AT_ONCE, "precision=fp32"),
+    "Transformer Engine": ("transformer-engine", SHARDED, AT_ONCE, "precision=bf16"),
+}
+QUICK = ("torch, saved in the background", "fused, not distributed", "Transformer Engine")
 
 
 def _run(inputs: Path, output: Path, verb: str, *overrides: str) -> None:
-    config = tiny.run_config(inputs, verb, str(output), schedule={"steps": 4, "warmup_steps": 1})
+    config = tiny.run_config(inputs, verb, str(output), schedule={"steps": 3, "warmup_steps": 1})
     assert run_training(apply_overrides(config, [f"output={output}", *overrides])) == 0
 
 
-def test_a_run_saves(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.slow) for c in CASES]
+)
+def test_a_run_is_saved_and_resumed(
+    case: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, with every optimizer's kind of state."""
+    optimizer, *overrides = CASES[case]
+    use_optimizer(optimizer, monkeypatch)
+    settings = [*overrides, "checkpoint.interval=2", "checkpoint.keep=0", "backend.streams=one"]
     with pretended_gpu(monkeypatch):
-        _run(inputs, tmp_path, "finetune", "checkpoint.interval=2", "backend.streams=one")
+        _run(inputs, tmp_path, "finetune", *settings)
+        checkpoints = tmp_path / "checkpoints"
+        shutil.move(checkpoints / "step_00000003", tmp_path / "undisturbed")
+        (checkpoints / "latest").write_text("step_00000002\n")
+        _run(inputs, tmp_path, "finetune", *settings)
+    one, other = tiny.everything(tmp_path / "undisturbed"), tiny.everything(checkpoints)
+    assert one.keys() == other.keys()
+    assert any(key.startswith("optimizer.") for key in one)
+    different = [key for key in one if not torch.equal(one[key], other[key])]
+    assert not different
+
+
+@pytest.mark.parametrize("verb", ["align", pytest.param("distill", marks=pytest.mark.slow)])
+def test_every_verb_runs_and_saves_without_its_optimizer(
+    verb: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pretended_gpu(monkeypatch):
+        _run(inputs, tmp_path, verb, "checkpoint.save_optimizer=false", "backend.streams=one")
+    assert not any(key.startswith("optimizer.") for key in tiny.everything(tmp_path / "checkpoints"))
+
+
+def test_finite_is_asked_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretended_gpu(monkeypatch):
+        tensors = {
+            "weight": torch.ones(3, device=GPU),
+            "step": torch.tensor(4.0),
+            "moment": torch.ones(2, 2, device=GPU, dtype=torch.bfloat16),
+            "none": torch.ones(0, device=GPU),
+            "count": torch.ones(2, dtype=torch.int64),
+            "scaled": torch.ones(4, device=GPU).to(torch.float8_e4m3fn),
+        }
+        assert first_not_finite(tensors) == ""
+        for name, value in (("step", float("nan")), ("moment", float("-inf"))):
+            bad = tensors | {name: torch.full_like(tensors[name], value)}
+            assert first_not_finite(bad) == name
+
+
+# -- the pretended GPU itself ----------------------------------------------------------------------
+
+
+def test_two_devices_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA has it: a number on the host may join in element by element, and nowhere else."""
+    with pretended_gpu(monkeypatch):
+        there, here, number = torch.ones(2, device=GPU), torch.ones(2), torch.tensor(3.0)
+        assert (there.device, here.device) == (GPU, torch.device("cpu"))
+        assert is_on_gpu(there * number)
+        assert is_on_gpu(there.view(1, 2).sum()) and not is_on_gpu(here.sum())
+        assert is_on_gpu(here.to(there.device)) and is_on_gpu(here.to(there)) and is_on_gpu(here.cuda())
+        assert not is_on_gpu(there.cpu()) and not is_on_gpu(there.new_ones(2, device="cpu"))
+        here.copy_(there)
+        assert is_on_gpu(there[torch.tensor([0])])
+        for meet in (
+            lambda: there + here,
+            lambda: torch.stack([there.sum(), number]),
+            lambda: torch.cat([there, here]),
+            lambda: number.add_(there.sum()),
+        ):
+            with pytest.raises(RuntimeError, match="at least two devices, cuda:0 and cpu"):
+                meet()
+        with pytest.raises(TypeError, match="can't convert cuda:0"):
+            there.numpy()
