@@ -157,7 +157,8 @@ def _note(suite: Session, item: pytest.Item, report: pytest.TestReport) -> None:
     )
     if report.skipped:
         entry["outcome"] = "skipped"
-        entry["reason"] = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+        entry["reason"] = reason.removeprefix("Skipped: ")
     elif report.failed:
         entry["outcome"] = "failed"
         text = str(getattr(report.longrepr, "reprcrash", report.longrepr))
