@@ -228,12 +228,11 @@ def compare_checkpoints(one: Path, other: Path) -> list[str]:
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Equality that tells -0 from 0 and takes a NaN for itself."""
-    return (
-        one.dtype == other.dtype
-        and one.shape == other.shape
-        and one.contiguous().numpy(force=True).tobytes()
-        == other.contiguous().numpy(force=True).tobytes()
-    )
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    # As bytes: NumPy has no bf16.
+    first, second = (x.detach().cpu().reshape(-1).view(torch.uint8) for x in (one, other))
+    return torch.equal(first, second)
 
 
 def differences(run: Run, whole: Run) -> list[str]:

@@ -129,11 +129,26 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo
 ) -> Iterator[None]:  # a wrapper hands the result on
     report = yield
+    if _session and not jobs_of(item) and item.get_closest_marker("gpu"):
+        _count(_session[0], item, report)
     if _session and jobs_of(item):
         _note(_session[0], item, report)
         if report.when == "teardown":
             _session[0].write_report()  # now: a machine may be taken away before the end
     return report
+
+
+def _count(suite: Session, item: pytest.Item, report: pytest.TestReport) -> None:
+    """Tests of other folders: a line a file."""
+    if report.when != "call" and report.passed:
+        return
+    file = item.path.relative_to(ROOT).as_posix()
+    entry = suite.tests.setdefault(
+        file, {"name": file, "outcome": "passed", "reason": "", "facts": {}}
+    )
+    entry["facts"][report.outcome] = entry["facts"].get(report.outcome, 0) + 1
+    if report.failed:
+        entry["outcome"] = "failed"
 
 
 def _note(suite: Session, item: pytest.Item, report: pytest.TestReport) -> None:
@@ -142,7 +157,8 @@ def _note(suite: Session, item: pytest.Item, report: pytest.TestReport) -> None:
     )
     if report.skipped:
         entry["outcome"] = "skipped"
-        entry["reason"] = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+        entry["reason"] = reason.removeprefix("Skipped: ")
     elif report.failed:
         entry["outcome"] = "failed"
         text = str(getattr(report.longrepr, "reprcrash", report.longrepr))
