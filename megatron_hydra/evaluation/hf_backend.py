@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation.backend import Continuation, T, cut, is_over
 from megatron_hydra.evaluation.cache_bytes import measure_cache_bytes
 from megatron_hydra.head_map import fingerprint_tensors
+
+U = TypeVar("U")
 
 CHUNKABLE = ("hydrahead", "qwen3", "qwen2", "llama", "mistral")
 """Model types known to give the same result for a prompt passed in chunks as in one pass.
@@ -69,11 +73,17 @@ class HfBackend:
             given = tokenizer.eos_token_id
         return token_ids(given)
 
-    @torch.inference_mode()
     def argmax_at(
         self, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
     ) -> list[list[int]]:
         """See :class:`~.backend.Backend`."""
+        items = list(zip(rows, positions, strict=True))
+        return self._in_memory(items, lambda part: self._argmax_at(*zip(*part, strict=True)))
+
+    @torch.inference_mode()
+    def _argmax_at(
+        self, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+    ) -> list[list[int]]:
         asked = sorted({p for row in positions for p in row})
         width = asked[-1] + 1
         # Padding on the right: causal models are not affected by what follows.
@@ -105,11 +115,36 @@ class HfBackend:
                 pieces.append(logits.argmax(-1))
         return torch.cat(pieces, dim=1).tolist()
 
-    @torch.inference_mode()
     def generate(
         self, continuations: Sequence[Continuation], end_tokens: Sequence[int]
     ) -> list[list[int]]:
         """See :class:`~.backend.Backend`; drafts are not used, the cache is."""
+        return self._in_memory(continuations, lambda part: self._generate(part, end_tokens))
+
+    def _in_memory(self, batch: Sequence[T], run: Callable[[Sequence[T]], list[U]]) -> list[U]:
+        """``run(batch)``; a batch that does not fit the GPU's memory is run in halves.
+
+        Raises:
+            HydraError: one sample alone does not fit.
+        """
+        try:
+            return run(batch)
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise HydraError(
+                    f"one sample alone does not fit the GPU's memory: give a shorter length, or "
+                    f"--prefill-chunk below {self.chunk or 'its length'} ({error})"
+                ) from None
+        # Outside of the handler: the error's traceback held the tensors.
+        gc.collect()
+        torch.cuda.empty_cache()
+        half = len(batch) // 2
+        return [*self._in_memory(batch[:half], run), *self._in_memory(batch[half:], run)]
+
+    @torch.inference_mode()
+    def _generate(
+        self, continuations: Sequence[Continuation], end_tokens: Sequence[int]
+    ) -> list[list[int]]:
         from transformers import GenerationConfig, StoppingCriteriaList
 
         width = max(len(c.prompt) for c in continuations)

@@ -107,7 +107,8 @@ def run(request: Request, say: Say) -> int:
     if affected:
         say(f"{affected} of {len(plan.cells)} cells failed; the same command tries them again")
         return 1
-    if left := sum(not store.is_done(plan.steps[key]) for key in plan.cells.values()):
+    left = sum(not store.is_done(plan.steps[key]) for key in plan.cells.values())
+    if left and request.stop_after is not None:
         say(f"the time is over: {left} of {len(plan.cells)} cells are not finished")
         say("the same command goes on from here")
         return REQUEUE_EXIT_CODE

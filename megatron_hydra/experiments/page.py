@@ -1,8 +1,8 @@
 """An experiment's tables inside a page that people write: the text between two marker lines.
 
-    <!-- experiment NAME -->
-    … written anew by ``tools/experiment.py table FILE --page PAGE`` …
-    <!-- end -->
+<!-- experiment NAME -->
+… written anew by ``tools/experiment.py table FILE --page PAGE`` …
+<!-- end -->
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -355,7 +356,7 @@ def _checked(body: dict[str, Any], constants: Mapping[str, Any], path: Path) -> 
 def _anchored(body: Any, folder: Path) -> Any:
     """A row's keys with their paths made absolute: they are relative to the file they stand in."""
     for keys, absolute in _PATHS.items():
-        body = _applied(body, keys, lambda text, f=absolute: f(folder, text))
+        body = _applied(body, keys, functools.partial(absolute, folder))
     return body
 
 

@@ -62,6 +62,32 @@ def test_generation_in_a_batch_equals_one_by_one(model, tokenizer):
     assert len({o.prediction for o in together}) > 1
 
 
+def test_a_batch_that_does_not_fit_the_memory_is_halved(model, tokenizer, monkeypatch):
+    prompts = [GenerationSample(text, ["x"], max_new_tokens=4) for text in ("a", "bc", "def")]
+    samples = [*prompts, *(ScoredSample(tokens, [3, 5]) for tokens in sequences())]
+    expected = score(model, tokenizer, samples)
+    sizes = []
+
+    def limited(name, most):
+        run = getattr(HfBackend, name)
+
+        def wrapper(self, batch, *rest):
+            sizes.append(len(batch))
+            if len(batch) > most:
+                raise torch.OutOfMemoryError("no memory")
+            return run(self, batch, *rest)
+
+        monkeypatch.setattr(HfBackend, name, wrapper)
+
+    limited("_generate", 1)
+    limited("_argmax_at", 1)
+    assert score(model, tokenizer, samples) == expected
+    assert sizes == [3, 1, 2, 1, 1, 4, 2, 1, 1, 2, 1, 1]
+    limited("_generate", 0)
+    with pytest.raises(HydraError, match=r"one sample alone does not fit .*--prefill-chunk"):
+        score(model, tokenizer, prompts)
+
+
 def test_stopping_early_does_not_change_a_score(model, tokenizer):
     """What the model says is asked for, so that rows are settled at different steps."""
     prompts = ["alpha", "a longer prompt", "z"]
