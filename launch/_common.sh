@@ -27,6 +27,7 @@ set_default_options() {
   MODULE=megatron_hydra.train
   PYTHON_BIN=''
   DRY_RUN=0
+  WARM=0
   ARRAY_FILE=''
   ARRAY_LIMIT=''
   JOB_NAME=''
@@ -63,6 +64,9 @@ processes
   --module NAME         Python module that trains (default $MODULE)
   --python PATH         interpreter (default: the active or the repository's .venv, then python3)
   --array FILE          one run for each line of FILE; its words are appended to the step (--array=: none)
+  --warm                before each training run, compile its GPU kernels on one GPU of one node
+                        (python -m megatron_hydra.warm; under SLURM a job of its own, which helps where the
+                        caches ~/.triton and ~/.tilelang are on a disk that the nodes share)
   --dry-run             print the exact commands, run nothing
 
 SLURM only (local.sh accepts and ignores them)
@@ -86,6 +90,7 @@ examples
   launch/$1 --nodes 8 --time 24:00:00 \$Q/align.yaml \$Q/layouts/64_gpus_short.yaml \\
       --then \$Q/distill.yaml \$Q/layouts/64_gpus_short.yaml \\
       --then \$Q/finetune.yaml \$Q/layouts/64_gpus_long.yaml
+  launch/$1 --warm configs/qwen3_1.7b/align.yaml configs/qwen3_1.7b/layouts/8_gpus_short.yaml
   launch/$1 --gpus-per-node 4 tools/select_heads.py --hf-path models/qwen3-1.7b --ratio 7:1 \\
       --output runs/head_map.json
 USAGE
@@ -112,6 +117,12 @@ take_options() {
         ;;
       --dry-run)
         DRY_RUN=1
+        shift
+        ((TAKEN += 1))
+        continue
+        ;;
+      --warm)
+        WARM=1
         shift
         ((TAKEN += 1))
         continue
@@ -178,12 +189,23 @@ each_step() {
       shift
     done
     ((${#STEP[@]})) || die "options without a step: a CONFIG.yaml or a SCRIPT.py is wanted"
+    ((WARM)) && is_config "${STEP[0]}" && before_training "$callback"
     "$callback"
     if (($#)); then
       shift
       (($#)) || die "--then wants another step"
     fi
   done
+}
+
+# Calls the function $1 for the same step, but to compile its kernels: one process on one GPU.
+before_training() {
+  local nodes=$NODES gpus=$GPUS procs=$PROCS module=$MODULE name=$JOB_NAME
+  NODES=1 PROCS=1 MODULE=megatron_hydra.warm
+  [[ $GPUS == 0 ]] || GPUS=1
+  JOB_NAME=warm-${JOB_NAME:-$(basename "${STEP[0]%.*}")}
+  "$1"
+  NODES=$nodes GPUS=$gpus PROCS=$procs MODULE=$module JOB_NAME=$name
 }
 
 # Refuses what would only fail later, perhaps after hours in a queue.

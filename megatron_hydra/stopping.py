@@ -6,10 +6,13 @@ selection and evaluation listen in the same way, save once, and leave with the s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 
 from megatron_hydra.errors import HydraError
@@ -23,6 +26,11 @@ _SAME_REQUEST_SECONDS = 3.0
 """A signal to a whole job reaches a rank twice: from the scheduler and through its launcher."""
 
 _listening: list[StopRequest] = []
+
+_helpers: set[int] = set()
+"""Process groups that end with this process (:func:`ending_with_us`)."""
+
+_leaving_at_once = False
 
 
 class Stopped(SystemExit):
@@ -76,11 +84,12 @@ class StopRequest:
         if self._signalled:
             if time.monotonic() - self._requested_at < _SAME_REQUEST_SECONDS:
                 return
-            os.write(sys.stderr.fileno(), f"second signal ({name}): leaving at once\n".encode())
+            os.write(2, f"second signal ({name}): leaving at once\n".encode())
             os._exit(128 + number)
         self._signalled = True
         self._requested_at = time.monotonic()
-        os.write(sys.stderr.fileno(), f"{name}: saving at the next boundary\n".encode())
+        if not _leaving_at_once:
+            os.write(2, f"{name}: saving at the next boundary\n".encode())
 
 
 def stop_requested() -> bool:
@@ -99,6 +108,64 @@ def leave_if_stopped() -> None:
     if stop_requested():
         print("stopped: the same command goes on from here", file=sys.stderr, flush=True)
         raise Stopped
+
+
+@contextlib.contextmanager
+def leaving_at_once(why: str) -> Iterator[None]:
+    """Inside a :class:`StopRequest` block: a signal ends the process at once, with status 85.
+
+    For work that leaves nothing to save and may take minutes inside compiled code, where no handler
+    written in Python would be called: compilers, the meeting of ranks. A thread listens instead.
+    Process groups given to :func:`ending_with_us` are killed first.
+
+    Args:
+        why: said in the message, as ``kernels are being compiled``.
+
+    Raises:
+        Stopped: the signal came before.
+    """
+    global _leaving_at_once
+    if any(request.reason == "signal" for request in _listening):
+        raise Stopped
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    previous = signal.set_wakeup_fd(writes)
+    listener = threading.Thread(target=_leave_on_signal, args=(reads, why), daemon=True)
+    _leaving_at_once = True
+    listener.start()
+    try:
+        yield
+    finally:
+        _leaving_at_once = False
+        signal.set_wakeup_fd(previous)
+        os.write(writes, b"\0")
+        listener.join()
+        os.close(reads)
+        os.close(writes)
+
+
+def _leave_on_signal(reads: int, why: str) -> None:
+    while (byte := os.read(reads, 1)) != b"\0":
+        if not byte or byte[0] not in _SIGNALS:
+            continue
+        name = signal.Signals(byte[0]).name
+        os.write(2, f"{name}: nothing to save yet ({why}): leaving\n".encode())
+        for group in _helpers:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+        os._exit(REQUEUE_EXIT_CODE)
+
+
+@contextlib.contextmanager
+def ending_with_us(group: int) -> Iterator[None]:
+    """While the block runs, a process group that does not outlive a stop or an error of this process."""
+    _helpers.add(group)
+    try:
+        yield
+    finally:
+        _helpers.discard(group)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
 
 def job_end_time() -> float | None:

@@ -21,12 +21,22 @@ PACKAGE = ROOT / "megatron_hydra"
 
 # Imports go from a later entry to an earlier or the same one, never the other way.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("__init__", "errors", "stopping", "watchdog", "config", "head_map", "hf", "hf_identity"),
+    (
+        "__init__",
+        "errors",
+        "startup",
+        "stopping",
+        "watchdog",
+        "config",
+        "head_map",
+        "hf",
+        "hf_identity",
+    ),
     ("ops",),
     ("model", "parallel"),
     ("transfer", "selection", "checkpoint", "data", "reporting"),
     ("training", "evaluation", "planning"),
-    ("train", "quickstart"),
+    ("train", "warm", "quickstart"),
     ("experiments",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -306,6 +316,7 @@ def _commands() -> list[list[str]]:
     return [
         *([sys.executable, str(script)] for script in scripts),
         [sys.executable, "-m", "megatron_hydra.train"],
+        [sys.executable, "-m", "megatron_hydra.warm"],
         *(["bash", str(script)] for script in sorted((ROOT / "launch").glob("[!_]*.sh"))),
     ]
 

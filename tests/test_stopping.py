@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +63,57 @@ def test_the_time_limit_of_a_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
         StopRequest(50)
     monkeypatch.delenv("SLURM_JOB_END_TIME")
     assert not StopRequest(50).requested
+
+
+_AT_ONCE = """
+import os, signal, subprocess, sys, time
+from megatron_hydra import stopping
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+print(helper.pid, flush=True)
+with stopping.StopRequest(), stopping.leaving_at_once("compiling"), stopping.ending_with_us(helper.pid):
+    print("inside", flush=True)
+    {work}
+"""
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "time.sleep(60)",
+        # Compiled code that does not come back to the interpreter: no handler in Python is called.
+        "import ctypes; mutex = ctypes.create_string_buffer(64); "
+        "lock = ctypes.CDLL(None).pthread_mutex_lock; lock(mutex); lock(mutex)",
+    ],
+    ids=["python", "compiled"],
+)
+def test_with_nothing_to_save_a_signal_ends_the_process_and_its_helpers(work: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", _AT_ONCE.format(work=work)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    helper = int(process.stdout.readline())
+    assert process.stdout.readline() == "inside\n"
+    time.sleep(0.2)  # into the work
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == stopping.REQUEUE_EXIT_CODE
+    assert "SIGTERM: nothing to save yet (compiling): leaving" in errors
+    assert "saving at the next boundary" not in errors
+    for _ in range(100):
+        state = Path(f"/proc/{helper}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("the helper has outlived its process")
+
+
+def test_leaving_at_once_ends_with_its_block() -> None:
+    with StopRequest() as stop:
+        with stopping.leaving_at_once("starting"):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        with pytest.raises(Stopped), stopping.leaving_at_once("starting"):
+            raise AssertionError("the signal came before")
+    assert signal.set_wakeup_fd(-1) == -1

@@ -173,11 +173,17 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     """
     parallel = config.parallel
     model_size = parallel.tensor * parallel.context * parallel.pipeline
+    sizes = f"{parallel.tensor}·{parallel.context}·{parallel.pipeline}"
+    _require(
+        model_size <= world_size,
+        f"parallel.tensor · context · pipeline = {sizes} = {model_size} processes, one a GPU, but this run "
+        f"has {world_size}: start {model_size} (torchrun --nproc-per-node, launch/*.sh --gpus-per-node "
+        "and --nodes) or make these keys smaller",
+    )
     _require(
         world_size % model_size == 0,
-        f"parallel.tensor · context · pipeline = {parallel.tensor}·{parallel.context}·"
-        f"{parallel.pipeline} = {model_size} does not divide the {world_size} processes of this "
-        "run",
+        f"parallel.tensor · context · pipeline = {sizes} = {model_size} does not divide the "
+        f"{world_size} processes of this run",
     )
     return world_size // model_size
 

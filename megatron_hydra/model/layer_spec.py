@@ -156,6 +156,22 @@ def hydra_layer_spec(model: ModelConfig, run: RunConfig, kernels: Kernels) -> Mo
     )
 
 
+def kernel_case(model: ModelConfig, run: RunConfig, tp_rank: int | None = None) -> Case:
+    """What a run's kernels are chosen and checked for.
+
+    Args:
+        model: shapes.
+        run: precision and layout.
+        tp_rank: whose numbers of GDN heads; ``None``: those of all tensor-parallel ranks.
+    """
+    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    partitions = plan_model(model, run.parallel.tensor, run.parallel.fa_partition)
+    ranks = range(run.parallel.tensor) if tp_rank is None else (tp_rank,)
+    numbers = {len(partition.gdn[rank]) for partition in partitions for rank in ranks} - {0}
+    windowed = model.switches.fa_window is not None
+    return Case(platform.device(), dtype, model.head_dim, windowed, tuple(sorted(numbers)))
+
+
 def build_gpt_model(
     model: ModelConfig,
     run: RunConfig,
@@ -177,8 +193,7 @@ def build_gpt_model(
         vp_stage: model chunk of an interleaved pipeline.
     """
     config = transformer_config(model, run)
-    windowed = model.switches.fa_window is not None
-    case = Case(platform.device(), config.params_dtype, model.head_dim, windowed)
+    case = kernel_case(model, run, parallel_state.get_tensor_model_parallel_rank())
     layer = hydra_layer_spec(model, run, choose_kernels(run.backend, case))
     count = get_num_layers_to_build(
         config, vp_stage, parallel_state.get_pipeline_model_parallel_rank()

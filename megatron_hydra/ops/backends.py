@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -60,12 +62,15 @@ class Case:
         dtype: of its activations.
         head_dim: d.
         windowed: whether attention is within a window of tokens.
+        gdn_heads: how many GDN heads its layers have on this rank, each number once: FLA compiles its
+            kernels for every one of them anew, so the start-up check goes by them too.
     """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     windowed: bool = False
+    gdn_heads: tuple[int, ...] = (2,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +82,13 @@ class Backend:
         missing: why it cannot run a case here, or ``None`` where it can.
         load: imports it and returns its kernels by their names in :class:`Kernels`; the same ones at
             every call.
+        install: what ``pip install`` takes to have it; empty: it needs nothing.
     """
 
     name: str
     missing: Callable[[Case], str | None]
     load: Callable[[], dict[str, Any]]
+    install: str = ""
 
 
 def _needs(*modules: str, low_precision: bool = True, head_dims: int = 256) -> Callable:
@@ -163,7 +170,10 @@ def _load_sdpa() -> dict[str, Any]:
 
 @functools.cache
 def _load_fla() -> dict[str, Any]:
+    from megatron_hydra.ops import fla_tuning
     from megatron_hydra.ops.fla_delta_rule import fla_gated_delta_rule
+
+    fla_tuning.import_fla()
 
     return {"delta_rule": fla_gated_delta_rule}
 
@@ -181,17 +191,41 @@ def _load_triton() -> dict[str, Any]:
 
 _TORCH = Backend("torch", lambda case: None, dict)
 
+FLASH_ATTN = "--no-build-isolation flash-attn>=2.7"
+TRITON = "triton>=3.3"
+FLA = "fla-core==0.6.0 flash-linear-attention==0.6.0"
+TILELANG = "tilelang==0.1.15"
+"""What ``pip install`` takes; the versions that were run. A test holds them to pyproject.toml."""
+
+_TILELANG_TRITON = ((3, 4), (3, 7, 1))
+"""On Hopper, FLA 0.6.0 refuses its backward with a Triton from the first version up to the second
+(excluded) unless TileLang is there (``fla/ops/common/chunk_o.py``)."""
+
+_SLOW = {
+    "gated_delta_net": "the recurrence runs as thousands of small operations, most of a step's time, and "
+    "keeps several times the memory",
+    "full_attention": "attention scores are kept for the backward: time and memory grow with the square "
+    "of a document's length",
+    "fused_kernels": "q/k preparation, short convolution, fusion tail and losses run operation by operation",
+}
+"""By key, what the torch twin means on a GPU."""
+
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "full_attention": (
-        Backend("sdpa", _sdpa_missing, _load_sdpa),
-        Backend("flash_attn", _flash_attn_missing, _load_flash_attn),
-        Backend("varlen", _needs("torch.nn.attention.varlen"), _load_torch_varlen),
-        Backend("transformer_engine", _needs("transformer_engine"), _load_transformer_engine),
+        Backend("sdpa", _sdpa_missing, _load_sdpa, FLASH_ATTN),
+        Backend("flash_attn", _flash_attn_missing, _load_flash_attn, FLASH_ATTN),
+        Backend("varlen", _needs("torch.nn.attention.varlen"), _load_torch_varlen, "torch>=2.10"),
+        Backend(
+            "transformer_engine",
+            _needs("transformer_engine"),
+            _load_transformer_engine,
+            "--no-build-isolation transformer-engine[pytorch]>=2.0",
+        ),
         _TORCH,
     ),
-    "gated_delta_net": (Backend("fla", _needs("fla", "triton"), _load_fla), _TORCH),
+    "gated_delta_net": (Backend("fla", _needs("fla", "triton"), _load_fla, FLA), _TORCH),
     "fused_kernels": (
-        Backend("triton", _needs("triton", low_precision=False), _load_triton),
+        Backend("triton", _needs("triton", low_precision=False), _load_triton, TRITON),
         _TORCH,
     ),
 }
@@ -214,6 +248,10 @@ def choose_kernels(backend: BackendConfig, case: Case, *, check: bool = True) ->
     names = {}
     for key, candidates in BACKENDS.items():
         selected = _select(key, getattr(backend, key), candidates, case)
+        if selected.name == "fla":
+            from megatron_hydra.ops import fla_tuning
+
+            fla_tuning.use_choices(case)
         chosen.update(_loaded(key, selected))
         names[key] = selected.name
     kernels = Kernels(**chosen, names=names)
@@ -222,6 +260,85 @@ def choose_kernels(backend: BackendConfig, case: Case, *, check: bool = True) ->
 
         check_kernels(kernels, case)
     return kernels
+
+
+def resolved_names(backend: BackendConfig, case: Case) -> dict[str, str]:
+    """By key, the back end that :func:`choose_kernels` takes; nothing is loaded or checked.
+
+    Raises:
+        HydraError: a name that does not exist or cannot run here.
+    """
+    return {
+        key: _select(key, getattr(backend, key), candidates, case).name
+        for key, candidates in BACKENDS.items()
+    }
+
+
+def slow_paths(backend: BackendConfig, case: Case) -> list[str]:
+    """Of the keys that ``auto`` resolves to the torch twin on a GPU: what that costs, and what mends it.
+
+    Args:
+        backend: the run's section.
+        case: as for :func:`choose_kernels`; nothing is loaded or checked.
+
+    Returns:
+        One sentence or two for each such key; none without a GPU.
+    """
+    if case.device.type != "cuda":
+        return []
+    found = []
+    for key, candidates in BACKENDS.items():
+        if getattr(backend, key) != "auto" or (key == "gated_delta_net" and not case.gdn_heads):
+            continue
+        if _select(key, "auto", candidates, case).name != "torch":
+            continue
+        preferred = candidates[0]
+        found.append(
+            f"backend.{key}: auto falls back to torch on this GPU, {_SLOW[key]}. {preferred.name} cannot "
+            f"run here: {preferred.missing(case)}{_remedy(preferred, case)}"
+        )
+    return found
+
+
+def _remedy(backend: Backend, case: Case) -> str:
+    """``; pip install …`` for a back end that is not installed; else nothing."""
+    reason = backend.missing(case) or ""
+    if not backend.install or "installed" not in reason:
+        return ""
+    text = f"; pip install {_quoted(backend.install)}"
+    if backend.name == "fla" and needs_tilelang(case):
+        text += (
+            f" {TILELANG} (Triton {_triton_version()} on Hopper needs TileLang for FLA's backward)"
+        )
+    return text
+
+
+def _quoted(packages: str) -> str:
+    """Words with ``>`` or ``[`` quoted for a shell."""
+    return " ".join(f"'{word}'" if set(word) & set("<>[") else word for word in packages.split())
+
+
+def needs_tilelang(case: Case) -> bool:
+    """Whether FLA's backward runs here with TileLang only, and that is not installed."""
+    first, fixed = _TILELANG_TRITON
+    version = tuple(int(part) for part in re.findall(r"\d+", _triton_version())[:3])
+    return (
+        case.device.type == "cuda"
+        and _is_hopper(case.device)
+        and first <= version < fixed
+        and not _installed("tilelang")
+    )
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _select(key: str, name: str, candidates: tuple[Backend, ...], case: Case) -> Backend:
@@ -233,8 +350,8 @@ def _select(key: str, name: str, candidates: tuple[Backend, ...], case: Case) ->
             reason = candidate.missing(case)
             if reason is not None:
                 raise HydraError(
-                    f"backend.{key}={name} cannot run here: {reason}; name another one "
-                    f"({', '.join(_available(candidates, case))}) or auto"
+                    f"backend.{key}={name} cannot run here: {reason}{_remedy(candidate, case)}; or name "
+                    f"another one ({', '.join(_available(candidates, case))}) or auto"
                 )
             return candidate
     raise HydraError(
@@ -250,7 +367,8 @@ def _loaded(key: str, backend: Backend) -> dict[str, Any]:
     except (ImportError, OSError) as error:  # OSError: a shared library that it needs
         raise HydraError(
             f"backend.{key}={backend.name} is installed but cannot be imported: {error}; mend its "
-            f"installation or set backend.{key} to another one"
+            f"installation (pip install --force-reinstall --no-deps {_quoted(backend.install)}) or set "
+            f"backend.{key} to another one"
         ) from error
 
 

@@ -6,14 +6,20 @@ above all. Seconds at the start of a run are cheaper than a model trained on wro
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from megatron_hydra.errors import HydraError
+from megatron_hydra.ops import backends, kernel_cache
 from megatron_hydra.ops.backends import Case, Kernels
 from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
+from megatron_hydra.startup import startup_phase
+from megatron_hydra.watchdog import PATIENCE, feed_watchdog
 
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Largest ‖got − twin‖ / ‖twin‖ of an output or a gradient; the twin computes in fp32 from the same
@@ -30,33 +36,81 @@ Run = Callable[[Kernels, list[torch.Tensor]], torch.Tensor]
 Check = tuple[str, str, dict[str, torch.Tensor], Run]
 """A key of the ``backend`` section, what the kernel is called, its inputs by name, the call."""
 
-_passed: set[tuple[tuple[tuple[str, str], ...], Case]] = set()
-"""Choices (names by key) and cases that were found right in this process."""
+_passed: set[str] = set()
+"""Names (:func:`_name_of`) of the checks that were found right in this process."""
+
+_postponed = False
+
+
+@contextlib.contextmanager
+def postponed() -> Iterator[None]:
+    """While the block runs, :func:`check_kernels` checks nothing.
+
+    For a first call at the run's own lengths: kernels tune themselves at the length at which they are
+    first called, and the checks are short.
+    """
+    global _postponed
+    before, _postponed = _postponed, True
+    try:
+        yield
+    finally:
+        _postponed = before
 
 
 def check_kernels(kernels: Kernels, case: Case) -> None:
     """Compare every chosen kernel with its twin; does nothing for twins and after it has passed.
 
+    On a GPU, what has passed is recorded beside the compilers' caches, for this card, these versions,
+    sources and settings (:func:`~.kernel_cache.fingerprint`), and is not checked again by other
+    processes. ``HYDRA_CHECK_AGAIN=1`` checks all the same.
+
     Raises:
         HydraError: a kernel fails, or an output or gradient is off; names the key that avoids it.
     """
-    choice = tuple(sorted(kernels.names.items())), case
-    if choice in _passed:
+    if _postponed:
         return
+    with startup_phase("start-up check"):
+        _check_all(kernels, case)
+
+
+def _check_all(kernels: Kernels, case: Case) -> None:
+    facts = kernel_cache.fingerprint(case.device) if case.device.type == "cuda" else None
     twins = Kernels()
     for key, what, inputs, run in all_checks(case):
         name = kernels.names[key]
-        if name == "torch":
+        check = f"{key}={name} {_name_of(what, case)}"
+        if name == "torch" or check in _passed:
+            continue
+        recorded = f"check-{kernel_cache.key_of([facts, check])}" if facts else ""
+        again = os.environ.get("HYDRA_CHECK_AGAIN") == "1"
+        if recorded and not again and kernel_cache.is_recorded(recorded):
+            _passed.add(check)
             continue
         problem = _difference(kernels, twins, inputs, run, TOLERANCE[case.dtype])
         if problem:
-            others = "torch" if key != "full_attention" else "another one (varlen, torch)"
-            raise HydraError(
-                f"the start-up check of {what} failed with backend.{key}={name} on "
-                f"{_device_name(case.device)}: {problem}. "
-                f"Set backend.{key}={others}, or install other versions of its package and of triton"
-            )
-    _passed.add(choice)
+            raise HydraError(_refusal(key, name, what, problem, case))
+        _passed.add(check)
+        if facts:
+            kernel_cache.record(recorded, {"check": check, **facts})
+        feed_watchdog(PATIENCE)
+
+
+def _name_of(what: str, case: Case) -> str:
+    return f"{what}, {case.device.type}, {case.dtype}, head dimension {case.head_dim}"
+
+
+def _refusal(key: str, name: str, what: str, problem: str, case: Case) -> str:
+    others = "torch" if key != "full_attention" else "another one (varlen, torch)"
+    remedy = "install other versions of its package and of triton"
+    if name == "fla" and backends.needs_tilelang(case):
+        remedy = (
+            f"pip install {backends.TILELANG} (FLA's backward needs TileLang, or triton 3.7.1, with this "
+            "Triton on Hopper)"
+        )
+    return (
+        f"the start-up check of {what} failed with backend.{key}={name} on "
+        f"{_device_name(case.device)}: {problem}. Set backend.{key}={others}, or {remedy}"
+    )
 
 
 def _device_name(device: torch.device) -> str:
@@ -152,17 +206,19 @@ def _attention_checks(case: Case) -> Iterator[Check]:
 
 def _delta_rule_checks(case: Case) -> Iterator[Check]:
     make, d, tokens = _Inputs(case, 1), case.head_dim, BOUNDARIES[-1]
-    for cu, name in ((BOUNDARIES, "packed"), ((0, tokens), "one document's")):
+    for heads, (cu, name) in itertools.product(
+        case.gdn_heads, ((BOUNDARIES, "packed"), ((0, tokens), "one document's"))
+    ):
         yield (
             "gated_delta_net",
-            f"{name} gated delta rule",
+            f"{name} gated delta rule of {heads} heads",
             {
-                "q": make.unit(tokens, 2, d),
-                "k": make.unit(tokens, 2, d),
-                "v": make.normal(tokens, 2, d),
+                "q": make.unit(tokens, heads, d),
+                "k": make.unit(tokens, heads, d),
+                "v": make.normal(tokens, heads, d),
                 # Half-lives from tens to hundreds of tokens: a leak between documents shows.
-                "log alpha": -0.05 * make.uniform(tokens, 2),
-                "beta": make.uniform(tokens, 2),
+                "log alpha": -0.05 * make.uniform(tokens, heads),
+                "beta": make.uniform(tokens, heads),
             },
             lambda kernels, x, cu=cu: kernels.delta_rule(*x, cu)[0],  # type: ignore[misc]
         )

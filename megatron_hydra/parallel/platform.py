@@ -26,6 +26,8 @@ from typing import Any
 import torch
 import torch.utils._device
 
+from megatron_hydra.errors import HydraError
+
 _CUDA_AVAILABLE = torch.cuda.is_available()
 _installed = False
 
@@ -52,6 +54,13 @@ def device_count() -> int:
     return torch.cuda.device_count() if _CUDA_AVAILABLE else 0
 
 
+def device_memory_bytes() -> int:
+    """Memory of the current GPU; 0 without."""
+    if not _CUDA_AVAILABLE:
+        return 0
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+
+
 def device_name() -> str:
     """The current GPU's name, as ``NVIDIA H100 80GB HBM3``; ``""`` without."""
     return torch.cuda.get_device_name() if _CUDA_AVAILABLE else ""
@@ -63,9 +72,32 @@ def communication_backend() -> str:
 
 
 def bind_process_to_device(local_rank: int) -> None:
-    """Select this process's GPU; on CPU, leave thread counts to ``OMP_NUM_THREADS``."""
-    if _CUDA_AVAILABLE:
-        torch.cuda.set_device(local_rank)
+    """Select this process's GPU; on CPU, leave thread counts to ``OMP_NUM_THREADS``.
+
+    Raises:
+        HydraError: this node has fewer GPUs than processes of the run.
+    """
+    if not _CUDA_AVAILABLE:
+        return
+    check_gpus(max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), device_count())
+    torch.cuda.set_device(local_rank)
+
+
+def check_gpus(processes: int, gpus: int) -> None:
+    """Refuse more processes on a node than it has GPUs.
+
+    Raises:
+        HydraError: naming torchrun's option.
+    """
+    if processes > gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        seen = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+        raise HydraError(
+            f"{processes} processes were started on this node, but it has {gpus} "
+            f"{'GPU' if gpus == 1 else 'GPUs'}{seen}: start at most one a GPU (torchrun "
+            "--nproc-per-node, launch/*.sh --gpus-per-node), and make parallel.tensor, "
+            "parallel.context and parallel.pipeline fit"
+        )
 
 
 def peak_memory_bytes() -> int:

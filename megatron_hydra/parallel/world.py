@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -82,6 +84,36 @@ def start_world(config: RunConfig) -> World:
             dist.init_process_group(
                 backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
             )
+    _build_groups(config)
+    return _place(config)
+
+
+@contextlib.contextmanager
+def rehearsed_world(config: RunConfig, rank: int) -> Iterator[World]:
+    """The world of one rank of a run, alone in this process: collectives return at once and move nothing.
+
+    For calling a layer under a layout on one device, where only shapes matter; values are not those
+    of the run. No process group may exist.
+
+    Args:
+        config: its layout; one data-parallel replica and one pipeline stage are made.
+        rank: among ``parallel.tensor · parallel.context`` ranks, tensor-parallel ones side by side.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    parallel = config.parallel
+    size = parallel.tensor * parallel.context * parallel.pipeline
+    platform.install()
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    try:
+        _build_groups(config, with_gloo=False)
+        yield _place(config)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _build_groups(config: RunConfig, with_gloo: bool = True) -> None:
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -91,8 +123,13 @@ def start_world(config: RunConfig) -> World:
         ),
         context_parallel_size=parallel.context,
         distributed_timeout_minutes=math.ceil(PATIENCE * config.faults.timeout_seconds / 60),
+        create_gloo_process_groups=with_gloo,
     )
     _seed(config)
+
+
+def _place(config: RunConfig) -> World:
+    parallel = config.parallel
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),

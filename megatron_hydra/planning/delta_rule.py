@@ -38,7 +38,7 @@ def delta_rule(program: Program, heads: LocalHeads, parts: dict[str, Tensor]) ->
         log_alpha, beta = (_delayed(program, x) for x in (log_alpha, beta))
     if heads.gdn_kv_of_heads != tuple(range(n)):
         k, v = (op.copy(tape, op.narrow(tape, x, (tokens, n, d))) for x in (k, v))
-    if rank.gpu:
+    if rank.fla:
         return _fla(program, q, k, v, log_alpha, beta)
     return _chunked(program, q, k, v, log_alpha, beta)
 

@@ -103,7 +103,7 @@ def plan_run(
     micro_batches = accumulation_steps(run, world)
     replicas = data_parallel_size(run, world)
     memories, stages, traffic = [], [], {"data": 0.0, "pipeline": 0.0}
-    for pp_rank in sorted({0, run.parallel.pipeline - 1}):
+    for pp_rank in _stages_looked_at(run):
         rank = Rank(run, pp_rank=pp_rank, data_parallel=replicas, gpu=gpu)
         builder = StageBuilder(model, rank, busiest=True)
         stages.append(stage := builder.run())
@@ -126,6 +126,26 @@ def plan_run(
     memory = max(memories, key=lambda m: m.total)
     usable = machine.gpu.memory * machine.efficiency.usable
     return Plan(run, world, micro_batches, memory, flops, +sent, time, fits=memory.total <= usable)
+
+
+def expected_memory(model: ModelConfig, run: RunConfig, world: int, *, gpu: bool = True) -> Memory:
+    """Memory of the fullest rank, as :func:`plan_run` has it, on whatever machine.
+
+    Raises:
+        HydraError: the layout cannot work for this model, world or batch.
+    """
+    check_layout(run, world, model, model.dense() if run.verb in ("align", "distill") else None)
+    micro_batches, replicas = accumulation_steps(run, world), data_parallel_size(run, world)
+    memories = []
+    for pp_rank in _stages_looked_at(run):
+        rank = Rank(run, pp_rank=pp_rank, data_parallel=replicas, gpu=gpu)
+        builder = StageBuilder(model, rank, busiest=True)
+        memories.append(rank_memory(builder, builder.run(), micro_batches))
+    return max(memories, key=lambda memory: memory.total)
+
+
+def _stages_looked_at(run: RunConfig) -> list[int]:
+    return sorted({0, run.parallel.pipeline - 1})
 
 
 def _flops(stage: Stage) -> float:

@@ -31,6 +31,11 @@ class Rank:
     gpu: bool = True
 
     @property
+    def fla(self) -> bool:
+        """Whether FLA's kernels run the delta rule: on a GPU, unless the run asks for the torch twin."""
+        return self.gpu and self.run.backend.gated_delta_net != "torch"
+
+    @property
     def tp(self) -> int:
         """Tensor-parallel size."""
         return self.run.parallel.tensor

@@ -6,7 +6,7 @@ import concurrent.futures
 import contextlib
 import logging
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -21,13 +21,15 @@ from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.data.stream import PackedStream
 from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.world import World, start_world, stop_world
-from megatron_hydra.stopping import REQUEUE_EXIT_CODE, StopRequest
+from megatron_hydra.startup import StartupClock, startup_phase
+from megatron_hydra.stopping import REQUEUE_EXIT_CODE, StopRequest, leaving_at_once
 from megatron_hydra.training.agreement import on_all, on_main, true_anywhere
 from megatron_hydra.training.checkpoint import Progress, RunCheckpoints
 from megatron_hydra.training.faults import FaultKeeper
 from megatron_hydra.training.metrics import MetricsLog, where_it_runs
 from megatron_hydra.training.model_state import load_model, verified_checkpoint
 from megatron_hydra.training.observe import PhaseTimers
+from megatron_hydra.training.out_of_memory import out_of_memory_explained
 from megatron_hydra.training.provenance import Provenance, trained_model_config
 from megatron_hydra.training.report import StepReport
 from megatron_hydra.training.run_folder import lock_output
@@ -37,6 +39,7 @@ from megatron_hydra.training.setup import (
     freeze,
     wrap_for_training,
 )
+from megatron_hydra.training.start import prepare_node, report_start
 from megatron_hydra.training.step import StepResult, Trainee, train_step
 from megatron_hydra.transfer.verb import inner_model
 from megatron_hydra.transfer.verbs import VERBS
@@ -56,14 +59,27 @@ def run_training(config: RunConfig) -> int:
     """
     platform.keep_freed_memory()
     stop_before = config.faults.stop_seconds_before_limit
-    with Watchdog(config.faults.timeout_seconds) as watchdog, StopRequest(stop_before) as stop:
-        world = start_world(config)
-        try:
-            with contextlib.ExitStack() as held:
+    with (
+        StartupClock() as clock,
+        Watchdog(config.faults.timeout_seconds) as watchdog,
+        StopRequest(stop_before) as stop,
+        out_of_memory_explained(config),
+        contextlib.ExitStack() as held,
+        contextlib.ExitStack() as starting,
+    ):
+        kernels = prepare_node(config, starting)
+        with leaving_at_once("the run is starting"):
+            with startup_phase("process group"):
+                world = start_world(config)
+                held.callback(stop_world)
                 on_main(lambda: _hold(held, config))
-                return _Run(config, world, watchdog, stop).loop()
-        finally:
-            stop_world()
+            run = _Run(config, world, watchdog, stop)
+
+        def first_step_is_done(log: MetricsLog, step: int) -> None:
+            starting.close()
+            report_start(log, step, clock, kernels)
+
+        return run.loop(first_step_is_done)
 
 
 class _Run:
@@ -74,16 +90,18 @@ class _Run:
     ) -> None:
         self.config, self.world, self.watchdog, self.stop = config, world, watchdog, stop
         student, teacher = config.student, config.teacher
-        student_folder = verified_checkpoint(student.checkpoint, student.fingerprint)
         teacher_folder = None
-        if teacher.checkpoint:
-            teacher_folder = verified_checkpoint(teacher.checkpoint, teacher.fingerprint)
+        with startup_phase("verifying checkpoints"):
+            student_folder = verified_checkpoint(student.checkpoint, student.fingerprint)
+            if teacher.checkpoint:
+                teacher_folder = verified_checkpoint(teacher.checkpoint, teacher.fingerprint)
         model = store.read_model_config(student_folder)
         teacher_model = None
         if teacher_folder is not None:
             teacher_model = store.read_model_config(teacher_folder)
         check_layout(config, world.size, model, teacher_model)
-        self.stream = on_all(lambda: _open_stream(config, world, model))
+        with startup_phase("data"):
+            self.stream = on_all(lambda: _open_stream(config, world, model))
         self.model, self.teacher_model = model, teacher_model
         self.faults = FaultKeeper(config.faults)
         self.timers = PhaseTimers()
@@ -99,7 +117,8 @@ class _Run:
             self.trainee.optimizer,
             Provenance.of(student_folder, teacher_folder),
         )
-        self.progress = self._resume()
+        with startup_phase("resuming"):
+            self.progress = self._resume()
         self.saved_step = self.progress.step
         # Not before: a start that is refused leaves the folder as it was.
         on_main(lambda: write_text_atomic(Path(config.output) / "config.yaml", to_yaml(config)))
@@ -114,13 +133,18 @@ class _Run:
         config = self.config
         teacher = []
         if teacher_model is not None and teacher_folder is not None:
-            teacher = freeze(build_chunks(teacher_model, config))
-            load_model(teacher, teacher_folder)
+            with startup_phase("model"):
+                teacher = freeze(build_chunks(teacher_model, config))
+            with startup_phase("weights"):
+                load_model(teacher, teacher_folder)
         verb = VERBS[config.verb](config, self.world, teacher)
-        student = build_chunks(model, config)
-        load_model(student, student_folder)
-        chunks = wrap_for_training(student, verb, config)
-        optimizer, schedule = build_optimizer(chunks, config)
+        with startup_phase("model"):
+            student = build_chunks(model, config)
+        with startup_phase("weights"):
+            load_model(student, student_folder)
+        with startup_phase("optimizer"):
+            chunks = wrap_for_training(student, verb, config)
+            optimizer, schedule = build_optimizer(chunks, config)
         return Trainee(config, self.world, verb, chunks, optimizer, self.faults), schedule
 
     def _resume(self) -> Progress:
@@ -141,8 +165,12 @@ class _Run:
 
     # -- the loop -----------------------------------------------------------------------------
 
-    def loop(self) -> int:
-        """Run the steps that are left; returns the exit status."""
+    def loop(self, first_step_is_done: Callable[[MetricsLog, int], None]) -> int:
+        """Run the steps that are left; returns the exit status.
+
+        Args:
+            first_step_is_done: called once, after the first of them.
+        """
         config, first = self.config, self.progress.step
         with MetricsLog(
             config.output,
@@ -157,18 +185,26 @@ class _Run:
             with contextlib.closing(
                 _prefetched(self.stream, first, config.schedule.steps)
             ) as batches:
-                status = self._steps(log, batches)
+                status = self._steps(log, batches, first_step_is_done)
             self.watchdog.feed(PATIENCE)
             on_main(log.close)  # no rank leaves while rank 0 still sends what it has logged
         return status
 
-    def _steps(self, log: MetricsLog, batches: Iterator[tuple[int, list[PackedBatch]]]) -> int:
+    def _steps(
+        self,
+        log: MetricsLog,
+        batches: Iterator[tuple[int, list[PackedBatch]]],
+        first_step_is_done: Callable[[MetricsLog, int], None],
+    ) -> int:
         total, first = self.config.schedule.steps, self.progress.step
         report = StepReport(self.config, self.world, self.trainee, self.model, self.teacher_model)
         for step, micro_batches in self.timers.over("data", batches):
             self.watchdog.feed(PATIENCE if step == first + 1 else 1)
             self.schedule.step(1)
-            result = train_step(self.trainee, micro_batches, self._notices, self.timers)
+            with startup_phase("first step") if step == first + 1 else contextlib.nullcontext():
+                result = train_step(self.trainee, micro_batches, self._notices, self.timers)
+            if step == first + 1:
+                first_step_is_done(log, step)
             tokens = self.progress.tokens + self.stream.tokens_per_step
             self.progress = Progress(step, tokens, self.faults.state())
             entry = report.entry(result, self.progress, self.timers)

@@ -69,6 +69,32 @@ def test_local_dry_run_prints_each_step(folder: Path) -> None:
     assert not (folder / "align").exists()
 
 
+def test_kernels_are_compiled_before_each_training_run(folder: Path) -> None:
+    """By one process on one GPU; tools have none; the run itself keeps its own numbers."""
+    lines = launch(
+        LOCAL, "--dry-run", "--warm", "--procs-per-node", "2", "--python", "py", "align.yaml", "k=v",
+        "--then", "tool.py",
+        cwd=folder,
+    )  # fmt: skip
+    words = [shlex.split(line) for line in lines]
+    assert [words_after(line, "--nproc-per-node")[1] for line in lines] == ["1", "2", "2"]
+    ends = [line[line.index("-m") :] if "-m" in line else line[-1:] for line in words]
+    assert ends == [
+        ["-m", "megatron_hydra.warm", "--config", "align.yaml", "k=v"],
+        ["-m", "megatron_hydra.train", "--config", "align.yaml", "k=v"],
+        ["tool.py"],
+    ]
+    lines = launch(
+        SLURM, "--dry-run", "--warm", "--nodes", "2", "--python", "py", "align.yaml", cwd=folder
+    )
+    warm, _, warm_run, train, _, train_run = lines
+    assert {"--nodes=1", "--gpus-per-node=1", "--job-name=warm-align"} <= set(shlex.split(warm))
+    assert {"--nodes=2", "--gpus-per-node=8", "--job-name=align"} <= set(shlex.split(train))
+    assert "--dependency=afterok:JOBID_OF_align.yaml" in shlex.split(train)
+    assert "megatron_hydra.warm" in warm_run
+    assert "megatron_hydra.train" in train_run
+
+
 def test_slurm_dry_run_chains_by_dependency(folder: Path) -> None:
     lines = launch(
         SLURM, "--dry-run", "--nodes", "2", "--time", "1:00:00", "--after", "17", "--python", "py",

@@ -143,7 +143,9 @@ def test_cases_that_a_kernel_does_not_support(installed, case, reason):
 def test_a_package_that_is_absent_is_named(installed):
     installed()
     for name, package in (("flash_attn", "flash_attn"), ("transformer_engine",) * 2):
-        with pytest.raises(HydraError, match=f"{package} is not installed; name another one"):
+        with pytest.raises(
+            HydraError, match=rf"{package} is not installed; pip install .*; or name another one"
+        ):
             chosen("full_attention", GPU, name)
 
 

@@ -1,0 +1,189 @@
+"""How long FLA's kernels take to be ready: what is imported, what is tuned, what is compiled at once.
+
+FLA's Triton kernels are compiled anew for every number of heads, each in several configurations, which
+are timed; the fastest is kept. In a head-level hybrid the number differs from layer to layer, so that
+would be done ten times over. Here it is done once: the choice is written down in FLA's own format, and
+FLA takes it for other numbers of heads (``FLA_CACHE_MODE=fuzzy``), which then compile one configuration.
+The configurations of one kernel are compiled side by side.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import gc
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_hydra.ops import kernel_cache
+from megatron_hydra.ops.backends import Case
+
+_log = logging.getLogger(__name__)
+
+_MODE, _FOLDER = "FLA_CACHE_MODE", "FLA_CONFIG_DIR"
+
+_PREFIX = "fla-"
+"""Of the folders of choices, beside the records of the kernel cache."""
+
+_NOT_NEEDED = ("fla.layers", "fla.models")
+"""Of flash-linear-attention: they import transformers' models, for seconds, and are not used here."""
+
+
+def use_choices(case: Case) -> None:
+    """Point FLA to the configurations that were chosen for this card, dtype and head dimension.
+
+    Call it before FLA is imported. Variables that the user has set stay as they are.
+    """
+    mine = kernel_cache.RECORDS in os.environ.get(_FOLDER, kernel_cache.RECORDS)
+    if not mine or (_MODE in os.environ and _FOLDER not in os.environ):
+        return
+    os.environ[_MODE] = "fuzzy"
+    os.environ[_FOLDER] = str(choices_folder(case))
+
+
+def choices_folder(case: Case) -> Path:
+    """Where the choices of a case are kept: in Triton's cache, and gone with it."""
+    facts = [kernel_cache.fingerprint(case.device), str(case.dtype), case.head_dim]
+    name = _PREFIX + kernel_cache.key_of(facts)
+    return kernel_cache.triton_folder() / kernel_cache.RECORDS / name
+
+
+def import_fla() -> None:
+    """Import FLA's gated delta rule, without its layers and models.
+
+    Raises:
+        ImportError: FLA or something that it needs is missing.
+    """
+    hidden = [name for name in _NOT_NEEDED if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        import fla.ops.gated_delta_rule  # noqa: F401
+    finally:
+        for name in hidden:
+            sys.modules.pop(name, None)
+
+
+def write_choices() -> int:
+    """Write down which configuration every FLA kernel of this process has settled on.
+
+    Returns:
+        How many choices the folder got that it did not have.
+    """
+    folder = os.environ.get(_FOLDER, "")
+    if kernel_cache.RECORDS not in folder:
+        return 0
+    from fla.ops.utils.cache import CachedAutotuner
+
+    tuned = [x for x in gc.get_objects() if isinstance(x, CachedAutotuner) and x.cache]
+    return sum(_write(Path(folder), kernel) for kernel in tuned)
+
+
+def _write(folder: Path, kernel: Any) -> int:
+    """``folder/<kernel>.json``, in the format of ``fla/ops/utils/cache.py``."""
+    from fla.ops.utils.cache import AutotuneKey
+
+    if len(kernel.configs) < 2:
+        return 0
+    path = folder / f"{kernel.kernel_name}.json"
+    entries: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        entries = json.loads(path.read_text())["autotune_entries"]
+    before = len(entries)
+    for key, chosen in kernel.cache.items():
+        entries.setdefault(
+            AutotuneKey.key_hash(key),
+            {"autotune_key": AutotuneKey.normalize_autotune_key(key), "config": _as_json(chosen)},
+        )
+    if len(entries) == before:
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    body = {"kernel_name": kernel.kernel_name, "autotune_entries": entries}
+    temporary.write_text(json.dumps(body, indent=1))
+    os.replace(temporary, path)
+    return len(entries) - before
+
+
+def _as_json(config: Any) -> dict[str, Any]:
+    names = ("kwargs", "num_warps", "num_stages", "num_ctas", "maxnreg", "ir_override")
+    return {name: getattr(config, name, None) for name in names}
+
+
+@contextlib.contextmanager
+def configurations_compiled_together(
+    threads: int, tell: Callable[[str], None] = lambda name: None
+) -> Iterator[None]:
+    """While the block runs, a Triton kernel that is to be tuned compiles all configurations at once.
+
+    They are then timed one after the other, as always. Without this, each is compiled when its turn to
+    be timed has come.
+
+    Args:
+        threads: compilations at a time; most of each is outside the interpreter's lock.
+        tell: called with a kernel's name before it is compiled.
+    """
+    try:
+        from triton.runtime._async_compile import AsyncCompileMode
+        from triton.runtime.autotuner import Autotuner
+    except ImportError:  # no Triton, or one without: kernels compile one by one
+        yield
+        return
+    one_by_one = Autotuner.run
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        key = _tuning_key(self, args, kwargs)
+        if (
+            len(self.configs) > 1
+            and key not in self.cache
+            and key not in seen.setdefault(id(self), set())
+        ):
+            seen[id(self)].add(key)
+            tell(self.base_fn.__name__)
+            if not _is_chosen(self, args, kwargs):
+                _compile_all(self, args, kwargs, AsyncCompileMode, pool)
+        return one_by_one(self, *args, **kwargs)
+
+    seen: dict[int, set[tuple[Any, ...]]] = {}
+    with concurrent.futures.ThreadPoolExecutor(threads, "compile") as pool:
+        Autotuner.run = run
+        try:
+            yield
+        finally:
+            Autotuner.run = one_by_one
+
+
+def _tuning_key(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """As ``triton.runtime.autotuner.Autotuner.run`` makes it."""
+    given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    tracked = {name: value for name, value in given.items() if name in kernel.arg_names}
+    key = [tracked[name] for name in kernel.keys if name in tracked]
+    return (*key, *(str(value.dtype) for value in tracked.values() if hasattr(value, "dtype")))
+
+
+def _is_chosen(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether FLA has a choice for this call, written down before: nothing is tuned then."""
+    build = getattr(kernel, "maybe_load_cached_config", None)
+    if build is None:
+        return False
+    from fla.ops.utils.cache import AutotuneKey, load_cached_config
+
+    key = AutotuneKey.build(kernel.arg_names, kernel.keys, args, kwargs)
+    return load_cached_config(kernel.kernel_name, key) is not None
+
+
+def _compile_all(
+    kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Any, pool: Any
+) -> None:
+    """Compile every configuration that would be timed; one that does not compile is not an error here."""
+    options = {name: value for name, value in kwargs.items() if name != "warmup"}
+    try:
+        with mode(pool, ignore_errors=True):
+            kernel.warmup(*args, **options)
+    except Exception as error:  # then they compile one by one, and say what is wrong
+        _log.debug("%s: not compiled ahead: %s", kernel.base_fn.__name__, error)

@@ -1,0 +1,191 @@
+"""The compilers' caches on this node: where they are, what was done with them, and by whom next.
+
+Triton, TileLang and torch's inductor keep what they compiled in folders of their own, each entry
+written under another name and renamed when it is complete (Triton 3.6: ``triton/runtime/cache.py``,
+TileLang 0.1.15: ``tilelang/cache/kernel_cache.py``, torch: ``codecache.write_atomic``), so a process
+that is killed leaves nothing that another one would read. What this module adds are *records*: small
+files beside those entries that say which work has been done for which versions, card and sources.
+They go with the folder that they speak of: whoever empties a cache removes its records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import getpass
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_log = logging.getLogger(__name__)
+
+RECORDS = "megatron_hydra"
+"""Folder of the records, in every cache."""
+
+_PACKAGES = (
+    "torch", "triton", "fla-core", "flash-linear-attention", "flash-qla", "tilelang", "apache-tvm-ffi",
+    "flash-attn", "flash-attn-3", "transformer-engine", "megatron-core", "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13", "nvidia-cuda-nvcc",
+)  # fmt: skip
+"""Distributions whose version may change what a kernel is compiled to or what it computes."""
+
+_SOURCES = ("fla", "flash_qla")
+"""Packages whose files are hashed as ours are: they are what people edit in place."""
+
+_STEERING = ("FLA_", "TRITON_", "TILELANG_", "TL_", "TORCHINDUCTOR_", "NVTE_")
+"""Variables that change which kernels run, or how they are compiled."""
+
+_WHERE = (
+    "TRITON_CACHE_DIR", "TRITON_HOME", "TILELANG_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "FLA_CONFIG_DIR",
+    "FLA_CACHE_MODE",
+)  # fmt: skip
+"""Variables that only say where something lies; the last two are set here (:mod:`.fla_tuning`)."""
+
+
+def triton_folder() -> Path:
+    """Triton's cache."""
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    return Path(os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache"))
+
+
+def cache_folders() -> list[Path]:
+    """The caches of the compilers that are installed here."""
+    folders = [triton_folder()]
+    if importlib.util.find_spec("tilelang") is not None:
+        default = os.path.expanduser("~/.tilelang/cache")
+        folders.append(Path(os.environ.get("TILELANG_CACHE_DIR") or default))
+    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if not inductor:
+        inductor = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    return [*folders, Path(inductor)]
+
+
+def fingerprint(device: torch.device) -> dict[str, Any]:
+    """What decides how kernels are compiled and what they compute, but for their arguments.
+
+    Versions of torch, Triton, FLA, TileLang and others, the card, its driver, variables that steer
+    them, and a hash of our kernels' sources and of FLA's and FlashQLA's.
+    """
+    versions = {name: _version(name) for name in _PACKAGES}
+    steering = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_STEERING) and name not in _WHERE
+    }
+    return {
+        "versions": {name: version for name, version in versions.items() if version},
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "card": card(device),
+        "driver": _driver(),
+        "environment": steering,
+        "sources": _sources_hash(),
+    }
+
+
+def card(device: torch.device) -> str:
+    """Name and compute capability of a GPU; of other devices their type."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _driver() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    return ""
+
+
+@functools.cache
+def _sources_hash() -> str:
+    folders = [Path(__file__).parent]
+    for name in _SOURCES:
+        spec = importlib.util.find_spec(name)
+        folders += map(Path, (spec.submodule_search_locations or ()) if spec else ())
+    found = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            found.update(f"{folder.name}/{path.relative_to(folder)}\0".encode())
+            found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def key_of(facts: Any) -> str:
+    """A short name for facts that JSON can write."""
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def is_recorded(key: str) -> bool:
+    """Whether the work of this name was done with every one of the caches as they are now."""
+    return all((folder / RECORDS / key).is_file() for folder in cache_folders())
+
+
+def record(key: str, facts: dict[str, Any]) -> None:
+    """Note in every cache that the work of this name is done. Not being able to is no error."""
+    for folder in cache_folders():
+        try:
+            path = folder / RECORDS / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{key}.{os.getpid()}")
+            temporary.write_text(json.dumps(facts, indent=1, sort_keys=True, default=str))
+            os.replace(temporary, path)
+        except OSError as error:
+            _log.warning("%s takes no record of what was compiled (%s)", folder, error)
+
+
+@contextlib.contextmanager
+def alone_on_this_node(
+    key: str, waiting: Callable[[float], None], poll_seconds: float = 1.0
+) -> Iterator[None]:
+    """Keep the work of this name to one process at a time; the lock goes with the process.
+
+    Where the cache is on a disk that several nodes share, it is one process of all of them.
+
+    Args:
+        key: which work.
+        waiting: called every ``poll_seconds`` while another process has it, with the seconds waited.
+    """
+    path = triton_folder() / RECORDS / f"{key}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115
+    except OSError as error:
+        _log.warning("%s cannot be written (%s): every process compiles for itself", path, error)
+        yield
+        return
+    with file:
+        started = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waiting(time.monotonic() - started)
+                time.sleep(poll_seconds)
+            except OSError as error:  # some network file systems have no locks
+                _log.warning(
+                    "%s cannot be locked (%s): every process compiles for itself", path, error
+                )
+                break
+        yield

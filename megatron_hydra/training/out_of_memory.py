@@ -1,0 +1,134 @@
+"""Out of memory on a GPU: which setting to change, and what the planner had expected."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megatron_hydra.checkpoint import store
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.config.run import RunConfig
+from megatron_hydra.errors import HydraError
+from megatron_hydra.model.layer_spec import kernel_case
+from megatron_hydra.ops.backends import resolved_names
+from megatron_hydra.parallel import platform
+from megatron_hydra.parallel.world import world_size_from_environment
+
+GIB = 2**30
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(config: RunConfig) -> Iterator[None]:
+    """Turn torch's error of a training run into one that names the keys to change.
+
+    Raises:
+        HydraError: in place of ``torch.OutOfMemoryError``.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        advice = training_advice(config, is_gdn_torch=_is_gdn_torch(config))
+        raise HydraError(
+            f"out of GPU memory in {config.verb}: {_used()}{_expected(config)}. To make it fit: "
+            f"{'; '.join(advice)}. (torch: {_first_line(error)})"
+        ) from error
+
+
+@contextlib.contextmanager
+def out_of_memory_names(what: str, *advice: str) -> Iterator[None]:
+    """The same for a command without a run's config.
+
+    Args:
+        what: was being done.
+        advice: options to change, the likeliest first.
+
+    Raises:
+        HydraError: in place of ``torch.OutOfMemoryError``.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise HydraError(
+            f"out of GPU memory in {what}: {_used()}. To make it fit: {'; '.join(advice)}. "
+            f"(torch: {_first_line(error)})"
+        ) from error
+
+
+def training_advice(config: RunConfig, is_gdn_torch: bool = False) -> Sequence[str]:
+    """What makes a step smaller, by what the config leaves to be made smaller, the cheapest first."""
+    batch, recompute, parallel = config.batch, config.recompute, config.parallel
+    advice = []
+    if is_gdn_torch:
+        advice.append(
+            "backend.gated_delta_net is torch, which keeps several times what FLA's kernels keep: install "
+            "flash-linear-attention, or recompute.granularity=selective recompute.modules=[gdn]"
+        )
+    if batch.micro_batch_size > 1:
+        advice.append(
+            f"batch.micro_batch_size={batch.micro_batch_size // 2} (now {batch.micro_batch_size}; the global "
+            "batch stays, with more accumulation steps)"
+        )
+    if recompute.granularity == "none":
+        advice.append("recompute.granularity=selective recompute.modules=[gdn,tail,mlp] (now none)")
+    if recompute.granularity != "full":
+        advice.append(f"recompute.granularity=full (now {recompute.granularity})")
+    if config.verb != "align" and config.loss.chunk_tokens > 256:
+        advice.append(
+            f"loss.chunk_tokens={config.loss.chunk_tokens // 2} (now {config.loss.chunk_tokens}): tokens "
+            "whose logits exist at a time"
+        )
+    if not parallel.distributed_optimizer:
+        advice.append("parallel.distributed_optimizer=true: optimizer states are shared out")
+    advice.append(
+        f"more GPUs for a model: parallel.context (now {parallel.context}) shares out tokens, "
+        f"parallel.tensor (now {parallel.tensor}) weights and heads"
+    )
+    return advice
+
+
+def _is_gdn_torch(config: RunConfig) -> bool:
+    model = _student(config)
+    if model is None:
+        return False
+    case = kernel_case(model, config)
+    names = resolved_names(config.backend, case)
+    return bool(case.gdn_heads) and names["gated_delta_net"] == "torch"
+
+
+def _student(config: RunConfig) -> ModelConfig | None:
+    with contextlib.suppress(HydraError):
+        return store.read_model_config(config.student.checkpoint)
+    return None
+
+
+def _used() -> str:
+    total = platform.device_memory_bytes()
+    gc.collect()
+    used = f"{platform.peak_memory_bytes() / GIB:.1f} GiB were in use at most"
+    return used + (f" of {total / GIB:.1f} GiB on {platform.device_name()}" if total else "")
+
+
+def _expected(config: RunConfig) -> str:
+    """``; the planner expects …``, or nothing where it cannot say."""
+    from megatron_hydra.planning.plan import expected_memory
+
+    model = _student(config)
+    if model is None:
+        return ""
+    with contextlib.suppress(HydraError):
+        expected = expected_memory(model, config, world_size_from_environment())
+        parts = ", ".join(
+            f"{name} {count / GIB:.1f}" for name, count in expected.peak.most_common(4)
+        )
+        return (
+            f"; the planner expects a peak of {expected.total / GIB:.1f} GiB for this config ({parts}), "
+            "every sequence one document"
+        )
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split(". ")[0].strip()[:200]

@@ -1,0 +1,192 @@
+"""A run's kernels called once, layer by layer, on one device: so that they are compiled before it starts.
+
+What a rank computes depends on the layout, the lengths and how many heads of each kind it holds; every
+such combination is compiled for itself. A *scene* is one of them: a layer of the run with the shapes
+of one rank, its loss, forward and backward by the run's own verb. Other ranks are not needed: collectives
+return at once (:func:`~megatron_hydra.parallel.world.rehearsed_world`). Weights and tokens are random.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.config.run import RunConfig
+from megatron_hydra.config.validate import rounded_stream_length
+from megatron_hydra.data.batch import PackedBatch
+from megatron_hydra.model.layer_spec import kernel_case
+from megatron_hydra.model.local_heads import LocalHeads
+from megatron_hydra.ops.backends import choose_kernels
+from megatron_hydra.ops.self_check import check_kernels, postponed
+from megatron_hydra.parallel.head_partition import plan_model
+from megatron_hydra.parallel.world import World, rehearsed_world
+from megatron_hydra.training.setup import build_chunks, freeze, wrap_for_training
+from megatron_hydra.transfer.local_batch import local_batch
+from megatron_hydra.transfer.verb import Verb
+from megatron_hydra.transfer.verbs import VERBS
+from megatron_hydra.watchdog import feed_watchdog
+
+GATE_BIASES = (0.0, -12.0)
+"""``dt_bias`` of fast and of slow decays (half-lives of one and of a hundred thousand tokens): FlashQLA
+cuts long streams into parts if states are forgotten soon, and has other kernels for that."""
+
+_WEIGHT_SCALE = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """One layer on one rank.
+
+    Attributes:
+        layer: a layer of the student, 0-based.
+        tp_rank, cp_rank: whose shapes.
+        fa_heads, gdn_heads: how many that rank holds there.
+    """
+
+    layer: int
+    tp_rank: int
+    cp_rank: int
+    fa_heads: int
+    gdn_heads: int
+
+    def __str__(self) -> str:
+        text = f"{self.fa_heads} FA and {self.gdn_heads} GDN heads"
+        if self.cp_rank:
+            text += f", context rank {self.cp_rank}"
+        return text
+
+
+def scenes(config: RunConfig, model: ModelConfig) -> list[Scene]:
+    """Every combination of heads that some rank holds in some layer, those with most GDN heads first.
+
+    Under context parallelism the first, the second and the last shard differ: one has nobody before it,
+    one nobody after.
+    """
+    tensor, context = config.parallel.tensor, config.parallel.context
+    found: dict[tuple[object, ...], Scene] = {}
+    for partition in plan_model(model, tensor, config.parallel.fa_partition):
+        for rank in range(tensor):
+            heads = LocalHeads(model, partition, rank)
+            shape = (
+                len(heads.fa), len(heads.replicated_fa), len(heads.gdn), heads.fa_kv_of_heads,
+                heads.gdn_kv_of_heads, heads.in_rows_padded, heads.num_sharded_padded,
+            )  # fmt: skip
+            for cp_rank in sorted({0, min(1, context - 1), context - 1}):
+                scene = Scene(partition.layer, rank, cp_rank, heads.num_fa_here, len(heads.gdn))
+                found.setdefault((*shape, cp_rank), scene)
+    return sorted(found.values(), key=lambda s: (-s.gdn_heads, -s.fa_heads, s.cp_rank))
+
+
+def streams(config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Boundaries of the documents of a micro-batch, by kind, as the run's data may have them.
+
+    A micro-batch of several sequences is always of several documents.
+    """
+    length = rounded_stream_length(config)
+    cut = max(1, length // 3) | 1  # no multiple of a chunk, and across shards
+    found: dict[str, tuple[int, ...]] = {}
+    if length > cut:
+        found["packed documents"] = (0, cut, length)
+    if config.batch.micro_batch_size == 1 and length == config.data.sequence_length:
+        found["one document"] = (0, length)
+    return found or {"one document": (0, length)}
+
+
+def rehearse(
+    config: RunConfig,
+    model: ModelConfig,
+    teacher: ModelConfig | None,
+    scene: Scene,
+) -> Iterator[str]:
+    """Run a scene; before each part of it, says which.
+
+    Args:
+        config: the run. Its pipeline and data parallelism change no shape and are left out.
+        model, teacher: as in the run.
+    """
+    parallel = dataclasses.replace(
+        config.parallel, pipeline=1, virtual_pipeline=1, overlap_grad_reduce=False,
+        overlap_param_gather=False,
+    )  # fmt: skip
+    config = dataclasses.replace(config, parallel=parallel)
+    rank = scene.tp_rank + parallel.tensor * scene.cp_rank
+    with postponed(), rehearsed_world(config, rank) as world:
+        verb, chunks = _cast(config, world, _one_layer(model, scene.layer), teacher)
+        for (name, boundaries), bias in itertools.product(streams(config).items(), GATE_BIASES):
+            feed_watchdog()
+            yield f"{scene}, {name}"
+            _fill(chunks, bias)
+            _call(config, world, verb, chunks, boundaries)
+            if not scene.gdn_heads:
+                break
+
+
+def check(config: RunConfig, model: ModelConfig, teacher: ModelConfig | None) -> None:
+    """The start-up check of every kernel that some rank of the run calls.
+
+    Raises:
+        HydraError: see :func:`~megatron_hydra.ops.self_check.check_kernels`.
+    """
+    for of in (teacher, model):
+        if of is not None:
+            case = kernel_case(of, config)
+            check_kernels(choose_kernels(config.backend, case, check=False), case)
+
+
+def _one_layer(model: ModelConfig, layer: int) -> ModelConfig:
+    heads = model.full_attention_heads
+    chosen = None if heads is None else (heads[layer],)
+    return dataclasses.replace(model, num_layers=1, full_attention_heads=chosen, head_map=None)
+
+
+def _cast(
+    config: RunConfig, world: World, model: ModelConfig, teacher: ModelConfig | None
+) -> tuple[Verb, list[torch.nn.Module]]:
+    teachers: list[GPTModel] = []
+    if teacher is not None:
+        teachers = freeze(build_chunks(_one_layer(teacher, 0), config))
+        _fill(teachers, 0.0)
+    verb = VERBS[config.verb](config, world, teachers)
+    return verb, list(wrap_for_training(build_chunks(model, config), verb, config))
+
+
+@torch.no_grad()
+def _fill(chunks: list[torch.nn.Module] | list[GPTModel], gate_bias: float) -> None:
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if name.endswith("dt_bias"):
+                parameter.fill_(gate_bias)
+            elif name.endswith("A_log"):
+                parameter.zero_()
+            else:
+                parameter.normal_(std=_WEIGHT_SCALE)
+
+
+def _call(
+    config: RunConfig,
+    world: World,
+    verb: Verb,
+    chunks: list[torch.nn.Module],
+    boundaries: tuple[int, ...],
+) -> None:
+    """One micro-batch, forward and backward."""
+    length = boundaries[-1]
+    tokens = torch.zeros(length, dtype=torch.int64)
+    batch = PackedBatch(tokens, tokens, torch.ones(length), boundaries)
+    for chunk in chunks:
+        chunk.zero_grad_buffer()  # type: ignore[operator]
+    get_forward_backward_func()(
+        forward_step_func=verb.forward_step,
+        data_iterator=[iter([local_batch(batch, world, length)]) for _ in chunks],
+        model=chunks,
+        num_microbatches=1,
+        seq_length=length * verb.streams,
+        micro_batch_size=1,
+        forward_only=verb.backward_inside_forward,
+    )

@@ -1,0 +1,86 @@
+"""Before ranks meet: what this node can run, what will be slow, and kernels that are ready."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from pathlib import Path
+
+from megatron_hydra.checkpoint import store
+from megatron_hydra.config.run import RunConfig
+from megatron_hydra.config.validate import data_parallel_size
+from megatron_hydra.model.layer_spec import kernel_case
+from megatron_hydra.ops.backends import slow_paths
+from megatron_hydra.ops.compiler_output import COMPILE_LOG, compiler_output_to
+from megatron_hydra.parallel import platform
+from megatron_hydra.parallel.world import world_size_from_environment
+from megatron_hydra.startup import StartupClock, in_words, startup_phase
+from megatron_hydra.training.metrics import MetricsLog
+from megatron_hydra.training.warm_up import WarmUp, compile_once_a_node, warning_of
+
+_log = logging.getLogger(__name__)
+
+
+def prepare_node(config: RunConfig, starting: contextlib.ExitStack) -> WarmUp | None:
+    """Take this process's GPU, say what will be slow on it, and have the run's kernels compiled.
+
+    Args:
+        config: the run.
+        starting: gets what ends with the first step: compilers' output goes to the compile log until
+            then.
+
+    Returns:
+        What was compiled; ``None`` without a GPU, where there is nothing to do.
+
+    Raises:
+        HydraError: more processes than GPUs or fewer than the layout needs, a back end that cannot run,
+            or a kernel that is wrong.
+    """
+    data_parallel_size(config, world_size_from_environment())
+    platform.bind_process_to_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not platform.device_count():
+        return None
+    with startup_phase("kernels"):
+        result = kernels_of(config)
+    if not result.ready:
+        _log.warning("%s", warning_of(result, config.output))
+    starting.enter_context(compiler_output_to(Path(config.output) / COMPILE_LOG))
+    return result
+
+
+def kernels_of(config: RunConfig) -> WarmUp:
+    """Say which kernels will be slow on this process's GPU, and have all of them compiled.
+
+    Raises:
+        HydraError: as :func:`prepare_node`.
+    """
+    model = store.read_model_config(config.student.checkpoint)
+    teacher = None
+    if config.teacher.checkpoint:
+        teacher = store.read_model_config(config.teacher.checkpoint)
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main:
+        for text in slow_paths(config.backend, kernel_case(model, config)):
+            _log.warning("%s", text)
+    return compile_once_a_node(
+        config, model, teacher, tell=lambda text: _say(text, is_main),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+    )  # fmt: skip
+
+
+def _say(text: str, is_main: bool) -> None:
+    """Progress of whichever rank compiles for its node; of those that wait, of the first alone."""
+    if is_main or not text.startswith("another process"):
+        _log.log(logging.INFO if is_main else logging.WARNING, "%s", text)
+
+
+def report_start(log: MetricsLog, step: int, clock: StartupClock, kernels: WarmUp | None) -> None:
+    """Say what the time to the first step was made of: an event and a line."""
+    seconds, total = clock.seconds(), clock.total()
+    facts = (
+        {} if kernels is None else {"scenes_compiled": kernels.compiled, "all_ready": kernels.ready}
+    )
+    log.event("first step", step, seconds=seconds, total=total, **facts)
+    if log.enabled:
+        _log.info("first step %.1f s after the start: %s", total, in_words(seconds))

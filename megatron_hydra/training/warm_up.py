@@ -1,0 +1,348 @@
+"""Kernels of a run are compiled once a node, before training, by processes that do nothing else.
+
+The first rank of a node that comes here takes a lock, starts workers (:mod:`.warm_worker`) and gives them
+the run's scenes (:mod:`.rehearsal`): the first one alone, as it also tunes the kernels; all others side by
+side. Then one of them makes the start-up check. When all is done, that is recorded beside the compilers'
+caches, and neither the other ranks nor the next run with these shapes do any of it again. A scene that
+fails is no error: a warning says so, and each rank compiles that part in its first step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_hydra.config.loading import to_dict
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.config.run import RunConfig
+from megatron_hydra.errors import HydraError
+from megatron_hydra.ops import kernel_cache
+from megatron_hydra.ops.compiler_output import COMPILE_LOG, last_lines
+from megatron_hydra.parallel import platform
+from megatron_hydra.stopping import ending_with_us, leaving_at_once
+from megatron_hydra.training.rehearsal import scenes
+from megatron_hydra.watchdog import PATIENCE, feed_watchdog
+
+_log = logging.getLogger(__name__)
+
+WORKER = (sys.executable, "-m", "megatron_hydra.training.warm_worker")
+
+MOST_WORKERS = 8
+
+PROGRESS_SECONDS = 10.0
+"""Between two lines that say what is being compiled."""
+
+_MEMORY_SHARE = 0.8
+"""Of a card's memory that workers may fill together; the rest is for their contexts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmUp:
+    """What came of it.
+
+    Attributes:
+        ready: all kernels are compiled and checked.
+        compiled: scenes that this process had compiled; 0 where all was ready.
+        seconds: it took, waiting included.
+        problem: why not all is ready; empty where it is.
+    """
+
+    ready: bool
+    compiled: int
+    seconds: float
+    problem: str = ""
+
+
+def compile_once_a_node(
+    config: RunConfig,
+    model: ModelConfig,
+    teacher: ModelConfig | None,
+    *,
+    tell: Callable[[str], None],
+    local_rank: int = 0,
+    worker: Sequence[str] = WORKER,
+    cards: int | None = None,
+) -> WarmUp:
+    """Have this run's kernels compiled, or wait for another process of the node that does it.
+
+    Called by every process, inside a :class:`~megatron_hydra.stopping.StopRequest` block; a stop signal
+    ends it at once. The watchdog is fed.
+
+    Args:
+        config: the run.
+        model, teacher: of its checkpoints.
+        tell: shows a line of progress.
+        local_rank: the GPU of this process.
+        worker: command of a worker; tests have their own.
+        cards: GPUs to use; ``None``: all of the node. Without any, nothing is done.
+
+    Raises:
+        HydraError: the start-up check refuses a kernel.
+    """
+    cards = platform.device_count() if cards is None else cards
+    if not cards:
+        return WarmUp(True, 0, 0.0)
+    started = time.monotonic()
+    key = _key(config, model, teacher)
+
+    def waiting(seconds: float) -> None:
+        feed_watchdog(PATIENCE)
+        if int(seconds) % int(3 * PROGRESS_SECONDS) == 0:
+            tell(f"another process compiles this run's kernels: waiting, {seconds:.0f} s so far")
+
+    with leaving_at_once("kernels are being compiled"):
+        if kernel_cache.is_recorded(key):
+            return WarmUp(True, 0, time.monotonic() - started)
+        with kernel_cache.alone_on_this_node(key, waiting):
+            if kernel_cache.is_recorded(key):
+                return WarmUp(True, 0, time.monotonic() - started)
+            log = Path(config.output) / COMPILE_LOG
+            order = {
+                "config": to_dict(config), "model": to_dict(model), "log": str(log.absolute()),
+                "teacher": None if teacher is None else to_dict(teacher),
+            }  # fmt: skip
+            todo = len(scenes(config, model))
+            team = _Team(order, todo, local_rank, cards, worker, tell)
+            problem = team.work()
+            seconds = time.monotonic() - started
+            if not problem:
+                kernel_cache.record(key, {"scenes": todo, "seconds": round(seconds, 1)})
+            return WarmUp(not problem, todo, seconds, problem)
+
+
+def _key(config: RunConfig, model: ModelConfig, teacher: ModelConfig | None) -> str:
+    """Name of this work: whatever decides which kernels a run calls, and how they are compiled."""
+    shape = {
+        "verb": config.verb, "precision": config.precision, "deterministic": config.deterministic,
+        "micro_batch_size": config.batch.micro_batch_size,
+        "sequence_length": config.data.sequence_length, "loss": config.loss,
+        "tensor": config.parallel.tensor, "context": config.parallel.context,
+        "sequence": config.parallel.sequence, "fa_partition": config.parallel.fa_partition,
+        "recompute": config.recompute, "backend": config.backend,
+    }  # fmt: skip
+    models = [
+        None if of is None else dataclasses.replace(of, source={}, hf_config={}, head_map=None)
+        for of in (model, teacher)
+    ]
+    facts = [kernel_cache.fingerprint(platform.device()), _plain(shape), *map(_plain, models)]
+    return f"run-{kernel_cache.key_of(facts)}"
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+class _Team:
+    """The workers of a node and what is left for them to do."""
+
+    def __init__(
+        self,
+        order: dict[str, Any],
+        num_scenes: int,
+        local_rank: int,
+        cards: int,
+        command: Sequence[str],
+        tell: Callable[[str], None],
+    ) -> None:
+        self.order, self.num_scenes, self.cards = order, num_scenes, cards
+        self.local_rank, self.command, self.tell = local_rank, command, tell
+        self.waiting = list(range(num_scenes))
+        self.started = time.monotonic()
+        self.told = 0.0
+        self.done = 0
+        self.problems: list[str] = []
+        self.limit = 1
+        self.selector = selectors.DefaultSelector()
+
+    def work(self) -> str:
+        """Everything; returns what went wrong, or nothing.
+
+        Raises:
+            HydraError: the start-up check refuses a kernel.
+        """
+        self.tell(
+            f"compiling this run's kernels: {self.num_scenes} combinations of heads, documents and "
+            f"shards; what the compilers say is in {self.order['log']}"
+        )
+        count = min(MOST_WORKERS, self.num_scenes, max(1, (os.cpu_count() or 1) // 2))
+        with contextlib.ExitStack() as stack:
+            team = [stack.enter_context(self._worker(i, count)) for i in range(count)]
+            self._scenes(team)
+            if not self.problems:
+                self._check(team)
+            for member in team:
+                member.give({"end": True})
+        return "; ".join(dict.fromkeys(self.problems))
+
+    @contextlib.contextmanager
+    def _worker(self, index: int, count: int) -> Iterator[_Member]:
+        threads = max(1, (os.cpu_count() or 1) // (1 if index == 0 else count))
+        device = (self.local_rank + index) % self.cards
+        process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+            start_new_session=True, env=_alone(),
+        )  # fmt: skip
+        with ending_with_us(process.pid):
+            member = _Member(process)
+            member.give({**self.order, "device": device, "threads": threads})
+            assert process.stdout is not None
+            self.selector.register(process.stdout, selectors.EVENT_READ, member)
+            try:
+                yield member
+            finally:
+                with contextlib.suppress(KeyError):
+                    self.selector.unregister(process.stdout)
+                if sys.exc_info()[0] is None:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(30)
+        process.wait()
+
+    def _scenes(self, team: list[_Member]) -> None:
+        """The first scene by the first worker; then all others by as many as have room."""
+        while self.waiting or any(member.task is not None for member in team):
+            for index, member in enumerate(team[: self.limit]):
+                is_free = member.is_alive and member.is_ready and member.task is None
+                # Nobody works beside the first scene: it also tunes, by timing.
+                if not is_free or not self.waiting or (self.done == 0 and index):
+                    continue
+                member.task = self.waiting.pop(0)
+                member.give({"scene": member.task})
+            if not any(member.is_alive for member in team):
+                self.problems.append("all compiling processes have ended")
+                return
+            self._listen()
+            if self.done:
+                self.limit = self._room(team)
+
+    def _room(self, team: list[_Member]) -> int:
+        """How many workers the cards have memory for, by what the largest has used."""
+        used = max((member.memory for member in team), default=0)
+        total = platform.device_memory_bytes()
+        if not used or not total:
+            return len(team)
+        return max(1, min(len(team), int(_MEMORY_SHARE * total * self.cards / used)))
+
+    def _check(self, team: list[_Member]) -> None:
+        member = next((m for m in team if m.is_alive), None)
+        if member is None:
+            self.problems.append("all compiling processes have ended")
+            return
+        member.task = -1
+        member.give({"check": True})
+        while member.task is not None and member.is_alive:
+            self._listen()
+
+    def _listen(self) -> None:
+        """Take what workers say within a second; feed the watchdog; say how far it is."""
+        feed_watchdog(PATIENCE)
+        for chosen, _ in self.selector.select(1.0):
+            member: _Member = chosen.data
+            answers = member.answers()
+            if answers is not None:
+                for answer in answers:
+                    self._heard(member, answer)
+                continue
+            self.selector.unregister(chosen.fileobj)
+            member.is_alive = False
+            if member.task is not None:
+                member.task = None
+                status = member.process.wait()
+                self.problems.append(f"a compiling process ended with status {status}")
+                self.done += 1
+        now = time.monotonic()
+        if now - self.told >= PROGRESS_SECONDS:
+            self.told = now
+            doing = [member.doing for member in self._members() if member.task is not None]
+            self.tell(
+                f"compiling kernels: {self.done} of {self.num_scenes} done, {now - self.started:.0f} s"
+                + (f"; now {'; '.join(doing[:2])}" if doing else "")
+            )
+
+    def _members(self) -> list[_Member]:
+        return [key.data for key in self.selector.get_map().values()]
+
+    def _heard(self, member: _Member, answer: dict[str, Any]) -> None:
+        if "ready" in answer:
+            member.is_ready = True
+        elif "part" in answer:
+            member.part, member.kernel = answer["part"], ""
+        elif "kernel" in answer:
+            member.kernel = answer["kernel"]
+        elif "refused" in answer:
+            raise HydraError(f"{answer['refused']} (compilers' messages: {self.order['log']})")
+        else:
+            member.task = None
+            member.memory = max(member.memory, answer.get("memory", 0))
+            self.done += 1
+            if "failed" in answer:
+                self.problems.append(f"{member.part}: {answer['failed']}")
+
+
+class _Member:
+    """One worker."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.is_ready, self.is_alive = False, True
+        self.task: int | None = None
+        self.memory = 0
+        self.part, self.kernel = "", ""
+        self._received = b""
+
+    @property
+    def doing(self) -> str:
+        return f"{self.part}: {self.kernel}" if self.kernel else self.part
+
+    def answers(self) -> list[dict[str, Any]] | None:
+        """What it has said since; ``None`` when it has ended. Call it when there is something to read."""
+        assert self.process.stdout is not None
+        received = os.read(self.process.stdout.fileno(), 1 << 16)
+        if not received:
+            return None
+        *lines, self._received = (self._received + received).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def give(self, order: dict[str, Any]) -> None:
+        """Send it an order; one that has ended is noticed when it is listened to."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.write(json.dumps(order).encode() + b"\n")
+
+
+def _alone() -> dict[str, str]:
+    """The environment without what makes a process a rank of this run."""
+    ours = (
+        "RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "GROUP_RANK",
+        "LOCAL_",
+        "TORCHELASTIC_",
+    )
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+
+
+def warning_of(result: WarmUp, output: str) -> str:
+    """One line for the log where not all kernels are ready."""
+    log = Path(output) / COMPILE_LOG
+    said = last_lines(log)
+    return (
+        f"not all kernels were compiled before the start ({result.problem}): each rank compiles what is "
+        f"missing in its first steps, which take minutes longer. See {log}"
+        + (f": {said}" if said else "")
+    )

@@ -1,0 +1,154 @@
+"""A process that calls a run's kernels once (:mod:`.rehearsal`), told by :mod:`.warm_up` which.
+
+    python -m megatron_hydra.training.warm_worker
+
+It reads one JSON object a line on its standard input: first what the run is, then what to do next. It
+answers on its standard output, one JSON object a line; whatever else is printed goes to the compile log.
+It ends with its input, so it does not outlive the process that started it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_hydra.config.loading import from_dict
+from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.config.run import RunConfig
+from megatron_hydra.errors import HydraError
+from megatron_hydra.watchdog import Watchdog
+
+LIMIT_SECONDS = 1800
+"""A part of a scene that takes longer hangs: the process writes its stacks and ends."""
+
+
+class Worker:
+    """The run of this process.
+
+    Args:
+        order: ``config``, ``model`` and ``teacher`` as plain data, ``device`` (index of the GPU) and
+            ``threads``.
+        say: sends an answer.
+    """
+
+    def __init__(self, order: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
+        self.config = from_dict(RunConfig, order["config"])
+        self.model = from_dict(ModelConfig, order["model"])
+        teacher = order["teacher"]
+        self.teacher = None if teacher is None else from_dict(ModelConfig, teacher)
+        self.device, self.threads = order["device"], order["threads"]
+        self.say = say
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Import everything, take the GPU, compile a kernel's configurations side by side."""
+        from megatron_hydra.ops.fla_tuning import configurations_compiled_together
+        from megatron_hydra.parallel import platform
+        from megatron_hydra.training import rehearsal  # noqa: F401
+
+        if platform.device_count():
+            platform.bind_process_to_device(self.device)
+
+        def tell(kernel: str) -> None:
+            self.say({"kernel": kernel})
+
+        with configurations_compiled_together(self.threads, tell):
+            yield
+
+    def do(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Carry out an order: ``{"scene": number}`` or ``{"check": true}``.
+
+        Returns:
+            ``{"done": …}`` with the highest memory so far in bytes.
+
+        Raises:
+            HydraError: the start-up check refuses a kernel.
+        """
+        from megatron_hydra.ops.fla_tuning import write_choices
+        from megatron_hydra.parallel import platform
+        from megatron_hydra.training.rehearsal import check, rehearse, scenes
+
+        if "check" in order:
+            self.say({"part": "start-up check"})
+            check(self.config, self.model, self.teacher)
+        else:
+            scene = scenes(self.config, self.model)[order["scene"]]
+            for part in rehearse(self.config, self.model, self.teacher, scene):
+                self.say({"part": part})
+            write_choices()
+        return {"done": order, "memory": platform.peak_memory_bytes()}
+
+
+def serve(orders: Iterator[dict[str, Any]], say: Callable[[dict[str, Any]], None]) -> int:
+    """Carry out orders until there are no more."""
+    worker = Worker(next(orders), say)
+    with worker.ready():
+        say({"ready": True})
+        for order in orders:
+            try:
+                with Watchdog(LIMIT_SECONDS):
+                    say(worker.do(order))
+            except HydraError as error:
+                say({"refused": str(error)})
+            except (
+                Exception
+            ) as error:  # whatever a compiler raises: the run may do without this scene
+                traceback.print_exc()
+                say({"failed": f"{type(error).__name__}: {str(error)[:500]}"})
+    return 0
+
+
+def _lines(stream: Any) -> Iterator[dict[str, Any]]:
+    for line in stream:
+        yield json.loads(line)
+
+
+def _orders_until_the_end() -> Iterator[dict[str, Any]]:
+    """Orders from standard input; when it closes, this process group ends, whatever it is doing."""
+    arrived: queue.Queue[dict[str, Any]] = queue.Queue()
+
+    def read() -> None:
+        for order in _lines(sys.stdin):
+            arrived.put(order)
+        if os.getpgrp() == os.getpid():  # compilers that this process started go with it
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        order = arrived.get()
+        if "end" in order:
+            return
+        yield order
+
+
+def main() -> int:
+    """Entry point."""
+    from megatron_hydra.ops.compiler_output import compiler_output_to
+
+    orders = _orders_until_the_end()
+    first = next(orders)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+
+    def say(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+
+    def all_orders() -> Iterator[dict[str, Any]]:
+        yield first
+        yield from orders
+
+    with compiler_output_to(Path(first["log"]), errors=True):
+        return serve(all_orders(), say)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
