@@ -22,7 +22,6 @@ from megatron_hydra.training.run_folder import find_resume_point, retain, step_f
 from tests.checkpoint import legacy
 from tests.training import tiny
 
-
 _STEPS = {"schedule": {"steps": 4, "warmup_steps": 1}}
 
 
