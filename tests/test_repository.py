@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "hf_identity",
     ),
     ("ops",),
-    ("model", "parallel"),
+    ("model", "parallel", "out_of_memory"),
     ("transfer", "selection", "checkpoint", "data", "reporting"),
     ("training", "evaluation", "planning"),
     ("train", "warm", "quickstart"),

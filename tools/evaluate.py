@@ -14,6 +14,7 @@ from megatron_hydra.evaluation.lm_eval_suite import require_lm_eval
 from megatron_hydra.evaluation.loading import DTYPES, load_model, load_tokenizer
 from megatron_hydra.evaluation.runner import EvaluationSettings, evaluate
 from megatron_hydra.evaluation.tasks import load_task, task_names
+from megatron_hydra.out_of_memory import out_of_memory_names
 from megatron_hydra.stopping import StopRequest, leave_if_stopped
 
 DESCRIPTION = """\
@@ -139,7 +140,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     if settings.lm_eval:
         require_lm_eval()
-    with StopRequest(), _opened(args) as (model, tokenizer):
+    advice = [f"--batch-tokens {args.batch_tokens // 2} (now {args.batch_tokens})"]
+    if args.model:
+        advice.append("--prefill-chunk 2048: so many tokens of a prompt at a time")
+        advice.append("--dtype bf16, if the model is stored in fp32")
+    else:
+        advice.append("parallel.context or parallel.tensor on more GPUs")
+    advice.append("shorter --lengths")
+    with (
+        out_of_memory_names("the evaluation", *advice),
+        StopRequest(),
+        _opened(args) as (model, tokenizer),
+    ):
         results = evaluate(
             model,
             tokenizer,

@@ -78,6 +78,12 @@ def parser() -> argparse.ArgumentParser:
         help="tokens whose logits exist at a time (%(default)s)",
     )
     p.add_argument(
+        "--gated-delta-net",
+        choices=("fla", "torch"),
+        default="fla",
+        help="torch: plan for GPUs without FLA, where auto takes the plain twin (%(default)s)",
+    )
+    p.add_argument(
         "--efficiency",
         action="append",
         default=[],
@@ -111,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         precision=args.precision,
         distributed_optimizer=not args.no_distributed_optimizer,
         loss_chunk=args.loss_chunk,
+        gated_delta_net=args.gated_delta_net,
         efficiency=tuple(args.efficiency),
         top=args.top,
         as_json=args.json,

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from megatron_hydra.errors import HydraError, command
+from megatron_hydra.out_of_memory import out_of_memory_names
 from megatron_hydra.selection import (
     DEFAULT_TASKS,
     STRATEGIES,
@@ -151,7 +152,15 @@ def main() -> int:
     # Only rank 0 writes, and it may have done so before another rank has started.
     if is_first_rank() and args.output.exists() and not args.force:
         raise HydraError(f"--output {args.output} exists; give --force to overwrite it")
-    with StopRequest(), Watchdog(args.timeout):
+    advice = [
+        f"--tokens-per-batch {(args.tokens_per_batch or 32768) // 4} (now "
+        f"{args.tokens_per_batch or 'the default'})",
+        f"--gpus-per-process {2 * args.gpus_per_process} (now {args.gpus_per_process}): one copy of the "
+        "model over several GPUs",
+        "--dtype bf16, if the model is stored in fp32",
+        "--tasks with shorter prompts, as needle_single:tokens=512",
+    ]
+    with out_of_memory_names("head selection", *advice), StopRequest(), Watchdog(args.timeout):
         head_map = select_heads(
             args.hf_path,
             ratio=args.ratio,

@@ -70,6 +70,14 @@ class Backend(Protocol):
         """Whether ``flag`` is set in any process."""
 
 
+@runtime_checkable
+class Uncached(Protocol):
+    """A back end that computes a whole prompt again for each token that no draft has guessed."""
+
+    def seconds_of_forward(self, tokens: int) -> float:
+        """How long one prompt of so many tokens takes, measured now. Called by every process."""
+
+
 def is_over(tokens: list[int], continuation: Continuation, end_tokens: Sequence[int]) -> bool:
     """Whether nothing comes after these new tokens, of which the last one has not been asked about."""
     full = len(tokens) >= continuation.max_new_tokens or tokens[-1] in end_tokens

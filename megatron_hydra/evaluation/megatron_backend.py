@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,7 @@ class MegatronBackend:
         self.world, self.folder = world, folder
         self.is_main = world.is_main
         self.vocabulary = model.vocab_size
+        self._has_run = False
 
     def inference(self) -> contextlib.AbstractContextManager[Any]:
         """The model is frozen already."""
@@ -206,6 +208,16 @@ class MegatronBackend:
                 new[i] = cut(grown, continuations[i], end_tokens, known=len(new[i]))
             active = [i for i in active if not is_over(new[i], continuations[i], end_tokens)]
         return new
+
+    @torch.no_grad()
+    def seconds_of_forward(self, tokens: int) -> float:
+        """See :class:`~.backend.Uncached`; the first call also does a short one, for what starts late."""
+        if not self._has_run:
+            self.argmax_at([[0] * min(tokens, 64)], [[0]])
+            self._has_run = True
+        started = time.perf_counter()
+        self.argmax_at([[0] * tokens], [[tokens - 1]])
+        return time.perf_counter() - started
 
     def cache_bytes(self, length: int) -> dict[str, float] | None:
         """There is no cache: export the model to measure its."""

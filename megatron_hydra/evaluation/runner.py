@@ -18,9 +18,9 @@ from megatron_hydra.evaluation import plots
 from megatron_hydra.evaluation.backend import Backend
 from megatron_hydra.evaluation.hf_backend import HfBackend
 from megatron_hydra.evaluation.lm_eval_suite import lm_eval_version, require_lm_eval, run_lm_eval
-from megatron_hydra.evaluation.scoring import Outcome, score_samples
+from megatron_hydra.evaluation.scoring import Outcome, forecast, score_samples
 from megatron_hydra.evaluation.storage import CellStore, replace_file
-from megatron_hydra.evaluation.tasks import RetrievalTask, SampleRequest, load_task
+from megatron_hydra.evaluation.tasks import RetrievalTask, Sample, SampleRequest, load_task
 from megatron_hydra.stopping import Stopped, leave_if_stopped, stop_requested
 
 FORMAT = "hydra-evaluation"
@@ -220,6 +220,7 @@ def _cell(
     samples = backend.on_main(lambda: task.samples(request))
     if not samples:
         return None
+    _say_how_long(backend, tokenizer, f"{task.name} at {length:,} tokens", samples)
     started = time.monotonic()
     outcomes = list(
         _watched(
@@ -242,6 +243,31 @@ def _cell(
         whole = cell | {"task_fingerprint": task_key, "predictions": predictions}
         backend.on_main(lambda: store.save(task.name, length, whole))
     return cell
+
+
+def _say_how_long(backend: Backend, tokenizer: Any, what: str, samples: Sequence[Sample]) -> None:
+    """Where there is no cache: a line about how long a cell takes, before it begins."""
+    least, most = forecast(backend, tokenizer, samples)
+    if not most or not backend.is_main:
+        return
+    spread = f"about {in_time(least)}"
+    if most > least:
+        spread = (
+            f"{in_time(least)} if all answers are right, up to {in_time(most)} if all are wrong"
+        )
+    print(
+        f"{what}: {len(samples)} samples take {spread}. A checkpoint has no cache: a token that is not "
+        "guessed costs a forward of its prompt. An export (tools/megatron_to_hf.py) has one.",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def in_time(seconds: float) -> str:
+    """``40 s``, ``12 min`` or ``3.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 1 else "a second"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _task_fingerprint(task: RetrievalTask) -> str:

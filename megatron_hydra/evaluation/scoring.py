@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_hydra.errors import HydraError
-from megatron_hydra.evaluation.backend import Backend, Continuation
+from megatron_hydra.evaluation.backend import Backend, Continuation, Uncached
 from megatron_hydra.evaluation.tasks import GenerationSample, Sample, ScoredSample
 
 
@@ -50,6 +50,26 @@ def score_samples(
         widest = width
     if batch:
         yield from _score_batch(backend, tokenizer, batch)
+
+
+def forecast(backend: Backend, tokenizer: Any, samples: Sequence[Sample]) -> tuple[float, float]:
+    """How long :func:`score_samples` will take, for a back end without a cache.
+
+    One prompt is timed and stands for all: samples of a cell are about equally long.
+
+    Args:
+        samples: of one task and length, one at least.
+
+    Returns:
+        Seconds if every answer is right, which takes one forward of its prompt; and if every one is wrong,
+        a forward a token. Both 0 for a back end with a cache.
+    """
+    if not isinstance(backend, Uncached):
+        return 0.0, 0.0
+    item = _encoded(samples[0], tokenizer, backend.vocabulary)
+    seconds = backend.seconds_of_forward(item.width) * len(samples)
+    forwards = item.sample.max_new_tokens if isinstance(item, _Prompt) else 1
+    return seconds, seconds * forwards
 
 
 @dataclasses.dataclass(frozen=True)

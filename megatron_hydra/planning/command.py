@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import Verb
@@ -35,6 +35,7 @@ class Request:
     precision: str = "bf16"
     distributed_optimizer: bool = True
     loss_chunk: int = 2048
+    gated_delta_net: Literal["fla", "torch"] = "fla"
     efficiency: tuple[str, ...] = ()
     top: int = 5
     as_json: bool = False
@@ -55,7 +56,7 @@ def plan(request: Request, show: Callable[[str], None]) -> int:
     job = Job(
         request.verb or "finetune", request.sequence_length,
         max(request.tokens_per_step, request.sequence_length), request.gpus, request.precision,
-        request.distributed_optimizer, request.loss_chunk,
+        request.distributed_optimizer, request.loss_chunk, request.gated_delta_net,
     )  # fmt: skip
     plans, refused = report.compare(kinds, job, machine)
     costs, no_stage = _costs(request, kinds, job, machine, plans)
@@ -130,7 +131,8 @@ def _as_json(
 ) -> dict[str, Any]:
     return {
         "request": dataclasses.asdict(request),
-        "basis": report.BASIS,
+        "basis": report.BASIS
+        | ({"gated_delta_net": report.TORCH_GDN} if request.gated_delta_net == "torch" else {}),
         "gpu": dataclasses.asdict(machine.gpu),
         "assumed_efficiency": dataclasses.asdict(machine.efficiency),
         "layouts": {
@@ -160,6 +162,8 @@ def _as_text(
         "  efficiencies: "
         + ", ".join(f"{k} {v:g}" for k, v in dataclasses.asdict(machine.efficiency).items()),
     ]
+    if request.gated_delta_net == "torch":
+        lines.append(f"  gated_delta_net: {report.TORCH_GDN}")
     if is_drawn:
         lines.append(
             "  head map: ASSUMED: FA heads drawn at random (give --head-map for a real one)"

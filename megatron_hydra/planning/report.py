@@ -27,6 +27,13 @@ BASIS = {
 }
 """What each figure rests on."""
 
+TORCH_GDN = (
+    "torch: the plain twin, as a GPU without FLA runs it. Memory is that of its operators. Times are TOO "
+    "SHORT: launching them is not counted, and on an H200 it was 38,000 launches and 85 % of a step (a "
+    "135M model, align); install flash-linear-attention"
+)
+"""Of a plan without FLA."""
+
 
 @dataclasses.dataclass(frozen=True)
 class StageCost:

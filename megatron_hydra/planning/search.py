@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Literal
 
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import (
@@ -53,6 +54,7 @@ class Job:
         precision: ``bf16`` or ``fp32``.
         distributed_optimizer: shard optimizer states.
         loss_chunk: tokens whose logits exist at a time.
+        gated_delta_net: ``fla``, or ``torch``: the plain twin, as a GPU without FLA runs it.
     """
 
     verb: Verb
@@ -62,6 +64,7 @@ class Job:
     precision: str = "bf16"
     distributed_optimizer: bool = True
     loss_chunk: int = 2048
+    gated_delta_net: Literal["fla", "torch"] = "fla"
 
     @property
     def sequences(self) -> int:
@@ -86,6 +89,7 @@ class Job:
             loss=dataclasses.replace(base.loss, chunk_tokens=self.loss_chunk),
             parallel=parallel,
             recompute=recompute,
+            backend=dataclasses.replace(base.backend, gated_delta_net=self.gated_delta_net),
         )
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-from collections.abc import Iterator, Sequence
-
-import torch
+import dataclasses
+from collections.abc import Iterator
 
 from megatron_hydra.checkpoint import store
 from megatron_hydra.config.model import ModelConfig
@@ -14,10 +12,8 @@ from megatron_hydra.config.run import RunConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.model.layer_spec import kernel_case
 from megatron_hydra.ops.backends import resolved_names
-from megatron_hydra.parallel import platform
+from megatron_hydra.out_of_memory import GIB, explained, is_out_of_memory
 from megatron_hydra.parallel.world import world_size_from_environment
-
-GIB = 2**30
 
 
 @contextlib.contextmanager
@@ -29,35 +25,17 @@ def out_of_memory_explained(config: RunConfig) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        advice = training_advice(config, is_gdn_torch=_is_gdn_torch(config))
-        raise HydraError(
-            f"out of GPU memory in {config.verb}: {_used()}{_expected(config)}. To make it fit: "
-            f"{'; '.join(advice)}. (torch: {_first_line(error)})"
-        ) from error
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        if is_gdn_torch := _is_gdn_torch(config):  # as the planner has to know, too
+            backend = dataclasses.replace(config.backend, gated_delta_net="torch")
+            config = dataclasses.replace(config, backend=backend)
+        advice = training_advice(config, is_gdn_torch)
+        raise HydraError(explained(config.verb, error, advice, _expected(config))) from error
 
 
-@contextlib.contextmanager
-def out_of_memory_names(what: str, *advice: str) -> Iterator[None]:
-    """The same for a command without a run's config.
-
-    Args:
-        what: was being done.
-        advice: options to change, the likeliest first.
-
-    Raises:
-        HydraError: in place of ``torch.OutOfMemoryError``.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise HydraError(
-            f"out of GPU memory in {what}: {_used()}. To make it fit: {'; '.join(advice)}. "
-            f"(torch: {_first_line(error)})"
-        ) from error
-
-
-def training_advice(config: RunConfig, is_gdn_torch: bool = False) -> Sequence[str]:
+def training_advice(config: RunConfig, is_gdn_torch: bool = False) -> list[str]:
     """What makes a step smaller, by what the config leaves to be made smaller, the cheapest first."""
     batch, recompute, parallel = config.batch, config.recompute, config.parallel
     advice = []
@@ -104,13 +82,6 @@ def _student(config: RunConfig) -> ModelConfig | None:
     return None
 
 
-def _used() -> str:
-    total = platform.device_memory_bytes()
-    gc.collect()
-    used = f"{platform.peak_memory_bytes() / GIB:.1f} GiB were in use at most"
-    return used + (f" of {total / GIB:.1f} GiB on {platform.device_name()}" if total else "")
-
-
 def _expected(config: RunConfig) -> str:
     """``; the planner expects …``, or nothing where it cannot say."""
     from megatron_hydra.planning.plan import expected_memory
@@ -128,7 +99,3 @@ def _expected(config: RunConfig) -> str:
             "every sequence one document"
         )
     return ""
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).split(". ")[0].strip()[:200]

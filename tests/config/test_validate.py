@@ -89,6 +89,11 @@ def test_contradictions(overrides: list[str], message: str) -> None:
     ("overrides", "world", "message"),
     [
         (["parallel.tensor=3"], 4, "does not divide the 4 processes"),
+        (
+            ["parallel.tensor=2", "parallel.context=4"],
+            4,
+            "parallel.tensor · context · pipeline = 2·4·1 = 8 processes, one a GPU, but this run has 4",
+        ),
         (["batch.global_batch_size=6"], 4, "batch.global_batch_size 6 is not a multiple"),
         (["parallel.pipeline=3"], 3, "does not divide the student's 4 layers"),
         (["parallel.tensor=16"], 16, "the student has 8 query heads"),

@@ -171,3 +171,68 @@ def test_modules_are_found_without_importing_them():
     assert backends._installed("torch.nn.attention.bias")
     assert not backends._installed("torch.nn.no_such_module")
     assert not backends._installed("no_such_package.module")
+
+
+# -- what is slow, and what mends it ----------------------------------------------------------------
+
+
+def test_a_slow_path_that_auto_falls_into_is_named_with_its_wheel(installed):
+    installed()
+    found = backends.slow_paths(BackendConfig(), GPU)
+    assert len(found) == len(BACKENDS)
+    assert all("auto falls back to torch on this GPU" in text for text in found)
+    (gdn,) = [text for text in found if text.startswith("backend.gated_delta_net")]
+    assert "fla or triton is not installed; pip install" in gdn
+    assert "flash-linear-attention==0.6.0" in gdn
+    installed(*EVERYTHING)
+    assert backends.slow_paths(BackendConfig(), GPU) == []
+
+
+def test_what_was_asked_for_by_name_or_runs_without_a_gpu_is_no_slow_path(installed):
+    installed()
+    named = BackendConfig(gated_delta_net="torch", full_attention="torch", fused_kernels="torch")
+    assert backends.slow_paths(named, GPU) == []
+    assert backends.slow_paths(BackendConfig(), CPU) == []
+    dense = Case(GPU.device, GPU.dtype, GPU.head_dim, gdn_heads=())
+    keys = [text.split(":")[0] for text in backends.slow_paths(BackendConfig(), dense)]
+    assert "backend.gated_delta_net" not in keys  # a dense model has none
+
+
+def test_a_reason_that_no_wheel_mends_names_none(installed):
+    installed(*EVERYTHING)
+    case = Case(GPU.device, torch.float32, 128)
+    (gdn,) = [t for t in backends.slow_paths(BackendConfig(), case) if "gated_delta_net" in t]
+    assert "the run in float32" in gdn
+    assert "pip install" not in gdn
+
+
+@pytest.mark.parametrize(
+    ("triton", "tilelang", "needed"),
+    [("3.6.0", False, True), ("3.7.0", False, True), ("3.7.1", False, False), ("3.3.1", False, False),
+     ("3.6.0", True, False)],
+)  # fmt: skip
+def test_tilelang_is_named_where_fla_needs_it(installed, monkeypatch, triton, tilelang, needed):
+    installed(*({"tilelang"} if tilelang else ()))
+    monkeypatch.setattr(backends, "_triton_version", lambda: triton)
+    monkeypatch.setattr(backends, "_is_hopper", lambda device: True)
+    (gdn,) = [t for t in backends.slow_paths(BackendConfig(), GPU) if "gated_delta_net" in t]
+    assert ("tilelang==0.1.15" in gdn) == needed
+
+
+def test_the_wheels_named_are_those_of_the_project():
+    """Of the extra ``gpu``; the exact version is the one that the tests run with."""
+    import tomllib
+    from pathlib import Path
+
+    root = Path(__file__).resolve().parents[2]
+    extra = tomllib.loads((root / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]["gpu"]
+    named = " ".join(
+        (backends.FLASH_ATTN, backends.TRITON, BACKENDS["full_attention"][3].install)
+    ).split()
+    assert {word for word in named if not word.startswith("--")} <= set(extra)
+    pinned = (root / "constraints.txt").read_text().splitlines()
+    fla = backends.FLA.split()[0]
+    assert fla in pinned
+    assert f"flash-linear-attention>={fla.split('==')[1]}" in extra

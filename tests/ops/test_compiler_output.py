@@ -69,7 +69,8 @@ def test_everything_is_undone_by_an_error(tmp_path: Path, shown: list[str]) -> N
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(HydraError, match="cannot be written"), compiler_output_to(
-        tmp_path / "file" / "compile.log"
+    with (
+        pytest.raises(HydraError, match="cannot be written"),
+        compiler_output_to(tmp_path / "file" / "compile.log"),
     ):
         pass

@@ -117,9 +117,7 @@ def test_a_choice_serves_other_numbers_of_heads(
     monkeypatch.setattr(kernel, "cache", {key: chosen})
     assert fla_tuning.write_choices() == 1
     assert fla_tuning.write_choices() == 0  # known
-    found = cache.load_cached_config(
-        kernel.kernel_name, cache.AutotuneKey((9, 9, *key[2:]))
-    )
+    found = cache.load_cached_config(kernel.kernel_name, cache.AutotuneKey((9, 9, *key[2:])))
     assert found is not None
     assert found["kwargs"] == {"BK": 64, "BV": 128}
     assert (found["num_warps"], found["num_stages"]) == (4, 3)
@@ -151,7 +149,9 @@ def test_what_the_user_has_set_stays(
     assert fla_tuning.write_choices() == 0
 
 
-def test_layers_and_models_of_fla_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_layers_and_models_of_fla_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """They import transformers, for seconds; afterwards they can be imported as ever."""
     for package in ("fla", "fla/ops", "fla/ops/gated_delta_rule", "fla/layers"):
         (tmp_path / package).mkdir(exist_ok=True, parents=True)

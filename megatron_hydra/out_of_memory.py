@@ -1,0 +1,51 @@
+"""Out of memory on a GPU: an error that says how much was used and which setting to change."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from megatron_hydra.errors import HydraError
+
+GIB = 2**30
+
+
+@contextlib.contextmanager
+def out_of_memory_names(what: str, *advice: str) -> Iterator[None]:
+    """Turn torch's error inside the block into one that names what to change.
+
+    Args:
+        what: was being done.
+        advice: settings that make it smaller, the likeliest first.
+
+    Raises:
+        HydraError: in place of ``torch.OutOfMemoryError``.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise HydraError(explained(what, error, advice)) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch has found no memory on a device; asked without importing torch."""
+    return any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+
+
+def explained(
+    what: str, error: BaseException, advice: list[str] | tuple[str, ...], expected: str = ""
+) -> str:
+    """One line: what was used of how much, what was expected, what to change."""
+    from megatron_hydra.parallel import platform
+
+    used = f"{platform.peak_memory_bytes() / GIB:.1f} GiB were in use at most"
+    total = platform.device_memory_bytes()
+    if total:
+        used += f" of {total / GIB:.1f} GiB on {platform.device_name()}"
+    torch_said = str(error).split(". ")[0].strip()[:200]
+    return (
+        f"out of GPU memory in {what}: {used}{expected}. To make it fit: {'; or '.join(advice)}. "
+        f"(torch: {torch_said})"
+    )

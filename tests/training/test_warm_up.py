@@ -1,0 +1,289 @@
+"""Kernels compiled once a node: who does it, who waits, what is on record, how it is stopped.
+
+Workers are small scripts that speak the worker's language; one slow test has the real one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hydra.config.loading import to_yaml
+from megatron_hydra.errors import HydraError
+from megatron_hydra.ops import kernel_cache
+from megatron_hydra.ops.compiler_output import COMPILE_LOG
+from megatron_hydra.stopping import REQUEUE_EXIT_CODE, StopRequest
+from megatron_hydra.training import warm_up
+from megatron_hydra.training.rehearsal import scenes
+from megatron_hydra.training.warm_up import WarmUp, compile_once_a_node, warning_of
+from tests.training import tiny
+
+_WORKER = """
+import json, os, sys, time
+
+first = json.loads(sys.stdin.readline())
+journal = open(os.environ["JOURNAL"], "a", buffering=1)
+
+
+def say(**answer):
+    print(json.dumps(answer), flush=True)
+
+
+def note(what):
+    journal.write(json.dumps([os.getpid(), what, time.time()]) + "\\n")
+
+
+note(["started", first["device"], os.environ.get("RANK"), os.environ.get("LOCAL_RANK")])
+say(ready=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    if "end" in order:
+        break
+    number = order.get("scene", "check")
+    note(["begin", number])
+    say(part=f"scene {number}")
+    say(kernel="a kernel")
+    {behaviour}
+    time.sleep(0.2)
+    note(["end", number])
+    say(done=order, memory=0)
+"""
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TILELANG_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "caches" / name))
+    monkeypatch.setenv("JOURNAL", str(tmp_path / "journal"))
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    return tmp_path / "caches"
+
+
+def _worker(folder: Path, behaviour: str = "pass") -> tuple[str, str]:
+    script = folder / "worker.py"
+    script.write_text(_WORKER.replace("{behaviour}", behaviour))
+    return sys.executable, str(script)
+
+
+def _journal(folder: Path) -> list[tuple[int, list[Any], float]]:
+    return [json.loads(line) for line in (folder / "journal").read_text().splitlines()]
+
+
+def _config(folder: Path, **sections: Any) -> Any:
+    sections = {"parallel": {"tensor": 2}, **sections}
+    return tiny.run_config(folder, "finetune", "run", **sections)
+
+
+MODEL = tiny.student_config(tiny.DEEP)
+
+
+def _compile(folder: Path, *, config: Any = None, **options: Any) -> tuple[WarmUp, list[str]]:
+    lines: list[str] = []
+    options = {"cards": 2, "local_rank": 1, "tell": lines.append, **options}
+    options["worker"] = options.get("worker") or _worker(folder)
+    with StopRequest():
+        return compile_once_a_node(config or _config(folder), MODEL, None, **options), lines
+
+
+def test_all_scenes_once_the_first_alone_the_check_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(warm_up, "PROGRESS_SECONDS", 0.0)
+    result, lines = _compile(tmp_path)
+    count = len(scenes(_config(tmp_path), MODEL))
+    assert count >= 3
+    assert (result.ready, result.compiled, result.problem) == (True, count, "")
+    journal = _journal(tmp_path)
+    begun = [what[1] for _, what, _ in journal if what[0] == "begin"]
+    assert sorted(begun[:-1]) == list(range(count))
+    assert begun[0] == 0
+    assert begun[-1] == "check"
+    times = {(what[0], what[1]): at for _, what, at in journal if what[0] != "started"}
+    assert all(times["begin", n] >= times["end", 0] for n in range(1, count))
+    assert times["begin", "check"] >= max(times["end", n] for n in range(count))
+    starts = [what for _, what, _ in journal if what[0] == "started"]
+    assert len(starts) == 3  # half of the cores
+    assert {what[1] for what in starts} == {0, 1}  # on both cards
+    assert all(what[2:] == [None, None] for what in starts)  # no rank of the run
+    assert lines[0].startswith("compiling this run's kernels: ")
+    assert str(tmp_path / "run" / COMPILE_LOG) in lines[0]
+    assert any("; now scene 0: a kernel" in line for line in lines), lines
+
+
+def test_what_is_ready_is_not_compiled_again(tmp_path: Path, caches: Path) -> None:
+    _compile(tmp_path)
+    done = len(_journal(tmp_path))
+    result, lines = _compile(tmp_path)
+    assert result.ready
+    assert (result.compiled, lines, len(_journal(tmp_path))) == (0, [], done)
+    elsewhere = _config(tmp_path, schedule={"steps": 9}, seed=5)
+    assert _compile(tmp_path, config=elsewhere)[0].compiled == 0  # no kernel depends on these
+    longer = _config(tmp_path, data={"sequence_length": 96})
+    assert _compile(tmp_path, config=longer)[0].compiled
+    for record in (caches / "TRITON_CACHE_DIR" / kernel_cache.RECORDS).glob("run-*"):
+        record.unlink()  # as with the cache itself
+    assert _compile(tmp_path)[0].compiled
+
+
+def test_without_a_gpu_there_is_nothing_to_do(tmp_path: Path) -> None:
+    result, lines = _compile(tmp_path, cards=None)
+    assert result == WarmUp(True, 0, 0.0)
+    assert not lines
+    assert not (tmp_path / "journal").exists()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "problem"),
+    [
+        ("if number == 1: say(failed='OutOfResources: shared memory'); continue", "OutOfResources"),
+        ("if number == 1: os._exit(7)", "a compiling process ended with status 7"),
+        ("if number == 0: os.kill(os.getpid(), 11)", "status -11"),
+    ],
+)
+def test_a_scene_that_fails_is_told_and_nothing_is_on_record(
+    tmp_path: Path, behaviour: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    result, _ = _compile(tmp_path, worker=_worker(tmp_path, behaviour))
+    assert not result.ready
+    assert problem in result.problem
+    text = warning_of(result, str(tmp_path / "run"))
+    assert problem in text
+    assert COMPILE_LOG in text
+    begun = {what[1] for _, what, _ in _journal(tmp_path) if what[0] == "begin"}
+    assert set(range(len(scenes(_config(tmp_path), MODEL)))) <= begun  # the others all the same
+    assert _compile(tmp_path)[0].compiled  # again next time
+
+
+def test_when_no_worker_can_start_the_run_goes_on(tmp_path: Path) -> None:
+    result, _ = _compile(tmp_path, worker=(sys.executable, "-c", "raise SystemExit(3)"))
+    assert not result.ready
+    assert "all compiling processes have ended" in result.problem
+
+
+def test_a_wrong_kernel_ends_the_run_and_the_workers(tmp_path: Path) -> None:
+    behaviour = (
+        "if number == 'check': say(refused='backend.gated_delta_net=fla is wrong'); continue"
+    )
+    with pytest.raises(HydraError, match=r"gated_delta_net=fla is wrong .*compile\.log"):
+        _compile(tmp_path, worker=_worker(tmp_path, behaviour))
+    assert all(_is_gone(pid) for pid, _, _ in _journal(tmp_path))
+
+
+def test_memory_bounds_how_many_work_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the first has used: 30 of 100 bytes leave room for five on two cards."""
+    team = warm_up._Team({"log": ""}, 9, 0, 2, (), lambda text: None)
+    members = [warm_up._Member(None) for _ in range(8)]  # type: ignore[arg-type]
+    assert team._room(members) == 8
+    members[0].memory = 30
+    monkeypatch.setattr(warm_up.platform, "device_memory_bytes", lambda: 100)
+    assert team._room(members) == 5
+    members[0].memory = 1000
+    assert team._room(members) == 1
+
+
+# -- with other processes --------------------------------------------------------------------------
+
+_RANK = """
+import json, logging, sys
+from tests.training import tiny
+from tests.training.test_warm_up import MODEL
+from megatron_hydra.config.loading import load_run_config
+from megatron_hydra.stopping import StopRequest
+from megatron_hydra.training.warm_up import compile_once_a_node
+from megatron_hydra.watchdog import Watchdog
+
+config = load_run_config([sys.argv[1]], [])
+with Watchdog(config.faults.timeout_seconds), StopRequest():
+    result = compile_once_a_node(
+        config, MODEL, None, tell=lambda text: print(text, file=sys.stderr, flush=True),
+        worker=(sys.executable, sys.argv[2]), cards=1,
+    )
+print(json.dumps([result.compiled, result.seconds]))
+"""
+
+
+def _rank(folder: Path, behaviour: str = "pass") -> subprocess.Popen[str]:
+    # Five times this is less than what the slow scene takes: who waits or compiles is fed.
+    config = _config(folder, faults={"timeout_seconds": 1})
+    (folder / "config.yaml").write_text(to_yaml(config))
+    script = _worker(folder, behaviour)[1]
+    return subprocess.Popen(
+        [sys.executable, "-c", _RANK, str(folder / "config.yaml"), script],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_ranks_of_a_node_wait_for_the_one_that_compiles(tmp_path: Path) -> None:
+    """Longer than their watchdogs would let them, and each scene is compiled once."""
+    ranks = [_rank(tmp_path, "if number == 0: time.sleep(8)") for _ in range(2)]
+    answers = [json.loads(rank.communicate(timeout=200)[0]) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    count = len(scenes(_config(tmp_path), MODEL))
+    assert sorted(compiled for compiled, _ in answers) == [0, count]
+    begun = [what[1] for _, what, _ in _journal(tmp_path) if what[0] == "begin"]
+    assert sorted(begun[:-1]) == list(range(count))
+
+
+def _is_gone(pid: int) -> bool:
+    for _ in range(100):
+        state = Path(f"/proc/{pid}/stat")
+        try:
+            if state.read_text().split()[2] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_takes_its_workers_with_it(tmp_path: Path) -> None:
+    """And what they were compiling is compiled by the next one."""
+    rank = _rank(tmp_path, "time.sleep(1000)")
+    while not (tmp_path / "journal").exists() or "begin" not in (tmp_path / "journal").read_text():
+        assert rank.poll() is None, rank.communicate()[1]
+        time.sleep(0.1)
+    rank.terminate()
+    _, errors = rank.communicate(timeout=30)
+    assert rank.returncode == REQUEUE_EXIT_CODE
+    assert "nothing to save yet (kernels are being compiled)" in errors
+    assert all(_is_gone(pid) for pid, _, _ in _journal(tmp_path))
+    assert _compile(tmp_path)[0].compiled
+
+
+@pytest.mark.slow
+def test_the_real_worker_compiles_and_checks(tmp_path: Path) -> None:
+    """On the CPU it compiles nothing, but calls everything; it ends with the process that started it."""
+    config = _config(tmp_path, parallel={"tensor": 2, "sequence": True}, precision="bf16")
+    model = dataclasses.replace(MODEL, num_layers=2, full_attention_heads=tiny.HEADS[:2])
+    lines: list[str] = []
+    with StopRequest():
+        result = compile_once_a_node(config, model, None, tell=lines.append, cards=1)
+    assert (result.ready, result.problem) == (True, "")
+    assert result.compiled == len(scenes(config, model))
+    assert (tmp_path / "run" / COMPILE_LOG).is_file()
+
+    process = subprocess.Popen(
+        warm_up.WORKER,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(60) != 0
