@@ -31,6 +31,7 @@ from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import BackendConfig, RunConfig
 from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.errors import command
+from megatron_hydra.model.rotary import rotary_tables
 from megatron_hydra.ops.backends import BACKENDS, Case, choose_kernels
 from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
 from megatron_hydra.ops.rms_norm import weighted_rms_norm
@@ -110,12 +111,17 @@ def kernel_cases(
         "q/k preparation",
         case(lambda a, w: kernels.prepare_heads(a, w, 1e-6, None, None, True), x, norm),
     )
-    taps = random(heads * d, 4)
+    taps = random(3 * heads * d, 4)
+    tables = rotary_tables(packed.positions_local, torch.ones(d // 2) / 100, 1.0)
     yield (
-        "short convolution",
+        "inputs of the delta rule",
         case(
-            lambda a, w: kernels.short_conv(a, w, packed.positions_local),
-            random(length, heads * d), taps,
+            lambda a, w: torch.cat(
+                kernels.delta_rule_inputs(
+                    a, (heads, heads), w, packed.positions_local, None, (None, None), 1e-6, tables
+                )
+            ),
+            random(length, 3 * heads * d), taps,
         ),
     )  # fmt: skip
     yield (

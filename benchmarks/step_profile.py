@@ -101,7 +101,8 @@ def packed_batches(
             packs = pack_documents(
                 offsets, documents, length, config.data.packing, number, "random"
             )
-            pieces = [[size for _, size in packs.pieces(pack)] for pack in range(count)]
+            drawn = rng.permutation(len(packs))[:count].tolist()  # they are sorted by their fill
+            pieces = [[size for _, size in packs.pieces(pack)] for pack in drawn]
         sizes = [size for pack in pieces for size in (*pack, length - sum(pack)) if size]
         tokens = torch.from_numpy(rng.integers(vocabulary, size=count * length + 1))
         boundaries = (0, *np.cumsum(sizes).tolist())

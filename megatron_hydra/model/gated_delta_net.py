@@ -82,9 +82,7 @@ class GatedDeltaNet(torch.nn.Module):
 
     def forward(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        qkv: torch.Tensor,
         b: torch.Tensor,
         a: torch.Tensor,
         packed: PackedSequence,
@@ -92,20 +90,30 @@ class GatedDeltaNet(torch.nn.Module):
         """Run the recurrence.
 
         Args:
-            q: ``[T_local, n·d]``; k, v: ``[T_local, m·d]``; b, a: ``[T_local, n]`` logits.
+            qkv: ``[T_local, (n + 2m)·d]``, the heads of q, of k and of v one after the other; b, a:
+                ``[T_local, n]`` logits.
             packed: documents and shard.
 
         Returns:
             ``[T_local, n, d]``, before the gate.
         """
-        if self.conv is not None:
-            q, k, v = self._convolved(q, k, v, packed)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-        tables = self.rotary.tables(packed.positions_local, packed)
-        q = self.kernels.prepare_heads(q, self.q_norm, self.eps, tables, None, True)
-        k = self.kernels.prepare_heads(k, self.k_norm, self.eps, tables, None, True)
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         n = self.num_heads
+        kv_heads = (qkv.shape[1] // self.head_dim - n) // 2
+        conv = halo = None
+        if self.conv is not None:
+            conv = self._conv_weight(n * self.head_dim, kv_heads * self.head_dim)
+            halo = convolution_halo(qkv, conv.shape[1], self.cp_group)
+        q, k, v = self.kernels.delta_rule_inputs(
+            qkv,
+            (n, kv_heads),
+            conv,
+            packed.positions_local,
+            halo,
+            (self.q_norm, self.k_norm),
+            self.eps,
+            self.rotary.tables(packed.positions_local, packed),
+        )
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         dt = F.softplus(a.to(wide) + self.dt_bias[:n].to(wide))
         log_alpha, beta = -self.A_log[:n].to(wide).exp() * dt, torch.sigmoid(b.to(wide))
         if self.switches.fa_window is not None:
@@ -142,24 +150,6 @@ class GatedDeltaNet(torch.nn.Module):
         )
         k, v = kv.split((self.head_dim, self.head_dim), dim=-1)
         return k, v, gates[:, 0], gates[:, 1]
-
-    def _convolved(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSequence
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Short convolution of q, k and v: one exchange of halos, no joined copy of the three."""
-        parts, sizes = (q, k, v), (q.shape[1], k.shape[1], v.shape[1])
-        weight = self._conv_weight(q.shape[1], k.shape[1])
-        halos: Sequence[torch.Tensor | None] = (None, None, None)
-        if self.cp_group.size() > 1:
-            width = weight.shape[1]
-            ends = torch.cat([x[x.shape[0] - (width - 1) :] for x in parts], dim=1)
-            halo = convolution_halo(ends, width, self.cp_group)
-            halos = halos if halo is None else halo.split(sizes, dim=1)
-        q, k, v = (
-            self.kernels.short_conv(x, part, packed.positions_local, halo)
-            for x, part, halo in zip(parts, weight.split(sizes), halos, strict=True)
-        )
-        return q, k, v
 
     def _conv_weight(self, q_channels: int, kv_channels: int) -> torch.Tensor:
         """Kernels ``[C, W]`` of the local q, k and v channels, shared KV groups last in k and in v."""

@@ -39,6 +39,7 @@ from megatron_hydra.parallel.gradients import mark_partial
 from megatron_hydra.parallel.head_partition import LayerPartition
 from megatron_hydra.parallel.head_weights import (
     Segment,
+    joined,
     segments_factory,
     split_segments,
     total_rows,
@@ -46,6 +47,8 @@ from megatron_hydra.parallel.head_weights import (
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 
 Parts = dict[str, torch.Tensor]
+
+_GDN_QKV = ("gdn.q", "gdn.k", "gdn.v")
 
 
 @dataclasses.dataclass
@@ -93,6 +96,14 @@ class HydraAttention(MegatronModule):
         self.tp_group, self.cp_group, self.tp_cp_group = groups.tp, groups.cp, groups.tp_cp
         self.tp_rank = get_pg_rank(self.tp_group)
         self.heads = LocalHeads(model, partitions[layer_number - 1], self.tp_rank)
+        self._in_parts, self._bias_parts = self.heads.in_segments, self.heads.in_bias_segments
+        if (
+            "gdn.k" not in self.heads.shared_kv_used
+        ):  # one convolution for the three, without a copy
+            self._in_parts, self._bias_parts = (
+                joined(segments, _GDN_QKV, "gdn.qkv")
+                for segments in (self._in_parts, self._bias_parts)
+            )
         self._build_projections(submodules)
         self._build_branches()
         self._build_fusion()
@@ -264,11 +275,11 @@ class HydraAttention(MegatronModule):
         heads, parts = self.heads, {}
         if self.in_proj is not None:
             projected, _ = self.in_proj(x)
-            parts.update(split_segments(projected.squeeze(1), heads.in_segments, 1))
+            parts.update(split_segments(projected.squeeze(1), self._in_parts, 1))
             if not heads.sharded:
                 parts["idle"] = projected.squeeze(1)
             if self.in_bias is not None:
-                biases = split_segments(self.in_bias, heads.in_bias_segments, 0)
+                biases = split_segments(self.in_bias, self._bias_parts, 0)
                 parts.update({key: parts[key] + bias for key, bias in biases.items()})
         if self.fa_in is not None and sliced is not None:
             projected = F.linear(sliced, self.fa_in)
@@ -278,6 +289,8 @@ class HydraAttention(MegatronModule):
                 parts.update({key: parts[key] + bias for key, bias in biases.items()})
         if self.shared_kv is not None and sliced is not None:
             self._add_shared_kv(parts, sliced)
+        if "gdn.q" in parts:
+            parts["gdn.qkv"] = torch.cat([parts.pop(key) for key in _GDN_QKV], dim=1)
         return parts
 
     def _add_shared_kv(self, parts: Parts, sliced: torch.Tensor) -> None:
@@ -355,7 +368,7 @@ class HydraAttention(MegatronModule):
 
         def gated_delta_net() -> torch.Tensor:
             assert gdn is not None
-            arguments = [parts[f"gdn.{name}"] for name in "qkvba"]
+            arguments = [parts[f"gdn.{name}"] for name in ("qkv", "b", "a")]
             output: torch.Tensor = self._computed("gdn", gdn, *arguments, packed)
             return output
 

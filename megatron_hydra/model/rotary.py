@@ -100,6 +100,7 @@ def rotary_tables(
     Returns:
         Two fp32 tensors ``[T, 1, d]``, the halves repeated (Hugging Face's rotate-half convention).
     """
-    angles = positions.float()[:, None] * frequencies.to(positions.device)[None, :]
+    frequencies = frequencies.to(positions.device, non_blocking=True)
+    angles = positions.float()[:, None] * frequencies[None, :]
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
     return angles.cos() * factor, angles.sin() * factor

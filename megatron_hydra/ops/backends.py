@@ -20,10 +20,16 @@ import torch
 
 from megatron_hydra.config.run import BackendConfig
 from megatron_hydra.errors import HydraError
-from megatron_hydra.ops import fusion_tail, gated_delta_rule, qk_preparation, short_conv
+from megatron_hydra.ops import (
+    delta_rule_inputs,
+    fusion_tail,
+    gated_delta_rule,
+    qk_preparation,
+)
 from megatron_hydra.ops.varlen_attention import varlen_attention
 
 Kernel = Callable[..., torch.Tensor]
+DeltaRuleInputs = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 DeltaRule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
@@ -36,7 +42,7 @@ class Kernels:
         delta_rule: as :func:`~megatron_hydra.ops.gated_delta_rule.chunked_gated_delta_rule`; may
             return ``None`` for the final states.
         prepare_heads: as :func:`~megatron_hydra.ops.qk_preparation.prepare_heads`.
-        short_conv: as :func:`~megatron_hydra.ops.short_conv.short_conv`.
+        delta_rule_inputs: as :func:`~megatron_hydra.ops.delta_rule_inputs.delta_rule_inputs`.
         fusion_tail: as :func:`~megatron_hydra.ops.fusion_tail.fusion_tail`.
         names: by key of the ``backend`` section, what was chosen; for logs and the self-check.
     """
@@ -44,7 +50,7 @@ class Kernels:
     attention: Kernel = varlen_attention
     delta_rule: DeltaRule = gated_delta_rule.chunked_gated_delta_rule
     prepare_heads: Kernel = qk_preparation.prepare_heads
-    short_conv: Kernel = short_conv.short_conv
+    delta_rule_inputs: DeltaRuleInputs = delta_rule_inputs.delta_rule_inputs
     fusion_tail: Kernel = fusion_tail.fusion_tail
     names: dict[str, str] = dataclasses.field(
         default_factory=lambda: {
@@ -180,12 +186,16 @@ def _load_fla() -> dict[str, Any]:
 
 @functools.cache
 def _load_triton() -> dict[str, Any]:
-    from megatron_hydra.ops import triton_fusion_tail, triton_qk_preparation, triton_short_conv
+    from megatron_hydra.ops import (
+        triton_delta_rule_inputs,
+        triton_fusion_tail,
+        triton_qk_preparation,
+    )
 
     return {
         "fusion_tail": triton_fusion_tail.fusion_tail,
         "prepare_heads": triton_qk_preparation.prepare_heads,
-        "short_conv": triton_short_conv.short_conv,
+        "delta_rule_inputs": triton_delta_rule_inputs.delta_rule_inputs,
     }
 
 

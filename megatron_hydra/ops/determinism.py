@@ -17,11 +17,13 @@ from megatron_hydra.errors import HydraError
 
 ENVIRONMENT: dict[str, tuple[str, ...]] = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "FLA_CACHE_MODE": ("disabled",),
     "NCCL_ALGO": ("^NVLS", "Tree", "Ring", "CollnetDirect", "CollnetChain"),
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
 }
-"""What cuBLAS, NCCL and Transformer Engine read when they start: deterministic values, the default first.
-(NVLS adds in the network switch, in the order of arrival.)"""
+"""What cuBLAS, FLA, NCCL and Transformer Engine read when they start: deterministic values, the default
+first. FLA's cache holds configurations that were chosen by their speed, NVLS adds in the network's switch
+in the order of arrival."""
 
 
 def is_deterministic() -> bool:

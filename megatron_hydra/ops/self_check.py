@@ -175,7 +175,7 @@ def all_checks(case: Case) -> Iterator[Check]:
     yield from _attention_checks(case)
     yield from _delta_rule_checks(case)
     yield from _preparation_checks(case)
-    yield from _short_conv_checks(case)
+    yield from _delta_rule_inputs_checks(case)
     yield from _fusion_tail_checks(case)
     yield from _loss_checks(case)
 
@@ -227,9 +227,8 @@ def _delta_rule_checks(case: Case) -> Iterator[Check]:
 def _preparation_checks(case: Case) -> Iterator[Check]:
     """As GDN branches and as FA branches do it: a unit norm would hide a wrong scale."""
     make, d, tokens = _Inputs(case, 2), case.head_dim, BOUNDARIES[-1]
-    positions = make.positions(BOUNDARIES).float()
-    angles = (positions[:, None] * make.uniform(d // 2)).repeat(1, 2)[:, None]
-    tables, log_scale = (angles.cos(), angles.sin()), 1 + positions / tokens
+    positions = make.positions(BOUNDARIES)
+    tables, log_scale = _tables(make, positions, d), 1 + positions.float() / tokens
     for name, rotary, scale, l2 in (
         ("rotary embedding and unit norm", tables, None, True),
         ("the log scale", None, log_scale, False),
@@ -244,25 +243,38 @@ def _preparation_checks(case: Case) -> Iterator[Check]:
         )
 
 
-def _short_conv_checks(case: Case) -> Iterator[Check]:
-    make, channels, tokens = _Inputs(case, 3), 3 * case.head_dim, BOUNDARIES[-1]
+def _delta_rule_inputs_checks(case: Case) -> Iterator[Check]:
+    make, d, tokens = _Inputs(case, 3), case.head_dim, BOUNDARIES[-1]
+    q_heads, kv_heads = 3, 2
+    channels = (q_heads + 2 * kv_heads) * d
     positions = make.positions(BOUNDARIES)
-    inputs = {"x": make.normal(tokens, channels), "weight": make.normal(channels, 4)}
-    yield (
-        "fused_kernels",
-        "the short convolution",
-        inputs,
-        lambda kernels, x: kernels.short_conv(x[0], x[1], positions),
-    )
+    tables = _tables(make, positions, d)
+    inputs = {
+        "qkv": make.normal(tokens, channels), "convolution": make.normal(channels, 4),
+        "q norm": make.normal(d), "k norm": make.normal(d),
+    }  # fmt: skip
     # The first document began two tokens before this shard; what lies before those is another's.
     shard = positions.clone()
     shard[: BOUNDARIES[1]] += 2
-    yield (
-        "fused_kernels",
-        "the short convolution after another shard",
-        {**inputs, "halo": make.normal(3, channels)},
-        lambda kernels, x: kernels.short_conv(x[0], x[1], shard, x[2]),
-    )
+    for where, at, halo in (
+        ("", positions, {}),
+        (" after another shard", shard, {"halo": make.normal(3, channels)}),
+    ):
+
+        def run(kernels: Kernels, x: list[torch.Tensor], at: torch.Tensor = at) -> torch.Tensor:
+            qkv, conv, q_norm, k_norm, *halo = x
+            made = kernels.delta_rule_inputs(
+                qkv, (q_heads, kv_heads), conv, at, halo[0] if halo else None, (q_norm, k_norm),
+                1e-6, tables,
+            )  # fmt: skip
+            return torch.cat(made, dim=1)
+
+        yield "fused_kernels", f"the inputs of the delta rule{where}", {**inputs, **halo}, run
+
+
+def _tables(make: _Inputs, positions: torch.Tensor, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = (positions.float()[:, None] * make.uniform(d // 2)).repeat(1, 2)[:, None]
+    return angles.cos(), angles.sin()
 
 
 def _fusion_tail_checks(case: Case) -> Iterator[Check]:

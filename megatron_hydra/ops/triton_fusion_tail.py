@@ -23,21 +23,32 @@ ROWS, WARPS = 16, 4
 
 
 @triton.jit
-def _rows(tokens, heads, ROWS: tl.constexpr):
+def _rows(program, tokens, heads, ROWS: tl.constexpr):
     """Tokens and head of this program: one division a program, where rows of mixed heads need many."""
-    block = tl.program_id(0) // heads
-    t = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    return t, tl.program_id(0) % heads, t < tokens
+    t = (program // heads).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return t, program % heads, t < tokens
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "rest_heads"])  # one may take the other's place
 def _forward_kernel(
-    o, gate, scale, y, tokens, heads, eps,
-    o_t, o_h, g_t, g_h, s_t, s_h, y_t,
+    o, gate, scale, y, o_rest, gate_rest, tokens, heads, rest_heads, eps,
+    o_t, o_h, g_t, g_h, o_rest_t, o_rest_h, g_rest_t, g_rest_h, s_t, s_h, y_t,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_REST: tl.constexpr,
 ):  # fmt: skip
-    t, h, valid = _rows(tokens, heads, ROWS)
+    program = tl.program_id(0)
+    if HAS_REST:
+        first = tl.cdiv(tokens, ROWS) * heads
+        if program >= first:
+            program -= first
+            y += heads * D
+            if HAS_SCALE:
+                scale += heads * s_h
+            if HAS_GATE:
+                gate, g_t, g_h = gate_rest, g_rest_t, g_rest_h
+            o, o_t, o_h, heads = o_rest, o_rest_t, o_rest_h, rest_heads
+    t, h, valid = _rows(program, tokens, heads, ROWS)
     c = tl.arange(0, BLOCK)
     mask = valid[:, None] & (c < D)[None, :]
     x = tl.load(o + (t * o_t + h * o_h)[:, None] + c[None, :], mask, 0.0).to(tl.float32)
@@ -52,14 +63,28 @@ def _forward_kernel(
     tl.store(out, x.to(y.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "rest_heads"])
 def _backward_kernel(
-    o, gate, scale, dy, d_o, d_gate, d_scale, tokens, heads, eps,
-    o_t, o_h, g_t, g_h, s_t, s_h, dy_t, ds_t,
+    o, gate, scale, dy, d_o, d_gate, d_scale, o_rest, gate_rest, d_o_rest, d_gate_rest,
+    tokens, heads, rest_heads, eps,
+    o_t, o_h, g_t, g_h, o_rest_t, o_rest_h, g_rest_t, g_rest_h, s_t, s_h, dy_t, ds_t,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_REST: tl.constexpr,
 ):  # fmt: skip
-    t, h, valid = _rows(tokens, heads, ROWS)
+    program = tl.program_id(0)
+    if HAS_REST:
+        first = tl.cdiv(tokens, ROWS) * heads
+        if program >= first:
+            program -= first
+            dy += heads * D
+            if HAS_SCALE:
+                scale += heads * s_h
+                d_scale += heads
+            if HAS_GATE:
+                gate, g_t, g_h, d_gate = gate_rest, g_rest_t, g_rest_h, d_gate_rest
+            o, o_t, o_h, d_o, heads = o_rest, o_rest_t, o_rest_h, d_o_rest, rest_heads
+    t, h, valid = _rows(program, tokens, heads, ROWS)
     c = tl.arange(0, BLOCK)
     mask = valid[:, None] & (c < D)[None, :]
     x = tl.load(o + (t * o_t + h * o_h)[:, None] + c[None, :], mask, 0.0).to(tl.float32)
@@ -97,6 +122,33 @@ def _strides(x: torch.Tensor | None) -> tuple[int, int]:
     return (0, x.stride(0)) if x.dim() == 1 else (x.stride(0), x.stride(1))
 
 
+Tensors = list[torch.Tensor | None]
+
+
+def _launches(tensors: Tensors) -> list[tuple[int, list[torch.Tensor], Tensors]]:
+    """(first head, outputs, gates) of each launch: two branches at a time where both have a gate or none."""
+    outputs = [x for x in tensors[::2] if x is not None]
+    gates = tensors[1::2]
+    launches, start, i = [], 0, 0
+    while i < len(outputs):
+        alike = i + 1 < len(outputs) and (gates[i] is None) == (gates[i + 1] is None)
+        count = 2 if alike else 1
+        launches.append((start, outputs[i : i + count], gates[i : i + count]))
+        start += sum(o.shape[1] for o in outputs[i : i + count])
+        i += count
+    return launches
+
+
+def _arguments(
+    outputs: list[torch.Tensor], gates: Tensors
+) -> tuple[torch.Tensor | None, torch.Tensor | None, int, tuple[int, ...]]:
+    """The second branch's output and gate, its heads, and the strides of both branches."""
+    rest = outputs[1] if len(outputs) == 2 else None
+    gate_rest = gates[1] if len(outputs) == 2 else None
+    strides = (*_strides(outputs[0]), *_strides(gates[0]), *_strides(rest), *_strides(gate_rest))
+    return rest, gate_rest, 0 if rest is None else rest.shape[1], strides
+
+
 class _FusionTail(torch.autograd.Function):
     """Forward and backward over all branches; inputs are scale, eps, then o, gate of each branch."""
 
@@ -105,21 +157,22 @@ class _FusionTail(torch.autograd.Function):
         ctx: Any, scale: torch.Tensor | None, eps: float | None, *flat: torch.Tensor | None
     ) -> torch.Tensor:
         tensors = [_channels_contiguous(x) for x in flat]
-        outputs = [x for x in tensors[::2] if x is not None]
-        heads = sum(o.shape[1] for o in outputs)
-        tokens, _, d = outputs[0].shape
-        y = outputs[0].new_empty(tokens, heads * d)
-        start = 0
-        for o, gate in zip(outputs, tensors[1::2], strict=True):
-            n = o.shape[1]
-            part = None if scale is None else scale[..., start : start + n]
-            _forward_kernel[(triton.cdiv(tokens, ROWS) * n,)](
-                o, gate, part, y[:, start * d :], tokens, n, eps or 0.0,
-                *_strides(o), *_strides(gate), *_strides(part), y.stride(0),
+        launches = _launches(tensors)
+        tokens, _, d = launches[0][1][0].shape
+        y = launches[0][1][0].new_empty(
+            tokens, sum(o.shape[1] for _, os, _ in launches for o in os) * d
+        )
+        for start, outputs, gates in launches:
+            o, n = outputs[0], outputs[0].shape[1]
+            rest, gate_rest, rest_heads, strides = _arguments(outputs, gates)
+            part = None if scale is None else scale[..., start : start + n + rest_heads]
+            _forward_kernel[(triton.cdiv(tokens, ROWS) * (n + rest_heads),)](
+                o, gates[0], part, y[:, start * d :], rest, gate_rest, tokens, n, rest_heads,
+                eps or 0.0, *strides, *_strides(part), y.stride(0),
                 D=d, BLOCK=triton.next_power_of_2(d), ROWS=ROWS, num_warps=WARPS,
-                HAS_GATE=gate is not None, HAS_SCALE=part is not None, HAS_NORM=eps is not None,
+                HAS_GATE=gates[0] is not None, HAS_SCALE=part is not None, HAS_NORM=eps is not None,
+                HAS_REST=rest is not None,
             )  # fmt: skip
-            start += n
         ctx.save_for_backward(scale, *tensors)
         ctx.eps = eps
         return y
@@ -132,22 +185,26 @@ class _FusionTail(torch.autograd.Function):
         tokens, heads = dy.shape[0], sum(o.shape[1] for o in tensors[::2])
         # One number per head of every token; for a per-head scale torch sums it over the tokens.
         d_scale = None if scale is None else dy.new_empty(tokens, heads, dtype=torch.float32)
-        grads: list[torch.Tensor | None] = []
-        start = 0
-        for o, gate in zip(tensors[::2], tensors[1::2], strict=True):
-            n, d = o.shape[1:]
-            part = None if scale is None else scale[..., start : start + n]
-            d_o = torch.empty(o.shape, dtype=o.dtype, device=o.device)
-            d_gate = None if gate is None else torch.empty_like(d_o, dtype=gate.dtype)
-            _backward_kernel[(triton.cdiv(tokens, ROWS) * n,)](
-                o, gate, part, dy[:, start * d :], d_o, d_gate,
-                None if d_scale is None else d_scale[:, start:], tokens, n, ctx.eps or 0.0,
-                *_strides(o), *_strides(gate), *_strides(part), dy.stride(0), heads,
+        grads: Tensors = [
+            None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            for x in tensors
+        ]
+        done = 0
+        for start, outputs, gates in _launches(tensors):
+            o, (n, d) = outputs[0], outputs[0].shape[1:]
+            rest, gate_rest, rest_heads, strides = _arguments(outputs, gates)
+            part = None if scale is None else scale[..., start : start + n + rest_heads]
+            d_o, d_gate, *d_rest = grads[done : done + 2 * len(outputs)]
+            done += 2 * len(outputs)
+            _backward_kernel[(triton.cdiv(tokens, ROWS) * (n + rest_heads),)](
+                o, gates[0], part, dy[:, start * d :], d_o, d_gate,
+                None if d_scale is None else d_scale[:, start:], rest, gate_rest,
+                *(d_rest or (None, None)), tokens, n, rest_heads, ctx.eps or 0.0,
+                *strides, *_strides(part), dy.stride(0), heads,
                 D=d, BLOCK=triton.next_power_of_2(d), ROWS=ROWS, num_warps=WARPS,
-                HAS_GATE=gate is not None, HAS_SCALE=part is not None, HAS_NORM=ctx.eps is not None,
+                HAS_GATE=gates[0] is not None, HAS_SCALE=part is not None,
+                HAS_NORM=ctx.eps is not None, HAS_REST=rest is not None,
             )  # fmt: skip
-            grads += [d_o, d_gate]
-            start += n
         if scale is not None and d_scale is not None:
             d_scale = (d_scale if scale.dim() == 2 else d_scale.sum(0)).to(scale.dtype)
         return d_scale, None, *grads

@@ -51,14 +51,20 @@ def _prepared(
     return r1, r2, rstd, length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "rest_heads"])  # one may take the other's place
 def _forward_kernel(
-    x, weight, cos_table, sin_table, scale, y, tokens, heads, x_t, x_h, table_t, eps, l2_eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    x, weight, cos_table, sin_table, scale, y, rest_weight, y_rest, tokens, heads, rest_heads,
+    x_t, x_h, table_t, eps, l2_eps, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_ROTARY: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_L2: tl.constexpr,
+    HAS_L2: tl.constexpr, HAS_REST: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = D // 2
+    if HAS_REST:  # noqa: SIM102  (known when compiled; half of the programs have the rest)
+        if tl.program_id(2) == 1:
+            x += heads.to(tl.int64) * x_h
+            y, heads = y_rest, rest_heads
+            if HAS_NORM:
+                weight = rest_weight
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK)
     mask = (t < tokens)[:, None] & (c < HALF)[None, :]
@@ -83,14 +89,23 @@ def _forward_kernel(
         tl.store(writes + h * D + HALF, y2.to(y.dtype.element_ty), mask)
 
 
-@triton.jit
-def _backward_kernel(
-    x, weight, cos_table, sin_table, scale, dy, dx, dw, tokens, heads, x_t, x_h, table_t, eps,
+@triton.jit(do_not_specialize=["heads", "rest_heads"])
+def _backward_kernel(  # noqa: PLR0915
+    x, weight, cos_table, sin_table, scale, dy, dx, dw, rest_weight, dy_rest, tokens, heads,
+    rest_heads, x_t, x_h, dx_t, table_t, eps,
     l2_eps, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_ROTARY: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_L2: tl.constexpr,
+    HAS_L2: tl.constexpr, HAS_REST: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = D // 2
+    if HAS_REST:  # noqa: SIM102
+        if tl.program_id(2) == 1:
+            x += heads.to(tl.int64) * x_h
+            dx += heads * D
+            dy, heads = dy_rest, rest_heads
+            if HAS_NORM:
+                weight = rest_weight
+                dw += tl.num_programs(0) * tl.num_programs(1) * D
     c = tl.arange(0, BLOCK)
     inside = c < HALF
     # Summed over the rows once, at the end: a sum over rows goes through shared memory.
@@ -112,6 +127,7 @@ def _backward_kernel(
             s = tl.load(scale + t, t < tokens, 0.0)
         reads = x + (t * x_t)[:, None] + c[None, :]
         own = (t * heads * D)[:, None] + c[None, :]
+        writes = dx + (t * dx_t)[:, None] + c[None, :]
         for h in range(tl.program_id(1), heads, tl.num_programs(1)):
             x1 = tl.load(reads + h * x_h, mask, 0.0).to(tl.float32)
             x2 = tl.load(reads + h * x_h + HALF, mask, 0.0).to(tl.float32)
@@ -137,8 +153,8 @@ def _backward_kernel(
                 mean = (tl.sum(g1 * n1, 1) + tl.sum(g2 * n2, 1)) / D
                 g1 = rstd[:, None] * (g1 - n1 * mean[:, None])
                 g2 = rstd[:, None] * (g2 - n2 * mean[:, None])
-            tl.store(dx + own + h * D, g1.to(dx.dtype.element_ty), mask)
-            tl.store(dx + own + h * D + HALF, g2.to(dx.dtype.element_ty), mask)
+            tl.store(writes + h * D, g1.to(dx.dtype.element_ty), mask)
+            tl.store(writes + h * D + HALF, g2.to(dx.dtype.element_ty), mask)
     if HAS_NORM:
         partial = dw + (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * D + c
         tl.store(partial, tl.sum(sum1, 0), inside)
@@ -164,6 +180,85 @@ def _settings(
     }
 
 
+Tables = tuple[torch.Tensor, torch.Tensor] | None
+Pair = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+def _launch(
+    x: torch.Tensor, tables: Tables, scale: torch.Tensor | None, rest_heads: int
+) -> tuple[int, int, tuple[Any, ...]]:
+    """Blocks of tokens, programs that share the heads of a block, and the strides of x and the tables."""
+    tokens, heads = x.shape[:2]
+    blocks = triton.cdiv(tokens, ROWS)
+    groups = _head_groups(blocks, max(heads - rest_heads, rest_heads), x.device)
+    return blocks, groups, (x.stride(0), x.stride(1), 0 if tables is None else tables[0].stride(0))
+
+
+def prepare_forward(
+    x: torch.Tensor,
+    weights: Pair,
+    tables: Tables,
+    scale: torch.Tensor | None,
+    eps: float,
+    l2: bool,
+    rest_heads: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The chain for heads of one or two kinds in one launch.
+
+    Args:
+        x: ``[T, n, d]``, channels contiguous; the last ``rest_heads`` heads are of the second kind.
+        weights: of the norm for each kind, ``None`` for no norm.
+        tables, scale, eps, l2: as of the twin.
+
+    Returns:
+        ``[T, n − rest_heads, d]`` and ``[T, rest_heads, d]``, contiguous.
+    """
+    tokens, heads, d = x.shape
+    heads -= rest_heads
+    y = torch.empty(tokens, heads, d, dtype=x.dtype, device=x.device)
+    rest = x.new_empty(tokens, rest_heads, d) if rest_heads else None
+    blocks, groups, (x_t, x_h, table_t) = _launch(x, tables, scale, rest_heads)
+    cos, sin = tables or (None, None)
+    _forward_kernel[(blocks, groups, 1 if rest is None else 2)](
+        x, weights[0], cos, sin, scale, y, weights[1], rest, tokens, heads, rest_heads, x_t, x_h,
+        table_t, eps, L2_EPS, **_settings(x, weights[0], tables, scale, l2), HAS_REST=rest is not None,
+    )  # fmt: skip
+    return y, rest
+
+
+def prepare_backward(
+    x: torch.Tensor,
+    weights: Pair,
+    tables: Tables,
+    scale: torch.Tensor | None,
+    eps: float,
+    l2: bool,
+    dy: torch.Tensor,
+    d_rest: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Pair]:
+    """Gradients by x ``[T, n, d]`` and by the weights, from those by the results."""
+    dy, d_rest = dy.contiguous(), None if d_rest is None else d_rest.contiguous()
+    tokens, heads, d = x.shape
+    rest_heads = 0 if d_rest is None else d_rest.shape[1]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    blocks, groups, (x_t, x_h, table_t) = _launch(x, tables, scale, rest_heads)
+    programs = min(blocks, PROGRAMS_PER_UNIT * _units(x.device))
+    kinds = 1 if d_rest is None else 2
+    partial = None
+    if weights[0] is not None:
+        partial = x.new_empty(kinds, programs * groups, d, dtype=torch.float32)
+    cos, sin = tables or (None, None)
+    _backward_kernel[(programs, groups, kinds)](
+        x, weights[0], cos, sin, scale, dy, dx, partial, weights[1], d_rest, tokens,
+        heads - rest_heads, rest_heads, x_t, x_h, dx.stride(0), table_t, eps, L2_EPS,
+        **_settings(x, weights[0], tables, scale, l2), HAS_REST=d_rest is not None,
+    )  # fmt: skip
+    if partial is None or weights[0] is None:
+        return dx, (None, None)
+    first, *rest = partial.sum(1).to(weights[0].dtype).unbind()
+    return dx, (first, rest[0] if rest else None)
+
+
 class _PrepareHeads(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -177,41 +272,22 @@ class _PrepareHeads(torch.autograd.Function):
         l2: bool,
     ) -> torch.Tensor:
         x = x if x.stride(-1) == 1 else x.contiguous()
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        tokens, heads = x.shape[:2]
-        settings = _settings(
-            x, weight, None if cos is None or sin is None else (cos, sin), scale, l2
-        )
-        blocks = triton.cdiv(tokens, ROWS)
-        _forward_kernel[(blocks, _head_groups(blocks, heads, x.device))](
-            x, weight, cos, sin, scale, y, tokens, heads, x.stride(0), x.stride(1),
-            0 if cos is None else cos.stride(0), eps, L2_EPS, **settings,
-        )  # fmt: skip
         ctx.save_for_backward(x, weight, cos, sin, scale)
-        ctx.eps, ctx.settings = eps, settings
-        return y
+        ctx.eps, ctx.l2 = eps, l2
+        return prepare_forward(x, (weight, None), _tables(cos, sin), scale, eps, l2)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, cos, sin, scale = ctx.saved_tensors
-        dy = dy.contiguous()
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        tokens, heads = x.shape[:2]
-        blocks = triton.cdiv(tokens, ROWS)
-        groups = _head_groups(blocks, heads, x.device)
-        programs = min(blocks, PROGRAMS_PER_UNIT * _units(x.device))
-        partial = None
-        if weight is not None:
-            partial = torch.empty(
-                programs * groups, x.shape[2], dtype=torch.float32, device=x.device
-            )
-        _backward_kernel[(programs, groups)](
-            x, weight, cos, sin, scale, dy, dx, partial, tokens, heads, x.stride(0), x.stride(1),
-            0 if cos is None else cos.stride(0), ctx.eps, L2_EPS, **ctx.settings,
-        )  # fmt: skip
-        dw = None if partial is None else partial.sum(0).to(weight.dtype)
+        dx, (dw, _) = prepare_backward(
+            x, (weight, None), _tables(cos, sin), scale, ctx.eps, ctx.l2, dy
+        )
         return dx, dw, None, None, None, None, None
+
+
+def _tables(cos: torch.Tensor | None, sin: torch.Tensor | None) -> Tables:
+    return None if cos is None or sin is None else (cos, sin)
 
 
 def _head_groups(blocks: int, heads: int, device: torch.device) -> int:

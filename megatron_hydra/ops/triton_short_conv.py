@@ -35,8 +35,9 @@ def _shifted(x, halo, index, columns, x_t, halo_t, allowed, inside, W, HAS_HALO:
 
 @triton.jit
 def _forward_kernel(
-    x, weight, positions, halo, y, length, channels, x_t, w_c, halo_t,
+    x, weight, positions, halo, y, rest, length, channels, split, x_t, w_c, halo_t,
     W: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_HALO: tl.constexpr,
+    HAS_REST: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -48,14 +49,21 @@ def _forward_kernel(
         allowed = valid & (position >= back)
         value = _shifted(x, halo, t - back, c, x_t, halo_t, allowed, inside, W, HAS_HALO)
         total += value * tap[None, :]
-    out = y + (t * channels)[:, None] + c[None, :]
-    tl.store(out, total.to(y.dtype.element_ty), valid[:, None] & inside[None, :])
+    here = valid[:, None] & inside[None, :]
+    total = total.to(y.dtype.element_ty)
+    if HAS_REST:
+        first = (c < split)[None, :]
+        tl.store(y + (t * split)[:, None] + c[None, :], total, here & first)
+        behind = rest + (t * (channels - split))[:, None] + (c - split)[None, :]
+        tl.store(behind, total, here & (c >= split)[None, :])
+    else:
+        tl.store(y + (t * channels)[:, None] + c[None, :], total, here)
 
 
 @triton.jit
-def _backward_kernel(  # noqa: C901  (Triton has no arrays of accumulators)
-    x, weight, positions, dy, dx, dw, length, channels, x_t, w_c, dy_t, blocks,
-    W: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+def _backward_kernel(  # noqa: C901, PLR0915  (Triton has no arrays of accumulators)
+    x, weight, positions, dy, d_rest, dx, dw, length, channels, split, x_t, w_c, dy_t, rest_t, blocks,
+    W: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_REST: tl.constexpr,
 ):  # fmt: skip
     """Token t feeds outputs t … t+W−1: with their gradients at hand, dx and dw need x once."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -71,9 +79,12 @@ def _backward_kernel(  # noqa: C901  (Triton has no arrays of accumulators)
             tap = tl.load(weight + c * w_c + (W - 1 - back), inside, 0.0).to(tl.float32)
             later = t + back
             reads = (later < length) & (tl.load(positions + later, later < length, 0) >= back)
-            grad = tl.load(
-                dy + (later * dy_t)[:, None] + c[None, :], reads[:, None] & inside[None, :], 0.0
-            ).to(tl.float32)
+            wanted = reads[:, None] & (inside & (c < split))[None, :]
+            grad = tl.load(dy + (later * dy_t)[:, None] + c[None, :], wanted, 0.0).to(tl.float32)
+            if HAS_REST:
+                wanted = reads[:, None] & (inside & (c >= split))[None, :]
+                behind = d_rest + (later * rest_t)[:, None] + (c - split)[None, :]
+                grad += tl.load(behind, wanted, 0.0).to(tl.float32)
             total += grad * tap[None, :]
             part = tl.sum(grad * value, 0)
             if back == 0:
@@ -129,6 +140,69 @@ def _halo_gradients(
     return by_halo.to(halo.dtype), by_weight
 
 
+def conv_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    positions: torch.Tensor,
+    halo: torch.Tensor | None,
+    split: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The convolution of all channels in one launch.
+
+    Args:
+        x, weight, positions, halo: as of the twin, channels contiguous.
+        split: channels that go into the first result; the others go into the second. All into the
+            first when absent.
+
+    Returns:
+        ``[T, split]`` and ``[T, C − split]``.
+    """
+    length, channels = x.shape
+    split = channels if split is None else split
+    y = torch.empty(length, split, dtype=x.dtype, device=x.device)
+    rest = None if split == channels else x.new_empty(length, channels - split)
+    _forward_kernel[(triton.cdiv(channels, CHANNELS), triton.cdiv(length, TOKENS))](
+        x, weight, positions, halo, y, rest, length, channels, split, x.stride(0),
+        weight.stride(0), 0 if halo is None else halo.stride(0), W=weight.shape[1],
+        TOKENS=TOKENS, CHANNELS=CHANNELS, HAS_HALO=halo is not None, HAS_REST=rest is not None,
+        num_warps=WARPS,
+    )  # fmt: skip
+    return y, rest
+
+
+def conv_backward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    positions: torch.Tensor,
+    halo: torch.Tensor | None,
+    dy: torch.Tensor,
+    d_rest: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients by x, weight and halo, from those by the results of :func:`conv_forward`."""
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    if d_rest is not None and d_rest.stride(-1) != 1:
+        d_rest = d_rest.contiguous()
+    (length, channels), width = x.shape, weight.shape[1]
+    blocks = min(MAX_BLOCKS, max(1, length // (BACKWARD_TOKENS * 512)))
+    programs = triton.cdiv(length, BACKWARD_TOKENS * blocks)
+    dx = torch.empty(length, channels, dtype=x.dtype, device=x.device)
+    partial = torch.empty(programs, channels, width, dtype=torch.float32, device=x.device)
+    _backward_kernel[(triton.cdiv(channels, BACKWARD_CHANNELS), programs)](
+        x, weight, positions, dy, d_rest, dx, partial, length, channels, dy.shape[1], x.stride(0),
+        weight.stride(0), dy.stride(0), 0 if d_rest is None else d_rest.stride(0), blocks, W=width,
+        TOKENS=BACKWARD_TOKENS, CHANNELS=BACKWARD_CHANNELS, HAS_REST=d_rest is not None,
+        num_warps=1,
+    )  # fmt: skip
+    dw = partial.sum(0)
+    d_halo = None
+    if halo is not None:
+        rows = width - 1
+        first = dy if d_rest is None else torch.cat((dy[:rows], d_rest[:rows]), dim=1)
+        d_halo, by_halo = _halo_gradients(first, weight, positions, halo)
+        dw += by_halo
+    return dx, dw.to(weight.dtype), d_halo
+
+
 class _ShortConv(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -140,38 +214,14 @@ class _ShortConv(torch.autograd.Function):
     ) -> torch.Tensor:
         x = x if x.stride(-1) == 1 else x.contiguous()
         weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-        length, channels = x.shape
-        y = torch.empty(length, channels, dtype=x.dtype, device=x.device)
-        grid = (triton.cdiv(channels, CHANNELS), triton.cdiv(length, TOKENS))
-        _forward_kernel[grid](
-            x, weight, positions, halo, y, length, channels, x.stride(0), weight.stride(0),
-            0 if halo is None else halo.stride(0), W=weight.shape[1],
-            TOKENS=TOKENS, CHANNELS=CHANNELS, HAS_HALO=halo is not None, num_warps=WARPS,
-        )  # fmt: skip
         ctx.save_for_backward(x, weight, positions, halo)
-        return y
+        return conv_forward(x, weight, positions, halo)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, positions, halo = ctx.saved_tensors
-        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        (length, channels), width = x.shape, weight.shape[1]
-        blocks = min(MAX_BLOCKS, max(1, length // (BACKWARD_TOKENS * 512)))
-        programs = triton.cdiv(length, BACKWARD_TOKENS * blocks)
-        dx = torch.empty(length, channels, dtype=x.dtype, device=x.device)
-        partial = torch.empty(programs, channels, width, dtype=torch.float32, device=x.device)
-        _backward_kernel[(triton.cdiv(channels, BACKWARD_CHANNELS), programs)](
-            x, weight, positions, dy, dx, partial, length, channels, x.stride(0), weight.stride(0),
-            dy.stride(0), blocks, W=width, TOKENS=BACKWARD_TOKENS, CHANNELS=BACKWARD_CHANNELS,
-            num_warps=1,
-        )  # fmt: skip
-        dw = partial.sum(0)
-        d_halo = None
-        if halo is not None:
-            d_halo, by_halo = _halo_gradients(dy, weight, positions, halo)
-            dw += by_halo
-        return dx, dw.to(weight.dtype), None, d_halo
+        dx, dw, d_halo = conv_backward(*ctx.saved_tensors, dy)
+        return dx, dw, None, d_halo
 
 
 def short_conv(

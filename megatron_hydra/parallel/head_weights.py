@@ -58,6 +58,21 @@ def padded_rows(segments: Sequence[Segment]) -> int:
     return -(-total_rows(segments) // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
+def joined(segments: Sequence[Segment], keys: Sequence[str], name: str) -> tuple[Segment, ...]:
+    """The segments, those of ``keys`` (neighbours, in this order) as one piece called ``name``.
+
+    For splitting only: what is stored keeps its own segments.
+    """
+    run = [segment for segment in segments if segment.key in keys]
+    if not run:
+        return tuple(segments)
+    start = segments.index(run[0])
+    assert [segment.key for segment in segments[start : start + len(run)]] == list(keys)
+    rows = total_rows(run)
+    whole = Segment(name, tuple(range(rows)), rows, 1)
+    return (*segments[:start], whole, *segments[start + len(run) :])
+
+
 def split_segments(
     x: torch.Tensor, segments: Sequence[Segment], dim: int
 ) -> dict[str, torch.Tensor]:

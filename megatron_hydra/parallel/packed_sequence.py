@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -130,5 +131,4 @@ class PackedSequence(PackedSeqParams):
         It makes up for the number of keys; where a ``window`` bounds that, t stops at window − 1.
         """
         positions = positions if window is None else positions.clamp(max=window - 1)
-        log_a = torch.log(torch.tensor(float(a), dtype=torch.float64))
-        return (torch.log(positions.double() + a) / log_a.to(positions.device)).float()
+        return (torch.log(positions.double() + a) / math.log(a)).float()

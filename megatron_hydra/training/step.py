@@ -18,6 +18,7 @@ from megatron_hydra.config.validate import rounded_stream_length
 from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.parallel.gradients import finalize_gradients
 from megatron_hydra.parallel.world import World
+from megatron_hydra.training import foreach  # noqa: F401  (replaces what Megatron-Core does one by one)
 from megatron_hydra.training.faults import NOT_FINITE, FaultKeeper
 from megatron_hydra.training.flops import attention_pairs
 from megatron_hydra.training.observe import PhaseTimers
@@ -127,7 +128,7 @@ def _accumulate_gradients(trainee: Trainee, batches: list[PackedBatch]) -> None:
     )
     if verb.backward_inside_forward:
         count = sum(batch.num_loss_tokens for batch in local)
-        num_tokens = torch.tensor(count, dtype=torch.int, device=verb.sums.device)
+        num_tokens = torch.full((), count, dtype=torch.int, device=verb.sums.device)
         finalize_gradients(list(chunks), num_tokens)
 
 

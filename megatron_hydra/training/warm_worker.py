@@ -51,10 +51,13 @@ class Worker:
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         """Import everything, take the GPU, compile a kernel's configurations side by side."""
+        from megatron_hydra.ops.determinism import make_deterministic
         from megatron_hydra.ops.fla_tuning import configurations_compiled_together
         from megatron_hydra.parallel import platform
         from megatron_hydra.training import rehearsal  # noqa: F401
 
+        if self.config.deterministic:
+            make_deterministic()  # other kernels run then, and none is chosen by its speed
         if platform.device_count():
             platform.bind_process_to_device(self.device)
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.model.forward import final_hidden_states
+from megatron_hydra.ops.squared_error import squared_error
 from megatron_hydra.parallel.world import World
 from megatron_hydra.transfer.local_batch import LocalBatch
-from megatron_hydra.transfer.verb import LossFunction, Verb, inner_model
+from megatron_hydra.transfer.verb import LossFunction, Verb, inner_model, token_count
 
 
 class Align(Verb):
@@ -56,8 +57,7 @@ class Align(Verb):
             self.sums[-1] += batch.num_loss_tokens
 
         def no_loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-            count = torch.tensor(batch.num_loss_tokens, dtype=torch.int, device=output.device)
-            return output.new_zeros(()), count, {}
+            return output.new_zeros(()), token_count(batch, output.device), {}
 
         return hidden, no_loss
 
@@ -112,11 +112,11 @@ class Align(Verb):
                     x.detach(), attention_mask=None, packed_seq_params=batch.packed
                 )
             )
-            squared = (output.float() - target.detach().float()).square().mean(dim=-1)[:, 0]
-            loss = torch.where(mask, squared, 0).sum()
-            loss.backward()
+        fused = False if self.config.backend.fused_kernels == "torch" else None
+        loss, gradient = squared_error(output[:, 0], target[:, 0], mask, fused)
+        output.backward(gradient[:, None])
         if self.world.sequence_parallel or self.world.tp_rank == 0:
-            self.sums[layer.layer_number - 1] += loss.detach()
+            self.sums[layer.layer_number - 1] += loss
 
 
 def _joined(output: tuple[Tensor, Tensor | None]) -> Tensor:

@@ -95,7 +95,7 @@ class Verb(abc.ABC):
     def add_sums(self, sums: list[Tensor], num_tokens: int) -> None:
         """Account for a micro-batch on the last stage; TP ranks hold equal copies, one counts."""
         if self.world.tp_rank == 0:
-            self.sums += torch.stack([*sums, sums[0].new_tensor(num_tokens)]).double()
+            self.sums += torch.stack([*sums, torch.full_like(sums[0], num_tokens)]).double()
 
 
 def replicate_sequence(hidden: Tensor, world: World, wants_gradient: bool) -> Tensor:
@@ -111,6 +111,11 @@ def replicate_sequence(hidden: Tensor, world: World, wants_gradient: bool) -> Te
     elif wants_gradient:
         hidden = copy_to_tensor_model_parallel_region(hidden)
     return hidden[:, 0]
+
+
+def token_count(batch: LocalBatch, device: torch.device) -> Tensor:
+    """The shard's unmasked tokens for Megatron: an int32 scalar, made without waiting for the device."""
+    return torch.full((), batch.num_loss_tokens, dtype=torch.int, device=device)
 
 
 def token_loss(
@@ -140,5 +145,5 @@ def token_loss(
     )
     parts = {"kl": result.kl, "ce": result.ce}
     verb.add_sums([parts[name] for name in verb.loss_parts], batch.num_loss_tokens)
-    num_tokens = torch.tensor(batch.num_loss_tokens, dtype=torch.int, device=hidden.device)
+    num_tokens = token_count(batch, hidden.device)
     return result.loss, num_tokens, {}

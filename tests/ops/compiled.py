@@ -21,13 +21,18 @@ from megatron_hydra.ops import (
     triton_fusion_tail,
     triton_qk_preparation,
     triton_short_conv,
+    triton_squared_error,
 )
 from tests.ops import kernel_cases
 
 TARGET = GPUTarget("cuda", 90, 32)
-MODULES = (triton_chunk_loss, triton_fusion_tail, triton_qk_preparation, triton_short_conv)
+MODULES = (
+    triton_chunk_loss, triton_fusion_tail, triton_qk_preparation, triton_short_conv,
+    triton_squared_error,
+)  # fmt: skip
 TYPES = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", int: "i32", float: "fp32",
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64",
+    torch.uint8: "*u8", int: "i32", float: "fp32",
 }  # fmt: skip
 SIZES = ("D", "BLOCK", "heads", "W")
 """Arguments that are told of a kernel."""
@@ -57,7 +62,8 @@ class Recorder:
         for parameter in self.kernel.params:
             value = bound[parameter.name]
             # As the compiler does at a real launch: counts of 1 are constants.
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or is_one:
                 signature[parameter.name] = "constexpr"
                 constants[(parameter.num,)] = value
             else:

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from megatron_hydra.model.rotary import rotary_tables
-from megatron_hydra.ops import fusion_tail, qk_preparation, short_conv
+from megatron_hydra.ops import delta_rule_inputs, fusion_tail, qk_preparation, short_conv
 from megatron_hydra.ops.linear_distillation_loss import (
     linear_distillation_loss,
     linear_distillation_loss_reference,
@@ -46,8 +46,8 @@ def check_fusion_tail(device, dtype, d=32, tokens=37):
 
     combinations = itertools.product((False, True), (None, "head", "token"), (None, 1e-6))
     for gated, scaled, eps in combinations:
-        fa, gdn = (torch.randn(tokens, n, d, device=device) for n in (2, 3))
-        gates = [torch.randn(tokens, n, d, device=device) for n in (2, 3)]
+        fa, gdn = (torch.randn(tokens, n, d, device=device) for n in (1, 4))
+        gates = [torch.randn(tokens, n, d, device=device) for n in (1, 4)]
         scale = {None: [], "head": [5], "token": [tokens, 5]}[scaled]
         tensors = [
             fa,
@@ -132,6 +132,70 @@ def check_short_conv(device, dtype, channels=40, tokens=150):
             lambda x, call=call: call(short_conv.short_conv, x),
             tensors, dtype, f"short convolution {width=} {with_halo=}",
         )  # fmt: skip
+
+
+def check_delta_rule_inputs(device, dtype, d=16, tokens=70):
+    from megatron_hydra.ops import triton_delta_rule_inputs
+
+    lengths = (5, 1, 2, tokens - 8)
+    frequencies = 1.0 / 100 ** (torch.arange(0, d, 2).float() / d)
+    # n + m heads of 16 channels end within a block of channels, or at its end
+    cases = [
+        ((3, 2), False, False, 4), ((3, 2), True, True, 4), ((3, 2), True, False, None),
+        ((4, 4), True, False, 4), ((4, 4), False, True, 4), ((1, 1), True, False, 4),
+    ]  # fmt: skip
+    for (n, m), with_norms, with_halo, width in cases:
+        first = 2 if with_halo else 0
+        positions = [torch.arange(n) + (first if i == 0 else 0) for i, n in enumerate(lengths)]
+        positions = torch.cat(positions).to(device)
+        tables = rotary_tables(positions, frequencies, 1.0)
+        channels = (n + 2 * m) * d
+        tensors = [torch.randn(tokens, channels + 24, device=device)]  # columns of the projection
+        if width is not None:
+            tensors.append(torch.randn(channels, width, device=device))
+        tensors += [torch.randn(3, channels, device=device)] * with_halo
+        tensors += [1 + torch.rand(d, device=device) for _ in range(2 * with_norms)]
+
+        def call(
+            function, x, heads=(n, m), positions=positions, tables=tables, width=width,
+            with_halo=with_halo, with_norms=with_norms,
+        ):  # fmt: skip
+            qkv, *rest = x
+            conv = rest.pop(0) if width else None
+            halo = rest.pop(0) if with_halo else None
+            norms = tuple(rest) if with_norms else (None, None)
+            made = function(
+                qkv[:, 8 : 8 + (heads[0] + 2 * heads[1]) * d], heads, conv, positions, halo, norms,
+                1e-6, tables,
+            )  # fmt: skip
+            return torch.cat(made, dim=1)
+
+        compare(
+            lambda x, call=call: call(triton_delta_rule_inputs.delta_rule_inputs, x),
+            lambda x, call=call: call(delta_rule_inputs.delta_rule_inputs, x),
+            tensors, dtype, f"inputs of the delta rule {n=} {m=} {with_norms=} {with_halo=} {width=}",
+        )  # fmt: skip
+
+
+def check_squared_error(device, dtype, tokens=37):
+    from megatron_hydra.ops import triton_squared_error
+    from megatron_hydra.ops.squared_error import squared_error
+
+    mask = torch.rand(tokens, device=device) < 0.7
+    for channels, block in ((40, 1024), (40, 16), (48, 16)):
+        output, target = (torch.randn(tokens, 60, device=device).to(dtype) for _ in range(2))
+        output[~mask] = float("nan")
+        x = output[:, 8 : 8 + channels]
+        with mock.patch.object(triton_squared_error, "MAX_BLOCK", block):
+            rows, slope = triton_squared_error.squared_error(x, target[:, :channels], mask)
+        wide = x.double(), target[:, :channels].double()
+        total, gradient = squared_error(*wide, mask, fused=False)
+        of_tokens = torch.where(mask, (wide[0] - wide[1]).square().mean(-1), 0)
+        assert rows.dtype == torch.float32
+        assert slope.dtype == dtype
+        for a, b in ((rows, of_tokens), (rows.sum(), total), (slope, gradient)):
+            error = float((a.double() - b).norm() / b.norm())
+            assert error < TOLERANCE[dtype], f"squared error {channels=} {block=}: {error:.2e}"
 
 
 def check_one_head(device, dtype, d=128, tokens=21):
@@ -269,6 +333,8 @@ CHECKS = (
     check_strided_gate,
     check_prepare_heads,
     check_short_conv,
+    check_delta_rule_inputs,
+    check_squared_error,
     check_one_head,
     check_chunk_loss,
     check_vocabulary_parallel_loss,

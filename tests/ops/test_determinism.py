@@ -30,6 +30,7 @@ def test_torch_and_the_libraries_are_asked():
     assert determinism.is_deterministic()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert os.environ["NCCL_ALGO"] == "^NVLS"
+    assert os.environ["FLA_CACHE_MODE"] == "disabled"
     assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
 
 

@@ -61,8 +61,14 @@ def without_rotary(x, weight, eps, tables, scale, l2):
     return TWINS.prepare_heads(x, weight, eps, None, scale, l2)
 
 
-def without_halo(x, weight, positions, halo=None):
-    return TWINS.short_conv(x, weight, positions, None if halo is None else 0 * halo)
+def without_halo(qkv, heads, conv, positions, halo, *rest):
+    return TWINS.delta_rule_inputs(
+        qkv, heads, conv, positions, None if halo is None else 0 * halo, *rest
+    )
+
+
+def with_one_norm(qkv, heads, conv, positions, halo, norms, *rest):
+    return TWINS.delta_rule_inputs(qkv, heads, conv, positions, halo, (norms[0],) * 2, *rest)
 
 
 def without_gate(branches, scale, eps):
@@ -77,7 +83,8 @@ def without_gate(branches, scale, eps):
         ("gated_delta_net", "delta_rule", leaking_delta_rule, "packed gated delta rule"),
         ("fused_kernels", "prepare_heads", without_scale, "q/k preparation with the log scale"),
         ("fused_kernels", "prepare_heads", without_rotary, "q/k preparation with rotary"),
-        ("fused_kernels", "short_conv", without_halo, "convolution after another shard"),
+        ("fused_kernels", "delta_rule_inputs", without_halo, "delta rule after another shard"),
+        ("fused_kernels", "delta_rule_inputs", with_one_norm, "inputs of the delta rule"),
         ("fused_kernels", "fusion_tail", without_gate, "the fusion tail"),
     ],
 )
