@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -232,13 +233,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         steps = str(row["steps"]) if row["ended"] == "done" else f"{row['steps']} ({row['ended']})"
         losses = " ".join("–" if loss is None else f"{loss:.4f}" for loss in row["losses"])
-        lines.append(
-            f"| {row['layout']} | {harness.size_name(row['tokens'])} | {steps} "
-            f"| {row['first_step_seconds']:.0f} s | {row['step_seconds']:.1f} s "
-            f"| {row['tokens_per_s']:,.0f} | {row['memory_gib']:.1f} ({row['planned']['gib']:.1f}) GiB "
-            f"| {losses} |"
-        )
+        cells = (
+            row["layout"], harness.size_name(row["tokens"]), steps, _shown(row["first_step_seconds"], ".0f", " s"),
+            _shown(row["step_seconds"], ".1f", " s"), _shown(row["tokens_per_s"], ",.0f"),
+            f"{_shown(row['memory_gib'], '.1f')} ({row['planned']['gib']:.1f}) GiB", losses,
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _shown(number: float, how: str, unit: str = "") -> str:
+    return "–" if math.isnan(number) else f"{number:{how}}{unit}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -337,6 +342,8 @@ def _measure(
     folder: Path,
     words: list[str],
 ) -> int:
+    # As Ctrl-C: the ranks of the layout that runs are ended, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "runs", ignore_errors=True)
     (folder / "runs").mkdir()

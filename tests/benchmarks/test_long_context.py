@@ -73,7 +73,8 @@ def test_summary_of_a_run_that_made_no_step():
            "planned": {"gib": 1.0}}  # fmt: skip
     row |= long_context.summary(row)
     assert row["steps"] == 0
-    assert "0 (limit of 5 s)" in long_context.table([row])
+    shown = long_context.table([row])
+    assert "| 0 (limit of 5 s) | – | – | – | – (1.0) GiB |" in shown
 
 
 @pytest.mark.parametrize("name", long_context.LAYOUTS)
