@@ -234,7 +234,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         steps = str(row["steps"]) if row["ended"] == "done" else f"{row['steps']} ({row['ended']})"
         losses = " ".join("–" if loss is None else f"{loss:.4f}" for loss in row["losses"])
         cells = (
-            row["layout"], harness.size_name(row["tokens"]), steps, _shown(row["first_step_seconds"], ".0f", " s"),
+            row["layout"], harness.size_name(row["tokens"]), steps,
+            _shown(row["first_step_seconds"], ".0f", " s"),
             _shown(row["step_seconds"], ".1f", " s"), _shown(row["tokens_per_s"], ",.0f"),
             f"{_shown(row['memory_gib'], '.1f')} ({row['planned']['gib']:.1f}) GiB", losses,
         )  # fmt: skip
