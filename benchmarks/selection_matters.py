@@ -412,19 +412,22 @@ def make_maps(teacher: Path, folder: Path, ratio: str, seed: int, draws: int) ->
     tasks = [*(Lookup(kind) for kind in LOOKUPS), Induction("copying", length=40)]
     plain = SelectionOptions(attribution=False)
     wanted: dict[str, dict[str, Any]] = {
-        "interp": {"strategy": "interp", "options": plain},
+        "interp": {"strategy": "global_interp", "options": plain},
         "interp_receivers": {
-            "strategy": "interp",
+            "strategy": "global_interp",
             "options": dataclasses.replace(plain, senders=False),
         },
         "interp_total": {
-            "strategy": "interp",
+            "strategy": "global_interp",
             "options": dataclasses.replace(plain, receiver_effect="total", senders=False),
         },
         "attention_mass": {"strategy": "attention_mass"},
-        "uniform": {"strategy": "uniform", "seed": seed},
+        "uniform": {"strategy": "layer_random", "seed": seed},
         "layerwise": {"strategy": "layerwise"},
-        **{f"random_{i}": {"strategy": "random", "seed": 1000 * seed + i} for i in range(draws)},
+        **{
+            f"random_{i}": {"strategy": "global_random", "seed": 1000 * seed + i}
+            for i in range(draws)
+        },
     }
     files = {}
     for name, arguments in wanted.items():

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
+import logging
 import math
 import operator
 import os
@@ -21,6 +23,32 @@ from megatron_hydra.errors import HydraError
 
 FORMAT = "hydra-head-map"
 VERSION = 1
+
+DEFAULT_STRATEGY = "global_interp_c"
+"""How heads are selected where nothing else is asked for."""
+
+OLD_STRATEGY_NAMES = {
+    "interp": "global_interp",
+    "random": "global_random",
+    "uniform": "layer_random",
+    "per_layer_quota": "layer_interp",
+}
+"""Names of strategies from before they had the paper's, which maps and experiment files may still have."""
+
+_log = logging.getLogger(__name__)
+
+
+def strategy_name(name: str) -> str:
+    """A strategy's name as the paper has it; an old name is accepted with a word in the log."""
+    if name in OLD_STRATEGY_NAMES:
+        _tell_new_name(name)
+    return OLD_STRATEGY_NAMES.get(name, name)
+
+
+@functools.cache
+def _tell_new_name(old: str) -> None:
+    """Once a process: an experiment names its strategy in every row."""
+    _log.warning("strategy %s is called %s now, as in the paper", old, OLD_STRATEGY_NAMES[old])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +153,8 @@ class HeadMap:
     Attributes:
         model: the model this map is for.
         full_attention_heads: for each layer, the sorted original indices of its FA heads.
-        strategy: name of the selection strategy (``interp``, ``random``, ...).
+        strategy: name of the selection strategy (``global_interp_c``, ``global_random``, ...); maps of
+            before may have a name of :data:`OLD_STRATEGY_NAMES`.
         ratio: the requested GDN:FA ratio, e.g. ``"7:1"``.
         seed: seed of the strategy and of its prompts.
         granularity: ``query_head`` or ``kv_group``.

@@ -56,6 +56,8 @@ def _show(path: str, top: int) -> None:
     )
     for task, facts in head_map.details.get("prompts", {}).items():
         print(f"task         {task}: {facts['solved']} of {facts['drawn']} prompts solved")
+    for task, facts in head_map.details.get("left_out", {}).items():
+        print(f"left out     {task}: {facts['reason']}")
     for task, facts in head_map.details.get("tasks", {}).items():
         for effect, value in facts.get("attribution_spearman", {}).items():
             shown = "undefined" if value is None else f"{value:.2f}"

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from megatron_hydra.errors import HydraError, command
+from megatron_hydra.head_map import DEFAULT_STRATEGY
 from megatron_hydra.out_of_memory import out_of_memory_names
 from megatron_hydra.selection import (
     DEFAULT_TASKS,
@@ -27,9 +28,11 @@ examples:
   tools/select_heads.py --hf-path Qwen/Qwen3-1.7B --ratio 7:1 --output maps/qwen3-1.7b.json
   tools/select_heads.py --hf-path models/tiny --tasks induction jsonl:my_prompts.jsonl \\
       --output map.json
-  tools/select_heads.py --hf-path models/tiny --strategy random --seed 3 --output random-3.json
+  tools/select_heads.py --hf-path models/tiny --strategy global_random --seed 3 --output random-3.json
   torchrun --nproc-per-node 8 tools/select_heads.py --hf-path Qwen/Qwen3-32B --output map.json
 
+Without --tasks, a default task that the model does not solve is left out, and the map says so; a task that
+is named has to be solved. A few prompts of every task come first, then what all will take.
 A run that was stopped (SIGTERM, SIGUSR1: exit status 85) or killed continues where it was when it is
 started again with the same arguments; other ratios, weights and constraints use what it has measured.
 A JSONL task has one object a line: clean, corrupted, answer, wrong_answer (strings or token ids).
@@ -47,14 +50,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--revision", default="", help="Hub revision")
     add("--output", required=True, type=Path, help="the head map to write (JSON)")
     add("--ratio", default="7:1", help="GDN:FA heads as r:1, or dense, or all-gdn (default 7:1)")
-    add("--strategy", default="interp", choices=list(STRATEGIES), help=strategies)
+    add(
+        "--strategy",
+        default=DEFAULT_STRATEGY,
+        metavar="NAME",
+        help=f"{strategies} (default %(default)s)",
+    )
     add(
         "--tasks",
         nargs="+",
-        default=list(DEFAULT_TASKS),
         metavar="TASK",
         help=f"name or name:key=value,...; names: {', '.join(task_names())} "
-        f"(default {' '.join(DEFAULT_TASKS)})",
+        f"(default: those of {' '.join(DEFAULT_TASKS)} that the model solves)",
     )
     add("--task-weight", nargs="+", default=[], metavar="TASK=W", help="weights in the fusion")
     add("--seed", type=int, default=0, help="of prompts and random choices (default 0)")
@@ -69,8 +76,17 @@ def _parser() -> argparse.ArgumentParser:
         "the wrong one in the clean run and not in the corrupted one (pair), or if the corruption "
         "lowers the answer at all (off)",
     )
-    causal = parser.add_argument_group("causal effects (interp, per_layer_quota)").add_argument
-    causal("--effects", nargs="+", default=list(defaults.effects), choices=["direct", "total"])
+    causal = parser.add_argument_group(
+        "causal effects (global_interp_c, global_interp, layer_interp)"
+    ).add_argument
+    causal(
+        "--effects",
+        nargs="+",
+        default=[],
+        choices=["direct", "total"],
+        help="measured exactly (default: the receiver effect); total, reported beside, takes by far the "
+        "longest",
+    )
     causal("--receiver-effect", default=defaults.receiver_effect, choices=["direct", "total"])
     causal("--num-receivers", type=int, help="at most so many a task (default: the FA heads)")
     causal("--no-senders", action="store_true", help="no path patching")
@@ -177,6 +193,8 @@ def main() -> int:
     if is_first_rank():
         for task, facts in head_map.details["prompts"].items():
             print(f"{task}: {facts['solved']} of {facts['drawn']} prompts solved")
+        for task, facts in head_map.details.get("left_out", {}).items():
+            print(f"{task}: left out, {facts['reason']}")
         print(f"{args.output}: {head_map.num_full_attention} full-attention heads")
         if not args.no_pictures:
             for picture in draw_head_map(head_map, args.output.with_suffix("")):

@@ -77,12 +77,7 @@ def teacher(context: Context) -> None:
 
 def select(context: Context) -> None:
     """Head selection."""
-    from megatron_hydra.selection import (
-        DEFAULT_TASKS,
-        Constraints,
-        SelectionOptions,
-        select_heads,
-    )
+    from megatron_hydra.selection import Constraints, SelectionOptions, select_heads
 
     params = context.step.params
     body = dict(params["selection"])
@@ -99,7 +94,7 @@ def select(context: Context) -> None:
         seed=params.get("seed", 0),
         options=SelectionOptions(**body, constraints=constraints),
         work_folder=context.out / "work",
-        tasks=tasks or DEFAULT_TASKS,
+        tasks=tasks or None,
         output=context.out / HEAD_MAP,
     )
 

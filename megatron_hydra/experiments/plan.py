@@ -40,7 +40,10 @@ PREPARED = "{prepare}"
 PLACE = "<input>"
 """Stands in a run's config for a path that is known only when the stage runs."""
 
-_SEEDLESS = ("layerwise",)
+_SEEDLESS = ("layerwise", "fixed")
+"""Strategies that look at no prompts and draw nothing."""
+_DRAWN = ("global_random", "layer_random")
+"""Strategies that look at no prompts and draw heads."""
 _BLIND_KEYS = ("strategy", "ratio", "granularity", "min_per_layer", "max_per_layer")
 """What matters to strategies that look at no prompts."""
 
@@ -205,10 +208,10 @@ class _CellPlanner:
         selection = self.spec.selection
         if selection.ratio in ("all-gdn", "dense"):  # nothing to choose
             selection = SelectionSpec(
-                "uniform", ratio=selection.ratio, granularity=selection.granularity
+                "layer_random", ratio=selection.ratio, granularity=selection.granularity
             )
         seedless = selection.strategy in _SEEDLESS or selection.ratio in ("all-gdn", "dense")
-        blind = seedless or selection.strategy in ("random", "uniform")
+        blind = seedless or selection.strategy in _DRAWN
         tasks = [] if blind else [self._task(task) for task in selection.tasks]
         body = as_plain(selection) | {"tasks": [hashed for hashed, _ in tasks]}
         if blind:  # options of prompts and effects decide nothing

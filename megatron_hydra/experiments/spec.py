@@ -13,6 +13,7 @@ from typing import Any
 from megatron_hydra.config.loading import from_dict, parse_yaml
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.head_map import DEFAULT_STRATEGY, strategy_name
 
 TEACHER = "teacher"
 """As ``hf_model``: the row is the teacher itself."""
@@ -69,10 +70,11 @@ class PrepareSpec:
 class SelectionSpec:
     """How heads are chosen: the options of ``tools/select_heads.py``.
 
-    ``tasks`` may name the prepared folder as ``{prepare}``.
+    ``tasks`` may name the prepared folder as ``{prepare}``; none: the default ones that the teacher solves.
+    ``strategy`` may be a name from before; a step is hashed by today's.
     """
 
-    strategy: str = "interp"
+    strategy: str = DEFAULT_STRATEGY
     ratio: str = "7:1"
     tasks: tuple[str, ...] = ()
     num_prompts: int = 32
@@ -87,10 +89,13 @@ class SelectionSpec:
     min_per_layer: int = 0
     max_per_layer: int | None = None
     kv_group_bonus: float = 0.0
-    effects: tuple[str, ...] = dataclasses.field(default=("direct", "total"), metadata=_LATER)
+    effects: tuple[str, ...] = dataclasses.field(default=(), metadata=_LATER)
     task_weights: dict = dataclasses.field(default_factory=dict, metadata=_LATER)
     check_heads: int = dataclasses.field(default=24, metadata=_LATER)
     tokens_per_batch: int = dataclasses.field(default=0, metadata=_LATER)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "strategy", strategy_name(self.strategy))
 
 
 @dataclasses.dataclass(frozen=True)

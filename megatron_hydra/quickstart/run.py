@@ -173,7 +173,7 @@ def _select(workspace: Workspace, settings: Settings) -> None:
     chosen = select_heads(
         teacher,
         ratio=RATIO,
-        strategy="interp",
+        strategy="global_interp",
         tasks=[f"jsonl:{workspace.prompts}"],
         seed=seed,
         options=SelectionOptions(
@@ -188,9 +188,9 @@ def _select(workspace: Workspace, settings: Settings) -> None:
     shutil.copyfile(
         workspace.root / "head_maps" / "hydra_unified.png", workspace.root / "head_importance.png"
     )
-    drawn = select_heads(teacher, ratio=RATIO, strategy="random", seed=seed)
+    drawn = select_heads(teacher, ratio=RATIO, strategy="global_random", seed=seed)
     drawn.save(workspace.head_map("random"))
-    select_heads(teacher, ratio="all-gdn", strategy="uniform").save(workspace.head_map("all_gdn"))
+    select_heads(teacher, ratio="all-gdn", strategy="layer_random").save(workspace.head_map("all_gdn"))
 
 
 def _convert(workspace: Workspace, settings: Settings) -> None:
@@ -291,6 +291,7 @@ def commands_by_hand(workspace: Workspace, configs: Path, settings: dict[str, An
     trained = workspace.run(student, STAGES[-1]) / "checkpoints"
     commands: list[list[Any]] = [
         ["tools/select_heads.py", "--hf-path", teacher, "--ratio", RATIO, "--seed", seed]
+        + ["--strategy", "global_interp"]
         + ["--num-prompts", settings["prompts"], "--no-attribution"]
         + ["--tasks", f"jsonl:{workspace.prompts}", "--output", head_map],
         ["tools/hf_to_megatron.py", "--hf-path", teacher, "--output", workspace.teacher],

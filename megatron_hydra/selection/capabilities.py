@@ -472,6 +472,7 @@ _NUMBERS = {"tokens": 1, "keys": 2, "facts": 2, "largest": 5, "variables": 2, "l
 _HAYSTACKS = ("noise", "filler", "text")
 _REGISTERED: dict[str, Factory] = {}
 
+# Tried where none is named; those that a model or its tokenizer has no use for are left out.
 DEFAULT_TASKS = ("needle_single", "needle_multi", "induction", "facts", "arithmetic", "code")
 
 

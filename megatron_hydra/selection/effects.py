@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,12 +14,24 @@ import torch
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.selection import patching
+from megatron_hydra.selection.cost import DecoderCost, Tokens
 from megatron_hydra.selection.patching import Head
 from megatron_hydra.selection.prompts import PromptBatch, PromptPair, make_batches
 from megatron_hydra.selection.runner import DecoderRunner
-from megatron_hydra.selection.work import Chunk, Result, WorkBench
+from megatron_hydra.selection.time_left import Stage
+from megatron_hydra.selection.work import Chunk, Compute, Result, WorkBench
+from megatron_hydra.watchdog import feed_watchdog
 
 BatchResult = Callable[[PromptBatch], Result]
+
+_OVER_BATCHES: dict[str, Callable[[DecoderCost, Tokens], float]] = {
+    "baseline": DecoderCost.baseline,
+    "direct": DecoderCost.streams,
+    "attention": DecoderCost.streams,
+    "attribution": DecoderCost.attribution,
+    "layers": DecoderCost.whole_layers,
+}
+"""Kinds of work whose unit is a batch of prompts, with the cost of one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,74 +63,182 @@ class EffectEngine:
     def __init__(self, runner: DecoderRunner, bench: WorkBench, tokens_per_batch: int) -> None:
         self.runner, self.bench = runner, bench
         self.tokens_per_batch = tokens_per_batch
+        self._cost = DecoderCost.of(runner)
+        self._baselines: dict[str, Result] = {}
 
-    def plan(self, name: str, pairs: list[PromptPair], stages: Sequence[str]) -> None:
-        """Announce a capability's stages, so that the remaining time counts them from the start."""
-        tokens = sum(_tokens(batch) for batch in make_batches(pairs, self._prompt_tokens))
-        layers, heads = self._layers, self.runner.num_heads
-        costs = {
-            "baseline": 2.0 * layers,
-            "direct": 2.0 * layers,
-            "attention": 2.0 * layers,
-            "attribution": 6.0 * layers,
-            "layers": layers * (layers + 1) / 2,
-            "total": heads * layers * (layers + 1) / 2,
-            "paths": 0.3 * heads * layers * (layers - 1) / 2,
+    def plan(
+        self,
+        name: str,
+        prompts: Solved,
+        kinds: Sequence[str],
+        total_heads: Sequence[Head] | None = None,
+    ) -> None:
+        """Announce what will be measured of a task, so that the time left counts it.
+
+        Args:
+            kinds: of ``direct``, ``total``, ``attribution``, ``layers``, ``attention``; ``paths`` are
+                announced by :meth:`plan_paths`, once the receivers are known.
+            total_heads: whose total effect is measured; default: all.
+        """
+        for kind in kinds:
+            stage = Stage(kind, name)
+            if kind == "total":
+                self.bench.plan(
+                    stage, self._total_chunks(name, prompts, total_heads or self._all_heads())
+                )
+            elif kind in _OVER_BATCHES:
+                self.bench.plan(stage, self._batch_chunks(stage, self._batches(prompts)))
+
+    def plan_paths(self, name: str, prompts: Solved, receivers: Sequence[Head]) -> None:
+        """Announce the path patching of a task."""
+        self.bench.plan(Stage("paths", name), self._path_chunks(name, prompts, receivers))
+
+    def expect(
+        self,
+        name: str,
+        pairs: list[PromptPair],
+        kinds: Sequence[str],
+        share: float,
+        receivers: int,
+        total_heads: int,
+    ) -> None:
+        """As :meth:`plan`, while it is not known yet which prompts count and which heads receive.
+
+        Args:
+            share: of the prompts that will count, 0 … 1.
+            receivers: at most so many; they are taken to lie in as many layers, at equal distances.
+            total_heads: heads whose total effect is measured, spread evenly over the layers.
+        """
+        layers, cost = self._layers, self._cost
+        spread = min(receivers, layers)
+        above = [[1] * round(spread * (layers - 1 - i) / layers) for i in range(layers)]
+        by_kind: dict[str, Callable[[Tokens], float]] = {
+            "total": lambda tokens: sum(
+                cost.patched(tokens, i, total_heads / layers) for i in range(layers)
+            ),
+            "paths": lambda tokens: sum(
+                cost.paths(tokens, above[i], layers) for i in range(layers)
+            ),
         }
-        for stage in stages:
-            self.bench.plan(f"{stage} {name}", tokens * costs[stage])
+        sizes = [Tokens.of(batch) for batch in self._batches(_everything(pairs))]
+        for kind in kinds:
+            of_batch = by_kind.get(kind) or functools.partial(_OVER_BATCHES[kind], cost)
+            self.bench.time_left.plan(Stage(kind, name), share * sum(map(of_batch, sizes)))
+
+    def time_samples(self, pairs: list[PromptPair], kinds: Sequence[str]) -> None:
+        """Time a little of the kinds of work that go at another pace than forwards do.
+
+        The results are thrown away. On the first process only: others would do the same.
+
+        Args:
+            pairs: of one task; one of its batches is used.
+        """
+        batches = self._batches(_everything(pairs))
+        batch, last = batches[len(batches) // 2], self._layers - 1
+        runner, size, cost = self.runner, self.tokens_per_batch, self._cost
+        tokens, middle = Tokens.of(batch), self._layers // 2
+        samples: dict[str, tuple[float, Callable[[], Any]]] = {
+            "attribution": (
+                cost.attribution(tokens),
+                lambda: patching.attribution_effects(runner, batch),
+            ),
+            "total": (
+                # The streams up to that layer are all computed for this one unit.
+                cost.streams(tokens) * middle / self._layers
+                + cost.patched(tokens, middle, runner.num_heads),
+                lambda: list(
+                    patching.total_effects(
+                        runner, batch, [(middle, h) for h in range(runner.num_heads)], size
+                    )
+                ),
+            ),
+            "paths": (
+                cost.paths(tokens, [1] * (last - middle), 1),
+                lambda: list(
+                    patching.path_effects(
+                        runner, batch, [middle], [(i, 0) for i in range(middle + 1, last + 1)], size
+                    )
+                ),
+            ),
+        }
+        for kind in [kind for kind in samples if kind in kinds]:
+            expected, compute = samples[kind]
+            feed_watchdog()
+            started = self.bench.clock()
+            compute()
+            self.bench.time_left.observe(kind, expected, self.bench.clock() - started)
+        feed_watchdog()
 
     # -- which prompts count -----------------------------------------------------------------------
 
-    def solve(self, name: str, pairs: list[PromptPair], rule: str, minimum: int) -> Solved:
+    def check(self, name: str, pairs: list[PromptPair], rule: str, few: int) -> tuple[int, int]:
+        """Run a few prompts of a task without intervention; :meth:`solve` does not run them again.
+
+        Args:
+            rule: see :meth:`solve`.
+            few: at least so many, or all there are: as many as the batches hold that they are in.
+
+        Returns:
+            How many of them are solved, and how many were run.
+        """
+        batches = self._batches(_everything(pairs))
+        size = max(1, round(sum(len(b.index) for b in batches) / len(batches)))
+        count = min(len(batches), -(-few // size))
+        # Sorted by length: at equal distances, so that the longest are among them.
+        picked = [(i + 1) * len(batches) // count - 1 for i in range(count)]
+        while sum(len(batches[i].index) for i in picked) < min(few, len(pairs)):
+            picked = sorted({*picked, next(i for i in range(len(batches)) if i not in picked)})
+        columns = self._baseline(name, batches, picked)
+        return int(_is_solved(columns, rule).sum()), len(columns["clean"])
+
+    def solve(self, name: str, pairs: list[PromptPair], rule: str) -> Solved:
         """Drop the prompts that the model does not solve.
 
         Args:
             rule: ``top1``: the answer is the clean run's most likely token, and the corruption
                 lowers its logit difference; ``pair``: the clean run prefers the answer, the
                 corrupted run the wrong one; ``off``: keep all that the corruption lowers.
-            minimum: fewer left is an error.
 
-        Raises:
-            HydraError: too few prompts left, with the counts.
+        Returns:
+            What is left; it may be nothing.
         """
-
-        def measure(batch: PromptBatch) -> Result:
-            result = patching.baseline(self.runner, batch)
-            return dataclasses.asdict(result)
-
-        columns = self._over_batches(f"baseline {name}", pairs, None, measure, 2 * self._layers)
-        clean, corrupted = columns["clean"].numpy(), columns["corrupted"].numpy()
-        good = clean > corrupted
-        if rule == "top1":
-            good &= columns["solved"].numpy()
-        elif rule == "pair":
-            good &= (clean > 0) & (corrupted < 0)
-        keep = np.flatnonzero(good)
-        if len(keep) < minimum:
-            raise HydraError(
-                f"--tasks {name}: the model solves {len(keep)} of {len(pairs)} prompts, at least "
-                f"{minimum} are needed; leave the task out, make it easier, give more prompts "
-                "(--num-prompts), or lower --min-prompts"
-            )
+        batches = self._batches(_everything(pairs))
+        columns = self._baseline(name, batches, range(len(batches)))
+        order = np.argsort([i for batch in batches for i in batch.index])
+        clean, corrupted = (columns[key].numpy()[order] for key in ("clean", "corrupted"))
+        keep = np.flatnonzero(_is_solved(columns, rule)[order])
         return Solved(pairs, keep.tolist(), clean[keep], corrupted[keep])
+
+    def _baseline(self, name: str, batches: list[PromptBatch], picked: Sequence[int]) -> Result:
+        """Both runs of some batches, each batch once; prompts in the batches' order."""
+        stage = Stage("baseline", name)
+        chunks = self._batch_chunks(stage, batches)
+        self.bench.plan(stage, [c for c in chunks if c.key not in self._baselines])
+
+        def compute(b: int, members: list[Chunk]) -> Iterator[tuple[Chunk, Result]]:
+            for chunk in members:
+                yield chunk, dataclasses.asdict(patching.baseline(self.runner, batches[b]))
+
+        wanted = [chunks[i] for i in picked]
+        missing = [c for c in wanted if c.key not in self._baselines]
+        if missing:
+            self._baselines |= self.bench.run(stage, missing, compute)
+        results = [self._baselines[c.key] for c in wanted]
+        return {key: torch.cat([r[key] for r in results]) for key in results[0]}
 
     # -- all heads of one capability ---------------------------------------------------------------
 
     def direct(self, name: str, prompts: Solved) -> np.ndarray:
         """Normalised direct effects, ``[L, H]``."""
-        return self._all_heads("direct", name, prompts, patching.direct_effects, 2 * self._layers)
+        return self._normalised("direct", name, prompts, patching.direct_effects)
 
     def attribution(self, name: str, prompts: Solved) -> np.ndarray:
         """Normalised first-order estimates of the total effects, ``[L, H]``."""
-        return self._all_heads(
-            "attribution", name, prompts, patching.attribution_effects, 6 * self._layers
-        )
+        return self._normalised("attribution", name, prompts, patching.attribution_effects)
 
     def layers(self, name: str, prompts: Solved) -> np.ndarray:
         """Normalised effects of whole layers' attention, ``[L]``."""
-        cost = self._layers * (self._layers + 1) // 2
-        return self._all_heads("layers", name, prompts, patching.layer_effects, cost)
+        return self._normalised("layers", name, prompts, patching.layer_effects)
 
     def attention_mass(self, name: str, prompts: Solved) -> np.ndarray:
         """Mean retrieval score over the prompts whose answer occurs in them, ``[L, H]``.
@@ -125,11 +247,9 @@ class EffectEngine:
             HydraError: no prompt's answer occurs in its context.
         """
         columns = self._over_batches(
-            f"attention {name}",
-            prompts.pairs,
-            prompts.keep,
+            Stage("attention", name),
+            prompts,
             lambda batch: {"mass": patching.attention_mass(self.runner, batch)},
-            2 * self._layers,
         )
         mass = columns["mass"].numpy()
         usable = ~np.isnan(mass[0, 0])
@@ -142,21 +262,9 @@ class EffectEngine:
 
     def total(self, name: str, prompts: Solved, heads: Sequence[Head] | None = None) -> np.ndarray:
         """Normalised total effects, ``[L, H]``; NaN for heads that were not asked for."""
-        runner = self.runner
-        wanted = heads or [(i, h) for i in range(self._layers) for h in range(runner.num_heads)]
-        per_layer = {i: [h for at, h in wanted if at == i] for i in range(self._layers)}
-        batches = make_batches(prompts.pairs, self._prompt_tokens, prompts.keep)
-        chunks = [
-            Chunk(
-                f"total-{name}-b{b}-l{layer}-{_digest(heads_here)}",
-                cost=_tokens(batch) * len(heads_here) * (self._layers - layer),
-                batch=b,
-                layer=layer,
-            )
-            for b, batch in enumerate(batches)
-            for layer, heads_here in per_layer.items()
-            if heads_here
-        ]
+        runner, batches = self.runner, self._batches(prompts)
+        per_layer = self._by_layer(heads or self._all_heads())
+        chunks = self._total_chunks(name, prompts, heads or self._all_heads())
 
         def compute(b: int, members: list[Chunk]) -> Iterator[tuple[Chunk, Result]]:
             by_layer = {c.layer: c for c in members}
@@ -166,7 +274,7 @@ class EffectEngine:
             ):
                 yield by_layer[layer], {"m": m}
 
-        results = self.bench.run(f"total {name}", chunks, compute)
+        results = self._run(Stage("total", name), chunks, compute)
         m = np.full((self._layers, runner.num_heads, len(prompts.pairs)), np.nan)
         for chunk in chunks:
             heads_here = sorted(per_layer[chunk.layer])
@@ -176,23 +284,8 @@ class EffectEngine:
 
     def paths(self, name: str, prompts: Solved, receivers: Sequence[Head]) -> dict[str, np.ndarray]:
         """Normalised effects of every sender through the receivers' inputs: path -> ``[L, H]``."""
-        runner = self.runner
-        top = max((layer for layer, _ in receivers), default=0)
-        receiver_layers = {layer for layer, _ in receivers}
-        batches = make_batches(prompts.pairs, self._prompt_tokens, prompts.keep)
-        chunks = [
-            Chunk(
-                f"path-{name}-b{b}-l{layer}-{_digest(receivers)}",
-                cost=0.3
-                * _tokens(batch)
-                * runner.num_heads
-                * sum(r > layer for r in receiver_layers),
-                batch=b,
-                layer=layer,
-            )
-            for b, batch in enumerate(batches)
-            for layer in range(top)
-        ]
+        runner, batches = self.runner, self._batches(prompts)
+        chunks = self._path_chunks(name, prompts, receivers)
 
         def compute(b: int, members: list[Chunk]) -> Iterator[tuple[Chunk, Result]]:
             by_layer = {c.layer: c for c in members}
@@ -201,7 +294,7 @@ class EffectEngine:
             ):
                 yield by_layer[layer], {"m": m}
 
-        results = self.bench.run(f"paths {name}", chunks, compute)
+        results = self._run(Stage("paths", name), chunks, compute)
         # A head above all receivers has no path to them: its m is that of the corrupted run.
         shape = (len(patching.PATHS), self._layers, runner.num_heads, len(prompts.pairs))
         m = np.zeros(shape)
@@ -214,59 +307,109 @@ class EffectEngine:
             for i, path in enumerate(patching.PATHS)
         }
 
+    # -- chunks ------------------------------------------------------------------------------------
+
+    def _batch_chunks(self, stage: Stage, batches: list[PromptBatch]) -> list[Chunk]:
+        cost = _OVER_BATCHES[stage.kind]
+        return [
+            Chunk(f"{stage}-b{b}", cost=cost(self._cost, Tokens.of(batch)), batch=b)
+            for b, batch in enumerate(batches)
+        ]
+
+    def _total_chunks(self, name: str, prompts: Solved, heads: Sequence[Head]) -> list[Chunk]:
+        return [
+            Chunk(
+                f"total-{name}-b{b}-l{layer}-{_digest(heads_here)}",
+                cost=self._cost.patched(Tokens.of(batch), layer, len(heads_here)),
+                batch=b,
+                layer=layer,
+            )
+            for b, batch in enumerate(self._batches(prompts))
+            for layer, heads_here in self._by_layer(heads).items()
+        ]
+
+    def _path_chunks(self, name: str, prompts: Solved, receivers: Sequence[Head]) -> list[Chunk]:
+        top = max((layer for layer, _ in receivers), default=0)
+        in_layer = collections.Counter(layer for layer, _ in receivers)
+        return [
+            Chunk(
+                f"path-{name}-b{b}-l{layer}-{_digest(receivers)}",
+                cost=self._cost.paths(
+                    Tokens.of(batch), [n for at, n in in_layer.items() if at > layer], top
+                ),
+                batch=b,
+                layer=layer,
+            )
+            for b, batch in enumerate(self._batches(prompts))
+            for layer in range(top)
+        ]
+
     # -- helpers -----------------------------------------------------------------------------------
 
     @property
     def _layers(self) -> int:
         return self.runner.num_layers
 
-    @property
-    def _prompt_tokens(self) -> int:
-        return prompt_tokens(self.tokens_per_batch, self.runner.num_heads)
+    def _all_heads(self) -> list[Head]:
+        return [(i, h) for i in range(self._layers) for h in range(self.runner.num_heads)]
 
-    def _all_heads(
+    def _by_layer(self, heads: Sequence[Head]) -> dict[int, list[int]]:
+        """The layers that have one of these heads, ascending, and which they are."""
+        return {i: [h for at, h in heads if at == i] for i in sorted({at for at, _ in heads})}
+
+    def _batches(self, prompts: Solved) -> list[PromptBatch]:
+        size = prompt_tokens(self.tokens_per_batch, self.runner.num_heads)
+        return make_batches(prompts.pairs, size, prompts.keep)
+
+    def _run(self, stage: Stage, chunks: list[Chunk], compute: Compute) -> dict[str, Result]:
+        self.bench.plan(stage, chunks)
+        return self.bench.run(stage, chunks, compute)
+
+    def _normalised(
         self,
         kind: str,
         name: str,
         prompts: Solved,
         effect: Callable[[DecoderRunner, PromptBatch], torch.Tensor],
-        cost: int,
     ) -> np.ndarray:
         columns = self._over_batches(
-            f"{kind} {name}",
-            prompts.pairs,
-            prompts.keep,
-            lambda batch: {"m": effect(self.runner, batch)},
-            cost,
+            Stage(kind, name), prompts, lambda batch: {"m": effect(self.runner, batch)}
         )
         return normalise(columns["m"].numpy(), prompts)
 
-    def _over_batches(
-        self,
-        stage: str,
-        pairs: list[PromptPair],
-        keep: list[int] | None,
-        measure: BatchResult,
-        cost: int,
-    ) -> dict[str, torch.Tensor]:
+    def _over_batches(self, stage: Stage, prompts: Solved, measure: BatchResult) -> Result:
         """``measure`` on every batch; prompts (the last axis) back in the order of ``keep``."""
-        batches = make_batches(pairs, self._prompt_tokens, keep)
-        chunks = [
-            Chunk(f"{stage}-b{b}", cost=cost * _tokens(batch), batch=b)
-            for b, batch in enumerate(batches)
-        ]
+        batches = self._batches(prompts)
+        chunks = self._batch_chunks(stage, batches)
 
         def compute(b: int, members: list[Chunk]) -> Iterator[tuple[Chunk, Result]]:
             for chunk in members:
                 yield chunk, measure(batches[b])
 
-        results = self.bench.run(stage, chunks, compute)
+        results = self._run(stage, chunks, compute)
         order = np.argsort([i for batch in batches for i in batch.index])
         names = results[chunks[0].key]
         return {
             key: torch.cat([results[c.key][key] for c in chunks], dim=-1)[..., order]
             for key in names
         }
+
+
+def _everything(pairs: list[PromptPair]) -> Solved:
+    """All pairs, before it is known which are solved."""
+    nothing = np.zeros(0)
+    return Solved(pairs, list(range(len(pairs))), nothing, nothing)
+
+
+def _is_solved(columns: Result, rule: str) -> np.ndarray:
+    """Which prompts of a baseline count (see :meth:`EffectEngine.solve`), ``[P]`` bool."""
+    clean, corrupted = columns["clean"].numpy(), columns["corrupted"].numpy()
+    good = clean > corrupted
+    if rule == "top1":
+        good &= columns["solved"].numpy()
+    elif rule == "pair":
+        good &= (clean > 0) & (corrupted < 0)
+    return np.asarray(good)
 
 
 def normalise(m: np.ndarray, prompts: Solved) -> np.ndarray:
@@ -303,7 +446,3 @@ def prompt_tokens(tokens_per_batch: int, num_heads: int) -> int:
 def _digest(heads: Sequence[Any]) -> str:
     """A short name for a list of heads."""
     return hashlib.sha256(repr(sorted(heads)).encode()).hexdigest()[:12]
-
-
-def _tokens(batch: PromptBatch) -> int:
-    return len(batch.index) * (batch.clean.shape[1] - batch.shared_prefix)

@@ -146,15 +146,16 @@ def _patched_runs(
 
 @dataclasses.dataclass
 class _ReceiverLayer:
-    """The receivers of one layer, with what of the corrupted run they are compared with."""
+    """The n receivers of one layer, with what of the corrupted run they are compared with."""
 
     layer: int
     heads: list[int]
+    kv_heads: list[int]  # that each of them reads
     x_in: torch.Tensor  # [P, T', D]
-    q: torch.Tensor  # at the answer, [P, 1, H, d]
-    k: torch.Tensor  # [P, T, G, d]
+    q: torch.Tensor  # at the answer, [P, 1, n, d]
+    k: torch.Tensor  # [P, T, n, d]
     v: torch.Tensor
-    z: torch.Tensor  # at the answer, receivers only, [P, n, d]
+    z: torch.Tensor  # at the answer, [P, n, d]
 
 
 @torch.no_grad()
@@ -212,13 +213,15 @@ def path_effects(
 def _receiver_layer(
     streams: PairedStreams, state: LayerState, layer: int, heads: list[int]
 ) -> _ReceiverLayer:
+    kv_heads = [head // streams.runner.group_size for head in heads]
     return _ReceiverLayer(
         layer=layer,
         heads=heads,
+        kv_heads=kv_heads,
         x_in=_corrupted(state.x_in),
-        q=streams.at_answer(_corrupted(state.q))[:, None],
-        k=_corrupted(state.k),
-        v=_corrupted(state.v),
+        q=streams.at_answer(_corrupted(state.q))[:, None, heads],
+        k=_corrupted(state.k)[:, :, kv_heads],
+        v=_corrupted(state.v)[:, :, kv_heads],
         z=streams.at_answer(_corrupted(state.z))[:, heads],
     )
 
@@ -240,8 +243,10 @@ def _heard(
         runner.keys(layer, normed, streams.positions),
         runner.values(layer, normed),
     )
+    # Only the receivers' queries are asked, so only what they read is compared.
+    k, v = k[:, :, stage.kv_heads], v[:, :, stage.kv_heads]
     answer = streams.batch.answer_position.to(delta.device).repeat(count)[:, None]
-    q = runner.queries(layer, streams.at_answer(normed)[:, None], answer)
+    q = runner.queries(layer, streams.at_answer(normed)[:, None], answer)[:, :, stage.heads]
     old_q, old_k, old_v = (t.repeat(count, 1, 1, 1) for t in (stage.q, stage.k, stage.v))
     weights = runner.head_output_weights(layer, stage.heads).float()
     written = []
@@ -251,7 +256,7 @@ def _heard(
         (old_q, old_k, v),
         (q, k, v),
     ):
-        z = runner.attend(layer, queries, keys, values, answer)[:, 0, stage.heads]
+        z = runner.attend(layer, queries, keys, values, answer, grouped=False)[:, 0]
         change = (z.unflatten(0, (count, -1)) - stage.z).float()
         written.append(torch.einsum("nphd,hdD->npD", change, weights))
     return torch.stack(written)

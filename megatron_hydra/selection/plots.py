@@ -20,8 +20,9 @@ def draw_head_map(head_map: HeadMap, prefix: str | os.PathLike[str]) -> list[Pat
     """Write PNGs named ``<prefix>_<what>.png``: what the map's contents allow.
 
     ``capabilities``: a heatmap for each capability; ``unified``: the ranked score with the chosen
-    heads marked; ``distribution``: sorted scores; ``overlap``: top heads that two capabilities
-    share; ``layers``: FA heads in each layer. Maps of strategies without scores get the last only.
+    heads marked; both name the tasks that were left out. ``distribution``: sorted scores; ``overlap``:
+    top heads that two capabilities share; ``layers``: FA heads in each layer. Maps of strategies
+    without scores get the last only.
 
     Returns:
         The files written.
@@ -81,11 +82,26 @@ def _capabilities(head_map: HeadMap) -> Any:
     columns = min(3, len(head_map.scores))
     rows = -(-len(head_map.scores) // columns)
     figure, axes = _figure(width * columns, height * rows, columns, rows)
+    prompts = head_map.details.get("prompts", {})
     for ax, (task, scores) in zip(axes, head_map.scores.items(), strict=False):
         _heatmap(figure, ax, np.array(scores), task)
+        if task in prompts:
+            facts = prompts[task]
+            ax.set_title(f"{task}\nsolved {facts['solved']} of {facts['drawn']}", fontsize=9)
     for ax in axes[len(head_map.scores) :]:
         ax.remove()
+    _say_what_is_left_out(figure, head_map)
     return figure
+
+
+def _say_what_is_left_out(figure: Any, head_map: HeadMap) -> None:
+    """A line below the picture for every default task that says nothing about this model."""
+    lines = [
+        f"left out: {task} (solved {facts['solved']} of {facts['drawn']})"
+        for task, facts in head_map.details.get("left_out", {}).items()
+    ]
+    if lines:
+        figure.supxlabel("\n".join(lines), fontsize=8, color=CHOSEN)
 
 
 def _unified(head_map: HeadMap) -> Any:
@@ -101,6 +117,7 @@ def _unified(head_map: HeadMap) -> Any:
             ax.add_patch(
                 Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor="black", lw=2)
             )
+    _say_what_is_left_out(figure, head_map)
     return figure
 
 

@@ -122,13 +122,15 @@ class DecoderRunner:
         k: torch.Tensor,
         v: torch.Tensor,
         positions_q: torch.Tensor,
+        grouped: bool = True,
     ) -> torch.Tensor:
         """Causal softmax attention; keys start at position 0.
 
         Args:
             q: ``[B, Tq, H, d]``.
-            k, v: ``[B, Tk, G, d]``.
+            k, v: ``[B, Tk, G, d]``; ``[B, Tk, H, d]`` if not ``grouped``.
             positions_q: positions of the queries, ``[Tq]`` or ``[B, Tq]``.
+            grouped: keys and values are those of KV heads; else every query head comes with its own.
 
         Returns:
             Head outputs z ``[B, Tq, H, d]``: what enters o_proj.
@@ -139,7 +141,9 @@ class DecoderRunner:
             mask = positions_k <= positions_q.to(q.device)[..., None]
             if mask.dim() == 3:
                 mask = mask[:, None]
-        k, v = (t.transpose(1, 2).repeat_interleave(self.group_size, 1) for t in (k, v))
+        k, v = (t.transpose(1, 2) for t in (k, v))
+        if grouped:
+            k, v = (t.repeat_interleave(self.group_size, 1) for t in (k, v))
         scale = self.layers[layer].self_attn.scaling
         z = F.scaled_dot_product_attention(
             q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, scale=scale

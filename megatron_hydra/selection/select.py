@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from megatron_hydra.errors import HydraError
-from megatron_hydra.head_map import HeadMap, parse_ratio
+from megatron_hydra.head_map import DEFAULT_STRATEGY, HeadMap, parse_ratio, strategy_name
 from megatron_hydra.hf_identity import model_identity_from_hf, read_config, resolve_hf_folder
-from megatron_hydra.selection.capabilities import DEFAULT_TASKS, Capability, make_capability
+from megatron_hydra.selection.capabilities import Capability
 from megatron_hydra.selection.effects import EffectEngine, Solved
 from megatron_hydra.selection.prompts import PromptPair, prompts_fingerprint
-from megatron_hydra.selection.ranking import fuse
+from megatron_hydra.selection.ranking import budget, fuse
 from megatron_hydra.selection.runner import DecoderRunner
 from megatron_hydra.selection.strategies import (
     STRATEGIES,
@@ -32,6 +32,7 @@ from megatron_hydra.selection.strategies import (
     Strategy,
     ranking_of,
 )
+from megatron_hydra.selection.tasks import Tasks, solved_tasks
 from megatron_hydra.selection.work import Ranks, WorkBench
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -89,8 +90,8 @@ def select_heads(
     model: str | os.PathLike[str] | torch.nn.Module,
     *,
     ratio: str = "7:1",
-    strategy: str = "interp",
-    tasks: Sequence[str | Capability] = DEFAULT_TASKS,
+    strategy: str = DEFAULT_STRATEGY,
+    tasks: Sequence[str | Capability] | None = None,
     tokenizer: Any | None = None,
     seed: int = 0,
     revision: str = "",
@@ -109,9 +110,11 @@ def select_heads(
         model: a folder, a Hub name, or a loaded Qwen3, Qwen2 or Llama ``*ForCausalLM``. A loaded
             model is left in eval mode with gradients off.
         ratio: GDN:FA, ``"7:1"``; ``"dense"``; ``"all-gdn"``.
-        strategy: a key of :data:`megatron_hydra.selection.strategies.STRATEGIES`.
+        strategy: a key of :data:`megatron_hydra.selection.strategies.STRATEGIES`, or one of the names
+            from before (:data:`megatron_hydra.head_map.OLD_STRATEGY_NAMES`).
         tasks: as on the command line (``"needle_multi:keys=6"``, ``"jsonl:PATH"``) or objects;
-            ignored by strategies that need no model.
+            ignored by strategies that need no model. A task that is named must be solved. ``None``:
+            those of :data:`megatron_hydra.selection.DEFAULT_TASKS` that the model solves.
         tokenizer: default: the folder's, if it has one.
         seed: of the prompts and of random choices.
         options: prompts, effects, weights, constraints.
@@ -126,6 +129,7 @@ def select_heads(
         HydraError: anything the user can mend.
     """
     options = options or SelectionOptions()
+    strategy = strategy_name(strategy)
     if strategy not in STRATEGIES:
         raise HydraError(f"--strategy {strategy}: must be one of {', '.join(STRATEGIES)}")
     parse_ratio(ratio)
@@ -140,21 +144,21 @@ def select_heads(
     ranks = Ranks()
     try:
         if not chosen.stages(options):
-            return _saved(_finish(context, strategy, chosen, None), output, ranks)
+            return _saved(_finish(context, strategy, chosen), output, ranks)
         tokenizer = tokenizer or (folder and _load_tokenizer(folder))
         vocab_size = _vocab_size(model, folder)
-        prompts = _draw_prompts(tasks, tokenizer, vocab_size, options.num_prompts, seed)
-        _refuse_what_cannot_be_chosen(context, chosen, prompts)
+        drawn = Tasks.draw(tasks, tokenizer, vocab_size, seed, options)
+        _refuse_what_cannot_be_chosen(context, chosen, drawn.pairs)
         runner = _load(model, folder, placement or Placement(), ranks)
         options = _with_batch_size(options, runner)
         context = dataclasses.replace(context, options=options)
-        inputs = _inputs_fingerprint(context, prompts, runner)
+        inputs = _inputs_fingerprint(context, drawn.pairs, runner)
         kept = Path(work_folder) / inputs.removeprefix("sha256:")[:16] if work_folder else None
         bench = WorkBench(ranks, kept, show_progress)
         try:
             engine = EffectEngine(runner, bench, options.tokens_per_batch)
             context = dataclasses.replace(context, engine=engine)
-            head_map = _saved(_measure(context, strategy, chosen, prompts), output, ranks)
+            head_map = _saved(_measure(context, strategy, chosen, drawn), output, ranks)
         finally:
             bench.close()
         bench.remove()
@@ -170,39 +174,50 @@ def _saved(head_map: HeadMap, output: str | os.PathLike[str] | None, ranks: Rank
 
 
 def _refuse_what_cannot_be_chosen(
-    context: Context, strategy: Strategy, prompts: dict[str, list[PromptPair]]
+    context: Context, strategy: Strategy, tasks: Iterable[str]
 ) -> None:
     """Find mistakes that would show after all the measuring only."""
     nothing = np.zeros(context.shape)
-    fuse(dict.fromkeys(prompts, nothing), context.options.task_weights)
+    fuse(dict.fromkeys(tasks, nothing), context.options.task_weights)
     strategy.choose(context, Scored({}, nothing))
 
 
-def _measure(
-    context: Context, name: str, strategy: Strategy, prompts: dict[str, list[PromptPair]]
-) -> HeadMap:
+def _measure(context: Context, name: str, strategy: Strategy, drawn: Tasks) -> HeadMap:
     options, engine = context.options, context.engine
     assert engine is not None
-    for task, pairs in prompts.items():
-        engine.plan(task, pairs, strategy.stages(options))
-    solved = {
-        task: engine.solve(task, pairs, options.solved, options.min_prompts)
-        for task, pairs in prompts.items()
-    }
+    kinds = strategy.stages(options)
+    heads = None if strategy.total_heads is None else strategy.total_heads(context)
+    layers, per_layer = context.shape
+    solved, left_out = solved_tasks(
+        engine,
+        drawn,
+        options,
+        kinds,
+        receivers=options.num_receivers or budget(context.model, context.ratio),
+        total_heads=layers * per_layer if heads is None else len(heads),
+    )
+    _refuse_what_cannot_be_chosen(context, strategy, solved)
+    for task, prompts in solved.items():
+        engine.plan(task, prompts, kinds, heads)
     context = dataclasses.replace(context, prompts=solved)
-    assert strategy.score is not None
-    return _finish(context, name, strategy, strategy.score(context))
+    return _finish(context, name, strategy, left_out)
 
 
-def _finish(context: Context, name: str, strategy: Strategy, scored: Scored | None) -> HeadMap:
-    if scored is None and strategy.score is not None:
-        scored = strategy.score(context)
+def _finish(
+    context: Context,
+    name: str,
+    strategy: Strategy,
+    left_out: dict[str, dict[str, Any]] | None = None,
+) -> HeadMap:
+    scored = None if strategy.score is None else strategy.score(context)
     heads = strategy.choose(context, scored)
     details: dict[str, Any] = {} if scored is None else dict(scored.details)
     if scored is not None:
         details["unified_score"] = scored.unified.tolist()
     prompts = context.prompts
     details["prompts"] = {task: _prompt_facts(solved) for task, solved in prompts.items()}
+    if left_out:
+        details["left_out"] = left_out
     details["options"] = _options_dict(context.options)
     return HeadMap(
         model=context.model,
@@ -239,23 +254,6 @@ def _options_dict(options: SelectionOptions) -> dict[str, Any]:
 
 
 # -- inputs ----------------------------------------------------------------------------------------
-
-
-def _draw_prompts(
-    tasks: Sequence[str | Capability],
-    tokenizer: Any | None,
-    vocab_size: int,
-    count: int,
-    seed: int,
-) -> dict[str, list[PromptPair]]:
-    capabilities = [make_capability(t) if isinstance(t, str) else t for t in tasks]
-    names = [c.name for c in capabilities]
-    if not names:
-        raise HydraError("--tasks: at least one task is needed")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise HydraError(f"--tasks: {twice[0]} is given twice")
-    return {c.name: c.prompts(tokenizer, vocab_size, count, seed) for c in capabilities}
 
 
 def _with_batch_size(options: SelectionOptions, runner: DecoderRunner) -> SelectionOptions:

@@ -39,13 +39,16 @@ class SelectionOptions:
         min_prompts: fewer solved ones are an error.
         solved: which prompts count as solved: ``top1``, ``pair`` or ``off``
             (see :meth:`EffectEngine.solve`).
-        effects: effects measured exactly by ``interp``: ``direct``, ``total`` or both.
+        effects: effects measured exactly by the ``interp`` strategies: ``direct``, ``total`` or both;
+            empty: the receiver effect alone. What is not the receiver effect is reported, and decides
+            nothing; ``total`` takes most of the time.
         receiver_effect: the one of them that makes a head a receiver and is its receiver score.
         senders: measure path patching to the receivers.
         sender_weight: weight of a head's sender effect beside its receiver effect (both in units of
             the metric, 0 corrupted … 1 clean).
         num_receivers: at most this many receivers a task; default: the number of FA heads.
-        attribution: ``interp`` also measures the first-order estimate, for its rank correlation.
+        attribution: the ``interp`` strategies also measure the first-order estimate of the total effects,
+            for the map and its rank correlation with the effects that were measured.
         check_heads: ``attribution`` measures this many random heads exactly, for the same purpose.
         task_weights: task -> weight in the fusion; 1 where not named.
         constraints: on the choice.
@@ -55,7 +58,7 @@ class SelectionOptions:
     num_prompts: int = 32
     min_prompts: int = 8
     solved: str = "top1"
-    effects: tuple[str, ...] = ("direct", "total")
+    effects: tuple[str, ...] = ()
     receiver_effect: str = "direct"
     senders: bool = True
     sender_weight: float = 0.5
@@ -69,7 +72,11 @@ class SelectionOptions:
     def __post_init__(self) -> None:
         if self.solved not in ("top1", "pair", "off"):
             raise HydraError(f"--solved {self.solved}: must be top1, pair or off")
-        if not self.effects or not set(self.effects) <= {"direct", "total"}:
+        if self.receiver_effect not in ("direct", "total"):
+            raise HydraError(f"--receiver-effect {self.receiver_effect}: must be direct or total")
+        if not self.effects:
+            object.__setattr__(self, "effects", (self.receiver_effect,))
+        if not set(self.effects) <= {"direct", "total"}:
             raise HydraError("--effects: must be direct, total or both")
         if self.receiver_effect not in self.effects:
             raise HydraError(
@@ -138,18 +145,26 @@ class Strategy:
         stages: what it measures of each task (for the progress bar); empty: it needs no model.
         score: from context to scores; ``None``: the choice needs no scores.
         same_in_every_layer: every layer gets an equal share of the FA heads.
+        in_every_layer: every layer gets at least one.
         whole_layers: layers are chosen, not heads: those with the best scores, or without scores
             those at equal distances.
+        total_heads: those whose total effect is measured, if it is; ``None``: all.
     """
 
     help: str
     stages: Callable[[SelectionOptions], tuple[str, ...]]
     score: Callable[[Context], Scored] | None
     same_in_every_layer: bool = False
+    in_every_layer: bool = False
     whole_layers: bool = False
+    total_heads: Callable[[Context], list[Head]] | None = None
 
     def choose(self, context: Context, scored: Scored | None) -> Heads:
-        """The FA heads of every layer."""
+        """The FA heads of every layer.
+
+        Raises:
+            HydraError: the ratio and the constraints contradict each other.
+        """
         constraints = context.options.constraints
         if self.whole_layers:
             if constraints != Constraints(constraints.granularity):
@@ -160,9 +175,25 @@ class Strategy:
             scores = None if scored is None else scored.unified.mean(1)
             return whole_layers(context.model, context.ratio, scores)
         assert scored is not None
+        if self.in_every_layer:
+            self._refuse_fewer_than_layers(context)
+            least = max(1, constraints.min_per_layer)
+            constraints = dataclasses.replace(constraints, min_per_layer=least)
         return choose_heads(
             scored.unified, context.model, context.ratio, constraints, self.same_in_every_layer
         )
+
+    def _refuse_fewer_than_layers(self, context: Context) -> None:
+        granularity = context.options.constraints.granularity
+        model = context.model
+        unit = 1 if granularity == "query_head" else model.num_query_heads // model.num_kv_heads
+        count = budget(model, context.ratio, granularity)
+        if 0 < count < unit * model.num_layers:
+            raise HydraError(
+                f"--strategy global_interp_c needs {unit * model.num_layers} FA heads, {unit} in "
+                f"each of {model.num_layers} layers; --ratio {context.ratio} gives {count}: take a "
+                "lower ratio, or --strategy global_interp"
+            )
 
 
 # -- scores ----------------------------------------------------------------------------------------
@@ -170,21 +201,52 @@ class Strategy:
 
 def _interp(context: Context) -> Scored:
     """Receivers by activation patching, senders by path patching, fused over tasks."""
+    options, engine = context.options, context.engine
+    assert engine is not None
+    effects: dict[str, dict[str, np.ndarray]] = {task: {} for task in context.prompts}
+    receivers: dict[str, list[Head]] = {}
+    # The receivers of all tasks first: then it is known what is left to do.
+    for task, prompts in context.prompts.items():
+        effect = _EFFECTS[options.receiver_effect](engine, task, prompts)
+        effects[task][options.receiver_effect] = effect
+        if options.senders:
+            count = options.num_receivers or max(1, budget(context.model, context.ratio))
+            receivers[task] = top_heads(effect, count, RECEIVER_SHARE)
+            engine.plan_paths(task, prompts, receivers[task])
     by_task, details = {}, {}
     for task, prompts in context.prompts.items():
-        by_task[task], details[task] = _interp_task(context, task, prompts)
-    unified = fuse(by_task, context.options.task_weights)
+        found = effects[task]
+        for kind in options.effects:
+            if kind not in found:
+                found[kind] = _EFFECTS[kind](engine, task, prompts)
+        by_task[task], details[task] = _interp_task(
+            context, task, prompts, found, receivers.get(task, [])
+        )
+    unified = fuse(by_task, options.task_weights)
     return Scored(by_task, unified, {"tasks": details})
 
 
-def _interp_task(context: Context, task: str, prompts: Solved) -> tuple[np.ndarray, dict[str, Any]]:
+_EFFECTS: dict[str, Callable[[EffectEngine, str, Solved], np.ndarray]] = {
+    "direct": EffectEngine.direct,
+    "total": EffectEngine.total,
+}
+
+
+def _interp_task(
+    context: Context,
+    task: str,
+    prompts: Solved,
+    effects: dict[str, np.ndarray],
+    receivers: list[Head],
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """A task's scores, and what the map reports of it.
+
+    Args:
+        effects: measured already, kind -> ``[L, H]``.
+    """
     options, engine = context.options, context.engine
     assert engine is not None
-    effects = {}
-    if "direct" in options.effects:
-        effects["direct"] = engine.direct(task, prompts)
-    if "total" in options.effects:
-        effects["total"] = engine.total(task, prompts)
+    effects = {kind: effects[kind] for kind in options.effects}
     details: dict[str, Any] = {"receivers": [], "attribution_spearman": {}}
     if options.attribution:
         effects["attribution"] = engine.attribution(task, prompts)
@@ -193,8 +255,6 @@ def _interp_task(context: Context, task: str, prompts: Solved) -> tuple[np.ndarr
         }
     score = effects[options.receiver_effect]
     if options.senders:
-        count = options.num_receivers or max(1, budget(context.model, context.ratio))
-        receivers = top_heads(score, count, RECEIVER_SHARE)
         paths = engine.paths(task, prompts, receivers)
         effects.update({f"sender_{path}": paths[path] for path in PATHS})
         details["receivers"] = [list(head) for head in receivers]
@@ -220,13 +280,18 @@ def _layer_effects(context: Context) -> Scored:
     return Scored(by_task, fuse(by_task, context.options.task_weights))
 
 
-def _attribution(context: Context) -> Scored:
-    """First-order estimates, checked on a few random heads against exact effects."""
-    assert context.engine is not None
+def _checked_heads(context: Context) -> list[Head]:
+    """The random heads whose estimate is compared with the exact effect."""
     layers, heads = context.shape
     count = min(context.options.check_heads, layers * heads)
     picked = np.random.default_rng(context.seed).choice(layers * heads, count, replace=False)
-    checked: list[Head] = sorted((int(i) // heads, int(i) % heads) for i in picked)
+    return sorted((int(i) // heads, int(i) % heads) for i in picked)
+
+
+def _attribution(context: Context) -> Scored:
+    """First-order estimates, checked on a few random heads against exact effects."""
+    assert context.engine is not None
+    checked = _checked_heads(context)
     by_task, details = {}, {}
     for task, prompts in context.prompts.items():
         estimate = context.engine.attribution(task, prompts)
@@ -258,43 +323,67 @@ def _random(context: Context) -> Scored:
     return Scored({}, scores)
 
 
+def _fixed(context: Context) -> Scored:
+    """The same order of heads in every layer: as they are numbered."""
+    layers, heads = context.shape
+    return Scored({}, np.tile(-np.arange(heads, dtype=float), (layers, 1)))
+
+
 def _interp_stages(options: SelectionOptions) -> tuple[str, ...]:
     extra = [("attribution", options.attribution), ("paths", options.senders)]
     return ("baseline", *options.effects, *(stage for stage, wanted in extra if wanted))
 
 
+def _no_stages(_: SelectionOptions) -> tuple[str, ...]:
+    return ()
+
+
 STRATEGIES: dict[str, Strategy] = {
-    "interp": Strategy(
-        "causal effects: activation patching finds receivers, path patching senders",
+    "global_interp_c": Strategy(
+        "the best heads of all layers by causal effects (activation patching finds receivers, path "
+        "patching senders), at least one in every layer",
         _interp_stages,
         _interp,
+        in_every_layer=True,
+    ),
+    "global_interp": Strategy(
+        "the best heads of all layers by causal effects, wherever they are",
+        _interp_stages,
+        _interp,
+    ),
+    "layer_interp": Strategy(
+        "the best heads by causal effects, the same number in every layer",
+        _interp_stages,
+        _interp,
+        same_in_every_layer=True,
+    ),
+    "global_random": Strategy("heads drawn at random from all layers", _no_stages, _random),
+    "layer_random": Strategy(
+        "random heads, the same number in every layer",
+        _no_stages,
+        _random,
+        same_in_every_layer=True,
+    ),
+    "fixed": Strategy(
+        "the first heads of every layer, the same number in each",
+        _no_stages,
+        _fixed,
+        same_in_every_layer=True,
     ),
     "attribution": Strategy(
         "first-order estimate of the total effects: two forwards and one backward for all heads",
         lambda options: ("baseline", "attribution", "total"),
         _attribution,
+        total_heads=_checked_heads,
     ),
     "attention_mass": Strategy(
         "how much a head attends to the answer's earlier occurrences (retrieval score)",
         lambda options: ("baseline", "attention"),
         _attention_mass,
     ),
-    "random": Strategy("heads drawn at random from all layers", lambda options: (), _random),
-    "uniform": Strategy(
-        "random heads, the same number in every layer",
-        lambda options: (),
-        _random,
-        same_in_every_layer=True,
-    ),
-    "per_layer_quota": Strategy(
-        "the best heads by interp's scores, the same number in every layer",
-        _interp_stages,
-        _interp,
-        same_in_every_layer=True,
-    ),
     "layerwise": Strategy(
         "whole layers at equal distances (the number of heads is rounded to whole layers)",
-        lambda options: (),
+        _no_stages,
         None,
         whole_layers=True,
     ),
@@ -305,6 +394,7 @@ STRATEGIES: dict[str, Strategy] = {
         whole_layers=True,
     ),
 }
+"""By name; the first six names are the paper's."""
 
 
 def ranking_of(scored: Scored | None) -> list[Head]:

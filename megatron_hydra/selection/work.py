@@ -11,6 +11,8 @@ import hashlib
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from megatron_hydra.errors import HydraError
+from megatron_hydra.selection.time_left import Stage, TimeLeft, in_words
 from megatron_hydra.stopping import Stopped, stop_requested
 from megatron_hydra.watchdog import PATIENCE, collective_timeout, feed_watchdog
 
@@ -83,7 +86,7 @@ class Chunk:
 
     Attributes:
         key: unique within the run; names its file.
-        cost: its share of the time, in any unit common to all chunks.
+        cost: what it computes (:mod:`megatron_hydra.selection.cost`), in a unit common to all chunks.
         batch: number of the prompt batch it needs: chunks of one batch are computed together.
         layer: the layer it is about, or -1.
     """
@@ -106,58 +109,75 @@ class WorkBench:
     Args:
         ranks: the processes.
         folder: where results are kept for a later start; ``None``: nowhere.
-        show_progress: a bar with the remaining time on rank 0's standard error.
+        show_progress: a bar with the time left, and what is said on the way, on rank 0's standard error.
+        clock: seconds that pass, for measuring chunks.
+
+    Attributes:
+        time_left: what this process knows about the work that is left.
+        shows: whether this process shows anything.
     """
 
     def __init__(
-        self, ranks: Ranks, folder: Path | None = None, show_progress: bool = False
+        self,
+        ranks: Ranks,
+        folder: Path | None = None,
+        show_progress: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.ranks, self.folder = ranks, folder
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             if ranks.rank == 0:
                 (folder / _STOP_MARK).unlink(missing_ok=True)
-        self._planned: dict[str, float] = {}
+        self.time_left = TimeLeft(ranks.size)
+        self.shows = show_progress and ranks.rank == 0
+        self.clock = clock
+        self._shown = -float("inf")
         self._bar = tqdm(
-            total=0.0,
-            disable=not show_progress or ranks.rank != 0,
-            bar_format="{desc}{percentage:3.0f}%|{bar:24}| {elapsed}, {remaining} left",
+            total=1.0,
+            disable=not self.shows,
+            bar_format="{desc}{percentage:3.0f}%|{bar:24}| {elapsed}{postfix}",
             leave=False,
         )
 
-    def plan(self, stage: str, cost: float) -> None:
-        """Say what a stage will cost (all chunks), so that the remaining time counts it."""
-        self._planned[stage] = cost
-        self._bar.total = max(sum(self._planned.values()), float(self._bar.n), 1e-9)
-        self._bar.refresh()
+    def plan(self, stage: Stage, chunks: Sequence[Chunk]) -> None:
+        """Say which chunks a stage has, so that the time left counts them; those on disk cost nothing."""
+        self.time_left.plan(stage, sum(c.cost for c in chunks if not self._is_kept(c)))
 
-    def run(self, stage: str, chunks: Sequence[Chunk], compute: Compute) -> dict[str, Result]:
+    def say(self, text: str) -> None:
+        """A line above the bar, for the person who waits."""
+        if self.shows:
+            tqdm.write(text, file=sys.stderr)
+
+    def run(self, stage: Stage, chunks: Sequence[Chunk], compute: Compute) -> dict[str, Result]:
         """All chunks' results by key, on every rank.
 
         Args:
-            stage: shown beside the bar.
+            stage: that they belong to, and that was planned; they may be a part of it.
             chunks: the same list on every rank.
         """
-        self.plan(stage, sum(c.cost for c in chunks))
-        self._bar.set_description(stage)
+        self._bar.set_description(str(stage), refresh=False)
         done = self.ranks.from_first({c.key: r for c in chunks if (r := self._read(c)) is not None})
         todo = [c for c in chunks if c.key not in done]
-        self._bar.update(sum(c.cost for c in chunks if c.key in done))
         mine: dict[str, Result] = {}
         batches: dict[int, list[Chunk]] = {}
         for chunk in todo[self.ranks.rank :: self.ranks.size]:
             batches.setdefault(chunk.batch, []).append(chunk)
+        left = self.time_left.cost(stage) - sum(c.cost for c in todo)
         failure: BaseException | None = None
         try:
             self._leave_if_stopped()
             feed_watchdog()
+            started = self.clock()
             for batch, members in batches.items():
                 for chunk, result in compute(batch, members):
                     feed_watchdog()
                     self._write(chunk, result)
                     mine[chunk.key] = result
-                    # Other ranks advance at the same pace: one bar stands for all of them.
-                    self._bar.update(chunk.cost * self.ranks.size)
+                    now = self.clock()
+                    self.time_left.done(stage, chunk.cost, now - started)
+                    self._show(now)
+                    started = now
                     self._leave_if_stopped()
         except (Exception, Stopped) as error:  # told to the other ranks, which would wait for ever
             failure = error
@@ -165,7 +185,18 @@ class WorkBench:
         self._raise_together(failure)
         for part in self.ranks.gather(mine):
             done.update(part)
+        self.time_left.plan(stage, max(0.0, left))  # the other ranks' chunks, as they really were
         return {chunk.key: done[chunk.key] for chunk in chunks}
+
+    def _show(self, now: float) -> None:
+        """Draw the bar, a few times a second on a screen and twice a minute in a file."""
+        left = self.time_left.seconds()
+        pause = 0.2 if sys.stderr.isatty() else 30.0
+        if not self.shows or left is None or now - self._shown < pause:
+            return
+        self._shown = now
+        self._bar.n = self.time_left.share_done
+        self._bar.set_postfix_str(f"about {in_words(left)} left")
 
     def _leave_if_stopped(self) -> None:
         """Stop after a chunk if this rank was asked to, or another one: they tell by a file.
@@ -210,8 +241,12 @@ class WorkBench:
         digest = hashlib.sha256(chunk.key.encode()).hexdigest()[:12]
         return self.folder / f"{readable}-{digest}.safetensors"
 
+    def _is_kept(self, chunk: Chunk) -> bool:
+        """Whether rank 0 has a chunk's result on disk; other ranks are told by it."""
+        return self.folder is not None and self.ranks.rank == 0 and self._path(chunk).is_file()
+
     def _read(self, chunk: Chunk) -> Result | None:
-        if self.folder is None or self.ranks.rank != 0 or not self._path(chunk).is_file():
+        if not self._is_kept(chunk):
             return None
         try:
             return load_file(self._path(chunk))

@@ -13,8 +13,9 @@ from megatron_hydra.data.manifest import Manifest, file_record
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments import fingerprint
 from megatron_hydra.experiments.command import Request, run, show
-from megatron_hydra.experiments.plan import make_plan
+from megatron_hydra.experiments.plan import _DRAWN, _SEEDLESS, make_plan
 from megatron_hydra.experiments.spec import load_experiment
+from megatron_hydra.selection import STRATEGIES, SelectionOptions
 from tests.experiments.conftest import CONFIGS
 
 
@@ -35,7 +36,7 @@ ALL = ["prepare", "select", "convert", "teacher", "align", "distill", "export", 
     "change, first",
     [
         ("selection: {ratio: '3:1'}", "select"),
-        ("selection: {strategy: random}", "select"),
+        ("selection: {strategy: global_random}", "select"),
         ("hydra: {fusion: gated}", "convert"),
         ("student: {half_life: [8, 64]}", "convert"),
         ("stages: {align: {set: {optimizer.lr: 1.0e-3}}}", "align"),
@@ -61,6 +62,23 @@ def test_what_is_left_at_its_default_is_the_same_step(write):
     assert len(plan.steps) == 2 * 7 + 1
 
 
+def test_a_name_from_before_is_the_same_step(write):
+    plan = planned(
+        write(
+            """variants:
+  old: {selection: {strategy: random}}
+  new: {selection: {strategy: global_random}}
+"""
+        )
+    )
+    assert steps(plan, "/ old / seed 1") == steps(plan, "/ new / seed 1")
+
+
+def test_strategies_without_prompts_are_known_as_such():
+    without = {name for name, one in STRATEGIES.items() if not one.stages(SelectionOptions())}
+    assert without == {*_SEEDLESS, *_DRAWN}
+
+
 def test_seeds_share_only_what_has_none(write):
     plan = planned(write("variants: {a: {}, whole: {selection: {strategy: layerwise}}}"))
     first, second = steps(plan, "/ a / seed 0"), steps(plan, "/ a / seed 1")
@@ -74,7 +92,7 @@ def test_all_gdn_needs_no_prompts_whatever_the_strategy(write):
         write(
             """variants:
   one: {selection: {ratio: all-gdn}}
-  other: {selection: {ratio: all-gdn, strategy: random}}
+  other: {selection: {ratio: all-gdn, strategy: global_random}}
 """
         )
     )

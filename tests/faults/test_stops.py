@@ -52,6 +52,7 @@ def test_selection_stops_on_all_ranks_and_goes_on(model: Path, tmp_path: Path, t
     arguments = [
         "--hf-path", str(model), "--tasks", "induction:length=12", "--solved", "off",
         "--num-prompts", "24", "--tokens-per-batch", "200", "--ratio", "5:1", "--no-pictures",
+        "--effects", "direct", "total",
     ]  # fmt: skip
     tool = str(ROOT / "tools" / "select_heads.py")
 
@@ -101,6 +102,7 @@ def test_a_hung_rank_ends_the_selection(model: Path, tmp_path: Path, table) -> N
         str(tmp_path / "hangs.py"), str(ROOT / "tools" / "select_heads.py"),
         "--hf-path", str(model), "--tasks", "induction:length=12", "--solved", "off",
         "--num-prompts", "24", "--tokens-per-batch", "200", "--no-pictures", "--timeout", "8",
+        "--ratio", "5:1",
         "--output", str(tmp_path / "map.json"), str(tmp_path / "mark"),
     ]  # fmt: skip
     done = subprocess.run(

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.parallel
 ARGUMENTS = [
     *("--tasks", "induction:length=12", "--solved", "off", "--num-prompts", "12"),
     *("--tokens-per-batch", "400", "--ratio", "5:1", "--no-pictures"),
+    *("--effects", "direct", "total"),
 ]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_hydra.errors import HydraError
-from megatron_hydra.head_map import HeadMap
+from megatron_hydra.head_map import OLD_STRATEGY_NAMES, HeadMap, _tell_new_name
 from megatron_hydra.selection import (
     STRATEGIES,
     Constraints,
@@ -68,9 +68,12 @@ def heads_of(head_map: HeadMap) -> set[tuple[int, int]]:
 
 
 def test_interp_chooses_the_planted_circuit(planted: Planted) -> None:
-    head_map = select_heads(planted.model, ratio="5:1", tasks=[TASK], options=OPTIONS)
+    options = dataclasses.replace(OPTIONS, effects=("direct", "total"))
+    head_map = select_heads(
+        planted.model, ratio="5:1", strategy="global_interp", tasks=[TASK], options=options
+    )
     assert heads_of(head_map) == set(planted.receivers + planted.senders)
-    assert head_map.strategy == "interp"
+    assert head_map.strategy == "global_interp"
     assert head_map.prompts_fingerprint.startswith("sha256:")
     assert np.array(head_map.scores["planted"]).shape == (5, 6)
     task = head_map.details["tasks"]["planted"]
@@ -103,15 +106,57 @@ def test_every_strategy_gives_a_reproducible_map(strategy: str, planted: Planted
     assert first.to_dict() == run(1).to_dict()
     expected = 6 if strategy.startswith("layerwise") else 5
     assert first.num_full_attention == expected
-    if strategy in ("uniform", "per_layer_quota"):
+    if strategy in ("layer_random", "layer_interp", "fixed", "global_interp_c"):
         assert [len(x) for x in first.full_attention_heads] == [1] * 5
-    if strategy in ("random", "uniform"):
+    if strategy in ("global_random", "layer_random"):
         assert heads_of(first) != heads_of(run(2))
+    if strategy == "fixed":
+        assert heads_of(first) == {(layer, 0) for layer in range(5)}
     if strategy == "attribution":
         spearman = first.details["tasks"]["planted"]["attribution_spearman"]["total"]
         assert -1 <= spearman <= 1
     if strategy == "attention_mass":
         assert planted.decoy in heads_of(first)
+
+
+def test_at_least_one_head_in_every_layer_and_then_the_best(planted: Planted) -> None:
+    """As many as fit, the rest by score: the paper's Global-Interp-C."""
+
+    def run(**arguments: Any) -> HeadMap:
+        return select_heads(planted.model, ratio="2:1", tasks=[TASK], options=OPTIONS, **arguments)
+
+    found, free = run(), run(strategy="global_interp")
+    assert found.strategy == "global_interp_c"
+    assert found.scores == free.scores
+    chosen = heads_of(found)
+    assert len(chosen) == len(heads_of(free)) == 10
+    first = {next(h for h in found.ranking if h[0] == layer) for layer in range(5)}
+    rest = [head for head in found.ranking if head not in first]
+    assert chosen == first | set(rest[:5])
+
+
+def test_fewer_heads_than_layers_are_refused_with_the_way_out(
+    planted: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patching, "baseline", None)
+    match = "global_interp_c needs 5 FA heads, 1 in each of 5 layers; --ratio 9:1 gives 3"
+    with pytest.raises(HydraError, match=f"{match}.*--strategy global_interp$"):
+        select_heads(planted.model, ratio="9:1", tasks=[TASK], options=OPTIONS)
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_STRATEGY_NAMES.items())
+def test_names_from_before_are_accepted_with_a_word(
+    old: str, new: str, planted: Planted, caplog: pytest.LogCaptureFixture
+) -> None:
+    _tell_new_name.cache_clear()
+    options = dataclasses.replace(OPTIONS, attribution=False, senders=False)
+    found = [
+        select_heads(planted.model, ratio="5:1", strategy=name, tasks=[TASK], options=options)
+        for name in (old, old, new)
+    ]
+    assert found[0].to_dict() == found[2].to_dict()
+    assert found[0].strategy == new
+    assert caplog.text.count(f"strategy {old} is called {new} now") == 1
 
 
 def test_the_layer_whose_attention_decides_is_kept_whole(planted: Planted) -> None:
@@ -141,14 +186,16 @@ def test_prompts_that_the_model_does_not_solve_are_dropped_and_counted(planted: 
     np.testing.assert_allclose(head_map.scores["mixed"], alone.scores["mixed"], atol=1e-5)
     strict = dataclasses.replace(OPTIONS, min_prompts=6)
     with pytest.raises(HydraError, match="mixed: the model solves 5 of 8 prompts, at least 6"):
-        select_heads(planted.model, tasks=[task], options=strict)
+        select_heads(planted.model, ratio="5:1", tasks=[task], options=strict)
 
 
 def test_a_killed_run_continues_to_the_same_map(
     planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the middle of the total effects; the second start computes only what is left."""
-    options = dataclasses.replace(OPTIONS, tokens_per_batch=440, senders=False)
+    options = dataclasses.replace(
+        OPTIONS, tokens_per_batch=440, senders=False, effects=("direct", "total")
+    )
     expected = select_heads(planted.model, ratio="5:1", tasks=[TASK], options=options)
     real, layers = patching.total_effects, []
 
@@ -182,11 +229,15 @@ def test_nothing_measured_is_lost_when_the_map_cannot_be_saved(
         patched.setattr(HeadMap, "save", lambda self, path: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(OSError, match="full"):
             select_heads(planted.model, ratio="5:1", output=tmp_path / "map.json", **arguments)
-    expected = select_heads(planted.model, ratio="9:1", tasks=[TASK], options=OPTIONS)
+    expected = select_heads(
+        planted.model, ratio="9:1", strategy="global_interp", tasks=[TASK], options=OPTIONS
+    )
     for effect in ("baseline", "direct_effects", "total_effects", "attribution_effects"):
         monkeypatch.setattr(patching, effect, None)
     output = tmp_path / "map.json"
-    found = select_heads(planted.model, ratio="9:1", output=output, **arguments)
+    found = select_heads(
+        planted.model, ratio="9:1", strategy="global_interp", output=output, **arguments
+    )
     assert found.to_dict() == expected.to_dict() == HeadMap.load(output).to_dict()
     assert not (tmp_path / "work").exists()
 
@@ -198,7 +249,7 @@ def test_nothing_measured_is_lost_when_the_map_cannot_be_saved(
         ({"constraints": Constraints(min_per_layer=3)}, "--min-per-layer 3 needs 15 FA"),
     ],
 )
-@pytest.mark.parametrize("strategy", ["interp", "attention_mass"])
+@pytest.mark.parametrize("strategy", ["global_interp", "attention_mass"])
 def test_mistakes_are_found_before_anything_is_measured(
     strategy: str,
     options: dict,
@@ -214,9 +265,13 @@ def test_mistakes_are_found_before_anything_is_measured(
 
 def test_tasks_whose_names_are_alike_keep_apart(planted: Planted, tmp_path: Path) -> None:
     alike = [Pairs("x=1", induction_pairs(4, 0)), Pairs("x_1", induction_pairs(4, 1))]
-    options = dataclasses.replace(OPTIONS, senders=False, attribution=False)
-    expected = select_heads(planted.model, tasks=alike, options=options)
-    found = select_heads(planted.model, tasks=alike, options=options, work_folder=tmp_path)
+    options = dataclasses.replace(
+        OPTIONS, senders=False, attribution=False, effects=("direct", "total")
+    )
+    expected = select_heads(planted.model, ratio="5:1", tasks=alike, options=options)
+    found = select_heads(
+        planted.model, ratio="5:1", tasks=alike, options=options, work_folder=tmp_path
+    )
     assert found.to_dict() == expected.to_dict()
 
 
@@ -230,7 +285,7 @@ def test_results_for_other_inputs_are_not_used(planted: Planted, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"strategy": "best"}, "--strategy best: must be one of interp"),
+        ({"strategy": "best"}, "--strategy best: must be one of global_interp_c"),
         ({"ratio": "7"}, "ratio '7' is not understood"),
         ({"tasks": []}, "at least one task"),
         ({"tasks": [TASK, TASK]}, "planted is given twice"),
@@ -249,6 +304,7 @@ def test_what_cannot_be_is_refused(arguments: dict, message: str, planted: Plant
         ({"solved": "yes"}, "--solved yes"),
         ({"effects": ("indirect",)}, "--effects"),
         ({"effects": ("total",)}, "--receiver-effect direct"),
+        ({"receiver_effect": "both"}, "--receiver-effect both"),
         ({"min_prompts": 0}, "--min-prompts 0"),
         ({"check_heads": 1}, "--check-heads"),
         ({"num_receivers": 0}, "--num-receivers 0"),
@@ -269,10 +325,15 @@ def test_answers_outside_the_context_give_no_attention_mass(planted: Planted) ->
         )
 
 
+def test_the_receiver_effect_alone_is_measured_unless_more_is_asked_for() -> None:
+    assert SelectionOptions().effects == ("direct",)
+    assert SelectionOptions(receiver_effect="total").effects == ("total",)
+
+
 def test_sliding_window_models_are_refused() -> None:
     model = tiny_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
     with pytest.raises(HydraError, match="sliding-window"):
-        select_heads(model, tasks=["induction"])
+        select_heads(model, ratio="5:1", tasks=["induction"])
 
 
 def test_placement_errors_name_the_flag() -> None:
@@ -327,12 +388,12 @@ def test_head_map_command(
     maps = []
     for seed in (1, 2):
         maps.append(tmp_path / f"{seed}.json")
-        select_heads(folder, ratio="5:1", strategy="random", seed=seed).save(maps[-1])
+        select_heads(folder, ratio="5:1", strategy="global_random", seed=seed).save(maps[-1])
     assert run(head_map_tool, monkeypatch, "show", maps[0]) == 0
     assert "5 layers, 6 query heads on 3 KV heads" in capsys.readouterr().out
     by_effects = tmp_path / "effects.json"
     options = dataclasses.replace(OPTIONS, effects=("direct",), senders=False)
-    select_heads(folder, tasks=[TASK], options=options, output=by_effects)
+    select_heads(folder, ratio="5:1", tasks=[TASK], options=options, output=by_effects)
     assert run(head_map_tool, monkeypatch, "show", by_effects) == 0
     spearman = HeadMap.load(by_effects).details["tasks"]["planted"]["attribution_spearman"]
     line = f"planted: rank correlation with the direct effect {spearman['direct']:.2f}"

@@ -1,0 +1,182 @@
+"""Which tasks count: those that are named, and of the default ones those that the model solves."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.head_map import HeadMap
+from megatron_hydra.selection import PromptPair, SelectionOptions, patching, select_heads, tasks
+from megatron_hydra.selection.plots import draw_head_map
+from tests.selection.planted import Planted, induction_pairs, plant
+from tools import head_map as head_map_tool
+
+OPTIONS = SelectionOptions(num_prompts=32, min_prompts=8, attribution=False, senders=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Fixed pairs as a capability."""
+
+    name: str
+    pairs: list[PromptPair]
+
+    def prompts(self, tokenizer: Any, vocab_size: int, count: int, seed: int) -> list[PromptPair]:
+        return self.pairs[:count]
+
+
+GOOD = Pairs("good", induction_pairs(32, 0))
+BAD = Pairs(
+    "bad",
+    [dataclasses.replace(p, answer=p.wrong, wrong=p.answer) for p in induction_pairs(32, 1)],
+)
+SOME = Pairs("some", BAD.pairs[:28] + induction_pairs(4, 2))
+
+
+@pytest.fixture(scope="module")
+def planted() -> Planted:
+    return plant(0)
+
+
+@pytest.fixture
+def defaults(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Replaces the default tasks."""
+    return lambda *wanted: monkeypatch.setattr(tasks, "DEFAULT_TASKS", wanted)
+
+
+@pytest.fixture
+def baselines(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompts every run without intervention had."""
+    sizes: list[int] = []
+    real = patching.baseline
+    monkeypatch.setattr(
+        patching, "baseline", lambda r, b: (sizes.append(len(b.index)), real(r, b))[1]
+    )
+    return sizes
+
+
+def select(planted: Planted, options: SelectionOptions = OPTIONS, **arguments: Any) -> HeadMap:
+    return select_heads(planted.model, ratio="5:1", options=options, **arguments)
+
+
+def test_default_tasks_that_are_not_solved_are_left_out(
+    planted: Planted,
+    defaults: Any,
+    baselines: list[int],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    defaults(BAD, GOOD, SOME, "facts")  # the model has no tokenizer
+    options = dataclasses.replace(OPTIONS, tokens_per_batch=440)
+    found = select(planted, options, output=tmp_path / "map.json")
+    assert list(found.scores) == ["good"]
+    assert found.scores == select(planted, options, tasks=[GOOD]).scores
+    left_out = found.details["left_out"]
+    assert {task: (facts["drawn"], facts["solved"]) for task, facts in left_out.items()} == {
+        "facts": (0, 0), "bad": (32, 0), "some": (32, 4),
+    }  # fmt: skip
+    assert "needs text" in left_out["facts"]["reason"]
+    assert "task some is left out: the model solves 4 of 32 prompts, at least 8" in caplog.text
+    assert sum(baselines) == 4 * 32  # each prompt once, though some came in the solve check
+    assert HeadMap.load(tmp_path / "map.json").to_dict() == found.to_dict()
+
+    lines: list[str] = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.supxlabel", lambda _, text, **__: lines.append(text)
+    )
+    draw_head_map(found, tmp_path / "map")
+    assert len(lines) == 2  # the capabilities and the unified score
+    assert all("left out: some (solved 4 of 32)" in text for text in lines)
+    monkeypatch.setattr(sys, "argv", ["tool", "show", str(tmp_path / "map.json")])
+    assert head_map_tool.main() == 0
+    assert "left out     bad: the model solves 0 of 32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("way", ["task", "weight"])
+def test_a_task_that_is_named_has_to_be_solved(
+    planted: Planted, defaults: Any, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """And it is found out before anything else is measured."""
+    defaults(GOOD, SOME)
+    monkeypatch.setattr(patching, "direct_effects", None)
+    weighted = dataclasses.replace(OPTIONS, task_weights={"some": 0.5})
+    given = {"tasks": [GOOD, SOME]} if way == "task" else {"options": weighted}
+    with pytest.raises(HydraError, match=r"--tasks some: the model solves 4 of 32 prompts.*leave"):
+        select(planted, **given)
+
+
+def test_nothing_solved_is_told_after_a_few_prompts(
+    planted: Planted, defaults: Any, baselines: list[int]
+) -> None:
+    more = [dataclasses.replace(BAD, name=f"bad {i}") for i in range(4)]
+    defaults(*more)
+    options = dataclasses.replace(OPTIONS, tokens_per_batch=110)  # one pair a batch
+    with pytest.raises(
+        HydraError, match=r"no prompt of any task \(solve check: bad 0 0 of 8, bad 1"
+    ):
+        select(planted, options)
+    assert sum(baselines) == 4 * tasks.FEW
+    baselines.clear()
+    with pytest.raises(HydraError, match="bad 0 of 24"):
+        select(planted, options, tasks=[BAD])
+    assert sum(baselines) == tasks.FEW_IN_ALL
+
+
+def test_too_little_solved_of_every_default_task(planted: Planted, defaults: Any) -> None:
+    defaults(SOME)
+    with pytest.raises(HydraError, match="no default task is solved often enough: some: the model"):
+        select(planted)
+
+
+def test_no_default_task_has_prompts(planted: Planted, defaults: Any) -> None:
+    defaults("facts", "code")
+    with pytest.raises(
+        HydraError, match=r"none of the default tasks .*\(facts; code\).*jsonl:PATH"
+    ):
+        select(planted)
+
+
+def test_attention_mass_leaves_out_answers_that_are_nowhere(
+    planted: Planted, defaults: Any
+) -> None:
+    absent = [next(t for t in range(16) if t not in p.clean + p.corrupted) for p in GOOD.pairs]
+    pairs = [dataclasses.replace(p, answer=a) for p, a in zip(GOOD.pairs, absent, strict=True)]
+    defaults(GOOD, Pairs("nowhere", pairs))
+    options = dataclasses.replace(OPTIONS, solved="off", min_prompts=1)
+    found = select(planted, options, strategy="attention_mass")
+    assert list(found.scores) == ["good"]
+    assert "no answer occurs" in found.details["left_out"]["nowhere"]["reason"]
+
+
+def test_what_it_will_take_is_said_with_what_makes_it_shorter(
+    planted: Planted,
+    defaults: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    defaults(GOOD, BAD)
+    options = dataclasses.replace(
+        OPTIONS, effects=("direct", "total"), attribution=True, senders=True, tokens_per_batch=440
+    )
+    quiet = select(planted, options)
+    assert capsys.readouterr().err == ""
+    assert select(planted, options, show_progress=True).to_dict() == quiet.to_dict()
+    said = capsys.readouterr().err
+    # Two tasks: twelve prompts of each, in batches of four.
+    assert "good  12 of 12  about" in said
+    assert "bad   0 of 12   nothing if it is left out" in said
+    assert "in all about" in said
+    assert "--num-prompts" not in said
+    monkeypatch.setattr(tasks, "LONG", 0.0)
+    select(planted, options, show_progress=True)
+    said = capsys.readouterr().err
+    for option in ("--effects direct", "--num-prompts 8", "--no-attribution"):
+        assert f"{option} makes it about" in said

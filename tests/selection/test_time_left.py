@@ -1,0 +1,113 @@
+"""The time left: told well from what a real selection's units took."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hydra.selection.time_left import Stage, TimeLeft, in_words
+
+RECORDED = sorted(Path(__file__).parent.glob("recorded_*.json"))
+"""Selections with SmolLM2-135M-Instruct on one CPU core, by ``record_chunks.py``."""
+
+
+def replay(events: list[list[Any]], weigh: Callable[[float], float]) -> list[tuple[float, float]]:
+    """What was said and what was true after every unit: (seconds said, seconds left).
+
+    Args:
+        weigh: from a recorded cost to the cost that the estimate is given.
+    """
+    whole = sum(event[-1] for event in events if event[0] in ("observe", "done"))
+    left, clock, said = TimeLeft(), 0.0, []
+    for what, *rest in events:
+        if what == "plan":
+            kind, task, cost = rest
+            left.plan(Stage(kind, task), weigh(cost))
+        elif what == "drop":
+            left.drop(rest[0])
+        else:
+            *stage, cost, seconds = rest
+            clock += seconds
+            if what == "observe":
+                left.observe(stage[0], weigh(cost), seconds)
+            else:
+                left.done(Stage(*stage), weigh(cost), seconds)
+            said.append((clock, left.seconds() or 0.0))
+    return [(estimate, whole - clock) for clock, estimate in said if clock >= 60.0]
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_after_a_minute_the_estimate_is_within_a_factor_of_two(path: Path) -> None:
+    events = json.loads(path.read_text())
+    judged = [pair for pair in replay(events, lambda cost: cost) if pair[1] >= 30.0]
+    assert len(judged) > 100
+    ratios = [estimate / true for estimate, true in judged]
+    assert 0.5 < min(ratios) <= max(ratios) < 2.0
+
+
+def test_units_that_all_count_alike_would_not_be(tmp_path: Path) -> None:
+    """The bound above is one that a poor estimate misses."""
+    path = next(p for p in RECORDED if "total" in p.stem)
+    events = json.loads(path.read_text())
+    counts = {}
+    for what, *rest in events:
+        if what == "done":
+            counts[tuple(rest[:2])] = counts.get(tuple(rest[:2]), 0) + 1
+    for event in events:
+        if event[0] == "plan":
+            event[3] = float(counts.get(tuple(event[1:3]), 0)) if event[3] else 0.0
+        elif event[0] in ("observe", "done"):
+            event[-2] = 1.0
+    ratios = [e / t for e, t in replay(events, lambda cost: cost) if t >= 30.0]
+    assert not 0.5 < min(ratios) <= max(ratios) < 2.0
+
+
+def test_nothing_is_said_before_anything_was_timed() -> None:
+    left = TimeLeft()
+    left.plan(Stage("total", "a"), 10.0)
+    assert left.seconds() is None
+    assert left.share_done == 0.0
+
+
+def test_every_kind_has_its_own_pace_and_the_first_unit_does_not_count() -> None:
+    left = TimeLeft()
+    left.plan(Stage("direct", "a"), 4.0)
+    left.plan(Stage("total", "a"), 100.0)
+    left.done(Stage("direct", "a"), 1.0, 50.0)  # warming up
+    assert left.seconds() == pytest.approx(50.0 * 103)
+    left.done(Stage("direct", "a"), 1.0, 2.0)
+    assert left.seconds() == pytest.approx(2.0 * 102)
+    left.observe("total", 1.0, 0.5)
+    assert left.seconds() == pytest.approx(2.0 * 2 + 0.5 * 100)
+    assert left.seconds(kinds=("total",)) == pytest.approx(50.0)
+    assert left.share_done == pytest.approx(52.5 / (52.5 + 54.0))
+
+
+def test_processes_share_what_is_left() -> None:
+    left = TimeLeft(processes=4)
+    left.plan(Stage("direct", "a"), 8.0)
+    left.plan(Stage("direct", "b"), 8.0)
+    left.done(Stage("direct", "a"), 1.0, 3.0)
+    assert left.seconds() == pytest.approx(3.0 * (4 + 8) / 4)
+    assert left.seconds(task="b") == pytest.approx(6.0)
+    left.drop("b")
+    assert left.seconds() == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "1 s"),
+        (89, "89 s"),
+        (100, "2 min"),
+        (3600, "60 min"),
+        (7210, "2 h"),
+        (11400, "3 h 10 min"),
+    ],
+)
+def test_times_in_words(seconds: float, text: str) -> None:
+    assert in_words(seconds) == text
