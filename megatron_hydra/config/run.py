@@ -208,7 +208,7 @@ class CheckpointConfig:
         save_optimizer: without it the last checkpoint can start the next stage but not be trained
             on; those before it, and that of a stop, hold the optimizer all the same.
         asynchronous: copy the state to the host, then write it while training goes on; costs host
-            memory of one checkpoint.
+            memory of one checkpoint, which ranks share.
     """
 
     interval: int = 1000

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, distrib_optimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
 _original = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
@@ -72,53 +71,6 @@ def _sharded_param_state_fully_reshardable(
 distrib_optimizer.DistributedOptimizer.sharded_param_state_fully_reshardable = (
     _sharded_param_state_fully_reshardable
 )
-
-
-_original_float16 = Float16OptimizerWithFloat16Params.sharded_state_dict
-_original_float16_load = Float16OptimizerWithFloat16Params.load_state_dict
-_MASTER_WEIGHTS = "fp32_from_fp16_params"
-
-
-def _sharded_float16_state_dict(
-    self: Float16OptimizerWithFloat16Params, *args: Any, **kwargs: Any
-) -> Any:
-    # Upstream numbers the bf16 parameters only, the optimizer inside all of them: with parameters that
-    # stay fp32 (A_log, dt_bias), states are taken for those of other parameters. And groups without a
-    # bf16 parameter, as empty lists, are lost on the way to a file and back.
-    model_of = {
-        id(main): model
-        for models, mains in zip(self.float16_groups, self.fp32_from_float16_groups, strict=True)
-        for model, main in zip(models, mains, strict=True)
-    }
-    float16_groups = self.float16_groups
-    self.float16_groups = [
-        [model_of.get(id(parameter), parameter) for parameter in group["params"]]
-        for group in self.optimizer.param_groups
-    ]
-    try:
-        state = _original_float16(self, *args, **kwargs)
-    finally:
-        self.float16_groups = float16_groups
-    state[_MASTER_WEIGHTS] = {
-        i: dict(enumerate(group)) for i, group in enumerate(state[_MASTER_WEIGHTS]) if group
-    }
-    return state
-
-
-def _load_float16_state_dict(self: Float16OptimizerWithFloat16Params, state: Any) -> None:
-    groups = state[_MASTER_WEIGHTS]
-    if isinstance(groups, dict):
-        state = state | {
-            _MASTER_WEIGHTS: [
-                [groups[i][j] for j in range(len(group))]
-                for i, group in enumerate(self.fp32_from_float16_groups)
-            ]
-        }
-    _original_float16_load(self, state)
-
-
-Float16OptimizerWithFloat16Params.sharded_state_dict = _sharded_float16_state_dict
-Float16OptimizerWithFloat16Params.load_state_dict = _load_float16_state_dict
 
 
 def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_hydra.config.run import BackendConfig
-from megatron_hydra.model import layer_spec
+from megatron_hydra.model import hydra_attention, layer_spec
 from megatron_hydra.ops.backends import Case, Kernels, choose_kernels
 from megatron_hydra.parallel import platform
 from megatron_hydra.training import checkpoint_write
@@ -199,11 +199,14 @@ def _modes() -> Iterator[None]:
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A block in which this process has a GPU, as far as the devices of tensors go.
 
-    The kernels stay the CPU's: ``is_cuda``, by which they are chosen, is false.
+    The kernels stay the CPU's (``is_cuda``, by which they are chosen, is false), and run in one stream.
     """
     with monkeypatch.context() as patch:
         patch.setattr(platform, "device", lambda: GPU)
         patch.setattr(layer_spec, "choose_kernels", _kernels_of_the_cpu)
+        patch.setattr(
+            hydra_attention, "side_by_side", lambda aside, reads, here: (aside(*reads), here())
+        )
         patch.setattr(torch.cuda, "current_device", lambda: GPU.index)
         patch.setattr(torch.Tensor, "cuda", lambda self, *_, **__: self.to(GPU))
         patch.setattr(torch.Tensor, "type", _type)

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_hydra.checkpoint.parity import megatron_logits
 from megatron_hydra.config import apply_overrides
+from megatron_hydra.evaluation.backend import Continuation
+from megatron_hydra.evaluation.megatron_backend import layout_config, open_checkpoint
 from megatron_hydra.training.checkpoint import first_not_finite
 from megatron_hydra.training.loop import run_training
 from tests.training import tiny
@@ -20,7 +23,7 @@ AT_ONCE, BEHIND = "checkpoint.asynchronous=false", "checkpoint.asynchronous=true
 CASES = {
     "torch, saved in the background": ("torch", SHARDED, BEHIND, "precision=bf16"),
     "torch, not distributed": ("torch", WHOLE, AT_ONCE, "precision=fp32"),
-    "fused, not distributed": ("torch-fused", WHOLE, AT_ONCE, "precision=bf16"),
+    "fused, not distributed": ("torch-fused", WHOLE, AT_ONCE, "precision=fp32"),
     "fused": ("torch-fused", SHARDED, AT_ONCE, "precision=fp32"),
     "Apex": ("apex", SHARDED, BEHIND, "precision=bf16"),
     "Apex, not distributed": ("apex", WHOLE, AT_ONCE, "precision=fp32"),
@@ -43,7 +46,7 @@ def test_a_run_is_saved_and_resumed(
     """Bit for bit, with every optimizer's kind of state."""
     optimizer, *overrides = CASES[case]
     use_optimizer(optimizer, monkeypatch)
-    settings = [*overrides, "checkpoint.interval=2", "checkpoint.keep=0", "backend.streams=one"]
+    settings = [*overrides, "checkpoint.interval=2", "checkpoint.keep=0"]
     with pretended_gpu(monkeypatch):
         _run(inputs, tmp_path, "finetune", *settings)
         checkpoints = tmp_path / "checkpoints"
@@ -62,8 +65,38 @@ def test_every_verb_runs_and_saves_without_its_optimizer(
     verb: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pretended_gpu(monkeypatch):
-        _run(inputs, tmp_path, verb, "checkpoint.save_optimizer=false", "backend.streams=one")
-    assert not any(key.startswith("optimizer.") for key in tiny.everything(tmp_path / "checkpoints"))
+        _run(inputs, tmp_path, verb, "checkpoint.save_optimizer=false")
+    assert not any(
+        key.startswith("optimizer.") for key in tiny.everything(tmp_path / "checkpoints")
+    )
+
+
+def test_a_checkpoint_is_evaluated(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens as without a GPU."""
+
+    def answers() -> list[list[int]]:
+        run = layout_config(None, [])
+        with open_checkpoint(inputs / "student", run) as backend, backend.inference():
+            prompts = [
+                Continuation([3, 7, 11], max_new_tokens=3),
+                Continuation([5], max_new_tokens=2),
+            ]
+            assert backend.anywhere(True)
+            return backend.generate(prompts, [])
+
+    expected = answers()
+    with pretended_gpu(monkeypatch):
+        assert answers() == expected
+
+
+def test_a_checkpoint_is_compared_with_its_source(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What --verify of the converters runs."""
+    tokens = torch.arange(20)
+    expected = megatron_logits(inputs / "student", tokens)
+    with pretended_gpu(monkeypatch):
+        assert torch.equal(megatron_logits(inputs / "student", tokens), expected)
 
 
 def test_finite_is_asked_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +125,11 @@ def test_two_devices_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (there.device, here.device) == (GPU, torch.device("cpu"))
         assert is_on_gpu(there * number)
         assert is_on_gpu(there.view(1, 2).sum()) and not is_on_gpu(here.sum())
-        assert is_on_gpu(here.to(there.device)) and is_on_gpu(here.to(there)) and is_on_gpu(here.cuda())
+        assert (
+            is_on_gpu(here.to(there.device))
+            and is_on_gpu(here.to(there))
+            and is_on_gpu(here.cuda())
+        )
         assert not is_on_gpu(there.cpu()) and not is_on_gpu(there.new_ones(2, device="cpu"))
         here.copy_(there)
         assert is_on_gpu(there[torch.tensor([0])])
