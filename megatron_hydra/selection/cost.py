@@ -90,7 +90,8 @@ class DecoderCost:
         projections = 4.0 * self.hidden * heads + self._keys_and_values
         return rows * (projections + self._mlp + 4.0 * heads * keys)
 
-    def _prefix(self, tokens: Tokens) -> float:
+    def prefix(self, tokens: Tokens) -> float:
+        """What clean and corrupted prompts share, through all layers."""
         return self.layers * self._layer(tokens.pairs * tokens.prefix, tokens.prefix)
 
     def _both_rests(self, tokens: Tokens) -> float:
@@ -100,7 +101,7 @@ class DecoderCost:
 
     def streams(self, tokens: Tokens) -> float:
         """Both residual streams of a batch through all layers."""
-        return self._prefix(tokens) + self._both_rests(tokens)
+        return self.prefix(tokens) + self._both_rests(tokens)
 
     def baseline(self, tokens: Tokens) -> float:
         """Both runs, and the clean one's logits of all tokens at the answer."""
@@ -108,29 +109,36 @@ class DecoderCost:
 
     def attribution(self, tokens: Tokens) -> float:
         """A forward, and a backward to the head outputs: weights have no gradient."""
-        return self._prefix(tokens) + 2 * self._both_rests(tokens)
+        return self.prefix(tokens) + 2 * self._both_rests(tokens)
 
     def patched(self, tokens: Tokens, layer: int, runs: float) -> float:
-        """Runs that are patched in the middle of a layer, computed from there to the end, beside this
-        layer's share of the streams they start from.
+        """Runs that are patched in the middle of a layer, from there to the end, and both streams through
+        that layer.
+
+        What is computed once for all layers is :meth:`prefix`.
         """
         rows = runs * tokens.pairs * tokens.rest
         after = self.layers - 1 - layer
         forward = rows * self._one_head_out + (rows * self._mlp if after else 0.0)
         return (
-            self.streams(tokens) / self.layers + forward + after * self._layer(rows, tokens.length)
+            self._both_rests(tokens) / self.layers
+            + forward
+            + after * self._layer(rows, tokens.length)
         )
 
     def whole_layers(self, tokens: Tokens) -> float:
         """One patched run for every layer."""
-        return sum(self.patched(tokens, layer, 1) for layer in range(self.layers))
+        return self.prefix(tokens) + sum(
+            self.patched(tokens, layer, 1) for layer in range(self.layers)
+        )
 
-    def paths(self, tokens: Tokens, receivers: Sequence[int], sender_layers: int) -> float:
-        """All senders of one layer to the receivers above it, beside a share of the streams.
+    def paths(self, tokens: Tokens, receivers: Sequence[int]) -> float:
+        """All senders of one layer to the receivers above it.
+
+        What is computed once for all layers is :meth:`streams`.
 
         Args:
-            receivers: how many receivers there are in each layer above.
-            sender_layers: layers that share the streams.
+            receivers: how many there are in each layer above that has any.
         """
         rows = self.query_heads * tokens.pairs
         heard = rows * tokens.rest * self._one_head_out
@@ -138,4 +146,4 @@ class DecoderCost:
             # Four ways (q, k, v, all) at the answer alone: it is the keys and values that cost.
             attended = 16.0 * count * self.head_dim * tokens.length
             heard += rows * (tokens.rest * self._keys_and_values + attended)
-        return self.streams(tokens) / sender_layers + heard
+        return heard

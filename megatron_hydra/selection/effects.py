@@ -113,11 +113,12 @@ class EffectEngine:
         spread = min(receivers, layers)
         above = [[1] * round(spread * (layers - 1 - i) / layers) for i in range(layers)]
         by_kind: dict[str, Callable[[Tokens], float]] = {
-            "total": lambda tokens: sum(
-                cost.patched(tokens, i, total_heads / layers) for i in range(layers)
+            "total": lambda tokens: (
+                cost.prefix(tokens)
+                + sum(cost.patched(tokens, i, total_heads / layers) for i in range(layers))
             ),
-            "paths": lambda tokens: sum(
-                cost.paths(tokens, above[i], layers) for i in range(layers)
+            "paths": lambda tokens: (
+                cost.streams(tokens) + sum(cost.paths(tokens, above[i]) for i in range(layers))
             ),
         }
         sizes = [Tokens.of(batch) for batch in self._batches(_everything(pairs))]
@@ -143,8 +144,8 @@ class EffectEngine:
                 lambda: patching.attribution_effects(runner, batch),
             ),
             "total": (
-                # The streams up to that layer are all computed for this one unit.
-                cost.streams(tokens) * middle / self._layers
+                cost.prefix(tokens)
+                + sum(cost.patched(tokens, layer, 0) for layer in range(middle))
                 + cost.patched(tokens, middle, runner.num_heads),
                 lambda: list(
                     patching.total_effects(
@@ -153,7 +154,7 @@ class EffectEngine:
                 ),
             ),
             "paths": (
-                cost.paths(tokens, [1] * (last - middle), 1),
+                cost.streams(tokens) + cost.paths(tokens, [1] * (last - middle)),
                 lambda: list(
                     patching.path_effects(
                         runner, batch, [middle], [(i, 0) for i in range(middle + 1, last + 1)], size
@@ -256,7 +257,7 @@ class EffectEngine:
         if not usable.any():
             raise HydraError(
                 f"--tasks {name}: no answer occurs in its prompt, so attention_mass has nothing "
-                "to look at; use a retrieval task, or the strategy interp"
+                "to look at; use a retrieval task, or the strategy global_interp"
             )
         return mass[:, :, usable].mean(-1)
 
@@ -321,6 +322,7 @@ class EffectEngine:
             Chunk(
                 f"total-{name}-b{b}-l{layer}-{_digest(heads_here)}",
                 cost=self._cost.patched(Tokens.of(batch), layer, len(heads_here)),
+                setup=self._cost.prefix(Tokens.of(batch)),
                 batch=b,
                 layer=layer,
             )
@@ -335,8 +337,9 @@ class EffectEngine:
             Chunk(
                 f"path-{name}-b{b}-l{layer}-{_digest(receivers)}",
                 cost=self._cost.paths(
-                    Tokens.of(batch), [n for at, n in in_layer.items() if at > layer], top
+                    Tokens.of(batch), [n for at, n in in_layer.items() if at > layer]
                 ),
+                setup=self._cost.streams(Tokens.of(batch)),
                 batch=b,
                 layer=layer,
             )

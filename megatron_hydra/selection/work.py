@@ -89,12 +89,14 @@ class Chunk:
         cost: what it computes (:mod:`megatron_hydra.selection.cost`), in a unit common to all chunks.
         batch: number of the prompt batch it needs: chunks of one batch are computed together.
         layer: the layer it is about, or -1.
+        setup: what a process computes once for all chunks of this batch, before the first.
     """
 
     key: str
     cost: float
     batch: int
     layer: int = -1
+    setup: float = 0.0
 
 
 Compute = Callable[[int, list[Chunk]], Iterator[tuple[Chunk, Result]]]
@@ -142,7 +144,15 @@ class WorkBench:
 
     def plan(self, stage: Stage, chunks: Sequence[Chunk]) -> None:
         """Say which chunks a stage has, so that the time left counts them; those on disk cost nothing."""
-        self.time_left.plan(stage, sum(c.cost for c in chunks if not self._is_kept(c)))
+        self.time_left.plan(stage, self._cost([c for c in chunks if not self._is_kept(c)]))
+
+    def _cost(self, chunks: Sequence[Chunk]) -> float:
+        """What chunks cost all processes; a batch is set up by each of them that has a part of it."""
+        parts: dict[int, list[Chunk]] = {}
+        for chunk in chunks:
+            parts.setdefault(chunk.batch, []).append(chunk)
+        setup = sum(part[0].setup * min(len(part), self.ranks.size) for part in parts.values())
+        return setup + sum(c.cost for c in chunks)
 
     def say(self, text: str) -> None:
         """A line above the bar, for the person who waits."""
@@ -163,19 +173,21 @@ class WorkBench:
         batches: dict[int, list[Chunk]] = {}
         for chunk in todo[self.ranks.rank :: self.ranks.size]:
             batches.setdefault(chunk.batch, []).append(chunk)
-        left = self.time_left.cost(stage) - sum(c.cost for c in todo)
+        left = self.time_left.cost(stage) - self._cost(todo)
         failure: BaseException | None = None
         try:
             self._leave_if_stopped()
             feed_watchdog()
             started = self.clock()
             for batch, members in batches.items():
+                setup = members[0].setup
                 for chunk, result in compute(batch, members):
                     feed_watchdog()
                     self._write(chunk, result)
                     mine[chunk.key] = result
                     now = self.clock()
-                    self.time_left.done(stage, chunk.cost, now - started)
+                    self.time_left.done(stage, chunk.cost + setup, now - started)
+                    setup = 0.0
                     self._show(now)
                     started = now
                     self._leave_if_stopped()

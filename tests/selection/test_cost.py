@@ -71,5 +71,5 @@ def test_senders_cost_the_receivers_above_them(runner: DecoderRunner) -> None:
 
     two, four = [(2, 0), (3, 1)], [(2, 0), (3, 1), (4, 0), (5, 5)]
     found = send(four) - send(two)
-    expected = cost.paths(tokens, [1] * 4, 1) - cost.paths(tokens, [1] * 2, 1)
+    expected = cost.paths(tokens, [1] * 4) - cost.paths(tokens, [1] * 2)
     assert found == pytest.approx(expected, rel=0.15)
