@@ -88,5 +88,5 @@ def delta_rule_inputs(
     if halo is not None:
         halo = halo.to(qkv.dtype)
         halo = halo if halo.stride(-1) == 1 else halo.contiguous()
-    q, k, v = _DeltaRuleInputs.apply(qkv, heads, conv, positions, halo, *norms, eps, *tables)  # type: ignore[misc]
+    q, k, v = _DeltaRuleInputs.apply(qkv, heads, conv, positions, halo, *norms, eps, *tables)
     return q, k, v

@@ -7,6 +7,7 @@ most eight tokens wide.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -49,15 +50,12 @@ def _forward_kernel(
         allowed = valid & (position >= back)
         value = _shifted(x, halo, t - back, c, x_t, halo_t, allowed, inside, W, HAS_HALO)
         total += value * tap[None, :]
-    here = valid[:, None] & inside[None, :]
-    total = total.to(y.dtype.element_ty)
-    if HAS_REST:
-        first = (c < split)[None, :]
-        tl.store(y + (t * split)[:, None] + c[None, :], total, here & first)
-        behind = rest + (t * (channels - split))[:, None] + (c - split)[None, :]
-        tl.store(behind, total, here & (c >= split)[None, :])
-    else:
-        tl.store(y + (t * channels)[:, None] + c[None, :], total, here)
+    y_t = split
+    if HAS_REST:  # noqa: SIM102  (known when compiled; a block lies in one of the two)
+        if tl.program_id(0) * CHANNELS >= split:
+            y, y_t = rest - split, channels - split
+    out = y + (t * y_t)[:, None] + c[None, :]
+    tl.store(out, total.to(y.dtype.element_ty), valid[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -66,6 +64,9 @@ def _backward_kernel(  # noqa: C901, PLR0915  (Triton has no arrays of accumulat
     W: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_REST: tl.constexpr,
 ):  # fmt: skip
     """Token t feeds outputs t … t+W−1: with their gradients at hand, dx and dw need x once."""
+    if HAS_REST:  # noqa: SIM102
+        if tl.program_id(0) * CHANNELS >= split:
+            dy, dy_t = d_rest - split, rest_t
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = c < channels
     zero = tl.zeros([CHANNELS], tl.float32)
@@ -79,12 +80,9 @@ def _backward_kernel(  # noqa: C901, PLR0915  (Triton has no arrays of accumulat
             tap = tl.load(weight + c * w_c + (W - 1 - back), inside, 0.0).to(tl.float32)
             later = t + back
             reads = (later < length) & (tl.load(positions + later, later < length, 0) >= back)
-            wanted = reads[:, None] & (inside & (c < split))[None, :]
-            grad = tl.load(dy + (later * dy_t)[:, None] + c[None, :], wanted, 0.0).to(tl.float32)
-            if HAS_REST:
-                wanted = reads[:, None] & (inside & (c >= split))[None, :]
-                behind = d_rest + (later * rest_t)[:, None] + (c - split)[None, :]
-                grad += tl.load(behind, wanted, 0.0).to(tl.float32)
+            grad = tl.load(
+                dy + (later * dy_t)[:, None] + c[None, :], reads[:, None] & inside[None, :], 0.0
+            ).to(tl.float32)
             total += grad * tap[None, :]
             part = tl.sum(grad * value, 0)
             if back == 0:
@@ -161,10 +159,11 @@ def conv_forward(
     split = channels if split is None else split
     y = torch.empty(length, split, dtype=x.dtype, device=x.device)
     rest = None if split == channels else x.new_empty(length, channels - split)
-    _forward_kernel[(triton.cdiv(channels, CHANNELS), triton.cdiv(length, TOKENS))](
+    block = CHANNELS if rest is None else math.gcd(CHANNELS, split)
+    _forward_kernel[(triton.cdiv(channels, block), triton.cdiv(length, TOKENS))](
         x, weight, positions, halo, y, rest, length, channels, split, x.stride(0),
         weight.stride(0), 0 if halo is None else halo.stride(0), W=weight.shape[1],
-        TOKENS=TOKENS, CHANNELS=CHANNELS, HAS_HALO=halo is not None, HAS_REST=rest is not None,
+        TOKENS=TOKENS, CHANNELS=block, HAS_HALO=halo is not None, HAS_REST=rest is not None,
         num_warps=WARPS,
     )  # fmt: skip
     return y, rest
@@ -187,10 +186,13 @@ def conv_backward(
     programs = triton.cdiv(length, BACKWARD_TOKENS * blocks)
     dx = torch.empty(length, channels, dtype=x.dtype, device=x.device)
     partial = torch.empty(programs, channels, width, dtype=torch.float32, device=x.device)
-    _backward_kernel[(triton.cdiv(channels, BACKWARD_CHANNELS), programs)](
+    block = BACKWARD_CHANNELS
+    if d_rest is not None:
+        block = math.gcd(block, dy.shape[1])
+    _backward_kernel[(triton.cdiv(channels, block), programs)](
         x, weight, positions, dy, d_rest, dx, partial, length, channels, dy.shape[1], x.stride(0),
         weight.stride(0), dy.stride(0), 0 if d_rest is None else d_rest.stride(0), blocks, W=width,
-        TOKENS=BACKWARD_TOKENS, CHANNELS=BACKWARD_CHANNELS, HAS_REST=d_rest is not None,
+        TOKENS=BACKWARD_TOKENS, CHANNELS=block, HAS_REST=d_rest is not None,
         num_warps=1,
     )  # fmt: skip
     dw = partial.sum(0)
@@ -220,7 +222,8 @@ class _ShortConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dx, dw, d_halo = conv_backward(*ctx.saved_tensors, dy)
+        x, weight, positions, halo = ctx.saved_tensors
+        dx, dw, d_halo = conv_backward(x, weight, positions, halo, dy)
         return dx, dw, None, d_halo
 
 
