@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -16,8 +16,6 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 
 from megatron_hydra.checkpoint.integrity import read_index
 from megatron_hydra.checkpoint.records import Box, read_boxes
-
-T = TypeVar("T")
 
 
 def sharded_tensors(state: Any) -> Iterator[ShardedTensor]:
@@ -54,7 +52,7 @@ class _ReadBoxes(TorchDistLoadShardedStrategy):
         together: runs a function on every rank, so that an error of one is an error of all.
     """
 
-    def __init__(self, together: Callable[[Callable[[], T]], T]) -> None:
+    def __init__(self, together: Callable[[Callable[[], None]], None]) -> None:
         super().__init__()
         self._together = together
 

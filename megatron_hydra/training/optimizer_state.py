@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ _STATES = ("param", "exp_avg", "exp_avg_sq")
 _BATCH_BYTES = 64 * 2**20
 """Parameters of about this size are exchanged at once: a device holds little more."""
 
-Entry = ShardedTensor | ShardedTensorFactory
+Entry: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 
 def add_optimizer_state(
