@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import importlib
 import json
 import os
 import shutil
@@ -107,6 +108,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     # As Ctrl-C: what the jobs have started is ended, and the report written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Here and not in a job's thread: importing makes loggers, and pytest walks over them meanwhile.
+    importlib.import_module("tests.faults.runs")
     suite = Session()
     _session.append(suite)
     names = [name for item in chosen for name in jobs_of(item)]

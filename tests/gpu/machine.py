@@ -256,7 +256,9 @@ class Scheduler:
             job = self.jobs[name]
             failed = [n for n in job.after if isinstance(self._results.get(n), JobFailed)]
             if failed:
-                self._results[name] = JobFailed(f"{name} did not run: {failed[0]} has failed")
+                self._results[name] = JobFailed(
+                    f"{name} did not run: {failed[0]} has failed: {self._results[failed[0]]}"
+                )
                 self._changed.notify_all()
                 continue
             if any(n not in self._results for n in job.after):
