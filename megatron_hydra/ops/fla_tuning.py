@@ -145,8 +145,7 @@ def configurations_compiled_together(
         ):
             seen[id(self)].add(key)
             tell(self.base_fn.__name__)
-            if not _is_chosen(self, args, kwargs):
-                _compile_all(self, args, kwargs, AsyncCompileMode, pool)
+            _compile_all(self, args, kwargs, AsyncCompileMode, pool)
         return one_by_one(self, *args, **kwargs)
 
     seen: dict[int, set[tuple[Any, ...]]] = {}
@@ -164,17 +163,6 @@ def _tuning_key(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     tracked = {name: value for name, value in given.items() if name in kernel.arg_names}
     key = [tracked[name] for name in kernel.keys if name in tracked]
     return (*key, *(str(value.dtype) for value in tracked.values() if hasattr(value, "dtype")))
-
-
-def _is_chosen(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether FLA has a choice for this call, written down before: nothing is tuned then."""
-    build = getattr(kernel, "maybe_load_cached_config", None)
-    if build is None:
-        return False
-    from fla.ops.utils.cache import AutotuneKey, load_cached_config
-
-    key = AutotuneKey.build(kernel.arg_names, kernel.keys, args, kwargs)
-    return load_cached_config(kernel.kernel_name, key) is not None
 
 
 def _compile_all(

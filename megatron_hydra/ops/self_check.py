@@ -74,7 +74,7 @@ def check_kernels(kernels: Kernels, case: Case) -> None:
 
 
 def _check_all(kernels: Kernels, case: Case) -> None:
-    facts = kernel_cache.fingerprint(case.device) if case.device.type == "cuda" else None
+    facts = _on_record(case)
     twins = Kernels()
     for key, what, inputs, run in all_checks(case):
         name = kernels.names[key]
@@ -93,6 +93,11 @@ def _check_all(kernels: Kernels, case: Case) -> None:
         if facts:
             kernel_cache.record(recorded, {"check": check, **facts})
         feed_watchdog(PATIENCE)
+
+
+def _on_record(case: Case) -> dict[str, Any] | None:
+    """What a pass is recorded for; ``None`` where passes are not: without a GPU nothing is compiled."""
+    return kernel_cache.fingerprint(case.device) if case.device.type == "cuda" else None
 
 
 def _name_of(what: str, case: Case) -> str:

@@ -9,6 +9,7 @@ return at once (:func:`~megatron_hydra.parallel.world.rehearsed_world`). Weights
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 from collections.abc import Iterator
 
@@ -86,16 +87,17 @@ def scenes(config: RunConfig, model: ModelConfig) -> list[Scene]:
 def streams(config: RunConfig) -> dict[str, tuple[int, ...]]:
     """Boundaries of the documents of a micro-batch, by kind, as the run's data may have them.
 
-    A micro-batch of several sequences is always of several documents.
+    Packed: two documents in every sequence, neither a multiple of a chunk of tokens. A micro-batch of
+    several sequences, or one that is padded, is never a single document.
     """
-    length = rounded_stream_length(config)
-    cut = max(1, length // 3) | 1  # no multiple of a chunk, and across shards
-    found: dict[str, tuple[int, ...]] = {}
-    if length > cut:
-        found["packed documents"] = (0, cut, length)
-    if config.batch.micro_batch_size == 1 and length == config.data.sequence_length:
+    length, sequence = rounded_stream_length(config), config.data.sequence_length
+    cut = max(1, sequence // 3) | 1
+    starts = range(0, config.batch.micro_batch_size * sequence, sequence)
+    edges = {0, length, *starts, *(start + cut for start in starts)}
+    found = {"packed documents": tuple(sorted(edge for edge in edges if edge <= length))}
+    if len(starts) == 1 and length == sequence:
         found["one document"] = (0, length)
-    return found or {"one document": (0, length)}
+    return found
 
 
 def rehearse(
@@ -116,6 +118,7 @@ def rehearse(
     )  # fmt: skip
     config = dataclasses.replace(config, parallel=parallel)
     rank = scene.tp_rank + parallel.tensor * scene.cp_rank
+    gc.collect()  # the models of the scene before: their hooks refer to each other
     with postponed(), rehearsed_world(config, rank) as world:
         verb, chunks = _cast(config, world, _one_layer(model, scene.layer), teacher)
         for (name, boundaries), bias in itertools.product(streams(config).items(), GATE_BIASES):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_hydra.evaluation import runner
 from megatron_hydra.evaluation.backend import Continuation, cut
 from megatron_hydra.evaluation.megatron_backend import MegatronBackend, draft
+from megatron_hydra.evaluation.scoring import forecast
+from megatron_hydra.evaluation.tasks import GenerationSample, ScoredSample
 
 END = 99
 
@@ -47,6 +50,48 @@ def test_continuations_of_a_batch_end_each_at_its_own_place():
     assert backend.generate(made, end_tokens=[9]) == [
         [3, 4], [1, 2, 3, 4, 5, 6, 7, 8], [6, 7, 8], [7, 8, 9],
     ]  # fmt: skip
+
+
+class Timed(Counting):
+    """One whose forward takes a second a token."""
+
+    is_main, vocabulary = True, 100
+
+    def seconds_of_forward(self, tokens):
+        return float(tokens)
+
+
+def test_how_long_is_said_before_it_begins(capsys):
+    samples = [GenerationSample(prompt=[3] * 95, answers=(4,), max_new_tokens=5)] * 60
+    assert forecast(Timed(), None, samples) == (6000.0, 30000.0)
+    runner._say_how_long(Timed(), None, "niah at 95 tokens", samples)
+    said = capsys.readouterr().err
+    assert "niah at 95 tokens: 60 samples take 1.7 h if all answers are right, up to 8.3 h" in said
+    assert "tools/megatron_to_hf.py" in said
+    scored = [ScoredSample(tokens=[1, 2, 3], answers=[2])]
+    assert forecast(Timed(), None, scored) == (3.0, 3.0)  # one forward, whatever it says
+
+
+def test_with_a_cache_nothing_is_forecast(capsys):
+    samples = [GenerationSample(prompt=[3] * 95, answers=(4,), max_new_tokens=5)]
+    assert forecast(WithCache(), None, samples) == (0.0, 0.0)
+    runner._say_how_long(WithCache(), None, "niah", samples)
+    assert capsys.readouterr().err == ""
+
+
+class WithCache:
+    """Nothing that says how long a forward takes."""
+
+    is_main, vocabulary = True, 100
+
+
+def test_a_forward_is_timed_after_one_that_starts_late():
+    backend = Counting()
+    backend._has_run = False
+    backend.seconds_of_forward(200)
+    assert backend.forwards == 2
+    assert backend.seconds_of_forward(300) >= 0
+    assert backend.forwards == 3
 
 
 def test_a_draft_is_the_answer_then_what_the_text_said_before():

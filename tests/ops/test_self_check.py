@@ -133,6 +133,69 @@ def test_what_failed_is_checked_again():
             check_kernels(kernels, CASE)
 
 
+@pytest.fixture
+def records(monkeypatch, tmp_path):
+    """Passes are recorded as on a GPU, for facts that tests change."""
+    facts = {"card": "one", "versions": {"triton": "3.6.0"}}
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TILELANG_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setattr(self_check, "_on_record", lambda case: facts)
+    monkeypatch.delenv("HYDRA_CHECK_AGAIN", raising=False)
+    return facts
+
+
+def _calls(name="mine", case=CASE):
+    """How often a new process with these kernels calls one of them."""
+    calls = []
+
+    def delta_rule(*args, **kwargs):
+        calls.append(args)
+        return TWINS.delta_rule(*args, **kwargs)
+
+    self_check._passed.clear()
+    check_kernels(named("gated_delta_net", name, delta_rule=delta_rule), case)
+    return len(calls)
+
+
+def test_another_process_relies_on_a_pass_on_record(records, monkeypatch):
+    assert _calls() == 2
+    assert _calls() == 0
+    assert _calls(name="other") == 2
+    assert _calls(case=dataclasses.replace(CASE, head_dim=8)) == 2
+    monkeypatch.setenv("HYDRA_CHECK_AGAIN", "1")
+    assert _calls() == 2
+
+
+@pytest.mark.parametrize("change", [{"card": "two"}, {"versions": {"triton": "3.7.0"}}])
+def test_a_pass_counts_for_its_card_and_versions_only(records, change):
+    assert _calls() == 2
+    records.update(change)
+    assert _calls() == 2
+
+
+def test_every_number_of_heads_is_checked_once(records):
+    assert _calls(case=dataclasses.replace(CASE, gdn_heads=(3, 5))) == 4
+    assert _calls(case=dataclasses.replace(CASE, gdn_heads=(5,))) == 0
+    assert _calls(case=dataclasses.replace(CASE, gdn_heads=(5, 7))) == 2
+    assert _calls(case=dataclasses.replace(CASE, gdn_heads=())) == 0  # a dense model
+
+
+def test_a_failure_is_not_on_record(records):
+    kernels = named("fused_kernels", "mine", fusion_tail=without_gate)
+    for _ in range(2):
+        self_check._passed.clear()
+        with pytest.raises(HydraError, match="fusion tail"):
+            check_kernels(kernels, CASE)
+
+
+def test_nothing_is_checked_while_postponed():
+    kernels = named("fused_kernels", "mine", fusion_tail=without_gate)
+    with self_check.postponed():
+        check_kernels(kernels, CASE)
+    with pytest.raises(HydraError, match="fusion tail"):
+        check_kernels(kernels, CASE)
+
+
 class _WrongGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

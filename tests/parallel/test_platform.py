@@ -10,6 +10,9 @@ import sys
 import pytest
 import torch
 
+from megatron_hydra.errors import HydraError
+from megatron_hydra.parallel import platform
+
 PROGRAM = """
 import ctypes, json, sys, torch
 from megatron_hydra.parallel import platform
@@ -57,3 +60,22 @@ def test_freed_memory_is_kept_if_asked_for() -> None:
     assert by_default["unmapped"] >= size
     assert kept["mapped"] < size
     assert kept["unmapped"] + kept["given_back"] < size
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every rank, those that have a GPU too: they would wait for the others."""
+    platform.check_gpus(2, 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(HydraError, match=r"4 processes .* has 2 GPUs \(CUDA_VISIBLE_DEVICES=0,1\)"):
+        platform.check_gpus(4, 2)
+    bound: list[int] = []
+    monkeypatch.setattr(platform, "_CUDA_AVAILABLE", True)
+    monkeypatch.setattr(platform, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", bound.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(HydraError, match="2 processes were started on this node, but it has 1 GPU"):
+        platform.bind_process_to_device(0)
+    assert not bound
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    platform.bind_process_to_device(0)
+    assert bound == [0]

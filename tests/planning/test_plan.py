@@ -300,6 +300,15 @@ def test_the_report_says_what_is_assumed() -> None:
     assert "GPU-hours" in text
 
 
+def test_a_plan_for_gpus_without_fla_says_so() -> None:
+    text = _run(gated_delta_net="torch")
+    assert "gated_delta_net: torch: the plain twin" in text
+    assert "TOO SHORT" in text
+    assert "gated_delta_net" not in _run()
+    body = json.loads(_run(gated_delta_net="torch", as_json=True))
+    assert "TOO SHORT" in body["basis"]["gated_delta_net"]
+
+
 def test_a_stage_that_does_not_fit_leaves_the_rest_of_the_report(monkeypatch) -> None:
     def search_but_distill(model: ModelConfig, job: Job, machine: Machine) -> list[Plan]:
         if job.verb == "distill":
