@@ -47,7 +47,7 @@ class HostMemory:
         """A contiguous copy of a tensor of any device, on the host; not before :meth:`wait`."""
         place = self._take(tensor.nbytes)
         copy = place.view(tensor.dtype).view(tensor.shape)
-        if tensor.device.type == "cpu" or not platform.has_gpu():
+        if tensor.device.type == "cpu" or not platform.device_count():
             copy.copy_(tensor)
             return copy
         if self._staging is None:
