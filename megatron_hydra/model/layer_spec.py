@@ -169,7 +169,14 @@ def kernel_case(model: ModelConfig, run: RunConfig, tp_rank: int | None = None) 
     ranks = range(run.parallel.tensor) if tp_rank is None else (tp_rank,)
     numbers = {len(partition.gdn[rank]) for partition in partitions for rank in ranks} - {0}
     windowed = model.switches.fa_window is not None
-    return Case(platform.device(), dtype, model.head_dim, windowed, tuple(sorted(numbers)))
+    return Case(
+        platform.device(),
+        dtype,
+        model.head_dim,
+        windowed,
+        tuple(sorted(numbers)),
+        run.parallel.context > 1,
+    )
 
 
 def build_gpt_model(

@@ -70,6 +70,8 @@ class Case:
         windowed: whether attention is within a window of tokens.
         gdn_heads: how many GDN heads its layers have on this rank, each number once: FLA compiles its
             kernels for every one of them anew, so the start-up check goes by them too.
+        context_parallel: whether ranks share a sequence: FlashQLA does not compute that, so that its
+            kernels need not be compiled and checked.
     """
 
     device: torch.device
@@ -77,6 +79,7 @@ class Case:
     head_dim: int
     windowed: bool = False
     gdn_heads: tuple[int, ...] = (2,)
+    context_parallel: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ from megatron_hydra.ops.backends import Case
 _log = logging.getLogger(__name__)
 
 _MODE, _FOLDER = "FLA_CACHE_MODE", "FLA_CONFIG_DIR"
+_FLASH_QLA = "FLA_FLASH_QLA"
 
 _PREFIX = "fla-"
 """Of the folders of choices, beside the records of the kernel cache."""
@@ -37,8 +38,12 @@ _NOT_NEEDED = ("fla.layers", "fla.models")
 def use_choices(case: Case) -> None:
     """Point FLA to the configurations that were chosen for this card, dtype and head dimension.
 
-    Call it before FLA is imported. Variables that the user has set stay as they are.
+    Under context parallelism FLA declines FlashQLA at every call; it is switched off there, so that the
+    start-up check does not compile it either. Call it before FLA is imported. Variables that the user
+    has set stay as they are.
     """
+    if case.context_parallel:
+        os.environ.setdefault(_FLASH_QLA, "0")
     mine = kernel_cache.RECORDS in os.environ.get(_FOLDER, kernel_cache.RECORDS)
     if not mine or (_MODE in os.environ and _FOLDER not in os.environ):
         return

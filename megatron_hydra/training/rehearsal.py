@@ -75,8 +75,8 @@ def scenes(config: RunConfig, model: ModelConfig) -> list[Scene]:
         for rank in range(tensor):
             heads = LocalHeads(model, partition, rank)
             shape = (
-                len(heads.fa), len(heads.replicated_fa), len(heads.gdn), heads.fa_kv_of_heads,
-                heads.gdn_kv_of_heads, heads.in_rows_padded, heads.num_sharded_padded,
+                len(heads.fa), len(heads.replicated_fa), len(heads.gdn), len(set(heads.fa_kv_of_heads)),
+                len(set(heads.gdn_kv_of_heads)), heads.in_rows_padded, heads.num_sharded_padded,
             )  # fmt: skip
             for cp_rank in sorted({0, min(1, context - 1), context - 1}):
                 scene = Scene(partition.layer, rank, cp_rank, heads.num_fa_here, len(heads.gdn))

@@ -149,6 +149,20 @@ def test_what_the_user_has_set_stays(
     assert fla_tuning.write_choices() == 0
 
 
+@pytest.mark.parametrize("context_parallel", [False, True])
+def test_flash_qla_is_left_out_where_ranks_share_a_sequence(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, context_parallel: bool
+) -> None:
+    monkeypatch.setenv("FLA_FLASH_QLA", "")  # so that it is unset again afterwards
+    monkeypatch.delenv("FLA_FLASH_QLA")
+    case = Case(torch.device("cpu"), torch.bfloat16, 128, context_parallel=context_parallel)
+    fla_tuning.use_choices(case)
+    assert ("FLA_FLASH_QLA" in os.environ) is context_parallel
+    monkeypatch.setenv("FLA_FLASH_QLA", "1")  # the user's own value stays
+    fla_tuning.use_choices(case)
+    assert os.environ["FLA_FLASH_QLA"] == "1"
+
+
 def test_layers_and_models_of_fla_are_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
