@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         "--gated-delta-net",
         choices=("fla", "torch"),
         default="fla",
-        help="torch: plan for GPUs without FLA, where auto takes the plain twin (%(default)s)",
+        help="torch: plan for GPUs without FLA, where auto takes the plain twin; takes minutes (%(default)s)",
     )
     p.add_argument(
         "--efficiency",

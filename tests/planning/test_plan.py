@@ -300,13 +300,25 @@ def test_the_report_says_what_is_assumed() -> None:
     assert "GPU-hours" in text
 
 
-def test_a_plan_for_gpus_without_fla_says_so() -> None:
+def test_a_plan_for_gpus_without_fla_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And needs several times the memory for what the layer keeps."""
+
+    def one_layout(model: ModelConfig, job: Job, machine: Machine) -> list[Plan]:
+        parallel = ParallelConfig(context=8)
+        return [plan_run(model, job.run(parallel, 1, RecomputeConfig("none")), 8, machine)]
+
+    monkeypatch.setattr("megatron_hydra.planning.report.search", one_layout)
     text = _run(gated_delta_net="torch")
     assert "gated_delta_net: torch: the plain twin" in text
     assert "TOO SHORT" in text
     assert "gated_delta_net" not in _run()
-    body = json.loads(_run(gated_delta_net="torch", as_json=True))
-    assert "TOO SHORT" in body["basis"]["gated_delta_net"]
+    memory = {}
+    for kind in ("fla", "torch"):
+        body = json.loads(_run(gated_delta_net=kind, as_json=True))
+        assert ("TOO SHORT" in body["basis"].get("gated_delta_net", "")) == (kind == "torch")
+        memory[kind] = {k: v[0]["memory_bytes"]["total"] for k, v in body["layouts"].items()}
+    assert memory["torch"]["hydrahead"] > 1.3 * memory["fla"]["hydrahead"]
+    assert memory["torch"]["dense"] == memory["fla"]["dense"]
 
 
 def test_a_stage_that_does_not_fit_leaves_the_rest_of_the_report(monkeypatch) -> None:
