@@ -121,13 +121,12 @@ def rehearse(
     gc.collect()  # the models of the scene before: their hooks refer to each other
     with postponed(), rehearsed_world(config, rank) as world:
         verb, chunks = _cast(config, world, _one_layer(model, scene.layer), teacher)
-        for (name, boundaries), bias in itertools.product(streams(config).items(), GATE_BIASES):
+        biases = GATE_BIASES if scene.gdn_heads else GATE_BIASES[:1]
+        for (name, boundaries), bias in itertools.product(streams(config).items(), biases):
             feed_watchdog()
             yield f"{scene}, {name}"
             _fill(chunks, bias)
             _call(config, world, verb, chunks, boundaries)
-            if not scene.gdn_heads:
-                break
 
 
 def check(config: RunConfig, model: ModelConfig, teacher: ModelConfig | None) -> None:

@@ -116,6 +116,20 @@ def test_any_rank_of_a_layout_can_be_rehearsed_alone(
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize(("fa_heads", "parts"), [((0, 1), 4), (tuple(range(8)), 2)])
+def test_every_kind_of_stream_is_called_with_fast_and_slow_decays(
+    tmp_path: Path, seen: _Seen, fa_heads: tuple[int, ...], parts: int
+) -> None:
+    """A layer without GDN heads has no decays, but the streams all the same."""
+    one = {"micro_batch_size": 1, "global_batch_size": 2}
+    model = dataclasses.replace(STUDENT, full_attention_heads=(fa_heads,) * STUDENT.num_layers)
+    config = _config(tmp_path, "finetune", batch=one)
+    (scene,) = scenes(config, model)
+    said = list(rehearse(config, model, None, scene))
+    assert len(said) == parts
+    assert len(set(said)) == 2  # packed documents and one document
+
+
 def test_no_process_group_is_left_after_an_error(tmp_path: Path, seen: _Seen) -> None:
     def broken(*args: Any, **options: Any) -> Any:
         raise RuntimeError("ptxas")
