@@ -161,7 +161,9 @@ def test_a_stop_completes_what_is_being_written_and_begins_nothing(
     assert (stop["step"], stop["saved_step"]) == (3, 2)
     _run(inputs, tmp_path / "stopped", *behind)
     _run(inputs, tmp_path / "undisturbed", *behind)
-    one, other = (tiny.everything(tmp_path / run / "checkpoints") for run in ("stopped", "undisturbed"))
+    one, other = (
+        tiny.everything(tmp_path / run / "checkpoints") for run in ("stopped", "undisturbed")
+    )
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 

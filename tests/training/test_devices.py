@@ -63,7 +63,9 @@ def test_every_verb_runs_and_saves_without_its_optimizer(
 ) -> None:
     with pretended_gpu(monkeypatch):
         _run(inputs, tmp_path, verb, "checkpoint.save_optimizer=false", "backend.streams=one")
-    assert not any(key.startswith("optimizer.") for key in tiny.everything(tmp_path / "checkpoints"))
+    assert not any(
+        key.startswith("optimizer.") for key in tiny.everything(tmp_path / "checkpoints")
+    )
 
 
 def test_finite_is_asked_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +94,11 @@ def test_two_devices_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (there.device, here.device) == (GPU, torch.device("cpu"))
         assert is_on_gpu(there * number)
         assert is_on_gpu(there.view(1, 2).sum()) and not is_on_gpu(here.sum())
-        assert is_on_gpu(here.to(there.device)) and is_on_gpu(here.to(there)) and is_on_gpu(here.cuda())
+        assert (
+            is_on_gpu(here.to(there.device))
+            and is_on_gpu(here.to(there))
+            and is_on_gpu(here.cuda())
+        )
         assert not is_on_gpu(there.cpu()) and not is_on_gpu(there.new_ones(2, device="cpu"))
         here.copy_(there)
         assert is_on_gpu(there[torch.tensor([0])])
