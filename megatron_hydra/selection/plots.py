@@ -96,10 +96,10 @@ def _capabilities(head_map: HeadMap) -> Any:
 
 def _say_what_is_left_out(figure: Any, head_map: HeadMap) -> None:
     """A line below the picture for every default task that says nothing about this model."""
-    lines = [
-        f"left out: {task} (solved {facts['solved']} of {facts['drawn']})"
-        for task, facts in head_map.details.get("left_out", {}).items()
-    ]
+    lines = []
+    for task, facts in head_map.details.get("left_out", {}).items():
+        solved = f"solved {facts['solved']} of {facts['drawn']}" if facts["drawn"] else "no prompts"
+        lines.append(f"left out: {task} ({solved})")
     if lines:
         figure.supxlabel("\n".join(lines), fontsize=8, color=CHOSEN)
 
