@@ -57,7 +57,7 @@ def test_a_change_leaves_the_steps_before_it(write, change, first):
 
 
 def test_what_is_left_at_its_default_is_the_same_step(write):
-    plan = planned(write("variants: {plain: {}, same: {selection: {strategy: interp}}}"))
+    plan = planned(write("variants: {plain: {}, same: {selection: {strategy: global_interp_c}}}"))
     assert steps(plan, "plain / seed 1") == steps(plan, "same / seed 1")
     assert len(plan.steps) == 2 * 7 + 1
 
