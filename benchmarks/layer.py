@@ -71,7 +71,7 @@ class Core:
         branch: str = "",
     ) -> None:
         self.layer = layer
-        self.segments = [s for s in layer.heads.in_segments if s.key.startswith(branch)]
+        self.segments = [s for s in layer._in_parts if s.key.startswith(branch)]
         self.packed = PackedSequence((0, tokens), device=device)
         generator = torch.Generator(device).manual_seed(seed)
         dtype = layer.config.params_dtype
@@ -98,14 +98,14 @@ class Core:
     def fa_alone(self) -> torch.Tensor:
         """The FA branch and its part of the tail."""
         parts, layer = self.parts(), self.layer
-        output = layer._full_attention(parts, self.packed)
+        output = layer._full_attention(parts["fa.q"], parts["fa.k"], parts["fa.v"], self.packed)
         gamma = layer.gamma[: output.shape[1]] if layer.gamma is not None else None
         return layer._fused([(output, parts.get("fa.gate"))], gamma)
 
     def gdn_alone(self) -> torch.Tensor:
         """The GDN branch and its part of the tail."""
         parts, layer = self.parts(), self.layer
-        arguments = [parts[f"gdn.{name}"] for name in "qkvba"]
+        arguments = [parts[f"gdn.{name}"] for name in ("qkv", "b", "a")]
         assert layer.gdn is not None
         output = layer.gdn(*arguments, self.packed)
         gamma = layer.gamma[-output.shape[1] :] if layer.gamma is not None else None

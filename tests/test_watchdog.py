@@ -8,6 +8,7 @@ import faulthandler
 import pytest
 import torch
 
+from megatron_hydra.selection.time_left import Stage
 from megatron_hydra.selection.work import Chunk, Ranks, WorkBench
 from megatron_hydra.watchdog import PATIENCE, Watchdog, collective_timeout, feed_watchdog
 
@@ -40,7 +41,7 @@ def test_every_chunk_of_a_selection_feeds_it(meals: list[float | None]) -> None:
             yield chunk, {"x": torch.zeros(1)}
 
     with Watchdog(10):
-        WorkBench(Ranks()).run("stage", chunks, compute)
+        WorkBench(Ranks()).run(Stage("stage", "task"), chunks, compute)
     # Before the first chunk and after every one; then others may be slower.
     assert meals == [50, 10, 0, 10, 0, 10, 0, 10, 50, None]
 

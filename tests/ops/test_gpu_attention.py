@@ -48,7 +48,7 @@ def library_attention(q, k, v, cu_q, cu_k, max_q, max_k, causal, window_size):
 
 def flash_attn_2(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
-    softmax_scale=None, causal=False, window_size=(-1, -1),
+    softmax_scale=None, causal=False, window_size=(-1, -1), deterministic=False,
 ):  # fmt: skip
     assert dropout_p == 0
     assert softmax_scale is None
@@ -59,6 +59,7 @@ def flash_attn_2(
 def flash_attn_3(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None,
     seqused_k=None, softmax_scale=None, causal=False, qv=None, window_size=(-1, -1),
+    deterministic=False,
 ):  # fmt: skip
     assert seqused_q is seqused_k is softmax_scale is qv is None
     boundaries = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k

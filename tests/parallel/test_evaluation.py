@@ -121,7 +121,7 @@ def test_every_layout_says_what_the_export_says(case, layout, tmp_path):
     [
         (
             ("parallel.tensor=2",),
-            r"parallel.tensor · context · pipeline = 2·1·1 = 2 does not divide",
+            "parallel.tensor · context · pipeline = 2·1·1 = 2 processes, one a GPU, but this run has 1",
         ),
         (("parallel.tensr=2",), "did you mean 'tensor'"),
         (("optimizer.lr=1",), "an evaluation heeds parallel"),

@@ -25,7 +25,8 @@ def assert_exactly(scores: np.ndarray, planted: list[tuple[int, int]]) -> None:
 def test_the_planted_circuit_is_found_exactly(seed: int) -> None:
     planted = plant(seed)
     engine = EffectEngine(DecoderRunner(planted.model), WorkBench(Ranks()), 4096)
-    prompts = engine.solve("planted", induction_pairs(8, seed), "top1", minimum=8)
+    prompts = engine.solve("planted", induction_pairs(8, seed), "top1")
+    assert len(prompts.keep) == 8
 
     # Activation patching: the receivers, the redundant backup among them.
     direct = engine.direct("planted", prompts)
