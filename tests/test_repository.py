@@ -330,7 +330,7 @@ def _help(*command: str) -> subprocess.CompletedProcess:
             cwd=folder,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
             check=False,
         )
         assert not list(Path(folder).iterdir())
