@@ -7,6 +7,8 @@ is the time from the step's end until the next step may begin: all of a save at 
 the copy to the host, and completing the folder when the files are written. The step after a save shares the
 host with those who write; its time stands beside that of the others.
 
+What is saved does not depend on kernels: ``backend.gated_delta_net=torch backend.fused_kernels=torch`` spares
+their compilation.
 A run holds two checkpoints at a time: of the 1.7B shape, 2 × 28 GB. Where the disk is smaller, ``--layers``.
 """
 
@@ -33,7 +35,7 @@ from megatron_hydra.parallel import platform  # isort: skip  (before anything of
 from benchmarks import _harness as harness
 from benchmarks import _models as models
 from megatron_hydra.checkpoint.store import save_canonical
-from megatron_hydra.config.loading import from_dict, to_yaml
+from megatron_hydra.config.loading import apply_overrides, from_dict, to_yaml
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.data.indexed import write_index
@@ -93,8 +95,9 @@ def run_config(folder: Path, output: Path, asynchronous: bool, args: argparse.Na
         "checkpoint": {"interval": args.interval, "keep": 1, "asynchronous": asynchronous},
         "logging": {"tensorboard": False, "progress": False, "gamma_interval": 0},
     }
+    config = apply_overrides(from_dict(RunConfig, body), args.overrides)
     path = output.with_suffix(".yaml")
-    path.write_text(to_yaml(from_dict(RunConfig, body)))
+    path.write_text(to_yaml(config))
     return path
 
 
@@ -215,7 +218,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--folder", type=Path, help="where checkpoints are written; default: a temporary folder")
     add("--output", type=Path, help="folder for saving.json; default: none")
     add("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
+    add("overrides", nargs="*", metavar="section.key=value", help="of the config")
+    args = parser.parse_intermixed_args(arguments)
     shapes = args.shapes.split(",")
     if unknown := [shape for shape in shapes if shape not in SHAPES]:
         raise HydraError(f"--shapes: {unknown[0]!r} is unknown; known: {', '.join(SHAPES)}")
