@@ -47,10 +47,6 @@ CONFIGS = ROOT / "configs" / "qwen3_1.7b"
 LOSS_BOUND, NORM_BOUND = 5e-3, 5e-2
 """Most that losses and gradient norms of one step may differ between layouts, relative: bf16 has 8 bits, and
 every layout sums in another order."""
-TINY = dataclasses.replace(
-    models.QWEN3_1_7B, num_layers=2, hidden_size=64, ffn_hidden_size=128, vocab_size=512,
-    num_query_heads=8, num_kv_heads=4, head_dim=16,
-)  # fmt: skip
 _SEQUENCE = ["parallel.sequence=true", "parallel.fa_partition=sequence"]
 
 
@@ -303,7 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.steps < 2:
         raise HydraError("--steps: at least 2, the first is not timed")
     chosen = _chosen(args)
-    model = models.hybrid(TINY if args.tiny else models.QWEN3_1_7B, 1 if args.tiny else 2)
+    model = models.hybrid(models.TINY if args.tiny else models.QWEN3_1_7B, 1 if args.tiny else 2)
     if args.tiny:
         args.overrides = ["precision=fp32", *args.overrides]
     folder = args.output.resolve()
@@ -316,11 +312,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _provide_inputs(
     folder: Path, model: ModelConfig, tokens: list[int], seed: int, words: list[str]
 ) -> None:
-    """Make the inputs, or keep those of an earlier call for the same lengths."""
+    """Make the inputs, or use the inputs that an earlier call made for the same lengths."""
     wanted = {"model": dataclasses.asdict(model), "tokens": tokens, "seed": seed}
     text, made = json.dumps(wanted, sort_keys=True), folder / "inputs.json"
     if made.exists() and made.read_text() == text:
-        print("inputs: those of an earlier call", flush=True)
+        print("inputs: made by an earlier call", flush=True)
         return
     for name in ("student", "packs"):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -5,7 +5,7 @@ A student with random weights and a text are made first. Then ``python -m megatr
 torchrun where there are several processes) trains on them, once for each mode, and saves on the way. Blocked
 is the time from the step's end until the next step may begin: all of a save at once; of one in the background,
 the copy to the host, and completing the folder when the files are written. The step after a save shares the
-host with those who write; its time stands beside that of the others.
+host with the threads that write; its time is printed beside the time of the other steps.
 
 What is saved does not depend on kernels: ``backend.gated_delta_net=torch backend.fused_kernels=torch`` spares
 their compilation.
@@ -44,26 +44,12 @@ from megatron_hydra.reporting import EVENTS_FILE, METRICS_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = "python -m benchmarks.saving --shapes smollm2_135m,qwen3_1.7b --output saving"
-SMOLLM2_135M = ModelConfig(
-    family="llama",
-    num_layers=30,
-    hidden_size=576,
-    ffn_hidden_size=1536,
-    vocab_size=49152,
-    num_query_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    rope_parameters={"rope_type": "default", "rope_theta": 1e5},
-    max_position_embeddings=8192,
-    tie_embeddings=True,
-)
-"""SmolLM2-135M's shape."""
 TINY = dataclasses.replace(
-    SMOLLM2_135M, num_layers=2, hidden_size=32, ffn_hidden_size=48, vocab_size=256,
+    models.SMOLLM2_135M, num_layers=2, hidden_size=32, ffn_hidden_size=48, vocab_size=256,
     num_query_heads=4, num_kv_heads=2, head_dim=8,
 )  # fmt: skip
 SHAPES = {
-    "smollm2_135m": models.hybrid(SMOLLM2_135M, 1),
+    "smollm2_135m": models.hybrid(models.SMOLLM2_135M, 1),
     "qwen3_1.7b": models.hybrid(models.QWEN3_1_7B, 2),
     "tiny": models.hybrid(TINY, 1),
 }
@@ -137,7 +123,7 @@ def read_saves(output: Path) -> list[dict[str, float]]:
         if event["event"] in ("save", "save begun"):
             part = "begun" if event["event"] == "save begun" else "finished"
             saves.setdefault(event["checkpoint"], {})[part] = event["seconds"]
-    # That of the last step waits for its files, whatever the mode.
+    # The last step's save waits for its files in both modes.
     timed = [save for name, save in sorted(saves.items())][:-1]
     return [
         {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 from megatron_hydra.errors import HydraError
 
@@ -11,12 +12,11 @@ GIB = 2**30
 
 
 @contextlib.contextmanager
-def out_of_memory_names(what: str, *advice: str) -> Iterator[None]:
-    """Turn torch's error inside the block into one that names what to change.
+def out_of_memory_becomes(message: Callable[[BaseException], str]) -> Iterator[None]:
+    """Turn torch's error inside the block into ours.
 
     Args:
-        what: was being done.
-        advice: settings that make it smaller, the likeliest first.
+        message: makes the text, from torch's error.
 
     Raises:
         HydraError: in place of ``torch.OutOfMemoryError``.
@@ -26,7 +26,17 @@ def out_of_memory_names(what: str, *advice: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise HydraError(explained(what, error, advice)) from error
+        raise HydraError(message(error)) from error
+
+
+def out_of_memory_names(what: str, *advice: str) -> AbstractContextManager[None]:
+    """As :func:`out_of_memory_becomes`, with a text that names what to change.
+
+    Args:
+        what: was being done.
+        advice: settings that make it smaller, the likeliest first.
+    """
+    return out_of_memory_becomes(lambda error: explained(what, error, advice))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 from megatron_hydra.checkpoint import store
 from megatron_hydra.config.model import ModelConfig
@@ -12,27 +12,25 @@ from megatron_hydra.config.run import RunConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.model.layer_spec import kernel_case
 from megatron_hydra.ops.backends import resolved_names
-from megatron_hydra.out_of_memory import GIB, explained, is_out_of_memory
+from megatron_hydra.out_of_memory import GIB, explained, out_of_memory_becomes
 from megatron_hydra.parallel.world import world_size_from_environment
 
 
-@contextlib.contextmanager
-def out_of_memory_explained(config: RunConfig) -> Iterator[None]:
+def out_of_memory_explained(config: RunConfig) -> AbstractContextManager[None]:
     """Turn torch's error of a training run into one that names the keys to change.
 
     Raises:
         HydraError: in place of ``torch.OutOfMemoryError``.
     """
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        if is_gdn_torch := _is_gdn_torch(config):  # as the planner has to know, too
-            backend = dataclasses.replace(config.backend, gated_delta_net="torch")
-            config = dataclasses.replace(config, backend=backend)
-        advice = training_advice(config, is_gdn_torch)
-        raise HydraError(explained(config.verb, error, advice, _expected(config))) from error
+    return out_of_memory_becomes(lambda error: _explained(config, error))
+
+
+def _explained(config: RunConfig, error: BaseException) -> str:
+    if is_gdn_torch := _is_gdn_torch(config):  # as the planner has to know, too
+        backend = dataclasses.replace(config.backend, gated_delta_net="torch")
+        config = dataclasses.replace(config, backend=backend)
+    advice = training_advice(config, is_gdn_torch)
+    return explained(config.verb, error, advice, _expected(config))
 
 
 def training_advice(config: RunConfig, is_gdn_torch: bool = False) -> list[str]:
