@@ -1,6 +1,7 @@
 """The table of a run of the GPU suite: ``python -m tests.gpu.report REPORT.json [--write docs/gpu.md]``.
 
-With ``--write``, the table takes the place of the last one, between the two comments that mark it.
+With ``--write``, the table takes the place of the last one, between the two comments that mark it. Several
+reports of one machine and commit, as after ``-k``, make one table: a test has the outcome of the last of them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,29 @@ def table(body: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Seconds of each job (several ran at once): {jobs}.", ""])
 
 
+def together(bodies: list[dict[str, Any]]) -> dict[str, Any]:
+    """One report of several; of tests that ran more than once, the last outcome counts.
+
+    Raises:
+        SystemExit: they are not of the same machine, commit and versions.
+    """
+    first, *others = bodies
+    whole = {**first, "tests": list(first["tests"]), "jobs": dict(first["jobs"])}
+    for body in others:
+        for key in ("cards", "commit", "versions", "dry_run"):
+            if body[key] != first[key]:
+                raise SystemExit(f"reports of different {key}: {first[key]} and {body[key]}")
+        places = {test["name"]: place for place, test in enumerate(whole["tests"])}
+        for test in body["tests"]:
+            if test["name"] in places:
+                whole["tests"][places[test["name"]]] = test
+            else:
+                whole["tests"].append(test)
+        whole["jobs"] |= body["jobs"]
+        whole["seconds"] += body["seconds"]
+    return whole
+
+
 def write_into(page: Path, text: str) -> None:
     """Put a table between the page's two marks."""
     before, begin, rest = page.read_text().partition(BEGIN)
@@ -47,10 +71,10 @@ def write_into(page: Path, text: str) -> None:
 def main() -> None:
     """Print the table, or write it into a page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("report", type=Path)
+    parser.add_argument("reports", type=Path, nargs="+", metavar="REPORT.json")
     parser.add_argument("--write", type=Path, metavar="PAGE")
     arguments = parser.parse_args()
-    text = table(json.loads(arguments.report.read_text()))
+    text = table(together([json.loads(path.read_text()) for path in arguments.reports]))
     if arguments.write:
         write_into(arguments.write, text)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.gpu.machine import ROOT
-from tests.gpu.report import BEGIN, END, table, write_into
+from tests.gpu.report import BEGIN, END, table, together, write_into
 
 BODY = {
     "date": "2026-11-28", "dry_run": False, "cards": "2 × H100", "commit": "abc", "seconds": 61.4,
@@ -26,6 +26,17 @@ def test_table():
     assert "| four | skipped | needs 4 GPUs, this machine has 2 |" in text
     assert "align 12" in text
     assert "dry run" not in text and "dry run" in table(BODY | {"dry_run": True})
+
+
+def test_reports_of_one_machine_make_one_table():
+    again = {"name": "align", "outcome": "failed", "reason": "late", "facts": {}}
+    new = {"name": "two", "outcome": "passed", "reason": "", "facts": {}}
+    whole = together([BODY, BODY | {"tests": [again, new], "jobs": {"two": 3.0}, "seconds": 8.6}])
+    assert [test["outcome"] for test in whole["tests"]] == ["failed", "skipped", "passed"]
+    assert whole["seconds"] == 70.0 and whole["jobs"] == {"align": 12.3, "two": 3.0}
+    assert len(BODY["tests"]) == 2
+    with pytest.raises(SystemExit, match="different commit: abc and def"):
+        together([BODY, BODY | {"commit": "def"}])
 
 
 def test_the_table_takes_the_place_of_the_last_one(tmp_path):
