@@ -209,6 +209,8 @@ def main(arguments: list[str] | None = None) -> int:
     shapes = args.shapes.split(",")
     if unknown := [shape for shape in shapes if shape not in SHAPES]:
         raise HydraError(f"--shapes: {unknown[0]!r} is unknown; known: {', '.join(SHAPES)}")
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for shape in shapes:
         with tempfile.TemporaryDirectory(dir=args.folder) as name:

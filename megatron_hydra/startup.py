@@ -11,18 +11,34 @@ import psutil
 
 _running: list[StartupClock] = []
 
+_is_new_process = False
+
+
+def this_process_is_one_run() -> None:
+    """The next :class:`StartupClock` counts from this process's start on, imports included.
+
+    Without it a clock counts from its own making: a process that did other things before (a worker of an
+    experiment, a test) would count those as its imports.
+    """
+    global _is_new_process
+    _is_new_process = True
+
 
 class StartupClock:
-    """Seconds of this process by part of its start, from the launcher's first moment on.
+    """Seconds of a run by part of its start, from the launcher's first moment on.
 
     Parts are measured by :func:`startup_phase` wherever they happen; a part inside another counts for
     itself alone. What no part covers is ``other``.
     """
 
     def __init__(self) -> None:
+        global _is_new_process
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
-        self._since = time.time()
+        self._since = self._began = time.time()
+        if not _is_new_process:
+            return
+        _is_new_process = False
         started = psutil.Process().create_time()
         self._began = started
         if "LOCAL_RANK" in os.environ:  # under torchrun, which is this process's parent
@@ -59,7 +75,7 @@ class StartupClock:
         return {name: round(value, 3) for name, value in self._seconds.items()}
 
     def total(self) -> float:
-        """Seconds since the launcher, or without one this process, was started."""
+        """Seconds since the launcher, without one this process, or in a used process the clock was started."""
         return round(time.time() - self._began, 3)
 
 

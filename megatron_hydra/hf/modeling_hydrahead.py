@@ -24,6 +24,7 @@ convolution or an earlier position; it is kept out of states (β = 0, α = 1) an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -33,6 +34,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -402,6 +404,9 @@ def _index(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
         return torch.tensor(values, device=device)
 
 
+_DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def full_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -463,7 +468,9 @@ def _decode_attention(
         q = q.index_select(1, _index(tuple(slots), q.device))
     q = q.reshape(q.shape[0], k.shape[1], widest, q.shape[-1])
     mask = None if visibility.key_mask is None else visibility.mask(0, 1, q.device)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # cuDNN builds a plan for each shape, and the number of keys is another one at every token.
+    with sdpa_kernel(_DECODING) if q.is_cuda else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     out = out.reshape(out.shape[0], -1, 1, out.shape[-1])
     if slots != list(range(len(groups))):
         back = tuple(slots.index(i) for i in range(len(groups)))

@@ -257,6 +257,10 @@ def choose_kernels(backend: BackendConfig, case: Case, *, check: bool = True) ->
         HydraError: a name that does not exist, a back end that cannot run here, or one whose
             results differ from its twin's; the message names the key.
     """
+    if case.device.type == "cuda":
+        from megatron_hydra.ops import kernel_cache
+
+        kernel_cache.keep_triton_folder()
     chosen: dict[str, Any] = {}
     names = {}
     for key, candidates in BACKENDS.items():

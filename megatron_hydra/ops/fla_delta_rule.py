@@ -7,10 +7,12 @@ and passes states between ranks itself.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 
+from megatron_hydra.ops import fla_tuning
 from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.ops.gated_delta_rule import StateExchange
 
@@ -45,7 +47,10 @@ def fla_gated_delta_rule(
     elif cu_seqlens is not None and len(cu_seqlens) > 2:
         documents["cu_seqlens"] = int_tensor(cu_seqlens, torch.int64, q.device)
         documents["cu_seqlens_cpu"] = int_tensor(cu_seqlens, torch.int64, "cpu")
-    output, _ = chunk_gated_delta_rule(
+    rule = chunk_gated_delta_rule
+    if fla_tuning.flash_qla_refuses(q.shape[1]):
+        rule = inspect.unwrap(rule)  # FLA's own implementation, without its dispatch to FlashQLA
+    output, _ = rule(
         *(x.unsqueeze(0) for x in (q, k, v, log_alpha, beta)),
         initial_state=initial_state,
         **documents,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import gc
+import importlib.util
 import json
 import logging
 import os
@@ -20,13 +21,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_hydra.ops import kernel_cache
 from megatron_hydra.ops.backends import Case
 
 _log = logging.getLogger(__name__)
 
 _MODE, _FOLDER = "FLA_CACHE_MODE", "FLA_CONFIG_DIR"
-_FLASH_QLA = "FLA_FLASH_QLA"
+_FLASH_QLA, _FLASH_QLA_PACKAGE = "FLA_FLASH_QLA", "flash_qla"
+FLASH_QLA_HEAD_DIM = 128
+"""The only one for which FLA uses FlashQLA."""
 
 _PREFIX = "fla-"
 """Of the folders of choices, beside the records of the kernel cache."""
@@ -35,13 +40,62 @@ _NOT_NEEDED = ("fla.layers", "fla.models")
 """Of flash-linear-attention: they import transformers' models, for seconds, and are not used here."""
 
 
+_refused: set[int] = set()
+"""Numbers of heads that FlashQLA cannot compute on this process's card."""
+
+
+def flash_qla_refuses(heads: int) -> bool:
+    """Whether FLA's own kernels compute so many heads, because FlashQLA failed on them."""
+    return heads in _refused
+
+
+def is_flash_qla(case: Case, heads: int) -> bool:
+    """Whether FLA would hand so many heads to FlashQLA, and may be told not to.
+
+    A user who sets ``FLA_FLASH_QLA`` has decided; then a failure of FlashQLA stays one.
+    """
+    if case.head_dim != FLASH_QLA_HEAD_DIM or case.context_parallel or _FLASH_QLA in os.environ:
+        return False
+    if case.dtype not in (torch.bfloat16, torch.float16) or heads in _refused:
+        return False
+    return importlib.util.find_spec(_FLASH_QLA_PACKAGE) is not None
+
+
+def refuse_flash_qla(case: Case, heads: int, why: str) -> None:
+    """From now on FLA's own kernels compute so many heads, here and in later processes.
+
+    TileLang finds no layout for FlashQLA's kernels for some numbers of heads (7, with FlashQLA 0.1.3 and
+    TileLang 0.1.15), and other layers of the same run are fine. The record is for this card, these versions
+    and sources.
+    """
+    _refused.add(heads)
+    kernel_cache.record(_refusal(case, heads), {"heads": heads, "why": why})
+    _log.warning(
+        "FlashQLA cannot compute the gated delta rule of %d heads here (%s): FLA's own kernels do, more "
+        "slowly. FLA_FLASH_QLA=1 insists on FlashQLA, FLA_FLASH_QLA=0 never uses it",
+        heads, why,
+    )  # fmt: skip
+
+
+def _refusal(case: Case, heads: int) -> str:
+    facts = {**kernel_cache.fingerprint(case.device), "environment": {}}
+    return f"no-flash-qla-{kernel_cache.key_of([facts, str(case.dtype), heads])}"
+
+
 def use_choices(case: Case) -> None:
     """Point FLA to the configurations that were chosen for this card, dtype and head dimension.
+
+    Numbers of heads that FlashQLA was found to fail on go to FLA's own kernels.
 
     Under context parallelism FLA declines FlashQLA at every call; it is switched off there, so that the
     start-up check does not compile it either. Call it before FLA is imported. Variables that the user
     has set stay as they are.
     """
+    _refused.update(
+        heads
+        for heads in case.gdn_heads
+        if is_flash_qla(case, heads) and kernel_cache.is_recorded(_refusal(case, heads))
+    )
     if case.context_parallel:
         os.environ.setdefault(_FLASH_QLA, "0")
     mine = kernel_cache.RECORDS in os.environ.get(_FOLDER, kernel_cache.RECORDS)

@@ -60,6 +60,16 @@ def triton_folder() -> Path:
     return Path(os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache"))
 
 
+def keep_triton_folder() -> None:
+    """Fix Triton's cache for this process and its children where it is now.
+
+    torch's inductor sets ``TRITON_CACHE_DIR``, if it is unset, to a folder of its own for each device when
+    it compiles its first kernel (``torch/_inductor/runtime/triton_heuristics.py``). From then on no Triton
+    kernel of the process would be found by another rank, by the next job, or by our records.
+    """
+    os.environ.setdefault("TRITON_CACHE_DIR", str(triton_folder()))
+
+
 def cache_folders() -> list[Path]:
     """The caches of the compilers that are installed here."""
     folders = [triton_folder()]

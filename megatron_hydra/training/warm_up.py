@@ -1,8 +1,8 @@
 """Kernels of a run are compiled once a node, before training, by processes that do nothing else.
 
 The first rank of a node that comes here takes a lock, starts workers (:mod:`.warm_worker`) and gives them
-the run's scenes (:mod:`.rehearsal`): the first one alone, as it also tunes the kernels; all others side by
-side. Then one of them makes the start-up check. When all is done, that is recorded beside the compilers'
+the run's scenes (:mod:`.rehearsal`): the first one alone, as it also tunes the kernels; then all others and
+the start-up check side by side. When all is done, that is recorded beside the compilers'
 caches, and neither the other ranks nor the next run with these shapes do any of it again. A scene that
 fails is no error: a warning says so, and each rank compiles that part in its first step.
 """
@@ -38,6 +38,9 @@ _log = logging.getLogger(__name__)
 WORKER = (sys.executable, "-m", "megatron_hydra.training.warm_worker")
 
 MOST_WORKERS = 8
+
+_CHECK = -1
+"""The start-up check, beside the numbers of scenes."""
 
 PROGRESS_SECONDS = 10.0
 """Between two lines that say what is being compiled."""
@@ -160,7 +163,8 @@ class _Team:
     ) -> None:
         self.order, self.num_scenes, self.cards = order, num_scenes, cards
         self.local_rank, self.command, self.tell = local_rank, command, tell
-        self.waiting = list(range(num_scenes))
+        # The check is long, and short of tokens: not before the first scene has tuned, not as the last one.
+        self.waiting = [0, _CHECK, *range(1, num_scenes)]
         self.started = time.monotonic()
         self.told = 0.0
         self.done = 0
@@ -178,12 +182,10 @@ class _Team:
             f"compiling this run's kernels: {self.num_scenes} combinations of heads, documents and "
             f"shards; what the compilers say is in {self.order['log']}"
         )
-        count = min(MOST_WORKERS, self.num_scenes, max(1, (os.cpu_count() or 1) // 2))
+        count = min(MOST_WORKERS, self.num_scenes + 1, max(1, (os.cpu_count() or 1) // 2))
         with contextlib.ExitStack() as stack:
             team = [stack.enter_context(self._worker(i, count)) for i in range(count)]
-            self._scenes(team)
-            if not self.problems:
-                self._check(team)
+            self._tasks(team)
             for member in team:
                 member.give({"end": True})
         return "; ".join(dict.fromkeys(self.problems))
@@ -211,8 +213,8 @@ class _Team:
                         process.wait(30)
         process.wait()
 
-    def _scenes(self, team: list[_Member]) -> None:
-        """The first scene by the first worker; then all others by as many as have room."""
+    def _tasks(self, team: list[_Member]) -> None:
+        """The first scene by the first worker; then the check and all others by as many as have room."""
         while self.waiting or any(member.task is not None for member in team):
             for index, member in enumerate(team[: self.limit]):
                 is_free = member.is_alive and member.is_ready and member.task is None
@@ -220,7 +222,7 @@ class _Team:
                 if not is_free or not self.waiting or (self.done == 0 and index):
                     continue
                 member.task = self.waiting.pop(0)
-                member.give({"scene": member.task})
+                member.give({"check": True} if member.task == _CHECK else {"scene": member.task})
             if not any(member.is_alive for member in team):
                 self.problems.append("all compiling processes have ended")
                 return
@@ -236,16 +238,6 @@ class _Team:
             return len(team)
         return max(1, min(len(team), int(_MEMORY_SHARE * total * self.cards / used)))
 
-    def _check(self, team: list[_Member]) -> None:
-        member = next((m for m in team if m.is_alive), None)
-        if member is None:
-            self.problems.append("all compiling processes have ended")
-            return
-        member.task = -1
-        member.give({"check": True})
-        while member.task is not None and member.is_alive:
-            self._listen()
-
     def _listen(self) -> None:
         """Take what workers say within a second; feed the watchdog; say how far it is."""
         feed_watchdog(PATIENCE)
@@ -259,10 +251,10 @@ class _Team:
             self.selector.unregister(chosen.fileobj)
             member.is_alive = False
             if member.task is not None:
+                self.done += member.task != _CHECK
                 member.task = None
                 status = member.process.wait()
                 self.problems.append(f"a compiling process ended with status {status}")
-                self.done += 1
         now = time.monotonic()
         if now - self.told >= PROGRESS_SECONDS:
             self.told = now
@@ -285,9 +277,9 @@ class _Team:
         elif "refused" in answer:
             raise HydraError(f"{answer['refused']} (compilers' messages: {self.order['log']})")
         else:
+            self.done += member.task != _CHECK
             member.task = None
             member.memory = max(member.memory, answer.get("memory", 0))
-            self.done += 1
             if "failed" in answer:
                 self.problems.append(f"{member.part}: {answer['failed']}")
 

@@ -19,13 +19,16 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_hydra.config.loading import from_dict
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from megatron_hydra.training.rehearsal import Scene
 
 LIMIT_SECONDS = 1800
 """A part of a scene that takes longer hangs: the process writes its stacks and ends."""
@@ -76,19 +79,40 @@ class Worker:
         Raises:
             HydraError: the start-up check refuses a kernel.
         """
-        from megatron_hydra.ops.fla_tuning import write_choices
+        import torch
+
+        from megatron_hydra.model.layer_spec import kernel_case
+        from megatron_hydra.ops import fla_tuning
         from megatron_hydra.parallel import platform
-        from megatron_hydra.training.rehearsal import check, rehearse, scenes
+        from megatron_hydra.training.rehearsal import check, scenes
 
         if "check" in order:
             self.say({"part": "start-up check"})
             check(self.config, self.model, self.teacher)
         else:
             scene = scenes(self.config, self.model)[order["scene"]]
-            for part in rehearse(self.config, self.model, self.teacher, scene):
-                self.say({"part": part})
-            write_choices()
+            case = kernel_case(self.model, self.config)
+            try:
+                self._rehearse(scene)
+            except Exception as error:
+                is_room = isinstance(error, (torch.OutOfMemoryError, OSError))
+                may_be_it = bool(scene.gdn_heads) and fla_tuning.is_flash_qla(case, scene.gdn_heads)
+                if is_room or not may_be_it:
+                    raise
+                # Of the scene's kernels these fail most; if it was another, it fails again.
+                traceback.print_exc()
+                fla_tuning.refuse_flash_qla(
+                    case, scene.gdn_heads, f"{type(error).__name__}: {error}"[:300]
+                )
+                self._rehearse(scene)
+            fla_tuning.write_choices()
         return {"done": order, "memory": platform.peak_memory_bytes()}
+
+    def _rehearse(self, scene: Scene) -> None:
+        from megatron_hydra.training.rehearsal import rehearse
+
+        for part in rehearse(self.config, self.model, self.teacher, scene):
+            self.say({"part": part})
 
 
 def serve(orders: Iterator[dict[str, Any]], say: Callable[[dict[str, Any]], None]) -> int:

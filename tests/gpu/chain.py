@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.machine import Ended, Job, JobFailed, Machine, Place
+from tests.gpu.machine import LIMIT_SECONDS, Ended, Job, JobFailed, Machine, Place
 
 STAGES = ("align", "distill", "finetune")
 STOP_EXIT = 85
@@ -73,6 +73,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 """By name: GPUs, overrides."""
 LAYOUT_VERBS = ("align", "distill")
 LAYOUT_STEPS = 3
+CASE_SECONDS = 60
+"""What each of the runs that share a process adds to its limit."""
 
 
 class Chain:
@@ -309,6 +311,8 @@ class Chain:
         ended = place.run(
             "layouts",
             [*launcher, "-m", "tests.parallel.training_runs", self.random, listing],
+            # Each compiles kernels of its own; a hang is what faults.timeout_seconds is for.
+            limit=LIMIT_SECONDS + CASE_SECONDS * len(cases),
         )
         lines = [json.loads(x) for x in ended.output.splitlines() if x.startswith('{"output"')]
         wrong = [line for line in lines if any(line["outcomes"])]

@@ -793,6 +793,21 @@ def test_fla_kernels_agree_with_the_torch_path():
 
 
 @pytest.mark.gpu
+def test_decoding_makes_no_plan_of_cudnn():
+    """It would make one at every token, as there is one key more."""
+    model = make_model([[0, 3], [1, 2, 5], []], head_dim=64).cuda().to(torch.bfloat16)
+    kernels = []
+    with torch.no_grad():
+        cache = model(tokens(2, 40).cuda(), use_cache=True).past_key_values
+        for _ in range(2):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+                cache = model(tokens(2, 1).cuda(), past_key_values=cache).past_key_values
+            kernels += [event.name for event in seen.events()]
+    assert kernels
+    assert not [name for name in kernels if "cudnn" in name.lower() and "flash" in name.lower()]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.2)])
 def test_chunked_prefill_equals_one_pass_on_a_gpu(dtype, tolerance):
     """There an unpadded chunk is attended to by the lower-right causal kernel, without a mask."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 
 import pytest
 import torch
 
+from megatron_hydra.ops import fla_tuning
 from megatron_hydra.ops.fla_delta_rule import fla_gated_delta_rule
 from megatron_hydra.ops.gated_delta_rule import recurrent_gated_delta_rule
 
@@ -87,3 +89,25 @@ def test_context_parallelism_gets_the_group_and_the_whole_streams_documents(call
     assert group == "the group"
     assert boundaries.tolist() == on_host.tolist() == [0, 5, 22]
     assert call["cu"] is None  # FLA cuts the shard's own from the whole stream's
+
+
+def test_heads_that_flash_qla_refuses_go_past_flas_dispatch(calls, monkeypatch):
+    import fla.ops.gated_delta_rule as module
+
+    own = module.chunk_gated_delta_rule
+
+    @functools.wraps(own)
+    def dispatched(*args, **kwargs):
+        raise RuntimeError("no available layout found")
+
+    monkeypatch.setattr(module, "chunk_gated_delta_rule", dispatched)
+    with pytest.raises(RuntimeError, match="no available layout"):
+        fla_gated_delta_rule(*inputs())
+    monkeypatch.setattr(fla_tuning, "_refused", {HEADS})
+    tensors = inputs()
+    torch.testing.assert_close(
+        fla_gated_delta_rule(*tensors)[0], recurrent_gated_delta_rule(*tensors)[0]
+    )
+    monkeypatch.setattr(fla_tuning, "_refused", {HEADS + 1})  # each number for itself
+    with pytest.raises(RuntimeError, match="no available layout"):
+        fla_gated_delta_rule(*inputs())

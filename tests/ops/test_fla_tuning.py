@@ -5,6 +5,7 @@ Both against the libraries themselves: Triton compiles for an H100 without one, 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -184,3 +185,48 @@ def test_layers_and_models_of_fla_are_left_out(
     assert fla.layers.__file__.startswith(str(tmp_path))
     for name in [name for name in sys.modules if name.split(".")[0] == "fla"]:
         del sys.modules[name]  # monkeypatch would bring these back, in place of the real ones
+
+
+@pytest.fixture
+def flash_qla(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    """As on a machine with FlashQLA, for layers of 7 and of 8 GDN heads."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TILELANG_CACHE_DIR"):
+        monkeypatch.setenv(name, str(folder.parents[1]))
+    monkeypatch.setenv("FLA_FLASH_QLA", "")
+    monkeypatch.delenv("FLA_FLASH_QLA")
+    monkeypatch.setattr(fla_tuning, "_FLASH_QLA_PACKAGE", "json")  # installed everywhere
+    monkeypatch.setattr(fla_tuning, "_refused", set())
+    return Case(torch.device("cpu"), torch.bfloat16, 128, gdn_heads=(7, 8))
+
+
+def test_what_flash_qla_refused_is_known_to_the_next_process(
+    flash_qla: Case, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fla_tuning.use_choices(flash_qla)
+    assert not any(map(fla_tuning.flash_qla_refuses, (7, 8)))
+    fla_tuning.refuse_flash_qla(flash_qla, 7, "no available layout found")
+    assert "7 heads here (no available layout found): FLA's own kernels" in caplog.text
+    assert [fla_tuning.flash_qla_refuses(heads) for heads in (7, 8)] == [True, False]
+    monkeypatch.setattr(fla_tuning, "_refused", set())
+    fla_tuning.use_choices(flash_qla)
+    assert [fla_tuning.flash_qla_refuses(heads) for heads in (7, 8)] == [True, False]
+    monkeypatch.setattr(fla_tuning, "_refused", set())
+    monkeypatch.setenv("FLA_FLASH_QLA", "1")  # the user insists
+    fla_tuning.use_choices(flash_qla)
+    assert not fla_tuning.flash_qla_refuses(7)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True), ({"head_dim": 64}, False), ({"dtype": torch.float32}, False),
+        ({"context_parallel": True}, False),
+    ],
+)  # fmt: skip
+def test_where_a_failure_may_be_flash_qlas(
+    flash_qla: Case, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], expected: bool
+) -> None:
+    case = dataclasses.replace(flash_qla, **change)
+    assert fla_tuning.is_flash_qla(case, 7) is expected
+    monkeypatch.setattr(fla_tuning, "_FLASH_QLA_PACKAGE", "no_such_package")
+    assert not fla_tuning.is_flash_qla(case, 7)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.runtime import cache_dir_utils, triton_heuristics
 
+from megatron_hydra.config.run import BackendConfig
 from megatron_hydra.ops import kernel_cache
+from megatron_hydra.ops.backends import Case, choose_kernels
 from megatron_hydra.ops.kernel_cache import alone_on_this_node, fingerprint, is_recorded, record
 
 CPU = torch.device("cpu")
@@ -105,3 +110,33 @@ def test_without_a_folder_to_lock_everyone_works_for_himself(
     assert not is_recorded("work")
     assert "compiles for itself" in caplog.text
     assert "takes no record" in caplog.text
+
+
+def test_torch_does_not_move_tritons_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its inductor does so for the whole process, unless the variable is set before its first kernel."""
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path))
+    before = kernel_cache.triton_folder()
+    inductor = inspect.getsource(triton_heuristics)
+    if "TRITON_CACHE_DIR" in inductor:  # what is kept away from: it may be gone in a later torch
+        assert 'os.getenv("TRITON_CACHE_DIR") is None' in inductor
+    kernel_cache.keep_triton_folder()
+    assert os.environ["TRITON_CACHE_DIR"] == str(before) == str(tmp_path / ".triton" / "cache")
+    # As inductor asks for it, for a device of its own.
+    assert cache_dir_utils.triton_cache_dir(1) == str(before)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/the/users")
+    kernel_cache.keep_triton_folder()
+    assert os.environ["TRITON_CACHE_DIR"] == "/the/users"
+
+
+def test_kernels_are_chosen_after_the_cache_is_fixed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path))
+    case = Case(torch.device("cuda"), torch.bfloat16, 64)
+    torch_everywhere = BackendConfig(
+        gated_delta_net="torch", full_attention="torch", fused_kernels="torch"
+    )
+    choose_kernels(torch_everywhere, case, check=False)
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / ".triton" / "cache")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_hydra.errors import HydraError
-from megatron_hydra.ops import self_check
+from megatron_hydra.ops import fla_tuning, self_check
 from megatron_hydra.ops.backends import Case, Kernels
 from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
 from megatron_hydra.ops.self_check import BOUNDARIES, TOLERANCE, all_checks, check_kernels
@@ -238,3 +238,40 @@ def test_documents_are_such_that_errors_show():
     assert len(set(lengths)) == len(lengths)
     tails = [b - a for a, b in zip(self_check.TAIL_BOUNDARIES, self_check.TAIL_BOUNDARIES[1:])]
     assert all(tail <= length for tail, length in zip(tails, lengths, strict=True))
+
+
+def test_heads_on_which_flash_qla_fails_are_checked_with_flas_own_kernels(monkeypatch, records):
+    case = dataclasses.replace(CASE, gdn_heads=(2, 3))
+    refused = {}
+
+    def delta_rule(q, *rest):
+        if q.shape[1] == 3 and 3 not in refused:
+            raise RuntimeError("no available layout found")
+        return TWINS.delta_rule(q, *rest)
+
+    monkeypatch.setattr(fla_tuning, "is_flash_qla", lambda case, heads: heads not in refused)
+    monkeypatch.setattr(
+        fla_tuning, "refuse_flash_qla", lambda case, heads, why: refused.setdefault(heads, why)
+    )
+    check_kernels(named("gated_delta_net", "fla", delta_rule=delta_rule), case)
+    assert list(refused) == [3]
+    assert "RuntimeError: no available layout found" in refused[3]
+
+
+def test_a_wrong_kernel_of_flas_own_is_refused_all_the_same(monkeypatch):
+    """Once FlashQLA is out of the way, nothing else is tried."""
+    refused = []
+    monkeypatch.setattr(fla_tuning, "is_flash_qla", lambda case, heads: heads not in refused)
+    monkeypatch.setattr(
+        fla_tuning, "refuse_flash_qla", lambda case, heads, why: refused.append(heads)
+    )
+
+    def wrong(*args):
+        output, state = TWINS.delta_rule(*args)
+        return output * 1.1, state
+
+    with pytest.raises(
+        HydraError, match=r"delta rule of 2 heads failed with backend\.gated_delta_net=fla"
+    ):
+        check_kernels(named("gated_delta_net", "fla", delta_rule=wrong), CASE)
+    assert refused == [2]

@@ -94,7 +94,7 @@ def _compile(folder: Path, *, config: Any = None, **options: Any) -> tuple[WarmU
         return compile_once_a_node(config or _config(folder), MODEL, None, **options), lines
 
 
-def test_all_scenes_once_the_first_alone_the_check_last(
+def test_all_scenes_once_the_first_alone_the_check_beside_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
@@ -105,12 +105,10 @@ def test_all_scenes_once_the_first_alone_the_check_last(
     assert (result.ready, result.compiled, result.problem) == (True, count, "")
     journal = _journal(tmp_path)
     begun = [what[1] for _, what, _ in journal if what[0] == "begin"]
-    assert sorted(begun[:-1]) == list(range(count))
     assert begun[0] == 0
-    assert begun[-1] == "check"
+    assert sorted(begun, key=str) == sorted([*range(count), "check"], key=str)
     times = {(what[0], what[1]): at for _, what, at in journal if what[0] != "started"}
-    assert all(times["begin", n] >= times["end", 0] for n in range(1, count))
-    assert times["begin", "check"] >= max(times["end", n] for n in range(count))
+    assert all(times["begin", n] >= times["end", 0] for n in (*range(1, count), "check"))
     starts = [what for _, what, _ in journal if what[0] == "started"]
     assert len(starts) == 3  # half of the cores
     assert {what[1] for what in starts} == {0, 1}  # on both cards
@@ -118,6 +116,12 @@ def test_all_scenes_once_the_first_alone_the_check_last(
     assert lines[0].startswith("compiling this run's kernels: ")
     assert str(tmp_path / "run" / COMPILE_LOG) in lines[0]
     assert any("; now scene 0: a kernel" in line for line in lines), lines
+
+
+def test_the_check_waits_for_no_scene_but_the_first(tmp_path: Path) -> None:
+    """It compiles kernels of its own, so it must not begin when all else is done."""
+    team = warm_up._Team({"log": "x"}, 3, 0, 1, _worker(tmp_path), print)
+    assert [team.waiting.pop(0) for _ in range(4)] == [0, warm_up._CHECK, 1, 2]
 
 
 def test_what_is_ready_is_not_compiled_again(tmp_path: Path, caches: Path) -> None:
@@ -235,7 +239,7 @@ def test_ranks_of_a_node_wait_for_the_one_that_compiles(tmp_path: Path) -> None:
     count = len(scenes(_config(tmp_path), MODEL))
     assert sorted(compiled for compiled, _ in answers) == [0, count]
     begun = [what[1] for _, what, _ in _journal(tmp_path) if what[0] == "begin"]
-    assert sorted(begun[:-1]) == list(range(count))
+    assert sorted(begun, key=str) == sorted([*range(count), "check"], key=str)
 
 
 def _is_gone(pid: int) -> bool:
