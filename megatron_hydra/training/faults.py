@@ -16,6 +16,9 @@ from megatron_hydra.errors import HydraError
 
 NOT_FINITE = "loss or gradient is not finite"
 
+NOTHING_LEARNED = "no token of the global batch has a loss (all are masked)"
+"""An update would be weight decay and old momentum, and a loss of 0 would make later steps spikes."""
+
 
 class FaultKeeper:
     """Judges steps and counts those that were left out.

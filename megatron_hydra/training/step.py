@@ -19,7 +19,7 @@ from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.parallel.gradients import finalize_gradients
 from megatron_hydra.parallel.world import World
 from megatron_hydra.training import foreach  # noqa: F401  (replaces what Megatron-Core does one by one)
-from megatron_hydra.training.faults import NOT_FINITE, FaultKeeper
+from megatron_hydra.training.faults import NOT_FINITE, NOTHING_LEARNED, FaultKeeper
 from megatron_hydra.training.flops import attention_pairs
 from megatron_hydra.training.observe import PhaseTimers
 from megatron_hydra.transfer.local_batch import local_batch
@@ -31,7 +31,7 @@ class StepResult:
     """What a step came to; equal on all ranks.
 
     Attributes:
-        means: each loss part per unmasked token of the global batch.
+        means: each loss part per unmasked token of the global batch; NaN where all are masked.
         loss: what the verb makes of them.
         num_loss_tokens: those tokens.
         grad_norm: before clipping.
@@ -89,10 +89,13 @@ def train_step(
         agreed = torch.cat([verb.sums, verb.sums.new_tensor(local)])
         dist.all_reduce(agreed)
         *sums, num_tokens, pairs, norms, bad_gradients, stopping, saving = agreed.tolist()
-    means = [value / max(num_tokens, 1) for value in sums]
+    means = [value / num_tokens if num_tokens else math.nan for value in sums]
     loss = float(verb.metrics(means)["loss"])
     norm = norms / world.size  # bit-equal everywhere, as what is decided by it has to be
-    fault = NOT_FINITE if bad_gradients else trainee.faults.judge(loss, norm)
+    if not num_tokens:
+        fault = NOTHING_LEARNED
+    else:
+        fault = NOT_FINITE if bad_gradients else trainee.faults.judge(loss, norm)
     trainee.faults.count(loss, norm, fault)
     if not fault:
         with timers.phase("optimizer"):

@@ -234,6 +234,36 @@ def test_a_step_without_finite_loss_changes_nothing(
     assert all(torch.isfinite(t).all() for t in after.values() if t.is_floating_point())
 
 
+@pytest.mark.parametrize("verb", ["align", "finetune"])
+def test_a_step_without_a_learned_token_changes_nothing(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    verb: str,
+) -> None:  # fmt: skip
+    """No weight decay and no momentum, no loss of 0 among those that a spike is judged by."""
+    config = _config(
+        inputs, tmp_path, verb, "checkpoint.interval=1", "schedule.steps=3", "checkpoint.keep=0",
+        "optimizer.weight_decay=0.5", "faults.spike_factor=3", "faults.spike_window=1",
+    )  # fmt: skip
+    original, steps = loop.train_step, [0]
+
+    def masked_in_step_two(trainee, batches, *rest):
+        steps[0] += 1
+        if steps[0] == 2:
+            batches = [
+                dataclasses.replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
+                for batch in batches
+            ]
+        return original(trainee, batches, *rest)
+
+    monkeypatch.setattr(loop, "train_step", masked_in_step_two)
+    assert run_training(config) == 0
+    metrics = tiny.read_metrics(tmp_path)
+    assert [line.get("skipped", False) for line in metrics] == [False, True, False]
+    assert metrics[1]["loss"] is None
+    assert "step 2: no token of the global batch has a loss" in caplog.text
+    assert not (tmp_path / "checkpoints" / "step_00000002").exists()
+
+
 def test_a_checkpoint_that_falls_due_at_a_bad_step_is_made_after_the_next_good_one(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
