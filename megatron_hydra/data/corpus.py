@@ -14,23 +14,18 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_hydra.data.folder import (
+    SUFFIXES,
+    Format,
+    Listing,
+    compression_of,
+    format_of,
+    list_folder,
+    refuse_compression,
+    repeated,
+)
 from megatron_hydra.data.manifest import file_probe
 from megatron_hydra.errors import HydraError
-
-Format = Literal["jsonl", "parquet", "arrow", "text", "lines"]
-_SUFFIXES: dict[str, Format] = {
-    ".jsonl": "jsonl",
-    ".json": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-}
-COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
-# What the datasets library writes beside its files to describe them.
-_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,65 +133,61 @@ def input_identity(corpus: CorpusConfig) -> list[dict[str, Any]]:
     ]
 
 
+def notes_on_files(corpus: CorpusConfig) -> list[str]:
+    """What is not read of the inputs, and what is read twice: a line for each input that has either."""
+    if corpus.hub:
+        return []
+    lines = []
+    paths: list[str] = []
+    for name in corpus.inputs:
+        listing = _files_of(name, corpus)
+        paths += listing.files
+        if listing.left_out:
+            lines.append(
+                f"--input {name}: {len(listing.files)} files are read, not read are {listing}"
+            )
+    for first, again in repeated(paths):
+        lines.append(f"{again} is the same file as {first}: it is read twice")
+    return lines
+
+
 def _expand(corpus: CorpusConfig) -> list[str]:
     """Files of the inputs, in the order given, folders and patterns sorted."""
     paths: list[str] = []
     for name in corpus.inputs:
-        if os.path.isdir(name):
-            found = _files_of_folder(Path(name), corpus.format)
-        elif glob.has_magic(name) and not os.path.exists(name):
-            found = sorted(p for p in glob.glob(name, recursive=True) if os.path.isfile(p))
-        else:
-            found = [name] if os.path.isfile(name) else []
-        if not found:
+        listing = _files_of(name, corpus)
+        if not listing.files:
+            others = f"; not read are {listing}" if listing.left_out else ""
             raise HydraError(
                 f"--input {name}: no such file, or a folder or pattern without data files "
-                f"({', '.join(sorted(_SUFFIXES))}); for a Hub data set use --dataset"
+                f"({', '.join(sorted(SUFFIXES))}){others}; for a Hub data set use --dataset"
             )
-        paths += found
+        paths += listing.files
     return paths
 
 
-def _files_of_folder(folder: Path, wanted: Format | None) -> list[str]:
-    """Data files of a folder and of the folders in it, sorted; hidden ones are left out.
-
-    Raises:
-        HydraError: they have several formats and none is wanted. One of them is likely no data,
-            such as the README.md beside a data set's Parquet files.
-    """
-    examples: dict[Format, str] = {}
-    found = []
-    for path in sorted(folder.rglob("*")):
-        kind = format_of(str(path))
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if kind is None or hidden or path.name in _DESCRIPTIONS or not path.is_file():
-            continue
-        if wanted is None or kind == ("text" if wanted == "lines" else wanted):
-            examples.setdefault(kind, str(path))
-            found.append(str(path))
-    if len(examples) > 1:
-        shown = ", ".join(f"{path} ({kind})" for kind, path in examples.items())
-        raise HydraError(
-            f"--input {folder} holds files of several formats: {shown}; choose one with --format, "
-            "or give files or a pattern"
+def _files_of(name: str, corpus: CorpusConfig) -> Listing:
+    """The files of one input."""
+    if os.path.isdir(name):
+        return list_folder(Path(name), corpus.format)
+    if glob.has_magic(name) and not os.path.exists(name):
+        found = sorted(glob.glob(name, recursive=True))
+        return Listing(
+            tuple(path for path in found if os.path.isfile(path)),
+            tuple((path, "folders") for path in found if os.path.isdir(path)),
         )
-    return found
-
-
-def format_of(path: str) -> Format | None:
-    """The format that a file's suffix stands for."""
-    stem, suffix = os.path.splitext(path)
-    if suffix in COMPRESSED:
-        suffix = os.path.splitext(stem)[1]
-    return _SUFFIXES.get(suffix)
+    return Listing((name,) if os.path.isfile(name) else ())
 
 
 def _file_units(path: str, corpus: CorpusConfig) -> list[Unit]:
+    refuse_compression(path)
+    if not os.access(path, os.R_OK):
+        raise HydraError(f"{path} cannot be read: no permission")
     kind = corpus.format or format_of(path)
     size = os.path.getsize(path)
     if kind is None:
         raise HydraError(f"{path}: unknown suffix; say what it is with --format")
-    if path.endswith(COMPRESSED) and kind in ("jsonl", "lines"):
+    if compression_of(path) and kind in ("jsonl", "lines"):
         return [Unit(path, "compressed", 0, size, size)]
     if kind == "text":
         return [Unit(path, "text", 0, size, size)]

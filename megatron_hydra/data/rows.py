@@ -8,7 +8,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from megatron_hydra.data.corpus import COMPRESSED, CorpusConfig, Row, Unit, format_of
+from megatron_hydra.data.corpus import CorpusConfig, Row, Unit
+from megatron_hydra.data.folder import compression_of, format_of
 from megatron_hydra.data.hub import load_hub
 from megatron_hydra.errors import HydraError
 
@@ -50,7 +51,7 @@ def _lines_of_range(unit: Unit, kind: str, corpus: CorpusConfig) -> Iterator[Row
 def _compressed_rows(unit: Unit, kind: str, corpus: CorpusConfig) -> Iterator[Row]:
     import pyarrow as pa
 
-    with pa.input_stream(unit.path, compression="detect") as raw:
+    with pa.input_stream(unit.path, compression=compression_of(unit.path)) as raw:
         try:
             for number, line in enumerate(io.BufferedReader(raw, 1 << 20), start=1):
                 if line.strip():
@@ -77,9 +78,8 @@ def _parse_line(line: bytes, where: str, kind: str, corpus: CorpusConfig) -> Row
 def _text_row(path: str) -> Row:
     import pyarrow as pa
 
-    compression = "detect" if path.endswith(COMPRESSED) else None
     try:
-        with pa.input_stream(path, compression=compression) as stream:
+        with pa.input_stream(path, compression=compression_of(path)) as stream:
             return Row(path, stream.read().decode("utf-8").removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         return Row(path, None, f"not UTF-8 ({error.reason} at byte {error.start:,})")
