@@ -27,7 +27,12 @@ class HydraConfig:
         fa_position: position information of FA heads: ``log-scale`` (no rotary, queries scaled by
             ln(t+a)/ln(a)), ``rope``, ``both``, or ``none``.
         fa_gate: the per-channel output gate 2σ(W_g x) of FA heads.
+        qkv: ``decoupled``: FA and GDN heads have their own W_K, W_V and their own QK-norms (the paper's
+            query decomposition); ``shared``: heads of one KV group read the same W_K and W_V, be they
+            FA or GDN, and all heads of a layer the same QK-norms. W_Q is a head's own either way.
         gdn_kv: ``mha``: every GDN head has its own k and v; ``gqa``: heads of a KV group share them.
+            With ``qkv=shared`` the projections are the group's in both cases: ``mha`` repeats k and v
+            for every head before the short convolution, whose kernels are then the head's own.
         gdn_gate: the per-channel output gate of GDN heads.
         short_conv: causal depthwise convolution on q, k, v of GDN heads.
         conv_width: its width in tokens.
@@ -43,6 +48,7 @@ class HydraConfig:
     fusion_norm: Literal["rms", "none"] = "rms"
     fa_position: Literal["log-scale", "rope", "both", "none"] = "log-scale"
     fa_gate: bool = True
+    qkv: Literal["decoupled", "shared"] = "decoupled"
     gdn_kv: Literal["mha", "gqa"] = "mha"
     gdn_gate: bool = True
     short_conv: bool = True
@@ -62,6 +68,11 @@ class HydraConfig:
     def mixes_in_every_head(self) -> bool:
         """Whether every head runs full attention and Gated DeltaNet: there is nothing to select."""
         return self.mixer != "head"
+
+    @property
+    def ties_qkv(self) -> bool:
+        """Whether FA and GDN heads read the same k and v projections and QK-norms."""
+        return self.qkv == "shared"
 
     @property
     def fa_window(self) -> int | None:

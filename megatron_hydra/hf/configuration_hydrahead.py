@@ -17,6 +17,7 @@ SWITCHES: dict[str, tuple[Any, tuple[Any, ...] | None]] = {
     "fusion_norm": ("rms", ("rms", "none")),
     "fa_position": ("log-scale", ("log-scale", "rope", "both", "none")),
     "fa_gate": (True, (True, False)),
+    "qkv": ("decoupled", ("decoupled", "shared")),
     "gdn_kv": ("mha", ("mha", "gqa")),
     "gdn_gate": (True, (True, False)),
     "short_conv": (True, (True, False)),

@@ -84,7 +84,8 @@ def initialise_student(
     """The canonical state dict of the student, from that of the dense model.
 
     Query heads, QK-norms, MLPs, norms, embeddings and the output projection are the dense model's.
-    A GDN head has a copy of its KV group's k and v (``mha``) or shares it (``gqa``).
+    A GDN head has a copy of its KV group's k and v (``mha``) or shares it (``gqa``). With
+    ``qkv=shared`` the layer keeps the dense model's k, v and QK-norms, one set for all its heads.
 
     Args:
         dense: canonical state dict of ``student.dense()``, lazy or not.
@@ -122,6 +123,10 @@ def initialise_student(
     )
 
 
+def _every_group(model: ModelConfig, layer: int) -> Sequence[int]:
+    return range(model.num_kv_heads)
+
+
 # Which rows of which dense tensor make a tensor of the student.
 _ROWS: dict[str, tuple[str, Callable[[ModelConfig, int], Sequence[int]]]] = {
     f"self_attention.{group}.{branch}.{part}": (f"self_attention.{group}.fa.{part}", rows)
@@ -135,8 +140,15 @@ _ROWS: dict[str, tuple[str, Callable[[ModelConfig, int], Sequence[int]]]] = {
         ("gdn", "v", gdn_kv_sources),
     )
 }
+_ROWS |= {
+    f"self_attention.{group}.{part}": (f"self_attention.{group}.fa.{part}", _every_group)
+    for group in ("in", "in_bias")
+    for part in "kv"
+}
 
 _COPIES = {
+    "self_attention.q_norm": "self_attention.fa.q_norm",
+    "self_attention.k_norm": "self_attention.fa.k_norm",
     "self_attention.gdn.q_norm": "self_attention.fa.q_norm",
     "self_attention.gdn.k_norm": "self_attention.fa.k_norm",
 }

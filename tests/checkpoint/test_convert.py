@@ -147,8 +147,10 @@ def disturb(checkpoint: Path) -> None:
         {},
         {"fusion": "gated", "gdn_kv": "gqa", "fa_position": "both"},
         {"fusion": "concat", "fusion_norm": "none", "short_conv": False, "fa_gate": False},
+        {"qkv": "shared"},
+        {"qkv": "shared", "gdn_kv": "gqa"},
     ],
-    ids=["default", "gated-gqa", "concat"],
+    ids=["default", "gated-gqa", "concat", "shared", "shared-gqa"],
 )
 def test_hybrid_exports_exactly_and_agrees_in_the_logits(
     hydra, hf_folders, head_map, token_file, tmp_path

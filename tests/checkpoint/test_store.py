@@ -212,6 +212,16 @@ def test_a_foreign_model_file_is_refused(copy, change, message):
         store.read_model_config(copy)
 
 
+def test_a_checkpoint_from_before_a_switch_is_the_model_that_it_was(copy, model):
+    """FA and GDN heads always had their own k, v and QK-norms before ``hydra.qkv`` said so."""
+    body = json.loads((copy / "model.json").read_text())
+    del body["hydra"]["qkv"]
+    (copy / "model.json").write_text(json.dumps(body))
+    store.write_manifest(copy, {})
+    assert store.read_model_config(copy) == model
+    assert set(canonical_shapes(model)) == set(store.load_canonical(copy))
+
+
 def test_a_runs_folder_means_its_latest_checkpoint(saved, tmp_path, model):
     with pytest.raises(HydraError, match="does not exist"):
         store.resolve_checkpoint(tmp_path / "nowhere")

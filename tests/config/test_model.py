@@ -84,6 +84,7 @@ ABLATIONS = {  # rows of the paper's tables: what is set, over HydraHead's defau
     "another log scale": ["log_scale_a=50"],
     "no FA gate": ["fa_gate=false"],
     "no GDN gate": ["gdn_gate=false"],
+    "shared QKV": ["qkv=shared"],
     "GDN-GQA": ["gdn_kv=gqa"],
     "KV groups": ["granularity=kv_group"],
     "no short convolution": ["short_conv=false"],

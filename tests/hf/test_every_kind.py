@@ -30,6 +30,7 @@ KINDS = {
     "token-wise": (HydraConfig(mixer="token", window=WINDOW), (EVERY,) * LAYERS),
     "mixing": (HydraConfig(mixer="parallel"), (EVERY,) * LAYERS),
     "hydrahead": (HydraConfig(), ((1, 2, 3), (), (0, 5))),
+    "shared": (HydraConfig(qkv="shared"), ((1, 2, 3), (), (0, 5))),
     "all-gdn": (HydraConfig(), ((),) * LAYERS),
 }
 PROMPTS = (1, 2, 3, 45)  # three are shorter than the convolution
@@ -145,6 +146,10 @@ EXPECTED = {
     "mixing": (LAYERS * KV, LAYERS * STATE),
     # heads 1, 2, 3 read two KV groups, heads 0 and 5 two
     "hydrahead": (4 * KV / GROUPS, (3 + 6 + 4) * STATE / HEADS),
+    "shared": (
+        4 * KV / GROUPS,
+        (3 + 6 + 4) * STATE / HEADS,
+    ),  # one projection serves what is kept apart
     "all-gdn": (0, LAYERS * STATE),
 }
 

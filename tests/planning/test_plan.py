@@ -41,6 +41,10 @@ VARIANTS = [
     cases.MODELS["layer-wise"],
     cases.MODELS["hydrahead"],
     cases._hybrid(((1, 6), (), (0, 1, 5), (2,)), fusion="gated", gdn_kv="gqa"),
+    cases._hybrid(((1, 6), (), (0, 1, 5), tuple(range(8))), qkv="shared"),
+    dataclasses.replace(
+        cases._hybrid(((1, 6), (), (0, 1, 5), (2,)), qkv="shared", gdn_kv="gqa"), qkv_bias=True
+    ),
     dataclasses.replace(
         cases._hybrid(((1, 6), (), (0, 1, 5), (2,)), short_conv=False, fa_gate=False),
         qkv_bias=True, out_bias=True, qk_norm=False, tie_embeddings=False,

@@ -63,6 +63,15 @@ def test_gqa_shares_instead_of_repeating():
     assert torch.equal(made[FIRST + "in.gdn.k"], dense[FIRST + "in.fa.k"])
 
 
+@pytest.mark.parametrize("gdn_kv", ["mha", "gqa"])
+def test_shared_qkv_keeps_the_teachers_groups_and_norms(gdn_kv):
+    _, dense, made = make(hydra=HydraConfig(qkv="shared", gdn_kv=gdn_kv), qkv_bias=True)
+    for prefix in (FIRST, LAST):
+        for name in ("in.{}k", "in.{}v", "in_bias.{}k", "in_bias.{}v", "{}q_norm", "{}k_norm"):
+            assert torch.equal(made[prefix + name.format("")], dense[prefix + name.format("fa.")])
+    assert torch.equal(made[LAST + "in.gdn.q"], dense[LAST + "in.fa.q"][[1]])
+
+
 def test_the_backbone_is_the_teachers():
     _, dense, made = make()
     shared = set(dense) & set(made)
