@@ -91,7 +91,7 @@ examples
       --then \$Q/distill.yaml \$Q/layouts/64_gpus_short.yaml \\
       --then \$Q/finetune.yaml \$Q/layouts/64_gpus_long.yaml
   launch/$1 --warm configs/qwen3_1.7b/align.yaml configs/qwen3_1.7b/layouts/8_gpus_short.yaml
-  launch/$1 --gpus-per-node 4 tools/select_heads.py --hf-path models/qwen3-1.7b --ratio 7:1 \\
+  launch/$1 --gpus-per-node 4 tools/select_heads.py --hf-path models/qwen3-1.7b --ratio 3:1 \\
       --output runs/head_map.json
 USAGE
 }

@@ -7,6 +7,7 @@ import argparse
 import warnings
 
 from megatron_hydra.errors import command
+from megatron_hydra.head_map import DEFAULT_RATIO
 
 DESCRIPTION = """\
 For a model, a context length and a number of GPUs: what a rank holds (parameters, gradients, optimizer,
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     )
     which = p.add_mutually_exclusive_group()
     which.add_argument(
-        "--ratio", default="7:1", help="GDN:FA heads, placed at random (%(default)s)"
+        "--ratio", default=DEFAULT_RATIO, help="GDN:FA heads, placed at random (%(default)s)"
     )
     which.add_argument("--head-map", default="", metavar="MAP", help="a head map instead")
     p.add_argument("--tokens", type=float, default=15e9, help="of all stages (%(default)g)")

@@ -86,6 +86,8 @@ def _fa_shapes(model: ModelConfig, layer: int) -> dict[str, Shape]:
     if model.switches.fa_gate:
         shapes["in.fa.gate"] = (n, model.head_dim, model.hidden_size)
     shapes |= _biases(model, "fa.", counts)
+    if model.switches.fa_gate and model.switches.fa_gate_bias:
+        shapes["in_bias.fa.gate"] = (n, model.head_dim)
     return shapes if model.switches.ties_qkv else shapes | _norms(model, "fa.")
 
 

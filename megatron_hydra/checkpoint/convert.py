@@ -247,7 +247,7 @@ def megatron_to_hf(
         progress: show a bar on stderr.
 
     Returns:
-        The config of what was written.
+        The config of what was written: the finished model's.
 
     Raises:
         HydraError: a checkpoint that is damaged, foreign or incomplete; nothing is written then.
@@ -257,7 +257,7 @@ def megatron_to_hf(
     refuse_existing(output, force)
     folder = store.resolve_checkpoint(checkpoint)
     store.verify_checkpoint(folder)
-    model = store.read_model_config(folder)
+    model = store.read_model_config(folder).finished()
     stored = store.lazy_canonical(folder)
     dtypes = {
         key: dtype if dtype is not None and not is_fp32(key) else stored.describe(key).dtype

@@ -135,6 +135,7 @@ HYBRID_HEADS = _rows(
     ("self_attention.in.fa.k", HEADS, "self_attn.fa_k_proj.weight"),
     ("self_attention.in.fa.v", HEADS, "self_attn.fa_v_proj.weight"),
     ("self_attention.in.fa.gate", HEADS, "self_attn.fa_gate_proj.weight"),
+    ("self_attention.in_bias.fa.gate", HEADS, "self_attn.fa_gate_proj.bias"),
     ("self_attention.in.gdn.q", HEADS, "self_attn.gdn_q_proj.weight"),
     ("self_attention.in.gdn.k", HEADS, "self_attn.gdn_k_proj.weight"),
     ("self_attention.in.gdn.v", HEADS, "self_attn.gdn_v_proj.weight"),

@@ -4,7 +4,7 @@ HydraHead (arXiv 2606.20097) mixes full attention (FA) and Gated DeltaNet (GDN) 
 of every attention layer:
 
     FA head    q = s_t · N_q(W_q x)   k = N_k(W_k x)   v = W_v x      s_t = ln(t + a) / ln(a)
-               o = softmax_causal(q kᵀ / √d) v  ⊙  2σ(W_g x)
+               o = softmax_causal(q kᵀ / √d) v  ⊙  2σ(W_g x + b_g)
     GDN head   q = l2(R_t N_q(conv(W_q x)))   k = l2(R_t N_k(conv(W_k x)))   v = conv(W_v x)
                β = σ(W_b x)    log α = −exp(A_log) · softplus(W_a x + dt_bias)
                S_t = α_t (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ
@@ -623,8 +623,11 @@ class HydraHeadAttention(nn.Module):
         counts = {"q": num_heads, "k": num_kv, "v": num_kv}
         self._make_projections(f"{name}_", {"q": num_heads} if self.tied else counts)
         if self.switches[f"{name}_gate"]:
-            width = num_heads * self.head_dim
-            setattr(self, f"{name}_gate_proj", nn.Linear(self.config.hidden_size, width, False))
+            width, biased = (
+                num_heads * self.head_dim,
+                name == "fa" and self.switches["fa_gate_bias"],
+            )
+            setattr(self, f"{name}_gate_proj", nn.Linear(self.config.hidden_size, width, biased))
         if not self.tied:
             self._make_norms(f"{name}_")
 
@@ -744,8 +747,10 @@ class HydraHeadAttention(nn.Module):
             q, k, v = self._convolve((q, k, v), context.valid, cache)
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
         q, k = self._qk_norms("gdn", q, k)
-        q = _l2(_rotate(q, context.cos, context.sin))
-        k = _l2(_rotate(k, context.cos, context.sin))
+        if self.switches["gdn_position"] == "rope":
+            q = _rotate(q, context.cos, context.sin)
+            k = _rotate(k, context.cos, context.sin)
+        q, k = _l2(q), _l2(k)
         beta = torch.sigmoid(self.gdn_b_proj(x).float())
         step = F.softplus(self.gdn_a_proj(x).float() + self.gdn_dt_bias.float())
         log_alpha = -self.gdn_A_log.float().exp() * step
@@ -888,6 +893,10 @@ class HydraHeadPreTrainedModel(PreTrainedModel):
         for name in ("fa_gate_proj", "gdn_gate_proj", "fusion_gate"):
             if hasattr(module, name):
                 init.zeros_(getattr(module, name).weight)
+        if module.fa_heads and module.switches["fa_gate"] and module.switches["fa_gate_bias"]:
+            # Without a norm behind it, the gate has to begin at 1 itself.
+            normed = module.switches["fusion_norm"] == "rms"
+            init.constant_(module.fa_gate_proj.bias, 1.0 if normed else 0.0)
         for name in module.gammas:
             if hasattr(module, name):
                 init.ones_(getattr(module, name))

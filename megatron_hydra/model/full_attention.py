@@ -72,7 +72,7 @@ class FullAttention(torch.nn.Module):
         tables = scale = None
         if self.switches.fa_position in ("rope", "both"):
             tables = self.rotary.tables(positions, packed)
-        if self.switches.fa_position in ("log-scale", "both"):
+        if self.switches.scales_queries:
             a, window = self.switches.log_scale_a, self.switches.fa_window
             scale = packed.cached(
                 ("log-scale", a, window, positions.data_ptr(), len(positions)),

@@ -99,6 +99,9 @@ class GatedDeltaNet(torch.nn.Module):
             ``[T_local, n, d]``, before the gate.
         """
         n = self.num_heads
+        tables = None
+        if self.switches.gdn_position == "rope":
+            tables = self.rotary.tables(packed.positions_local, packed)
         kv_heads = (qkv.shape[1] // self.head_dim - n) // 2
         conv = halo = None
         if self.conv is not None:
@@ -112,7 +115,7 @@ class GatedDeltaNet(torch.nn.Module):
             halo,
             tied_norms if self.switches.ties_qkv else (self.q_norm, self.k_norm),
             self.eps,
-            self.rotary.tables(packed.positions_local, packed),
+            tables,
         )
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         dt = F.softplus(a.to(wide) + self.dt_bias[:n].to(wide))

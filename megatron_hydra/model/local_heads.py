@@ -161,7 +161,7 @@ class LocalHeads:
 
     @property
     def in_bias_segments(self) -> tuple[Segment, ...]:
-        """Entries of its bias: q, k and v only."""
+        """Entries of its bias: of q, k and v, and of the FA gate."""
         return self._bias_segments(self.rank)
 
     @property
@@ -293,9 +293,9 @@ class LocalHeads:
         return self._with_bias(self._in_segments(rank))
 
     def _with_bias(self, segments: Sequence[Segment]) -> tuple[Segment, ...]:
-        if not self.model.qkv_bias:
-            return ()
-        return tuple(s for s in segments if s.key.rpartition(".")[2] in ("q", "k", "v"))
+        biased = {"q", "k", "v"} if self.model.qkv_bias else set()
+        gate = {"fa.gate"} if self.model.switches.fa_gate_bias else set()
+        return tuple(s for s in segments if s.key in gate or s.key.rpartition(".")[2] in biased)
 
 
 def _nonempty(*segments: Segment) -> tuple[Segment, ...]:

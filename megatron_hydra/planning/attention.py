@@ -223,7 +223,7 @@ class Attention:
             for n in "qkv"
         )
         rope = self.switches.fa_position in ("rope", "both")
-        scaled = self.switches.fa_position in ("log-scale", "both")
+        scaled = self.switches.scales_queries
         q = prepare_heads(self.program, q, rope, scaled, l2=False)
         k = prepare_heads(self.program, k, rope, False, l2=False)
         groups = self.heads.fa_kv_of_heads

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import Verb
 from megatron_hydra.errors import HydraError
+from megatron_hydra.head_map import DEFAULT_RATIO
 from megatron_hydra.planning import report
 from megatron_hydra.planning.hardware import Efficiency, find_gpu
 from megatron_hydra.planning.models import model_kinds, read_model
@@ -27,7 +28,7 @@ class Request:
     gpus: int
     gpu: str
     verb: Verb | None = None
-    ratio: str = "7:1"
+    ratio: str = DEFAULT_RATIO
     head_map: str = ""
     tokens: float = 15e9
     tokens_per_step: int = 1_048_576

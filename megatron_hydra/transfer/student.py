@@ -31,7 +31,9 @@ from megatron_hydra.errors import HydraError
 class StudentInit:
     """How parameters that the dense model does not have begin.
 
-    The output gates begin at 1 (W_g = 0), β at 1/2 (W_b = 0), the convolution as the identity.
+    The output gates begin with W_g = 0: those of GDN heads at 1, those of FA heads at 2σ(1), a constant
+    that the norm behind takes away (at 1 without bias or norm: ``hydra.fa_gate_bias``). β begins at 1/2
+    (W_b = 0), the convolution as the identity.
 
     Attributes:
         half_life_min, half_life_max: tokens after which an idle GDN head has forgotten half of its
@@ -201,6 +203,8 @@ class _Context:
             return self.dense[prefix + _COPIES[name]].to(dtype)
         if name in _ZEROS:
             return torch.zeros(shape, dtype=dtype)
+        if name == "self_attention.in_bias.fa.gate":
+            return torch.full(shape, self.student.switches.fa_gate_begins_at, dtype=dtype)
         if name in _IDENTITY_KERNELS:
             kernel = torch.zeros(shape, dtype=dtype)
             kernel[..., -1] = 1

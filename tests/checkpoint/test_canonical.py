@@ -59,7 +59,8 @@ def test_shared_qkv_stores_every_group_and_the_norms_once(gdn_kv):
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        ({"fa_gate": False}, ["self_attention.in.fa.gate"]),
+        ({"fa_gate": False}, [f"self_attention.{g}.fa.gate" for g in ("in", "in_bias")]),
+        ({"fa_gate_bias": False}, ["self_attention.in_bias.fa.gate"]),
         ({"gdn_gate": False}, ["self_attention.in.gdn.gate"]),
         ({"short_conv": False}, [f"self_attention.gdn.conv_{p}" for p in "qkv"]),
         ({"fusion": "concat"}, ["self_attention.gamma"]),

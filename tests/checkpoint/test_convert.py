@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import pickle
@@ -171,6 +172,20 @@ def test_hybrid_exports_exactly_and_agrees_in_the_logits(
     assert (again.hydra, again.head_map) == (model.hydra, model.head_map)
     one, other = store.load_canonical(checkpoint), store.load_canonical(tmp_path / "again")
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_log_scale_that_waits_is_put_in_at_the_export(hf_folders, head_map, token_file, tmp_path):
+    checkpoint, export = tmp_path / "megatron", tmp_path / "export"
+    switches = {"log_scale": "final", "log_scale_a": 5.0}
+    model = make_student(hf_folders["qwen3-tied"], head_map, token_file, checkpoint, **switches)
+    assert model.hydra.log_scale == store.read_model_config(checkpoint).hydra.log_scale == "final"
+    disturb(checkpoint)
+    assert megatron_to_hf(checkpoint, export, verify=True) == model.finished()
+    assert json.loads((export / "config.json").read_text())["hydra"]["log_scale"] == "train"
+    expected, found = parity.megatron_logits(checkpoint, TOKENS), parity.hf_logits(export, TOKENS)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    again = hf_to_megatron(export, tmp_path / "again")
+    assert again.hydra == dataclasses.replace(model.hydra, log_scale="train")
 
 
 @pytest.mark.parametrize("variant", ["qwen2", "llama", "llama-bias-tied", "qwen3-bias"])

@@ -21,7 +21,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_hydra.config.model import DENSE_ATTENTION, HydraConfig
+from megatron_hydra.config.model import (
+    BEFORE_THE_SWITCH,
+    DENSE_ATTENTION,
+    HydraConfig,
+    stored_switches,
+)
 from megatron_hydra.hf import modeling_hydrahead as modeling
 from megatron_hydra.hf.configuration_hydrahead import SWITCHES, HydraHeadConfig
 from megatron_hydra.hf.export_files import ARCHITECTURE, auto_map, hf_export_files
@@ -310,7 +315,8 @@ class Equations:
             return values
         if self.config.qk_norm:
             values = self.norm(values, self.norm_of("gdn", part))
-        values = self.turn(values)
+        if self.s["gdn_position"] == "rope":
+            values = self.turn(values)
         return values / (values.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 
     def gdn_head(self, i, kv):
@@ -377,6 +383,7 @@ VARIANTS = [
     {"fa_gate": False, "gdn_gate": False, "short_conv": False, "fa_position": "none"},
     {"fusion": "concat", "conv_width": 1, "log_scale_a": 7.0},
     {"fusion_norm": "none", "conv_width": 7, "gdn_kv": "gqa"},
+    {"fa_gate_bias": True, "gdn_position": "none"},
     {"qkv": "shared"},
     {"qkv": "shared", "gdn_kv": "gqa", "fa_position": "both"},
     {"mixer": "parallel"},
@@ -404,8 +411,12 @@ def test_layer_equals_its_equations(hydra, bias):
 
 def test_switches_are_those_of_the_package():
     """hf/ may not import the package, so its list of switches is checked here."""
-    ours = HydraConfig()
-    assert {name: default for name, (default, _) in SWITCHES.items()} == vars(ours)
+    absent = {name: default for name, (default, _) in SWITCHES.items()}
+    newer = {
+        name: value for name, value in vars(HydraConfig()).items() if name in BEFORE_THE_SWITCH
+    }
+    assert absent == {**vars(HydraConfig()), **stored_switches({})}
+    assert all(BEFORE_THE_SWITCH[name] != value for name, value in newer.items())
 
 
 # -- cache, padding, generation -------------------------------------------------------------------
@@ -740,6 +751,11 @@ def test_fresh_model_starts_with_neutral_gates():
     steps = torch.nn.functional.softplus(attention.gdn_dt_bias)
     assert (steps > 9e-4).all() and (steps < 0.11).all()
     assert attention.o_proj.weight.std() < 0.03
+    for norm, start in (("rms", 1.0), ("none", 0.0)):
+        switches = {"fa_gate_bias": True, "fusion_norm": norm}
+        config = HydraHeadConfig(**SHAPE, full_attention_heads=MIXED, hydra=switches)
+        gate = modeling.HydraHeadForCausalLM(config).model.layers[0].self_attn.fa_gate_proj
+        assert gate.bias.eq(start).all() and not gate.weight.any()
     config = HydraHeadConfig(**SHAPE, hydra={"mixer": "parallel"})
     attention = modeling.HydraHeadForCausalLM(config).model.layers[0].self_attn
     assert attention.fa_gamma.eq(1).all() and attention.gdn_gamma.eq(1).all()

@@ -179,3 +179,23 @@ def test_shared_qkv_is_decoupled_with_equal_weights_and_sums_the_gradients(gdn_k
     attention = "decoder.layers.0.self_attention."
     ours, theirs = gradients[f"{attention}in.k"], apart[f"{attention}in.fa.k"]
     assert float((ours[0] - theirs[0]).norm()) > 1e-2 * float(ours[0].norm())
+
+
+# -- log_scale=final ------------------------------------------------------------------------------
+
+
+def test_a_log_scale_that_waits_does_nothing_in_training_and_all_in_the_finished_model() -> None:
+    waiting = tiny(HydraConfig(log_scale="final", log_scale_a=5.0), ((1, 6),), num_layers=1)
+    weights = canonical_weights(waiting)
+
+    def output(model: ModelConfig) -> torch.Tensor:
+        return _output_and_gradients(model, weights)[0]
+
+    def with_switches(**switches) -> ModelConfig:
+        return dataclasses.replace(waiting, hydra=dataclasses.replace(waiting.switches, **switches))
+
+    trained, finished = output(waiting), output(waiting.finished())
+    assert torch.equal(trained, output(with_switches(fa_position="none")))
+    assert torch.equal(finished, output(with_switches(log_scale="train")))
+    assert float((trained - finished).abs().max()) > 1e-3
+    assert waiting.finished().finished() == waiting.finished()

@@ -90,6 +90,7 @@ MODELS = {
             fusion_norm="none",
             fa_position="both",
             short_conv=False,
+            gdn_position="none",
             fa_gate=False,
             gdn_gate=False,
         ),

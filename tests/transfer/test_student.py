@@ -91,8 +91,16 @@ def test_new_parameters_do_nothing_yet():
     _, _, made = make(hydra=HydraConfig(fusion="gated"))
     for name in ("in.fa.gate", "in.gdn.gate", "in.gdn.a", "in.gdn.b", "fusion_gate"):
         assert not made[LAST + name].any()
+    assert torch.equal(made[LAST + "in_bias.fa.gate"], torch.ones(3, 16))
     kernel = made[FIRST + "gdn.conv_k"]
     assert torch.equal(kernel, torch.tensor([0.0, 0, 0, 1]).expand_as(kernel))
+
+
+def test_a_gate_without_a_norm_behind_it_begins_at_one():
+    _, _, made = make(hydra=HydraConfig(fusion_norm="none"))
+    assert not made[LAST + "in_bias.fa.gate"].any()  # 2σ(0) = 1
+    _, _, made = make(hydra=HydraConfig(fa_gate_bias=False))
+    assert LAST + "in_bias.fa.gate" not in made
 
 
 def test_gamma_is_the_given_one():
