@@ -217,6 +217,8 @@ class HydraAttention(MegatronModule):
             idle += self.fa.parameters()
         if self.gdn is not None and not self.heads.gdn:
             idle += self.gdn.parameters()
+        if self.in_bias is not None and not self.heads.in_bias_segments:
+            idle.append(self.in_bias)
         if self.gamma is not None and not self.heads.sharded:
             idle.append(self.gamma)
         return tuple(idle)

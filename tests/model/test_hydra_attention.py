@@ -15,6 +15,7 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.model import hydra_attention
 from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.model.layer_spec import build_gpt_model, uses_two_streams
+from megatron_hydra.parallel.head_partition import LayerPartition
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 from tests import canonical_access
 from tests.parallel.layouts import canonical_weights, tiny
@@ -100,6 +101,20 @@ def test_branches_run_side_by_side_where_their_own_groups_do_not_communicate() -
 def test_two_streams_by_name_need_a_gpu() -> None:
     with pytest.raises(HydraError, match=r"backend\.streams=two cannot run here"):
         uses_two_streams(RunConfig(backend=BackendConfig(streams="two")))
+
+
+@pytest.mark.parametrize("qkv", ["decoupled", "shared"])
+def test_every_parameter_of_a_rank_without_fa_heads_is_in_the_graph(monkeypatch, qkv) -> None:
+    """Overlapped gradient reduction waits for all of them; among them an FA gate's bias of padding."""
+    model = tiny(HydraConfig(qkv=qkv), ((1, 6),), num_layers=1)
+    gdn = (0, 2, 3, 4), (5, 7)
+    first_of_two = LayerPartition(0, "heads", fa=((), (1, 6)), gdn=gdn)
+    monkeypatch.setattr("megatron_hydra.model.layer_spec.plan_model", lambda *_: (first_of_two,))
+    layer = build_gpt_model(model, RunConfig(precision="fp32")).decoder.layers[0].self_attention
+    assert layer.in_bias is not None and not layer.heads.in_bias_segments
+    output, _ = layer(torch.randn(24, 1, model.hidden_size), packed_seq_params=PACKED)
+    output.sum().backward()
+    assert not [name for name, parameter in layer.named_parameters() if parameter.grad is None]
 
 
 # -- qkv=shared against qkv=decoupled -------------------------------------------------------------
