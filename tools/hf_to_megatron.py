@@ -80,11 +80,19 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="order of decays over heads (default 0)"
     )
     student.add_argument(
+        "--init",
+        choices=("spread", "statistics"),
+        default="spread",
+        help="decay and write strength of GDN heads: half-lives spread evenly over the range (default), or "
+        "from how far back and at what the teacher's heads look on the calibration text",
+    )
+    student.add_argument(
         "--half-life",
         type=float,
         nargs=2,
         metavar=("MIN", "MAX"),
-        help="range of initial half-lives of GDN heads, in tokens (default 32 16384)",
+        help="range of initial half-lives of GDN heads, in tokens (default 32 16384; with --init "
+        "statistics 1 16384)",
     )
     student.add_argument(
         "--calibration-file",
@@ -101,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 STUDENT_FLAGS = {
+    "statistics": "--init",
     "hydra_config": "--hydra-config",
     "set": "--set",
     "half_life": "--half-life",
@@ -113,6 +122,7 @@ STUDENT_FLAGS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     arguments = parser().parse_args(argv)
+    arguments.statistics = arguments.init == "statistics"
     flags = [flag for name, flag in STUDENT_FLAGS.items() if getattr(arguments, name)]
     student = student_options(arguments) if arguments.head_map or flags else None
     if student and not student.head_map and not student.hydra.mixes_in_every_head:
@@ -161,7 +171,7 @@ def student_options(arguments: argparse.Namespace) -> StudentOptions:
     return StudentOptions(
         head_map=arguments.head_map,
         hydra=apply_overrides(hydra, arguments.set),
-        init=StudentInit(*arguments.half_life) if arguments.half_life else StudentInit(),
+        init=StudentInit(*(arguments.half_life or ()), kind=arguments.init),
         seed=arguments.seed,
         calibrate=not arguments.no_calibration,
         calibration_file=arguments.calibration_file,

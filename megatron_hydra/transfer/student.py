@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,7 @@ from megatron_hydra.checkpoint.canonical import (
 )
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.transfer.teacher_statistics import HeadStatistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +38,29 @@ class StudentInit:
 
     Attributes:
         half_life_min, half_life_max: tokens after which an idle GDN head has forgotten half of its
-            state. The heads of a layer are spread over this range evenly in the logarithm, in an
-            order drawn from the seed [choice: slow decays, as the teacher's heads forget nothing;
-            training makes them faster where that helps].
+            state. By default 32 (with ``statistics`` 1) … 16384.
+        kind: where decay and β of a head come from. ``spread``: the heads of a layer are spread over the
+            half-lives evenly in the logarithm, in an order drawn from the seed, and β begins at 1/2
+            [choice: slow decays, as the teacher's heads forget nothing; training makes them faster where
+            that helps]. ``statistics``: from the teacher's attention
+            (:mod:`~megatron_hydra.transfer.teacher_statistics`), half-lives within the range.
     """
 
-    half_life_min: float = 32.0
+    half_life_min: float | None = None
     half_life_max: float = 16384.0
+    kind: Literal["spread", "statistics"] = dataclasses.field(default="spread", kw_only=True)
+
+    @property
+    def half_life(self) -> tuple[float, float]:
+        """The range of half-lives."""
+        assert self.half_life_min is not None
+        return self.half_life_min, self.half_life_max
 
     def __post_init__(self) -> None:
+        if self.half_life_min is None:
+            least = 1.0 if self.kind == "statistics" else 32.0
+            object.__setattr__(self, "half_life_min", least)
+        assert self.half_life_min is not None
         if not 0 < self.half_life_min <= self.half_life_max:
             raise HydraError(
                 f"half-lives {self.half_life_min} … {self.half_life_max} must be positive and "
@@ -55,7 +70,7 @@ class StudentInit:
 
 def half_lives(count: int, layer: int, seed: int, init: StudentInit) -> torch.Tensor:
     """``[count]`` fp64 half-lives in tokens for the GDN heads of a layer."""
-    low, high = math.log(init.half_life_min), math.log(init.half_life_max)
+    low, high = map(math.log, init.half_life)
     # One head alone takes the middle of the range.
     steps = torch.linspace(0, 1, count, dtype=torch.float64) if count > 1 else torch.tensor([0.5])
     generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
@@ -82,6 +97,7 @@ def initialise_student(
     gamma: torch.Tensor | None = None,
     seed: int = 0,
     init: StudentInit | None = None,
+    statistics: HeadStatistics | None = None,
 ) -> LazyTensors:
     """The canonical state dict of the student, from that of the dense model.
 
@@ -100,12 +116,13 @@ def initialise_student(
             projection [choice: every fusion then starts from the same function].
         seed: order of the decays over the heads of each layer.
         init: see :class:`StudentInit`.
+        statistics: of the teacher's heads; needed where ``init.kind`` says so.
 
     Returns:
         Lazy tensors (a read-only mapping; ``dict(...)`` makes them all).
 
     Raises:
-        HydraError: ``student`` is no hybrid, or ``gamma`` has the wrong shape.
+        HydraError: ``student`` is no hybrid, ``gamma`` has the wrong shape, or statistics are missing.
     """
     if not student.is_hybrid:
         raise HydraError("the student's config is that of a dense model: no head map was applied")
@@ -116,7 +133,13 @@ def initialise_student(
         raise HydraError(f"gamma has shape {list(gamma.shape)}, the model asks for {list(shape)}")
     if student.switches.mixes_in_every_head:
         gamma = gamma / 2
-    context = _Context(dense, student, gamma, seed, init or StudentInit())
+    init = init or StudentInit()
+    if (init.kind == "statistics") != (statistics is not None):
+        raise HydraError(
+            f"init={init.kind}, but statistics of the teacher's heads are "
+            + ("missing" if statistics is None else "given")
+        )
+    context = _Context(dense, student, gamma, seed, init, statistics)
     return LazyTensors(
         {
             key: LazyTensor(key_shape, context.dtype(key), context.maker(key, key_shape))
@@ -164,6 +187,9 @@ _ZEROS = (
     "self_attention.gdn.A_log",
 )
 
+_MEASURED = ("self_attention.in.gdn.b", "self_attention.gdn.dt_bias")
+"""What begins as the teacher's statistics say, where there are any."""
+
 _OUT = "self_attention.out"
 
 _GAMMAS = ("self_attention.gamma", "self_attention.gamma.fa", "self_attention.gamma.gdn")
@@ -178,6 +204,7 @@ class _Context:
     gamma: torch.Tensor
     seed: int
     init: StudentInit
+    statistics: HeadStatistics | None
 
     def dtype(self, key: str) -> torch.dtype:
         """Of the dense counterpart, or of the output projection where there is none."""
@@ -201,6 +228,11 @@ class _Context:
             return self.dense[prefix + source][list(rows(self.student, layer))]
         if name in _COPIES:
             return self.dense[prefix + _COPIES[name]].to(dtype)
+        if self.statistics is not None and name in _MEASURED:
+            heads = list(self.student.gdn_heads(layer))
+            if name == "self_attention.in.gdn.b":
+                return self.statistics.write[layer, heads].to(dtype)
+            return initial_dt_bias(self.statistics.half_life[layer, heads])
         if name in _ZEROS:
             return torch.zeros(shape, dtype=dtype)
         if name == "self_attention.in_bias.fa.gate":

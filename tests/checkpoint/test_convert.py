@@ -341,7 +341,7 @@ def test_commands_convert_there_and_back(hf_folders, head_map, token_file, tmp_p
     assert "HydraHead, 8 of 16 heads FA" in capsys.readouterr().err
     assert store.read_model_config(tmp_path / "megatron").switches.fusion == "gated"
     init = store.read_manifest(tmp_path / "megatron")["provenance"]["student_init"]
-    assert init == {"half_life_min": 8.0, "half_life_max": 64.0}
+    assert init == {"half_life_min": 8.0, "half_life_max": 64.0, "kind": "spread"}
     status = load_tool("megatron_to_hf").main(
         ["--checkpoint", str(tmp_path / "megatron"), "--output", str(tmp_path / "hf"), "--verify"]
     )
@@ -418,6 +418,27 @@ def test_switches_come_from_a_file_and_from_flags(hf_folders, head_map, tmp_path
     assert (chosen.fusion, chosen.short_conv, chosen.fa_gate) == ("scale", False, True)
     assert load_tool("hf_to_megatron").main([*arguments, "--set", "fushion=scale", "--force"]) == 2
     assert "fushion" in capsys.readouterr().err
+
+
+def test_heads_begin_as_the_teachers_attention_says(hf_folders, head_map, token_file, tmp_path):
+    arguments = [
+        *("--hf-path", str(hf_folders["qwen3-tied"]), "--output", str(tmp_path / "megatron")),
+        *("--head-map", str(head_map), "--calibration-file", str(token_file)),
+        *("--init", "statistics", "--half-life", "2", "64", "--no-calibration", "--quiet"),
+    ]
+    assert load_tool("hf_to_megatron").main(arguments) == 0
+    made = store.read_manifest(tmp_path / "megatron")["provenance"]
+    assert made["student_init"]["kind"] == "statistics"
+    life = torch.tensor(made["statistics"]["half_life"])
+    state = store.load_canonical(tmp_path / "megatron")
+    model = store.read_model_config(tmp_path / "megatron")
+    assert life.shape == (4, 4) and life.min() >= 2 and life.max() <= 64
+    for layer in (0, 1, 3):
+        prefix = f"decoder.layers.{layer}.self_attention."
+        rate = torch.nn.functional.softplus(state[prefix + "gdn.dt_bias"])
+        chosen = life[layer, list(model.gdn_heads(layer))]
+        torch.testing.assert_close(torch.log(torch.tensor(2.0)) / rate, chosen, rtol=1e-2, atol=0)
+        assert state[prefix + "in.gdn.b"].any()
 
 
 def test_student_flags_without_a_head_map_are_refused(capsys, tmp_path):
