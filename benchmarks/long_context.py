@@ -3,10 +3,11 @@
 
 A student of Qwen3-1.7B's shape with random weights (two FA heads in every layer) and one document that
 fills the sequence are made first. Then every layout trains on them for a few steps, by
-``torchrun … -m megatron_hydra.train`` with finetune.yaml and finetune_512k.yaml of configs/qwen3_1.7b/ours. A
-layout has ``--limit`` seconds; then its processes are killed, and its row says how far it came. Losses and gradient
-norms of layouts of the same length have to agree as bf16 does; otherwise, or where a layout made too few steps,
-the status is 1. Without a GPU, ``--tiny`` tries the script out over gloo.
+``torchrun … -m megatron_hydra.train`` with finetune.yaml and finetune_512k.yaml of
+configs/qwen3_1.7b/ours. A layout has ``--limit`` seconds; then its processes are killed, and its row says
+how far it came. Losses and gradient norms of layouts of the same length have to agree as bf16 does;
+otherwise, or where a layout made too few steps, the status is 1. Without a GPU, ``--tiny`` tries the
+script out over gloo.
 """
 
 from __future__ import annotations
