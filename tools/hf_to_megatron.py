@@ -81,18 +81,19 @@ def parser() -> argparse.ArgumentParser:
     )
     student.add_argument(
         "--init",
-        choices=("spread", "statistics"),
+        choices=("spread", "decay", "statistics"),
         default="spread",
         help="decay and write strength of GDN heads: half-lives spread evenly over the range (default), or "
-        "from how far back and at what the teacher's heads look on the calibration text",
+        "from how far back (decay), or how far back and at what (statistics) the teacher's heads look on the "
+        "calibration text",
     )
     student.add_argument(
         "--half-life",
         type=float,
         nargs=2,
         metavar=("MIN", "MAX"),
-        help="range of initial half-lives of GDN heads, in tokens (default 32 16384; with --init "
-        "statistics 1 16384)",
+        help="range of initial half-lives of GDN heads, in tokens (default 32 16384; where they are "
+        "measured 1 16384)",
     )
     student.add_argument(
         "--calibration-file",
@@ -122,7 +123,7 @@ STUDENT_FLAGS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     arguments = parser().parse_args(argv)
-    arguments.statistics = arguments.init == "statistics"
+    arguments.statistics = arguments.init != "spread"
     flags = [flag for name, flag in STUDENT_FLAGS.items() if getattr(arguments, name)]
     student = student_options(arguments) if arguments.head_map or flags else None
     if student and not student.head_map and not student.hydra.mixes_in_every_head:

@@ -213,7 +213,7 @@ def _measured(
     dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor | None, HeadStatistics | None]:
     """What the student takes from the teacher's run on calibration text: γ and statistics of heads."""
-    wants_gamma, wants_heads = _needs_gamma(student, options), options.init.kind == "statistics"
+    wants_gamma, wants_heads = _needs_gamma(student, options), options.init.is_measured
     if not (wants_gamma or wants_heads):
         return None, None
     from transformers import AutoModel

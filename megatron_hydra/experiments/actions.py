@@ -112,7 +112,7 @@ def convert(context: Context) -> None:
     options = StudentOptions(
         None if selection is None else selection / HEAD_MAP,
         hydra=from_dict(HydraConfig, stored_switches(params["hydra"]), "hydra"),
-        init=StudentInit(*student["half_life"], kind=student.get("init", "spread")),
+        init=StudentInit(*student["half_life"], kind=student.get("init", StudentInit.kind)),
         seed=params["seed"],
         calibrate=student["calibrate"],
         calibration_file=calibration or None,

@@ -109,8 +109,10 @@ class StudentSpec:
     init: str = dataclasses.field(default="spread", metadata=_LATER)
 
     def __post_init__(self) -> None:
-        if self.init not in ("spread", "statistics"):
-            raise HydraError(f"student.init is {self.init!r}: it must be spread or statistics")
+        if self.init not in ("spread", "decay", "statistics"):
+            raise HydraError(
+                f"student.init is {self.init!r}: it must be spread, decay or statistics"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,17 +38,25 @@ class StudentInit:
 
     Attributes:
         half_life_min, half_life_max: tokens after which an idle GDN head has forgotten half of its
-            state. By default 32 (with ``statistics`` 1) … 16384.
+            state. By default 32 (where they are measured 1) … 16384.
         kind: where decay and β of a head come from. ``spread``: the heads of a layer are spread over the
             half-lives evenly in the logarithm, in an order drawn from the seed, and β begins at 1/2
             [choice: slow decays, as the teacher's heads forget nothing; training makes them faster where
-            that helps]. ``statistics``: from the teacher's attention
-            (:mod:`~megatron_hydra.transfer.teacher_statistics`), half-lives within the range.
+            that helps]. ``statistics``: both from the teacher's attention
+            (:mod:`~megatron_hydra.transfer.teacher_statistics`), half-lives within the range; ``decay``: the
+            half-lives alone.
     """
 
     half_life_min: float | None = None
     half_life_max: float = 16384.0
-    kind: Literal["spread", "statistics"] = dataclasses.field(default="spread", kw_only=True)
+    kind: Literal["spread", "decay", "statistics"] = dataclasses.field(
+        default="spread", kw_only=True
+    )
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether statistics of the teacher's heads are needed."""
+        return self.kind != "spread"
 
     @property
     def half_life(self) -> tuple[float, float]:
@@ -58,7 +66,7 @@ class StudentInit:
 
     def __post_init__(self) -> None:
         if self.half_life_min is None:
-            least = 1.0 if self.kind == "statistics" else 32.0
+            least = 1.0 if self.is_measured else 32.0
             object.__setattr__(self, "half_life_min", least)
         assert self.half_life_min is not None
         if not 0 < self.half_life_min <= self.half_life_max:
@@ -116,7 +124,7 @@ def initialise_student(
             projection [choice: every fusion then starts from the same function].
         seed: order of the decays over the heads of each layer.
         init: see :class:`StudentInit`.
-        statistics: of the teacher's heads; needed where ``init.kind`` says so.
+        statistics: of the teacher's heads; needed where ``init.is_measured``.
 
     Returns:
         Lazy tensors (a read-only mapping; ``dict(...)`` makes them all).
@@ -134,7 +142,7 @@ def initialise_student(
     if student.switches.mixes_in_every_head:
         gamma = gamma / 2
     init = init or StudentInit()
-    if (init.kind == "statistics") != (statistics is not None):
+    if init.is_measured != (statistics is not None):
         raise HydraError(
             f"init={init.kind}, but statistics of the teacher's heads are "
             + ("missing" if statistics is None else "given")
@@ -178,17 +186,19 @@ _COPIES = {
     "self_attention.gdn.k_norm": "self_attention.fa.k_norm",
 }
 
+_DECAY, _WRITE = "self_attention.gdn.dt_bias", "self_attention.in.gdn.b"
+
 _ZEROS = (
     "self_attention.in.fa.gate",
     "self_attention.in.gdn.gate",
     "self_attention.in.gdn.a",
-    "self_attention.in.gdn.b",
+    _WRITE,
     "self_attention.fusion_gate",
     "self_attention.gdn.A_log",
 )
 
-_MEASURED = ("self_attention.in.gdn.b", "self_attention.gdn.dt_bias")
-"""What begins as the teacher's statistics say, where there are any."""
+_MEASURED = {"decay": (_DECAY,), "statistics": (_DECAY, _WRITE)}
+"""What begins as the teacher's statistics say, by kind of initialisation."""
 
 _OUT = "self_attention.out"
 
@@ -228,9 +238,9 @@ class _Context:
             return self.dense[prefix + source][list(rows(self.student, layer))]
         if name in _COPIES:
             return self.dense[prefix + _COPIES[name]].to(dtype)
-        if self.statistics is not None and name in _MEASURED:
+        if self.statistics is not None and name in _MEASURED[self.init.kind]:
             heads = list(self.student.gdn_heads(layer))
-            if name == "self_attention.in.gdn.b":
+            if name == _WRITE:
                 return self.statistics.write[layer, heads].to(dtype)
             return initial_dt_bias(self.statistics.half_life[layer, heads])
         if name in _ZEROS:
@@ -241,7 +251,7 @@ class _Context:
             kernel = torch.zeros(shape, dtype=dtype)
             kernel[..., -1] = 1
             return kernel
-        if name == "self_attention.gdn.dt_bias":
+        if name == _DECAY:
             return initial_dt_bias(half_lives(shape[0], layer, self.seed, self.init))
         if name in _GAMMAS:
             return self.gamma[layer].to(dtype)

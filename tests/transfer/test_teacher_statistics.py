@@ -133,12 +133,17 @@ def test_the_student_begins_as_measured() -> None:
     dense = random_state(canonical_shapes(model.dense()))
     init = StudentInit(kind="statistics")
     made = initialise_student(dense, model, init=init, statistics=statistics)
+    decays_only = initialise_student(
+        dense, model, init=StudentInit(kind="decay"), statistics=statistics
+    )
     for layer in (0, 1, 3):  # layer 2 has no GDN head
         chosen = list(model.gdn_heads(layer))
         prefix = f"decoder.layers.{layer}.self_attention."
         decay = torch.exp(-torch.nn.functional.softplus(made[prefix + "gdn.dt_bias"].double()))
         torch.testing.assert_close(decay ** life[layer, chosen], torch.full_like(decay, 0.5))
         assert torch.equal(made[prefix + "in.gdn.b"], write[layer, chosen])
+        assert torch.equal(decays_only[prefix + "gdn.dt_bias"], made[prefix + "gdn.dt_bias"])
+        assert not decays_only[prefix + "in.gdn.b"].any()
     with pytest.raises(HydraError, match="statistics of the teacher's heads are missing"):
         initialise_student(dense, model, init=init)
     with pytest.raises(HydraError, match="are given"):
