@@ -49,7 +49,13 @@ def random_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.fixture(scope="module", params=KINDS)
+SLOW = {"shared"}  # its layer is hydrahead's; tests/hf/test_modeling_hydrahead.py has its cache
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in KINDS],
+)
 def kind(request):
     return request.param
 

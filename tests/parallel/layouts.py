@@ -155,9 +155,8 @@ FAST = [
     ("parallel", "tp2-sp-cp2", "packed"), ("parallel-gated", "tp4-sp", "packed"), ("token", "cp4", "packed"),
     ("hydra", "tp2-cp2-seq", "packed"), ("all-fa-layer", "tp2-seq", "packed"), ("gqa-bias", "tp2-seq", "one"),
     ("token-wide", "cp4", "one"), ("token-wide", "tp2-cp2", "packed"), ("token-uneven", "tp4-sp", "aligned"),
-    ("shared", "tp2", "packed"), ("shared", "cp2", "packed"), ("shared", "tp2-sp-cp2-seq", "packed"),
-    ("shared-gqa", "tp2-sp-cp2", "packed"), ("shared-one-kv", "tp2-seq", "packed"),
-    ("shared-uneven", "tp4-sp-seq", "aligned"), ("shared-parallel", "tp2-sp", "one"),
+    ("shared", "tp2", "packed"), ("shared", "tp2-sp-cp2-seq", "packed"), ("shared-gqa", "tp2-sp-cp2", "packed"),
+    ("shared-uneven", "tp4-sp-seq", "aligned"),
 ]  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def test_a_head_that_looks_for_a_token_writes_that_token() -> None:
     model, tokens = planted(3), text()
     write = measure_heads(model, tokens, RANGE).write[0]
     x = model.model.layers[0].input_layernorm(model.model.embed_tokens(torch.cat(tokens)))
-    beta = torch.sigmoid(x @ write.T)[:, 1:]
+    beta = torch.sigmoid(x @ write.T)[:, 1:].detach()
     marked = torch.cat(tokens)[:, 1:] == MARKED
     assert float(beta[marked][:, 3].min()) > 0.75
     assert float(beta[~marked][:, 3].mean()) < 0.25
