@@ -17,7 +17,7 @@ Convert a Hugging Face model (Qwen3, Qwen2, Llama, an exported HydraHead) to a M
 
 Without --head-map: the model as it is, bit for bit; this is the teacher of stages 1 and 2.
 With --head-map:    the HydraHead student that the map makes of it. All weights are the dense
-                    model's; key-value heads of Gated DeltaNet heads are copies; gates start at 1;
+                    model's; key-value heads of Gated DeltaNet heads are copies; gates start as constants;
                     the scale of every head is measured on a few thousand tokens.
 With --set mixer=token or mixer=parallel: the baseline that runs both in every head (no map).
 
