@@ -3,10 +3,11 @@
 
 A student of Qwen3-1.7B's shape with random weights (two FA heads in every layer) and one document that
 fills the sequence are made first. Then every layout trains on them for a few steps, by
-``torchrun … -m megatron_hydra.train`` with configs/qwen3_1.7b/finetune.yaml and finetune_512k.yaml. A layout
-has ``--limit`` seconds; then its processes are killed, and its row says how far it came. Losses and gradient
-norms of layouts of the same length have to agree as bf16 does; otherwise, or where a layout made too few steps,
-the status is 1. Without a GPU, ``--tiny`` tries the script out over gloo.
+``torchrun … -m megatron_hydra.train`` with finetune.yaml and finetune_512k.yaml of
+configs/qwen3_1.7b/ours. A layout has ``--limit`` seconds; then its processes are killed, and its row says
+how far it came. Losses and gradient norms of layouts of the same length have to agree as bf16 does;
+otherwise, or where a layout made too few steps, the status is 1. Without a GPU, ``--tiny`` tries the
+script out over gloo.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = (
     "python -m benchmarks.long_context --output long_context     # layouts by the number of GPUs"
 )
-CONFIGS = ROOT / "configs" / "qwen3_1.7b"
+CONFIGS = ROOT / "configs" / "qwen3_1.7b" / "ours"
 LOSS_BOUND, NORM_BOUND = 5e-3, 5e-2
 """Most that losses and gradient norms of one step may differ between layouts, relative: bf16 has 8 bits, and
 every layout sums in another order."""

@@ -84,14 +84,14 @@ exit status
   goes on. Under SLURM such a job is requeued, and a job that fails cancels those after it.
 
 examples
-  launch/$1 --gpus-per-node 8 configs/qwen3_1.7b/align.yaml \\
+  launch/$1 --gpus-per-node 8 configs/qwen3_1.7b/ours/align.yaml \\
       configs/qwen3_1.7b/layouts/8_gpus_short.yaml optimizer.lr=5e-4
   Q=configs/qwen3_1.7b
-  launch/$1 --nodes 8 --time 24:00:00 \$Q/align.yaml \$Q/layouts/64_gpus_short.yaml \\
-      --then \$Q/distill.yaml \$Q/layouts/64_gpus_short.yaml \\
-      --then \$Q/finetune.yaml \$Q/layouts/64_gpus_long.yaml
-  launch/$1 --warm configs/qwen3_1.7b/align.yaml configs/qwen3_1.7b/layouts/8_gpus_short.yaml
-  launch/$1 --gpus-per-node 4 tools/select_heads.py --hf-path models/qwen3-1.7b --ratio 7:1 \\
+  launch/$1 --nodes 8 --time 24:00:00 \$Q/ours/align.yaml \$Q/layouts/64_gpus_short.yaml \\
+      --then \$Q/ours/distill.yaml \$Q/layouts/64_gpus_short.yaml \\
+      --then \$Q/ours/finetune.yaml \$Q/layouts/64_gpus_long.yaml
+  launch/$1 --warm configs/qwen3_1.7b/ours/align.yaml configs/qwen3_1.7b/layouts/8_gpus_short.yaml
+  launch/$1 --gpus-per-node 4 tools/select_heads.py --hf-path models/qwen3-1.7b --ratio 3:1 \\
       --output runs/head_map.json
 USAGE
 }

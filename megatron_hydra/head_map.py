@@ -75,6 +75,10 @@ class ModelIdentity:
     fingerprint: str = ""
 
 
+DEFAULT_RATIO = "3:1"
+"""GDN:FA, the paper's default; 7:1 is its aggressive one."""
+
+
 def parse_ratio(text: str) -> int | None:
     """Read a GDN:FA ratio such as ``"7:1"``.
 

@@ -12,7 +12,7 @@ from megatron_hydra.startup import this_process_is_one_run
 
 _EPILOG = """examples:
   python -m megatron_hydra.train --config configs/tiny/finetune.yaml output=runs/finetune
-  torchrun --nproc-per-node 8 -m megatron_hydra.train --config configs/qwen3_1.7b/distill.yaml \\
+  torchrun --nproc-per-node 8 -m megatron_hydra.train --config configs/qwen3_1.7b/ours/distill.yaml \\
       --config configs/qwen3_1.7b/layouts/8_gpus_short.yaml parallel.tensor=2
   python -m megatron_hydra.train --config configs/tiny/finetune.yaml --dry-run
 

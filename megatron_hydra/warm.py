@@ -18,9 +18,9 @@ them. Only the checkpoints that the config names are read, and no weights of the
 
 EPILOG = """\
 examples:
-  python -m megatron_hydra.warm --config configs/qwen3_1.7b/distill.yaml \\
+  python -m megatron_hydra.warm --config configs/qwen3_1.7b/ours/distill.yaml \\
       --config configs/qwen3_1.7b/layouts/8_gpus_short.yaml
-  launch/local.sh --warm configs/qwen3_1.7b/align.yaml configs/qwen3_1.7b/layouts/8_gpus_short.yaml
+  launch/local.sh --warm configs/qwen3_1.7b/ours/align.yaml configs/qwen3_1.7b/layouts/8_gpus_short.yaml
 
 What the compilers say goes to compile.log in the run's output. Exit status: 0 all kernels are ready (or there
 is no GPU, so that there is nothing to compile), 2 bad input, a wrong kernel, or one that cannot be compiled,

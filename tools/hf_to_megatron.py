@@ -17,7 +17,7 @@ Convert a Hugging Face model (Qwen3, Qwen2, Llama, an exported HydraHead) to a M
 
 Without --head-map: the model as it is, bit for bit; this is the teacher of stages 1 and 2.
 With --head-map:    the HydraHead student that the map makes of it. All weights are the dense
-                    model's; key-value heads of Gated DeltaNet heads are copies; gates start at 1;
+                    model's; key-value heads of Gated DeltaNet heads are copies; gates start as constants;
                     the scale of every head is measured on a few thousand tokens.
 With --set mixer=token or mixer=parallel: the baseline that runs both in every head (no map).
 
@@ -80,11 +80,20 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="order of decays over heads (default 0)"
     )
     student.add_argument(
+        "--init",
+        choices=("spread", "decay", "statistics"),
+        default="spread",
+        help="decay and write strength of GDN heads: half-lives spread evenly over the range (default), or "
+        "from how far back (decay), or how far back and at what (statistics) the teacher's heads look on the "
+        "calibration text",
+    )
+    student.add_argument(
         "--half-life",
         type=float,
         nargs=2,
         metavar=("MIN", "MAX"),
-        help="range of initial half-lives of GDN heads, in tokens (default 32 16384)",
+        help="range of initial half-lives of GDN heads, in tokens (default 32 16384; where they are "
+        "measured 1 16384)",
     )
     student.add_argument(
         "--calibration-file",
@@ -101,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 STUDENT_FLAGS = {
+    "statistics": "--init",
     "hydra_config": "--hydra-config",
     "set": "--set",
     "half_life": "--half-life",
@@ -113,6 +123,7 @@ STUDENT_FLAGS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     arguments = parser().parse_args(argv)
+    arguments.statistics = arguments.init != "spread"
     flags = [flag for name, flag in STUDENT_FLAGS.items() if getattr(arguments, name)]
     student = student_options(arguments) if arguments.head_map or flags else None
     if student and not student.head_map and not student.hydra.mixes_in_every_head:
@@ -161,7 +172,7 @@ def student_options(arguments: argparse.Namespace) -> StudentOptions:
     return StudentOptions(
         head_map=arguments.head_map,
         hydra=apply_overrides(hydra, arguments.set),
-        init=StudentInit(*arguments.half_life) if arguments.half_life else StudentInit(),
+        init=StudentInit(*(arguments.half_life or ()), kind=arguments.init),
         seed=arguments.seed,
         calibrate=not arguments.no_calibration,
         calibration_file=arguments.calibration_file,

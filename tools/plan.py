@@ -6,7 +6,8 @@ from __future__ import annotations
 import argparse
 import warnings
 
-from megatron_hydra.errors import command
+from megatron_hydra.errors import HydraError, command
+from megatron_hydra.head_map import DEFAULT_RATIO
 
 DESCRIPTION = """\
 For a model, a context length and a number of GPUs: what a rank holds (parameters, gradients, optimizer,
@@ -22,6 +23,7 @@ examples:
   python tools/plan.py --model Qwen/Qwen3-1.7B --seq 524288 --gpus 64 --gpu h200
   python tools/plan.py --model models/Qwen3-8B --head-map map.json --seq 131072 --gpus 32 --gpu h100 \\
       --price-per-gpu-hour 2.5 --tokens 5e9
+  python tools/plan.py --model Qwen/Qwen3-1.7B --recipe configs/qwen3_1.7b/paper --gpus 8 --gpu h100
   python tools/plan.py --model Qwen/Qwen3-1.7B --verb distill --seq 4096 --gpus 8 --gpu a100 --json \\
       --efficiency matmul=0.5 --efficiency delta_rule=0.1
 
@@ -42,7 +44,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="M",
         help="Qwen/Qwen3-0.6B … 32B by name, a config.json or its folder, or a Megatron checkpoint",
     )
-    p.add_argument("--seq", type=int, required=True, metavar="T", help="tokens of a sequence")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--seq", type=int, default=0, metavar="T", help="tokens of a sequence")
+    what.add_argument(
+        "--recipe",
+        default="",
+        metavar="D",
+        help="cost of a recipe instead: a folder of run configs, one a stage, such as "
+        "configs/qwen3_1.7b/paper",
+    )
     p.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the job")
     p.add_argument("--gpu", required=True, metavar="G", help="a100, h100, h200 or b200")
     p.add_argument(
@@ -52,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     )
     which = p.add_mutually_exclusive_group()
     which.add_argument(
-        "--ratio", default="7:1", help="GDN:FA heads, placed at random (%(default)s)"
+        "--ratio", default=DEFAULT_RATIO, help="GDN:FA heads, placed at random (%(default)s)"
     )
     which.add_argument("--head-map", default="", metavar="MAP", help="a head map instead")
     p.add_argument("--tokens", type=float, default=15e9, help="of all stages (%(default)g)")
@@ -103,11 +113,17 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
     from megatron_hydra.planning.command import Request, plan
 
+    if args.recipe and args.verb:
+        raise HydraError(
+            "--verb says which stage to plan; a recipe has its own stages: leave it out"
+        )
+
     request = Request(
         model=args.model,
         sequence_length=args.seq,
         gpus=args.gpus,
         gpu=args.gpu,
+        recipe=args.recipe,
         verb=args.verb,
         ratio=args.ratio,
         head_map=args.head_map,

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from megatron_hydra.errors import HydraError, command
-from megatron_hydra.head_map import DEFAULT_STRATEGY
+from megatron_hydra.head_map import DEFAULT_RATIO, DEFAULT_STRATEGY
 from megatron_hydra.out_of_memory import out_of_memory_names
 from megatron_hydra.selection import (
     DEFAULT_TASKS,
@@ -25,7 +25,7 @@ from megatron_hydra.watchdog import Watchdog
 
 EXAMPLES = """\
 examples:
-  tools/select_heads.py --hf-path Qwen/Qwen3-1.7B --ratio 7:1 --output maps/qwen3-1.7b.json
+  tools/select_heads.py --hf-path Qwen/Qwen3-1.7B --ratio 3:1 --output maps/qwen3-1.7b.json
   tools/select_heads.py --hf-path models/tiny --tasks induction jsonl:my_prompts.jsonl \\
       --output map.json
   tools/select_heads.py --hf-path models/tiny --strategy global_random --seed 3 --output random-3.json
@@ -49,7 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--hf-path", required=True, help="Hugging Face folder or Hub name (Qwen3, Qwen2, Llama)")
     add("--revision", default="", help="Hub revision")
     add("--output", required=True, type=Path, help="the head map to write (JSON)")
-    add("--ratio", default="7:1", help="GDN:FA heads as r:1, or dense, or all-gdn (default 7:1)")
+    add(
+        "--ratio",
+        default=DEFAULT_RATIO,
+        help="GDN:FA heads as r:1, or dense, or all-gdn (default %(default)s)",
+    )
     add(
         "--strategy",
         default=DEFAULT_STRATEGY,

@@ -38,6 +38,7 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import HeadMap
 from megatron_hydra.transfer.calibration import calibration_batches, load_tokenizer
 from megatron_hydra.transfer.student import StudentInit, calibrate_gamma, initialise_student
+from megatron_hydra.transfer.teacher_statistics import HeadStatistics, measure_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,8 @@ class StudentOptions:
         init: where parameters without a dense counterpart begin.
         seed: order of the decays over heads.
         calibrate: measure γ; otherwise it is 1.
-        calibration_file: tokens to measure it on (see :mod:`megatron_hydra.transfer.calibration`).
+        calibration_file: tokens to measure γ and statistics of heads on (see
+            :mod:`megatron_hydra.transfer.calibration`).
         calibration_tokens: how many.
     """
 
@@ -180,8 +182,8 @@ def _make_student(
             dense.with_head_map(head_map, options.hydra),
             head_map.fingerprint(),
         )
-    gamma = _gamma(folder, dense, options, dtype) if _needs_gamma(model, options) else None
-    student = initialise_student(tensors, model, gamma, options.seed, options.init)
+    gamma, statistics = _measured(folder, dense, model, options, dtype)
+    student = initialise_student(tensors, model, gamma, options.seed, options.init, statistics)
     calibrated_on = str(options.calibration_file or "bundled text")
     made = {
         "head_map_fingerprint": map_fingerprint,
@@ -189,6 +191,13 @@ def _make_student(
         "seed": options.seed,
         "gamma": "ones" if gamma is None else f"calibrated on {calibrated_on}",
     }
+    if statistics is not None:
+        made["statistics"] = {
+            "text": calibrated_on,
+            "half_life": [
+                [round(life, 2) for life in row] for row in statistics.half_life.tolist()
+            ],
+        }
     return model, student, made
 
 
@@ -196,9 +205,17 @@ def _needs_gamma(model: ModelConfig, options: StudentOptions) -> bool:
     return options.calibrate and model.switches.fusion_norm == "rms"
 
 
-def _gamma(
-    folder: Path, dense: ModelConfig, options: StudentOptions, dtype: torch.dtype | None
-) -> torch.Tensor:
+def _measured(
+    folder: Path,
+    dense: ModelConfig,
+    student: ModelConfig,
+    options: StudentOptions,
+    dtype: torch.dtype | None,
+) -> tuple[torch.Tensor | None, HeadStatistics | None]:
+    """What the student takes from the teacher's run on calibration text: γ and statistics of heads."""
+    wants_gamma, wants_heads = _needs_gamma(student, options), options.init.is_measured
+    if not (wants_gamma or wants_heads):
+        return None, None
     from transformers import AutoModel
 
     from megatron_hydra.parallel.platform import device
@@ -215,7 +232,10 @@ def _gamma(
         use_safetensors=True,
         local_files_only=True,
     )
-    return calibrate_gamma(backbone.to(device()).eval(), batches)
+    backbone = backbone.to(device()).eval()
+    gamma = calibrate_gamma(backbone, batches) if wants_gamma else None
+    heads = measure_heads(backbone, batches, options.init.half_life) if wants_heads else None
+    return gamma, heads
 
 
 # -- Megatron -> Hugging Face --------------------------------------------------------------------
@@ -247,7 +267,7 @@ def megatron_to_hf(
         progress: show a bar on stderr.
 
     Returns:
-        The config of what was written.
+        The config of what was written: the finished model's.
 
     Raises:
         HydraError: a checkpoint that is damaged, foreign or incomplete; nothing is written then.
@@ -257,7 +277,7 @@ def megatron_to_hf(
     refuse_existing(output, force)
     folder = store.resolve_checkpoint(checkpoint)
     store.verify_checkpoint(folder)
-    model = store.read_model_config(folder)
+    model = store.read_model_config(folder).finished()
     stored = store.lazy_canonical(folder)
     dtypes = {
         key: dtype if dtype is not None and not is_fp32(key) else stored.describe(key).dtype

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_hydra.checkpoint.families import FAMILIES
 from megatron_hydra.config.loading import from_dict, to_dict
-from megatron_hydra.config.model import HydraConfig, ModelConfig
+from megatron_hydra.config.model import HydraConfig, ModelConfig, stored_switches
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import HeadMap
 
@@ -146,6 +146,9 @@ def _dense_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _hybrid_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    hydra = _required(config, "hydra", source)
+    if isinstance(hydra, Mapping):
+        hydra = stored_switches(hydra)
     return {
         "family": _required(config, "family", source),
         "num_kv_heads": _required(config, "num_key_value_heads", source),
@@ -153,7 +156,7 @@ def _hybrid_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "qk_norm": bool(_required(config, "qk_norm", source)),
         "qkv_bias": bool(_required(config, "attention_bias", source)),
         "out_bias": bool(_required(config, "out_bias", source)),
-        "hydra": from_dict(HydraConfig, _required(config, "hydra", source), f"{source}: hydra"),
+        "hydra": from_dict(HydraConfig, hydra, f"{source}: hydra"),
         "full_attention_heads": _required(config, "full_attention_heads", source),
     }
 
@@ -225,7 +228,8 @@ def hf_config_from_model(
 ) -> dict[str, Any]:
     """The ``config.json`` of ``model``.
 
-    A dense model whose original config is kept gets that back, key for key (but for the dtype).
+    A dense model whose original config is kept gets that back, key for key (but for the dtype). A hybrid
+    is written as it is when finished (:meth:`ModelConfig.finished`).
 
     Args:
         dtype: name of the weights' dtype, e.g. ``bfloat16``.
@@ -236,6 +240,7 @@ def hf_config_from_model(
     """
     if model.is_hybrid:
         config = _hybrid_config(model, auto_map or {})
+        model = model.finished()
     else:
         config = _dense_config(model)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
@@ -274,6 +279,7 @@ def _dense_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def _hybrid_config(model: ModelConfig, auto_map: Mapping[str, str]) -> dict[str, Any]:
+    model = model.finished()
     assert model.full_attention_heads is not None
     return _shared_keys(model) | {
         "architectures": ["HydraHeadForCausalLM"],

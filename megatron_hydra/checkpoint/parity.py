@@ -59,7 +59,7 @@ def verify_export(
     Raises:
         HydraError: naming the first tensor or config that differs.
     """
-    model = store.read_model_config(checkpoint)
+    model = store.read_model_config(checkpoint).finished()
     if not same_architecture(read_hf_config(hf_folder), model):
         raise HydraError(f"{hf_folder}/config.json does not describe the model of {checkpoint}")
     exported = hf_to_canonical(HfWeights(hf_folder), model)
@@ -89,7 +89,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def megatron_logits(checkpoint: str | os.PathLike[str], tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of the Megatron model of a checkpoint, in fp32 on one process.
+    """Logits of the Megatron model of a checkpoint, finished, in fp32 on one process.
 
     Args:
         checkpoint: a checkpoint folder that was verified.
@@ -107,7 +107,8 @@ def megatron_logits(checkpoint: str | os.PathLike[str], tokens: torch.Tensor) ->
     run = dataclasses.replace(RunConfig(), precision="fp32")
     start_world(run)
     try:
-        model = build_gpt_model(store.read_model_config(folder), run).to(platform.device()).eval()
+        finished = store.read_model_config(folder).finished()
+        model = build_gpt_model(finished, run).to(platform.device()).eval()
         _load_weights(model, folder)
         packed = PackedSequence((0, tokens.numel()), device=platform.device())
         with torch.no_grad():

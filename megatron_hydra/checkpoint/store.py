@@ -40,7 +40,7 @@ from megatron_hydra.checkpoint.integrity import (
     write_manifest,
 )
 from megatron_hydra.config.loading import from_dict, to_dict
-from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.config.model import ModelConfig, stored_switches
 from megatron_hydra.errors import HydraError
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ def read_model_config(folder: str | os.PathLike[str]) -> ModelConfig:
     version = body.pop("version", None)
     if version != MODEL_VERSION:
         raise HydraError(f"{path}: version {version!r} is not supported (this is {MODEL_VERSION})")
+    if isinstance(body.get("hydra"), dict):
+        body["hydra"] = stored_switches(body["hydra"])
     return from_dict(ModelConfig, body, str(path))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from megatron_hydra.errors import HydraError
@@ -26,11 +27,22 @@ class HydraConfig:
         fusion_norm: ``rms`` normalises every head's output over its channels in fp32; ``none``.
         fa_position: position information of FA heads: ``log-scale`` (no rotary, queries scaled by
             ln(t+a)/ln(a)), ``rope``, ``both``, or ``none``.
-        fa_gate: the per-channel output gate 2σ(W_g x) of FA heads.
+        fa_gate: the per-channel output gate 2σ(W_g x + b_g) of FA heads.
+        fa_gate_bias: whether it has a bias, which begins at 1 (the paper's start); without: 2σ(W_g x),
+            which begins at exactly 1.
+        gdn_position: position information of GDN heads: ``rope``, or ``none``.
+        qkv: ``decoupled``: FA and GDN heads have their own W_K, W_V and their own QK-norms (the paper's
+            query decomposition); ``shared``: heads of one KV group read the same W_K and W_V, be they
+            FA or GDN, and all heads of a layer the same QK-norms. W_Q is a head's own either way.
         gdn_kv: ``mha``: every GDN head has its own k and v; ``gqa``: heads of a KV group share them.
+            With ``qkv=shared`` the projections are the group's in both cases: ``mha`` repeats k and v
+            for every head before the short convolution, whose kernels are then the head's own.
         gdn_gate: the per-channel output gate of GDN heads.
         short_conv: causal depthwise convolution on q, k, v of GDN heads.
         conv_width: its width in tokens.
+        log_scale: where ``fa_position`` asks for the log scale, when it is on: ``train``, from the start;
+            ``final``, not before the finished model, as HALO has it: training runs without it, an
+            export and the evaluation of a checkpoint with it (:meth:`ModelConfig.finished`).
         log_scale_a: a of the log scale; t is counted from the start of the document.
         granularity: the unit of the FA/GDN assignment, ``query_head`` or ``kv_group``. With
             ``kv_group`` a head map of single query heads is refused; a map of whole groups fits
@@ -43,10 +55,14 @@ class HydraConfig:
     fusion_norm: Literal["rms", "none"] = "rms"
     fa_position: Literal["log-scale", "rope", "both", "none"] = "log-scale"
     fa_gate: bool = True
+    fa_gate_bias: bool = True
+    gdn_position: Literal["rope", "none"] = "rope"
+    qkv: Literal["decoupled", "shared"] = "decoupled"
     gdn_kv: Literal["mha", "gqa"] = "mha"
     gdn_gate: bool = True
     short_conv: bool = True
     conv_width: int = 4
+    log_scale: Literal["train", "final"] = "train"
     log_scale_a: float = 500.0
     granularity: Literal["query_head", "kv_group"] = "query_head"
 
@@ -64,9 +80,33 @@ class HydraConfig:
         return self.mixer != "head"
 
     @property
+    def scales_queries(self) -> bool:
+        """Whether FA queries are multiplied by the log scale now."""
+        return self.fa_position in ("log-scale", "both") and self.log_scale == "train"
+
+    @property
+    def fa_gate_begins_at(self) -> float:
+        """Where the gate's bias begins: at 1, or at 0, gate 1, where no norm takes a constant away."""
+        return 1.0 if self.fusion_norm == "rms" else 0.0
+
+    @property
+    def ties_qkv(self) -> bool:
+        """Whether FA and GDN heads read the same k and v projections and QK-norms."""
+        return self.qkv == "shared"
+
+    @property
     def fa_window(self) -> int | None:
         """How many tokens a softmax query sees; ``None``: all before it."""
         return self.window if self.mixer == "token" else None
+
+
+BEFORE_THE_SWITCH = {"fa_gate_bias": False}
+"""What a stored model was whose ``hydra`` lacks a switch, where that is not the default of today."""
+
+
+def stored_switches(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The switches of a stored model, with those that it was written too early to name."""
+    return {**BEFORE_THE_SWITCH, **body}
 
 
 DENSE_ATTENTION = HydraConfig(
@@ -74,6 +114,7 @@ DENSE_ATTENTION = HydraConfig(
     fusion_norm="none",
     fa_position="rope",
     fa_gate=False,
+    fa_gate_bias=False,
     gdn_gate=False,
     short_conv=False,
 )
@@ -215,6 +256,15 @@ class ModelConfig:
     def dense(self) -> ModelConfig:
         """The dense model of the same shape."""
         return dataclasses.replace(self, hydra=None, full_attention_heads=None, head_map=None)
+
+    def finished(self) -> ModelConfig:
+        """This model as it is used, not trained: a log scale that waits for the end is on.
+
+        Weights are the same. An export is of the finished model; converted back, it keeps its log scale.
+        """
+        if self.hydra is None or self.hydra.log_scale == "train":
+            return self
+        return dataclasses.replace(self, hydra=dataclasses.replace(self.hydra, log_scale="train"))
 
     def with_head_map(self, head_map: HeadMap, hydra: HydraConfig) -> ModelConfig:
         """The hybrid that ``head_map`` makes of this dense model.

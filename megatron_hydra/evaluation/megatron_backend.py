@@ -122,7 +122,7 @@ def open_checkpoint(
     world = start_world(run)
     try:
         folder = verified_checkpoint(str(checkpoint))
-        model = store.read_model_config(folder)
+        model = store.read_model_config(folder).finished()
         precision = _stored_precision(folder) if dtype == "auto" else dtype
         run = dataclasses.replace(run, precision=precision)  # type: ignore[arg-type]
         check_layout(run, world.size, model)

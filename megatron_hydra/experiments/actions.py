@@ -102,7 +102,7 @@ def select(context: Context) -> None:
 def convert(context: Context) -> None:
     """The student before training."""
     from megatron_hydra.checkpoint.convert import StudentOptions, hf_to_megatron
-    from megatron_hydra.config.model import HydraConfig
+    from megatron_hydra.config.model import HydraConfig, stored_switches
     from megatron_hydra.transfer.student import StudentInit
 
     params = context.step.params
@@ -111,8 +111,8 @@ def convert(context: Context) -> None:
     selection = context.inputs.get("head_map")
     options = StudentOptions(
         None if selection is None else selection / HEAD_MAP,
-        hydra=from_dict(HydraConfig, params["hydra"], "hydra"),
-        init=StudentInit(*student["half_life"]),
+        hydra=from_dict(HydraConfig, stored_switches(params["hydra"]), "hydra"),
+        init=StudentInit(*student["half_life"], kind=student.get("init", StudentInit.kind)),
         seed=params["seed"],
         calibrate=student["calibrate"],
         calibration_file=calibration or None,

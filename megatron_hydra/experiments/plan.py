@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hydra.config.loading import from_dict, load_run_config, read_config, to_dict
-from megatron_hydra.config.model import HydraConfig
+from megatron_hydra.config.model import HydraConfig, stored_switches
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.config.validate import check_run
 from megatron_hydra.errors import HydraError
@@ -231,7 +231,7 @@ class _CellPlanner:
         params, inputs, places = self._teacher_model()
         params |= {
             "hydra": _changed_switches(self.spec.hydra),
-            "student": dataclasses.asdict(student) | {"calibration_file": hashed},
+            "student": as_plain(student) | {"calibration_file": hashed},
             "seed": self.cell.seed,
         }
         if not from_dict(HydraConfig, self.spec.hydra, "hydra").mixes_in_every_head:
@@ -326,8 +326,11 @@ class _CellPlanner:
 
 
 def _changed_switches(hydra: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs from the defaults: a default written out is not another student."""
-    default = to_dict(HydraConfig())
+    """What differs from the defaults: a default written out is not another student.
+
+    From the first defaults: where a default has changed since, an old step's student is not today's.
+    """
+    default = {**to_dict(HydraConfig()), **stored_switches({})}
     chosen = to_dict(from_dict(HydraConfig, hydra, "hydra"))
     return {key: value for key, value in chosen.items() if value != default[key]}
 

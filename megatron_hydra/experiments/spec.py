@@ -13,7 +13,7 @@ from typing import Any
 from megatron_hydra.config.loading import from_dict, parse_yaml
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.errors import HydraError
-from megatron_hydra.head_map import DEFAULT_STRATEGY, strategy_name
+from megatron_hydra.head_map import DEFAULT_RATIO, DEFAULT_STRATEGY, strategy_name
 
 TEACHER = "teacher"
 """As ``hf_model``: the row is the teacher itself."""
@@ -26,7 +26,7 @@ _LATER = {"later": True}
 what was computed before there was such a key is still found."""
 
 
-def as_plain(spec: SelectionSpec | EvaluationSpec) -> dict[str, Any]:
+def as_plain(spec: SelectionSpec | StudentSpec | EvaluationSpec) -> dict[str, Any]:
     """A spec as the plain data that steps are hashed by."""
     default = type(spec)()
     values = {field: getattr(spec, field.name) for field in dataclasses.fields(spec)}
@@ -75,7 +75,7 @@ class SelectionSpec:
     """
 
     strategy: str = DEFAULT_STRATEGY
-    ratio: str = "7:1"
+    ratio: str = DEFAULT_RATIO
     tasks: tuple[str, ...] = ()
     num_prompts: int = 32
     min_prompts: int = 8
@@ -106,6 +106,13 @@ class StudentSpec:
     calibrate: bool = True
     calibration_file: str = ""
     calibration_tokens: int = 8192
+    init: str = dataclasses.field(default="spread", metadata=_LATER)
+
+    def __post_init__(self) -> None:
+        if self.init not in ("spread", "decay", "statistics"):
+            raise HydraError(
+                f"student.init is {self.init!r}: it must be spread, decay or statistics"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

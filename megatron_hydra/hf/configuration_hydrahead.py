@@ -17,14 +17,19 @@ SWITCHES: dict[str, tuple[Any, tuple[Any, ...] | None]] = {
     "fusion_norm": ("rms", ("rms", "none")),
     "fa_position": ("log-scale", ("log-scale", "rope", "both", "none")),
     "fa_gate": (True, (True, False)),
+    "fa_gate_bias": (False, (True, False)),
+    "gdn_position": ("rope", ("rope", "none")),
+    "qkv": ("decoupled", ("decoupled", "shared")),
     "gdn_kv": ("mha", ("mha", "gqa")),
     "gdn_gate": (True, (True, False)),
     "short_conv": (True, (True, False)),
     "conv_width": (4, tuple(range(1, 9))),
+    "log_scale": ("train", ("train",)),
     "log_scale_a": (500.0, None),
     "granularity": ("query_head", ("query_head", "kv_group")),
 }
-"""Switch of the layer -> (default, allowed values)."""
+"""Switch of the layer -> (what it is where a config does not name it, allowed values). A config from
+before a switch is of a model without it."""
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Types whose frequencies do not depend on the input's length, so a cache never goes stale."""

@@ -4,12 +4,16 @@ HydraHead (arXiv 2606.20097) mixes full attention (FA) and Gated DeltaNet (GDN) 
 of every attention layer:
 
     FA head    q = s_t · N_q(W_q x)   k = N_k(W_k x)   v = W_v x      s_t = ln(t + a) / ln(a)
-               o = softmax_causal(q kᵀ / √d) v  ⊙  2σ(W_g x)
+               o = softmax_causal(q kᵀ / √d) v  ⊙  2σ(W_g x + b_g)
     GDN head   q = l2(R_t N_q(conv(W_q x)))   k = l2(R_t N_k(conv(W_k x)))   v = conv(W_v x)
                β = σ(W_b x)    log α = −exp(A_log) · softplus(W_a x + dt_bias)
                S_t = α_t (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ
                o = S_tᵀ q_t / √d  ⊙  2σ(W_g x)
     fusion     y = W_o [γ_h · RMSNorm(o_h)]_h, heads in their original order
+
+Heads of one KV group share k and v; GDN heads have their own (``gdn_kv=mha``) or share them, too. With
+``qkv=shared`` all heads of a group, FA and GDN, read one W_k and W_v, and all heads one pair of norms N_q,
+N_k; each GDN head still has its own short convolution under ``gdn_kv=mha``.
 
 Baselines of the same family run both in every head and add their outputs, each normalised and scaled on
 its own, ``y = W_o [γ_h · RMSNorm(o_h) + γ'_h · RMSNorm(o'_h)]_h``: over the whole context
@@ -570,14 +574,7 @@ class HydraHeadAttention(nn.Module):
     """
 
     # Which of them exist is a matter of the switches and of the layer's heads.
-    fa_q_norm: nn.Module
-    fa_k_norm: nn.Module
     fa_gate_proj: nn.Linear
-    gdn_q_proj: nn.Linear
-    gdn_k_proj: nn.Linear
-    gdn_v_proj: nn.Linear
-    gdn_q_norm: nn.Module
-    gdn_k_norm: nn.Module
     gdn_gate_proj: nn.Linear
     fusion_gate: nn.Linear
 
@@ -596,9 +593,19 @@ class HydraHeadAttention(nn.Module):
         self.fa_groups = _ranks([h // group for h in self.fa_heads])
         own = self.switches["gdn_kv"] == "mha"
         self.gdn_groups = _ranks([h if own else h // group for h in self.gdn_heads])
+        self.tied = self.switches["qkv"] == "shared"
+        # The KV groups that each branch takes from projections of all of them, where they are shared.
+        kinds = {"fa": (self.fa_heads, False), "gdn": (self.gdn_heads, own)}
+        self.tied_groups = {
+            name: [h // group for h in heads_of] if each else sorted({h // group for h in heads_of})
+            for name, (heads_of, each) in kinds.items()
+        }
         order = self.fa_heads + self.gdn_heads
         self.original_order = [order.index(h) for h in range(heads)]
 
+        if self.tied:
+            self._make_projections("", dict.fromkeys(("k", "v"), config.num_key_value_heads))
+            self._make_norms("")
         if self.fa_heads:
             self._make_branch("fa", len(self.fa_heads), max(self.fa_groups) + 1)
         if self.gdn_heads:
@@ -613,15 +620,52 @@ class HydraHeadAttention(nn.Module):
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=config.out_bias)
 
     def _make_branch(self, name: str, num_heads: int, num_kv: int) -> None:
-        config, d = self.config, self.head_dim
-        for part, count in (("q", num_heads), ("k", num_kv), ("v", num_kv)):
-            linear = nn.Linear(config.hidden_size, count * d, bias=config.attention_bias)
-            setattr(self, f"{name}_{part}_proj", linear)
+        counts = {"q": num_heads, "k": num_kv, "v": num_kv}
+        self._make_projections(f"{name}_", {"q": num_heads} if self.tied else counts)
         if self.switches[f"{name}_gate"]:
-            setattr(self, f"{name}_gate_proj", nn.Linear(config.hidden_size, num_heads * d, False))
-        if config.qk_norm:
+            width, biased = (
+                num_heads * self.head_dim,
+                name == "fa" and self.switches["fa_gate_bias"],
+            )
+            setattr(self, f"{name}_gate_proj", nn.Linear(self.config.hidden_size, width, biased))
+        if not self.tied:
+            self._make_norms(f"{name}_")
+
+    def _make_projections(self, prefix: str, counts: dict[str, int]) -> None:
+        """Projections of so many heads of each part."""
+        config = self.config
+        for part, count in counts.items():
+            size = count * self.head_dim
+            linear = nn.Linear(config.hidden_size, size, bias=config.attention_bias)
+            setattr(self, f"{prefix}{part}_proj", linear)
+
+    def _make_norms(self, prefix: str) -> None:
+        if self.config.qk_norm:
             for part in ("q", "k"):
-                setattr(self, f"{name}_{part}_norm", HydraHeadRMSNorm(d, config.rms_norm_eps))
+                norm = HydraHeadRMSNorm(self.head_dim, self.config.rms_norm_eps)
+                setattr(self, f"{prefix}{part}_norm", norm)
+
+    def _qkv(
+        self, name: str, x: torch.Tensor, tied: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Projections of one branch, ``[B, T, heads·d]``; k and v from ``tied`` where they are shared."""
+        q = getattr(self, f"{name}_q_proj")(x)
+        if not self.tied:
+            return q, getattr(self, f"{name}_k_proj")(x), getattr(self, f"{name}_v_proj")(x)
+        groups = self.tied_groups[name]
+        if groups == list(range(self.config.num_key_value_heads)):
+            return q, tied["k"], tied["v"]
+        index = _index(tuple(groups), x.device)
+        k, v = (self._heads(tied[p]).index_select(2, index).flatten(2) for p in ("k", "v"))
+        return q, k, v
+
+    def _qk_norms(
+        self, name: str, q: torch.Tensor, k: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.config.qk_norm:
+            return q, k
+        prefix = "" if self.tied else f"{name}_"
+        return getattr(self, f"{prefix}q_norm")(q), getattr(self, f"{prefix}k_norm")(k)
 
     def _make_recurrence(self) -> None:
         num_heads = len(self.gdn_heads)
@@ -630,9 +674,9 @@ class HydraHeadAttention(nn.Module):
         self.gdn_A_log = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32))
         self.gdn_dt_bias = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32))
         if self.switches["short_conv"]:
-            for part in ("q", "k", "v"):
-                size = getattr(self, f"gdn_{part}_proj").out_features
-                width = self.switches["conv_width"]
+            num_kv = max(self.gdn_groups) + 1
+            for part, count in (("q", num_heads), ("k", num_kv), ("v", num_kv)):
+                size, width = count * self.head_dim, self.switches["conv_width"]
                 conv = nn.Conv1d(size, size, width, groups=size, bias=False)
                 setattr(self, f"gdn_{part}_conv", conv)
 
@@ -644,10 +688,11 @@ class HydraHeadAttention(nn.Module):
     ) -> torch.Tensor:
         """``[B, T, D]`` → ``[B, T, D]``."""
         branches = []
+        tied = {p: getattr(self, f"{p}_proj")(x) for p in ("k", "v")} if self.tied else {}
         if self.fa_heads:
-            branches.append(self._full_attention(x, context, cache))
+            branches.append(self._full_attention(x, tied, context, cache))
         if self.gdn_heads:
-            branches.append(self._gated_delta_net(x, context, cache))
+            branches.append(self._gated_delta_net(x, tied, context, cache))
         if not self.mixed:
             heads = torch.cat(branches, dim=2) if len(branches) > 1 else branches[0]
             if self.original_order != sorted(self.original_order):
@@ -659,11 +704,14 @@ class HydraHeadAttention(nn.Module):
         return self.o_proj(mixed.flatten(2))
 
     def _full_attention(
-        self, x: torch.Tensor, context: TokenContext, cache: HydraHeadLayerCache | None
+        self,
+        x: torch.Tensor,
+        tied: dict[str, torch.Tensor],
+        context: TokenContext,
+        cache: HydraHeadLayerCache | None,
     ) -> torch.Tensor:
-        q, k, v = (self._heads(getattr(self, f"fa_{p}_proj")(x)) for p in ("q", "k", "v"))
-        if self.config.qk_norm:
-            q, k = self.fa_q_norm(q), self.fa_k_norm(k)
+        q, k, v = map(self._heads, self._qkv("fa", x, tied))
+        q, k = self._qk_norms("fa", q, k)
         position = self.switches["fa_position"]
         if position in ("rope", "both"):
             q = _rotate(q, context.cos, context.sin)
@@ -688,16 +736,21 @@ class HydraHeadAttention(nn.Module):
         return out
 
     def _gated_delta_net(
-        self, x: torch.Tensor, context: TokenContext, cache: HydraHeadLayerCache | None
+        self,
+        x: torch.Tensor,
+        tied: dict[str, torch.Tensor],
+        context: TokenContext,
+        cache: HydraHeadLayerCache | None,
     ) -> torch.Tensor:
-        q, k, v = self.gdn_q_proj(x), self.gdn_k_proj(x), self.gdn_v_proj(x)
+        q, k, v = self._qkv("gdn", x, tied)
         if self.switches["short_conv"]:
             q, k, v = self._convolve((q, k, v), context.valid, cache)
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
-        if self.config.qk_norm:
-            q, k = self.gdn_q_norm(q), self.gdn_k_norm(k)
-        q = _l2(_rotate(q, context.cos, context.sin))
-        k = _l2(_rotate(k, context.cos, context.sin))
+        q, k = self._qk_norms("gdn", q, k)
+        if self.switches["gdn_position"] == "rope":
+            q = _rotate(q, context.cos, context.sin)
+            k = _rotate(k, context.cos, context.sin)
+        q, k = _l2(q), _l2(k)
         beta = torch.sigmoid(self.gdn_b_proj(x).float())
         step = F.softplus(self.gdn_a_proj(x).float() + self.gdn_dt_bias.float())
         log_alpha = -self.gdn_A_log.float().exp() * step
@@ -840,6 +893,10 @@ class HydraHeadPreTrainedModel(PreTrainedModel):
         for name in ("fa_gate_proj", "gdn_gate_proj", "fusion_gate"):
             if hasattr(module, name):
                 init.zeros_(getattr(module, name).weight)
+        if module.fa_heads and module.switches["fa_gate"] and module.switches["fa_gate_bias"]:
+            # Without a norm behind it, the gate has to begin at 1 itself.
+            normed = module.switches["fusion_norm"] == "rms"
+            init.constant_(module.fa_gate_proj.bias, 1.0 if normed else 0.0)
         for name in module.gammas:
             if hasattr(module, name):
                 init.ones_(getattr(module, name))

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.model.norm import QkNorms, qk_norms
 from megatron_hydra.model.rotary import Rotary
 from megatron_hydra.ops.backends import Kernels
 from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.parallel.context_parallel import sharded_attention
-from megatron_hydra.parallel.gradients import mark_partial
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 from megatron_hydra.parallel.token_window import windowed_attention
 
@@ -40,13 +40,10 @@ class FullAttention(torch.nn.Module):
         self.kernels = kernels
         self.groups_of_heads = tuple(groups_of_heads)
         self.rotary = Rotary(model.rope_parameters, model.head_dim, model.max_position_embeddings)
-        device = torch.cuda.current_device()
         self.q_norm: torch.nn.Parameter | None = None
         self.k_norm: torch.nn.Parameter | None = None
-        if model.qk_norm:
-            self.q_norm = torch.nn.Parameter(torch.ones(self.head_dim, dtype=dtype, device=device))
-            self.k_norm = torch.nn.Parameter(torch.ones(self.head_dim, dtype=dtype, device=device))
-            mark_partial(self.q_norm, self.k_norm)
+        if not self.switches.ties_qkv:
+            self.q_norm, self.k_norm = qk_norms(model, dtype)
 
     def forward(
         self,
@@ -56,6 +53,7 @@ class FullAttention(torch.nn.Module):
         packed: PackedSequence,
         sequence_group: dist.ProcessGroup,
         positions: torch.Tensor,
+        tied_norms: QkNorms = (None, None),
     ) -> torch.Tensor:
         """Attend.
 
@@ -65,6 +63,7 @@ class FullAttention(torch.nn.Module):
             packed: documents of the stream.
             sequence_group: ranks that share the sequence.
             positions: ``[T_shard]`` of these tokens in their documents.
+            tied_norms: weights of the QK-norms that both branches share, in place of own ones.
 
         Returns:
             ``[T_shard, n, d]``, before the gate.
@@ -73,15 +72,16 @@ class FullAttention(torch.nn.Module):
         tables = scale = None
         if self.switches.fa_position in ("rope", "both"):
             tables = self.rotary.tables(positions, packed)
-        if self.switches.fa_position in ("log-scale", "both"):
+        if self.switches.scales_queries:
             a, window = self.switches.log_scale_a, self.switches.fa_window
             scale = packed.cached(
                 ("log-scale", a, window, positions.data_ptr(), len(positions)),
                 lambda: packed.log_scale(a, positions, window),
             )
         prepare = self.kernels.prepare_heads
-        q = prepare(q, self.q_norm, self.eps, tables, scale, False)
-        k = prepare(k, self.k_norm, self.eps, tables, None, False)
+        q_norm, k_norm = tied_norms if self.switches.ties_qkv else (self.q_norm, self.k_norm)
+        q = prepare(q, q_norm, self.eps, tables, scale, False)
+        k = prepare(k, k_norm, self.eps, tables, None, False)
         k, v = self._grouped(k), self._grouped(v)
         attention, window = self.kernels.attention, self.switches.fa_window
         if window is not None:

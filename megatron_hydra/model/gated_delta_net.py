@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.model.norm import QkNorms, qk_norms
 from megatron_hydra.model.rotary import Rotary
 from megatron_hydra.ops.backends import Kernels
 from megatron_hydra.ops.device_cache import int_tensor
@@ -61,10 +62,8 @@ class GatedDeltaNet(torch.nn.Module):
         self.k_norm: torch.nn.Parameter | None = None
         self.conv: torch.nn.Parameter | None = None
         self.shared_conv: torch.nn.Parameter | None = None
-        if model.qk_norm:
-            self.q_norm = torch.nn.Parameter(torch.ones(self.head_dim, dtype=dtype, device=device))
-            self.k_norm = torch.nn.Parameter(torch.ones(self.head_dim, dtype=dtype, device=device))
-            mark_partial(self.q_norm, self.k_norm)
+        if not self.switches.ties_qkv:
+            self.q_norm, self.k_norm = qk_norms(model, dtype)
         if self.switches.short_conv:
             width, d = self.switches.conv_width, self.head_dim
             self.conv = torch.nn.Parameter(
@@ -86,6 +85,7 @@ class GatedDeltaNet(torch.nn.Module):
         b: torch.Tensor,
         a: torch.Tensor,
         packed: PackedSequence,
+        tied_norms: QkNorms = (None, None),
     ) -> torch.Tensor:
         """Run the recurrence.
 
@@ -93,11 +93,15 @@ class GatedDeltaNet(torch.nn.Module):
             qkv: ``[T_local, (n + 2m)·d]``, the heads of q, of k and of v one after the other; b, a:
                 ``[T_local, n]`` logits.
             packed: documents and shard.
+            tied_norms: weights of the QK-norms that both branches share, in place of own ones.
 
         Returns:
             ``[T_local, n, d]``, before the gate.
         """
         n = self.num_heads
+        tables = None
+        if self.switches.gdn_position == "rope":
+            tables = self.rotary.tables(packed.positions_local, packed)
         kv_heads = (qkv.shape[1] // self.head_dim - n) // 2
         conv = halo = None
         if self.conv is not None:
@@ -109,9 +113,9 @@ class GatedDeltaNet(torch.nn.Module):
             conv,
             packed.positions_local,
             halo,
-            (self.q_norm, self.k_norm),
+            tied_norms if self.switches.ties_qkv else (self.q_norm, self.k_norm),
             self.eps,
-            self.rotary.tables(packed.positions_local, packed),
+            tables,
         )
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         dt = F.softplus(a.to(wide) + self.dt_bias[:n].to(wide))

@@ -30,6 +30,7 @@ from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.model.full_attention import FullAttention
 from megatron_hydra.model.gated_delta_net import GatedDeltaNet
 from megatron_hydra.model.local_heads import LocalHeads
+from megatron_hydra.model.norm import qk_norms
 from megatron_hydra.ops.backends import Kernels
 from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.ops.fusion_tail import Branch
@@ -97,9 +98,8 @@ class HydraAttention(MegatronModule):
         self.tp_rank = get_pg_rank(self.tp_group)
         self.heads = LocalHeads(model, partitions[layer_number - 1], self.tp_rank)
         self._in_parts, self._bias_parts = self.heads.in_segments, self.heads.in_bias_segments
-        if (
-            "gdn.k" not in self.heads.shared_kv_used
-        ):  # one convolution for the three, without a copy
+        if not (self.heads.tied or "gdn.k" in self.heads.shared_kv_used):
+            # One convolution for the three, without a copy.
             self._in_parts, self._bias_parts = (
                 joined(segments, _GDN_QKV, "gdn.qkv")
                 for segments in (self._in_parts, self._bias_parts)
@@ -183,6 +183,9 @@ class HydraAttention(MegatronModule):
     def _build_branches(self) -> None:
         heads, dtype = self.heads, self.config.params_dtype
         self.fa = self.gdn = None
+        self.q_norm = self.k_norm = None  # of both branches; else each has its own
+        if heads.tied:
+            self.q_norm, self.k_norm = qk_norms(self.model, dtype)
         if heads.layer_has_fa:
             self.fa = FullAttention(self.model, heads.fa_kv_of_heads, dtype, self.kernels)
         if heads.layer_has_gdn:
@@ -214,6 +217,8 @@ class HydraAttention(MegatronModule):
             idle += self.fa.parameters()
         if self.gdn is not None and not self.heads.gdn:
             idle += self.gdn.parameters()
+        if self.in_bias is not None and not self.heads.in_bias_segments:
+            idle.append(self.in_bias)
         if self.gamma is not None and not self.heads.sharded:
             idle.append(self.gamma)
         return tuple(idle)
@@ -289,6 +294,8 @@ class HydraAttention(MegatronModule):
                 parts.update({key: parts[key] + bias for key, bias in biases.items()})
         if self.shared_kv is not None and sliced is not None:
             self._add_shared_kv(parts, sliced)
+        if heads.tied:
+            self._hand_out_tied_kv(parts)
         if "gdn.q" in parts:
             parts["gdn.qkv"] = torch.cat([parts.pop(key) for key in _GDN_QKV], dim=1)
         return parts
@@ -297,22 +304,42 @@ class HydraAttention(MegatronModule):
         """Append to k and v the KV groups that several tensor-parallel ranks read.
 
         Each rank projects its slice of the sequence and the slices are gathered, so the work is not
-        repeated and the gradient is the sum over all readers.
+        repeated and the gradient is the sum over all readers. FA heads that every rank holds read the
+        slice as it is, where it is theirs too (``qkv=shared``).
         """
         assert self.shared_kv is not None
+        heads = self.heads
         projected = F.linear(sliced, self.shared_kv, self.shared_kv_bias)
+        if heads.tied and heads.replicated_fa:
+            of_slice = split_segments(projected, heads.shared_kv_segments, 1)
+            for part in "kv":
+                parts[f"fa.{part}"] = self._columns(of_slice[part], heads.tied_kv_places["fa"])
+        if not heads.gathers_shared_kv:
+            return
         gathered = gather_sequence(projected, self.tp_group)
-        shared = split_segments(gathered, self.heads.shared_kv_segments, 1)
-        for key, used in self.heads.shared_kv_used.items():
-            index = int_tensor(used, torch.int64, gathered.device)
-            columns = (
-                shared[key].unflatten(-1, (-1, self.head_dim)).index_select(1, index).flatten(1)
-            )
+        shared = split_segments(gathered, heads.shared_kv_segments, 1)
+        for key, used in heads.shared_kv_used.items():
+            columns = self._columns(shared[key], used)
             own = parts.get(key)
             parts[key] = columns if own is None else torch.cat((own, columns), dim=1)
-        if not self.heads.shared_kv_used:
+        if not heads.shared_kv_used:
             first = next(iter(parts))
             parts[first] = keep_in_graph(parts[first], gathered)
+
+    def _hand_out_tied_kv(self, parts: Parts) -> None:
+        """Give each branch its heads of the k and v that both read."""
+        both = {part: parts.pop(part) for part in "kv" if part in parts}
+        for branch, places in self.heads.tied_kv_places.items():
+            for part in "kv":
+                if f"{branch}.{part}" not in parts:  # FA on slices has them already
+                    parts[f"{branch}.{part}"] = self._columns(both[part], places)
+
+    def _columns(self, x: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
+        """These heads of ``[T, n·d]``, in this order; a copy unless they are all of them."""
+        by_head = x.unflatten(-1, (-1, self.head_dim))
+        if heads == tuple(range(by_head.shape[1])):
+            return x
+        return by_head.index_select(1, int_tensor(heads, torch.int64, x.device)).flatten(1)
 
     def _fusion_weights(self, sliced: torch.Tensor | None) -> torch.Tensor | None:
         """Gated competition: H · softmax over all heads of W_f x, ``[T_local, H]`` on every rank.
@@ -369,7 +396,8 @@ class HydraAttention(MegatronModule):
         def gated_delta_net() -> torch.Tensor:
             assert gdn is not None
             arguments = [parts[f"gdn.{name}"] for name in ("qkv", "b", "a")]
-            output: torch.Tensor = self._computed("gdn", gdn, *arguments, packed)
+            norms = (self.q_norm, self.k_norm)
+            output: torch.Tensor = self._computed("gdn", gdn, *arguments, packed, norms)
             return output
 
         if fa is None:
@@ -401,7 +429,8 @@ class HydraAttention(MegatronModule):
             length = q.shape[0]
             positions = positions[self.tp_rank * length : (self.tp_rank + 1) * length]
         assert self.fa is not None
-        output: torch.Tensor = self.fa(q, k, v, packed, self._fa_group, positions)
+        norms = (self.q_norm, self.k_norm)
+        output: torch.Tensor = self.fa(q, k, v, packed, self._fa_group, positions, norms)
         return output
 
     def _fused(self, branches: list[Branch], scale: torch.Tensor | None) -> torch.Tensor:

@@ -176,6 +176,7 @@ def kernel_case(model: ModelConfig, run: RunConfig, tp_rank: int | None = None) 
         windowed,
         tuple(sorted(numbers)),
         run.parallel.context > 1,
+        model.switches.gdn_position == "rope",
     )
 
 

@@ -72,6 +72,7 @@ class Case:
             kernels for every one of them anew, so the start-up check goes by them too.
         context_parallel: whether ranks share a sequence: FlashQLA does not compute that, so that its
             kernels need not be compiled and checked.
+        gdn_rotary: whether q and k of GDN heads are rotated.
     """
 
     device: torch.device
@@ -80,6 +81,7 @@ class Case:
     windowed: bool = False
     gdn_heads: tuple[int, ...] = (2,)
     context_parallel: bool = False
+    gdn_rotary: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ def delta_rule_inputs(
     halo: torch.Tensor | None,
     norms: Norms,
     eps: float,
-    tables: tuple[torch.Tensor, torch.Tensor],
+    tables: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Q = l2(R_t N_q(conv(q))), likewise k, and v = conv(v).
 
@@ -34,12 +34,12 @@ def delta_rule_inputs(
         positions, halo: as of :func:`~megatron_hydra.ops.short_conv.short_conv`.
         norms: ``[d]`` weights of the norms of q and of k, both or neither.
         eps: their epsilon.
-        tables: cos and sin, fp32 ``[T, 1, d]``.
+        tables: cos and sin, fp32 ``[T, 1, d]``, or ``None`` for no rotary embedding.
 
     Returns:
         q ``[T, n, d]``, k and v ``[T, m, d]``.
     """
-    d = tables[0].shape[-1]
+    d = qkv.shape[1] // (heads[0] + 2 * heads[1])
     sizes = [n * d for n in (*heads, heads[1])]
     parts = qkv.split(sizes, dim=1)
     if conv is not None:

@@ -256,7 +256,7 @@ def _delta_rule_inputs_checks(case: Case) -> Iterator[Check]:
     q_heads, kv_heads = 3, 2
     channels = (q_heads + 2 * kv_heads) * d
     positions = make.positions(BOUNDARIES)
-    tables = _tables(make, positions, d)
+    tables = _tables(make, positions, d) if case.gdn_rotary else None
     inputs = {
         "qkv": make.normal(tokens, channels), "convolution": make.normal(channels, 4),
         "q norm": make.normal(d), "k norm": make.normal(d),

@@ -17,6 +17,7 @@ from megatron_hydra.ops.triton_qk_preparation import (
     prepare_backward,
     prepare_forward,
     prepare_heads,
+    tables_of,
 )
 from megatron_hydra.ops.triton_short_conv import conv_backward, conv_forward
 
@@ -33,15 +34,15 @@ class _DeltaRuleInputs(torch.autograd.Function):
         q_norm: torch.Tensor | None,
         k_norm: torch.Tensor | None,
         eps: float,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         n, m = heads
-        d = cos.shape[-1]
+        d = qkv.shape[1] // (n + 2 * m)
         convolved, v = conv_forward(qkv, conv, positions, halo, (n + m) * d)
         assert v is not None
         convolved = convolved.view(-1, n + m, d)
-        q, k = prepare_forward(convolved, (q_norm, k_norm), (cos, sin), None, eps, True, m)
+        q, k = prepare_forward(convolved, (q_norm, k_norm), tables_of(cos, sin), None, eps, True, m)
         assert k is not None
         ctx.save_for_backward(qkv, conv, positions, halo, convolved, q_norm, k_norm, cos, sin)
         ctx.eps = eps
@@ -54,7 +55,7 @@ class _DeltaRuleInputs(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         qkv, conv, positions, halo, convolved, q_norm, k_norm, cos, sin = ctx.saved_tensors
         d_convolved, (d_q_norm, d_k_norm) = prepare_backward(
-            convolved, (q_norm, k_norm), (cos, sin), None, ctx.eps, True, dq, dk
+            convolved, (q_norm, k_norm), tables_of(cos, sin), None, ctx.eps, True, dq, dk
         )
         d_qkv, d_conv, d_halo = conv_backward(
             qkv, conv, positions, halo, d_convolved.flatten(1), dv.flatten(1)
@@ -70,12 +71,12 @@ def delta_rule_inputs(
     halo: torch.Tensor | None,
     norms: Norms,
     eps: float,
-    tables: tuple[torch.Tensor, torch.Tensor],
+    tables: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As :func:`megatron_hydra.ops.delta_rule_inputs.delta_rule_inputs`."""
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     if conv is None:
-        d = tables[0].shape[-1]
+        d = qkv.shape[1] // (heads[0] + 2 * heads[1])
         q, k, v = (
             x.unflatten(-1, (-1, d)) for x in qkv.split([n * d for n in (*heads, heads[1])], 1)
         )
@@ -88,5 +89,6 @@ def delta_rule_inputs(
     if halo is not None:
         halo = halo.to(qkv.dtype)
         halo = halo if halo.stride(-1) == 1 else halo.contiguous()
-    q, k, v = _DeltaRuleInputs.apply(qkv, heads, conv, positions, halo, *norms, eps, *tables)
+    cos, sin = tables or (None, None)
+    q, k, v = _DeltaRuleInputs.apply(qkv, heads, conv, positions, halo, *norms, eps, cos, sin)
     return q, k, v

@@ -274,19 +274,20 @@ class _PrepareHeads(torch.autograd.Function):
         x = x if x.stride(-1) == 1 else x.contiguous()
         ctx.save_for_backward(x, weight, cos, sin, scale)
         ctx.eps, ctx.l2 = eps, l2
-        return prepare_forward(x, (weight, None), _tables(cos, sin), scale, eps, l2)[0]
+        return prepare_forward(x, (weight, None), tables_of(cos, sin), scale, eps, l2)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, cos, sin, scale = ctx.saved_tensors
         dx, (dw, _) = prepare_backward(
-            x, (weight, None), _tables(cos, sin), scale, ctx.eps, ctx.l2, dy
+            x, (weight, None), tables_of(cos, sin), scale, ctx.eps, ctx.l2, dy
         )
         return dx, dw, None, None, None, None, None
 
 
-def _tables(cos: torch.Tensor | None, sin: torch.Tensor | None) -> Tables:
+def tables_of(cos: torch.Tensor | None, sin: torch.Tensor | None) -> Tables:
+    """Both tables, or ``None`` where there are none."""
     return None if cos is None or sin is None else (cos, sin)
 
 

@@ -125,6 +125,12 @@ class Attention:
                 parts[segment.key] = op.add(tape, parts[segment.key], bias)
         if heads.shared_kv_segments and sliced is not None:
             self._add_shared_kv(parts, sliced)
+        if heads.tied:
+            both = {part: parts.pop(part) for part in "kv" if part in parts}
+            for branch, places in heads.tied_kv_places.items():
+                for part in "kv":
+                    if f"{branch}.{part}" not in parts:
+                        parts[f"{branch}.{part}"] = self._columns(both[part], places)
         return parts
 
     def _split(self, projected: Tensor, segments: tuple[Segment, ...]) -> Parts:
@@ -139,17 +145,29 @@ class Attention:
         heads, tape = self.heads, self.tape
         weight = self._weight(total_rows(heads.shared_kv_segments), self.model.hidden_size)
         projected = op.linear(tape, sliced, weight)
+        if heads.tied and heads.replicated_fa:
+            of_slice = self._split(projected, heads.shared_kv_segments)
+            for part in "kv":
+                parts[f"fa.{part}"] = self._columns(of_slice[part], heads.tied_kv_places["fa"])
+        if not heads.gathers_shared_kv:
+            return
         gathered = gather_sequence(self.program, projected, "tensor", "shared_kv")
         shared = self._split(gathered, heads.shared_kv_segments)
         for key, used in heads.shared_kv_used.items():
-            shape = (self.rank.tokens, len(used) * self.d)
-            columns = op.copy(tape, op.narrow(tape, shared[key], shape))
+            columns = self._columns(shared[key], used)
             own = parts.get(key)
             if own is None:
                 parts[key] = columns
             else:
-                joined = (self.rank.tokens, own.shape[1] + shape[1])
+                joined = (self.rank.tokens, own.shape[1] + columns.shape[1])
                 parts[key] = op.cat(tape, [own, columns], joined)
+
+    def _columns(self, x: Tensor, heads: tuple[int, ...]) -> Tensor:
+        """So many heads of ``[T, n·d]``; a copy unless they are all of them."""
+        if heads == tuple(range(x.shape[1] // self.d)):
+            return x
+        shape = (x.shape[0], len(heads) * self.d)
+        return op.copy(self.tape, op.narrow(self.tape, x, shape))
 
     def _competition(self, sliced: Tensor | None) -> Tensor | None:
         if self.switches.fusion != "gated" or sliced is None:
@@ -205,7 +223,7 @@ class Attention:
             for n in "qkv"
         )
         rope = self.switches.fa_position in ("rope", "both")
-        scaled = self.switches.fa_position in ("log-scale", "both")
+        scaled = self.switches.scales_queries
         q = prepare_heads(self.program, q, rope, scaled, l2=False)
         k = prepare_heads(self.program, k, rope, False, l2=False)
         groups = self.heads.fa_kv_of_heads

@@ -10,24 +10,28 @@ from typing import Any, Literal
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import Verb
 from megatron_hydra.errors import HydraError
+from megatron_hydra.head_map import DEFAULT_RATIO
 from megatron_hydra.planning import report
 from megatron_hydra.planning.hardware import Efficiency, find_gpu
 from megatron_hydra.planning.models import model_kinds, read_model
 from megatron_hydra.planning.search import Job
-from megatron_hydra.planning.stages import STAGES
+from megatron_hydra.planning.stages import STAGES, recipe_stages, stages_up_to
 from megatron_hydra.planning.timing import Machine
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked for; see ``tools/plan.py --help``."""
+    """What is asked for; see ``tools/plan.py --help``. Of a recipe the sequence length, the verb and the
+    tokens are its own.
+    """
 
     model: str
     sequence_length: int
     gpus: int
     gpu: str
+    recipe: str = ""
     verb: Verb | None = None
-    ratio: str = "7:1"
+    ratio: str = DEFAULT_RATIO
     head_map: str = ""
     tokens: float = 15e9
     tokens_per_step: int = 1_048_576
@@ -47,17 +51,15 @@ def plan(request: Request, show: Callable[[str], None]) -> int:
     Raises:
         HydraError: bad input, or nothing fits.
     """
+    if request.recipe:
+        return _plan_recipe(request, show)
     _check(request)
-    machine = Machine(find_gpu(request.gpu), Efficiency().changed(list(request.efficiency)))
+    machine = _machine(request)
     model = read_model(request.model)
     kinds = model_kinds(model, request.ratio, request.head_map)
     if request.verb in ("align", "distill"):
         kinds.pop("dense")  # the teacher: it is not trained to be itself
-    job = Job(
-        request.verb or "finetune", request.sequence_length,
-        max(request.tokens_per_step, request.sequence_length), request.gpus, request.precision,
-        request.distributed_optimizer, request.loss_chunk, request.gated_delta_net,
-    )  # fmt: skip
+    job = _job(request)
     plans, refused = report.compare(kinds, job, machine)
     costs, no_stage = _costs(request, kinds, job, machine, plans)
     if request.as_json:
@@ -70,6 +72,50 @@ def plan(request: Request, show: Callable[[str], None]) -> int:
     for line in [*text, *stages]:
         show(line)
     return 0
+
+
+def _plan_recipe(request: Request, show: Callable[[str], None]) -> int:
+    """The cost of a recipe's stages for HydraHead, each under its fastest layout."""
+    budgets, tokens = recipe_stages(request.recipe)
+    longest = max(budget.sequence_length for budget in budgets)
+    request = dataclasses.replace(request, sequence_length=longest, tokens=tokens)
+    _check(request)
+    machine = _machine(request)
+    name, model = list(
+        model_kinds(read_model(request.model), request.ratio, request.head_map).items()
+    )[-1]
+    found, missing = report.all_stages(
+        model, budgets, tokens, _job(request), machine, request.price_per_gpu_hour
+    )
+    if not found:
+        raise HydraError(f"{request.recipe}: no stage fits: {next(iter(missing.values()))}")
+    costs, refused = {name: found}, {name: missing} if missing else {}
+    if request.as_json:
+        body = _as_json(request, machine, {}, {}, costs)
+        show(json.dumps(body | {"stages_that_do_not_fit": refused}, indent=1))
+        return 0
+    kind = f"{request.gpus} × {request.gpu}, {request.precision}"
+    for line in (
+        f"{request.recipe}: {request.model}, {tokens / 1e9:.2f} B tokens on {kind}",
+        *_basis(request),
+        "",
+        "Stages, each under its fastest layout",
+        *report.stage_lines(costs, refused),
+    ):
+        show(line)
+    return 0
+
+
+def _machine(request: Request) -> Machine:
+    return Machine(find_gpu(request.gpu), Efficiency().changed(list(request.efficiency)))
+
+
+def _job(request: Request) -> Job:
+    return Job(
+        request.verb or "finetune", request.sequence_length,
+        max(request.tokens_per_step, request.sequence_length), request.gpus, request.precision,
+        request.distributed_optimizer, request.loss_chunk, request.gated_delta_net,
+    )  # fmt: skip
 
 
 def _check(request: Request) -> None:
@@ -102,7 +148,12 @@ def _costs(
         if name == "dense":  # it is there already
             continue
         costs[name], missing = report.all_stages(
-            kinds[name], request.tokens, job, machine, request.price_per_gpu_hour
+            kinds[name],
+            stages_up_to(job.sequence_length),
+            request.tokens,
+            job,
+            machine,
+            request.price_per_gpu_hour,
         )
         if missing:
             refused[name] = missing
@@ -144,6 +195,19 @@ def _as_json(
     }
 
 
+def _basis(request: Request) -> list[str]:
+    efficiency = dataclasses.asdict(_machine(request).efficiency)
+    lines = [
+        "",
+        "What the figures rest on",
+        *(f"  {name}: {text}" for name, text in report.BASIS.items()),
+        "  efficiencies: " + ", ".join(f"{k} {v:g}" for k, v in efficiency.items()),
+    ]
+    if request.gated_delta_net == "torch":
+        lines.append(f"  gated_delta_net: {report.TORCH_GDN}")
+    return lines
+
+
 def _as_text(
     request: Request,
     machine: Machine,
@@ -156,14 +220,8 @@ def _as_text(
     lines = [
         f"{request.model}: {verb} at {request.sequence_length:,} tokens on {request.gpus} × "
         f"{request.gpu}, {request.precision}",
-        "",
-        "What the figures rest on",
-        *(f"  {name}: {text}" for name, text in report.BASIS.items()),
-        "  efficiencies: "
-        + ", ".join(f"{k} {v:g}" for k, v in dataclasses.asdict(machine.efficiency).items()),
+        *_basis(request),
     ]
-    if request.gated_delta_net == "torch":
-        lines.append(f"  gated_delta_net: {report.TORCH_GDN}")
     if is_drawn:
         lines.append(
             "  head map: ASSUMED: FA heads drawn at random (give --head-map for a real one)"

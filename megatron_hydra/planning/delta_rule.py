@@ -30,8 +30,9 @@ def delta_rule(program: Program, heads: LocalHeads, parts: dict[str, Tensor]) ->
             tape.send("halo", "context", (switches.conv_width - 1.0) * channels * rank.size)
         q, k, v = (_convolved(program, x) for x in (q, k, v))
     q, k, v = (op.view(tape, x, (tokens, x.shape[1] // d, d)) for x in (q, k, v))
-    q = prepare_heads(program, q, rope=True, scaled=False, l2=True)
-    k = prepare_heads(program, k, rope=True, scaled=False, l2=True)
+    rope = switches.gdn_position == "rope"
+    q = prepare_heads(program, q, rope, scaled=False, l2=True)
+    k = prepare_heads(program, k, rope, scaled=False, l2=True)
     log_alpha, beta = _gates(program, a, n), op.unary(tape, op.cast(tape, b, op.WIDE), save="out")
     if switches.fa_window is not None:
         k, v = (_delayed(program, x) for x in (k, v))

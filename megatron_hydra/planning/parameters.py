@@ -53,7 +53,9 @@ def layer_parameters(model: ModelConfig, heads: LocalHeads, tp: int) -> list[Par
         sizes["self_attention.fa_gamma"] = m
     if switches.fusion == "gated":
         sizes["self_attention.fusion_gate"] = model.num_query_heads * hidden
-    if model.qk_norm:
+    if model.qk_norm and heads.tied:
+        sizes["self_attention.norms"] = 2 * d
+    elif model.qk_norm:
         sizes["self_attention.fa.norms"] = 2 * d if heads.layer_has_fa else 0
         sizes["self_attention.gdn.norms"] = 2 * d if heads.layer_has_gdn else 0
     parameters = [Parameter(name, numel) for name, numel in sizes.items()]

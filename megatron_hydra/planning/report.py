@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_hydra.config.model import ModelConfig
@@ -11,7 +12,7 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.planning.hardware import GIB
 from megatron_hydra.planning.plan import Plan
 from megatron_hydra.planning.search import Job, search
-from megatron_hydra.planning.stages import HOUR, StageBudget, stages_up_to
+from megatron_hydra.planning.stages import HOUR, StageBudget
 from megatron_hydra.planning.timing import Machine
 
 BASIS = {
@@ -84,12 +85,17 @@ def stage_cost(
 
 
 def all_stages(
-    model: ModelConfig, tokens: float, job: Job, machine: Machine, price: float | None
+    model: ModelConfig,
+    budgets: Sequence[StageBudget],
+    tokens: float,
+    job: Job,
+    machine: Machine,
+    price: float | None,
 ) -> tuple[list[StageCost], dict[str, str]]:
-    """Every stage of a transfer that ends at the job's sequence length, and why some have no plan."""
+    """What stages that share ``tokens`` cost, and why some have no plan."""
     costs: list[StageCost] = []
     refused: dict[str, str] = {}
-    for budget in stages_up_to(job.sequence_length):
+    for budget in budgets:
         try:
             costs.append(stage_cost(model, budget, tokens * budget.share, job, machine, price))
         except HydraError as error:

@@ -90,6 +90,7 @@ class StageBuilder:
                 len(h.fa), len(h.gdn), len(h.replicated_fa), h.fa_kv_of_heads, h.gdn_kv_of_heads,
                 h.in_rows_padded, h.num_sharded_padded, len(h.shared_kv_segments),
                 tuple(s.rows for s in (*h.in_segments, *h.shared_kv_segments)),
+                tuple(h.tied_kv_places.items()) if h.tied else (),
             ))  # fmt: skip
         return tuple(kinds)
 

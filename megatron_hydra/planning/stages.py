@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 
+from megatron_hydra.config.loading import load_run_config, read_config
 from megatron_hydra.config.run import Verb
+from megatron_hydra.errors import HydraError
 
 HOUR = 3600.0
 
@@ -14,7 +18,7 @@ class StageBudget:
     """One stage.
 
     Attributes:
-        name: of its config in ``configs/qwen3_1.7b``.
+        name: of its config in the recipe's folder.
         verb: what it does.
         sequence_length: tokens of a sequence.
         tokens_per_step: of the global batch.
@@ -34,7 +38,40 @@ STAGES = (
     StageBudget("finetune", "finetune", 65_536, 1_048_576, 0.14),
     StageBudget("finetune_512k", "finetune", 524_288, 1_048_576, 0.02),
 )
-"""As in ``configs/qwen3_1.7b`` (a test holds them together)."""
+"""As in ``configs/qwen3_1.7b/ours`` (a test holds them together)."""
+
+
+def recipe_stages(folder: str | os.PathLike[str]) -> tuple[list[StageBudget], int]:
+    """The stages of a recipe, and the tokens of all of them.
+
+    A recipe is a folder of run configs, one a stage, in the order of their names; a file that names no
+    verb goes over the one before it.
+
+    Raises:
+        HydraError: no such folder, no configs in it, or a config that cannot be read.
+    """
+    files = sorted(Path(folder).glob("*.yaml"))
+    if not files:
+        raise HydraError(
+            f"--recipe {folder}: no folder with run configs; configs/qwen3_1.7b holds paper, optimised "
+            "and ours"
+        )
+    budgets, tokens, before = [], [], None
+    for file in files:
+        overlay = "verb" not in read_config(file)
+        if overlay and before is None:
+            raise HydraError(f"{file}: the first config of a recipe must name its verb")
+        run = load_run_config([before, file] if overlay and before else [file])
+        before = before if overlay else file
+        per_step = run.batch.global_batch_size * run.data.sequence_length
+        tokens.append(run.schedule.steps * per_step)
+        budgets.append(StageBudget(file.stem, run.verb, run.data.sequence_length, per_step, 0.0))
+    total = sum(tokens)
+    shared = [
+        dataclasses.replace(budget, share=count / total)
+        for budget, count in zip(budgets, tokens, strict=True)
+    ]
+    return shared, total
 
 
 def stages_up_to(sequence_length: int) -> list[StageBudget]:

@@ -1,7 +1,7 @@
 """Head selection (design §4): from a dense Hugging Face model to a head map.
 
 from megatron_hydra.selection import select_heads
-select_heads("path/to/hf_model", ratio="7:1", tasks=["induction"]).save("map.json")
+select_heads("path/to/hf_model", ratio="3:1", tasks=["induction"]).save("map.json")
 """
 
 from megatron_hydra.selection.capabilities import (

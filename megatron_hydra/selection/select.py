@@ -1,6 +1,6 @@
 """Head selection from model to head map: the one entry point of the package.
 
-head_map = select_heads("path/to/hf_model", ratio="7:1", strategy="interp", tasks=["induction"])
+head_map = select_heads("path/to/hf_model", ratio="3:1", strategy="interp", tasks=["induction"])
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ import numpy as np
 import torch
 
 from megatron_hydra.errors import HydraError
-from megatron_hydra.head_map import DEFAULT_STRATEGY, HeadMap, parse_ratio, strategy_name
+from megatron_hydra.head_map import (
+    DEFAULT_RATIO,
+    DEFAULT_STRATEGY,
+    HeadMap,
+    parse_ratio,
+    strategy_name,
+)
 from megatron_hydra.hf_identity import model_identity_from_hf, read_config, resolve_hf_folder
 from megatron_hydra.selection.capabilities import Capability
 from megatron_hydra.selection.effects import EffectEngine, Solved
@@ -89,7 +95,7 @@ class Placement:
 def select_heads(
     model: str | os.PathLike[str] | torch.nn.Module,
     *,
-    ratio: str = "7:1",
+    ratio: str = DEFAULT_RATIO,
     strategy: str = DEFAULT_STRATEGY,
     tasks: Sequence[str | Capability] | None = None,
     tokenizer: Any | None = None,
@@ -109,7 +115,7 @@ def select_heads(
     Args:
         model: a folder, a Hub name, or a loaded Qwen3, Qwen2 or Llama ``*ForCausalLM``. A loaded
             model is left in eval mode with gradients off.
-        ratio: GDN:FA, ``"7:1"``; ``"dense"``; ``"all-gdn"``.
+        ratio: GDN:FA, ``"3:1"``; ``"dense"``; ``"all-gdn"``.
         strategy: a key of :data:`megatron_hydra.selection.strategies.STRATEGIES`, or one of the names
             from before (:data:`megatron_hydra.head_map.OLD_STRATEGY_NAMES`).
         tasks: as on the command line (``"needle_multi:keys=6"``, ``"jsonl:PATH"``) or objects;

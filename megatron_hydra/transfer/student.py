@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,25 +25,50 @@ from megatron_hydra.checkpoint.canonical import (
 )
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.transfer.teacher_statistics import HeadStatistics
 
 
 @dataclasses.dataclass(frozen=True)
 class StudentInit:
     """How parameters that the dense model does not have begin.
 
-    The output gates begin at 1 (W_g = 0), β at 1/2 (W_b = 0), the convolution as the identity.
+    The output gates begin with W_g = 0: those of GDN heads at 1, those of FA heads at 2σ(1), a constant
+    that the norm behind takes away (at 1 without bias or norm: ``hydra.fa_gate_bias``). β begins at 1/2
+    (W_b = 0), the convolution as the identity.
 
     Attributes:
         half_life_min, half_life_max: tokens after which an idle GDN head has forgotten half of its
-            state. The heads of a layer are spread over this range evenly in the logarithm, in an
-            order drawn from the seed [choice: slow decays, as the teacher's heads forget nothing;
-            training makes them faster where that helps].
+            state. By default 32 (where they are measured 1) … 16384.
+        kind: where decay and β of a head come from. ``spread``: the heads of a layer are spread over the
+            half-lives evenly in the logarithm, in an order drawn from the seed, and β begins at 1/2
+            [choice: slow decays, as the teacher's heads forget nothing; training makes them faster where
+            that helps]. ``statistics``: both from the teacher's attention
+            (:mod:`~megatron_hydra.transfer.teacher_statistics`), half-lives within the range; ``decay``: the
+            half-lives alone.
     """
 
-    half_life_min: float = 32.0
+    half_life_min: float | None = None
     half_life_max: float = 16384.0
+    kind: Literal["spread", "decay", "statistics"] = dataclasses.field(
+        default="spread", kw_only=True
+    )
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether statistics of the teacher's heads are needed."""
+        return self.kind != "spread"
+
+    @property
+    def half_life(self) -> tuple[float, float]:
+        """The range of half-lives."""
+        assert self.half_life_min is not None
+        return self.half_life_min, self.half_life_max
 
     def __post_init__(self) -> None:
+        if self.half_life_min is None:
+            least = 1.0 if self.is_measured else 32.0
+            object.__setattr__(self, "half_life_min", least)
+        assert self.half_life_min is not None
         if not 0 < self.half_life_min <= self.half_life_max:
             raise HydraError(
                 f"half-lives {self.half_life_min} … {self.half_life_max} must be positive and "
@@ -53,7 +78,7 @@ class StudentInit:
 
 def half_lives(count: int, layer: int, seed: int, init: StudentInit) -> torch.Tensor:
     """``[count]`` fp64 half-lives in tokens for the GDN heads of a layer."""
-    low, high = math.log(init.half_life_min), math.log(init.half_life_max)
+    low, high = map(math.log, init.half_life)
     # One head alone takes the middle of the range.
     steps = torch.linspace(0, 1, count, dtype=torch.float64) if count > 1 else torch.tensor([0.5])
     generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
@@ -80,11 +105,13 @@ def initialise_student(
     gamma: torch.Tensor | None = None,
     seed: int = 0,
     init: StudentInit | None = None,
+    statistics: HeadStatistics | None = None,
 ) -> LazyTensors:
     """The canonical state dict of the student, from that of the dense model.
 
     Query heads, QK-norms, MLPs, norms, embeddings and the output projection are the dense model's.
-    A GDN head has a copy of its KV group's k and v (``mha``) or shares it (``gqa``).
+    A GDN head has a copy of its KV group's k and v (``mha``) or shares it (``gqa``). With
+    ``qkv=shared`` the layer keeps the dense model's k, v and QK-norms, one set for all its heads.
 
     Args:
         dense: canonical state dict of ``student.dense()``, lazy or not.
@@ -97,12 +124,13 @@ def initialise_student(
             projection [choice: every fusion then starts from the same function].
         seed: order of the decays over the heads of each layer.
         init: see :class:`StudentInit`.
+        statistics: of the teacher's heads; needed where ``init.is_measured``.
 
     Returns:
         Lazy tensors (a read-only mapping; ``dict(...)`` makes them all).
 
     Raises:
-        HydraError: ``student`` is no hybrid, or ``gamma`` has the wrong shape.
+        HydraError: ``student`` is no hybrid, ``gamma`` has the wrong shape, or statistics are missing.
     """
     if not student.is_hybrid:
         raise HydraError("the student's config is that of a dense model: no head map was applied")
@@ -113,13 +141,23 @@ def initialise_student(
         raise HydraError(f"gamma has shape {list(gamma.shape)}, the model asks for {list(shape)}")
     if student.switches.mixes_in_every_head:
         gamma = gamma / 2
-    context = _Context(dense, student, gamma, seed, init or StudentInit())
+    init = init or StudentInit()
+    if init.is_measured != (statistics is not None):
+        raise HydraError(
+            f"init={init.kind}, but statistics of the teacher's heads are "
+            + ("missing" if statistics is None else "given")
+        )
+    context = _Context(dense, student, gamma, seed, init, statistics)
     return LazyTensors(
         {
             key: LazyTensor(key_shape, context.dtype(key), context.maker(key, key_shape))
             for key, key_shape in canonical_shapes(student).items()
         }
     )
+
+
+def _every_group(model: ModelConfig, layer: int) -> Sequence[int]:
+    return range(model.num_kv_heads)
 
 
 # Which rows of which dense tensor make a tensor of the student.
@@ -135,20 +173,32 @@ _ROWS: dict[str, tuple[str, Callable[[ModelConfig, int], Sequence[int]]]] = {
         ("gdn", "v", gdn_kv_sources),
     )
 }
+_ROWS |= {
+    f"self_attention.{group}.{part}": (f"self_attention.{group}.fa.{part}", _every_group)
+    for group in ("in", "in_bias")
+    for part in "kv"
+}
 
 _COPIES = {
+    "self_attention.q_norm": "self_attention.fa.q_norm",
+    "self_attention.k_norm": "self_attention.fa.k_norm",
     "self_attention.gdn.q_norm": "self_attention.fa.q_norm",
     "self_attention.gdn.k_norm": "self_attention.fa.k_norm",
 }
+
+_DECAY, _WRITE = "self_attention.gdn.dt_bias", "self_attention.in.gdn.b"
 
 _ZEROS = (
     "self_attention.in.fa.gate",
     "self_attention.in.gdn.gate",
     "self_attention.in.gdn.a",
-    "self_attention.in.gdn.b",
+    _WRITE,
     "self_attention.fusion_gate",
     "self_attention.gdn.A_log",
 )
+
+_MEASURED = {"decay": (_DECAY,), "statistics": (_DECAY, _WRITE)}
+"""What begins as the teacher's statistics say, by kind of initialisation."""
 
 _OUT = "self_attention.out"
 
@@ -164,6 +214,7 @@ class _Context:
     gamma: torch.Tensor
     seed: int
     init: StudentInit
+    statistics: HeadStatistics | None
 
     def dtype(self, key: str) -> torch.dtype:
         """Of the dense counterpart, or of the output projection where there is none."""
@@ -187,13 +238,20 @@ class _Context:
             return self.dense[prefix + source][list(rows(self.student, layer))]
         if name in _COPIES:
             return self.dense[prefix + _COPIES[name]].to(dtype)
+        if self.statistics is not None and name in _MEASURED[self.init.kind]:
+            heads = list(self.student.gdn_heads(layer))
+            if name == _WRITE:
+                return self.statistics.write[layer, heads].to(dtype)
+            return initial_dt_bias(self.statistics.half_life[layer, heads])
         if name in _ZEROS:
             return torch.zeros(shape, dtype=dtype)
+        if name == "self_attention.in_bias.fa.gate":
+            return torch.full(shape, self.student.switches.fa_gate_begins_at, dtype=dtype)
         if name in _IDENTITY_KERNELS:
             kernel = torch.zeros(shape, dtype=dtype)
             kernel[..., -1] = 1
             return kernel
-        if name == "self_attention.gdn.dt_bias":
+        if name == _DECAY:
             return initial_dt_bias(half_lives(shape[0], layer, self.seed, self.init))
         if name in _GAMMAS:
             return self.gamma[layer].to(dtype)

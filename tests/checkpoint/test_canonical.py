@@ -39,10 +39,28 @@ def test_gqa_shares_keys_and_values_among_gdn_heads():
     assert canonical.gdn_kv_sources(hybrid_config(), 1) == (0, 0, 1, 1)
 
 
+@pytest.mark.parametrize("gdn_kv", ["mha", "gqa"])
+def test_shared_qkv_stores_every_group_and_the_norms_once(gdn_kv):
+    model = hybrid_config(hydra=HydraConfig(qkv="shared", gdn_kv=gdn_kv), qkv_bias=True)
+    for index in range(model.num_layers):
+        names = layer(model, index)
+        norms = {key.rpartition(".")[2] for key in names if key.endswith("_norm")}
+        assert sum(key.endswith("_norm") for key in names) == len(norms) == 2
+        for part in "kv":
+            assert [key for key in names if key.endswith(f".{part}") and ".in." in key] == [
+                f"self_attention.in.{part}"
+            ]
+            assert names[f"self_attention.in.{part}"] == (2, 16, 40)
+            assert names[f"self_attention.in_bias.{part}"] == (2, 16)
+    convolved = layer(model, 1)["self_attention.gdn.conv_k"]
+    assert convolved == ({"mha": 4, "gqa": 2}[gdn_kv], 16, 4)
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        ({"fa_gate": False}, ["self_attention.in.fa.gate"]),
+        ({"fa_gate": False}, [f"self_attention.{g}.fa.gate" for g in ("in", "in_bias")]),
+        ({"fa_gate_bias": False}, ["self_attention.in_bias.fa.gate"]),
         ({"gdn_gate": False}, ["self_attention.in.gdn.gate"]),
         ({"short_conv": False}, [f"self_attention.gdn.conv_{p}" for p in "qkv"]),
         ({"fusion": "concat"}, ["self_attention.gamma"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import pickle
@@ -147,8 +148,10 @@ def disturb(checkpoint: Path) -> None:
         {},
         {"fusion": "gated", "gdn_kv": "gqa", "fa_position": "both"},
         {"fusion": "concat", "fusion_norm": "none", "short_conv": False, "fa_gate": False},
+        {"qkv": "shared"},
+        {"qkv": "shared", "gdn_kv": "gqa"},
     ],
-    ids=["default", "gated-gqa", "concat"],
+    ids=["default", "gated-gqa", "concat", "shared", "shared-gqa"],
 )
 def test_hybrid_exports_exactly_and_agrees_in_the_logits(
     hydra, hf_folders, head_map, token_file, tmp_path
@@ -169,6 +172,20 @@ def test_hybrid_exports_exactly_and_agrees_in_the_logits(
     assert (again.hydra, again.head_map) == (model.hydra, model.head_map)
     one, other = store.load_canonical(checkpoint), store.load_canonical(tmp_path / "again")
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_log_scale_that_waits_is_put_in_at_the_export(hf_folders, head_map, token_file, tmp_path):
+    checkpoint, export = tmp_path / "megatron", tmp_path / "export"
+    switches = {"log_scale": "final", "log_scale_a": 5.0}
+    model = make_student(hf_folders["qwen3-tied"], head_map, token_file, checkpoint, **switches)
+    assert model.hydra.log_scale == store.read_model_config(checkpoint).hydra.log_scale == "final"
+    disturb(checkpoint)
+    assert megatron_to_hf(checkpoint, export, verify=True) == model.finished()
+    assert json.loads((export / "config.json").read_text())["hydra"]["log_scale"] == "train"
+    expected, found = parity.megatron_logits(checkpoint, TOKENS), parity.hf_logits(export, TOKENS)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    again = hf_to_megatron(export, tmp_path / "again")
+    assert again.hydra == dataclasses.replace(model.hydra, log_scale="train")
 
 
 @pytest.mark.parametrize("variant", ["qwen2", "llama", "llama-bias-tied", "qwen3-bias"])
@@ -324,7 +341,7 @@ def test_commands_convert_there_and_back(hf_folders, head_map, token_file, tmp_p
     assert "HydraHead, 8 of 16 heads FA" in capsys.readouterr().err
     assert store.read_model_config(tmp_path / "megatron").switches.fusion == "gated"
     init = store.read_manifest(tmp_path / "megatron")["provenance"]["student_init"]
-    assert init == {"half_life_min": 8.0, "half_life_max": 64.0}
+    assert init == {"half_life_min": 8.0, "half_life_max": 64.0, "kind": "spread"}
     status = load_tool("megatron_to_hf").main(
         ["--checkpoint", str(tmp_path / "megatron"), "--output", str(tmp_path / "hf"), "--verify"]
     )
@@ -401,6 +418,27 @@ def test_switches_come_from_a_file_and_from_flags(hf_folders, head_map, tmp_path
     assert (chosen.fusion, chosen.short_conv, chosen.fa_gate) == ("scale", False, True)
     assert load_tool("hf_to_megatron").main([*arguments, "--set", "fushion=scale", "--force"]) == 2
     assert "fushion" in capsys.readouterr().err
+
+
+def test_heads_begin_as_the_teachers_attention_says(hf_folders, head_map, token_file, tmp_path):
+    arguments = [
+        *("--hf-path", str(hf_folders["qwen3-tied"]), "--output", str(tmp_path / "megatron")),
+        *("--head-map", str(head_map), "--calibration-file", str(token_file)),
+        *("--init", "statistics", "--half-life", "2", "64", "--no-calibration", "--quiet"),
+    ]
+    assert load_tool("hf_to_megatron").main(arguments) == 0
+    made = store.read_manifest(tmp_path / "megatron")["provenance"]
+    assert made["student_init"]["kind"] == "statistics"
+    life = torch.tensor(made["statistics"]["half_life"])
+    state = store.load_canonical(tmp_path / "megatron")
+    model = store.read_model_config(tmp_path / "megatron")
+    assert life.shape == (4, 4) and life.min() >= 2 and life.max() <= 64
+    for layer in (0, 1, 3):
+        prefix = f"decoder.layers.{layer}.self_attention."
+        rate = torch.nn.functional.softplus(state[prefix + "gdn.dt_bias"])
+        chosen = life[layer, list(model.gdn_heads(layer))]
+        torch.testing.assert_close(torch.log(torch.tensor(2.0)) / rate, chosen, rtol=1e-2, atol=0)
+        assert state[prefix + "in.gdn.b"].any()
 
 
 def test_student_flags_without_a_head_map_are_refused(capsys, tmp_path):

@@ -168,6 +168,12 @@ def test_a_hybrid_config_is_read_back(family):
     assert same_architecture(model_from_hf_config(json.loads(json.dumps(body))), model)
 
 
+def test_an_export_from_before_a_switch_is_the_model_that_it_was():
+    body = hf_config_from_model(hybrid_config(hydra=HydraConfig(fa_gate_bias=False)), "bfloat16")
+    old = {k: v for k, v in body["hydra"].items() if k not in ("fa_gate_bias", "qkv", "log_scale")}
+    assert model_from_hf_config({**body, "hydra": old}).hydra == HydraConfig(fa_gate_bias=False)
+
+
 def test_a_hybrid_config_with_an_unknown_switch_is_refused():
     body = hf_config_from_model(hybrid_config(), "bfloat16")
     body["hydra"] = {**body["hydra"], "fushion": "scale"}

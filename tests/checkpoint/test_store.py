@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_hydra.checkpoint import store
 from megatron_hydra.checkpoint.canonical import LazyTensor, LazyTensors, canonical_shapes
+from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.errors import HydraError
 from tests.checkpoint.models import hybrid_config, random_state
 
@@ -210,6 +211,26 @@ def test_a_foreign_model_file_is_refused(copy, change, message):
     (copy / "model.json").write_text(json.dumps(body))
     with pytest.raises(HydraError, match=message):
         store.read_model_config(copy)
+
+
+def test_a_checkpoint_from_before_a_switch_is_the_model_that_it_was(tmp_path):
+    """FA and GDN heads had their own k, v and QK-norms, gates no bias, before switches said so."""
+    switches = {
+        "qkv": "decoupled",
+        "fa_gate_bias": False,
+        "gdn_position": "rope",
+        "log_scale": "train",
+    }
+    model = hybrid_config(hydra=HydraConfig(**switches))
+    folder = tmp_path / "old"
+    store.save_canonical(folder, random_state(canonical_shapes(model)), model)
+    body = json.loads((folder / "model.json").read_text())
+    for switch in switches:
+        del body["hydra"][switch]
+    (folder / "model.json").write_text(json.dumps(body))
+    store.write_manifest(folder, {})
+    assert store.read_model_config(folder) == model
+    assert set(canonical_shapes(model)) == set(store.load_canonical(folder))
 
 
 def test_a_runs_folder_means_its_latest_checkpoint(saved, tmp_path, model):

@@ -27,6 +27,10 @@ STAGES = {
     "short": [["align.yaml"], ["distill.yaml"]],
     "long": [["finetune.yaml"], ["finetune.yaml", "finetune_512k.yaml"]],
 }
+RECIPES = {  # tokens of each stage, in billions, and their lengths
+    "paper": ((0.3, 512), (1.0, 512), (1.0, 16_384)),
+    "optimised": ((0.8, 512), (4.0, 512), (1.0, 16_384)),
+}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +40,7 @@ STAGES = {
 def test_qwen_stages_fit_their_layouts(gpus: int, length: str) -> None:
     layout = QWEN / "layouts" / f"{gpus}_gpus_{length}.yaml"
     for files in STAGES[length]:
-        config = load_run_config([*(QWEN / name for name in files), layout])
+        config = load_run_config([*(QWEN / "ours" / name for name in files), layout])
         teacher = TEACHER if config.teacher.checkpoint else None
         check_layout(config, gpus, STUDENT, teacher)
         partitions = plan_model(STUDENT, config.parallel.tensor, config.parallel.fa_partition)
@@ -47,7 +51,7 @@ def test_qwen_stages_fit_their_layouts(gpus: int, length: str) -> None:
 def test_the_stages_of_qwen_read_15_billion_tokens() -> None:
     total = budgets = 0
     for files in [stage for stages in STAGES.values() for stage in stages]:
-        config = load_run_config([QWEN / name for name in files])
+        config = load_run_config([QWEN / "ours" / name for name in files])
         tokens = (
             config.schedule.steps * config.batch.global_batch_size * config.data.sequence_length
         )
@@ -56,6 +60,33 @@ def test_the_stages_of_qwen_read_15_billion_tokens() -> None:
         budgets += config.data.token_budget
     assert budgets == 15_000_000_000
     assert total == pytest.approx(15e9, rel=0.01)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_of_the_paper_reads_what_the_paper_says(recipe: str) -> None:
+    """FineWeb-Edu alone; stage by stage from each other's checkpoints; on the layout that it names."""
+    before = "models/qwen3_1.7b/student"
+    rates = []
+    for verb, (billions, length) in zip(
+        ("align", "distill", "finetune"), RECIPES[recipe], strict=True
+    ):
+        config = load_run_config(QWEN / recipe / f"{verb}.yaml")
+        assert config.verb == verb
+        assert [source.path for source in config.data.blend] == ["data/fineweb_edu"]
+        assert config.data.sequence_length == length
+        assert config.data.token_budget == round(billions * 1e9)
+        per_step = config.batch.global_batch_size * length
+        steps = config.schedule.steps
+        assert steps * per_step <= config.data.token_budget < (steps + 1) * per_step
+        assert config.student.checkpoint == before
+        before = f"{config.output}/checkpoints"
+        rates.append((config.optimizer.lr, config.optimizer.min_lr, config.schedule.kind))
+        assert (config.optimizer.weight_decay, config.schedule.warmup_steps) == (0.0, 50)
+        layout = load_run_config(
+            [QWEN / recipe / f"{verb}.yaml", QWEN / "layouts/8_gpus_short.yaml"]
+        )
+        check_layout(layout, 8, STUDENT, TEACHER if config.teacher.checkpoint else None)
+    assert rates == [(1e-3, 1e-5, "cosine"), (1e-4, 1e-5, "cosine"), (1e-5, 1e-5, "constant")]
 
 
 def test_tiny_example_is_valid() -> None:

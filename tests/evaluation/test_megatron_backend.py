@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_hydra.checkpoint.canonical import canonical_shapes
+from megatron_hydra.checkpoint.store import save_canonical
+from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.evaluation import runner
 from megatron_hydra.evaluation.backend import Continuation, cut
-from megatron_hydra.evaluation.megatron_backend import MegatronBackend, draft
+from megatron_hydra.evaluation.megatron_backend import (
+    MegatronBackend,
+    draft,
+    layout_config,
+    open_checkpoint,
+)
 from megatron_hydra.evaluation.scoring import forecast
 from megatron_hydra.evaluation.tasks import GenerationSample, ScoredSample
+from tests.checkpoint.models import hybrid_config, random_state
 
 END = 99
 
@@ -108,3 +117,13 @@ def test_what_comes_after_the_end_is_cut():
     assert cut([1, END, 3], continuation, [END]) == [1, END]
     assert cut([4, 4, 4, 4], continuation, [END]) == [4, 4, 4]
     assert cut([1, 2, 3], continuation, [END], known=2) == [1, 2, 3]
+
+
+def test_a_checkpoint_is_evaluated_as_the_finished_model(tmp_path):
+    """With a log scale that training waits with: what its export would say."""
+    model = hybrid_config(hydra=HydraConfig(log_scale="final"))
+    save_canonical(tmp_path / "saved", random_state(canonical_shapes(model)), model)
+    with open_checkpoint(tmp_path / "saved", layout_config(None, [])) as backend:
+        for part in (backend, backend.chunk.decoder.layers[0].self_attention.fa):
+            switches = part.model.switches if part is backend else part.switches
+            assert switches.scales_queries

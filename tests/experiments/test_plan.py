@@ -35,10 +35,12 @@ ALL = ["prepare", "select", "convert", "teacher", "align", "distill", "export", 
 @pytest.mark.parametrize(
     "change, first",
     [
-        ("selection: {ratio: '3:1'}", "select"),
+        ("selection: {ratio: '7:1'}", "select"),
         ("selection: {strategy: global_random}", "select"),
         ("hydra: {fusion: gated}", "convert"),
+        ("hydra: {fa_gate_bias: false}", "convert"),
         ("student: {half_life: [8, 64]}", "convert"),
+        ("student: {init: statistics}", "convert"),
         ("stages: {align: {set: {optimizer.lr: 1.0e-3}}}", "align"),
         ("stages: {distill: {set: {loss.kl_weight: 0.5}}}", "distill"),
         ("evaluation: {samples: 3}", "evaluate"),

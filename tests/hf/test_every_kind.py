@@ -30,6 +30,7 @@ KINDS = {
     "token-wise": (HydraConfig(mixer="token", window=WINDOW), (EVERY,) * LAYERS),
     "mixing": (HydraConfig(mixer="parallel"), (EVERY,) * LAYERS),
     "hydrahead": (HydraConfig(), ((1, 2, 3), (), (0, 5))),
+    "shared": (HydraConfig(qkv="shared"), ((1, 2, 3), (), (0, 5))),
     "all-gdn": (HydraConfig(), ((),) * LAYERS),
 }
 PROMPTS = (1, 2, 3, 45)  # three are shorter than the convolution
@@ -48,7 +49,13 @@ def random_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.fixture(scope="module", params=KINDS)
+SLOW = {"shared"}  # its layer is hydrahead's; tests/hf/test_modeling_hydrahead.py has its cache
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in KINDS],
+)
 def kind(request):
     return request.param
 
@@ -145,6 +152,10 @@ EXPECTED = {
     "mixing": (LAYERS * KV, LAYERS * STATE),
     # heads 1, 2, 3 read two KV groups, heads 0 and 5 two
     "hydrahead": (4 * KV / GROUPS, (3 + 6 + 4) * STATE / HEADS),
+    "shared": (
+        4 * KV / GROUPS,
+        (3 + 6 + 4) * STATE / HEADS,
+    ),  # one projection serves what is kept apart
     "all-gdn": (0, LAYERS * STATE),
 }
 

@@ -21,7 +21,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_hydra.config.model import DENSE_ATTENTION, HydraConfig
+from megatron_hydra.config.model import (
+    BEFORE_THE_SWITCH,
+    DENSE_ATTENTION,
+    HydraConfig,
+    stored_switches,
+)
 from megatron_hydra.hf import modeling_hydrahead as modeling
 from megatron_hydra.hf.configuration_hydrahead import SWITCHES, HydraHeadConfig
 from megatron_hydra.hf.export_files import ARCHITECTURE, auto_map, hf_export_files
@@ -273,10 +278,9 @@ class Equations:
         return torch.stack([(padded[t : t + width].T * weight).sum(1) for t in range(self.length)])
 
     def fa_head(self, i, kv):
-        q, k, v = (self.rows(f"fa_{p}_proj", n) for p, n in (("q", i), ("k", kv), ("v", kv)))
+        q, k, v = (self.part("fa", p, n) for p, n in (("q", i), ("k", kv), ("v", kv)))
         if self.config.qk_norm:
-            q = self.norm(q, self.a.fa_q_norm.weight)
-            k = self.norm(k, self.a.fa_k_norm.weight)
+            q, k = self.norm(q, self.norm_of("fa", "q")), self.norm(k, self.norm_of("fa", "k"))
         if self.s["fa_position"] in ("rope", "both"):
             q, k = self.turn(q), self.turn(k)
         if self.s["fa_position"] in ("log-scale", "both"):
@@ -290,15 +294,29 @@ class Equations:
         out = (q @ k.T / self.d**0.5).masked_fill(unseen, -1e30).softmax(-1) @ v
         return out * 2 * self.rows("fa_gate_proj", i).sigmoid() if self.s["fa_gate"] else out
 
+    def part(self, branch, part, index):
+        """Q of a head, or k or v of an index among those that the branch reads."""
+        if self.s["qkv"] == "shared" and part != "q":
+            heads = getattr(self.a, f"{branch}_heads")
+            own = branch == "gdn" and self.s["gdn_kv"] == "mha"
+            groups = [h // self.group for h in heads]
+            return self.rows(f"{part}_proj", (groups if own else sorted(set(groups)))[index])
+        return self.rows(f"{branch}_{part}_proj", index)
+
+    def norm_of(self, branch, part):
+        prefix = "" if self.s["qkv"] == "shared" else f"{branch}_"
+        return getattr(self.a, f"{prefix}{part}_norm").weight
+
     def gdn_input(self, part, index):
-        values = self.rows(f"gdn_{part}_proj", index)
+        values = self.part("gdn", part, index)
         if self.s["short_conv"]:
             values = self.conv(f"gdn_{part}_conv", index, values)
         if part == "v":
             return values
         if self.config.qk_norm:
-            values = self.norm(values, getattr(self.a, f"gdn_{part}_norm").weight)
-        values = self.turn(values)
+            values = self.norm(values, self.norm_of("gdn", part))
+        if self.s["gdn_position"] == "rope":
+            values = self.turn(values)
         return values / (values.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 
     def gdn_head(self, i, kv):
@@ -365,8 +383,12 @@ VARIANTS = [
     {"fa_gate": False, "gdn_gate": False, "short_conv": False, "fa_position": "none"},
     {"fusion": "concat", "conv_width": 1, "log_scale_a": 7.0},
     {"fusion_norm": "none", "conv_width": 7, "gdn_kv": "gqa"},
+    {"fa_gate_bias": True, "gdn_position": "none"},
+    {"qkv": "shared"},
+    {"qkv": "shared", "gdn_kv": "gqa", "fa_position": "both"},
     {"mixer": "parallel"},
     {"mixer": "parallel", "fusion": "gated", "gdn_kv": "gqa", "fa_position": "both"},
+    {"mixer": "token", "window": 4, "qkv": "shared"},
     {"mixer": "token", "window": 4},
     {"mixer": "token", "window": 1, "fusion": "gated", "gdn_kv": "gqa", "fa_position": "rope"},
     {"mixer": "token", "window": 30, "fusion": "concat", "short_conv": False},
@@ -389,8 +411,12 @@ def test_layer_equals_its_equations(hydra, bias):
 
 def test_switches_are_those_of_the_package():
     """hf/ may not import the package, so its list of switches is checked here."""
-    ours = HydraConfig()
-    assert {name: default for name, (default, _) in SWITCHES.items()} == vars(ours)
+    absent = {name: default for name, (default, _) in SWITCHES.items()}
+    newer = {
+        name: value for name, value in vars(HydraConfig()).items() if name in BEFORE_THE_SWITCH
+    }
+    assert absent == {**vars(HydraConfig()), **stored_switches({})}
+    assert all(BEFORE_THE_SWITCH[name] != value for name, value in newer.items())
 
 
 # -- cache, padding, generation -------------------------------------------------------------------
@@ -398,6 +424,7 @@ def test_switches_are_those_of_the_package():
 KINDS = {
     "head": (HEADS, {}),
     "head-gqa": (MIXED, {"gdn_kv": "gqa"}),
+    "head-shared": (MIXED, {"qkv": "shared"}),
     "all-gdn": ([[]] * 3, {}),
     "dense": (ALL, DENSE),
     "parallel": (ALL, {"mixer": "parallel"}),
@@ -724,6 +751,11 @@ def test_fresh_model_starts_with_neutral_gates():
     steps = torch.nn.functional.softplus(attention.gdn_dt_bias)
     assert (steps > 9e-4).all() and (steps < 0.11).all()
     assert attention.o_proj.weight.std() < 0.03
+    for norm, start in (("rms", 1.0), ("none", 0.0)):
+        switches = {"fa_gate_bias": True, "fusion_norm": norm}
+        config = HydraHeadConfig(**SHAPE, full_attention_heads=MIXED, hydra=switches)
+        gate = modeling.HydraHeadForCausalLM(config).model.layers[0].self_attn.fa_gate_proj
+        assert gate.bias.eq(start).all() and not gate.weight.any()
     config = HydraHeadConfig(**SHAPE, hydra={"mixer": "parallel"})
     attention = modeling.HydraHeadForCausalLM(config).model.layers[0].self_attn
     assert attention.fa_gamma.eq(1).all() and attention.gdn_gamma.eq(1).all()

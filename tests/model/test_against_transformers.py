@@ -116,8 +116,13 @@ SWITCHES = {
     "both": HydraConfig(fa_position="both"),
     "no-position": HydraConfig(fa_position="none"),
     "no-fa-gate": HydraConfig(fa_gate=False),
+    "fa-gate-without-bias": HydraConfig(fa_gate_bias=False),
+    "gdn-without-position": HydraConfig(gdn_position="none"),
     "no-gdn-gate": HydraConfig(gdn_gate=False),
     "gqa": HydraConfig(gdn_kv="gqa"),
+    "shared": HydraConfig(qkv="shared"),
+    "shared-gqa": HydraConfig(qkv="shared", gdn_kv="gqa"),
+    "shared-no-conv": HydraConfig(qkv="shared", short_conv=False),
     "no-conv": HydraConfig(short_conv=False),
     "wide-conv": HydraConfig(conv_width=6, log_scale_a=50.0),
 }
@@ -131,12 +136,14 @@ def test_every_switch_equals_the_exported_model(name):
 BOTH_IN_EVERY_HEAD = {
     "parallel": HydraConfig(mixer="parallel"),
     "parallel-gated-gqa": HydraConfig(mixer="parallel", fusion="gated", gdn_kv="gqa"),
+    "parallel-shared": HydraConfig(mixer="parallel", qkv="shared"),
     "parallel-plain": HydraConfig(mixer="parallel", fusion="concat", fusion_norm="none"),
     # shorter than a document, of one token, longer than all documents
     "token": HydraConfig(mixer="token", window=7),
     "token-one": HydraConfig(mixer="token", window=1, fa_position="both"),
     "token-wide": HydraConfig(mixer="token", window=64, log_scale_a=50.0),
     "token-gated-gqa": HydraConfig(mixer="token", window=16, fusion="gated", gdn_kv="gqa"),
+    "token-shared-gqa": HydraConfig(mixer="token", window=7, qkv="shared", gdn_kv="gqa"),
     "token-plain": HydraConfig(
         mixer="token", window=5, fusion="concat", short_conv=False, fa_position="rope"
     ),
@@ -155,14 +162,21 @@ def test_both_in_every_head_with_biases_equals_the_exported_model():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("qkv", ["decoupled", "shared"])
 @pytest.mark.parametrize("heads", [((), (5,)), (tuple(range(6)), ()), ((), ())])
-def test_every_number_of_fa_heads_equals_the_exported_model(heads):
-    check_hybrid(HydraConfig(), heads)
+def test_every_number_of_fa_heads_equals_the_exported_model(heads, qkv):
+    check_hybrid(HydraConfig(qkv=qkv), heads)
 
 
-def test_biases_equal_the_exported_model():
+@pytest.mark.parametrize("qkv", ["decoupled", "shared"])
+def test_biases_equal_the_exported_model(qkv):
     check_hybrid(
-        HydraConfig(), ((1, 4), (2,)), family="qwen2", qk_norm=False, qkv_bias=True, out_bias=True
+        HydraConfig(qkv=qkv),
+        ((1, 4), (2,)),
+        family="qwen2",
+        qk_norm=False,
+        qkv_bias=True,
+        out_bias=True,
     )
 
 
@@ -178,6 +192,7 @@ def check_hybrid(hydra: HydraConfig, heads: tuple, **changes) -> None:
     } | changes  # fmt: skip
     model = ModelConfig(**fields, hydra=hydra, full_attention_heads=heads)
     config = HydraHeadConfig(**hf_config_from_model(model, "float32"))
+    torch.manual_seed(3)  # what the constructor draws must not depend on the tests before
     hf = randomised(HydraHeadForCausalLM(config))
     gpt = build_gpt_model(model, RunConfig(precision="fp32"))
     canonical_access.load(gpt, canonical_of(hf, model))

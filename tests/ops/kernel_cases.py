@@ -142,13 +142,14 @@ def check_delta_rule_inputs(device, dtype, d=16, tokens=70):
     # n + m heads of 16 channels end within a block of channels, or at its end
     cases = [
         ((3, 2), False, False, 4), ((3, 2), True, True, 4), ((3, 2), True, False, None),
+        ((3, 1), True, False, 4), ((3, 1), False, False, None),  # without rotary
         ((4, 4), True, False, 4), ((4, 4), False, True, 4), ((1, 1), True, False, 4),
     ]  # fmt: skip
     for (n, m), with_norms, with_halo, width in cases:
         first = 2 if with_halo else 0
         positions = [torch.arange(n) + (first if i == 0 else 0) for i, n in enumerate(lengths)]
         positions = torch.cat(positions).to(device)
-        tables = rotary_tables(positions, frequencies, 1.0)
+        tables = None if m == 1 < n else rotary_tables(positions, frequencies, 1.0)
         channels = (n + 2 * m) * d
         tensors = [torch.randn(tokens, channels + 24, device=device)]  # columns of the projection
         if width is not None:

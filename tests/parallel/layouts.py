@@ -90,11 +90,26 @@ MODELS = {
             fusion_norm="none",
             fa_position="both",
             short_conv=False,
+            gdn_position="none",
             fa_gate=False,
             gdn_gate=False,
         ),
         ((4,), (0, 7)),
     ),
+    # one k and v for FA and GDN: a group with both kinds, one with FA heads only, one with GDN heads only
+    "shared": tiny(HydraConfig(qkv="shared"), ((1, 6, 7), (0, 1, 5))),
+    "shared-gqa": tiny(
+        HydraConfig(qkv="shared", gdn_kv="gqa"),
+        ((0,), (1, 2)),
+        num_kv_heads=2,
+        qk_norm=False,
+        qkv_bias=True,
+    ),
+    "shared-one-kv": tiny(HydraConfig(qkv="shared"), (tuple(range(8)), (3,)), num_kv_heads=1),
+    "shared-uneven": tiny(
+        HydraConfig(qkv="shared", gdn_kv="gqa"), ((0, 1, 4), ()), num_query_heads=6, num_kv_heads=2
+    ),
+    "shared-parallel": tiny(HydraConfig(qkv="shared", mixer="parallel"), EVERY),
     # both kinds in every head; windows shorter and longer than a context-parallel shard
     "parallel": tiny(HydraConfig(mixer="parallel"), EVERY),
     "parallel-gated": tiny(
@@ -140,6 +155,8 @@ FAST = [
     ("parallel", "tp2-sp-cp2", "packed"), ("parallel-gated", "tp4-sp", "packed"), ("token", "cp4", "packed"),
     ("hydra", "tp2-cp2-seq", "packed"), ("all-fa-layer", "tp2-seq", "packed"), ("gqa-bias", "tp2-seq", "one"),
     ("token-wide", "cp4", "one"), ("token-wide", "tp2-cp2", "packed"), ("token-uneven", "tp4-sp", "aligned"),
+    ("shared", "tp2", "packed"), ("shared", "tp2-sp-cp2-seq", "packed"), ("shared-gqa", "tp2-sp-cp2", "packed"),
+    ("shared-uneven", "tp4-sp-seq", "aligned"),
 ]  # fmt: skip
 
 

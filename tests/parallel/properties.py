@@ -40,11 +40,12 @@ def _worth_running(model: str, layout: str) -> bool:
 FULL = [
     (model, layout)
     for layout in ("one rank", *LAYOUTS)
-    for model in ("hydra", "one-kv", "parallel", "token", "token-wide")
+    for model in ("hydra", "one-kv", "shared", "parallel", "token", "token-wide")
     if _worth_running(model, layout)
 ]
 _CHOSEN = {
     "one-kv": ("tp4-sp", "tp2-sp-seq", "tp2-sp-cp2"),
+    "shared": ("one rank", "tp2-sp-cp2-seq"),
     "parallel": ("one rank", "cp4", "tp2-sp-cp2"),
     "token": ("cp4", "tp4-sp"),
     "token-wide": ("cp4", "tp2-sp-cp2"),

@@ -214,6 +214,7 @@ SHAPES = {
     "uneven": ({"num_query_heads": 6, "num_kv_heads": 2}, ((0, 1, 4), (), (5,), (2, 3)), {}),
     "one-kv": ({"num_kv_heads": 1}, ((0, 3), (), (1, 2, 7), (5,)), {"gdn_kv": "gqa"}),
     "all-fa": ({}, (ALL, (), ALL, (2,)), {}),
+    "shared": ({}, ((1, 6, 7), (), ALL, (2,)), {"qkv": "shared"}),
 }
 """Changes of the teacher's shape, FA heads, switches: what divides by no number of ranks."""
 
@@ -221,6 +222,7 @@ SHAPED = {
     "uneven": [("align", "tp4"), ("distill", "dp2-pp2-vp2")],
     "one-kv": [("distill", "tp2-cp2")],
     "all-fa": [("align", "tp2-sp-seq-pp2")],
+    "shared": [("distill", "tp2-sp-seq-pp2"), ("align", "tp2-cp2")],
 }
 
 

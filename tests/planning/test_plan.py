@@ -24,7 +24,7 @@ from megatron_hydra.planning.rank import Rank
 from megatron_hydra.planning.report import ranked
 from megatron_hydra.planning.search import Job, layouts, search
 from megatron_hydra.planning.stage import StageBuilder
-from megatron_hydra.planning.stages import STAGES, stages_up_to
+from megatron_hydra.planning.stages import STAGES, recipe_stages, stages_up_to
 from megatron_hydra.planning.timing import Machine
 from tests.parallel.launch import ROOT
 from tests.planning import cases
@@ -41,6 +41,10 @@ VARIANTS = [
     cases.MODELS["layer-wise"],
     cases.MODELS["hydrahead"],
     cases._hybrid(((1, 6), (), (0, 1, 5), (2,)), fusion="gated", gdn_kv="gqa"),
+    cases._hybrid(((1, 6), (), (0, 1, 5), tuple(range(8))), qkv="shared"),
+    dataclasses.replace(
+        cases._hybrid(((1, 6), (), (0, 1, 5), (2,)), qkv="shared", gdn_kv="gqa"), qkv_bias=True
+    ),
     dataclasses.replace(
         cases._hybrid(((1, 6), (), (0, 1, 5), (2,)), short_conv=False, fa_gate=False),
         qkv_bias=True, out_bias=True, qk_norm=False, tie_embeddings=False,
@@ -245,8 +249,8 @@ def test_shipped_layouts_are_among_those_searched() -> None:
     folder = ROOT / "configs" / "qwen3_1.7b"
     run = load_run_config(
         [
-            folder / "finetune.yaml",
-            folder / "finetune_512k.yaml",
+            folder / "ours/finetune.yaml",
+            folder / "ours/finetune_512k.yaml",
             folder / "layouts/64_gpus_long.yaml",
         ]
     )
@@ -259,20 +263,53 @@ def test_shipped_layouts_are_among_those_searched() -> None:
 
 
 def test_stages_are_those_of_the_shipped_configs() -> None:
-    folder = ROOT / "configs" / "qwen3_1.7b"
-    tokens = {}
-    for stage in STAGES:
-        files = [folder / f"{stage.name}.yaml"]
-        if stage.name == "finetune_512k":
-            files.insert(0, folder / "finetune.yaml")
-        run = load_run_config(files)
-        assert run.verb == stage.verb
-        assert run.data.sequence_length == stage.sequence_length
-        per_step = run.batch.global_batch_size * run.data.sequence_length
-        assert per_step == stage.tokens_per_step
-        tokens[stage.name] = run.schedule.steps * per_step
-    for stage in STAGES:
-        assert tokens[stage.name] / sum(tokens.values()) == pytest.approx(stage.share, abs=0.003)
+    found, total = recipe_stages(ROOT / "configs" / "qwen3_1.7b" / "ours")
+    assert total == pytest.approx(15e9, rel=0.01)
+    for stage, planned in zip(found, STAGES, strict=True):
+        assert stage.share == pytest.approx(planned.share, abs=0.003)
+        assert dataclasses.replace(stage, share=planned.share) == planned
+
+
+@pytest.mark.parametrize(("recipe", "tokens"), [("paper", 2.3e9), ("optimised", 5.8e9)])
+def test_a_recipe_is_a_folder_of_stages(recipe: str, tokens: float) -> None:
+    found, total = recipe_stages(ROOT / "configs" / "qwen3_1.7b" / recipe)
+    assert [stage.name for stage in found] == ["align", "distill", "finetune"]
+    assert total == pytest.approx(tokens, rel=0.001)
+    assert sum(stage.share for stage in found) == pytest.approx(1)
+
+
+def test_what_is_no_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(HydraError, match=r"--recipe .*gone: no folder with run configs"):
+        recipe_stages(tmp_path / "gone")
+    (tmp_path / "first.yaml").write_text("output: x")
+    with pytest.raises(HydraError, match=r"first\.yaml: the first config .* must name its verb"):
+        recipe_stages(tmp_path)
+
+
+def test_the_command_says_what_a_recipe_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_layout(model: ModelConfig, job: Job, machine: Machine) -> list[Plan]:
+        run = job.run(ParallelConfig(), 1, RecomputeConfig("selective", ("attention",)))
+        return [plan_run(model, run, 8, machine)]
+
+    monkeypatch.setattr("megatron_hydra.planning.report.search", one_layout)
+    recipe = str(ROOT / "configs" / "qwen3_1.7b" / "paper")
+    changes = {"recipe": recipe, "verb": None, "sequence_length": 0, "price_per_gpu_hour": 2.0}
+    text = _run(**changes)
+    assert "2.30 B tokens on 8 × h200" in text and "time: ASSUMED" in text
+    rows = [line.split() for line in text.splitlines() if "hydrahead" in line]
+    assert [row[0] for row in rows] == ["align", "distill", "finetune", "all"]
+    body = json.loads(_run(**changes, as_json=True))
+    stages = body["stages"]["hydrahead"]
+    assert [round(stage["tokens"] / 1e9, 2) for stage in stages] == [0.3, 1.0, 1.0]
+    for stage in stages:
+        assert stage["gpu_hours"] == pytest.approx(8 * stage["hours"])
+        assert stage["price"] == pytest.approx(2.0 * stage["gpu_hours"])
+    assert (
+        main(
+            ["--model", QWEN, "--recipe", recipe, "--verb", "align", "--gpus", "8", "--gpu", "h200"]
+        )
+        == 2
+    )
 
 
 @pytest.mark.parametrize("length", [1024, 4096, 65_536, 131_072, 524_288])

@@ -63,6 +63,15 @@ def test_gqa_shares_instead_of_repeating():
     assert torch.equal(made[FIRST + "in.gdn.k"], dense[FIRST + "in.fa.k"])
 
 
+@pytest.mark.parametrize("gdn_kv", ["mha", "gqa"])
+def test_shared_qkv_keeps_the_teachers_groups_and_norms(gdn_kv):
+    _, dense, made = make(hydra=HydraConfig(qkv="shared", gdn_kv=gdn_kv), qkv_bias=True)
+    for prefix in (FIRST, LAST):
+        for name in ("in.{}k", "in.{}v", "in_bias.{}k", "in_bias.{}v", "{}q_norm", "{}k_norm"):
+            assert torch.equal(made[prefix + name.format("")], dense[prefix + name.format("fa.")])
+    assert torch.equal(made[LAST + "in.gdn.q"], dense[LAST + "in.fa.q"][[1]])
+
+
 def test_the_backbone_is_the_teachers():
     _, dense, made = make()
     shared = set(dense) & set(made)
@@ -82,8 +91,16 @@ def test_new_parameters_do_nothing_yet():
     _, _, made = make(hydra=HydraConfig(fusion="gated"))
     for name in ("in.fa.gate", "in.gdn.gate", "in.gdn.a", "in.gdn.b", "fusion_gate"):
         assert not made[LAST + name].any()
+    assert torch.equal(made[LAST + "in_bias.fa.gate"], torch.ones(3, 16))
     kernel = made[FIRST + "gdn.conv_k"]
     assert torch.equal(kernel, torch.tensor([0.0, 0, 0, 1]).expand_as(kernel))
+
+
+def test_a_gate_without_a_norm_behind_it_begins_at_one():
+    _, _, made = make(hydra=HydraConfig(fusion_norm="none"))
+    assert not made[LAST + "in_bias.fa.gate"].any()  # 2σ(0) = 1
+    _, _, made = make(hydra=HydraConfig(fa_gate_bias=False))
+    assert LAST + "in_bias.fa.gate" not in made
 
 
 def test_gamma_is_the_given_one():
