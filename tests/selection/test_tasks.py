@@ -11,12 +11,19 @@ import pytest
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import HeadMap
-from megatron_hydra.selection import PromptPair, SelectionOptions, patching, select_heads, tasks
+from megatron_hydra.selection import (
+    PromptPair,
+    SelectionOptions,
+    noising,
+    patching,
+    select_heads,
+    tasks,
+)
 from megatron_hydra.selection.plots import draw_head_map
 from tests.selection.planted import Planted, induction_pairs, plant
 from tools import head_map as head_map_tool
 
-OPTIONS = SelectionOptions(num_prompts=32, min_prompts=8, attribution=False, senders=False)
+OPTIONS = SelectionOptions(num_prompts=32, min_prompts=8, max_rounds=0, control=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +113,7 @@ def test_a_task_that_is_named_has_to_be_solved(
 ) -> None:
     """And it is found out before anything else is measured."""
     defaults(GOOD, SOME)
-    monkeypatch.setattr(patching, "direct_effects", None)
+    monkeypatch.setattr(noising, "receiver_falls", None)
     weighted = dataclasses.replace(OPTIONS, task_weights={"some": 0.5})
     given = {"tasks": [GOOD, SOME]} if way == "task" else {"options": weighted}
     with pytest.raises(HydraError, match=r"--tasks some: the model solves 4 of 32 prompts.*leave"):
@@ -120,10 +127,10 @@ def test_nothing_solved_is_told_after_a_few_prompts(
     defaults(*more)
     options = dataclasses.replace(OPTIONS, tokens_per_batch=110)  # one pair a batch
     with pytest.raises(
-        HydraError, match=r"no prompt of any task \(solve check: bad 0 0 of 8, bad 1"
+        HydraError, match=r"no prompt of any task \(solve check: bad 0 0 of 6, bad 1"
     ):
         select(planted, options)
-    assert sum(baselines) == 4 * tasks.FEW
+    assert sum(baselines) == 4 * 6  # 24 in all
     baselines.clear()
     with pytest.raises(HydraError, match="bad 0 of 24"):
         select(planted, options, tasks=[BAD])
@@ -148,9 +155,9 @@ def test_attention_mass_leaves_out_answers_that_are_nowhere(
     planted: Planted, defaults: Any
 ) -> None:
     absent = [next(t for t in range(16) if t not in p.clean + p.corrupted) for p in GOOD.pairs]
-    pairs = [dataclasses.replace(p, answer=a) for p, a in zip(GOOD.pairs, absent, strict=True)]
+    pairs = [dataclasses.replace(p, answer=(a,)) for p, a in zip(GOOD.pairs, absent, strict=True)]
     defaults(GOOD, Pairs("nowhere", pairs))
-    options = dataclasses.replace(OPTIONS, solved="off", min_prompts=1)
+    options = SelectionOptions(num_prompts=32, solved="off", min_prompts=1)
     found = select(planted, options, strategy="attention_mass")
     assert list(found.scores) == ["good"]
     assert "no answer occurs" in found.details["left_out"]["nowhere"]["reason"]
@@ -164,9 +171,7 @@ def test_what_it_will_take_is_said_with_what_makes_it_shorter(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     defaults(GOOD, BAD)
-    options = dataclasses.replace(
-        OPTIONS, effects=("direct", "total"), attribution=True, senders=True, tokens_per_batch=440
-    )
+    options = dataclasses.replace(OPTIONS, max_rounds=2, control=True, tokens_per_batch=440)
     quiet = select(planted, options)
     assert capsys.readouterr().err == ""
     assert select(planted, options, show_progress=True).to_dict() == quiet.to_dict()
@@ -178,6 +183,12 @@ def test_what_it_will_take_is_said_with_what_makes_it_shorter(
     assert "--num-prompts" not in said
     monkeypatch.setattr(tasks, "LONG", 0.0)
     select(planted, options, show_progress=True)
+    said = capsys.readouterr().err
+    assert "if every prompt counts, in all about" in said
+    for option in ("--max-rounds 1", "--max-rounds 0", "--num-prompts 8"):
+        assert f"{option} makes it about" in said
+    former = SelectionOptions(num_prompts=32, effects=("direct", "total"), tokens_per_batch=440)
+    select(planted, former, strategy="interp_denoise", show_progress=True)
     said = capsys.readouterr().err
     for option in ("--effects direct", "--num-prompts 8", "--no-attribution"):
         assert f"{option} makes it about" in said
