@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.errors import HydraError, command
@@ -14,6 +13,7 @@ from megatron_hydra.head_map import HeadMap
 from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
 from megatron_hydra.selection import Placement, SelectionOptions, knockout_curve
 from megatron_hydra.selection.plots import draw_knockout
+from megatron_hydra.selection.trust import report_lines
 
 EXAMPLES = """\
 examples:
@@ -121,44 +121,6 @@ def _knockout(args: argparse.Namespace) -> None:
         print(output.with_suffix(".png"))
 
 
-def _show_trust(details: dict[str, Any]) -> None:
-    """What a map of the paper's scoring says of itself."""
-    for name, facts in details.get("capabilities", {}).items():
-        added = " + ".join(str(len(one["added"])) for one in facts["rounds"]) or "none"
-        print(f"found        {name}: {len(facts['receivers'])} receivers, senders by round {added}")
-        if "control" in facts:
-            control = facts["control"]
-            print(
-                f"control      {name}: without its {control['knocked_out']} best heads the readout loses "
-                f"{control['best']['readout_lost']:.2f} of its gap, without as many random ones "
-                f"{control['random']['readout_lost']:.2f}"
-                + ("" if control["can_fail"] else ": THE PROBE CANNOT FAIL")
-            )
-    trust = details.get("trust")
-    if not trust:
-        return
-    for name, facts in trust["capabilities"].items():
-        print(
-            f"trust        {name}: {facts['heads_with_signal']} heads above {trust['threshold']}, Gini "
-            f"{facts['gini']:.2f}" + "".join(_last_half(facts["split_half"]))
-        )
-    ties = trust["ties"]
-    where = (
-        "none" if ties["begin"] is None else f"from place {ties['begin']} on ({ties['broken_by']})"
-    )
-    print(
-        f"trust        ties: {where}; {trust.get('chosen_without_signal', 0)} FA heads have a score of 0"
-    )
-
-
-def _last_half(rows: list[dict[str, Any]]) -> list[str]:
-    return [
-        f"; halves of {row['pairs']} pairs: rank correlation {row['rank_correlation']:.2f}, "
-        f"top heads shared {row['overlap']:.2f}"
-        for row in rows[-1:]
-    ]
-
-
 def _show(path: str, top: int) -> None:
     head_map = HeadMap.load(path)
     m = head_map.model
@@ -182,7 +144,8 @@ def _show(path: str, top: int) -> None:
         for effect, value in facts.get("attribution_spearman", {}).items():
             shown = "undefined" if value is None else f"{value:.2f}"
             print(f"attribution  {task}: rank correlation with the {effect} effect {shown}")
-    _show_trust(head_map.details)
+    for what, text in report_lines(head_map.details):
+        print(f"{what:<13}{text}")
     if head_map.ranking and top > 0:
         print("ranking      " + " ".join(f"{a}.{b}" for a, b in head_map.ranking[:top]))
     print("layer  full-attention heads")

@@ -19,6 +19,7 @@ from megatron_hydra.selection import (
 )
 from megatron_hydra.selection.capabilities import task_names
 from megatron_hydra.selection.plots import draw_head_map
+from megatron_hydra.selection.trust import report_lines
 from megatron_hydra.selection.work import is_first_rank
 from megatron_hydra.stopping import StopRequest
 from megatron_hydra.watchdog import Watchdog
@@ -234,6 +235,8 @@ def main() -> int:
             print(f"{task}: {facts['solved']} of {facts['drawn']} prompts solved")
         for task, facts in head_map.details.get("left_out", {}).items():
             print(f"{task}: left out, {facts['reason']}")
+        for _, text in report_lines(head_map.details):
+            print(text)
         print(f"{args.output}: {head_map.num_full_attention} full-attention heads")
         if not args.no_pictures:
             for picture in draw_head_map(head_map, args.output.with_suffix("")):

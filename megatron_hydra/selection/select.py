@@ -69,9 +69,9 @@ def select_heads(
         ratio: GDN:FA, ``"7:1"``; ``"dense"``; ``"all-gdn"``.
         strategy: a key of :data:`megatron_hydra.selection.strategies.STRATEGIES`, or one of the names
             from before (:data:`megatron_hydra.head_map.OLD_STRATEGY_NAMES`).
-        tasks: as on the command line (``"needle_multi:keys=6"``, ``"jsonl:PATH"``) or objects;
-            ignored by strategies that need no model. A task that is named must be solved. ``None``:
-            those of :data:`megatron_hydra.selection.DEFAULT_TASKS` that the model solves.
+        tasks: as on the command line (``"retrieval"``, ``"needle_multi:keys=6"``, ``"jsonl:PATH"``) or
+            objects; ignored by strategies that need no model. A capability that is named must be solved.
+            ``None``: what the model solves of :data:`megatron_hydra.selection.DEFAULT_TASKS`.
         tokenizer: default: the folder's, if it has one.
         seed: of the prompts and of random choices.
         options: prompts, effects, weights, constraints.

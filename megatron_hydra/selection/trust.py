@@ -112,3 +112,55 @@ def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "rank_correlation": float(np.mean([row["rank_correlation"] or 0.0 for row in rows])),
         "overlap": float(np.mean([row["overlap"] for row in rows])),
     }
+
+
+def report_lines(details: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a head map says of its own scores, as lines for people: (keyword, text).
+
+    Args:
+        details: of a head map; empty lines for one whose scores are not the paper's.
+    """
+    lines: list[tuple[str, str]] = []
+    for name, facts in details.get("capabilities", {}).items():
+        added = " + ".join(str(len(one["added"])) for one in facts["rounds"]) or "none"
+        receivers = len(facts["receivers"])
+        lines.append(("found", f"{name}: {receivers} receivers, senders by round {added}"))
+        if "control" in facts:
+            lines.append(("control", f"{name}: {_control_line(facts['control'])}"))
+    trust = details.get("trust")
+    if not trust:
+        return lines
+    for name, facts in trust["capabilities"].items():
+        text = f"{name}: {facts['heads_with_signal']} heads above {trust['threshold']}"
+        text += f", Gini {facts['gini']:.2f}"
+        for row in facts["split_half"][-1:]:
+            text += (
+                f"; halves of {row['pairs']} pairs: rank correlation {row['rank_correlation']:.2f}, "
+                f"top heads shared {row['overlap']:.2f}"
+            )
+        lines.append(("trust", text))
+        for row in facts.get("lengths", []):
+            lines.append(
+                ("trust", f"{name}, receivers at {row['tokens']} tokens: {_length_line(row)}")
+            )
+    begin = trust["ties"]["begin"]
+    where = "none" if begin is None else f"from place {begin} on ({trust['ties']['broken_by']})"
+    unheard = trust.get("chosen_without_signal", 0)
+    return [*lines, ("trust", f"ties: {where}; {unheard} FA heads have a score of 0")]
+
+
+def _control_line(control: Mapping[str, Any]) -> str:
+    best, random = (control[kind]["readout_lost"] for kind in ("best", "random"))
+    return (
+        f"without its {control['knocked_out']} best heads the readout loses {best:.2f} of its gap, without as "
+        f"many random ones {random:.2f}"
+        + ("" if control["can_fail"] else ": THE PROBE CANNOT FAIL")
+    )
+
+
+def _length_line(row: Mapping[str, Any]) -> str:
+    if "overlap" not in row:
+        return "no prompt is solved"
+    value = row["rank_correlation"]
+    shown = "undefined" if value is None else f"{value:.2f}"
+    return f"rank correlation {shown}, top heads shared {row['overlap']:.2f} ({row['pairs']} pairs)"
