@@ -31,7 +31,7 @@ nothing, and dividing by it would blow noise up: it does not count as solved."""
 
 SENDERS = "senders"
 
-SAMPLE_COST = 1e11
+SAMPLE_COST = 3e10
 """Operations of a batch that paces are first taken from: seconds on a CPU."""
 
 _OVER_BATCHES: dict[str, Callable[[DecoderCost, Tokens], float]] = {

@@ -118,7 +118,9 @@ def sender_falls(
     if not by_layer:
         return
     paths = _Paths(runner, batch, list(by_layer), newest, older)
-    unpatched = paths.readout(min(by_layer), None)
+    # From the first layer, whichever candidates there are: what is computed of one must not depend on the
+    # others, or a map would depend on how the work is shared out.
+    unpatched = paths.readout(0, None)
     width = paths.streams.num_prompts * len(paths.streams.positions)
     together = max(1, tokens_per_batch // width)
     for layer, heads in by_layer.items():
@@ -155,18 +157,17 @@ class _Paths:
         self.change: dict[int, torch.Tensor] = {}
         self.newest: dict[int, _Heads] = {}
         self.older: dict[int, _Heads] = {}
-        first = sender_layers[0]
         for layer in range(runner.num_layers):
             state = self.streams.advance()
             for receivers, kept in ((newest, self.newest), (older, self.older)):
                 heads = sorted({h for at, h in receivers if at == layer})
-                if heads and layer > first:
+                if heads and layer:  # those of the first layer hear nobody
                     kept[layer] = _Heads.of(runner, layer, heads, state)
             if layer in sender_layers:
                 self.change[layer] = _corrupted_minus_clean(state.z)
-            if layer in sender_layers or layer in self.newest:
+            if not layer or layer in sender_layers or layer in self.newest:
                 self.x_mid[layer] = _clean(state.x_mid).clone()
-            if layer > first:
+            if layer:
                 self.added[layer] = _clean(state.x_mid) - _clean(state.x_in)
         self.last_heard = max(self.newest)
         self.last_live = max(self.older, default=-1)

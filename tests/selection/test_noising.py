@@ -69,6 +69,16 @@ def test_how_many_run_together_changes_nothing() -> None:
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_what_one_layer_sends_does_not_depend_on_which_others_are_measured() -> None:
+    """To the last bit: or else a map would depend on the number of processes, and on a kill."""
+    runner, batch, _ = setup("qwen3", first=2)
+    every = noising.sender_falls(runner, batch, HEADS, SENDERS, RECEIVERS, 120)
+    (alone,) = noising.sender_falls(runner, batch, HEADS[6:12], SENDERS, RECEIVERS, 120)
+    (among,) = (result for result in every if result[0] == 1)
+    assert alone[:2] == among[:2] == (1, list(range(6)))
+    np.testing.assert_array_equal(alone[2], among[2])
+
+
 def test_a_sender_that_no_receiver_can_hear_is_left_out() -> None:
     runner, batch, _ = setup("llama", first=0)
     found = noising.sender_falls(runner, batch, HEADS, [(2, 1)], [], tokens_per_batch=1000)
