@@ -14,6 +14,7 @@ from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
 from megatron_hydra.selection import Placement, SelectionOptions, knockout_curve
 from megatron_hydra.selection.plots import draw_knockout
 from megatron_hydra.selection.trust import report_lines
+from megatron_hydra.selection.work import is_first_rank
 
 EXAMPLES = """\
 examples:
@@ -85,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _knockout(args: argparse.Namespace) -> None:
     output = args.output or Path(args.map).with_name(f"{Path(args.map).stem}_knockout.json")
-    if output.exists() and not args.force:
+    # Only the first process writes, and it may have done so before another one has started.
+    if is_first_rank() and output.exists() and not args.force:
         raise HydraError(f"--output {output} exists; give --force to overwrite it")
     if args.draws < 1:
         raise HydraError(f"--draws {args.draws}: must be at least 1")
@@ -107,6 +109,8 @@ def _knockout(args: argparse.Namespace) -> None:
         placement=Placement(args.device, args.dtype),
         show_progress=True,
     )
+    if not is_first_rank():
+        return
     write_text_atomic(output, json.dumps(curve, indent=1) + "\n")
     print("heads out  by score         random (smallest to largest)")
     for point in curve["points"]:

@@ -125,13 +125,12 @@ class Tasks:
                 self.left_out[member.name] = {"drawn": 0, "solved": 0, "reason": reason}
                 continue
             self.capabilities.setdefault(name, []).append(member.name)
-            for tokens in _other_lengths(member, options, longest):
-                other = dataclasses.replace(
-                    member,  # type: ignore[type-var]
-                    options={**member.options, "tokens": str(tokens)},  # type: ignore[attr-defined]
-                )
-                pairs = other.prompts(tokenizer, vocab_size, count, seed)
-                self.lengths.setdefault(tokens, {})[member.name] = pairs
+            if isinstance(member, TextCapability):
+                for tokens in _other_lengths(member, options, longest):
+                    changed = {**member.options, "tokens": str(tokens)}
+                    other = dataclasses.replace(member, options=changed)
+                    pairs = other.prompts(tokenizer, vocab_size, count, seed)
+                    self.lengths.setdefault(tokens, {})[member.name] = pairs
         if name in self.named and len(errors) == len(members):
             raise errors[0]
 
@@ -169,12 +168,10 @@ def _members(entry: str | Capability, probe_tokens: int) -> tuple[str, list[Capa
     return made.name, [made]
 
 
-def _other_lengths(member: Capability, options: SelectionOptions, longest: int) -> list[int]:
+def _other_lengths(member: TextCapability, options: SelectionOptions, longest: int) -> list[int]:
     """Lengths that a task's needles are compared at; only such that have the default length."""
-    if not isinstance(member, TextCapability) or "tokens" not in member.options:
-        return []
     tokens = options.probe_tokens
-    if not longest or int(member.options["tokens"]) != tokens:
+    if not longest or member.options.get("tokens") != str(tokens):
         return []
     # The shortest prompt holds little but the facts; answers need room behind the longest.
     others = (tokens // 4, tokens // 2, 2 * tokens)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_hydra.errors import HydraError
@@ -14,6 +15,7 @@ from megatron_hydra.head_map import HeadMap
 from megatron_hydra.selection import (
     PromptPair,
     SelectionOptions,
+    capabilities,
     noising,
     patching,
     select_heads,
@@ -105,6 +107,47 @@ def test_default_tasks_that_are_not_solved_are_left_out(
     monkeypatch.setattr(sys, "argv", ["tool", "show", str(tmp_path / "map.json")])
     assert head_map_tool.main() == 0
     assert "left out     bad: the model solves 0 of 32" in capsys.readouterr().out
+
+
+@pytest.fixture
+def group(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a capability of several tasks."""
+
+    def make(name: str, *members: Pairs) -> None:
+        for member in members:
+            monkeypatch.setitem(capabilities._REGISTERED, member.name, lambda *_, m=member: m)
+        monkeypatch.setitem(capabilities.GROUPS, name, tuple(m.name for m in members))
+
+    return make
+
+
+def test_a_capability_of_several_tasks_has_them_as_sub_probes(planted: Planted, group: Any) -> None:
+    """One of them need not be solved, also if the capability is named."""
+    other = dataclasses.replace(GOOD, name="other", pairs=induction_pairs(32, 5))
+    group("both", GOOD, other, BAD)
+    found = select(planted, tasks=["both"])
+    assert list(found.scores) == ["both"]
+    assert list(found.details["left_out"]) == ["bad"]
+    facts = found.details["capabilities"]["both"]
+    assert (facts["probes"], facts["sub_probes"]) == (["good", "other"], 2)
+    drawn = {task: facts["drawn"] for task, facts in found.details["prompts"].items()}
+    assert drawn == {"good": 11, "other": 11}  # 32 pairs for three tasks
+    # Other strategies have a score for every task; those of a capability share its weight.
+    plain = SelectionOptions(num_prompts=32)
+    by_mass = select(planted, plain, tasks=["both", Pairs("third", GOOD.pairs)],
+                     strategy="attention_mass")  # fmt: skip
+    assert list(by_mass.scores) == ["good", "other", "third"]
+    expected = sum(
+        weight * np.array(by_mass.scores[task])
+        for task, weight in (("good", 0.25), ("other", 0.25), ("third", 0.5))
+    )
+    np.testing.assert_allclose(by_mass.details["unified_score"], expected)
+
+
+def test_a_named_capability_without_a_solved_task_is_an_error(planted: Planted, group: Any) -> None:
+    group("neither", BAD, dataclasses.replace(SOME, pairs=SOME.pairs[:28]))
+    with pytest.raises(HydraError, match=r"--tasks neither: none of its tasks .* bad: the model"):
+        select(planted, tasks=["neither", GOOD])
 
 
 @pytest.mark.parametrize("way", ["task", "weight"])
