@@ -192,13 +192,13 @@ class _Paths:
             if answered is not None:
                 if not wide and answered.shape[1] == len(self.streams.positions):
                     answered = self._narrow(answered)
-                answered = answered.to(here) + self._copies(self.added[layer], heard, wide)
+                answered = self._with_clean(answered.to(here), self.added[layer], wide)
             elif written:
-                answered = self._copies(self.x_mid[layer], heard, wide)
+                answered = self._with_clean(written.pop(), self.x_mid[layer], wide)
             if answered is not None:
                 answered = runner.add_mlp(layer, sum(written, answered))
             if layer < self.last_heard:
-                heard = heard.to(here) + self._copies(self.added[layer], heard, wide=True)
+                heard = self._with_clean(heard.to(here), self.added[layer], wide=True)
                 heard = runner.add_mlp(layer, heard)
         assert answered is not None
         copies = (-1, self.streams.num_prompts)
@@ -216,10 +216,10 @@ class _Paths:
         """The answer positions, in float32: these rows are few, and small changes count."""
         return self.streams.at_answer(x).float()
 
-    def _copies(self, clean: torch.Tensor, like: torch.Tensor, wide: bool) -> torch.Tensor:
-        """What belongs to the clean run, once for every changed stream."""
+    def _with_clean(self, x: torch.Tensor, clean: torch.Tensor, wide: bool) -> torch.Tensor:
+        """Add what belongs to the clean run, ``[P, T', D]``, to every changed stream."""
         clean = clean if wide else self._narrow(clean)
-        return clean.repeat(like.shape[0] // self.streams.num_prompts, 1, 1)
+        return (x.unflatten(0, (-1, self.streams.num_prompts)) + clean).flatten(0, 1)
 
     def _written(self, receivers: _Heads, x: torch.Tensor, wide: bool) -> torch.Tensor:
         """What changes in what receivers of one layer write, as they hear ``x`` instead of the clean stream.
