@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """How fast the exact total effects of all heads are, against a sweep of one forward a head.
 
+The time of a whole selection at a model's shape is :mod:`benchmarks.selection_time`'s.
+
 The sweep is what TransformerLens' ``get_act_patch_attn_head_out_all_pos`` does: for every (layer,
 head) one full forward of all corrupted prompts with a hook that puts the clean head output in at
 all positions. Here it runs on the same Hugging Face model, prompts and threads as the engine; with
@@ -73,8 +75,8 @@ def engine(model: Any, pairs: list[PromptPair], tokens_per_batch: int) -> torch.
 
 def _answers(logits: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
     rows = torch.arange(len(batch.index))
-    last = logits[rows, batch.answer_position].double()
-    return last[rows, batch.answer] - last[rows, batch.wrong]
+    last = logits[rows, batch.answer_positions[:, 0]].double()
+    return last[rows, batch.answer[:, 0]] - last[rows, batch.wrong[:, 0]]
 
 
 @torch.no_grad()

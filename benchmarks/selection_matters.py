@@ -410,15 +410,16 @@ def make_maps(teacher: Path, folder: Path, ratio: str, seed: int, draws: int) ->
     """All strategies' maps of one teacher: name -> file."""
     torch.set_num_threads(1)
     tasks = [*(Lookup(kind) for kind in LOOKUPS), Induction("copying", length=40)]
-    plain = SelectionOptions(attribution=False)
+    plain = SelectionOptions(num_prompts=32, attribution=False)
     wanted: dict[str, dict[str, Any]] = {
-        "interp": {"strategy": "global_interp", "options": plain},
+        "interp": {"strategy": "global_interp", "options": SelectionOptions(num_prompts=32)},
+        "interp_denoise": {"strategy": "interp_denoise", "options": plain},
         "interp_receivers": {
-            "strategy": "global_interp",
+            "strategy": "interp_denoise",
             "options": dataclasses.replace(plain, senders=False),
         },
         "interp_total": {
-            "strategy": "global_interp",
+            "strategy": "interp_denoise",
             "options": dataclasses.replace(plain, receiver_effect="total", senders=False),
         },
         "attention_mass": {"strategy": "attention_mass"},

@@ -1,21 +1,32 @@
 #!/usr/bin/env python3
-"""Look at head maps: show one, compare two, or check one against a model."""
+"""Look at head maps: show one, compare two, check one against a model, or see what its heads are worth."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 
+from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.head_map import HeadMap
 from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
+from megatron_hydra.selection import Placement, SelectionOptions, knockout_curve
+from megatron_hydra.selection.plots import draw_knockout
+from megatron_hydra.selection.trust import report_lines
+from megatron_hydra.selection.work import is_first_rank
 
 EXAMPLES = """\
 examples:
   tools/head_map.py show map.json
   tools/head_map.py diff interp.json random.json
   tools/head_map.py validate map.json --hf-path Qwen/Qwen3-1.7B
+  tools/head_map.py knockout map.json --hf-path Qwen/Qwen3-1.7B
+  tools/head_map.py knockout map.json --hf-path models/tiny --probe-tokens 512 --heads 0 3 14 27
 
-validate without --hf-path checks the file alone. diff exits with 1 if the maps differ.
+knockout takes heads out of the model, the best by score first, and as many random ones, and writes what is
+left of retrieval: MAP_knockout.json and .png. validate without --hf-path checks the file alone. diff exits
+with 1 if the maps differ.
 """
 
 
@@ -36,7 +47,82 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("map")
     validate.add_argument("--hf-path", help="Hugging Face folder or Hub name the map must be for")
     validate.add_argument("--revision", default="", help="Hub revision")
+    knockout = commands.add_parser(
+        "knockout", help="retrieval accuracy as heads are taken out by score, and at random"
+    )
+    defaults = SelectionOptions()
+    knockout.add_argument("map")
+    knockout.add_argument("--hf-path", required=True, help="the model that the map was made for")
+    knockout.add_argument("--revision", default="", help="Hub revision")
+    knockout.add_argument(
+        "--heads", type=int, nargs="+", default=[], metavar="N",
+        help="how many heads are out (default: 0 to 40 %% of all)",
+    )  # fmt: skip
+    knockout.add_argument("--draws", type=int, default=3, help="random orders (default 3)")
+    knockout.add_argument(
+        "--tasks", nargs="+", default=["retrieval"], metavar="TASK",
+        help="as of select_heads.py (default: retrieval)",
+    )  # fmt: skip
+    knockout.add_argument(
+        "--num-prompts", type=int, default=defaults.num_prompts,
+        help="of each capability (default %(default)s)",
+    )  # fmt: skip
+    knockout.add_argument(
+        "--probe-tokens", type=int, default=defaults.probe_tokens,
+        help="length of needle prompts (default %(default)s)",
+    )  # fmt: skip
+    knockout.add_argument(
+        "--seed", type=int, default=1,
+        help="of prompts and random orders (default 1: other prompts than a selection with seed 0)",
+    )  # fmt: skip
+    knockout.add_argument("--device", default="auto", help="auto, cpu, cuda:0, ...")
+    knockout.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
+    knockout.add_argument("--tokens-per-batch", type=int, default=0, help="as of select_heads.py")
+    knockout.add_argument("--output", type=Path, help="JSON to write (default MAP_knockout.json)")
+    knockout.add_argument("--no-pictures", action="store_true", help="write the JSON only")
+    knockout.add_argument("--force", action="store_true", help="overwrite an existing output")
     return parser
+
+
+def _knockout(args: argparse.Namespace) -> None:
+    output = args.output or Path(args.map).with_name(f"{Path(args.map).stem}_knockout.json")
+    # Only the first process writes, and it may have done so before another one has started.
+    if is_first_rank() and output.exists() and not args.force:
+        raise HydraError(f"--output {output} exists; give --force to overwrite it")
+    if args.draws < 1:
+        raise HydraError(f"--draws {args.draws}: must be at least 1")
+    curve = knockout_curve(
+        HeadMap.load(args.map),
+        args.hf_path,
+        source=args.map,
+        revision=args.revision,
+        tasks=args.tasks,
+        options=SelectionOptions(
+            num_prompts=args.num_prompts,
+            min_prompts=1,
+            probe_tokens=args.probe_tokens,
+            tokens_per_batch=args.tokens_per_batch,
+        ),
+        counts=args.heads,
+        draws=args.draws,
+        seed=args.seed,
+        placement=Placement(args.device, args.dtype),
+        show_progress=True,
+    )
+    if not is_first_rank():
+        return
+    write_text_atomic(output, json.dumps(curve, indent=1) + "\n")
+    print("heads out  by score         random (smallest to largest)")
+    for point in curve["points"]:
+        drawn = point["random"]["accuracy"]
+        print(
+            f"{point['heads']:9d}  {point['score']['accuracy']:8.3f}         "
+            f"{sum(drawn) / len(drawn):.3f} ({min(drawn):.3f} to {max(drawn):.3f})"
+        )
+    print(output)
+    if not args.no_pictures:
+        draw_knockout(curve, output.with_suffix(".png"))
+        print(output.with_suffix(".png"))
 
 
 def _show(path: str, top: int) -> None:
@@ -62,6 +148,8 @@ def _show(path: str, top: int) -> None:
         for effect, value in facts.get("attribution_spearman", {}).items():
             shown = "undefined" if value is None else f"{value:.2f}"
             print(f"attribution  {task}: rank correlation with the {effect} effect {shown}")
+    for what, text in report_lines(head_map.details):
+        print(f"{what:<13}{text}")
     if head_map.ranking and top > 0:
         print("ranking      " + " ".join(f"{a}.{b}" for a, b in head_map.ranking[:top]))
     print("layer  full-attention heads")
@@ -105,6 +193,8 @@ def main() -> int:
         return _diff(args.first, args.second)
     if args.command == "show":
         _show(args.map, args.top)
+    elif args.command == "knockout":
+        _knockout(args)
     else:
         _validate(args.map, args.hf_path, args.revision)
     return 0

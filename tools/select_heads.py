@@ -19,6 +19,7 @@ from megatron_hydra.selection import (
 )
 from megatron_hydra.selection.capabilities import task_names
 from megatron_hydra.selection.plots import draw_head_map
+from megatron_hydra.selection.trust import report_lines
 from megatron_hydra.selection.work import is_first_rank
 from megatron_hydra.stopping import StopRequest
 from megatron_hydra.watchdog import Watchdog
@@ -32,7 +33,8 @@ examples:
   torchrun --nproc-per-node 8 tools/select_heads.py --hf-path Qwen/Qwen3-32B --output map.json
 
 Without --tasks, a default task that the model does not solve is left out, and the map says so; a task that
-is named has to be solved. A few prompts of every task come first, then what all will take.
+is named has to be solved. It is said at the start what all will take, and again after a few prompts of every
+task. On a CPU: --probe-tokens 512 --max-rounds 1.
 A run that was stopped (SIGTERM, SIGUSR1: exit status 85) or killed continues where it was when it is
 started again with the same arguments; other ratios, weights and constraints use what it has measured.
 A JSONL task has one object a line: clean, corrupted, answer, wrong_answer (strings or token ids).
@@ -64,25 +66,59 @@ def _parser() -> argparse.ArgumentParser:
         "--tasks",
         nargs="+",
         metavar="TASK",
-        help=f"name or name:key=value,...; names: {', '.join(task_names())} "
-        f"(default: those of {' '.join(DEFAULT_TASKS)} that the model solves)",
+        help=f"name or name:key=value,...; names: {', '.join(task_names())}; retrieval and general are "
+        f"capabilities of five tasks each (default: {' '.join(DEFAULT_TASKS)}, what the model solves of them)",
     )
-    add("--task-weight", nargs="+", default=[], metavar="TASK=W", help="weights in the fusion")
+    add("--task-weight", nargs="+", default=[], metavar="NAME=W", help="weights of capabilities")
     add("--seed", type=int, default=0, help="of prompts and random choices (default 0)")
     prompts = parser.add_argument_group("prompts").add_argument
-    prompts("--num-prompts", type=int, default=defaults.num_prompts, help="drawn for each task")
-    prompts("--min-prompts", type=int, default=defaults.min_prompts, help="fewer solved: an error")
+    prompts(
+        "--num-prompts",
+        type=int,
+        default=defaults.num_prompts,
+        help="pairs drawn for each capability, in equal parts for its tasks (default %(default)s)",
+    )
+    prompts(
+        "--min-prompts",
+        type=int,
+        default=defaults.min_prompts,
+        help="fewer solved ones: an error, or the task is left out (default %(default)s)",
+    )
+    prompts(
+        "--probe-tokens",
+        type=int,
+        default=defaults.probe_tokens,
+        help="length of needle prompts that do not say tokens=… (default %(default)s)",
+    )
     prompts(
         "--solved",
         default=defaults.solved,
         choices=["top1", "pair", "off"],
-        help="a prompt counts if the answer is the likeliest token (top1), or preferred to "
+        help="a prompt counts if every token of the answer is the likeliest (top1), or preferred to "
         "the wrong one in the clean run and not in the corrupted one (pair), or if the corruption "
         "lowers the answer at all (off)",
     )
-    causal = parser.add_argument_group(
-        "causal effects (global_interp_c, global_interp, layer_interp)"
+    paper = parser.add_argument_group(
+        "the paper's scoring (global_interp_c, global_interp, layer_interp)"
     ).add_argument
+    paper(
+        "--max-rounds",
+        type=int,
+        default=defaults.max_rounds,
+        help="rounds of path patching, at most: senders become receivers until nothing new is found; "
+        "0: receivers only (default %(default)s)",
+    )
+    paper(
+        "--no-control",
+        action="store_true",
+        help="do not knock out the best heads to see that the readout falls",
+    )
+    paper(
+        "--no-stability",
+        action="store_true",
+        help="do not compare with needles of a quarter, half and twice the length",
+    )
+    causal = parser.add_argument_group("our former scoring (interp_denoise)").add_argument
     causal(
         "--effects",
         nargs="+",
@@ -143,11 +179,15 @@ def _options(args: argparse.Namespace) -> SelectionOptions:
         try:
             weights[name] = float(value)
         except ValueError:
-            raise HydraError(f"--task-weight {text}: write TASK=NUMBER") from None
+            raise HydraError(f"--task-weight {text}: write NAME=NUMBER") from None
     return SelectionOptions(
         num_prompts=args.num_prompts,
         min_prompts=args.min_prompts,
+        probe_tokens=args.probe_tokens,
         solved=args.solved,
+        max_rounds=args.max_rounds,
+        control=not args.no_control,
+        stability=not args.no_stability,
         effects=tuple(dict.fromkeys(args.effects)),
         receiver_effect=args.receiver_effect,
         senders=not args.no_senders,
@@ -178,7 +218,7 @@ def main() -> int:
         f"--gpus-per-process {2 * args.gpus_per_process} (now {args.gpus_per_process}): one copy of the "
         "model over several GPUs",
         "--dtype bf16, if the model is stored in fp32",
-        "--tasks with shorter prompts, as needle_single:tokens=512",
+        f"--probe-tokens {args.probe_tokens // 4} (now {args.probe_tokens})",
     ]
     with out_of_memory_names("head selection", *advice), StopRequest(), Watchdog(args.timeout):
         head_map = select_heads(
@@ -199,6 +239,8 @@ def main() -> int:
             print(f"{task}: {facts['solved']} of {facts['drawn']} prompts solved")
         for task, facts in head_map.details.get("left_out", {}).items():
             print(f"{task}: left out, {facts['reason']}")
+        for _, text in report_lines(head_map.details):
+            print(text)
         print(f"{args.output}: {head_map.num_full_attention} full-attention heads")
         if not args.no_pictures:
             for picture in draw_head_map(head_map, args.output.with_suffix("")):

@@ -12,9 +12,7 @@ import random
 from collections.abc import Collection, Sequence
 from typing import Literal
 
-from megatron_hydra.errors import HydraError
-from megatron_hydra.evaluation.tasks import GenerationSample, SampleRequest, register_task
-from megatron_hydra.evaluation.text import (
+from megatron_hydra.data.text import (
     NOISE,
     Fitter,
     distinct_names,
@@ -22,6 +20,8 @@ from megatron_hydra.evaluation.text import (
     random_uuid,
     text_sentence,
 )
+from megatron_hydra.errors import HydraError
+from megatron_hydra.evaluation.tasks import GenerationSample, SampleRequest, register_task
 
 NEW_TOKENS = 128
 """Generated at most, as in RULER; generation stops as soon as the score is settled."""

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_hydra.data.text import Fitter
 from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation.tasks import GenerationSample, SampleRequest
-from megatron_hydra.evaluation.text import Fitter
 
 NEW_TOKENS = 32
 _INSTRUCTION = (

@@ -13,8 +13,8 @@ import random
 import string
 from collections.abc import Callable
 
+from megatron_hydra.data.text import NOISE, WORDS, Fitter, distinct_names, distinct_words
 from megatron_hydra.evaluation.tasks import GenerationSample, SampleRequest, register_task
-from megatron_hydra.evaluation.text import NOISE, WORDS, Fitter, distinct_names, distinct_words
 
 
 @dataclasses.dataclass(frozen=True)

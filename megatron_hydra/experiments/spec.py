@@ -77,9 +77,13 @@ class SelectionSpec:
     strategy: str = DEFAULT_STRATEGY
     ratio: str = DEFAULT_RATIO
     tasks: tuple[str, ...] = ()
-    num_prompts: int = 32
+    num_prompts: int = 40
     min_prompts: int = 8
+    probe_tokens: int = 4096
     solved: str = "top1"
+    max_rounds: int = 2
+    control: bool = True
+    stability: bool = True
     receiver_effect: str = "direct"
     senders: bool = True
     sender_weight: float = 0.5

@@ -179,7 +179,6 @@ def _select(workspace: Workspace, settings: Settings) -> None:
         options=SelectionOptions(
             num_prompts=settings.prompts,
             min_prompts=max(1, settings.prompts // 2),
-            attribution=False,
         ),
         show_progress=sys.stderr.isatty(),
     )
@@ -292,7 +291,7 @@ def commands_by_hand(workspace: Workspace, configs: Path, settings: dict[str, An
     commands: list[list[Any]] = [
         ["tools/select_heads.py", "--hf-path", teacher, "--ratio", RATIO, "--seed", seed]
         + ["--strategy", "global_interp"]
-        + ["--num-prompts", settings["prompts"], "--no-attribution"]
+        + ["--num-prompts", settings["prompts"]]
         + ["--tasks", f"jsonl:{workspace.prompts}", "--output", head_map],
         ["tools/hf_to_megatron.py", "--hf-path", teacher, "--output", workspace.teacher],
         ["tools/hf_to_megatron.py", "--hf-path", teacher, "--output", workspace.initial(student)]

@@ -10,9 +10,11 @@ from megatron_hydra.selection.capabilities import (
     JsonlCapability,
     register_capability,
 )
+from megatron_hydra.selection.curve import knockout_curve
+from megatron_hydra.selection.opening import Placement
 from megatron_hydra.selection.prompts import PromptPair
 from megatron_hydra.selection.ranking import Constraints
-from megatron_hydra.selection.select import Placement, select_heads
+from megatron_hydra.selection.select import select_heads
 from megatron_hydra.selection.strategies import STRATEGIES, SelectionOptions
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "Placement",
     "PromptPair",
     "SelectionOptions",
+    "knockout_curve",
     "register_capability",
     "select_heads",
 ]

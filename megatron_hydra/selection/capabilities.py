@@ -1,8 +1,10 @@
 """Capabilities as data: generators of aligned prompt pairs, for any tokenizer.
 
 A task is written ``name`` or ``name:key=value,key=value`` on the command line, and ``jsonl:PATH``
-for prompts of the user's own. A generator draws texts; those that the tokenizer does not align
-(clean and corrupted of unequal length) are thrown away and drawn again.
+for prompts of the user's own. :data:`GROUPS` are capabilities of several tasks, which are then its
+sub-probes; any other task is a capability by itself. A generator draws texts; those that the tokenizer
+does not align (clean and corrupted, or right and wrong answer, of unequal length) are thrown away and
+drawn again.
 
 The corruptions: where the context holds several facts, two *keys* change places (so the induction
 mechanism itself is needed: what precedes a value has changed, not the value); where it holds one
@@ -18,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_hydra.data.text import NOISE, distinct_names, random_number, text_sentence
 from megatron_hydra.errors import HydraError
 from megatron_hydra.selection.prompts import (
     Encode,
@@ -75,7 +78,7 @@ class Texts:
                 if len(encode(before)) != len(encode(after)):
                     return None
         clean, corrupted = "".join(self.clean), "".join(self.corrupted)
-        return pair_from_text(encode, clean, corrupted, self.answer, self.wrong)
+        return pair_from_text(encode, clean, corrupted, self.answer, self.wrong, equal=True)
 
 
 Draw = Callable[[random.Random, Mapping[str, str], Encode], Texts]
@@ -293,9 +296,6 @@ NOUNS = [
     "magnet",
     "needle",
 ]
-FILLER = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-)
 VARIABLES = [
     "width",
     "height",
@@ -320,28 +320,41 @@ VARIABLES = [
 ]
 
 
-def _number(generator: random.Random) -> str:
-    return str(generator.randint(10000, 99999))
+FACT = "One of the special magic numbers for {} is: {}. "
+"""RULER's needle (Hsieh et al., arXiv 2404.06654)."""
 
 
 def _haystack(
-    generator: random.Random, options: Mapping[str, str], tokens: int, encode: Encode
+    generator: random.Random,
+    options: Mapping[str, str],
+    tokens: int,
+    encode: Encode,
+    taken: Sequence[str],
 ) -> list[str]:
-    """Sentences of about ``tokens`` tokens in all: ``noise``, repeated ``filler`` or the user's
-    ``text``.
+    """Sentences of about ``tokens`` tokens in all.
+
+    Args:
+        taken: names that the needles of a haystack of needles must not have.
     """
     kind = options["haystack"]
-    if kind == "text":
+    if kind == "text" and options["path"]:
         return _user_sentences(generator, options["path"], tokens, encode)
-    sentences: list[str] = []
-    length = 0
+    names = list(taken)
+
+    def needle() -> str:
+        names.extend(distinct_names(generator, 1, names))
+        return FACT.format(names[-1], random_number(generator))
+
+    draw: dict[str, Callable[[], str]] = {
+        "noise": lambda: " ".join(generator.choices(NOUNS, k=8)).capitalize() + ". ",
+        "filler": lambda: NOISE + "\n",
+        "text": lambda: text_sentence(generator) + " ",
+        "needles": needle,
+    }
+    begin, sentences, length = len(encode("")), [], 0
     while length < tokens:
-        if kind == "noise":
-            sentence = " ".join(generator.choices(NOUNS, k=8)).capitalize() + ". "
-        else:
-            sentence = FILLER
-        sentences.append(sentence)
-        length += len(encode(sentence))
+        sentences.append(draw[kind]())
+        length += len(encode(sentences[-1])) - begin
     return sentences
 
 
@@ -365,24 +378,45 @@ def _user_sentences(generator: random.Random, path: str, tokens: int, encode: En
     return sentences
 
 
+def _names(generator: random.Random, count: int, encode: Encode) -> list[str]:
+    """Names such as ``misty-harbor`` of equally many tokens, so that any two can change places."""
+    by_length: dict[int, list[str]] = {}
+    names: list[str] = []
+    while True:
+        (name,) = distinct_names(generator, 1, names)
+        names.append(name)
+        alike = by_length.setdefault(len(encode(FACT.format(name, ""))), [])
+        alike.append(name)
+        if len(alike) == count:
+            return alike
+
+
 def _with_needles(
     generator: random.Random,
     options: Mapping[str, str],
     encode: Encode,
     facts: Sequence[tuple[str, str]],
 ) -> Callable[[Sequence[tuple[str, str]], str], tuple[str, ...]]:
-    """A text with room for facts at random depths, to be filled with facts and a question."""
-    line = "The special magic number for {} is {}. "
-    used = sum(len(encode(line.format(*fact))) for fact in facts) + 30
-    sentences = _haystack(generator, options, max(0, int(options["tokens"]) - used), encode)
+    """A text with room for facts at random depths, to be filled with facts and a question (RULER's words)."""
+    intro = (
+        "A special magic number is hidden within the following text. Make sure to memorize it. I will "
+        "quiz you about the number afterwards.\n"
+    )
+    question = (
+        "\nWhat is the special magic number for {0} mentioned in the provided text? The special magic "
+        "number for {0} mentioned in the provided text is:"
+    )
+    names = [name for name, _ in facts]
+    around = [intro, question.format(names[0]), *(FACT.format(*fact) for fact in facts)]
+    tokens = int(options["tokens"]) - sum(len(encode(text)) for text in around)
+    sentences = _haystack(generator, options, max(0, tokens), encode, names)
     places = sorted(generator.randrange(len(sentences) + 1) for _ in facts)
 
     def fill(facts: Sequence[tuple[str, str]], asked: str) -> tuple[str, ...]:
         text = list(sentences)
         for place, fact in reversed(list(zip(places, facts, strict=True))):
-            text.insert(place, line.format(*fact))
-        question = f"\nQuestion: What is the special magic number for {asked}?\n"
-        return (*text, question, f"Answer: The special magic number for {asked} is")
+            text.insert(place, FACT.format(*fact))
+        return (intro, *text, question.format(asked))
 
     return fill
 
@@ -390,7 +424,8 @@ def _with_needles(
 def _draw_needle_single(
     generator: random.Random, options: Mapping[str, str], encode: Encode
 ) -> Texts:
-    key, value, other = generator.choice(NOUNS), _number(generator), _number(generator)
+    (key,) = _names(generator, 1, encode)
+    value, other = random_number(generator), random_number(generator)
     fill = _with_needles(generator, options, encode, [(key, value)])
     clean, corrupted = fill([(key, value)], key), fill([(key, other)], key)
     return Texts(clean, corrupted, f" {value}", f" {other}")
@@ -399,8 +434,8 @@ def _draw_needle_single(
 def _draw_needle_multi(
     generator: random.Random, options: Mapping[str, str], encode: Encode
 ) -> Texts:
-    keys = generator.sample(NOUNS, int(options["keys"]))
-    facts = [(key, _number(generator)) for key in keys]
+    keys = _names(generator, int(options["keys"]), encode)
+    facts = [(key, random_number(generator)) for key in keys]
     a, b = generator.sample(range(len(facts)), 2)
     fill = _with_needles(generator, options, encode, facts)
     clean, corrupted = fill(facts, keys[a]), fill(_keys_exchanged(facts, a, b), keys[a])
@@ -440,6 +475,19 @@ def _draw_arithmetic(generator: random.Random, options: Mapping[str, str], encod
     return Texts((shots, str(a), end), (shots, str(other), end), f" {a + b}", f" {other + b}")
 
 
+def _draw_sequence(generator: random.Random, options: Mapping[str, str], encode: Encode) -> Texts:
+    """Numbers at equal distances; corrupted: others at the same distance."""
+    terms, step = int(options["terms"]), generator.randint(2, 9)
+    starts = generator.sample(range(10, 60), 2)
+
+    def text(start: int) -> str:
+        return ", ".join(str(start + i * step) for i in range(terms)) + ","
+
+    clean, corrupted = map(text, starts)
+    answer, wrong = (f" {start + terms * step}" for start in starts)
+    return Texts((clean,), (corrupted,), answer, wrong)
+
+
 def _draw_code(generator: random.Random, options: Mapping[str, str], encode: Encode) -> Texts:
     count = int(options["variables"])
     values = [str(value) for value in generator.sample(range(10, 100), count)]
@@ -459,21 +507,39 @@ def _draw_code(generator: random.Random, options: Mapping[str, str], encode: Enc
 Factory = Callable[[str, Mapping[str, str]], Capability]
 
 _TEXT_TASKS: dict[str, tuple[Draw, dict[str, str]]] = {
-    "needle_single": (_draw_needle_single, {"haystack": "filler", "tokens": "256", "path": ""}),
+    "needle_single": (_draw_needle_single, {"haystack": "filler", "tokens": "", "path": ""}),
     "needle_multi": (
         _draw_needle_multi,
-        {"haystack": "noise", "tokens": "256", "keys": "4", "path": ""},
+        {"haystack": "text", "tokens": "", "keys": "4", "path": ""},
     ),
     "facts": (_draw_facts, {"facts": "5"}),
     "arithmetic": (_draw_arithmetic, {"largest": "49"}),
     "code": (_draw_code, {"variables": "5"}),
+    "sequence": (_draw_sequence, {"terms": "5"}),
 }
-_NUMBERS = {"tokens": 1, "keys": 2, "facts": 2, "largest": 5, "variables": 2, "length": 4}
-_HAYSTACKS = ("noise", "filler", "text")
+_NUMBERS = {
+    "tokens": 1, "keys": 2, "facts": 2, "largest": 5, "variables": 2, "length": 4, "terms": 3,
+}  # fmt: skip
+_HAYSTACKS = ("noise", "filler", "text", "needles")
 _REGISTERED: dict[str, Factory] = {}
 
+PROBE_TOKENS = 4096
+"""Length of a needle prompt that does not say ``tokens``; as the paper's."""
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "retrieval": (
+        "needle_single:haystack=filler",  # RULER's niah_single_1
+        "needle_single:haystack=text",  # niah_single_2
+        "needle_multi:haystack=filler",
+        "needle_multi:haystack=text",  # niah_multikey_1
+        "needle_multi:haystack=needles",  # niah_multikey_2
+    ),
+    "general": ("induction", "facts", "arithmetic", "code", "sequence"),
+}
+"""The paper's two capabilities: long-context retrieval and general ability, with their sub-probes."""
+
 # Tried where none is named; those that a model or its tokenizer has no use for are left out.
-DEFAULT_TASKS = ("needle_single", "needle_multi", "induction", "facts", "arithmetic", "code")
+DEFAULT_TASKS: tuple[Any, ...] = tuple(GROUPS)
 
 
 def register_capability(name: str, factory: Factory) -> None:
@@ -487,11 +553,14 @@ def register_capability(name: str, factory: Factory) -> None:
 
 def task_names() -> list[str]:
     """Names of all generators."""
-    return sorted({*_TEXT_TASKS, "induction", "jsonl", *_REGISTERED})
+    return sorted({*GROUPS, *_TEXT_TASKS, "induction", "jsonl", *_REGISTERED})
 
 
-def make_capability(task: str) -> Capability:
-    """The capability of a task as written on the command line.
+def make_capability(task: str, probe_tokens: int = PROBE_TOKENS) -> Capability:
+    """The generator of a task as written on the command line.
+
+    Args:
+        probe_tokens: length of needle prompts whose ``tokens`` are not given.
 
     Raises:
         HydraError: an unknown task or option, or a value that an option cannot have.
@@ -511,6 +580,8 @@ def make_capability(task: str) -> Capability:
         raise HydraError(f"--tasks {task}: no such task; there are {', '.join(task_names())}")
     draw, defaults = _TEXT_TASKS[name]
     _check_options(task, options, defaults)
+    if "tokens" in defaults:
+        defaults = defaults | {"tokens": str(probe_tokens)}
     return TextCapability(task, draw, {**defaults, **options})
 
 
@@ -530,11 +601,11 @@ def _check_options(task: str, options: Mapping[str, str], defaults: Mapping[str,
             raise HydraError(f"--tasks {task}: no option {key!r}; there are {', '.join(defaults)}")
         if key in _NUMBERS and (not value.isdecimal() or int(value) < _NUMBERS[key]):
             raise HydraError(f"--tasks {task}: {key} must be a number of at least {_NUMBERS[key]}")
-    pools = {"facts": len(CITIES), "keys": len(NOUNS), "variables": len(VARIABLES)}
+    pools = {"facts": len(CITIES), "keys": 64, "variables": len(VARIABLES)}
     for key, size in pools.items():
         if int(options.get(key, "0")) > size:
             raise HydraError(f"--tasks {task}: {key} can be at most {size}")
     if options.get("haystack", "noise") not in _HAYSTACKS:
         raise HydraError(f"--tasks {task}: haystack must be one of {', '.join(_HAYSTACKS)}")
-    if options.get("haystack") == "text" and not options.get("path"):
-        raise HydraError(f"--tasks {task}: haystack=text needs path=FILE")
+    if options.get("path") and options.get("haystack", defaults.get("haystack")) != "text":
+        raise HydraError(f"--tasks {task}: path=FILE needs haystack=text")

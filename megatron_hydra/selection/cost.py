@@ -8,7 +8,7 @@ once, attention grows with the keys it sees, and a patched run costs the layers 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_hydra.selection.prompts import PromptBatch
 from megatron_hydra.selection.runner import DecoderRunner
@@ -22,17 +22,20 @@ class Tokens:
         pairs: P.
         prefix: tokens at the start that both prompts share.
         rest: T', those after it.
+        span: A, tokens of an answer.
     """
 
     pairs: int
     prefix: int
     rest: int
+    span: int = 1
 
     @classmethod
     def of(cls, batch: PromptBatch) -> Tokens:
         """The size of a batch."""
         prefix = batch.shared_prefix
-        return cls(len(batch.index), prefix, batch.clean.shape[1] - prefix)
+        rest = batch.clean.shape[1] - prefix
+        return cls(len(batch.index), prefix, rest, batch.answer.shape[1])
 
     @property
     def length(self) -> int:
@@ -105,7 +108,9 @@ class DecoderCost:
 
     def baseline(self, tokens: Tokens) -> float:
         """Both runs, and the clean one's logits of all tokens at the answer."""
-        return self.streams(tokens) + 2.0 * tokens.pairs * self.hidden * self.vocabulary
+        return (
+            self.streams(tokens) + 2.0 * tokens.pairs * tokens.span * self.hidden * self.vocabulary
+        )
 
     def attribution(self, tokens: Tokens) -> float:
         """A forward, and a backward to the head outputs: weights have no gradient."""
@@ -131,6 +136,51 @@ class DecoderCost:
         return self.prefix(tokens) + sum(
             self.patched(tokens, layer, 1) for layer in range(self.layers)
         )
+
+    def clean_run(self, tokens: Tokens) -> float:
+        """The clean prompts alone, from their first token."""
+        return self.layers * self._layer(tokens.pairs * tokens.length, tokens.length)
+
+    def receivers(self, tokens: Tokens) -> float:
+        """Both streams, and a row at every answer position for every head through the MLPs that follow."""
+        rows = self.query_heads * tokens.pairs * tokens.span
+        mlps = self.layers * (self.layers + 1) / 2
+        return self.streams(tokens) + rows * (self.layers * self._one_head_out + mlps * self._mlp)
+
+    def senders(
+        self,
+        tokens: Tokens,
+        layer: int,
+        heads: float,
+        newest: Mapping[int, int],
+        older: Mapping[int, int],
+    ) -> float:
+        """Candidates of one layer, one at a time, to the newest receivers and through the older ones.
+
+        What is computed once for all layers is :meth:`streams`.
+
+        Args:
+            heads: candidates.
+            newest, older: how many receivers there are in a layer.
+        """
+        rows = heads * tokens.pairs * tokens.rest
+        narrow = heads * tokens.pairs * tokens.span
+        above = [at for at in newest if at > layer]
+        if not above:
+            return 0.0
+        last_live = max(older, default=-1)
+        whole = rows * self._one_head_out + rows * self._mlp * (max(above) - layer)
+        for at in range(min(above), self.layers):
+            wide = at < last_live
+            whole += (rows if wide else narrow) * self._mlp
+            for count in (newest.get(at, 0), older.get(at, 0) if at > min(above) else 0):
+                asked = rows if wide else narrow
+                # Keys and values of KV heads that are read: at most one for each receiver.
+                read = min(count, self.kv_heads) / self.kv_heads * self._keys_and_values
+                whole += rows * read + asked * count * (
+                    2 * self._one_head_out + 4.0 * self.head_dim * tokens.length
+                )
+        return whole
 
     def paths(self, tokens: Tokens, receivers: Sequence[int]) -> float:
         """All senders of one layer to the receivers above it.

@@ -6,14 +6,15 @@ import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_hydra.errors import HydraError
-from megatron_hydra.selection import patching
+from megatron_hydra.selection import knockout, noising, patching
 from megatron_hydra.selection.cost import DecoderCost, Tokens
 from megatron_hydra.selection.patching import Head
 from megatron_hydra.selection.prompts import PromptBatch, PromptPair, make_batches
@@ -24,8 +25,20 @@ from megatron_hydra.watchdog import feed_watchdog
 
 BatchResult = Callable[[PromptBatch], Result]
 
+LEAST_GAP = 0.1
+"""A pair whose gap, clean minus corrupted readout, is below this share of its task's median says next to
+nothing, and dividing by it would blow noise up: it does not count as solved."""
+
+SENDERS = "senders"
+
+SAMPLE_COST = 3e10
+"""Operations of a batch that paces are first taken from: seconds on a CPU."""
+
 _OVER_BATCHES: dict[str, Callable[[DecoderCost, Tokens], float]] = {
     "baseline": DecoderCost.baseline,
+    "receivers": DecoderCost.receivers,
+    "means": DecoderCost.clean_run,
+    "control": DecoderCost.clean_run,
     "direct": DecoderCost.streams,
     "attention": DecoderCost.streams,
     "attribution": DecoderCost.attribution,
@@ -48,6 +61,11 @@ class Solved:
     keep: list[int]
     clean: np.ndarray
     corrupted: np.ndarray
+
+    @property
+    def gap(self) -> np.ndarray:
+        """How far the corruption lowers m, ``[P]``; positive."""
+        return self.clean - self.corrupted
 
 
 class EffectEngine:
@@ -93,6 +111,18 @@ class EffectEngine:
         """Announce the path patching of a task."""
         self.bench.plan(Stage("paths", name), self._path_chunks(name, prompts, receivers))
 
+    def plan_senders(
+        self,
+        name: str,
+        prompts: Solved,
+        number: int,
+        newest: Sequence[Head],
+        older: Sequence[Head],
+    ) -> None:
+        """Announce a round of path patching of a task."""
+        chunks = self._sender_chunks(name, prompts, newest, older)
+        self.bench.plan(Stage(senders_kind(number), name), chunks)
+
     def expect(
         self,
         name: str,
@@ -112,6 +142,15 @@ class EffectEngine:
         layers, cost = self._layers, self._cost
         spread = min(receivers, layers)
         above = [[1] * round(spread * (layers - 1 - i) / layers) for i in range(layers)]
+        # As a rule: receivers in the upper half, the last of them high up, and their senders in the middle.
+        upper = dict.fromkeys(range(layers // 2, layers), 1)
+        middle = dict.fromkeys(range(layers // 4, layers // 2 + 1), 1)
+
+        def senders(tokens: Tokens, newest: dict[int, int], older: dict[int, int]) -> float:
+            heads = self.runner.num_heads
+            of_layer = [cost.senders(tokens, i, heads, newest, older) for i in range(layers)]
+            return cost.streams(tokens) + sum(of_layer)
+
         by_kind: dict[str, Callable[[Tokens], float]] = {
             "total": lambda tokens: (
                 cost.prefix(tokens)
@@ -120,28 +159,45 @@ class EffectEngine:
             "paths": lambda tokens: (
                 cost.streams(tokens) + sum(cost.paths(tokens, above[i]) for i in range(layers))
             ),
+            senders_kind(1): lambda tokens: senders(tokens, upper, {}),
+            # The best heads, and as many random ones.
+            "control": lambda tokens: 2 * cost.clean_run(tokens),
         }
         sizes = [Tokens.of(batch) for batch in self._batches(_everything(pairs))]
         for kind in kinds:
-            of_batch = by_kind.get(kind) or functools.partial(_OVER_BATCHES[kind], cost)
+            of_batch = by_kind.get(kind)
+            if of_batch is None and kind.startswith(SENDERS):
+                of_batch = functools.partial(senders, newest=middle, older=upper)
+            elif of_batch is None:
+                of_batch = functools.partial(_OVER_BATCHES[kind], cost)
             self.bench.time_left.plan(Stage(kind, name), share * sum(map(of_batch, sizes)))
 
-    def time_samples(self, pairs: list[PromptPair], kinds: Sequence[str]) -> None:
-        """Time a little of the kinds of work that go at another pace than forwards do.
+    def time_samples(self, tasks: Iterable[list[PromptPair]], kinds: Sequence[str]) -> None:
+        """Time a little of every kind of work, that of plain forwards first.
 
         The results are thrown away. On the first process only: others would do the same.
 
         Args:
-            pairs: of one task; one of its batches is used.
+            tasks: their pairs; the batch is used whose cost is nearest to :data:`SAMPLE_COST`.
         """
-        batches = self._batches(_everything(pairs))
-        batch, last = batches[len(batches) // 2], self._layers - 1
-        runner, size, cost = self.runner, self.tokens_per_batch, self._cost
+        cost, runner, size = self._cost, self.runner, self.tokens_per_batch
+        batches = [batch for pairs in tasks for batch in self._batches(_everything(pairs))]
+
+        def distance(batch: PromptBatch) -> float:
+            return abs(math.log(cost.streams(Tokens.of(batch)) / SAMPLE_COST))
+
+        batch, last = min(batches, key=distance), self._layers - 1
         tokens, middle = Tokens.of(batch), self._layers // 2
+        above = range(middle + 1, last + 1)
         samples: dict[str, tuple[float, Callable[[], Any]]] = {
+            "baseline": (cost.baseline(tokens), lambda: patching.baseline(runner, batch)),
             "attribution": (
                 cost.attribution(tokens),
                 lambda: patching.attribution_effects(runner, batch),
+            ),
+            "receivers": (
+                cost.receivers(tokens),
+                lambda: noising.receiver_falls(runner, batch, size),
             ),
             "total": (
                 cost.prefix(tokens)
@@ -156,12 +212,25 @@ class EffectEngine:
             "paths": (
                 cost.streams(tokens) + cost.paths(tokens, [1] * (last - middle)),
                 lambda: list(
-                    patching.path_effects(
-                        runner, batch, [middle], [(i, 0) for i in range(middle + 1, last + 1)], size
+                    patching.path_effects(runner, batch, [middle], [(i, 0) for i in above], size)
+                ),
+            ),
+            SENDERS: (
+                cost.streams(tokens)
+                + cost.senders(tokens, middle, runner.num_heads + 1, dict.fromkeys(above, 1), {}),
+                lambda: list(
+                    noising.sender_falls(
+                        runner,
+                        batch,
+                        [(middle, h) for h in range(runner.num_heads)],
+                        [(i, 0) for i in above],
+                        [],
+                        size,
                     )
                 ),
             ),
         }
+        patching.baseline(runner, batch)  # what the first call pays for is no part of the pace
         for kind in [kind for kind in samples if kind in kinds]:
             expected, compute = samples[kind]
             feed_watchdog()
@@ -196,9 +265,10 @@ class EffectEngine:
         """Drop the prompts that the model does not solve.
 
         Args:
-            rule: ``top1``: the answer is the clean run's most likely token, and the corruption
-                lowers its logit difference; ``pair``: the clean run prefers the answer, the
-                corrupted run the wrong one; ``off``: keep all that the corruption lowers.
+            rule: ``top1``: every token of the answer is the clean run's most likely one, and the
+                corruption lowers the readout; ``pair``: the clean run prefers the answer, the
+                corrupted run the wrong one; ``off``: keep all that the corruption lowers. Pairs that
+                it hardly lowers (:data:`LEAST_GAP`) are dropped by every rule.
 
         Returns:
             What is left; it may be nothing.
@@ -207,7 +277,10 @@ class EffectEngine:
         columns = self._baseline(name, batches, range(len(batches)))
         order = np.argsort([i for batch in batches for i in batch.index])
         clean, corrupted = (columns[key].numpy()[order] for key in ("clean", "corrupted"))
-        keep = np.flatnonzero(_is_solved(columns, rule)[order])
+        good, gap = _is_solved(columns, rule)[order], clean - corrupted
+        if good.any():
+            good &= gap >= LEAST_GAP * np.median(gap[good])
+        keep = np.flatnonzero(good)
         return Solved(pairs, keep.tolist(), clean[keep], corrupted[keep])
 
     def _baseline(self, name: str, batches: list[PromptBatch], picked: Sequence[int]) -> Result:
@@ -228,6 +301,87 @@ class EffectEngine:
         return {key: torch.cat([r[key] for r in results]) for key in results[0]}
 
     # -- all heads of one capability ---------------------------------------------------------------
+
+    def receivers(self, name: str, prompts: Solved) -> np.ndarray:
+        """What each head's direct path takes of the readout (equation 10), ``[L, H, P]``."""
+        columns = self._over_batches(
+            Stage("receivers", name),
+            prompts,
+            lambda batch: {
+                "fall": noising.receiver_falls(self.runner, batch, self.tokens_per_batch)
+            },
+        )
+        return columns["fall"].numpy()
+
+    def senders(
+        self,
+        name: str,
+        prompts: Solved,
+        number: int,
+        newest: Sequence[Head],
+        older: Sequence[Head],
+    ) -> np.ndarray:
+        """What each head takes of the readout through the newest receivers (equation 11), ``[L, H, P]``.
+
+        Args:
+            number: of the round, from 1.
+            newest, older: see :func:`megatron_hydra.selection.noising.sender_falls`.
+        """
+        runner, batches = self.runner, self._batches(prompts)
+        chunks = self._sender_chunks(name, prompts, newest, older)
+
+        def compute(b: int, members: list[Chunk]) -> Iterator[tuple[Chunk, Result]]:
+            by_layer = {c.layer: c for c in members}
+            candidates = [(layer, h) for layer in by_layer for h in range(runner.num_heads)]
+            for layer, _, fall in noising.sender_falls(
+                runner, batches[b], candidates, newest, older, self.tokens_per_batch
+            ):
+                yield by_layer[layer], {"fall": fall}
+
+        results = self._run(Stage(senders_kind(number), name), chunks, compute)
+        fall = np.zeros((self._layers, runner.num_heads, len(prompts.pairs)))
+        for chunk in chunks:
+            columns = list(batches[chunk.batch].index)
+            fall[chunk.layer][:, columns] = results[chunk.key]["fall"].numpy()
+        return fall[:, :, prompts.keep]
+
+    def mean_outputs(self, tasks: Mapping[str, Solved]) -> torch.Tensor:
+        """Every head's mean output over the clean runs of some tasks, ``[L, H, d]`` float64."""
+        total, count = torch.zeros(()), 0
+        for name, prompts in tasks.items():
+            batches = self._batches(prompts)
+            stage = Stage("means", name)
+            chunks = self._batch_chunks(stage, batches)
+
+            def compute(
+                b: int, members: list[Chunk], batches: list[PromptBatch] = batches
+            ) -> Iterator[tuple[Chunk, Result]]:
+                for chunk in members:
+                    yield chunk, {"sum": knockout.output_sums(self.runner, batches[b])}
+
+            results = self._run(stage, chunks, compute)
+            total = sum((results[c.key]["sum"] for c in chunks), total)
+            count += sum(knockout.num_tokens(batch) for batch in batches)
+        return total / count
+
+    def plan_control(self, name: str, prompts: Solved, times: int) -> None:
+        """Announce so many runs without some heads, for :meth:`knock_out`."""
+        stage = Stage("control", name)
+        cost = sum(chunk.cost for chunk in self._batch_chunks(stage, self._batches(prompts)))
+        self.bench.time_left.plan(stage, times * cost)
+
+    def knock_out(
+        self, name: str, prompts: Solved, heads: Sequence[Head], means: torch.Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The readout without some heads, and whether the answers are still right, ``[P]`` each."""
+        columns = self._over_batches(
+            Stage("control", name),
+            prompts,
+            lambda batch: dataclasses.asdict(knockout.knock_out(self.runner, batch, heads, means)),
+            about=f"-{_digest(heads)}",
+            planned=True,
+        )
+        return columns["m"].numpy(), columns["right"].numpy()
 
     def direct(self, name: str, prompts: Solved) -> np.ndarray:
         """Normalised direct effects, ``[L, H]``."""
@@ -310,10 +464,12 @@ class EffectEngine:
 
     # -- chunks ------------------------------------------------------------------------------------
 
-    def _batch_chunks(self, stage: Stage, batches: list[PromptBatch]) -> list[Chunk]:
+    def _batch_chunks(
+        self, stage: Stage, batches: list[PromptBatch], about: str = ""
+    ) -> list[Chunk]:
         cost = _OVER_BATCHES[stage.kind]
         return [
-            Chunk(f"{stage}-b{b}", cost=cost(self._cost, Tokens.of(batch)), batch=b)
+            Chunk(f"{stage}-b{b}{about}", cost=cost(self._cost, Tokens.of(batch)), batch=b)
             for b, batch in enumerate(batches)
         ]
 
@@ -328,6 +484,25 @@ class EffectEngine:
             )
             for b, batch in enumerate(self._batches(prompts))
             for layer, heads_here in self._by_layer(heads).items()
+        ]
+
+    def _sender_chunks(
+        self, name: str, prompts: Solved, newest: Sequence[Head], older: Sequence[Head]
+    ) -> list[Chunk]:
+        top = max((layer for layer, _ in newest), default=0)
+        counts = [collections.Counter(layer for layer, _ in heads) for heads in (newest, older)]
+        return [
+            Chunk(
+                f"senders-{name}-b{b}-l{layer}-{_digest(newest)}-{_digest(older)}",
+                cost=self._cost.senders(Tokens.of(batch), layer, self.runner.num_heads, *counts),
+                # The streams, and the unpatched run that all are compared with.
+                setup=self._cost.streams(Tokens.of(batch))
+                + self._cost.senders(Tokens.of(batch), 0, 1, *counts),
+                batch=b,
+                layer=layer,
+            )
+            for b, batch in enumerate(self._batches(prompts))
+            for layer in range(top)
         ]
 
     def _path_chunks(self, name: str, prompts: Solved, receivers: Sequence[Head]) -> list[Chunk]:
@@ -380,16 +555,28 @@ class EffectEngine:
         )
         return normalise(columns["m"].numpy(), prompts)
 
-    def _over_batches(self, stage: Stage, prompts: Solved, measure: BatchResult) -> Result:
-        """``measure`` on every batch; prompts (the last axis) back in the order of ``keep``."""
+    def _over_batches(
+        self,
+        stage: Stage,
+        prompts: Solved,
+        measure: BatchResult,
+        about: str = "",
+        planned: bool = False,
+    ) -> Result:
+        """``measure`` on every batch; prompts (the last axis) back in the order of ``keep``.
+
+        Args:
+            about: what tells these results from others of the stage.
+            planned: the stage was announced, with more than this.
+        """
         batches = self._batches(prompts)
-        chunks = self._batch_chunks(stage, batches)
+        chunks = self._batch_chunks(stage, batches, about)
 
         def compute(b: int, members: list[Chunk]) -> Iterator[tuple[Chunk, Result]]:
             for chunk in members:
                 yield chunk, measure(batches[b])
 
-        results = self._run(stage, chunks, compute)
+        results = (self.bench.run if planned else self._run)(stage, chunks, compute)
         order = np.argsort([i for batch in batches for i in batch.index])
         names = results[chunks[0].key]
         return {
@@ -426,6 +613,11 @@ def normalise(m: np.ndarray, prompts: Solved) -> np.ndarray:
     """
     gap = prompts.clean.mean() - prompts.corrupted.mean()
     return (m.mean(-1) - prompts.corrupted.mean()) / gap
+
+
+def senders_kind(number: int) -> str:
+    """The kind of work of a round of path patching; all rounds have one pace."""
+    return SENDERS if number == 1 else f"{SENDERS}_{number}"
 
 
 def top_heads(scores: np.ndarray, count: int, share: float) -> list[Head]:

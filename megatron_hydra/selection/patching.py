@@ -1,8 +1,8 @@
-"""Exact causal effects of query heads (design §4), batched over heads and prompts.
+"""Our own causal effects of query heads, clean into corrupted ("denoising"), batched over heads and prompts.
 
-All functions take one batch of prompt pairs and return the logit difference
-m = logit(answer) − logit(wrong) *after* the intervention, in float64 on the CPU; how it is
-normalised is for :mod:`megatron_hydra.selection.effects`. "Frozen" means: at its value in the
+The paper's, corrupted into clean, are in :mod:`megatron_hydra.selection.noising`. All functions take one
+batch of prompt pairs and return the span readout m *after* the intervention, in float64 on the CPU; how
+it is normalised is for :mod:`megatron_hydra.selection.effects`. "Frozen" means: at its value in the
 corrupted run.
 """
 
@@ -29,7 +29,7 @@ class Baseline:
 
     Attributes:
         clean, corrupted: m of the two runs, ``[P]``.
-        solved: whether the clean run's most likely token is the answer, ``[P]`` bool.
+        solved: whether every token of the answer is the clean run's most likely one, ``[P]`` bool.
     """
 
     clean: torch.Tensor
@@ -41,11 +41,10 @@ class Baseline:
 def baseline(runner: DecoderRunner, batch: PromptBatch) -> Baseline:
     """Run both prompts of every pair as they are."""
     x = PairedStreams(runner, batch).finish()
-    clean, corrupted = runner.logit_difference(
-        x.unflatten(0, (2, -1)), runner.logit_direction(batch)
-    )
-    top = runner.logits(x[: len(batch.index)]).argmax(-1).cpu()
-    return Baseline(_result(clean), _result(corrupted), top == batch.answer)
+    clean, corrupted = runner.readout(x.unflatten(0, (2, -1)), runner.readout_direction(batch))
+    top = runner.logits(_clean(x)).argmax(-1).cpu()
+    right = (top == batch.answer) | (batch.weights == 0)
+    return Baseline(_result(clean), _result(corrupted), right.all(-1))
 
 
 @torch.no_grad()
@@ -64,12 +63,12 @@ def direct_effects(runner: DecoderRunner, batch: PromptBatch) -> torch.Tensor:
         change = _clean_minus_corrupted(streams.at_answer(streams.advance().z))
         weights = runner.head_output_weights(layer, range(runner.num_heads)).float()
         contributions.append(
-            torch.einsum("phd,hdD->hpD", change.float(), weights).to(runner.last_device)
+            torch.einsum("pahd,hdD->hpaD", change.float(), weights).to(runner.last_device)
         )
     frozen = _corrupted(streams.at_answer(streams.x)).float()
-    direction = runner.logit_direction(batch)
+    direction = runner.readout_direction(batch)
     return torch.stack(
-        [_result(runner.logit_difference(frozen + delta, direction)) for delta in contributions]
+        [_result(runner.readout(frozen + delta, direction)) for delta in contributions]
     )
 
 
@@ -93,7 +92,7 @@ def total_effects(
         layer, its patched heads (ascending), m ``[n, P]``; layers ascending.
     """
     streams = PairedStreams(runner, batch)
-    direction = runner.logit_direction(batch)
+    direction = runner.readout_direction(batch)
     tokens = streams.num_prompts * len(streams.positions)
     together = max(1, tokens_per_batch // tokens)
     for layer in range(max(layer for layer, _ in heads) + 1):
@@ -115,14 +114,14 @@ def layer_effects(runner: DecoderRunner, batch: PromptBatch) -> torch.Tensor:
         m, ``[L, P]``.
     """
     streams = PairedStreams(runner, batch)
-    direction = runner.logit_direction(batch)
+    direction = runner.readout_direction(batch)
     results = []
     for layer in range(runner.num_layers):
         state = streams.advance()
         weights = runner.head_output_weights(layer, range(runner.num_heads))
         delta = torch.einsum("pthd,hdD->ptD", _clean_minus_corrupted(state.z), weights)
         x = streams.continue_from(layer, _corrupted(state.x_mid) + delta)
-        results.append(_result(runner.logit_difference(x, direction)))
+        results.append(_result(runner.readout(x, direction)))
     return torch.stack(results)
 
 
@@ -138,7 +137,7 @@ def _patched_runs(
     delta = torch.einsum("pthd,hdD->hptD", change, runner.head_output_weights(layer, heads))
     patched = (_corrupted(state.x_mid) + delta).flatten(0, 1)
     x = streams.continue_from(layer, patched).unflatten(0, (len(heads), -1))
-    return _result(runner.logit_difference(x, direction))
+    return _result(runner.readout(x, direction))
 
 
 # -- path patching --------------------------------------------------------------------------------
@@ -152,10 +151,10 @@ class _ReceiverLayer:
     heads: list[int]
     kv_heads: list[int]  # that each of them reads
     x_in: torch.Tensor  # [P, T', D]
-    q: torch.Tensor  # at the answer, [P, 1, n, d]
+    q: torch.Tensor  # at the answer, [P, A, n, d]
     k: torch.Tensor  # [P, T, n, d]
     v: torch.Tensor
-    z: torch.Tensor  # at the answer, [P, n, d]
+    z: torch.Tensor  # at the answer, [P, A, n, d]
 
 
 @torch.no_grad()
@@ -171,7 +170,7 @@ def path_effects(
     A sender's clean output changes the residual stream by its o_proj contribution alone (all other
     heads and all MLPs in between are frozen); that change is seen only by the receivers, in their
     queries, keys or values; the receivers' new outputs go straight to the logits. So only the
-    answer's position of a receiver matters.
+    answer positions of a receiver matter.
 
     Args:
         sender_layers: all heads of these layers are senders.
@@ -185,7 +184,7 @@ def path_effects(
     if not wanted:
         return
     streams = PairedStreams(runner, batch)
-    direction = runner.logit_direction(batch)
+    direction = runner.readout_direction(batch)
     changes, stages = {}, []
     for layer in range(runner.num_layers):
         state = streams.advance()
@@ -206,7 +205,7 @@ def path_effects(
             written = torch.zeros(len(PATHS), len(heads), *frozen.shape, device=frozen.device)
             for stage in above:
                 written += _heard(runner, streams, stage, delta).to(written.device)
-            parts.append(_result(runner.logit_difference(frozen + written, direction)))
+            parts.append(_result(runner.readout(frozen + written, direction)))
         yield sender, torch.cat(parts, dim=1)
 
 
@@ -219,17 +218,17 @@ def _receiver_layer(
         heads=heads,
         kv_heads=kv_heads,
         x_in=_corrupted(state.x_in),
-        q=streams.at_answer(_corrupted(state.q))[:, None, heads],
+        q=streams.at_answer(_corrupted(state.q))[:, :, heads],
         k=_corrupted(state.k)[:, :, kv_heads],
         v=_corrupted(state.v)[:, :, kv_heads],
-        z=streams.at_answer(_corrupted(state.z))[:, heads],
+        z=streams.at_answer(_corrupted(state.z))[:, :, heads],
     )
 
 
 def _heard(
     runner: DecoderRunner, streams: PairedStreams, stage: _ReceiverLayer, delta: torch.Tensor
 ) -> torch.Tensor:
-    """What the receivers of one layer write at the answer, changed by senders, ``[4, n, P, D]``
+    """What the receivers of one layer write at the answer, changed by senders, ``[4, n, P, A, D]``
     float32.
 
     Args:
@@ -245,8 +244,8 @@ def _heard(
     )
     # Only the receivers' queries are asked, so only what they read is compared.
     k, v = k[:, :, stage.kv_heads], v[:, :, stage.kv_heads]
-    answer = streams.batch.answer_position.to(delta.device).repeat(count)[:, None]
-    q = runner.queries(layer, streams.at_answer(normed)[:, None], answer)[:, :, stage.heads]
+    answer = streams.answer_positions(count, delta.device)
+    q = runner.queries(layer, streams.at_answer(normed), answer, stage.heads)
     old_q, old_k, old_v = (t.repeat(count, 1, 1, 1) for t in (stage.q, stage.k, stage.v))
     weights = runner.head_output_weights(layer, stage.heads).float()
     written = []
@@ -256,9 +255,9 @@ def _heard(
         (old_q, old_k, v),
         (q, k, v),
     ):
-        z = runner.attend(layer, queries, keys, values, answer, grouped=False)[:, 0]
+        z = runner.attend(layer, queries, keys, values, answer, grouped=False)
         change = (z.unflatten(0, (count, -1)) - stage.z).float()
-        written.append(torch.einsum("nphd,hdD->npD", change, weights))
+        written.append(torch.einsum("npahd,hdD->npaD", change, weights))
     return torch.stack(written)
 
 
@@ -284,7 +283,7 @@ def attribution_effects(runner: DecoderRunner, batch: PromptBatch) -> torch.Tens
         states_z.append(streams.advance(probe).z.detach())
         probes.append(probe)
     x = _corrupted(streams.at_answer(streams.x))
-    m = runner.logit_difference(x, runner.logit_direction(batch))
+    m = runner.readout(x, runner.readout_direction(batch))
     # Rows of a batch do not see each other, so the gradient of the sum holds every prompt's own.
     gradients = torch.autograd.grad(m.sum(), probes)
     estimates = [
@@ -302,17 +301,17 @@ def attention_mass(runner: DecoderRunner, batch: PromptBatch) -> torch.Tensor:
     """Retrieval score after Wu et al. (arXiv 2404.15574): how much a head looks at what is to be
     copied.
 
-    The attention mass from the answer's position onto earlier occurrences of the answer token in
-    the clean prompt, ``[L, H, P]``; NaN for prompts whose answer does not occur in their context.
+    The attention mass from the first answer position onto earlier occurrences of the answer's first token
+    in the clean prompt, ``[L, H, P]``; NaN for prompts whose answer does not occur in their context.
     """
     streams = PairedStreams(runner, batch)
     length = batch.clean.shape[1]
-    before = torch.arange(length) <= batch.answer_position[:, None]
-    copied = (batch.clean == batch.answer[:, None]) & before
+    before = torch.arange(length) <= batch.answer_positions[:, :1]
+    copied = (batch.clean == batch.answer[:, :1]) & before
     rows = []
     for layer in range(runner.num_layers):
         state = streams.advance()
-        q = streams.at_answer(_clean(state.q)).float()
+        q = streams.at_answer(state.q)[: len(batch.index), 0].float()
         k = _clean(state.k).float().repeat_interleave(runner.group_size, 2)
         scores = torch.einsum("phd,pthd->hpt", q, k) * runner.layers[layer].self_attn.scaling
         scores = scores.masked_fill(~before.to(q.device), -torch.inf)

@@ -21,8 +21,8 @@ def draw_head_map(head_map: HeadMap, prefix: str | os.PathLike[str]) -> list[Pat
 
     ``capabilities``: a heatmap for each capability; ``unified``: the ranked score with the chosen
     heads marked; both name the tasks that were left out. ``distribution``: sorted scores; ``overlap``:
-    top heads that two capabilities share; ``layers``: FA heads in each layer. Maps of strategies
-    without scores get the last only.
+    top heads that two capabilities share; ``trust``: how far the scores can be trusted; ``layers``: FA
+    heads in each layer. Maps of strategies without scores get the last only.
 
     Returns:
         The files written.
@@ -35,16 +35,44 @@ def draw_head_map(head_map: HeadMap, prefix: str | os.PathLike[str]) -> list[Pat
         pictures |= {"capabilities": _capabilities, "overlap": _overlap}
     if "unified_score" in head_map.details:
         pictures |= {"unified": _unified, "distribution": _distribution}
+    if "trust" in head_map.details:
+        pictures["trust"] = _trust
     pictures["layers"] = _layers
     written = []
     for what, draw in pictures.items():
-        figure = draw(head_map)
-        path = Path(f"{os.fspath(prefix)}_{what}.png")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
-        written.append(path)
+        written.append(_save(draw(head_map), Path(f"{os.fspath(prefix)}_{what}.png")))
     return written
+
+
+def draw_knockout(curve: dict[str, Any], path: Path) -> None:
+    """Accuracy and readout against the number of heads that are out (see :func:`knockout_curve`).
+
+    Raises:
+        HydraError: matplotlib is not installed.
+    """
+    points = curve["points"]
+    counts = [point["heads"] for point in points]
+    figure, axes = _figure(9, 3.4, 2)
+    for ax, what in zip(axes, ("accuracy", "readout"), strict=True):
+        draws = np.array([point["random"][what] for point in points])
+        ax.fill_between(counts, draws.min(1), draws.max(1), color="#9aa0a6", alpha=0.4, lw=0)
+        ax.plot(counts, draws.mean(1), "o-", color="#9aa0a6", label="random heads (range)")
+        by_score = [point["score"][what] for point in points]
+        ax.plot(counts, by_score, "o-", color=CHOSEN, label="the best heads first")
+        ax.set_xscale("symlog", linthresh=max(1, min((c for c in counts if c), default=1)))
+        ax.set_xticks(counts, [str(count) for count in counts])
+        ax.minorticks_off()
+        ax.set(xlabel=f"heads knocked out, of {curve['heads']}", ylabel=what)
+    axes[0].set_ylim(-0.03, 1.03)
+    axes[0].legend(frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    os.replace(temporary, path)
+    return path
 
 
 def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, np.ndarray]:
@@ -153,6 +181,47 @@ def _overlap(head_map: HeadMap) -> Any:
     ax.set_yticks(range(len(tasks)), labels)
     ax.set_title(f"shared among the top {count} heads")
     figure.colorbar(image, ax=ax, shrink=0.8)
+    return figure
+
+
+def _trust(head_map: HeadMap) -> Any:
+    """Four answers: signal and ties, split halves, other lengths, concentration in layers."""
+    trust = head_map.details["trust"]
+    figure, (signal, halves, lengths, layers) = _figure(11, 7, 2, 2)
+    for number, (name, facts) in enumerate(trust["capabilities"].items()):
+        color = f"C{number}"
+        values = np.sort(np.array(head_map.scores[name]).reshape(-1))[::-1]
+        label = f"{name}: {facts['heads_with_signal']} above {trust['threshold']}"
+        places = np.arange(1, len(values) + 1)
+        signal.plot(places[values > 0], values[values > 0], ".-", color=color, label=label)
+        rows = facts["split_half"]
+        for what, style in (("rank_correlation", "o-"), ("overlap", "s--")):
+            drawn = [row[what] for row in rows]
+            halves.plot([row["pairs"] for row in rows], drawn, style, color=color, ms=4,
+                        label=f"{name}: {what.replace('_', ' ')}")  # fmt: skip
+            others = [r for r in facts.get("lengths", []) if r.get(what) is not None]
+            if not others:
+                continue
+            lengths.plot([r["tokens"] for r in others], [r[what] for r in others], style,
+                         color=color, ms=4, label=f"{name}: {what.replace('_', ' ')}")  # fmt: skip
+        gini = facts["gini_by_layer"]
+        layers.plot(range(len(gini)), gini, "o-", color=color, ms=3, label=name)
+    signal.axhline(trust["threshold"], color="black", lw=0.8, ls=":")
+    begin = trust["ties"]["begin"]
+    if begin is not None:
+        signal.axvline(begin, color="grey", lw=0.8, ls="--", label=f"ties from place {begin} on")
+    signal.axvline(trust["full_attention"], color=CHOSEN, lw=0.8, label="full attention")
+    signal.set(yscale="log", xlabel="heads, best first", ylabel="score", title="signal")
+    halves.set(xlabel="pairs in each half", ylim=(0, 1.05), title="two random halves of the pairs")
+    lengths.set(
+        xlabel="tokens", ylim=(0, 1.05), title="receivers, against needles of other lengths"
+    )
+    layers.set(xlabel="layer", ylim=(0, 1.05), title="Gini coefficient of a layer's scores")
+    for ax in (signal, halves, lengths, layers):
+        if ax.has_data():
+            ax.legend(frameon=False, fontsize=7)
+        else:
+            ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center")
     return figure
 
 

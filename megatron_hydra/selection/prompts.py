@@ -1,5 +1,7 @@
-"""Aligned prompts: a clean and a corrupted one, token by token, that differ in the fact asked
-for.
+"""Aligned prompts: a clean and a corrupted one, token by token, that differ in the fact asked for.
+
+What is read of a run is the *span readout* (HydraHead, equation 9): over all tokens of the answer, with the
+right answer's tokens as input (teacher-forced), m = Σ_j λ^j (z_j[a⁺_j] − z_j[a⁻_j]) / Σ_j λ^j, z logits.
 """
 
 from __future__ import annotations
@@ -18,22 +20,26 @@ from megatron_hydra.errors import HydraError
 
 Encode = Callable[[str], list[int]]
 
+DECAY = 0.9
+"""λ of the span readout: a later token of the answer counts for less."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PromptPair:
     """One question asked twice.
 
     Attributes:
-        clean, corrupted: token ids of equal length; the next token is asked for. They differ in at
-            least one place.
-        answer: the token that is right after ``clean``.
-        wrong: the token it is weighed against, usually the one that is right after ``corrupted``.
+        clean, corrupted: token ids of equal length; the answer comes next. They differ in at least one
+            place.
+        answer: the tokens that are right after ``clean``.
+        wrong: those they are weighed against, usually what is right after ``corrupted``; as many, and
+            another first token (what both answers begin with belongs to the prompts).
     """
 
     clean: tuple[int, ...]
     corrupted: tuple[int, ...]
-    answer: int
-    wrong: int
+    answer: tuple[int, ...]
+    wrong: tuple[int, ...]
 
     def __post_init__(self) -> None:
         if len(self.clean) != len(self.corrupted):
@@ -43,13 +49,23 @@ class PromptPair:
             )
         if self.clean == self.corrupted:
             raise HydraError("clean and corrupted are the same")
-        if self.answer == self.wrong:
-            raise HydraError("answer and wrong_answer are the same token")
+        if not self.answer or len(self.answer) != len(self.wrong):
+            raise HydraError(
+                f"answer and wrong_answer must have the same number of tokens, one at least: "
+                f"{len(self.answer)} against {len(self.wrong)}"
+            )
+        if self.answer[0] == self.wrong[0]:
+            raise HydraError("answer and wrong_answer begin with the same token")
 
     @property
     def largest_token(self) -> int:
         """The largest token id of both prompts and answers."""
-        return max(*self.clean, *self.corrupted, self.answer, self.wrong)
+        return max(*self.clean, *self.corrupted, *self.answer, *self.wrong)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a run reads: the prompt, and the answer but for its last token."""
+        return len(self.clean) + len(self.answer) - 1
 
     @property
     def first_difference(self) -> int:
@@ -63,21 +79,32 @@ class PromptPair:
 class PromptBatch:
     """Prompt pairs of similar length, padded on the right (a causal model never sees the padding).
 
+    The right answer stands behind both prompts, but for its last token. Answers shorter than the
+    longest, of A tokens, repeat their last place with weight 0.
+
     Attributes:
-        index: positions of the pairs in their capability's list, ``[P]``.
+        index: positions of the pairs in their task's list, ``[P]``.
         clean, corrupted: token ids ``[P, T]``, int64.
-        answer_position: last real token ``[P]``: its logits are those of the answer.
-        answer, wrong: token ids ``[P]``.
+        answer_positions: where the logits of each answer token are ``[P, A]``, ascending.
+        answer, wrong: token ids ``[P, A]``.
+        weights: λ^j / Σ_j λ^j, ``[P, A]`` float32.
         shared_prefix: tokens at the start that clean and corrupted share in every pair.
     """
 
     index: tuple[int, ...]
     clean: torch.Tensor
     corrupted: torch.Tensor
-    answer_position: torch.Tensor
+    answer_positions: torch.Tensor
     answer: torch.Tensor
     wrong: torch.Tensor
+    weights: torch.Tensor
     shared_prefix: int
+
+
+def span_weights(count: int) -> list[float]:
+    """λ^j / Σ_j λ^j for the ``count`` tokens of an answer."""
+    powers = [DECAY**j for j in range(count)]
+    return [power / sum(powers) for power in powers]
 
 
 def make_batches(
@@ -91,11 +118,11 @@ def make_batches(
         keep: indices of the pairs to use; default all.
     """
     kept = range(len(pairs)) if keep is None else keep
-    order = sorted(kept, key=lambda i: (len(pairs[i].clean), pairs[i].first_difference, i))
+    order = sorted(kept, key=lambda i: (pairs[i].num_tokens, pairs[i].first_difference, i))
     groups: list[list[int]] = []
     for i in order:
         # Sorted by length, so the newcomer is the longest of its batch.
-        length = len(pairs[i].clean)
+        length = pairs[i].num_tokens
         if groups and 2 * length * (len(groups[-1]) + 1) <= tokens_per_batch:
             groups[-1].append(i)
         else:
@@ -105,18 +132,26 @@ def make_batches(
 
 def _batch(pairs: Sequence[PromptPair], group: list[int]) -> PromptBatch:
     chosen = [pairs[i] for i in group]
-    length = max(len(p.clean) for p in chosen)
+    length = max(p.num_tokens for p in chosen)
+    span = max(len(p.answer) for p in chosen)
 
-    def padded(rows: list[tuple[int, ...]]) -> torch.Tensor:
+    def runs(prompts: list[tuple[int, ...]]) -> torch.Tensor:
+        rows = [prompt + p.answer[:-1] for prompt, p in zip(prompts, chosen, strict=True)]
         return torch.tensor([row + (0,) * (length - len(row)) for row in rows])
 
+    def spans(answers: list[tuple[int, ...]]) -> torch.Tensor:
+        return torch.tensor([answer + answer[-1:] * (span - len(answer)) for answer in answers])
+
+    places = [tuple(range(len(p.clean) - 1, p.num_tokens)) for p in chosen]
+    weights = [span_weights(len(p.answer)) + [0.0] * (span - len(p.answer)) for p in chosen]
     return PromptBatch(
         index=tuple(group),
-        clean=padded([p.clean for p in chosen]),
-        corrupted=padded([p.corrupted for p in chosen]),
-        answer_position=torch.tensor([len(p.clean) - 1 for p in chosen]),
-        answer=torch.tensor([p.answer for p in chosen]),
-        wrong=torch.tensor([p.wrong for p in chosen]),
+        clean=runs([p.clean for p in chosen]),
+        corrupted=runs([p.corrupted for p in chosen]),
+        answer_positions=spans(places),
+        answer=spans([p.answer for p in chosen]),
+        wrong=spans([p.wrong for p in chosen]),
+        weights=torch.tensor(weights),
         shared_prefix=min(p.first_difference for p in chosen),
     )
 
@@ -146,40 +181,44 @@ def text_encoder(tokenizer: Any) -> Encode:
 
 
 def pair_from_text(
-    encode: Encode, clean: str, corrupted: str, answer: str, wrong: str
+    encode: Encode, clean: str, corrupted: str, answer: str, wrong: str, equal: bool = False
 ) -> PromptPair | None:
-    """Tokenize a pair; the asked token is the first in which the answers differ.
+    """Tokenize a pair.
 
-    Tokens that both answers start with are appended to both prompts, so answers of several tokens
-    work.
+    Tokens that both answers begin with are appended to both prompts: they tell nothing apart, and as
+    every readout has the same factor without them, no effect changes.
+
+    Args:
+        equal: want answers of equally many tokens; else the longer one is cut.
 
     Returns:
         ``None`` where this tokenizer does not align the texts: prompts of unequal length, or one
         answer the beginning of the other.
     """
     clean_ids, corrupted_ids = encode(clean), encode(corrupted)
-    return pair_from_ids(
-        clean_ids,
-        corrupted_ids,
-        _continuation(encode, clean, clean_ids, answer),
-        _continuation(encode, clean, clean_ids, wrong),
-    )
+    right = _continuation(encode, clean, clean_ids, answer)
+    other = _continuation(encode, clean, clean_ids, wrong)
+    if equal and len(right) != len(other):
+        return None
+    return pair_from_ids(clean_ids, corrupted_ids, right, other)
 
 
 def pair_from_ids(
     clean: Sequence[int], corrupted: Sequence[int], answer: Sequence[int], wrong: Sequence[int]
 ) -> PromptPair | None:
     """As :func:`pair_from_text`, for token ids."""
+    length = min(len(answer), len(wrong))
     shared = 0
-    while shared < min(len(answer), len(wrong)) and answer[shared] == wrong[shared]:
+    while shared < length and answer[shared] == wrong[shared]:
         shared += 1
-    if shared == min(len(answer), len(wrong)) or len(clean) != len(corrupted):
-        return None
-    if list(clean) == list(corrupted):
+    if shared == length or len(clean) != len(corrupted) or list(clean) == list(corrupted):
         return None
     common = tuple(answer[:shared])
     return PromptPair(
-        tuple(clean) + common, tuple(corrupted) + common, answer[shared], wrong[shared]
+        tuple(clean) + common,
+        tuple(corrupted) + common,
+        tuple(answer[shared:length]),
+        tuple(wrong[shared:length]),
     )
 
 

@@ -68,7 +68,7 @@ class DecoderRunner:
         body.embed_tokens.to(devices[0])
         body.rotary_emb.to(devices[0])
         body.norm.to(devices[-1])
-        # A tied head shares its weight with the embedding; logit_direction copes with either place.
+        # A tied head shares its weight with the embedding; readout_direction copes with either place.
         if self.model.lm_head.weight is not body.embed_tokens.weight:
             self.model.lm_head.to(devices[-1])
 
@@ -86,34 +86,60 @@ class DecoderRunner:
         """The normalised residual stream that q, k and v read, ``[..., D]``."""
         return self.layers[layer].input_layernorm(x)
 
-    def queries(self, layer: int, normed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Queries of all heads.
+    def queries(
+        self,
+        layer: int,
+        normed: torch.Tensor,
+        positions: torch.Tensor,
+        heads: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Queries.
 
         Args:
             normed: ``[B, T, D]``.
             positions: ``[T]``, or ``[B, T]`` where streams differ.
+            heads: of these n heads only; default: all.
 
         Returns:
-            ``[B, T, H, d]``, normalised and rotated.
+            ``[B, T, n, d]``, normalised and rotated.
         """
         attention = self.layers[layer].self_attn
-        q = attention.q_proj(normed).unflatten(-1, (self.num_heads, self.head_dim))
+        q = self._project(attention.q_proj, normed, heads)
         if hasattr(attention, "q_norm"):
             q = attention.q_norm(q)
         return self._rotate(q, positions)
 
-    def keys(self, layer: int, normed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Keys of all KV heads, ``[B, T, G, d]``, normalised and rotated."""
+    def keys(
+        self,
+        layer: int,
+        normed: torch.Tensor,
+        positions: torch.Tensor,
+        kv_heads: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Keys of some or all KV heads, ``[B, T, G, d]``, normalised and rotated."""
         attention = self.layers[layer].self_attn
-        k = attention.k_proj(normed).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        k = self._project(attention.k_proj, normed, kv_heads)
         if hasattr(attention, "k_norm"):
             k = attention.k_norm(k)
         return self._rotate(k, positions)
 
-    def values(self, layer: int, normed: torch.Tensor) -> torch.Tensor:
-        """Values of all KV heads, ``[B, T, G, d]``."""
-        v = self.layers[layer].self_attn.v_proj(normed)
-        return v.unflatten(-1, (self.num_kv_heads, self.head_dim))
+    def values(
+        self, layer: int, normed: torch.Tensor, kv_heads: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Values of some or all KV heads, ``[B, T, G, d]``."""
+        return self._project(self.layers[layer].self_attn.v_proj, normed, kv_heads)
+
+    def _project(
+        self, projection: Any, normed: torch.Tensor, heads: Sequence[int] | None
+    ) -> torch.Tensor:
+        """A projection's output by heads, ``[..., n, d]``."""
+        if heads is None:
+            return projection(normed).unflatten(-1, (-1, self.head_dim))
+        weight, bias = projection.weight, projection.bias
+        rows = weight.unflatten(0, (-1, self.head_dim))[list(heads)].flatten(0, 1)
+        if bias is not None:
+            bias = bias.unflatten(0, (-1, self.head_dim))[list(heads)].flatten()
+        return F.linear(normed, rows, bias).unflatten(-1, (-1, self.head_dim))
 
     def attend(
         self,
@@ -162,29 +188,34 @@ class DecoderRunner:
         )
 
     def add_mlp(self, layer: int, x: torch.Tensor) -> torch.Tensor:
-        """The stream after the MLP: x + MLP(norm(x))."""
+        """The stream after the MLP: x + MLP(norm(x)).
+
+        A stream in float32 stays so, whatever the weights' dtype.
+        """
         module = self.layers[layer]
-        return x + module.mlp(module.post_attention_layernorm(x))
+        normed = module.post_attention_layernorm(x)
+        return x + module.mlp(normed.to(module.mlp.down_proj.weight.dtype))
 
     # -- the end -----------------------------------------------------------------------------------
 
-    def logit_direction(self, batch: PromptBatch) -> torch.Tensor:
-        """What the final normed stream is projected on: W[answer] − W[wrong], ``[P, D]``
-        float32.
+    def readout_direction(self, batch: PromptBatch) -> torch.Tensor:
+        """What the final normed stream is projected on: the weight of a token of the answer times
+        (W[answer] − W[wrong]), ``[P, A, D]`` float32.
         """
         weight = self.model.lm_head.weight
         difference = weight[batch.answer.to(weight.device)].float()
         difference -= weight[batch.wrong.to(weight.device)].float()
+        difference *= batch.weights.to(weight.device)[..., None]
         return difference.to(self.last_device)
 
-    def logit_difference(self, x: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
-        """logit(answer) − logit(wrong) from residual streams at the answer positions.
+    def readout(self, x: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+        """The span readout m from residual streams at the answer positions, ``[..., P]`` float32.
 
         Args:
-            x: ``[..., P, D]``; the norm runs in float32 whatever its dtype.
-            direction: ``[P, D]``.
+            x: ``[..., P, A, D]``; the norm runs in float32 whatever its dtype.
+            direction: ``[P, A, D]``.
         """
-        return (self.model.model.norm(x.float()).float() * direction).sum(-1)
+        return (self.model.model.norm(x.float()).float() * direction).sum((-1, -2))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of all tokens, ``[..., V]``."""
@@ -212,6 +243,11 @@ class DecoderRunner:
             cos, sin = self.model.model.rotary_emb(probe, positions)
             self._rotary[key] = (cos[0].to(like.device), sin[0].to(like.device))
         return self._rotary[key]
+
+
+def default_tokens_per_batch(runner: DecoderRunner) -> int:
+    """Positions computed at a time, as they suit the device: a CPU's cache is small."""
+    return 2048 if runner.device.type == "cpu" else 32768
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +279,7 @@ class PairedStreams:
         batch: the prompts.
         start: T − T', the length of the shared prefix.
         positions: absolute positions of the T' computed ones, ``[T']``.
-        answer_rows: the answer's index among them, ``[P]``.
+        answer_rows: the answer positions' index among them, ``[P, A]``.
         prefix: for each layer keys and values ``[P, start, G, d]``, or ``None`` where start is 0.
     """
 
@@ -252,7 +288,7 @@ class PairedStreams:
         self.start = batch.shared_prefix
         length = batch.clean.shape[1]
         self.positions = torch.arange(self.start, length, device=runner.device)
-        self.answer_rows = batch.answer_position.to(runner.device) - self.start
+        self.answer_rows = batch.answer_positions.to(runner.device) - self.start
         self.prefix: list[KeyValue] | None = self._run_prefix() if self.start else None
         ids = torch.cat([batch.clean, batch.corrupted])[:, self.start :]
         self.x = runner.embed(ids)
@@ -264,9 +300,13 @@ class PairedStreams:
         return len(self.batch.index)
 
     def at_answer(self, x: torch.Tensor) -> torch.Tensor:
-        """Pick the answer's position: ``[nP, T', ...]`` to ``[nP, ...]``, prompts fastest."""
-        rows = self.answer_rows.to(x.device).repeat(x.shape[0] // self.num_prompts)
-        return x[torch.arange(x.shape[0], device=x.device), rows]
+        """Pick the answer positions: ``[nP, T', ...]`` to ``[nP, A, ...]``, prompts fastest."""
+        rows = self.answer_rows.to(x.device).repeat(x.shape[0] // self.num_prompts, 1)
+        return x[torch.arange(x.shape[0], device=x.device)[:, None], rows]
+
+    def answer_positions(self, copies: int, device: torch.device) -> torch.Tensor:
+        """Absolute positions of the answers for ``copies`` streams of every pair, ``[nP, A]``."""
+        return self.batch.answer_positions.to(device).repeat(copies, 1)
 
     def _run_prefix(self) -> list[KeyValue]:
         runner, kept = self.runner, []
@@ -283,12 +323,21 @@ class PairedStreams:
                 x = runner.add_mlp(layer, x + runner.output_projection(layer, z))
         return kept
 
-    def with_prefix(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> KeyValue:
-        """Prepend the shared prefix's keys and values to ``[nP, T', G, d]``."""
+    def with_prefix(
+        self,
+        layer: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_heads: Sequence[int] | None = None,
+    ) -> KeyValue:
+        """Prepend the shared prefix's keys and values to ``[nP, T', G, d]``, of some or all KV heads."""
         if self.prefix is None:
             return k, v
         copies = k.shape[0] // self.num_prompts
-        before_k, before_v = (t.repeat(copies, 1, 1, 1) for t in self.prefix[layer])
+        before = self.prefix[layer]
+        if kv_heads is not None:
+            before = (before[0][:, :, list(kv_heads)], before[1][:, :, list(kv_heads)])
+        before_k, before_v = (t.repeat(copies, 1, 1, 1) for t in before)
         return torch.cat([before_k, k], 1), torch.cat([before_v, v], 1)
 
     def advance(self, z_offset: torch.Tensor | None = None) -> LayerState:
@@ -314,7 +363,7 @@ class PairedStreams:
         return LayerState(x_in, x_mid, z, q, k, v)
 
     def finish(self) -> torch.Tensor:
-        """Run the layers that are left; both streams at the answer, ``[2P, D]``."""
+        """Run the layers that are left; both streams at the answer, ``[2P, A, D]``."""
         while self.next_layer < self.runner.num_layers:
             self.advance()
         return self.at_answer(self.x)
@@ -327,7 +376,7 @@ class PairedStreams:
             x_mid: ``[nP, T', D]``, prompts fastest.
 
         Returns:
-            The streams at the answer, ``[nP, D]``. Of the last layer only that position is
+            The streams at the answer, ``[nP, A, D]``. Of the last layer only these positions are
             computed.
         """
         runner, last = self.runner, self.runner.num_layers - 1
@@ -339,7 +388,7 @@ class PairedStreams:
             x = runner.add_mlp(j, x + self._attention_of(j, x))
         x = x.to(runner.device_of(last))
         x_answer = self.at_answer(x)
-        return runner.add_mlp(last, x_answer + self._attention_of(last, x, only_answer=True)[:, 0])
+        return runner.add_mlp(last, x_answer + self._attention_of(last, x, only_answer=True))
 
     def _attention_of(self, layer: int, x: torch.Tensor, only_answer: bool = False) -> torch.Tensor:
         runner = self.runner
@@ -349,8 +398,7 @@ class PairedStreams:
             layer, runner.keys(layer, normed, positions), runner.values(layer, normed)
         )
         if only_answer:
-            normed = self.at_answer(normed)[:, None]
-            positions = self.batch.answer_position.to(x.device)
-            positions = positions.repeat(x.shape[0] // self.num_prompts)[:, None]
+            normed = self.at_answer(normed)
+            positions = self.answer_positions(x.shape[0] // self.num_prompts, x.device)
         q = runner.queries(layer, normed, positions)
         return runner.output_projection(layer, runner.attend(layer, q, k, v, positions))

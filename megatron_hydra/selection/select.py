@@ -1,6 +1,6 @@
 """Head selection from model to head map: the one entry point of the package.
 
-head_map = select_heads("path/to/hf_model", ratio="3:1", strategy="interp", tasks=["induction"])
+head_map = select_heads("path/to/hf_model", ratio="3:1", strategy="global_interp", tasks=["general"])
 """
 
 from __future__ import annotations
@@ -24,12 +24,19 @@ from megatron_hydra.head_map import (
     parse_ratio,
     strategy_name,
 )
-from megatron_hydra.hf_identity import model_identity_from_hf, read_config, resolve_hf_folder
+from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
 from megatron_hydra.selection.capabilities import Capability
 from megatron_hydra.selection.effects import EffectEngine, Solved
+from megatron_hydra.selection.opening import (
+    Placement,
+    load_runner,
+    native_length,
+    tokenizer_of,
+    vocab_size_of,
+)
 from megatron_hydra.selection.prompts import PromptPair, prompts_fingerprint
-from megatron_hydra.selection.ranking import budget, fuse
-from megatron_hydra.selection.runner import DecoderRunner
+from megatron_hydra.selection.ranking import budget, weighted_mean
+from megatron_hydra.selection.runner import DecoderRunner, default_tokens_per_batch
 from megatron_hydra.selection.strategies import (
     STRATEGIES,
     Context,
@@ -40,56 +47,6 @@ from megatron_hydra.selection.strategies import (
 )
 from megatron_hydra.selection.tasks import Tasks, solved_tasks
 from megatron_hydra.selection.work import Ranks, WorkBench
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where and how the model runs.
-
-    Attributes:
-        device: ``auto`` (a GPU for each local rank, else the CPU) or a torch device.
-        dtype: ``fp32``, ``bf16``, or ``auto``: the checkpoint's on a GPU, fp32 on a CPU.
-        gpus_per_process: spread the layers of one copy over this many GPUs.
-    """
-
-    device: str = "auto"
-    dtype: str = "auto"
-    gpus_per_process: int = 1
-
-    def devices(self, local_rank: int) -> list[torch.device]:
-        """The devices of one process.
-
-        Raises:
-            HydraError: a device that torch does not know, or more GPUs than there are.
-        """
-        if self.device != "auto":
-            try:
-                return [torch.device(self.device)]
-            except RuntimeError as error:
-                raise HydraError(f"--device {self.device}: {error}") from None
-        from megatron_hydra.parallel import platform
-
-        if not platform.device_count():
-            return [platform.device()]
-        count = self.gpus_per_process
-        first, there = local_rank * count, platform.device_count()
-        if count < 1 or first + count > there:
-            raise HydraError(
-                f"--gpus-per-process {count}: rank {local_rank} of this machine needs GPUs "
-                f"{first} to "
-                f"{first + count - 1}, there are {there}; start fewer processes"
-            )
-        return [torch.device("cuda", i) for i in range(first, first + count)]
-
-    def torch_dtype(self, devices: list[torch.device]) -> torch.dtype | str:
-        """What ``from_pretrained`` is given."""
-        if self.dtype == "auto":
-            return torch.float32 if devices[0].type == "cpu" else "auto"
-        if self.dtype not in DTYPES:
-            raise HydraError(f"--dtype {self.dtype}: must be auto, {' or '.join(DTYPES)}")
-        return DTYPES[self.dtype]
 
 
 def select_heads(
@@ -118,9 +75,9 @@ def select_heads(
         ratio: GDN:FA, ``"3:1"``; ``"dense"``; ``"all-gdn"``.
         strategy: a key of :data:`megatron_hydra.selection.strategies.STRATEGIES`, or one of the names
             from before (:data:`megatron_hydra.head_map.OLD_STRATEGY_NAMES`).
-        tasks: as on the command line (``"needle_multi:keys=6"``, ``"jsonl:PATH"``) or objects;
-            ignored by strategies that need no model. A task that is named must be solved. ``None``:
-            those of :data:`megatron_hydra.selection.DEFAULT_TASKS` that the model solves.
+        tasks: as on the command line (``"retrieval"``, ``"needle_multi:keys=6"``, ``"jsonl:PATH"``) or
+            objects; ignored by strategies that need no model. A capability that is named must be solved.
+            ``None``: what the model solves of :data:`megatron_hydra.selection.DEFAULT_TASKS`.
         tokenizer: default: the folder's, if it has one.
         seed: of the prompts and of random choices.
         options: prompts, effects, weights, constraints.
@@ -147,18 +104,22 @@ def select_heads(
     )
     context = Context(identity, ratio, seed, options)
     chosen = STRATEGIES[strategy]
+    chosen.refuse_options(strategy, options)
     ranks = Ranks()
     try:
         if not chosen.stages(options):
             return _saved(_finish(context, strategy, chosen), output, ranks)
-        tokenizer = tokenizer or (folder and _load_tokenizer(folder))
-        vocab_size = _vocab_size(model, folder)
-        drawn = Tasks.draw(tasks, tokenizer, vocab_size, seed, options)
-        _refuse_what_cannot_be_chosen(context, chosen, drawn.pairs)
-        runner = _load(model, folder, placement or Placement(), ranks)
+        tokenizer = tokenizer or (folder and tokenizer_of(folder))
+        vocab_size = vocab_size_of(model, folder)
+        longest = 0
+        if options.stability and "receivers" in chosen.stages(options):
+            longest = native_length(model, folder)
+        drawn = Tasks.draw(tasks, tokenizer, vocab_size, seed, options, longest)
+        _refuse_what_cannot_be_chosen(context, chosen, drawn.capabilities)
+        runner = load_runner(model, folder, placement or Placement(), ranks)
         options = _with_batch_size(options, runner)
         context = dataclasses.replace(context, options=options)
-        inputs = _inputs_fingerprint(context, drawn.pairs, runner)
+        inputs = _inputs_fingerprint(context, drawn.all_pairs(), runner)
         kept = Path(work_folder) / inputs.removeprefix("sha256:")[:16] if work_folder else None
         bench = WorkBench(ranks, kept, show_progress)
         try:
@@ -180,11 +141,11 @@ def _saved(head_map: HeadMap, output: str | os.PathLike[str] | None, ranks: Rank
 
 
 def _refuse_what_cannot_be_chosen(
-    context: Context, strategy: Strategy, tasks: Iterable[str]
+    context: Context, strategy: Strategy, capabilities: Iterable[str]
 ) -> None:
     """Find mistakes that would show after all the measuring only."""
     nothing = np.zeros(context.shape)
-    fuse(dict.fromkeys(tasks, nothing), context.options.task_weights)
+    weighted_mean(dict.fromkeys(capabilities, nothing), context.options.task_weights)
     strategy.choose(context, Scored({}, nothing))
 
 
@@ -202,10 +163,17 @@ def _measure(context: Context, name: str, strategy: Strategy, drawn: Tasks) -> H
         receivers=options.num_receivers or budget(context.model, context.ratio),
         total_heads=layers * per_layer if heads is None else len(heads),
     )
-    _refuse_what_cannot_be_chosen(context, strategy, solved)
+    capabilities = {
+        name: present
+        for name, tasks in drawn.capabilities.items()
+        if (present := [task for task in tasks if task in solved])
+    }
+    _refuse_what_cannot_be_chosen(context, strategy, capabilities)
     for task, prompts in solved.items():
         engine.plan(task, prompts, kinds, heads)
-    context = dataclasses.replace(context, prompts=solved)
+    context = dataclasses.replace(
+        context, prompts=solved, capabilities=capabilities, lengths=drawn.lengths
+    )
     return _finish(context, name, strategy, left_out)
 
 
@@ -220,6 +188,10 @@ def _finish(
     details: dict[str, Any] = {} if scored is None else dict(scored.details)
     if scored is not None:
         details["unified_score"] = scored.unified.tolist()
+        if scored.signal is not None:
+            details["trust"]["chosen_without_signal"] = sum(
+                not scored.signal[layer, head] for layer, row in enumerate(heads) for head in row
+            )
     prompts = context.prompts
     details["prompts"] = {task: _prompt_facts(solved) for task, solved in prompts.items()}
     if left_out:
@@ -246,8 +218,8 @@ def _prompt_facts(solved: Solved) -> dict[str, Any]:
         "drawn": len(solved.pairs),
         "solved": len(solved.keep),
         "dropped": len(solved.pairs) - len(solved.keep),
-        "clean_logit_difference": float(solved.clean.mean()),
-        "corrupted_logit_difference": float(solved.corrupted.mean()),
+        "clean_readout": float(solved.clean.mean()),
+        "corrupted_readout": float(solved.corrupted.mean()),
     }
 
 
@@ -263,8 +235,8 @@ def _options_dict(options: SelectionOptions) -> dict[str, Any]:
 
 
 def _with_batch_size(options: SelectionOptions, runner: DecoderRunner) -> SelectionOptions:
-    """Where no size was asked for, one that suits the device (a CPU's cache is small)."""
-    size = options.tokens_per_batch or (2048 if runner.device.type == "cpu" else 32768)
+    """Where no size was asked for, one that suits the device."""
+    size = options.tokens_per_batch or default_tokens_per_batch(runner)
     return dataclasses.replace(options, tokens_per_batch=size)
 
 
@@ -287,40 +259,3 @@ def _inputs_fingerprint(
         "device": weights.device.type,
     }
     return "sha256:" + hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _load(model: Any, folder: Path | None, placement: Placement, ranks: Ranks) -> DecoderRunner:
-    if folder is None:
-        return DecoderRunner(model)
-    import transformers
-
-    devices = placement.devices(ranks.local_rank)
-    try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=placement.torch_dtype(devices), trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise HydraError(f"--hf-path {folder}: the model cannot be loaded: {error}") from None
-    if len(devices) > 1:
-        return DecoderRunner(loaded, devices)
-    return DecoderRunner(loaded.to(devices[0]))
-
-
-def _load_tokenizer(folder: Path) -> Any | None:
-    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise HydraError(f"{folder}: its tokenizer cannot be loaded: {error}") from None
-
-
-def _vocab_size(model: Any, folder: Path | None) -> int:
-    if folder is None:
-        return int(model.config.vocab_size)
-    size = read_config(folder).get("vocab_size")
-    if not isinstance(size, int):
-        raise HydraError(f"{folder / 'config.json'}: key 'vocab_size' is missing or no integer")
-    return size

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import ModelIdentity
-from megatron_hydra.selection.effects import EffectEngine, Solved, top_heads
+from megatron_hydra.selection import interp
+from megatron_hydra.selection.capabilities import PROBE_TOKENS
+from megatron_hydra.selection.effects import EffectEngine, Solved, senders_kind, top_heads
+from megatron_hydra.selection.importance import min_max
 from megatron_hydra.selection.patching import PATHS, Head
+from megatron_hydra.selection.prompts import PromptPair
 from megatron_hydra.selection.ranking import (
     Constraints,
     budget,
@@ -23,6 +27,7 @@ from megatron_hydra.selection.ranking import (
     weighted_mean,
     whole_layers,
 )
+from megatron_hydra.selection.trust import agreement, trust_report
 
 RECEIVER_SHARE = 0.05
 """Heads with less than this share of the strongest receiver's effect are no receivers."""
@@ -35,29 +40,38 @@ class SelectionOptions:
     """Everything about a selection but the model, the ratio, the strategy, the tasks and the seed.
 
     Attributes:
-        num_prompts: pairs drawn for each task.
-        min_prompts: fewer solved ones are an error.
+        num_prompts: pairs drawn for each capability, in equal parts for its tasks.
+        min_prompts: fewer solved ones are an error; of a capability of several tasks, an equal part for each.
+        probe_tokens: length of needle prompts that do not say theirs.
         solved: which prompts count as solved: ``top1``, ``pair`` or ``off``
             (see :meth:`EffectEngine.solve`).
-        effects: effects measured exactly by the ``interp`` strategies: ``direct``, ``total`` or both;
+        max_rounds: rounds of path patching, at most (the paper's scoring).
+        control: knock out the best heads of every capability: its readout must fall (the paper's scoring).
+        stability: compare with receiver effects on needles of a quarter, half and twice the length (the
+            paper's scoring).
+        effects: effects measured exactly by ``interp_denoise``: ``direct``, ``total`` or both;
             empty: the receiver effect alone. What is not the receiver effect is reported, and decides
             nothing; ``total`` takes most of the time.
         receiver_effect: the one of them that makes a head a receiver and is its receiver score.
-        senders: measure path patching to the receivers.
-        sender_weight: weight of a head's sender effect beside its receiver effect (both in units of
-            the metric, 0 corrupted … 1 clean).
-        num_receivers: at most this many receivers a task; default: the number of FA heads.
-        attribution: the ``interp`` strategies also measure the first-order estimate of the total effects,
+        senders: ``interp_denoise`` measures path patching to the receivers.
+        sender_weight: weight of a head's sender effect beside its receiver effect there (both in units of
+            the readout, 0 corrupted … 1 clean).
+        num_receivers: at most this many receivers a task there; default: the number of FA heads.
+        attribution: ``interp_denoise`` also measures the first-order estimate of the total effects,
             for the map and its rank correlation with the effects that were measured.
         check_heads: ``attribution`` measures this many random heads exactly, for the same purpose.
-        task_weights: task -> weight in the fusion; 1 where not named.
+        task_weights: capability -> weight in the fusion; 1 where not named. The tasks of one share it.
         constraints: on the choice.
         tokens_per_batch: positions computed at a time; 0: 2048 on a CPU, 32768 on a GPU.
     """
 
-    num_prompts: int = 32
+    num_prompts: int = 40
     min_prompts: int = 8
+    probe_tokens: int = PROBE_TOKENS
     solved: str = "top1"
+    max_rounds: int = 2
+    control: bool = True
+    stability: bool = True
     effects: tuple[str, ...] = ()
     receiver_effect: str = "direct"
     senders: bool = True
@@ -88,6 +102,8 @@ class SelectionOptions:
                 f"--min-prompts {self.min_prompts} must be at least 1 and at most --num-prompts "
                 f"{self.num_prompts}"
             )
+        if self.probe_tokens < 1 or self.max_rounds < 0:
+            raise HydraError("--probe-tokens must be at least 1, --max-rounds at least 0")
         if self.tokens_per_batch < 0 or self.sender_weight < 0 or self.check_heads < 2:
             raise HydraError(
                 "--tokens-per-batch must be at least 0, --sender-weight at least 0, "
@@ -95,6 +111,11 @@ class SelectionOptions:
             )
         if self.num_receivers is not None and self.num_receivers < 1:
             raise HydraError(f"--num-receivers {self.num_receivers}: must be at least 1")
+
+    def changed(self, names: Sequence[str]) -> list[str]:
+        """Which of these options differ from their default."""
+        default = SelectionOptions()
+        return [name for name in names if getattr(self, name) != getattr(default, name)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +127,8 @@ class Context:
         ratio, seed, options: as asked for.
         engine: measures effects; ``None`` for strategies that need no model.
         prompts: task -> its solved prompts.
+        capabilities: capability -> those of its tasks that are solved.
+        lengths: tokens -> task -> prompts of other lengths.
     """
 
     model: ModelIdentity
@@ -114,6 +137,18 @@ class Context:
     options: SelectionOptions
     engine: EffectEngine | None = None
     prompts: Mapping[str, Solved] = dataclasses.field(default_factory=dict)
+    capabilities: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    lengths: Mapping[int, Mapping[str, list[PromptPair]]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def task_weights(self) -> dict[str, float]:
+        """Weights of single tasks: those of a capability share its weight."""
+        weights = self.options.task_weights
+        return {
+            task: weights.get(name, 1.0) / len(tasks)
+            for name, tasks in self.capabilities.items()
+            for task in tasks
+        }
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -126,14 +161,16 @@ class Scored:
     """Scores of all heads.
 
     Attributes:
-        by_task: task -> ``[L, H]``.
+        by_task: capability or task -> ``[L, H]``.
         unified: the scores that are ranked, ``[L, H]``.
         details: strategy-specific facts, for the head map.
+        signal: heads of which the strategy found anything at all, ``[L, H]`` bool, if it tells.
     """
 
     by_task: dict[str, np.ndarray]
     unified: np.ndarray
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    signal: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +186,7 @@ class Strategy:
         whole_layers: layers are chosen, not heads: those with the best scores, or without scores
             those at equal distances.
         total_heads: those whose total effect is measured, if it is; ``None``: all.
+        takes: options that only this strategy and its like look at.
     """
 
     help: str
@@ -158,6 +196,24 @@ class Strategy:
     in_every_layer: bool = False
     whole_layers: bool = False
     total_heads: Callable[[Context], list[Head]] | None = None
+    takes: tuple[str, ...] = ()
+
+    def refuse_options(self, name: str, options: SelectionOptions) -> None:
+        """Options that this strategy would pass over in silence.
+
+        Raises:
+            HydraError: one of them is set; the strategies that take it are named.
+        """
+        if not self.stages(options):
+            return
+        for other in STRATEGIES.values():
+            foreign = [option for option in other.takes if option not in self.takes]
+            for option in options.changed(foreign):
+                whose = [n for n, s in STRATEGIES.items() if option in s.takes]
+                raise HydraError(
+                    f"{_FLAGS[option]} has no meaning for --strategy {name}; it belongs to "
+                    f"{', '.join(whose)}"
+                )
 
     def choose(self, context: Context, scored: Scored | None) -> Heads:
         """The FA heads of every layer.
@@ -200,7 +256,37 @@ class Strategy:
 
 
 def _interp(context: Context) -> Scored:
-    """Receivers by activation patching, senders by path patching, fused over tasks."""
+    """The paper's scores (equations 9 to 12) and the report on them."""
+    options, engine = context.options, context.engine
+    assert engine is not None
+    found = interp.measure(engine, context.capabilities, context.prompts, options.max_rounds)
+    by_capability = {name: one.importance.score for name, one in found.items()}
+    weights = options.task_weights
+    fused = weighted_mean({n: min_max(s) for n, s in by_capability.items()}, weights)
+    order = {n: min_max(one.importance.without_kappa) for n, one in found.items()}
+    unified = fused + interp.TIE_WEIGHT * weighted_mean(order, weights)
+    count = budget(context.model, context.ratio, options.constraints.granularity)
+    trust = trust_report(found, fused, count, context.seed)
+    details = {"capabilities": {name: one.details() for name, one in found.items()}}
+    for name, one in found.items():
+        if options.control:
+            details["capabilities"][name]["control"] = interp.positive_control(
+                engine, name, one, context.seed
+            )
+        wanted = {
+            tokens: here
+            for tokens, tasks in context.lengths.items()
+            if (here := {task: pairs for task, pairs in tasks.items() if task in one.prompts})
+        }
+        if wanted:
+            trust["capabilities"][name]["lengths"] = interp.lengths(
+                engine, wanted, one, options.solved, lambda a, b: agreement(a, b, count)
+            )
+    return Scored(by_capability, unified, details | {"trust": trust}, fused > 0)
+
+
+def _interp_denoise(context: Context) -> Scored:
+    """Our former scoring: clean into corrupted, MLPs frozen; receivers, and senders to them, by task."""
     options, engine = context.options, context.engine
     assert engine is not None
     effects: dict[str, dict[str, np.ndarray]] = {task: {} for task in context.prompts}
@@ -215,14 +301,14 @@ def _interp(context: Context) -> Scored:
             engine.plan_paths(task, prompts, receivers[task])
     by_task, details = {}, {}
     for task, prompts in context.prompts.items():
-        found = effects[task]
+        measured = effects[task]
         for kind in options.effects:
-            if kind not in found:
-                found[kind] = _EFFECTS[kind](engine, task, prompts)
-        by_task[task], details[task] = _interp_task(
-            context, task, prompts, found, receivers.get(task, [])
+            if kind not in measured:
+                measured[kind] = _EFFECTS[kind](engine, task, prompts)
+        by_task[task], details[task] = _denoise_task(
+            context, task, prompts, measured, receivers.get(task, [])
         )
-    unified = fuse(by_task, options.task_weights)
+    unified = fuse(by_task, context.task_weights)
     return Scored(by_task, unified, {"tasks": details})
 
 
@@ -232,7 +318,7 @@ _EFFECTS: dict[str, Callable[[EffectEngine, str, Solved], np.ndarray]] = {
 }
 
 
-def _interp_task(
+def _denoise_task(
     context: Context,
     task: str,
     prompts: Solved,
@@ -277,7 +363,7 @@ def _layer_effects(context: Context) -> Scored:
         task: np.repeat(context.engine.layers(task, prompts)[:, None], heads, axis=1)
         for task, prompts in context.prompts.items()
     }
-    return Scored(by_task, fuse(by_task, context.options.task_weights))
+    return Scored(by_task, fuse(by_task, context.task_weights))
 
 
 def _checked_heads(context: Context) -> list[Head]:
@@ -304,7 +390,7 @@ def _attribution(context: Context) -> Scored:
             },
             "checked_heads": len(checked),
         }
-    unified = fuse(by_task, context.options.task_weights)
+    unified = fuse(by_task, context.task_weights)
     return Scored(by_task, unified, {"tasks": details})
 
 
@@ -315,7 +401,7 @@ def _attention_mass(context: Context) -> Scored:
         task: context.engine.attention_mass(task, prompts)
         for task, prompts in context.prompts.items()
     }
-    return Scored(by_task, weighted_mean(by_task, context.options.task_weights))
+    return Scored(by_task, weighted_mean(by_task, context.task_weights))
 
 
 def _random(context: Context) -> Scored:
@@ -330,6 +416,12 @@ def _fixed(context: Context) -> Scored:
 
 
 def _interp_stages(options: SelectionOptions) -> tuple[str, ...]:
+    rounds = [senders_kind(number) for number in range(1, options.max_rounds + 1)]
+    control = ["means", "control"] if options.control else []
+    return ("baseline", "receivers", *rounds, *control)
+
+
+def _denoise_stages(options: SelectionOptions) -> tuple[str, ...]:
     extra = [("attribution", options.attribution), ("paths", options.senders)]
     return ("baseline", *options.effects, *(stage for stage, wanted in extra if wanted))
 
@@ -338,24 +430,46 @@ def _no_stages(_: SelectionOptions) -> tuple[str, ...]:
     return ()
 
 
+_OF_INTERP = ("max_rounds", "control", "stability")
+_OF_DENOISE = ("effects", "receiver_effect", "senders", "sender_weight", "num_receivers")
+_FLAGS = {
+    "max_rounds": "--max-rounds",
+    "control": "--no-control",
+    "stability": "--no-stability",
+    "effects": "--effects",
+    "receiver_effect": "--receiver-effect",
+    "senders": "--no-senders",
+    "sender_weight": "--sender-weight",
+    "num_receivers": "--num-receivers",
+}
+
 STRATEGIES: dict[str, Strategy] = {
     "global_interp_c": Strategy(
-        "the best heads of all layers by causal effects (activation patching finds receivers, path "
-        "patching senders), at least one in every layer",
+        "the best heads of all layers by the paper's causal effects (receivers by activation patching, "
+        "senders by path patching), at least one in every layer",
         _interp_stages,
         _interp,
         in_every_layer=True,
+        takes=_OF_INTERP,
     ),
     "global_interp": Strategy(
-        "the best heads of all layers by causal effects, wherever they are",
+        "the best heads of all layers by these effects, wherever they are",
         _interp_stages,
         _interp,
+        takes=_OF_INTERP,
     ),
     "layer_interp": Strategy(
-        "the best heads by causal effects, the same number in every layer",
+        "the best heads by these effects, the same number in every layer",
         _interp_stages,
         _interp,
         same_in_every_layer=True,
+        takes=_OF_INTERP,
+    ),
+    "interp_denoise": Strategy(
+        "the best heads of all layers by our former effects: clean into corrupted, MLPs frozen",
+        _denoise_stages,
+        _interp_denoise,
+        takes=_OF_DENOISE,
     ),
     "global_random": Strategy("heads drawn at random from all layers", _no_stages, _random),
     "layer_random": Strategy(
@@ -394,7 +508,8 @@ STRATEGIES: dict[str, Strategy] = {
         whole_layers=True,
     ),
 }
-"""By name; the first six names are the paper's."""
+"""By name. The paper's: ``global_interp_c``, ``global_interp``, ``layer_interp``, ``global_random``,
+``layer_random``, ``fixed``."""
 
 
 def ranking_of(scored: Scored | None) -> list[Head]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from megatron_hydra.errors import HydraError
-from megatron_hydra.selection.capabilities import DEFAULT_TASKS, Capability, make_capability
-from megatron_hydra.selection.effects import EffectEngine, Solved
+from megatron_hydra.selection.capabilities import (
+    DEFAULT_TASKS,
+    GROUPS,
+    Capability,
+    TextCapability,
+    make_capability,
+)
+from megatron_hydra.selection.effects import SENDERS, EffectEngine, Solved, senders_kind
 from megatron_hydra.selection.prompts import PromptPair
 from megatron_hydra.selection.strategies import SelectionOptions
 from megatron_hydra.selection.time_left import in_words
@@ -19,10 +24,13 @@ from megatron_hydra.selection.work import is_first_rank
 
 _log = logging.getLogger(__name__)
 
-FEW = 8
+FEW = 2
 """Prompts of every task in the solve check, at least …"""
 FEW_IN_ALL = 24
 """… and so many of all tasks together: where none of them is solved, no task will have enough."""
+
+SHORTEST, ROOM = 256, 64
+"""Tokens of the shortest needle prompts that are compared with, and left free behind the longest."""
 
 LONG = 600.0
 """Seconds from which on the options that make a selection shorter are named."""
@@ -37,13 +45,17 @@ class Tasks:
 
     Attributes:
         pairs: task -> its pairs.
-        named: tasks that the user asked for; the others may be left out.
-        left_out: default tasks that this tokenizer gives no prompts for.
+        capabilities: capability -> its tasks: several of a group, else the task itself.
+        named: capabilities that the user asked for; the others may be left out.
+        left_out: tasks that this tokenizer gives no prompts for.
+        lengths: tokens -> task -> pairs of needles of other lengths, for comparison.
     """
 
     pairs: dict[str, list[PromptPair]]
+    capabilities: dict[str, list[str]]
     named: frozenset[str]
     left_out: LeftOut = dataclasses.field(default_factory=dict)
+    lengths: dict[int, dict[str, list[PromptPair]]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def draw(
@@ -53,42 +65,117 @@ class Tasks:
         vocab_size: int,
         seed: int,
         options: SelectionOptions,
+        longest: int = 0,
     ) -> Tasks:
-        """Prompts of the tasks that were named, or else of the default ones that there are any of.
+        """Prompts of the capabilities that were named, or else of the default ones that there are any of.
 
-        A task with a weight has been named as well.
+        A capability with a weight has been named as well. Of a group that is named, a task that gives no
+        prompts is left out, as long as another one does.
+
+        Args:
+            longest: tokens that the model was trained for: longer needles are not compared with; 0: no
+                comparison.
 
         Raises:
-            HydraError: a task that is not known or given twice, or a named one without prompts.
+            HydraError: a task that is not known or given twice, or a named capability without prompts.
         """
         wanted = DEFAULT_TASKS if tasks is None else tasks
-        capabilities = [make_capability(t) if isinstance(t, str) else t for t in wanted]
-        names = [c.name for c in capabilities]
-        if not names:
+        if not wanted:
             raise HydraError("--tasks: at least one task is needed")
+        made: dict[str, list[Capability]] = {}
+        names: list[str] = []
+        for entry in wanted:
+            name, members = _members(entry, options.probe_tokens)
+            names += [member.name for member in members]
+            made.setdefault(name, []).extend(members)
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise HydraError(f"--tasks: {twice[0]} is given twice")
-        named = frozenset(names if tasks is not None else options.task_weights)
-        pairs: dict[str, list[PromptPair]] = {}
-        left_out: LeftOut = {}
-        for capability in capabilities:
-            name = capability.name
-            try:
-                pairs[name] = capability.prompts(tokenizer, vocab_size, options.num_prompts, seed)
-            except HydraError as error:
-                if name in named:
-                    raise
-                reason = str(error).removeprefix(f"--tasks {name}: ")
-                left_out[name] = {"drawn": 0, "solved": 0, "reason": reason}
-        for name, facts in left_out.items():
-            _warn(name, facts)
-        if not pairs:
+        named = frozenset(made if tasks is not None else options.task_weights)
+        drawn = cls({}, {}, named)
+        for name, members in made.items():
+            drawn._draw_capability(name, members, tokenizer, vocab_size, seed, options, longest)
+        for task, facts in drawn.left_out.items():
+            _warn(task, facts)
+        if not drawn.pairs:
             raise HydraError(
-                f"none of the default tasks has prompts for this model ({'; '.join(left_out)}); give "
+                f"none of the default tasks has prompts for this model ({'; '.join(drawn.left_out)}); give "
                 "prompts of your own: --tasks jsonl:PATH"
             )
-        return cls(pairs, named, left_out)
+        return drawn
+
+    def _draw_capability(
+        self,
+        name: str,
+        members: list[Capability],
+        tokenizer: Any | None,
+        vocab_size: int,
+        seed: int,
+        options: SelectionOptions,
+        longest: int,
+    ) -> None:
+        count = -(-options.num_prompts // len(members))
+        errors: list[HydraError] = []
+        for member in members:
+            try:
+                self.pairs[member.name] = member.prompts(tokenizer, vocab_size, count, seed)
+            except HydraError as error:
+                errors.append(error)
+                reason = str(error).removeprefix(f"--tasks {member.name}: ")
+                self.left_out[member.name] = {"drawn": 0, "solved": 0, "reason": reason}
+                continue
+            self.capabilities.setdefault(name, []).append(member.name)
+            if isinstance(member, TextCapability):
+                for tokens in _other_lengths(member, options, longest):
+                    changed = {**member.options, "tokens": str(tokens)}
+                    other = dataclasses.replace(member, options=changed)
+                    pairs = other.prompts(tokenizer, vocab_size, count, seed)
+                    self.lengths.setdefault(tokens, {})[member.name] = pairs
+        if name in self.named and len(errors) == len(members):
+            raise errors[0]
+
+    def capability_of(self, task: str) -> str:
+        """The capability that a task is a part of."""
+        return next(name for name, tasks in self.capabilities.items() if task in tasks)
+
+    def must_be_solved(self, task: str) -> bool:
+        """Whether the selection has failed if this task is not solved: it was named by itself."""
+        name = self.capability_of(task)
+        return name in self.named and name == task
+
+    def least(self, task: str, options: SelectionOptions) -> int:
+        """Solved prompts that a task needs."""
+        tasks = self.capabilities[self.capability_of(task)]
+        return -(-options.min_prompts // len(tasks))
+
+    def all_pairs(self) -> dict[str, list[PromptPair]]:
+        """All that will be run, those of other lengths as well."""
+        others = {
+            f"{task}@{tokens}": pairs
+            for tokens, tasks in self.lengths.items()
+            for task, pairs in tasks.items()
+        }
+        return self.pairs | others
+
+
+def _members(entry: str | Capability, probe_tokens: int) -> tuple[str, list[Capability]]:
+    """A capability's name and its tasks."""
+    if not isinstance(entry, str):
+        return entry.name, [entry]
+    if entry in GROUPS:
+        return entry, [make_capability(task, probe_tokens) for task in GROUPS[entry]]
+    made = make_capability(entry, probe_tokens)
+    return made.name, [made]
+
+
+def _other_lengths(member: TextCapability, options: SelectionOptions, longest: int) -> list[int]:
+    """Lengths that a task's needles are compared at; only such that have the default length."""
+    tokens = options.probe_tokens
+    if not longest or member.options.get("tokens") != str(tokens):
+        return []
+    # The shortest prompt holds little but the facts; answers need room behind the longest.
+    others = (tokens // 4, tokens // 2, 2 * tokens)
+    return [n for n in others if n >= SHORTEST and n + ROOM <= longest]
 
 
 def solved_tasks(
@@ -111,36 +198,51 @@ def solved_tasks(
     Raises:
         HydraError: a named task has fewer than ``options.min_prompts`` solved prompts, or every task has.
     """
+    rest = [kind for kind in kinds if kind != "baseline"]
+    expect = functools.partial(engine.expect, receivers=receivers, total_heads=total_heads)
+    if engine.bench.shows:
+        for task, pairs in tasks.pairs.items():
+            expect(task, pairs, kinds, 1.0)
+        for tokens, others in tasks.lengths.items():
+            for task, pairs in others.items():
+                expect(f"{task}@{tokens}", pairs, ["baseline", "receivers"], 1.0)
+        engine.time_samples(tasks.pairs.values(), kinds)
+        engine.bench.say("if every prompt counts, " + _duration(engine, options, kinds))
     checked = _check(engine, tasks, options)
     if not any(solved for solved, _ in checked.values()):
         raise HydraError(_none_solved(checked))
     shares = {task: solved / count for task, (solved, count) in checked.items()}
     if engine.bench.shows:
         for task, share in shares.items():
-            rest = [kind for kind in kinds if kind != "baseline"]
-            engine.expect(task, tasks.pairs[task], rest, share, receivers, total_heads)
-        largest = max(shares, key=lambda task: shares[task] * _size(tasks.pairs[task]))
-        engine.time_samples(tasks.pairs[largest], kinds)
-        engine.bench.say(_table(engine, checked, tasks.named))
+            expect(task, tasks.pairs[task], rest, share)
+        engine.bench.say(_table(engine, checked, tasks))
         engine.bench.say(_duration(engine, options, kinds))
     found: dict[str, Solved] = {}
     left_out = dict(tasks.left_out)
     # The one least likely to be solved first: if that is an error, it comes early.
     for task in sorted(shares, key=lambda task: shares[task]):
         prompts = engine.solve(task, tasks.pairs[task], options.solved)
-        reason = _why_not(prompts, options.min_prompts, "attention" in kinds)
+        reason = _why_not(prompts, tasks.least(task, options), "attention" in kinds)
         if not reason:
             found[task] = prompts
             continue
         drawn, solved = len(prompts.pairs), len(prompts.keep)
-        if task in tasks.named:
+        if tasks.must_be_solved(task):
             raise HydraError(
                 f"--tasks {task}: {reason}; leave the task out, make it easier, give more prompts "
                 "(--num-prompts), or lower --min-prompts"
             )
         left_out[task] = {"drawn": drawn, "solved": solved, "reason": reason}
         _warn(task, left_out[task])
-        engine.bench.time_left.drop(task)
+        for name in (task, *(f"{task}@{tokens}" for tokens in tasks.lengths)):
+            engine.bench.time_left.drop(name)
+    for name, members in tasks.capabilities.items():
+        if name in tasks.named and not set(members) & set(found):
+            reasons = "; ".join(f"{task}: {left_out[task]['reason']}" for task in members)
+            raise HydraError(
+                f"--tasks {name}: none of its tasks is solved often enough: {reasons}. Make them easier "
+                "(--probe-tokens), give more prompts (--num-prompts), or lower --min-prompts"
+            )
     if not found:
         listed = "; ".join(f"{task}: {facts['reason']}" for task, facts in left_out.items())
         raise HydraError(
@@ -156,7 +258,7 @@ def _why_not(prompts: Solved, minimum: int, looks_for_answer: bool) -> str:
     if solved < minimum:
         return f"the model solves {solved} of {drawn} prompts, at least {minimum} are needed"
     if looks_for_answer and not any(
-        prompts.pairs[i].answer in prompts.pairs[i].clean for i in prompts.keep
+        prompts.pairs[i].answer[0] in prompts.pairs[i].clean for i in prompts.keep
     ):
         return "no answer occurs in its prompt, so attention_mass has nothing to look at"
     return ""
@@ -186,14 +288,14 @@ def _none_solved(checked: dict[str, tuple[int, int]]) -> str:
     )
 
 
-def _table(engine: EffectEngine, checked: dict[str, tuple[int, int]], named: frozenset[str]) -> str:
+def _table(engine: EffectEngine, checked: dict[str, tuple[int, int]], tasks: Tasks) -> str:
     """The solve check as people read it, with the time that each task will take."""
     width = max(len("task"), *map(len, checked))
     lines = [f"{'solve check':<{width}}  solved    will take"]
     for task, (solved, run) in checked.items():
         seconds = engine.bench.time_left.seconds(task=task) or 0.0
         takes = f"about {in_words(seconds)}" if solved else "nothing if it is left out"
-        if not solved and task in named:
+        if not solved and tasks.must_be_solved(task):
             takes = "an error if it stays so"
         lines.append(f"{task:<{width}}  {f'{solved} of {run}':<8}  {takes}")
     return "\n".join(lines)
@@ -209,6 +311,13 @@ def _duration(engine: EffectEngine, options: SelectionOptions, kinds: Sequence[s
     shorter: list[tuple[str, float]] = []
     if "total" in options.effects and options.receiver_effect == "direct" and "total" in kinds:
         shorter.append(("--effects direct", whole - (left.seconds(kinds=("total",)) or 0.0)))
+    if any(kind.startswith(SENDERS) for kind in kinds):
+        shorter += _fewer_rounds(engine, options, whole)
+        tokens = options.probe_tokens // 8
+        if any("needle" in stage.task for stage in left.stages) and tokens >= SHORTEST:
+            # Attention grows faster than the length, so this is at most what is left.
+            needles = left.seconds(tasks=lambda task: "needle" in task) or 0.0
+            shorter.append((f"--probe-tokens {tokens}", whole - needles * 7 / 8))
     fewer = max(options.min_prompts, options.num_prompts // 4)
     if fewer < options.num_prompts:
         shorter.append((f"--num-prompts {fewer}", whole * fewer / options.num_prompts))
@@ -219,6 +328,12 @@ def _duration(engine: EffectEngine, options: SelectionOptions, kinds: Sequence[s
     return f"{text}; {listed}; --tasks with fewer tasks, as above" if listed else text
 
 
-def _size(pairs: list[PromptPair]) -> int:
-    """Tokens of a task's prompts."""
-    return int(np.sum([len(pair.clean) for pair in pairs]))
+def _fewer_rounds(
+    engine: EffectEngine, options: SelectionOptions, whole: float
+) -> list[tuple[str, float]]:
+    """What is saved by fewer rounds of path patching."""
+    saved, listed = 0.0, []
+    for number in range(options.max_rounds, 0, -1):
+        saved += engine.bench.time_left.seconds(kinds=(senders_kind(number),)) or 0.0
+        listed.append((f"--max-rounds {number - 1}", whole - saved))
+    return listed

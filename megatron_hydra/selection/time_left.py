@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 
@@ -11,7 +12,7 @@ class Stage(NamedTuple):
 
     Attributes:
         kind: ``baseline``, ``direct``, ``total``, … ; units of one kind take time in proportion to
-            their cost.
+            their cost. Kinds that differ in a number at the end, ``senders_2``, have one pace.
         task: the task's name.
     """
 
@@ -66,34 +67,51 @@ class TimeLeft:
         """What is left of a stage, as far as it was planned."""
         return self._left.get(stage, 0.0)
 
-    def drop(self, task: str) -> None:
-        """Nothing more will be done for a task."""
-        self._left = {stage: cost for stage, cost in self._left.items() if stage.task != task}
+    def drop(self, task: str, kind: str = "") -> None:
+        """Nothing more will be done for a task, or nothing more of one kind."""
+        self._left = {
+            stage: cost
+            for stage, cost in self._left.items()
+            if stage.task != task or (kind and stage.kind != kind)
+        }
 
     def observe(self, kind: str, cost: float, seconds: float) -> None:
         """A unit was timed on this process. Units without cost say nothing and are passed over."""
         self.spent += seconds
         if cost > 0:
-            self._paces.setdefault(kind, _Pace()).add(cost, seconds)
+            self._paces.setdefault(_work(kind), _Pace()).add(cost, seconds)
 
     def done(self, stage: Stage, cost: float, seconds: float) -> None:
         """A planned unit was computed here, and so many like it by the other processes."""
         self.observe(stage.kind, cost, seconds)
         self._left[stage] = max(0.0, self._left.get(stage, 0.0) - cost * self.processes)
 
-    def seconds(self, kinds: tuple[str, ...] = (), task: str = "") -> float | None:
+    @property
+    def stages(self) -> list[Stage]:
+        """What was planned."""
+        return list(self._left)
+
+    def seconds(
+        self,
+        kinds: tuple[str, ...] = (),
+        task: str = "",
+        tasks: Callable[[str], bool] = lambda _: True,
+    ) -> float | None:
         """Seconds left; ``None`` as long as nothing was timed.
 
         Args:
             kinds: of these kinds only.
             task: of this task only.
+            tasks: of the tasks that it is true of.
         """
         if not self._paces:
             return None
         return sum(
             cost / self.processes * self._pace(stage.kind)
             for stage, cost in self._left.items()
-            if (not kinds or stage.kind in kinds) and (not task or stage.task == task)
+            if (not kinds or stage.kind in kinds)
+            and (not task or stage.task == task)
+            and tasks(stage.task)
         )
 
     @property
@@ -104,9 +122,15 @@ class TimeLeft:
 
     def _pace(self, kind: str) -> float:
         """Seconds for a unit of cost."""
-        seen = self._paces.get(kind)
+        seen = self._paces.get(_work(kind))
         paces = [seen] if seen is not None else list(self._paces.values())
         return sum(p.seconds for p in paces) / sum(p.cost for p in paces)
+
+
+def _work(kind: str) -> str:
+    """What a kind of work does, whichever time."""
+    name, _, number = kind.rpartition("_")
+    return name if number.isdecimal() else kind
 
 
 def in_words(seconds: float) -> str:

@@ -19,12 +19,14 @@ TOY = {
     "context_parallel": ["--sizes", "128", "--layers", "1", "--hidden", "64"],
     "selection": ["--sizes", "4,8", "--layers", "2", "--heads", "4", "--kv-heads", "2",
                   "--hidden", "32", "--prompts", "2"],
+    "selection_time": ["--shape", "tiny", "--sizes", "96", "--pairs", "5", "--receivers", "2",
+                       "--senders", "1"],
     "data_waste": ["waste", "--sizes", "1K,2K", "--documents", "500"],
     "data_index": ["index", "--sizes", "1000"],
     "data_stream": ["stream", "--sizes", "1K,2K", "--corpus-megabytes", "0.3"],
 }  # fmt: skip
 """By the name of the report: the flags of a toy run. Of ``data``, every subject has its own report."""
-QUICK = ("gdn", "loss", "layer", "step", "selection", "data_waste")
+QUICK = ("gdn", "loss", "layer", "step", "selection", "selection_time", "data_waste")
 
 
 def module_of(report: str) -> str:

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from megatron_hydra.data.text import distinct_names
 from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation.needles import NEW_TOKENS, TASKS, NeedleTask
 from megatron_hydra.evaluation.ruler import CommonWords, FrequentWords, VariableTracking
@@ -17,7 +18,6 @@ from megatron_hydra.evaluation.tasks import (
     register_task,
     task_names,
 )
-from megatron_hydra.evaluation.text import distinct_names
 
 
 def request(tokenizer, length=3000, **changes):

@@ -52,7 +52,6 @@ def test_selection_stops_on_all_ranks_and_goes_on(model: Path, tmp_path: Path, t
     arguments = [
         "--hf-path", str(model), "--tasks", "induction:length=12", "--solved", "off",
         "--num-prompts", "24", "--tokens-per-batch", "200", "--ratio", "5:1", "--no-pictures",
-        "--effects", "direct", "total",
     ]  # fmt: skip
     tool = str(ROOT / "tools" / "select_heads.py")
 
@@ -66,11 +65,11 @@ def test_selection_stops_on_all_ranks_and_goes_on(model: Path, tmp_path: Path, t
     subprocess.run(command(whole, 1), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
     _stopped(
         command(stopped, 2),
-        lambda: bool(list(tmp_path.glob("stopped.json.work/*/total-*"))),
+        lambda: bool(list(tmp_path.glob("stopped.json.work/*/receivers*"))),
         lambda agent: psutil.Process(agent).children()[1].pid,  # rank 1 alone
     )
     assert not stopped.exists()
-    kept = list(tmp_path.glob("stopped.json.work/*/total-*"))
+    kept = list(tmp_path.glob("stopped.json.work/*/receivers*"))
     subprocess.run(command(stopped, 2), cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
     assert stopped.read_bytes() == whole.read_bytes()
     table(

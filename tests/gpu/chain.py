@@ -146,7 +146,7 @@ class Chain:
         )
         place.run("select", [
             *place.ranks("tools.select_heads"), "--hf-path", self.teacher_hf, "--ratio", "7:1",
-            "--num-prompts", "16", "--no-attribution", "--no-pictures",
+            "--num-prompts", "16", "--no-pictures",
             "--tasks", f"jsonl:{self.folder / 'prompts.jsonl'}", "--output", output,
         ])  # fmt: skip
         body: dict[str, Any] = json.loads(output.read_text())

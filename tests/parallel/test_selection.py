@@ -18,7 +18,6 @@ pytestmark = pytest.mark.parallel
 ARGUMENTS = [
     *("--tasks", "induction:length=12", "--solved", "off", "--num-prompts", "12"),
     *("--tokens-per-batch", "400", "--ratio", "5:1", "--no-pictures"),
-    *("--effects", "direct", "total"),
 ]
 
 
@@ -53,7 +52,7 @@ def test_three_ranks_write_the_map_of_one(folder: Path, whole: bytes, tmp_path: 
     assert list(tmp_path.iterdir()) == [output]
 
 
-# Killed by itself, right after its first total effects lie on disk: from outside the moment is missed
+# Killed by itself, right after its first receivers' effects lie on disk: from outside the moment is missed
 # on a busy machine.
 _KILLED = """
 import os, runpy, signal, sys
@@ -63,7 +62,7 @@ write = WorkBench._write
 
 def write_and_die(self, chunk, result):
     write(self, chunk, result)
-    if chunk.key.startswith("total-"):
+    if chunk.key.startswith("receivers"):
         os.kill(os.getpid(), signal.SIGKILL)
 
 WorkBench._write = write_and_die
@@ -77,7 +76,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_map(
 ) -> None:
     resumed = tmp_path / "resumed.json"
     assert _select(folder, resumed, "-c", _KILLED) == -signal.SIGKILL
-    assert len(list(tmp_path.glob("resumed.json.work/*/total-*"))) == 1
+    assert len(list(tmp_path.glob("resumed.json.work/*/receivers*"))) == 1
     assert not resumed.exists()
     assert _select(folder, resumed) == 0
     assert resumed.read_bytes() == whole

@@ -125,7 +125,7 @@ def test_selection_prompts_are_aligned(tokenizer, tmp_path):
     for pair in pairs:
         for prompt, right in ((pair.clean, pair.answer), (pair.corrupted, pair.wrong)):
             place = prompt.index(prompt[-1])
-            assert prompt[place + 1] == right
+            assert (prompt[place + 1],) == right
             assert place < len(prompt) - 1
         different = [a for a, b in zip(pair.clean, pair.corrupted) if a != b]
         assert len(different) == 2 and set(different) <= set(vocabulary.keys)

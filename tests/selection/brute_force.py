@@ -24,13 +24,24 @@ class BruteForce:
         self.heads = model.config.num_attention_heads
         self.attentions = [layer.self_attn for layer in model.model.layers]
         self.head_dim = self.attentions[0].head_dim
-        self.clean, self.clean_m = self._record(pair.clean)
-        self.corrupted, self.corrupted_m = self._record(pair.corrupted)
+        self.clean_ids = pair.clean + pair.answer[:-1]
+        self.corrupted_ids = pair.corrupted + pair.answer[:-1]
+        self.clean, self.clean_m = self._record(self.clean_ids)
+        self.corrupted, self.corrupted_m = self._record(self.corrupted_ids)
+
+    def _readout(self, ids: tuple[int, ...]) -> torch.Tensor:
+        """The span readout of equation 9, written out."""
+        logits = self.model(torch.tensor([ids]), use_cache=False).logits[0].double()
+        total, weights = torch.zeros((), dtype=torch.float64), 0.0
+        for j, (right, wrong) in enumerate(zip(self.pair.answer, self.pair.wrong, strict=True)):
+            row = logits[len(self.pair.clean) - 1 + j]
+            total = total + 0.9**j * (row[right] - row[wrong])
+            weights += 0.9**j
+        return total / weights
 
     def _forward(self, ids: tuple[int, ...]) -> float:
         with torch.no_grad():
-            logits = self.model(torch.tensor([ids]), use_cache=False).logits[0, -1].double()
-        return float(logits[self.pair.answer] - logits[self.pair.wrong])
+            return float(self._readout(ids))
 
     @contextlib.contextmanager
     def _hooks(self):
@@ -82,7 +93,7 @@ class BruteForce:
         with self._hooks() as handles:
             projection = self.attentions[layer].o_proj
             handles.append(projection.register_forward_pre_hook(lambda m, a: (z,)))
-            return self._forward(self.pair.corrupted)
+            return self._forward(self.corrupted_ids)
 
     def layer(self, layer: int) -> float:
         """All heads of a layer at once, everything downstream free."""
@@ -90,13 +101,13 @@ class BruteForce:
         with self._hooks() as handles:
             projection = self.attentions[layer].o_proj
             handles.append(projection.register_forward_pre_hook(lambda m, a: (z,)))
-            return self._forward(self.pair.corrupted)
+            return self._forward(self.corrupted_ids)
 
     def direct(self, layer: int, head: int) -> float:
         """Everything downstream frozen."""
         with self._hooks() as handles:
             self._freeze(handles, {layer: self.patched_z(layer, head)})
-            return self._forward(self.pair.corrupted)
+            return self._forward(self.corrupted_ids)
 
     def slopes(self) -> list[torch.Tensor]:
         """∂m/∂(o_proj input) of every layer at the corrupted run, ``[1, T, H·d]``."""
@@ -107,9 +118,7 @@ class BruteForce:
                 handles.append(
                     attention.o_proj.register_forward_pre_hook(lambda m, a, p=probe: (a[0] + p,))
                 )
-            logits = self.model(torch.tensor([self.pair.corrupted]), use_cache=False).logits[0, -1]
-            m = logits[self.pair.answer] - logits[self.pair.wrong]
-            return list(torch.autograd.grad(m, probes))
+            return list(torch.autograd.grad(self._readout(self.corrupted_ids), probes))
 
     def path(self, layer: int, head: int, receivers: list[tuple[int, int]], inputs: str) -> float:
         """Sender (layer, head) → ``inputs`` (some of "qkv") of the receivers → logits."""
@@ -123,7 +132,7 @@ class BruteForce:
             z[..., columns] = heard[..., columns]
         with self._hooks() as handles:
             self._freeze(handles, new_z)
-            return self._forward(self.pair.corrupted)
+            return self._forward(self.corrupted_ids)
 
     def _receiver_output(self, layer: int, head: int, at: int, inputs: str) -> torch.Tensor:
         """o_proj input of layer ``at`` when its ``inputs`` see the sender and the others do not."""
@@ -138,7 +147,7 @@ class BruteForce:
                         lambda m, a, o, name=name: seen.__setitem__(name, o.detach().clone())
                     )
                 )
-            self._forward(self.pair.corrupted)
+            self._forward(self.corrupted_ids)
         with self._hooks() as handles:  # those projections put into the corrupted run
             for name in inputs:
                 handles.append(
@@ -149,5 +158,93 @@ class BruteForce:
                     lambda m, a: seen.__setitem__("z", a[0].detach().clone())
                 )
             )
-            self._forward(self.pair.corrupted)
+            self._forward(self.corrupted_ids)
         return seen["z"]
+
+    # -- the paper's interventions: corrupted into clean, MLPs live --------------------------------
+
+    def _columns(self, head: int) -> slice:
+        return slice(head * self.head_dim, (head + 1) * self.head_dim)
+
+    def _noised_z(self, layer: int, head: int) -> torch.Tensor:
+        """The clean o_proj input of a layer with one head's corrupted output."""
+        z = self.clean[f"z{layer}"].clone()
+        columns = self._columns(head)
+        z[..., columns] = self.corrupted[f"z{layer}"][..., columns]
+        return z
+
+    def _hold(self, handles: list, z: dict[int, torch.Tensor], live: set[tuple[int, int]]) -> None:
+        """All head outputs at their clean values, but those in ``z`` and the live ones; MLPs run."""
+
+        def held(i: int) -> Callable:
+            def hook(module, inputs):
+                value = z.get(i, self.clean[f"z{i}"]).clone()
+                for at, head in live:
+                    if at == i:
+                        value[..., self._columns(head)] = inputs[0][..., self._columns(head)]
+                return (value,)
+
+            return hook
+
+        for i, attention in enumerate(self.attentions):
+            handles.append(attention.o_proj.register_forward_pre_hook(held(i)))
+
+    def receiver(self, layer: int, head: int) -> float:
+        """m of the clean run with one head's corrupted output, later attention at its clean values."""
+        with self._hooks() as handles:
+            self._hold(handles, {layer: self._noised_z(layer, head)}, set())
+            return self._forward(self.clean_ids)
+
+    def sender(
+        self,
+        layer: int,
+        head: int,
+        newest: list[tuple[int, int]],
+        older: list[tuple[int, int]],
+    ) -> float:
+        """m of the clean run if the newest receivers alone hear the candidate's corrupted output, and the
+        older ones what changes in these."""
+        new_z: dict[int, torch.Tensor] = {}
+        for at, receiver in newest:
+            if at > layer:
+                heard = self._heard_noise(layer, head, at)
+                z = new_z.setdefault(at, self.clean[f"z{at}"].clone())
+                z[..., self._columns(receiver)] = heard[..., self._columns(receiver)]
+        with self._hooks() as handles:
+            self._hold(handles, new_z, set(older))
+            return self._forward(self.clean_ids)
+
+    def _heard_noise(self, layer: int, head: int, at: int) -> torch.Tensor:
+        """What would enter o_proj of layer ``at`` if all its inputs heard the candidate."""
+        seen: Cache = {}
+        with self._hooks() as handles:
+            handles.append(
+                self.attentions[at].o_proj.register_forward_pre_hook(
+                    lambda m, a: seen.__setitem__("z", a[0].detach().clone())
+                )
+            )
+            self._hold(handles, {layer: self._noised_z(layer, head)}, set())
+            self._forward(self.clean_ids)
+        return seen["z"]
+
+    def without(self, heads: list[tuple[int, int]], means: torch.Tensor) -> float:
+        """m of the clean run in which some heads give their mean output, everything downstream live.
+
+        Args:
+            means: ``[L, H, d]``.
+        """
+
+        def knocked_out(i: int) -> Callable:
+            def hook(module, inputs):
+                z = inputs[0].clone()
+                for layer, head in heads:
+                    if layer == i:
+                        z[..., self._columns(head)] = means[layer, head]
+                return (z,)
+
+            return hook
+
+        with self._hooks() as handles:
+            for i, attention in enumerate(self.attentions):
+                handles.append(attention.o_proj.register_forward_pre_hook(knocked_out(i)))
+            return self._forward(self.clean_ids)

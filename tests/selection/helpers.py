@@ -42,7 +42,7 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> torch.nn.Module:
 
 def random_pairs(lengths: list[int], first: int = 0, seed: int = 0) -> list[PromptPair]:
     """Random pairs that share their first ``first`` tokens and differ in about a third of the
-    rest."""
+    rest; answers of one, two and three tokens in turn."""
     generator = torch.Generator().manual_seed(seed)
     pairs = []
     for length in lengths:
@@ -53,7 +53,9 @@ def random_pairs(lengths: list[int], first: int = 0, seed: int = 0) -> list[Prom
         change[first] = True
         other[first] = (clean[first] + 1) % VOCABULARY
         corrupted = torch.where(change, other, clean)
-        answer, wrong = torch.randperm(VOCABULARY, generator=generator)[:2].tolist()
+        span = 1 + len(pairs) % 3
+        tokens = torch.randperm(VOCABULARY, generator=generator)[: 2 * span].tolist()
+        answer, wrong = tuple(tokens[:span]), tuple(tokens[span:])
         pairs.append(PromptPair(tuple(clean.tolist()), tuple(corrupted.tolist()), answer, wrong))
     return pairs
 

@@ -24,8 +24,12 @@ LAYERS, HEADS, KV_HEADS, HEAD_DIM = 5, 6, 3, 32
 GROUP = HEADS // KV_HEADS
 CODE = 16
 CURRENT, P1, P2, OUT = (slice(1 + i * CODE, 1 + (i + 1) * CODE) for i in range(4))
-HIDDEN = 1 + 4 * CODE + LAYERS * HEADS * CODE
+HIDDEN = 1 + 4 * CODE + LAYERS * HEADS * CODE + 3
+IS_FIRST, NOT_FIRST, FLAG = range(HIDDEN - 3, HIDDEN)
+"""The first token; all others; "somebody has answered"."""
+
 THETA = 1e6
+SINK_DIM = 7
 MATCH_DIMS = [*range(8, 16), *range(24, 32)]
 """Head dimensions whose rotary frequency is so low that codes match at any distance."""
 
@@ -58,7 +62,11 @@ def codes() -> torch.Tensor:
 
 def plant(seed: int) -> Planted:
     """A random placement, different for every seed: the senders below all receivers."""
-    generator = random.Random(seed)
+    return _place(_empty(), random.Random(seed))
+
+
+def _empty() -> torch.nn.Module:
+    """Embeddings and LM head, and nothing between them."""
     config = transformers.Qwen3Config(
         vocab_size=CODE,
         hidden_size=HIDDEN,
@@ -76,10 +84,119 @@ def plant(seed: int) -> Planted:
         # QK-norm with a gain of 4: sharp attention, whatever the size of the residual stream.
         gain = 4.0 if "q_norm" in name or "k_norm" in name else 1.0
         parameter.fill_(gain if "norm" in name else 0.0)
-    model.model.embed_tokens.weight[:, 0] = 1.0
-    model.model.embed_tokens.weight[:, CURRENT] = codes()
+    embeddings = model.model.embed_tokens.weight
+    embeddings[:, 0] = 1.0
+    embeddings[:, CURRENT] = codes()
+    embeddings[0, IS_FIRST] = 1.0
+    embeddings[1:, NOT_FIRST] = 1.0
     model.lm_head.weight[:, OUT] = codes()
-    return _place(model, generator)
+    return model
+
+
+# -- circuits that the paper's scoring has to cope with -------------------------------------------
+
+EVEN, ODD = tuple(range(2, CODE, 2)), tuple(range(1, CODE, 2))
+"""Tokens that one of two specialists knows."""
+
+
+def plant_chain(seed: int) -> tuple[torch.nn.Module, Head, Head, Head]:
+    """A receiver, its sender, and a sender to that one, which a second round finds.
+
+    The answer stands two places behind the earlier occurrence of the last token: one head writes the
+    previous token, another one what that head wrote one place before, and the receiver matches with it.
+    """
+    generator, model = random.Random(seed), _empty()
+    slots = {(layer, group) for layer in range(LAYERS) for group in range(KV_HEADS)}
+    places = [_take(generator, slots, layers) for layers in (range(1), range(1, 3), range(3, 5))]
+    heads = [(layer, GROUP * group + generator.randrange(GROUP)) for layer, group in places]
+    kinds = [("previous", CURRENT, P1), ("previous", P1, P2), ("match", P2, OUT)]
+    for (layer, group), head, (kind, block, writes) in zip(places, heads, kinds, strict=True):
+        _write_group(model, layer, group, kind, block, generator)
+        if kind == "previous":
+            _write_value(model, layer, group, block)
+        _write_output(model, head, writes, 1.0)
+    for layer, group in slots:
+        _write_group(model, layer, group, "distractor", CURRENT, generator)
+    return (model, *heads)
+
+
+def plant_specialists(backup: bool) -> tuple[torch.nn.Module, Head, Head, Head]:
+    """A sender and two receivers that know half of the tokens each, or of which the second is a backup.
+
+    A specialist looks at the first token, and writes nothing, where it does not know the last one. The
+    backup knows all tokens, and looks at the first one where the other receiver has answered.
+    """
+    model = _empty()
+    sender, first, second = (0, 1), (2, 2), (3, 4)
+    _write_group(model, 0, 0, "previous", CURRENT, random.Random(0))
+    _write_output(model, sender, P1, 1.0)
+    for head, known in ((first, EVEN), (second, (*EVEN, *ODD) if backup else ODD)):
+        layer, group = head[0], head[1] // GROUP
+        attention = model.model.layers[layer].self_attn
+        rows = slice(group * HEAD_DIM, (group + 1) * HEAD_DIM)
+        key, value = attention.k_proj.weight[rows], attention.v_proj.weight[rows]
+        key[MATCH_DIMS, P1] = torch.eye(CODE)
+        key[SINK_DIM, IS_FIRST] = 30.0
+        # The first token has no value: who looks at it writes nothing.
+        value[:CODE, CURRENT] = torch.eye(CODE) - _projector((0,))
+        value[CODE, NOT_FIRST] = 1.0
+        query = attention.q_proj.weight[head[1] * HEAD_DIM : (head[1] + 1) * HEAD_DIM]
+        query[MATCH_DIMS, CURRENT] = _projector(known)
+        query[SINK_DIM, 0] = 1.0
+        _write_output(model, head, OUT, 1.0)
+        if backup and head == first:
+            columns = attention.o_proj.weight[:, head[1] * HEAD_DIM : (head[1] + 1) * HEAD_DIM]
+            columns[FLAG, CODE] = 1.0
+        if backup and head == second:
+            query[SINK_DIM, FLAG] = 100.0
+    return model, sender, first, second
+
+
+def _projector(tokens: tuple[int, ...]) -> torch.Tensor:
+    """Onto the codes of some tokens, ``[16, 16]``."""
+    rows = codes()[list(tokens)]
+    return rows.T @ rows / CODE
+
+
+def pairs_two_behind(count: int, seed: int) -> list[PromptPair]:
+    """As :func:`induction_pairs`, with the answer two places behind."""
+    generator, pairs = random.Random(seed), []
+    while len(pairs) < count:
+        segment = generator.sample(range(1, CODE), 12)
+        asked, other = sorted(generator.sample(range(8), 2))
+        if other - asked < 3:
+            continue
+        exchanged = list(segment)
+        exchanged[asked], exchanged[other] = segment[other], segment[asked]
+        pairs.append(
+            PromptPair(
+                (0, *segment, segment[asked]),
+                (0, *exchanged, segment[asked]),
+                (segment[asked + 2],),
+                (segment[other + 2],),
+            )
+        )
+    return pairs
+
+
+def pairs_asking(known: tuple[int, ...], count: int, seed: int) -> list[PromptPair]:
+    """Induction pairs whose last token is one of these."""
+    pairs = [pair for pair in induction_pairs(20 * count, seed) if pair.clean[-1] in known]
+    return pairs[:count]
+
+
+def pairs_of_three(count: int, seed: int) -> list[PromptPair]:
+    """Answers of three tokens, an odd one first, behind an even token; corrupted: three others stand there."""
+    generator, pairs = random.Random(seed), []
+    while len(pairs) < count:
+        asked, *rest = generator.sample(range(1, CODE), 14)
+        answer, wrong, others = rest[:3], rest[3:6], rest[6:]
+        if asked % 2 or not answer[0] % 2 or answer[1] % 2:
+            continue
+        clean = (0, *others[:4], asked, *answer, *others[4:], asked)
+        corrupted = (0, *others[:4], asked, *wrong, *others[4:], asked)
+        pairs.append(PromptPair(clean, corrupted, tuple(answer), tuple(wrong)))
+    return pairs
 
 
 def _place(model: torch.nn.Module, generator: random.Random) -> Planted:
@@ -144,8 +261,7 @@ def _write_group(
     """Keys and values of a KV group, its heads' queries, and what its distractors write."""
     attention = model.model.layers[layer].self_attn
     rows = slice(group * HEAD_DIM, (group + 1) * HEAD_DIM)
-    value = attention.v_proj.weight[rows]
-    value[:CODE, CURRENT] = torch.eye(CODE)
+    _write_value(model, layer, group, CURRENT)
     key = attention.k_proj.weight[rows]
     if kind == "match":
         key[MATCH_DIMS, block] = torch.eye(CODE)
@@ -158,6 +274,14 @@ def _write_group(
         _write_query(model, (layer, head), kind, block)
         if kind == "distractor":
             _write_output(model, (layer, head), _junk((layer, head)), generator.uniform(2, 4))
+
+
+def _write_value(model: torch.nn.Module, layer: int, group: int, block: slice) -> None:
+    """A KV group's values: the code in a block."""
+    value = model.model.layers[layer].self_attn.v_proj.weight
+    value = value[group * HEAD_DIM : (group + 1) * HEAD_DIM]
+    value.zero_()
+    value[:CODE, block] = torch.eye(CODE)
 
 
 def _write_query(
@@ -199,8 +323,8 @@ def induction_pairs(count: int, seed: int) -> list[PromptPair]:
             PromptPair(
                 (0, *segment, query),
                 (0, *exchanged, query),
-                answer=segment[asked + 1],
-                wrong=segment[other + 1],
+                answer=(segment[asked + 1],),
+                wrong=(segment[other + 1],),
             )
         )
     return pairs

@@ -1,7 +1,7 @@
 """Record what the units of a real selection cost and took, for ``test_time_left.py`` to replay.
 
     python -m tests.selection.record_chunks --hf-path MODEL --output tests/selection/recorded.json \\
-        --num-prompts 8 --min-prompts 4
+        --num-prompts 10 --min-prompts 2 --probe-tokens 256
 
 Time is the process' own (CPU seconds), so that other work on the machine does not show.
 """
@@ -64,12 +64,12 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--num-prompts", type=int, required=True)
     parser.add_argument("--min-prompts", type=int, required=True)
-    parser.add_argument("--effects", nargs="+", default=[])
+    parser.add_argument("--probe-tokens", type=int, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
     select.WorkBench = _bench  # type: ignore[misc, assignment]
     options = SelectionOptions(
-        num_prompts=args.num_prompts, min_prompts=args.min_prompts, effects=tuple(args.effects)
+        num_prompts=args.num_prompts, min_prompts=args.min_prompts, probe_tokens=args.probe_tokens
     )
     select_heads(args.hf_path, options=options, show_progress=True)
     rows = ",\n".join(json.dumps(event) for event in _Recorder.events)

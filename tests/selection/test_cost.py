@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_hydra.selection import patching
+from megatron_hydra.selection import knockout, noising, patching
 from megatron_hydra.selection.cost import DecoderCost, Tokens
 from megatron_hydra.selection.prompts import make_batches
 from megatron_hydra.selection.runner import DecoderRunner, PairedStreams
@@ -32,7 +33,7 @@ def runner() -> DecoderRunner:
 def test_both_streams(runner: DecoderRunner, first: int) -> None:
     (batch,) = make_batches(random_pairs([60, 60, 60], first=first), 10_000)
     cost, tokens = DecoderCost.of(runner), Tokens.of(batch)
-    assert (tokens.pairs, tokens.prefix, tokens.rest) == (3, first, 60 - first)
+    assert (tokens.pairs, tokens.prefix, tokens.rest) == (3, first, 62 - first)
     found = counted(lambda: PairedStreams(runner, batch).finish())
     # The last layer of the shared prefix stops at its keys and values.
     assert found == pytest.approx(cost.streams(tokens), rel=0.15)
@@ -73,3 +74,37 @@ def test_senders_cost_the_receivers_above_them(runner: DecoderRunner) -> None:
     found = send(four) - send(two)
     expected = cost.paths(tokens, [1] * 4) - cost.paths(tokens, [1] * 2)
     assert found == pytest.approx(expected, rel=0.15)
+
+
+def test_receivers_cost_a_row_a_head_at_the_answer(runner: DecoderRunner) -> None:
+    (batch,) = make_batches(random_pairs([60, 60, 60]), 10_000)
+    cost, tokens = DecoderCost.of(runner), Tokens.of(batch)
+    assert tokens.span == 3
+    found = counted(lambda: noising.receiver_falls(runner, batch))
+    assert found == pytest.approx(cost.receivers(tokens), rel=0.02)
+
+
+@pytest.mark.parametrize("older", [[], [(4, 0), (4, 1), (5, 5)]], ids=["round 1", "round 2"])
+def test_path_patching_costs_what_is_heard_and_what_is_passed_on(
+    runner: DecoderRunner, older: list[tuple[int, int]]
+) -> None:
+    (batch,) = make_batches(random_pairs([60, 60], first=20), 10_000)
+    cost, tokens = DecoderCost.of(runner), Tokens.of(batch)
+    newest = [(2, 0), (3, 1), (3, 2)]
+    counts = [collections.Counter(layer for layer, _ in heads) for heads in (newest, older)]
+
+    def send(heads: list[int]) -> int:
+        senders = [(1, head) for head in heads]
+        return counted(
+            lambda: list(noising.sender_falls(runner, batch, senders, newest, older, 10_000))
+        )
+
+    found = send([0, 1, 2, 3, 4]) - send([0])
+    assert found == pytest.approx(cost.senders(tokens, 1, 4, *counts), rel=0.1)
+
+
+def test_a_knockout_costs_the_clean_run(runner: DecoderRunner) -> None:
+    (batch,) = make_batches(random_pairs([60, 60], first=20), 10_000)
+    cost, tokens = DecoderCost.of(runner), Tokens.of(batch)
+    found = counted(lambda: knockout.output_sums(runner, batch))
+    assert found == pytest.approx(cost.clean_run(tokens), rel=0.02)

@@ -100,7 +100,7 @@ def test_attention_mass_is_the_models_own_attention(family: str) -> None:
         clean = torch.tensor(pairs[i].clean)
         with torch.no_grad():
             attentions = model(clean[None], output_attentions=True).attentions
-        here = clean == pairs[i].answer
+        here = clean == pairs[i].answer[0]
         for layer in range(3):
             expected = attentions[layer][0, :, -1][:, here].sum(-1)
             if here.any():

@@ -20,6 +20,8 @@ from megatron_hydra.selection import (
     Placement,
     PromptPair,
     SelectionOptions,
+    knockout,
+    noising,
     patching,
     select_heads,
 )
@@ -68,14 +70,35 @@ def heads_of(head_map: HeadMap) -> set[tuple[int, int]]:
 
 
 def test_interp_chooses_the_planted_circuit(planted: Planted) -> None:
-    options = dataclasses.replace(OPTIONS, effects=("direct", "total"))
     head_map = select_heads(
-        planted.model, ratio="5:1", strategy="global_interp", tasks=[TASK], options=options
+        planted.model, ratio="5:1", strategy="global_interp", tasks=[TASK], options=OPTIONS
     )
     assert heads_of(head_map) == set(planted.receivers + planted.senders)
     assert head_map.strategy == "global_interp"
     assert head_map.prompts_fingerprint.startswith("sha256:")
     assert np.array(head_map.scores["planted"]).shape == (5, 6)
+    found = head_map.details["capabilities"]["planted"]
+    assert found["receivers"] == sorted(map(list, planted.receivers))
+    assert found["rounds"] == [
+        {"round": 1, "added": sorted(map(list, planted.senders))},
+        {"round": 2, "added": []},
+    ]
+    receiver, sender, kappa = (
+        np.array(found["effects"][n]) for n in ("receiver", "sender", "kappa")
+    )
+    np.testing.assert_array_equal(
+        np.array(head_map.scores["planted"]), np.maximum(receiver, sender) * kappa
+    )
+    facts = head_map.details["prompts"]["planted"]
+    assert (facts["drawn"], facts["solved"], facts["dropped"]) == (8, 8, 0)
+
+
+def test_our_former_scoring_is_there_by_its_own_name(planted: Planted) -> None:
+    options = dataclasses.replace(OPTIONS, effects=("direct", "total"))
+    head_map = select_heads(
+        planted.model, ratio="5:1", strategy="interp_denoise", tasks=[TASK], options=options
+    )
+    assert heads_of(head_map) == set(planted.receivers + planted.senders)
     task = head_map.details["tasks"]["planted"]
     assert task["receivers"] == sorted(map(list, planted.receivers))
     assert set(task["effects"]) == {
@@ -84,8 +107,24 @@ def test_interp_chooses_the_planted_circuit(planted: Planted) -> None:
     }
     # The softmaxes are saturated here, so the first order misses the senders: no bound to test.
     assert -1 <= task["attribution_spearman"]["total"] <= 1
-    facts = head_map.details["prompts"]["planted"]
-    assert (facts["drawn"], facts["solved"], facts["dropped"]) == (8, 8, 0)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "flag", "owner"),
+    [
+        ("global_interp", {"sender_weight": 0.3}, "--sender-weight", "interp_denoise"),
+        ("layer_interp", {"senders": False}, "--no-senders", "interp_denoise"),
+        ("interp_denoise", {"max_rounds": 1}, "--max-rounds", "global_interp_c, global_interp"),
+        ("attention_mass", {"control": False}, "--no-control", "global_interp_c, global_interp"),
+    ],
+)
+def test_options_of_another_scoring_are_refused(
+    strategy: str, options: dict, flag: str, owner: str, planted: Planted
+) -> None:
+    wrong = dataclasses.replace(OPTIONS, **options)
+    match = f"{flag} has no meaning for --strategy {strategy}; it belongs to {owner}"
+    with pytest.raises(HydraError, match=match):
+        select_heads(planted.model, strategy=strategy, tasks=[TASK], options=wrong)
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
@@ -97,9 +136,7 @@ def test_every_strategy_gives_a_reproducible_map(strategy: str, planted: Planted
             strategy=strategy,
             tasks=[TASK],
             seed=seed,
-            options=dataclasses.replace(
-                OPTIONS, attribution=False, senders=False, effects=("direct",)
-            ),
+            options=dataclasses.replace(OPTIONS, attribution=False),
         )
 
     first = run(1)
@@ -149,7 +186,8 @@ def test_names_from_before_are_accepted_with_a_word(
     old: str, new: str, planted: Planted, caplog: pytest.LogCaptureFixture
 ) -> None:
     _tell_new_name.cache_clear()
-    options = dataclasses.replace(OPTIONS, attribution=False, senders=False)
+    options = dataclasses.replace(OPTIONS, max_rounds=0, control=False)
+    options = options if "interp" in new else OPTIONS
     found = [
         select_heads(planted.model, ratio="5:1", strategy=name, tasks=[TASK], options=options)
         for name in (old, old, new)
@@ -192,12 +230,10 @@ def test_prompts_that_the_model_does_not_solve_are_dropped_and_counted(planted: 
 def test_a_killed_run_continues_to_the_same_map(
     planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the middle of the total effects; the second start computes only what is left."""
-    options = dataclasses.replace(
-        OPTIONS, tokens_per_batch=440, senders=False, effects=("direct", "total")
-    )
+    """Killed in the middle of the senders' effects; the second start computes only what is left."""
+    options = dataclasses.replace(OPTIONS, tokens_per_batch=440)
     expected = select_heads(planted.model, ratio="5:1", tasks=[TASK], options=options)
-    real, layers = patching.total_effects, []
+    real, layers = noising.sender_falls, []
 
     def counted(*args: Any, die_after: int = 10_000) -> Iterator:
         for result in real(*args):
@@ -206,17 +242,19 @@ def test_a_killed_run_continues_to_the_same_map(
             if len(layers) == die_after:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(patching, "total_effects", lambda *a: counted(*a, die_after=7))
+    monkeypatch.setattr(noising, "sender_falls", lambda *a: counted(*a, die_after=4))
     again = {"ratio": "5:1", "tasks": [TASK], "options": options, "work_folder": tmp_path / "work"}
     with pytest.raises(KeyboardInterrupt):
         select_heads(planted.model, **again)
     (kept,) = (tmp_path / "work").iterdir()
-    assert len(list(kept.glob("total-*.safetensors"))) == 7
+    assert len(list(kept.glob("senders-*.safetensors"))) == 4
     layers.clear()
-    monkeypatch.setattr(patching, "total_effects", counted)
+    monkeypatch.setattr(noising, "sender_falls", counted)
     assert select_heads(planted.model, **again).to_dict() == expected.to_dict()
     batches = 2  # of four prompts: 440 / 4 tokens hold four pairs of 13
-    assert len(layers) == 5 * batches - 7
+    # The first round reaches the receivers' layer, the second one that of their senders.
+    rounds = [max(layer for layer, _ in heads) for heads in (planted.receivers, planted.senders)]
+    assert len(layers) == sum(rounds) * batches - 4
     assert not (tmp_path / "work").exists()
 
 
@@ -232,8 +270,10 @@ def test_nothing_measured_is_lost_when_the_map_cannot_be_saved(
     expected = select_heads(
         planted.model, ratio="9:1", strategy="global_interp", tasks=[TASK], options=OPTIONS
     )
-    for effect in ("baseline", "direct_effects", "total_effects", "attribution_effects"):
-        monkeypatch.setattr(patching, effect, None)
+    monkeypatch.setattr(patching, "baseline", None)
+    for effect in ("receiver_falls", "sender_falls"):
+        monkeypatch.setattr(noising, effect, None)
+    monkeypatch.setattr(knockout, "knock_out", None)
     output = tmp_path / "map.json"
     found = select_heads(
         planted.model, ratio="9:1", strategy="global_interp", output=output, **arguments
@@ -265,12 +305,9 @@ def test_mistakes_are_found_before_anything_is_measured(
 
 def test_tasks_whose_names_are_alike_keep_apart(planted: Planted, tmp_path: Path) -> None:
     alike = [Pairs("x=1", induction_pairs(4, 0)), Pairs("x_1", induction_pairs(4, 1))]
-    options = dataclasses.replace(
-        OPTIONS, senders=False, attribution=False, effects=("direct", "total")
-    )
-    expected = select_heads(planted.model, ratio="5:1", tasks=alike, options=options)
+    expected = select_heads(planted.model, ratio="5:1", tasks=alike, options=OPTIONS)
     found = select_heads(
-        planted.model, ratio="5:1", tasks=alike, options=options, work_folder=tmp_path
+        planted.model, ratio="5:1", tasks=alike, options=OPTIONS, work_folder=tmp_path
     )
     assert found.to_dict() == expected.to_dict()
 
@@ -290,6 +327,11 @@ def test_results_for_other_inputs_are_not_used(planted: Planted, tmp_path: Path)
         ({"tasks": []}, "at least one task"),
         ({"tasks": [TASK, TASK]}, "planted is given twice"),
         ({"tasks": ["facts"]}, "no tokenizer"),
+        (
+            {"tasks": ["retrieval"]},
+            "haystack=filler needs text, but the model folder has no tokenizer",
+        ),
+        ({"tasks": ["general", "facts"]}, "facts is given twice"),
         ({"strategy": "layerwise", "options": ONE_EACH}, "whole layers take no"),
     ],
 )
@@ -308,6 +350,8 @@ def test_what_cannot_be_is_refused(arguments: dict, message: str, planted: Plant
         ({"min_prompts": 0}, "--min-prompts 0"),
         ({"check_heads": 1}, "--check-heads"),
         ({"num_receivers": 0}, "--num-receivers 0"),
+        ({"max_rounds": -1}, "--max-rounds at least 0"),
+        ({"probe_tokens": 0}, "--probe-tokens must be at least 1"),
     ],
 )
 def test_options_that_contradict_are_refused(options: dict, message: str) -> None:
@@ -317,7 +361,7 @@ def test_options_that_contradict_are_refused(options: dict, message: str) -> Non
 
 def test_answers_outside_the_context_give_no_attention_mass(planted: Planted) -> None:
     absent = [next(t for t in range(16) if t not in p.clean + p.corrupted) for p in TASK.pairs]
-    pairs = [dataclasses.replace(p, answer=a) for p, a in zip(TASK.pairs, absent, strict=True)]
+    pairs = [dataclasses.replace(p, answer=(a,)) for p, a in zip(TASK.pairs, absent, strict=True)]
     options = dataclasses.replace(OPTIONS, solved="off", min_prompts=1)
     with pytest.raises(HydraError, match="no answer occurs in its prompt"):
         select_heads(
@@ -371,7 +415,10 @@ def test_select_heads_command(
     assert head_map.details["options"]["task_weights"] == {"induction:length=10": 0.5}
     assert {p.name for p in output.parent.iterdir()} == {
         "map.json",
-        *(f"map_{w}.png" for w in ("capabilities", "overlap", "unified", "distribution", "layers")),
+        *(
+            f"map_{w}.png"
+            for w in ("capabilities", "overlap", "unified", "distribution", "layers", "trust")
+        ),
     }
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in output.parent.glob("*.png"))
     before = output.read_bytes()
@@ -392,8 +439,9 @@ def test_head_map_command(
     assert run(head_map_tool, monkeypatch, "show", maps[0]) == 0
     assert "5 layers, 6 query heads on 3 KV heads" in capsys.readouterr().out
     by_effects = tmp_path / "effects.json"
-    options = dataclasses.replace(OPTIONS, effects=("direct",), senders=False)
-    select_heads(folder, ratio="5:1", tasks=[TASK], options=options, output=by_effects)
+    options = dataclasses.replace(OPTIONS, senders=False)
+    former = {"strategy": "interp_denoise", "tasks": [TASK], "options": options}
+    select_heads(folder, ratio="5:1", output=by_effects, **former)
     assert run(head_map_tool, monkeypatch, "show", by_effects) == 0
     spearman = HeadMap.load(by_effects).details["tasks"]["planted"]["attribution_spearman"]
     line = f"planted: rank correlation with the direct effect {spearman['direct']:.2f}"

@@ -7,16 +7,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import HeadMap
-from megatron_hydra.selection import PromptPair, SelectionOptions, patching, select_heads, tasks
+from megatron_hydra.selection import (
+    PromptPair,
+    SelectionOptions,
+    capabilities,
+    noising,
+    patching,
+    select_heads,
+    tasks,
+)
 from megatron_hydra.selection.plots import draw_head_map
 from tests.selection.planted import Planted, induction_pairs, plant
 from tools import head_map as head_map_tool
 
-OPTIONS = SelectionOptions(num_prompts=32, min_prompts=8, attribution=False, senders=False)
+OPTIONS = SelectionOptions(num_prompts=32, min_prompts=8, max_rounds=0, control=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +109,54 @@ def test_default_tasks_that_are_not_solved_are_left_out(
     assert "left out     bad: the model solves 0 of 32" in capsys.readouterr().out
 
 
+@pytest.fixture
+def group(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a capability of several tasks."""
+
+    def make(name: str, *members: Pairs) -> None:
+        for member in members:
+            monkeypatch.setitem(capabilities._REGISTERED, member.name, lambda *_, m=member: m)
+        monkeypatch.setitem(capabilities.GROUPS, name, tuple(m.name for m in members))
+
+    return make
+
+
+def test_a_capability_of_several_tasks_has_them_as_sub_probes(planted: Planted, group: Any) -> None:
+    """One of them need not be solved, also if the capability is named."""
+    other = dataclasses.replace(GOOD, name="other", pairs=induction_pairs(32, 5))
+    group("both", GOOD, other, BAD)
+    found = select(planted, tasks=["both"])
+    assert list(found.scores) == ["both"]
+    assert list(found.details["left_out"]) == ["bad"]
+    facts = found.details["capabilities"]["both"]
+    assert (facts["probes"], facts["sub_probes"]) == (["good", "other"], 2)
+    drawn = {task: facts["drawn"] for task, facts in found.details["prompts"].items()}
+    assert drawn == {"good": 11, "other": 11}  # 32 pairs for three tasks
+    # Other strategies have a score for every task; those of a capability share its weight.
+    plain = SelectionOptions(num_prompts=32)
+    by_mass = select(planted, plain, tasks=["both", Pairs("third", GOOD.pairs)],
+                     strategy="attention_mass")  # fmt: skip
+    assert list(by_mass.scores) == ["good", "other", "third"]
+    expected = sum(
+        weight * np.array(by_mass.scores[task])
+        for task, weight in (("good", 0.25), ("other", 0.25), ("third", 0.5))
+    )
+    np.testing.assert_allclose(by_mass.details["unified_score"], expected)
+
+
+def test_a_named_capability_without_a_solved_task_is_an_error(planted: Planted, group: Any) -> None:
+    group("neither", BAD, dataclasses.replace(SOME, pairs=SOME.pairs[:28]))
+    with pytest.raises(HydraError, match=r"--tasks neither: none of its tasks .* bad: the model"):
+        select(planted, tasks=["neither", GOOD])
+
+
 @pytest.mark.parametrize("way", ["task", "weight"])
 def test_a_task_that_is_named_has_to_be_solved(
     planted: Planted, defaults: Any, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """And it is found out before anything else is measured."""
     defaults(GOOD, SOME)
-    monkeypatch.setattr(patching, "direct_effects", None)
+    monkeypatch.setattr(noising, "receiver_falls", None)
     weighted = dataclasses.replace(OPTIONS, task_weights={"some": 0.5})
     given = {"tasks": [GOOD, SOME]} if way == "task" else {"options": weighted}
     with pytest.raises(HydraError, match=r"--tasks some: the model solves 4 of 32 prompts.*leave"):
@@ -120,10 +170,10 @@ def test_nothing_solved_is_told_after_a_few_prompts(
     defaults(*more)
     options = dataclasses.replace(OPTIONS, tokens_per_batch=110)  # one pair a batch
     with pytest.raises(
-        HydraError, match=r"no prompt of any task \(solve check: bad 0 0 of 8, bad 1"
+        HydraError, match=r"no prompt of any task \(solve check: bad 0 0 of 6, bad 1"
     ):
         select(planted, options)
-    assert sum(baselines) == 4 * tasks.FEW
+    assert sum(baselines) == 4 * 6  # 24 in all
     baselines.clear()
     with pytest.raises(HydraError, match="bad 0 of 24"):
         select(planted, options, tasks=[BAD])
@@ -148,9 +198,9 @@ def test_attention_mass_leaves_out_answers_that_are_nowhere(
     planted: Planted, defaults: Any
 ) -> None:
     absent = [next(t for t in range(16) if t not in p.clean + p.corrupted) for p in GOOD.pairs]
-    pairs = [dataclasses.replace(p, answer=a) for p, a in zip(GOOD.pairs, absent, strict=True)]
+    pairs = [dataclasses.replace(p, answer=(a,)) for p, a in zip(GOOD.pairs, absent, strict=True)]
     defaults(GOOD, Pairs("nowhere", pairs))
-    options = dataclasses.replace(OPTIONS, solved="off", min_prompts=1)
+    options = SelectionOptions(num_prompts=32, solved="off", min_prompts=1)
     found = select(planted, options, strategy="attention_mass")
     assert list(found.scores) == ["good"]
     assert "no answer occurs" in found.details["left_out"]["nowhere"]["reason"]
@@ -164,9 +214,7 @@ def test_what_it_will_take_is_said_with_what_makes_it_shorter(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     defaults(GOOD, BAD)
-    options = dataclasses.replace(
-        OPTIONS, effects=("direct", "total"), attribution=True, senders=True, tokens_per_batch=440
-    )
+    options = dataclasses.replace(OPTIONS, max_rounds=2, control=True, tokens_per_batch=440)
     quiet = select(planted, options)
     assert capsys.readouterr().err == ""
     assert select(planted, options, show_progress=True).to_dict() == quiet.to_dict()
@@ -178,6 +226,12 @@ def test_what_it_will_take_is_said_with_what_makes_it_shorter(
     assert "--num-prompts" not in said
     monkeypatch.setattr(tasks, "LONG", 0.0)
     select(planted, options, show_progress=True)
+    said = capsys.readouterr().err
+    assert "if every prompt counts, in all about" in said
+    for option in ("--max-rounds 1", "--max-rounds 0", "--num-prompts 8"):
+        assert f"{option} makes it about" in said
+    former = SelectionOptions(num_prompts=32, effects=("direct", "total"), tokens_per_batch=440)
+    select(planted, former, strategy="interp_denoise", show_progress=True)
     said = capsys.readouterr().err
     for option in ("--effects direct", "--num-prompts 8", "--no-attribution"):
         assert f"{option} makes it about" in said

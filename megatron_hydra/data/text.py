@@ -15,7 +15,7 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 """The line that RULER repeats."""
 
 _WORDS: dict[str, list[str]] = json.loads(
-    resources.files("megatron_hydra.evaluation").joinpath("words.json").read_text()
+    resources.files("megatron_hydra.data").joinpath("words.json").read_text()
 )
 ADJECTIVES, NOUNS = _WORDS["adjectives"], _WORDS["nouns"]
 WORDS = sorted({*ADJECTIVES, *NOUNS})

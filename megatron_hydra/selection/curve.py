@@ -1,0 +1,148 @@
+"""The knockout curve: what is left of retrieval as heads are knocked out, the best first or at random.
+
+A ranking that says something makes the first curve fall early, and the second one late.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.head_map import HeadMap
+from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
+from megatron_hydra.selection.effects import EffectEngine, Solved
+from megatron_hydra.selection.opening import Placement, load_runner, tokenizer_of, vocab_size_of
+from megatron_hydra.selection.patching import Head
+from megatron_hydra.selection.runner import default_tokens_per_batch
+from megatron_hydra.selection.strategies import SelectionOptions
+from megatron_hydra.selection.tasks import Tasks
+from megatron_hydra.selection.work import Ranks, WorkBench
+
+SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+"""Shares of all heads that are knocked out, where none are asked for."""
+
+
+def knockout_curve(
+    head_map: HeadMap,
+    model: str,
+    *,
+    source: str = "head map",
+    revision: str = "",
+    tasks: Sequence[str] = ("retrieval",),
+    options: SelectionOptions | None = None,
+    counts: Sequence[int] = (),
+    draws: int = 3,
+    seed: int = 1,
+    placement: Placement | None = None,
+    show_progress: bool = False,
+) -> dict[str, Any]:
+    """Knock heads out in the order of a map's ranking, and in random orders.
+
+    A head that is out gives its mean output over all prompts and tokens. The answers are right if every token
+    of them is the likeliest, given the ones before; all drawn prompts count, solved or not.
+
+    Args:
+        head_map: with a ranking; its FA heads are not looked at.
+        model: the folder or Hub name that the map was made for.
+        source: the map's file, for messages.
+        tasks: as of a selection.
+        options: of them, ``num_prompts``, ``probe_tokens`` and ``tokens_per_batch`` count.
+        counts: how many heads are out; default: those of :data:`SHARES`.
+        draws: random orders.
+        seed: of prompts and random orders; another than the selection's, so that other prompts are asked.
+
+    Returns:
+        The points, ready for JSON: for each count accuracy and readout (mean m) by ``score``, and a list of
+        both, one for each draw, by ``random``.
+
+    Raises:
+        HydraError: a map without ranking or of another model, or a count that there are not so many heads for.
+    """
+    options = options or SelectionOptions()
+    if not head_map.ranking:
+        raise HydraError(
+            f"{source}: strategy {head_map.strategy} gives no ranking, so there is no order to knock heads "
+            "out in"
+        )
+    folder = resolve_hf_folder(model, revision)
+    identity = model_identity_from_hf(folder, name=model, revision=revision)
+    head_map.check_model(identity, source=source)
+    total = identity.num_layers * identity.num_query_heads
+    counts = sorted(set(counts or (math.ceil(share * total) for share in SHARES)))
+    if counts[0] < 0 or counts[-1] > total:
+        raise HydraError(
+            f"--heads {counts[-1]}: the model has {total} heads, none below 0 can be out"
+        )
+    drawn = Tasks.draw(tasks, tokenizer_of(folder), vocab_size_of(None, folder), seed, options)
+    ranks = Ranks()
+    try:
+        runner = load_runner(None, folder, placement or Placement(), ranks)
+        size = options.tokens_per_batch or default_tokens_per_batch(runner)
+        bench = WorkBench(ranks, None, show_progress)
+        try:
+            points = _measure(
+                EffectEngine(runner, bench, size), head_map, drawn, counts, draws, seed
+            )
+        finally:
+            bench.close()
+    finally:
+        ranks.close()
+    return {
+        "head_map": head_map.fingerprint(),
+        "strategy": head_map.strategy,
+        "model": model,
+        "tasks": {task: len(pairs) for task, pairs in drawn.pairs.items()},
+        "probe_tokens": options.probe_tokens,
+        "seed": seed,
+        "heads": total,
+        "points": points,
+    }
+
+
+def _measure(
+    engine: EffectEngine,
+    head_map: HeadMap,
+    drawn: Tasks,
+    counts: Sequence[int],
+    draws: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    prompts = {
+        task: Solved(pairs, list(range(len(pairs))), np.zeros(0), np.zeros(0))
+        for task, pairs in drawn.pairs.items()
+    }
+    generator, ranking = np.random.default_rng(seed), list(head_map.ranking)
+    orders = [[ranking[i] for i in generator.permutation(len(ranking))] for _ in range(draws)]
+    means = engine.mean_outputs(prompts)
+
+    @functools.cache  # nothing out is the same in every order
+    def left(heads: tuple[Head, ...]) -> tuple[float, float]:
+        m, right = zip(
+            *(engine.knock_out(task, solved, heads, means) for task, solved in prompts.items()),
+            strict=True,
+        )
+        return float(np.concatenate(right).mean()), float(np.concatenate(m).mean())
+
+    runs = sum(1 + draws if count else 1 for count in counts)
+    for task, solved in prompts.items():
+        engine.plan_control(task, solved, runs)
+    points = []
+    for count in counts:
+        accuracy, readout = left(tuple(ranking[:count]))
+        at_random = [left(tuple(order[:count])) for order in orders]
+        points.append(
+            {
+                "heads": count,
+                "score": {"accuracy": accuracy, "readout": readout},
+                "random": {
+                    "accuracy": [accuracy for accuracy, _ in at_random],
+                    "readout": [readout for _, readout in at_random],
+                },
+            }
+        )
+    return points

@@ -1,0 +1,97 @@
+"""Heads knocked out together: their outputs replaced by their means, everything downstream live.
+
+The positive control of a selection, and the knockout curve. A mean over tokens and prompts tells nothing of
+where a fact is, and leaves the stream as large as it was.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megatron_hydra.selection.patching import Head
+from megatron_hydra.selection.prompts import PromptBatch
+from megatron_hydra.selection.runner import DecoderRunner
+
+
+@torch.no_grad()
+def output_sums(runner: DecoderRunner, batch: PromptBatch) -> torch.Tensor:
+    """Head outputs summed over all tokens of the clean runs, float64 ``[L, H, d]``.
+
+    Together with :func:`num_tokens` of all batches this gives the means.
+    """
+    real = _is_real(batch)
+    sums = []
+    for _, z in _clean_run(runner, batch, {}, None):
+        sums.append((z.double() * real.to(z.device)[..., None, None]).sum((0, 1)).cpu())
+    return torch.stack(sums)
+
+
+def num_tokens(batch: PromptBatch) -> int:
+    """Tokens of a batch's clean runs, padding not counted."""
+    return int(_is_real(batch).sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Knockout:
+    """The clean run without some heads.
+
+    Attributes:
+        m: the span readout, ``[P]`` float64.
+        right: whether every token of the answer is the most likely one, ``[P]`` bool.
+    """
+
+    m: torch.Tensor
+    right: torch.Tensor
+
+
+@torch.no_grad()
+def knock_out(
+    runner: DecoderRunner, batch: PromptBatch, heads: Sequence[Head], means: torch.Tensor
+) -> Knockout:
+    """Run the clean prompts without some heads.
+
+    Args:
+        means: of all heads' outputs, ``[L, H, d]``.
+    """
+    out: dict[int, list[int]] = {}
+    for layer, head in heads:
+        out.setdefault(layer, []).append(head)
+    x, _ = collections.deque(_clean_run(runner, batch, out, means), maxlen=1).pop()
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    x = x[rows, batch.answer_positions.to(x.device)]
+    m = runner.readout(x, runner.readout_direction(batch))
+    top = runner.logits(x).argmax(-1).cpu()
+    right = ((top == batch.answer) | (batch.weights == 0)).all(-1)
+    return Knockout(m.double().cpu(), right)
+
+
+def _clean_run(
+    runner: DecoderRunner,
+    batch: PromptBatch,
+    out: dict[int, list[int]],
+    means: torch.Tensor | None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Layer by layer: the stream after it ``[P, T, D]`` and its head outputs ``[P, T, H, d]``."""
+    positions = torch.arange(batch.clean.shape[1], device=runner.device)
+    x = runner.embed(batch.clean)
+    for layer in range(runner.num_layers):
+        x = x.to(runner.device_of(layer))
+        here = positions.to(x.device)
+        normed = runner.attention_input(layer, x)
+        k, v = runner.keys(layer, normed, here), runner.values(layer, normed)
+        z = runner.attend(layer, runner.queries(layer, normed, here), k, v, here)
+        if layer in out:
+            assert means is not None
+            z = z.clone()
+            z[:, :, out[layer]] = means[layer][out[layer]].to(z)
+        x = runner.add_mlp(layer, x + runner.output_projection(layer, z))
+        yield x, z
+
+
+def _is_real(batch: PromptBatch) -> torch.Tensor:
+    """Which places of the clean runs are no padding, ``[P, T]`` bool."""
+    return torch.arange(batch.clean.shape[1]) <= batch.answer_positions[:, -1:]

@@ -1,0 +1,118 @@
+"""Opening a model for selection: device and dtype, weights, tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.hf_identity import read_config
+from megatron_hydra.selection.runner import DecoderRunner
+from megatron_hydra.selection.work import Ranks
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where and how the model runs.
+
+    Attributes:
+        device: ``auto`` (a GPU for each local rank, else the CPU) or a torch device.
+        dtype: ``fp32``, ``bf16``, or ``auto``: the checkpoint's on a GPU, fp32 on a CPU.
+        gpus_per_process: spread the layers of one copy over this many GPUs.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    gpus_per_process: int = 1
+
+    def devices(self, local_rank: int) -> list[torch.device]:
+        """The devices of one process.
+
+        Raises:
+            HydraError: a device that torch does not know, or more GPUs than there are.
+        """
+        if self.device != "auto":
+            try:
+                return [torch.device(self.device)]
+            except RuntimeError as error:
+                raise HydraError(f"--device {self.device}: {error}") from None
+        from megatron_hydra.parallel import platform
+
+        if not platform.device_count():
+            return [platform.device()]
+        count = self.gpus_per_process
+        first, there = local_rank * count, platform.device_count()
+        if count < 1 or first + count > there:
+            raise HydraError(
+                f"--gpus-per-process {count}: rank {local_rank} of this machine needs GPUs "
+                f"{first} to "
+                f"{first + count - 1}, there are {there}; start fewer processes"
+            )
+        return [torch.device("cuda", i) for i in range(first, first + count)]
+
+    def torch_dtype(self, devices: list[torch.device]) -> torch.dtype | str:
+        """What ``from_pretrained`` is given."""
+        if self.dtype == "auto":
+            return torch.float32 if devices[0].type == "cpu" else "auto"
+        if self.dtype not in DTYPES:
+            raise HydraError(f"--dtype {self.dtype}: must be auto, {' or '.join(DTYPES)}")
+        return DTYPES[self.dtype]
+
+
+def load_runner(
+    model: Any, folder: Path | None, placement: Placement, ranks: Ranks
+) -> DecoderRunner:
+    """A model ready to be taken apart: loaded from a folder, or as it is given.
+
+    Raises:
+        HydraError: it cannot be loaded.
+    """
+    if folder is None:
+        return DecoderRunner(model)
+    import transformers
+
+    devices = placement.devices(ranks.local_rank)
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=placement.torch_dtype(devices), trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise HydraError(f"--hf-path {folder}: the model cannot be loaded: {error}") from None
+    if len(devices) > 1:
+        return DecoderRunner(loaded, devices)
+    return DecoderRunner(loaded.to(devices[0]))
+
+
+def tokenizer_of(folder: Path) -> Any | None:
+    """The folder's tokenizer, if it has one."""
+    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise HydraError(f"{folder}: its tokenizer cannot be loaded: {error}") from None
+
+
+def native_length(model: Any, folder: Path | None) -> int:
+    """Tokens that the model was trained for, or 0 where its config does not tell."""
+    if folder is None:
+        return int(getattr(model.config, "max_position_embeddings", 0) or 0)
+    length = read_config(folder).get("max_position_embeddings")
+    return length if isinstance(length, int) else 0
+
+
+def vocab_size_of(model: Any, folder: Path | None) -> int:
+    """Tokens that the model knows, from the folder's config or the loaded model's."""
+    if folder is None:
+        return int(model.config.vocab_size)
+    size = read_config(folder).get("vocab_size")
+    if not isinstance(size, int):
+        raise HydraError(f"{folder / 'config.json'}: key 'vocab_size' is missing or no integer")
+    return size

@@ -1,0 +1,166 @@
+"""What a user needs in order to trust a head map: how much of it is signal, and how far it repeats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from megatron_hydra.selection.importance import SIGNAL, Importance, gini
+from megatron_hydra.selection.interp import TIE_WEIGHT, Measured
+from megatron_hydra.selection.ranking import rank_heads, spearman
+
+HALVES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 32, 64)
+"""Pairs in a half."""
+
+DRAWS = 20
+"""Random splits for each number of pairs."""
+
+
+def trust_report(
+    found: Mapping[str, Measured], fused: np.ndarray, budget: int, seed: int
+) -> dict[str, Any]:
+    """The report of a head map.
+
+    Args:
+        found: what was measured of every capability.
+        fused: the unified scores before equal ones were ordered, ``[L, H]``.
+        budget: how many heads are FA.
+        seed: of the splits.
+    """
+    return {
+        "threshold": SIGNAL,
+        "heads": int(fused.size),
+        "full_attention": budget,
+        "heads_with_signal": int(
+            np.any([one.importance.score > SIGNAL for one in found.values()], axis=0).sum()
+        ),
+        "ties": ties(fused),
+        "capabilities": {
+            name: {
+                "heads_with_signal": int((one.importance.score > SIGNAL).sum()),
+                "gini": gini(one.importance.score),
+                "gini_by_layer": [gini(layer) for layer in one.importance.score],
+                "split_half": split_half(one, budget, seed),
+            }
+            for name, one in found.items()
+        },
+    }
+
+
+def ties(scores: np.ndarray) -> dict[str, Any]:
+    """Where in the ranking equal scores begin.
+
+    Returns:
+        ``begin``: the first place (from 1) whose score the next place has as well, or ``None``; ``heads``:
+        how many heads share their score with another; ``broken_by``, in words.
+    """
+    ordered = np.sort(scores.reshape(-1))[::-1]
+    equal = np.flatnonzero(ordered[:-1] == ordered[1:])
+    _, counts = np.unique(ordered, return_counts=True)
+    return {
+        "begin": int(equal[0]) + 1 if len(equal) else None,
+        "heads": int(counts[counts > 1].sum()),
+        "broken_by": "the effect without kappa, then the earlier layer, then the lower head",
+    }
+
+
+def split_half(found: Measured, budget: int, seed: int) -> list[dict[str, Any]]:
+    """How well two disjoint random sets of n pairs agree, for growing n: means over :data:`DRAWS` splits.
+
+    The heads that senders were measured against were found by all pairs.
+    """
+    generator = np.random.default_rng([seed, 7])
+    pairs = len(found.probe)
+    rows = []
+    for size in [n for n in HALVES if 2 * n <= pairs]:
+        agreements = []
+        for _ in range(DRAWS):
+            order = generator.permutation(pairs)
+            halves = [order[:size], order[size : 2 * size]]
+            a, b = (_scores(found, half) for half in halves)
+            agreements.append(agreement(a, b, budget))
+        rows.append({"pairs": size} | _means(agreements))
+    return rows
+
+
+def _scores(found: Measured, pairs: np.ndarray) -> np.ndarray:
+    one = Importance.of(found.receiver[..., pairs], found.sender[..., pairs], found.probe[pairs])
+    return one.score + TIE_WEIGHT * one.without_kappa
+
+
+def agreement(a: np.ndarray, b: np.ndarray, budget: int) -> dict[str, Any]:
+    """Rank correlation of two scores, and the share of top heads in common.
+
+    All heads without a signal share a rank, since their order is noise. The top is as many heads as are
+    FA, but no more than have a signal in ``a``.
+    """
+    count = max(1, min(budget, int((a > SIGNAL).sum())))
+    shared = set(rank_heads(a)[:count]) & set(rank_heads(b)[:count])
+    value = spearman(*(np.where(scores > SIGNAL, scores, 0.0) for scores in (a, b)))
+    return {
+        "rank_correlation": None if np.isnan(value) else value,
+        "overlap": len(shared) / count,
+        "top": count,
+    }
+
+
+def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over splits; a correlation that is undefined (one half has no signal at all) counts as 0."""
+    return {
+        "rank_correlation": float(np.mean([row["rank_correlation"] or 0.0 for row in rows])),
+        "overlap": float(np.mean([row["overlap"] for row in rows])),
+    }
+
+
+def report_lines(details: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a head map says of its own scores, as lines for people: (keyword, text).
+
+    Args:
+        details: of a head map; empty lines for one whose scores are not the paper's.
+    """
+    lines: list[tuple[str, str]] = []
+    for name, facts in details.get("capabilities", {}).items():
+        added = " + ".join(str(len(one["added"])) for one in facts["rounds"]) or "none"
+        receivers = len(facts["receivers"])
+        lines.append(("found", f"{name}: {receivers} receivers, senders by round {added}"))
+        if "control" in facts:
+            lines.append(("control", f"{name}: {_control_line(facts['control'])}"))
+    trust = details.get("trust")
+    if not trust:
+        return lines
+    for name, facts in trust["capabilities"].items():
+        text = f"{name}: {facts['heads_with_signal']} heads above {trust['threshold']}"
+        text += f", Gini {facts['gini']:.2f}"
+        for row in facts["split_half"][-1:]:
+            text += (
+                f"; halves of {row['pairs']} pairs: rank correlation {row['rank_correlation']:.2f}, "
+                f"top heads shared {row['overlap']:.2f}"
+            )
+        lines.append(("trust", text))
+        for row in facts.get("lengths", []):
+            lines.append(
+                ("trust", f"{name}, receivers at {row['tokens']} tokens: {_length_line(row)}")
+            )
+    begin = trust["ties"]["begin"]
+    where = "none" if begin is None else f"from place {begin} on ({trust['ties']['broken_by']})"
+    unheard = trust.get("chosen_without_signal", 0)
+    return [*lines, ("trust", f"ties: {where}; {unheard} FA heads have a score of 0")]
+
+
+def _control_line(control: Mapping[str, Any]) -> str:
+    best, random = (control[kind]["readout_lost"] for kind in ("best", "random"))
+    return (
+        f"without its {control['knocked_out']} best heads the readout loses {best:.2f} of its gap, without as "
+        f"many random ones {random:.2f}"
+        + ("" if control["can_fail"] else ": THE PROBE CANNOT FAIL")
+    )
+
+
+def _length_line(row: Mapping[str, Any]) -> str:
+    if "overlap" not in row:
+        return "no prompt is solved"
+    value = row["rank_correlation"]
+    shown = "undefined" if value is None else f"{value:.2f}"
+    return f"rank correlation {shown}, top heads shared {row['overlap']:.2f} ({row['pairs']} pairs)"
