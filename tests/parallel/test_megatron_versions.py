@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 from megatron_hydra.errors import HydraError
@@ -48,6 +49,20 @@ def test_pip_is_asked_for_the_same_range() -> None:
     first, beyond = (".".join(map(str, version)) for version in megatron_versions.SUPPORTED)
     assert ours.specifier.contains(first) and not ours.specifier.contains(beyond)
     assert any(r.name == "triton" for r in requirements)  # `import megatron.core` needs it
+
+
+def test_ci_runs_the_first_and_the_last_release_line() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
+    pythons = workflow["jobs"]["gate"]["strategy"]["matrix"]["python"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line.startswith("megatron-core==")]
+    taken = set()
+    for python in pythons:
+        (pin,) = (p for p in pins if p.marker and p.marker.evaluate({"python_version": python}))
+        taken.add(megatron_versions.numbers(str(pin.specifier).removeprefix("==")))
+    first, beyond = megatron_versions.SUPPORTED
+    assert min(taken) == first
+    assert max(taken)[:2] == (beyond[0], beyond[1] - 1)
 
 
 def _start_with(folder: Path, package_info: str, *command: str) -> tuple[int, str]:
