@@ -2,7 +2,10 @@
 # Both set up .venv first; nothing has to be done before.
 
 PYTHON ?= python3
-VENV := .venv
+PYTHON312 ?= python3.12
+VENV ?= .venv
+# Pins every version that pip installs; empty: the newest of everything that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
@@ -18,24 +21,27 @@ SHELL := /bin/bash
 GPU_PYTHON ?=
 GPU_TESTS = $$(grep -rl --include='test_*.py' 'pytest\.mark\.gpu' tests) tests/gpu
 
-.PHONY: help setup quickstart test test-slow test-parallel test-slurm test-gpu lint format clean
+.PHONY: help setup quickstart test test-fast test-py312 test-newest test-slow test-parallel test-slurm test-gpu \
+  test-releases lint format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv with everything that the tools and the tests need (once)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@command -v "$(PYTHON)" > /dev/null || { \
 	  echo "error: '$(PYTHON)' was not found; name an interpreter: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else 1)' || { \
-	  echo "error: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1); Python 3.11 or 3.12 is needed:" \
-	       "make setup PYTHON=python3.11 (after removing .venv if it was made by another one)" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else 1)' || { \
+	  echo "error: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1); Python 3.11, 3.12 or 3.13 is needed:" \
+	       "make setup PYTHON=python3.11 (after removing $(VENV) if it was made by another one)" >&2; exit 1; }
 	@echo "[setup 1/3] virtual environment in $(VENV) ($$("$(PYTHON)" --version))"
 	@"$(BIN)/python" -c '' 2> /dev/null || "$(PYTHON)" -m venv --clear "$(VENV)" || { \
 	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-	@echo "[setup 2/3] installing megatron_hydra and its pinned requirements; minutes on a slow network"
-	@"$(BIN)/python" -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@echo "[setup 2/3] installing megatron_hydra and its requirements" \
+	  "($(or $(CONSTRAINTS),the newest of each)); minutes on a slow network"
+	@"$(BIN)/python" -m pip install --disable-pip-version-check --editable '.[dev]' \
+	  $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS),--upgrade --upgrade-strategy eager)
 	@echo "[setup 3/3] checking the environment"
 	@"$(BIN)/python" -m pip check --disable-pip-version-check
 	@touch "$@"
@@ -43,8 +49,23 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: setup ## the whole pipeline on a tiny model, on CPU; writes quickstart/
 	"$(BIN)/python" tools/quickstart.py --output quickstart
 
-test: setup lint ## the gate: lint, types, and the fast test suite
+test: lint test-fast ## the gate: lint, types, and the fast test suite
+
+test-fast: setup
 	$(TEST_ENV) "$(BIN)/python" -m pytest -n $(WORKERS) --dist worksteal
+
+test-py312: ## the fast tests with Python 3.12 and the newest Megatron-Core, in .venv-py312
+	$(MAKE) test-fast VENV=.venv-py312 PYTHON="$(PYTHON312)"
+
+test-newest: ## the fast tests with the newest of every dependency, in .venv-newest
+	rm -f .venv-newest/.installed
+	$(MAKE) test-fast VENV=.venv-newest CONSTRAINTS= PYTHON="$(PYTHON)"
+	.venv-newest/bin/python -m pip freeze --exclude-editable > .venv-newest/freeze.txt
+
+test-releases: setup ## one checkpoint, two Megatron-Cores (.venv, .venv-py312): the same bits, the same losses
+	$(MAKE) setup VENV=.venv-py312 PYTHON="$(PYTHON312)"
+	$(TEST_ENV) HYDRA_OTHER_PYTHON="$(CURDIR)/.venv-py312/bin/python" "$(BIN)/python" -m pytest -m slow \
+	  --timeout 3600 tests/parallel/test_releases.py
 
 test-slow: setup ## the tests that take longer, except the parallel and SLURM suites
 	$(TEST_ENV) "$(BIN)/python" -m pytest -m "slow and not parallel and not slurm" --timeout 1800
@@ -70,5 +91,5 @@ format: setup ## rewrite the sources as the linter wants them
 	"$(BIN)/ruff" format
 
 clean: ## remove the environment, caches and the quickstart's output
-	rm -rf "$(VENV)" quickstart gpu-report .pytest_cache .mypy_cache .ruff_cache .hypothesis build ./*.egg-info
+	rm -rf .venv .venv-py312 .venv-newest quickstart gpu-report .pytest_cache .mypy_cache .ruff_cache .hypothesis build ./*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,7 +9,7 @@ Three checks, each of which stands without the others:
   first, by an unpickler that knows only the dozen classes that an index is made of. It may list
   tensors only, which torch reads with ``weights_only=True``: what it calls an object, torch would
   unpickle without. The files that it names must lie in the folder.
-- ``common.pt`` is read with ``weights_only=True`` before Megatron reads it without.
+- ``common.pt`` is read with ``weights_only=True``, and by nobody else.
 """
 
 from __future__ import annotations
@@ -324,13 +324,19 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
     body = verify_manifest(folder)
     weights = Path(folder) / WEIGHTS
     read_index(weights)
-    _check_pickle(weights / COMMON_FILE)
+    read_common(weights)
     return body
 
 
-def _check_pickle(path: Path) -> None:
+def read_common(weights: str | os.PathLike[str]) -> dict[str, Any]:
+    """``weights/common.pt``: what is no sharded tensor; tensors are on the host.
+
+    Raises:
+        HydraError: it is missing, broken, or holds more than plain data.
+    """
+    path = Path(weights) / COMMON_FILE
     try:
-        torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise HydraError(f"{path} is missing") from None
     except Exception as error:  # a damaged or forged pickle raises nearly anything

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 import megatron_hydra.parallel.platform  # noqa: F401  # isort: skip  (before any megatron import)
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import is_main_replica
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.dist_checkpointing.dict_utils import merge
+from megatron.core.dist_checkpointing.mapping import apply_factory_merges, is_main_replica
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
-from megatron_hydra.checkpoint.integrity import read_index
+from megatron_hydra.checkpoint.integrity import read_common, read_index
 from megatron_hydra.checkpoint.records import Box, read_boxes
 
 
@@ -45,25 +46,6 @@ def main_replicas(state: Any) -> list[ShardedTensor]:
     return [tensor for tensor in sharded_tensors(state) if is_main_replica(tensor.replica_id)]
 
 
-class _ReadBoxes(TorchDistLoadShardedStrategy):
-    """Reads with the guarded index, every record once, and without collectives.
-
-    Args:
-        together: runs a function on every rank, so that an error of one is an error of all.
-    """
-
-    def __init__(self, together: Callable[[Callable[[], None]], None]) -> None:
-        super().__init__()
-        self._together = together
-
-    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> Any:
-        weights = Path(checkpoint_dir)
-        wanted: list[tuple[Box, torch.Tensor]] = []
-        loaded = _data_to_fill(sharded_state_dict, wanted)
-        self._together(lambda: read_boxes(weights, wanted, read_index(weights)))
-        return loaded
-
-
 def _data_to_fill(state: Any, wanted: list[tuple[Box, torch.Tensor]]) -> Any:
     """Nested state with the tensors that are to be filled, which are noted in ``wanted``."""
     if isinstance(state, ShardedTensor):
@@ -83,7 +65,11 @@ def load_sharded(
     weights: Path,
     together: Callable[[Callable[[], Any]], Any] = lambda action: action(),
 ) -> dict[str, Any]:
-    """Megatron's load of a verified checkpoint's weights.
+    """Load what ranks ask for of a verified checkpoint's weights.
+
+    As Megatron's ``dist_checkpointing.load``, but both pickles are read guarded, every record is read
+    once, and ranks do not wait for each other. Nothing here differs between Megatron-Core's releases;
+    their own ``load`` changes its readers' interface in every second one.
 
     Args:
         state: Megatron's sharded state dict.
@@ -96,9 +82,17 @@ def load_sharded(
     Raises:
         HydraError: something is missing, misshapen or damaged.
     """
-    return dist_checkpointing.load(
-        state,
-        str(weights),
-        sharded_strategy=_ReadBoxes(together),
-        validate_access_integrity=False,  # boxes are looked up one by one, whoever else reads them
-    )
+    state, not_stored, factories = load_preprocess(state)
+    sharded, _ = extract_sharded_base(state)
+    wanted: list[tuple[Box, torch.Tensor]] = []
+    loaded = _data_to_fill(sharded, wanted)
+    result: dict[str, Any] = {}
+
+    def read() -> None:  # an error of one rank is an error of all
+        result.update(read_common(weights))
+        read_boxes(weights, wanted, read_index(weights))
+
+    together(read)
+    merge(result, not_stored)
+    merge(result, loaded)
+    return apply_factory_merges(result, factories)

@@ -74,6 +74,7 @@ class HydraAttention(MegatronModule):
             ``tail`` (gate, norm and scale) each with its own inputs, ``attention`` all three as one.
         two_streams: on a GPU, run the branches side by side where neither communicates.
         pg_collection: process groups (tp, cp, tp_cp are used).
+        name: the module's name, which later releases of Megatron-Core give; not used.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class HydraAttention(MegatronModule):
         two_streams: bool = True,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(config=config)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()

@@ -9,7 +9,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -26,6 +26,7 @@ from megatron_hydra.model.norm import RMSNorm
 from megatron_hydra.ops.backends import Case, Kernels, choose_kernels
 from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.head_partition import plan_model
+from megatron_hydra.parallel.megatron_versions import config_options, mlp_spec
 
 
 def uses_transformer_engine(run: RunConfig) -> bool:
@@ -105,6 +106,7 @@ def transformer_config(model: ModelConfig, run: RunConfig) -> TransformerConfig:
         recompute_method="uniform" if recompute.granularity == "full" else None,
         recompute_num_layers=recompute.num_layers if recompute.granularity == "full" else None,
         recompute_modules=["mlp"] if selective and "mlp" in recompute.modules else None,
+        **config_options(),
     )
 
 
@@ -137,11 +139,10 @@ def hydra_layer_spec(model: ModelConfig, run: RunConfig, kernels: Kernels) -> Mo
             in_proj=backend.column_parallel_linear(), out_proj=backend.row_parallel_linear()
         ),
     )
-    mlp = ModuleSpec(
-        module=MLP,
-        submodules=MLPSubmodules(
+    mlp = mlp_spec(
+        MLPSubmodules(
             linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
-        ),
+        )
     )
     return ModuleSpec(
         module=TransformerLayer,

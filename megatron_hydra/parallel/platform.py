@@ -1,11 +1,12 @@
 """The machine we run on: GPU with NCCL, or CPU with gloo. The only file that asks which.
 
-Megatron-Core 0.16 assumes CUDA in a few dozen places of its training path: it allocates on
+Megatron-Core assumes CUDA in a few dozen places of its training path: it allocates on
 ``torch.cuda.current_device()``, draws and restores the CUDA generator's state, and names tensor
 types ``torch.cuda.FloatTensor``. :func:`install` gives those calls a CPU meaning on a machine
 without a GPU, so that the same code trains, checkpoints and is tested there. Where a GPU is
 present it changes nothing at all.
 
+It also refuses a Megatron-Core that is not one of :mod:`.megatron_versions`, before it is imported.
 Importing this module is enough, and every package that imports Megatron-Core does so first (in its
 ``__init__``): it must run before any ``megatron`` import, because Megatron binds some of these names
 at import time.
@@ -27,6 +28,7 @@ import torch
 import torch.utils._device
 
 from megatron_hydra.errors import HydraError
+from megatron_hydra.parallel import megatron_versions
 
 _CUDA_AVAILABLE = torch.cuda.is_available()
 _installed = False
@@ -159,11 +161,19 @@ def _tensor_type(original: Callable) -> Callable:
 
 
 def install() -> None:
-    """Make Megatron-Core run without a GPU. Idempotent; does nothing where a GPU is present."""
+    """Check Megatron-Core's version, and make it run without a GPU. Idempotent.
+
+    Raises:
+        HydraError: Megatron-Core is absent, too old or too new.
+    """
     global _installed
-    if _installed or _CUDA_AVAILABLE:
+    if _installed:
         return
+    megatron_versions.check(megatron_versions.installed())
+    megatron_versions.quiet()
     _installed = True
+    if _CUDA_AVAILABLE:
+        return
     # Megatron's jit_fuser is torch.compile; on the CPU its warm-up costs minutes and gains nothing.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
@@ -179,6 +189,8 @@ def install() -> None:
     cuda = torch.cuda
     cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
     cuda.synchronize = lambda *args, **kwargs: None
+    if megatron_versions.asks_for_streams():
+        cuda.current_stream = lambda *args, **kwargs: None  # type: ignore[assignment]
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]  # noqa: PLW0108
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

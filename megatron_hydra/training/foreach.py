@@ -1,8 +1,8 @@
 """Megatron-Core's work on lists of parameters, a few launches for all of them instead of some for each.
 
-Without Apex and Transformer Engine, Megatron-Core 0.16.1 takes the gradients' norm tensor by tensor and
-reads every one back to the host, which waits for the device as often as there are parameters (302 times
-a step for 135 million of them in 30 layers); it scales gradients and copies updated weights one by one, too.
+Without Apex and Transformer Engine, Megatron-Core (0.16.1 to 0.19.2) takes the gradients' norm tensor by
+tensor and reads every one back to the host, which waits for the device as often as there are parameters (302
+times a step for 135 million of them in 30 layers); it scales gradients and copies weights one by one, too.
 Importing this module replaces those stand-ins; Apex's and Transformer Engine's own functions stay.
 """
 

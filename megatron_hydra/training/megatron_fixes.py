@@ -1,6 +1,9 @@
-"""What Megatron-Core 0.16.1's distributed optimizer needs to save and resume correctly.
+"""What Megatron-Core's distributed optimizer needs to load a checkpoint correctly, in every supported release.
 
-Applied once, on import of :mod:`megatron_hydra.training.checkpoint`.
+Each mend is as needed in 0.19.2 as in 0.16.1: tests/training/test_megatron_fixes.py holds the installed release
+to it, and fails when upstream is right. What differs between releases stands in
+:mod:`megatron_hydra.parallel.megatron_versions`. Applied once, on import of
+:mod:`megatron_hydra.training.checkpoint`.
 """
 
 from __future__ import annotations
@@ -63,7 +66,9 @@ def _sharded_param_state_fully_reshardable(
 ) -> Any:
     # Upstream joins the buckets of a buffer without their padding and then cuts parameters out at
     # padded offsets: from the second bucket on (a tied embedding under pipeline parallelism, or
-    # overlap_grad_reduce) the saved optimizer state, master weights included, is shifted.
+    # overlap_grad_reduce) the optimizer state, master weights included, is shifted. We save by
+    # optimizer_state.py, so that here it would show in a load: the last parameters are cut short, and each is
+    # warned of as corrupt.
     with _padding_counted(self.buffers):
         return _original_sharded(self, *args, **kwargs)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
+
+from megatron_hydra.errors import HydraError
 
 NEEDED = (
     "torch", "triton", "megatron.core", "fla", "transformers", "datasets", "safetensors", "yaml", "tqdm",
@@ -28,6 +31,10 @@ def problem() -> str | None:
             f"{sys.executable} lacks {', '.join(missing)}: docs/gpu.md lists the wheels; where they are "
             "in a folder of their own, name it in PYTHONPATH"
         )
+    try:  # a release of Megatron-Core that is not supported is refused here
+        importlib.import_module("megatron_hydra.parallel.platform")
+    except HydraError as error:
+        return str(error)
     if os.environ.get("HYDRA_GPU_DRY_RUN"):
         return None
     import torch

@@ -18,13 +18,19 @@ def torchrun(module: str, processes: int, *arguments: str, timeout: float = 600)
     return _output([*launcher, module, *arguments], timeout)
 
 
-def forked(module: str, processes: int, *arguments: str, timeout: float = 600) -> str:
+def forked(
+    module: str,
+    processes: int,
+    *arguments: str,
+    timeout: float = 600,
+    python: str = sys.executable,
+) -> str:
     """As :func:`torchrun`, with one import for all ranks; for modules that torchrun has nothing to add to."""
-    return _output(["tests.parallel.forked", str(processes), module, *arguments], timeout)
+    return _output(["tests.parallel.forked", str(processes), module, *arguments], timeout, python)
 
 
-def _output(words: list[str], timeout: float) -> str:
-    command = [sys.executable, "-m", *words]
+def _output(words: list[str], timeout: float, python: str = sys.executable) -> str:
+    command = [python, "-m", *words]
     family = Family(
         command,
         os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},

@@ -161,10 +161,22 @@ def _assert_equal_gradients(run: Path, reference: Path) -> None:
         assert error < 1e-4, (run.name, name, error)
 
 
+def _assert_masters_are_the_weights(run: Path) -> None:
+    """In fp32 every saved master weight is its weight, bit for bit: it was cut out in the right place."""
+    saved = _everything(run / "checkpoints")
+    prefix = "optimizer.state.param."
+    masters = {name for name in saved if name.startswith(prefix)}
+    assert len(masters) > 20
+    wrong = [name for name in masters if not torch.equal(saved[name], saved[name[len(prefix) :]])]
+    assert not wrong
+
+
 @pytest.mark.timeout(900)
 def test_fast_layouts_equal_one_process(folder: Path) -> None:
-    """And a NaN or a stop signal on one rank is acted on by all of them."""
+    """And a NaN or a stop signal on one rank is acted on by all of them; and with many gradient buckets."""
+    overlap = ["parallel.overlap_grad_reduce=true"]
     faults = [
+        _case("finetune", "cp2-dp2", output="finetune-buckets", overrides=overlap, bucket_size=1),
         _case("finetune", "cp2-dp2", output="nan", fault="nan"),
         _case("finetune", "cp2-dp2", output="signal", fault="signal"),
         _case("finetune", "tp2-cp2", output="signal", fault=""),  # resumes under another layout
@@ -173,6 +185,10 @@ def test_fast_layouts_equal_one_process(folder: Path) -> None:
     for verb, layout in FAST:
         assert outcomes[f"{verb}-{layout}"] == [0] * 4
         _assert_equal_training(folder, verb, layout)
+
+    assert outcomes["finetune-buckets"] == [0] * 4
+    _assert_equal_training(folder, "finetune", "buckets")
+    _assert_masters_are_the_weights(folder / "finetune-buckets")
 
     assert outcomes["nan"] == [0] * 4
     skipped = [line.get("skipped", False) for line in tiny.read_metrics(folder / "nan")]

@@ -6,12 +6,16 @@ Rank 0 prints one JSON line a case: exit code or error of every rank.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import json
 import os
 import signal
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,8 +23,9 @@ import torch.distributed as dist
 from megatron_hydra.config import apply_overrides
 from megatron_hydra.errors import HydraError
 from megatron_hydra.parallel import platform
-from megatron_hydra.training import loop
+from megatron_hydra.training import loop, setup
 from megatron_hydra.training.loop import run_training
+from megatron_hydra.training.step import Trainee
 from megatron_hydra.transfer import finetune
 from tests.training import tiny
 
@@ -57,15 +62,60 @@ FAULTS = {
 }
 
 
+def _buckets(size: int | None) -> contextlib.AbstractContextManager:
+    """Gradient buckets of a case: by default of 40 million parameters, so that a tiny model has one."""
+    if size is None:
+        return contextlib.nullcontext()
+    small = functools.partial(setup.DistributedDataParallelConfig, bucket_size=size)
+    return mock.patch.object(setup, "DistributedDataParallelConfig", small)
+
+
+def _digests(trainee: Trainee) -> dict[str, str]:
+    """SHA-256 of every tensor that this rank trains or keeps for it."""
+    tensors = {
+        f"model {i} {name}": parameter
+        for i, chunk in enumerate(trainee.chunks)
+        for name, parameter in chunk.named_parameters()
+    }
+    for i, part in enumerate(trainee.optimizer.chained_optimizers):  # type: ignore[attr-defined]
+        for j, group in enumerate(part.optimizer.param_groups):
+            for k, parameter in enumerate(group["params"]):
+                name = f"optimizer {i} {j} {k}"
+                state = part.optimizer.state[parameter]
+                tensors |= {name: parameter} | {f"{name} {key}": t for key, t in state.items()}
+    return {
+        name: hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+        for name, tensor in tensors.items()
+    }
+
+
+def _note_digests(path: Path) -> None:
+    """Write down what the ranks start the first step with."""
+    original = loop.train_step
+
+    def noted(trainee: Trainee, *args):
+        loop.train_step = original
+        everywhere: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, _digests(trainee))
+        if dist.get_rank() == 0:
+            path.write_text(json.dumps(everywhere))
+        return original(trainee, *args)
+
+    loop.train_step = noted
+
+
 def _run(folder: Path, case: dict) -> list:
     train_step = loop.train_step
     config = tiny.run_config(folder, case["verb"], case["output"], **case.get("sections", {}))
     config = apply_overrides(config, case["overrides"])
     if case.get("fault") and dist.get_rank() == dist.get_world_size() - 1:
         FAULTS[case["fault"]]()
+    if case.get("digests"):
+        _note_digests(folder / case["digests"])
     outcome: int | str
     try:
-        outcome = run_training(config)
+        with _buckets(case.get("bucket_size")):
+            outcome = run_training(config)
     except HydraError as error:
         outcome = str(error)
     finally:

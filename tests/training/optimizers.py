@@ -36,8 +36,9 @@ class FusedAdam(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         adam_w_mode: bool,
+        capturable: bool = False,  # which later releases of Megatron-Core say
     ) -> None:
-        assert adam_w_mode
+        assert adam_w_mode and not capturable
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(params, defaults | {"bias_correction": True})
 

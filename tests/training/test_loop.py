@@ -309,6 +309,17 @@ def test_every_verb_learns_and_leaves_a_record(inputs: Path, tmp_path: Path) -> 
     assert store.read_model_config(student) == tiny.student_config()
 
 
+def test_megatron_logs_no_warning(
+    inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each of its releases has others; what no user can act on hides what one should."""
+    for steps in (2, 4):  # new, and resumed
+        overrides = [f"schedule.steps={steps}", "checkpoint.interval=2"]
+        assert run_training(_config(inputs, tmp_path, "distill", *overrides)) == 0
+    warned = [r for r in caplog.records if r.name.startswith("megatron.") and r.levelno >= 30]
+    assert not [record.getMessage() for record in warned]
+
+
 def test_pretraining_starts_from_a_model_that_transformers_has_made(
     inputs: Path, tmp_path: Path
 ) -> None:
