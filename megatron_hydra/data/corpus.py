@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,8 +94,14 @@ class Row:
     error: str = ""
 
 
-def plan_units(corpus: CorpusConfig) -> list[Unit]:
+def plan_units(
+    corpus: CorpusConfig, report: Callable[[str], None] = lambda line: None
+) -> list[Unit]:
     """All units of the corpus, in order.
+
+    Args:
+        corpus: where rows come from.
+        report: takes a line for each input that is not read whole, and for each file that is read twice.
 
     Raises:
         HydraError: an input is missing, empty, or of no known format.
@@ -103,8 +110,11 @@ def plan_units(corpus: CorpusConfig) -> list[Unit]:
         from megatron_hydra.data.hub import hub_units
 
         return hub_units(corpus)
+    listings = _listings(corpus)
+    for line in _notes(corpus, listings):
+        report(line)
     units: list[Unit] = []
-    for path in _expand(corpus):
+    for path in _all_files(listings):
         if os.path.getsize(path) == 0:
             raise HydraError(f"{path} is empty (0 bytes); leave it out or repair it")
         own = _file_units(path, corpus)
@@ -129,31 +139,17 @@ def input_identity(corpus: CorpusConfig) -> list[dict[str, Any]]:
         ]
     return [
         {"file": os.path.basename(p), "bytes": os.path.getsize(p), "probe": file_probe(p)}
-        for p in _expand(corpus)
+        for p in _all_files(_listings(corpus))
     ]
 
 
-def notes_on_files(corpus: CorpusConfig) -> list[str]:
-    """What is not read of the inputs, and what is read twice: a line for each input that has either."""
-    if corpus.hub:
-        return []
-    lines = []
-    paths: list[str] = []
-    for name in corpus.inputs:
-        listing = _files_of(name, corpus)
-        paths += listing.files
-        if listing.left_out:
-            lines.append(
-                f"--input {name}: {len(listing.files)} files are read, not read are {listing}"
-            )
-    for first, again in repeated(paths):
-        lines.append(f"{again} is the same file as {first}: it is read twice")
-    return lines
+def _listings(corpus: CorpusConfig) -> list[Listing]:
+    """The files of each input, in the order given, folders and patterns sorted.
 
-
-def _expand(corpus: CorpusConfig) -> list[str]:
-    """Files of the inputs, in the order given, folders and patterns sorted."""
-    paths: list[str] = []
+    Raises:
+        HydraError: an input has none.
+    """
+    listings = []
     for name in corpus.inputs:
         listing = _files_of(name, corpus)
         if not listing.files:
@@ -162,8 +158,21 @@ def _expand(corpus: CorpusConfig) -> list[str]:
                 f"--input {name}: no such file, or a folder or pattern without data files "
                 f"({', '.join(sorted(SUFFIXES))}){others}; for a Hub data set use --dataset"
             )
-        paths += listing.files
-    return paths
+        listings.append(listing)
+    return listings
+
+
+def _all_files(listings: list[Listing]) -> list[str]:
+    return [path for listing in listings for path in listing.files]
+
+
+def _notes(corpus: CorpusConfig, listings: list[Listing]) -> Iterator[str]:
+    """What is not read of the inputs, and what is read twice: a line for each."""
+    for name, listing in zip(corpus.inputs, listings, strict=True):
+        if listing.left_out:
+            yield f"--input {name}: {len(listing.files)} files are read, not read are {listing}"
+    for first, again in repeated(_all_files(listings)):
+        yield f"{again} is the same file as {first}: it is read twice"
 
 
 def _files_of(name: str, corpus: CorpusConfig) -> Listing:

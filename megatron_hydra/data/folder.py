@@ -29,17 +29,8 @@ SUFFIXES: dict[str, Format] = {
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 """Suffix → name that pyarrow has for the compression."""
 _OTHER_COMPRESSIONS = (
-    ".xz",
-    ".lzma",
-    ".zip",
-    ".7z",
-    ".rar",
-    ".tar",
-    ".tgz",
-    ".br",
-    ".snappy",
-    ".z",
-)
+    ".xz", ".lzma", ".zip", ".7z", ".rar", ".tar", ".tgz", ".br", ".snappy", ".z",
+)  # fmt: skip
 
 _SPLITS, _STATE = "dataset_dict.json", "state.json"
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", _SPLITS, _STATE)

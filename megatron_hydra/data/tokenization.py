@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from megatron_hydra.data.corpus import Unit, input_identity, notes_on_files, plan_units
+from megatron_hydra.data.corpus import Unit, input_identity, plan_units
 from megatron_hydra.data.hub import pin_revisions
 from megatron_hydra.data.manifest import Manifest, write_json_atomically
 from megatron_hydra.data.part_worker import Worker, finished_parts
@@ -59,9 +59,7 @@ def tokenize(config: TokenizeConfig, report: Report = print) -> Manifest:
     config = dataclasses.replace(config, corpus=pin_revisions(config.corpus, report))
     worker = Worker(config)
     try:
-        planned = plan_units(config.corpus)
-        for line in notes_on_files(config.corpus):
-            report(line)
+        planned = plan_units(config.corpus, report)
         units = _shard_of(planned, config.shard)
         recipe = _recipe(config, worker, planned)
         with _locked(config):

@@ -11,10 +11,17 @@ from pathlib import Path
 import datasets
 import pytest
 
-from megatron_hydra.data.corpus import CorpusConfig, notes_on_files, plan_units
+from megatron_hydra.data.corpus import CorpusConfig, plan_units
 from megatron_hydra.data.folder import list_folder
 from megatron_hydra.errors import HydraError
 from tests.data.test_corpus import jsonl, rows
+
+
+def notes_on_files(corpus: CorpusConfig) -> list[str]:
+    """What planning says of the inputs."""
+    notes: list[str] = []
+    plan_units(corpus, notes.append)
+    return notes
 
 
 def _names(folder: Path, wanted: str | None = None) -> list[str]:
