@@ -160,23 +160,7 @@ def _projector(tokens: tuple[int, ...]) -> torch.Tensor:
 
 def pairs_two_behind(count: int, seed: int) -> list[PromptPair]:
     """As :func:`induction_pairs`, with the answer two places behind."""
-    generator, pairs = random.Random(seed), []
-    while len(pairs) < count:
-        segment = generator.sample(range(1, CODE), 12)
-        asked, other = sorted(generator.sample(range(8), 2))
-        if other - asked < 3:
-            continue
-        exchanged = list(segment)
-        exchanged[asked], exchanged[other] = segment[other], segment[asked]
-        pairs.append(
-            PromptPair(
-                (0, *segment, segment[asked]),
-                (0, *exchanged, segment[asked]),
-                (segment[asked + 2],),
-                (segment[other + 2],),
-            )
-        )
-    return pairs
+    return induction_pairs(count, seed, length=12, behind=2)
 
 
 def pairs_asking(known: tuple[int, ...], count: int, seed: int) -> list[PromptPair]:
@@ -306,15 +290,18 @@ def _write_output(model: torch.nn.Module, head: Head, block: slice, strength: fl
     columns[block, :CODE] = strength * torch.eye(CODE)
 
 
-def induction_pairs(count: int, seed: int) -> list[PromptPair]:
-    """A begin token, eleven others, and one of them again; corrupted: it and another exchanged."""
+def induction_pairs(count: int, seed: int, length: int = 11, behind: int = 1) -> list[PromptPair]:
+    """A begin token, ``length`` others, and one of them again; corrupted: it and another exchanged.
+
+    The answer stood ``behind`` places after the token that is asked again.
+    """
     generator = random.Random(seed)
     pairs = []
     while len(pairs) < count:
-        segment = generator.sample(range(1, CODE), 11)
+        segment = generator.sample(range(1, CODE), length)
         # The last tokens stay, so that heads that look a few steps back see no difference.
         asked, other = sorted(generator.sample(range(8), 2))
-        if other - asked < 2:
+        if other - asked <= behind:
             continue
         exchanged = list(segment)
         exchanged[asked], exchanged[other] = segment[other], segment[asked]
@@ -323,8 +310,8 @@ def induction_pairs(count: int, seed: int) -> list[PromptPair]:
             PromptPair(
                 (0, *segment, query),
                 (0, *exchanged, query),
-                answer=(segment[asked + 1],),
-                wrong=(segment[other + 1],),
+                answer=(segment[asked + behind],),
+                wrong=(segment[other + behind],),
             )
         )
     return pairs
