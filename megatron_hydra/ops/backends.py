@@ -24,6 +24,7 @@ from megatron_hydra.ops import (
     delta_rule_inputs,
     fusion_tail,
     gated_delta_rule,
+    kernel_cache,
     qk_preparation,
 )
 from megatron_hydra.ops.varlen_attention import varlen_attention
@@ -260,8 +261,6 @@ def choose_kernels(backend: BackendConfig, case: Case, *, check: bool = True) ->
             results differ from its twin's; the message names the key.
     """
     if case.device.type == "cuda":
-        from megatron_hydra.ops import kernel_cache
-
         kernel_cache.keep_triton_folder()
     chosen: dict[str, Any] = {}
     names = {}

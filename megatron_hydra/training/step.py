@@ -94,8 +94,10 @@ def train_step(
     norm = norms / world.size  # bit-equal everywhere, as what is decided by it has to be
     if not num_tokens:
         fault = NOTHING_LEARNED
+    elif bad_gradients:
+        fault = NOT_FINITE
     else:
-        fault = NOT_FINITE if bad_gradients else trainee.faults.judge(loss, norm)
+        fault = trainee.faults.judge(loss, norm)
     trainee.faults.count(loss, norm, fault)
     if not fault:
         with timers.phase("optimizer"):

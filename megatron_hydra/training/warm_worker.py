@@ -99,7 +99,7 @@ class Worker:
                 may_be_it = bool(scene.gdn_heads) and fla_tuning.is_flash_qla(case, scene.gdn_heads)
                 if is_room or not may_be_it:
                     raise
-                # Of the scene's kernels these fail most; if it was another, it fails again.
+                # FlashQLA's are the likeliest to fail. If another kernel did, the second try fails, too.
                 traceback.print_exc()
                 fla_tuning.refuse_flash_qla(
                     case, scene.gdn_heads, f"{type(error).__name__}: {error}"[:300]
