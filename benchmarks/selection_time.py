@@ -4,7 +4,7 @@
 Which heads receive is a matter of the weights, so their number is given (Qwen3-1.7B has about 29 critical
 heads): receivers in the upper half of the layers, senders in the lower half, which are the receivers of the
 second round. Prompts are random tokens that differ from a random place on, with answers of seven tokens. Under
-torchrun the processes share the work as those of a selection do. A size is the tokens of a prompt.
+torchrun the processes share the work, as in a selection. A size is the number of tokens of a prompt.
 """
 
 from __future__ import annotations
