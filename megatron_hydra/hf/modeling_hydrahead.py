@@ -623,10 +623,8 @@ class HydraHeadAttention(nn.Module):
         counts = {"q": num_heads, "k": num_kv, "v": num_kv}
         self._make_projections(f"{name}_", {"q": num_heads} if self.tied else counts)
         if self.switches[f"{name}_gate"]:
-            width, biased = (
-                num_heads * self.head_dim,
-                name == "fa" and self.switches["fa_gate_bias"],
-            )
+            biased = name == "fa" and self.switches["fa_gate_bias"]
+            width = num_heads * self.head_dim
             setattr(self, f"{name}_gate_proj", nn.Linear(self.config.hidden_size, width, biased))
         if not self.tied:
             self._make_norms(f"{name}_")
