@@ -151,19 +151,21 @@ def test_the_shipped_experiments_expand_and_share():
     files = sorted((CONFIGS / "experiments").glob("*.yaml"))
     experiments = [load_experiment(path) for path in files]
     assert {e.name for e in experiments} >= {
+        "architecture",
         "fusion",
-        "structure",
-        "selection",
         "granularity",
-        "ratio",
         "length",
+        "ratio",
+        "selection",
+        "stages",
+        "structure",
     }
     assert all(e.seeds == (0, 1, 2) and e.paper for e in experiments)
     plan = make_plan(cell for e in experiments for cell in e.cells)
     alone = sum(len(plan.ancestors(key)) for key in plan.cells.values())
     assert len(plan.steps) < 0.6 * alone
     ratio = steps(plan, "ratio / HydraHead 7:1 / seed 2")
-    assert ratio == steps(plan, "selection / interp / seed 2")
+    assert ratio == steps(plan, "selection / global_interp_c / seed 2")
     assert ratio == steps(plan, "fusion / scale, norm / seed 2")
     length = steps(plan, "length / HydraHead 7:1 / seed 2")
     assert [kind for kind in ratio if ratio[kind] != length[kind]] == ["evaluate"]
@@ -222,6 +224,9 @@ def test_the_chain_plans_with_its_own_base(tmp_path, monkeypatch):
     for name in ("prose", "docs", "long"):
         indexed(tmp_path / "data" / "smollm2_135m" / name, name.encode())
     monkeypatch.chdir(tmp_path)
+
+    tables = [load_experiment(path, base) for path in (CONFIGS / "experiments").glob("*.yaml")]
+    assert make_plan((cell for table in tables for cell in table.cells), fetch=False).cells
 
     def training(scale):
         cells = load_experiment(real / "chain.yaml", base, tokens_scale=scale).cells

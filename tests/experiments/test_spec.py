@@ -153,13 +153,20 @@ def test_the_real_experiments_expand_at_any_scale(base):
                 assert all(Path(config).is_file() for config in stage.configs), (cell.name, name)
 
 
-@pytest.mark.parametrize("base", [None, CONFIGS / "experiments" / "shared" / "qwen3_1.7b.yaml"])
-def test_the_shipped_experiments_expand_at_any_scale(base):
+@pytest.mark.parametrize(
+    "base, model, seeds",
+    [
+        (None, "quickstart", 3),
+        ("shared/qwen3_1.7b.yaml", "Qwen/Qwen3-1.7B", 3),
+        ("real/base.yaml", "HuggingFaceTB/SmolLM2-135M-Instruct", 1),
+    ],
+)
+def test_the_shipped_experiments_expand_at_any_scale(base, model, seeds):
+    base = base and CONFIGS / "experiments" / base
     for path in (CONFIGS / "experiments").glob("*.yaml"):
         experiment = load_experiment(path, base)
-        assert len(experiment.cells) == 3 * len(experiment.variants) and experiment.paper
-        models = {cell.spec.teacher.model for cell in experiment.cells}
-        assert models == {"quickstart" if base is None else "Qwen/Qwen3-1.7B"}
+        assert len(experiment.cells) == seeds * len(experiment.variants) and experiment.paper
+        assert {cell.spec.teacher.model for cell in experiment.cells} == {model}
         tiny = [cell.name for cell in experiment.cells if "tiny:" in str(cell.spec)]
         assert bool(tiny) == (base is None)  # with another base nothing tiny is left
 
