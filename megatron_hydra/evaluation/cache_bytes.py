@@ -20,7 +20,7 @@ def measure_cache_bytes(model: Any, length: int = 512) -> dict[str, float]:
     caches hold: the difference is what grows. Of the config only the window is asked.
 
     Args:
-        model: returns ``past_key_values`` (or ``cache_params``) when called with ``use_cache``.
+        model: returns a cache, by one of its names in transformers, when called with ``use_cache``.
         length: tokens of the longer prompt beyond the window, at least 2.
 
     Returns:
@@ -59,20 +59,25 @@ def _cache_bytes(model: Any, length: int, step: bool) -> int:
     ids = (torch.arange(length + 1, device=model.device) * 7 % vocabulary)[None]
     with torch.inference_mode():
         out = model(input_ids=ids[:, :length], use_cache=True)
-        cache = _cache_of(out)
-        if cache is not None and step:
-            model(input_ids=ids[:, length:], past_key_values=cache, use_cache=True)
-    if cache is None:
+        cache = returned_cache(out)
+        if cache and step:
+            model(input_ids=ids[:, length:], use_cache=True, **cache)
+    if not cache:
         raise HydraError(f"{type(model).__name__} returns no cache: nothing to measure")
     storages: dict[int, int] = {}
     _collect(cache, storages, set())
     return sum(storages.values())
 
 
-def _cache_of(out: Any) -> Any:
-    """What a model returned to be handed back to it, by either name; or ``None``."""
-    cache = getattr(out, "past_key_values", None)
-    return getattr(out, "cache_params", None) if cache is None else cache
+def returned_cache(out: Any) -> dict[str, Any]:
+    """The cache that a model returned, as the argument by which the model takes it back; empty: none.
+
+    transformers calls it ``cache`` from 5.24 on; before, ``past_key_values`` or ``cache_params``.
+    """
+    for name in ("cache", "past_key_values", "cache_params"):
+        if (cache := getattr(out, name, None)) is not None:
+            return {name: cache}
+    return {}
 
 
 def _collect(thing: Any, storages: dict[int, int], seen: set[int]) -> None:

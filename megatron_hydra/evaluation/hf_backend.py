@@ -12,7 +12,7 @@ import torch
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation.backend import Continuation, T, cut, is_over
-from megatron_hydra.evaluation.cache_bytes import measure_cache_bytes
+from megatron_hydra.evaluation.cache_bytes import measure_cache_bytes, returned_cache
 from megatron_hydra.head_map import fingerprint_tensors
 
 U = TypeVar("U")
@@ -97,7 +97,7 @@ class HfBackend:
         keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         end = ids.shape[1]
         step = self.chunk or end
-        cache = None
+        cache: dict[str, Any] = {}
         pieces = []
         for start in range(0, end, step):
             stop = min(start + step, end)
@@ -105,11 +105,11 @@ class HfBackend:
             index = torch.tensor(wanted or [stop - start - 1], device=ids.device)
             arguments: dict[str, Any] = {"logits_to_keep": index} if keeps else {}
             if end > step:
-                arguments |= {"past_key_values": cache, "use_cache": True}
+                arguments |= {**cache, "use_cache": True}
             else:
                 arguments["use_cache"] = False
             out = self.model(input_ids=ids[:, start:stop], **arguments)
-            cache = getattr(out, "past_key_values", None)
+            cache = returned_cache(out)
             if wanted:
                 logits = out.logits if keeps else out.logits[:, index]
                 pieces.append(logits.argmax(-1))

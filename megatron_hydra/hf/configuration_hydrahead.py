@@ -57,7 +57,7 @@ class HydraHeadConfig(PreTrainedConfig):
     """
 
     model_type = "hydrahead"
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "cache"]
 
     def __init__(
         self,

@@ -54,6 +54,9 @@ from .window_hydrahead import beyond_window, extend, within_window
 CHUNK = 64
 """Tokens whose states are updated together by the torch delta rule."""
 
+CACHE_NAME = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
+"""What transformers calls a cache, in outputs and in generate(): renamed in 5.24."""
+
 MASK_ELEMENTS = 1 << 26
 """Largest attention mask that is built at once; longer inputs are attended to block by block."""
 
@@ -877,7 +880,7 @@ class HydraHeadPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["HydraHeadDecoderLayer"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict: ClassVar = ["gdn_A_log", "gdn_dt_bias"]
     _supports_sdpa = True
     # States cannot be rolled back, so assisted decoding is refused by generate().
@@ -913,6 +916,17 @@ class HydraHeadPreTrainedModel(PreTrainedModel):
                 init.copy_(weight, identity)
 
 
+def _given_cache(
+    past_key_values: HydraHeadCache | None, cache: HydraHeadCache | None
+) -> HydraHeadCache | None:
+    """The cache that was given by either of its names."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError(
+            "cache and past_key_values are two names of one argument: give one of them"
+        )
+    return past_key_values if cache is None else cache
+
+
 class HydraHeadModel(HydraHeadPreTrainedModel):
     """The decoder without its LM head."""
 
@@ -937,6 +951,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: HydraHeadCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -946,7 +961,8 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
             attention_mask: ``[B, T]`` or ``[B, past + T]``, 0 for padding (at any side).
             position_ids: not needed: positions are counted from each sequence's first real token;
                 given for a prompt, they must say the same.
-            past_key_values: the cache of an earlier call; extended in place.
+            past_key_values, cache: the cache of an earlier call, by either of its names in transformers;
+                extended in place.
             use_cache: make one if none is given; default: the config's, never in training.
             output_hidden_states: return the L + 1 hidden states as well.
 
@@ -956,7 +972,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(_given_cache(past_key_values, cache), use_cache)
         valid = _real_tokens(attention_mask, x, 0 if cache is None else cache.seen)
         positions = _positions(position_ids, x, valid, cache)
         order = None
@@ -984,8 +1000,8 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
             states = [_take(state, back) for state in states]
         return BaseModelOutputWithPast(
             last_hidden_state=states[-1],
-            past_key_values=cache,
             hidden_states=tuple(states) if keep else None,
+            **{CACHE_NAME: cache},
         )
 
     def _cache(self, given: Any, use_cache: bool | None) -> HydraHeadCache | None:
@@ -995,7 +1011,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
             return None
         if given is not None and not isinstance(given, HydraHeadCache):
             raise ValueError(
-                f"past_key_values is a {type(given).__name__}; a HydraHead model needs its own "
+                f"the cache is a {type(given).__name__}; a HydraHead model needs its own "
                 "HydraHeadCache: pass none, and one is made"
             )
         if given is None and use_cache:
@@ -1098,6 +1114,7 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
+        cache: HydraHeadCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where ``labels`` are given; see :meth:`HydraHeadModel.forward`.
@@ -1111,7 +1128,7 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=_given_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -1131,14 +1148,15 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
         past_key_values: HydraHeadCache | None = None,
+        cache: HydraHeadCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As for every model, but with no mask for a token that generate() itself has appended.
@@ -1146,11 +1164,12 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
         Such a token is real, and a mask would be read back at every step: the host would wait for the
         device. The cache remembers which tokens of the prompt are padding.
         """
+        cache = _given_cache(past_key_values, cache)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, **kwargs
+            input_ids, **{CACHE_NAME: cache}, **kwargs
         )
         appended = inputs["input_ids"] is not None and inputs["input_ids"].shape[1] == 1
-        begun = past_key_values is not None and past_key_values.get_seq_length() > 0
+        begun = cache is not None and cache.get_seq_length() > 0
         if appended and begun and not kwargs.get("is_first_iteration", False):
             inputs.pop("attention_mask", None)
         return inputs
@@ -1159,14 +1178,14 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Give generate() our cache in place of the one that it would make."""
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        if model_kwargs.get(CACHE_NAME) is not None or generation_config.use_cache is False:
             return
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} is not supported "
                 "by HydraHead: leave it out"
             )
-        model_kwargs["past_key_values"] = HydraHeadCache(self.config)
+        model_kwargs[CACHE_NAME] = HydraHeadCache(self.config)
 
 
 __all__ = [

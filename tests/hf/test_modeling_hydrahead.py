@@ -593,6 +593,20 @@ def test_beam_search_reorders_the_cache(kind):
     assert torch.equal(cached, uncached)
 
 
+def test_a_cache_goes_by_either_of_its_names():
+    model, ids = make_model(*KINDS["head"]), tokens(2, 12)
+    with torch.no_grad():
+        whole = model(ids).logits
+        ends = []
+        for name in ("past_key_values", "cache"):
+            begun = model(ids[:, :7], use_cache=True).past_key_values
+            ends.append(model(ids[:, 7:], use_cache=True, **{name: begun}).logits)
+    torch.testing.assert_close(ends[0], whole[:, 7:], rtol=1e-4, atol=1e-5)
+    assert torch.equal(*ends)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(ids, past_key_values=begun, cache=begun)
+
+
 def test_cache_holds_the_kv_groups_of_full_attention_heads_only():
     model = make_model([[1, 2, 3], [], [0, 1]])
     with torch.no_grad():
