@@ -97,7 +97,7 @@ def use_choices(case: Case) -> None:
         if is_flash_qla(case, heads) and kernel_cache.is_recorded(_refusal(case, heads))
     )
     if case.context_parallel:
-        os.environ.setdefault(_FLASH_QLA, "0")
+        kernel_cache.decide(_FLASH_QLA, "0")
     mine = kernel_cache.RECORDS in os.environ.get(_FOLDER, kernel_cache.RECORDS)
     if not mine or (_MODE in os.environ and _FOLDER not in os.environ):
         return

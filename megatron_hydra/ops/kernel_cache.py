@@ -54,6 +54,30 @@ _WHERE = (
 """Variables that only say where something lies; the last two are set here (:mod:`.fla_tuning`)."""
 
 
+def _is_steering(name: str) -> bool:
+    return name.startswith(_STEERING) and name not in _WHERE
+
+
+_given = {name: value for name, value in os.environ.items() if _is_steering(name)}
+"""The steering variables as this process was given them, and as :func:`decide` has set them since.
+
+Not as they are: TileLang sets ``TL_CUTLASS_PATH`` and others when it is imported, Megatron-Core
+``NVTE_FLASH_ATTN`` when it builds a model, inductor ``TRITON_PTXAS_PATH``. With those, a process would not
+find what another one, or itself a minute ago, has recorded.
+"""
+
+
+def decide(name: str, value: str) -> None:
+    """Set a steering variable that the user has not set."""
+    _given.setdefault(name, os.environ.setdefault(name, value))
+
+
+def environment_as_given() -> dict[str, str]:
+    """The environment for another process of this job: without what libraries have set in this one."""
+    others = {name: value for name, value in os.environ.items() if not _is_steering(name)}
+    return {**others, **_given}
+
+
 def triton_folder() -> Path:
     """Triton's cache."""
     home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
@@ -85,22 +109,17 @@ def cache_folders() -> list[Path]:
 def fingerprint(device: torch.device) -> dict[str, Any]:
     """What decides how kernels are compiled and what they compute, but for their arguments.
 
-    Versions of torch, Triton, FLA, TileLang and others, the card, its driver, variables that steer
-    them, and a hash of our kernels' sources and of FLA's and FlashQLA's.
+    Versions of torch, Triton, FLA, TileLang and others, the card, its driver, the variables that steer
+    them as the user has set them, and a hash of our kernels' sources and of FLA's and FlashQLA's.
     """
     versions = {name: _version(name) for name in _PACKAGES}
-    steering = {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name.startswith(_STEERING) and name not in _WHERE
-    }
     return {
         "versions": {name: version for name, version in versions.items() if version},
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "card": card(device),
         "driver": _driver(),
-        "environment": steering,
+        "environment": dict(sorted(_given.items())),
         "sources": _sources_hash(),
     }
 

@@ -326,7 +326,8 @@ def _alone() -> dict[str, str]:
         "LOCAL_",
         "TORCHELASTIC_",
     )
-    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    given = kernel_cache.environment_as_given()
+    return {name: value for name, value in given.items() if not name.startswith(ours)}
 
 
 def warning_of(result: WarmUp, output: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_hydra.ops import fla_tuning
+from megatron_hydra.ops import fla_tuning, kernel_cache
 from megatron_hydra.ops.backends import Case
 
 pytest.importorskip("triton")
@@ -156,9 +156,11 @@ def test_flash_qla_is_left_out_where_ranks_share_a_sequence(
 ) -> None:
     monkeypatch.setenv("FLA_FLASH_QLA", "")  # so that it is unset again afterwards
     monkeypatch.delenv("FLA_FLASH_QLA")
+    monkeypatch.setattr(kernel_cache, "_given", {})
     case = Case(torch.device("cpu"), torch.bfloat16, 128, context_parallel=context_parallel)
     fla_tuning.use_choices(case)
     assert ("FLA_FLASH_QLA" in os.environ) is context_parallel
+    assert ("FLA_FLASH_QLA" in kernel_cache.environment_as_given()) is context_parallel
     monkeypatch.setenv("FLA_FLASH_QLA", "1")  # the user's own value stays
     fla_tuning.use_choices(case)
     assert os.environ["FLA_FLASH_QLA"] == "1"

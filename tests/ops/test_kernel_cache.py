@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -43,17 +44,44 @@ def test_the_fingerprint_follows_versions_settings_and_sources(
     assert before["versions"]["torch"] == kernel_cache._version("torch")
     assert fingerprint(CPU) == before
     with monkeypatch.context() as patch:
-        patch.setenv("FLA_TRIL_PRECISION", "ieee")
-        assert fingerprint(CPU) != before
-    with monkeypatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", "elsewhere")
-        assert fingerprint(CPU) == before
-    with monkeypatch.context() as patch:
         patch.setattr(kernel_cache, "_version", lambda name: "9.9")
         assert fingerprint(CPU) != before
     with monkeypatch.context() as patch:
         patch.setattr(kernel_cache, "card", lambda device: "another card")
         assert fingerprint(CPU) != before
+
+
+@pytest.mark.parametrize(
+    "variable, counts", [("FLA_TRIL_PRECISION", True), ("TRITON_CACHE_DIR", False)]
+)
+def test_the_fingerprint_has_what_the_user_set_and_not_what_a_library_sets(
+    variable: str, counts: bool
+) -> None:
+    """TileLang, Megatron-Core and inductor set variables of a running process: it stays what it was."""
+    program = (
+        "import json, os, torch\n"
+        "from megatron_hydra.ops import kernel_cache\n"
+        "make = lambda: kernel_cache.fingerprint(torch.device('cpu'))\n"
+        "first = make()\n"
+        "os.environ |= {'TL_CUTLASS_PATH': '/a', 'NVTE_FLASH_ATTN': '1', 'TRITON_PTXAS_PATH': '/b'}\n"
+        "assert make() == first and 'TL_CUTLASS_PATH' not in kernel_cache.environment_as_given()\n"
+        "os.environ['TRITON_CACHE_DIR'] = '/c'\n"
+        "assert kernel_cache.environment_as_given()['TRITON_CACHE_DIR'] == '/c'\n"
+        "kernel_cache.decide('FLA_FLASH_QLA', '0')\n"
+        "assert make() != first and kernel_cache.environment_as_given()['FLA_FLASH_QLA'] == '0'\n"
+        "print(json.dumps(first['environment']))\n"
+    )
+    plain = {k: v for k, v in os.environ.items() if not kernel_cache._is_steering(k)}
+    plain.pop(variable, None)
+    found = [
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", program], env=env, check=True, capture_output=True, text=True
+            ).stdout
+        )
+        for env in (plain, plain | {variable: "x"})
+    ]
+    assert found == [{}, {variable: "x"} if counts else {}]
 
 
 def test_an_edited_kernel_has_another_fingerprint(
