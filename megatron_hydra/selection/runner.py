@@ -76,6 +76,12 @@ class DecoderRunner:
         """Where a layer's weights are."""
         return self.layers[layer].self_attn.o_proj.weight.device
 
+    def wait(self) -> None:
+        """Return when all GPUs that hold layers have done what they were given."""
+        for device in {self.device_of(layer) for layer in range(self.num_layers)}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
     # -- the parts of a layer ----------------------------------------------------------------------
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:

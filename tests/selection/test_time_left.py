@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_hydra.selection import effects, patching
+from megatron_hydra.selection.effects import EffectEngine
+from megatron_hydra.selection.prompts import PromptBatch
+from megatron_hydra.selection.runner import DecoderRunner
 from megatron_hydra.selection.time_left import Stage, TimeLeft, in_words
+from megatron_hydra.selection.work import Ranks, WorkBench
+from tests.selection.helpers import random_pairs, tiny_model
 
 RECORDED = [Path(__file__).with_name("recorded_default.json")]
 """Selections with SmolLM2-135M-Instruct on one CPU core, by ``record_chunks.py``."""
@@ -80,6 +87,32 @@ def test_every_kind_has_its_own_pace_and_the_first_unit_does_not_count() -> None
     assert left.seconds() == pytest.approx(2.0 * 2 + 0.5 * 100)
     assert left.seconds(kinds=("total",)) == pytest.approx(50.0)
     assert left.share_done == pytest.approx(52.5 / (52.5 + 54.0))
+
+
+def test_a_gpu_is_timed_by_the_second_call_on_the_largest_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a small batch it would be the time of launches: 6 hours were foretold for 5 minutes."""
+    tasks = [random_pairs([12, 12]), random_pairs([60, 60, 60])]
+    tokens: list[int] = []
+
+    def counted(runner: DecoderRunner, batch: PromptBatch) -> None:
+        tokens.append(batch.clean.numel())
+
+    monkeypatch.setattr(patching, "baseline", counted)
+    monkeypatch.setattr(effects, "SAMPLE_COST", 1.0)  # nearest to it is the smallest batch
+
+    def calls_on(device: str) -> list[int]:
+        engine = EffectEngine(DecoderRunner(tiny_model("qwen3")), WorkBench(Ranks()), 4096)
+        monkeypatch.setattr(engine.runner, "device_of", lambda layer: torch.device(device))
+        monkeypatch.setattr(engine.runner, "wait", lambda: None)
+        tokens.clear()
+        engine.time_samples(tasks, ["baseline"])
+        assert engine.bench.time_left.spent > 0
+        return list(tokens)
+
+    assert calls_on("cpu") == [26, 26]  # the first is not timed
+    assert calls_on("cuda") == [183, 183, 183]
 
 
 def test_processes_share_what_is_left() -> None:
