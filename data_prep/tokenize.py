@@ -60,6 +60,9 @@ def parse(arguments: list[str] | None = None) -> TokenizeConfig:
     )
     rows.add_argument("--column", default="text", help="field that holds the text (default: text)")
     rows.add_argument("--chat", action="store_true", help="the field is a list of chat messages")
+    rows.add_argument(
+        "--tools-column", metavar="NAME", help="with --chat: field that holds the tools"
+    )
     rows.add_argument("--max-bad-rows", type=int, default=0, metavar="N", help="skip so many rows")
     rows.add_argument("--keep-empty", action="store_true", help="keep rows without text as empty")
     hub = parser.add_argument_group("with --dataset")
@@ -94,11 +97,14 @@ def _config(given: argparse.Namespace) -> TokenizeConfig:
         index, count = (int(number) for number in given.shard.split("/"))
     except ValueError as error:
         raise HydraError(f"--shard {given.shard} is not of the form 3/16") from error
+    if given.tools_column and not given.chat:
+        raise HydraError("--tools-column needs --chat: only conversations have tools")
     corpus = CorpusConfig(
         inputs=tuple(given.dataset or given.input),
         format=given.format,
         column=given.column,
         chat=given.chat,
+        tools_column=given.tools_column,
         hub=given.dataset is not None,
         config_name=given.config,
         split=given.split,

@@ -39,6 +39,8 @@ class CorpusConfig:
             line is. Of a folder, only files of this format are read.
         column: the field that holds the text, or the list of messages with ``chat``.
         chat: rows are conversations.
+        tools_column: the field that holds the tools of a conversation, as a list or as JSON; ``None``:
+            there are none.
         hub: ``inputs`` is a data set for ``datasets.load_dataset``.
         config_name, split, revision: its configuration, split and git revision.
         commits: the git commit of each of ``inputs``, once
@@ -52,6 +54,7 @@ class CorpusConfig:
     format: Format | None = None
     column: str = "text"
     chat: bool = False
+    tools_column: str | None = None
     hub: bool = False
     config_name: str | None = None
     split: str = "train"
@@ -59,6 +62,11 @@ class CorpusConfig:
     commits: tuple[str | None, ...] = ()
     streaming: bool = False
     unit_bytes: int = 8 << 20
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The fields that are read of a row."""
+        return (self.column, self.tools_column) if self.tools_column else (self.column,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +95,13 @@ class Row:
         where: file and byte, row or line, for messages.
         value: text, or a list of messages; ``None`` for a bad row.
         error: what is wrong.
+        tools: those of a conversation, for the chat template.
     """
 
     where: str
     value: Any
     error: str = ""
+    tools: list[Any] | None = None
 
 
 def plan_units(

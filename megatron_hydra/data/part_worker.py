@@ -21,7 +21,7 @@ from megatron_hydra.data.corpus import Row, Unit
 from megatron_hydra.data.parts import PartWriter, part_path
 from megatron_hydra.data.rows import read_unit
 from megatron_hydra.data.tokenize_config import TokenizeConfig
-from megatron_hydra.data.tokenizer import load_tokenizer, token_dtype, vocabulary_size
+from megatron_hydra.data.tokenizer import encode_batch, load_tokenizer, token_dtype, vocabulary_size
 from megatron_hydra.data.word_encoder import WordEncoder
 from megatron_hydra.errors import HydraError
 
@@ -58,7 +58,10 @@ class Worker:
             add_special_tokens=config.add_special_tokens,
             fast=not config.exact and not config.corpus.chat,
         )
-        self._eod_bytes = b"" if self.eod is None else np.array([self.eod], self.dtype).tobytes()
+        has_eod = self.eod is None or (
+            config.add_special_tokens and _ends_with(self.tokenizer, self.eod)
+        )
+        self._eod_bytes = b"" if has_eod else np.array([self.eod], self.dtype).tobytes()
 
     def make_part(self, number: int, unit: Unit) -> None:
         """Write part ``number``."""
@@ -82,7 +85,7 @@ class Worker:
                 part.add(b"", [], [])
         else:
             try:
-                self._add_chat(part, row.value) if chat else self._add_text(part, row.value)
+                self._add_chat(part, row) if chat else self._add_text(part, row.value)
             except UnicodeEncodeError:
                 part.bad(row.where, "the text holds a lone surrogate, which is not Unicode")
             except ChatError as error:
@@ -92,9 +95,9 @@ class Worker:
         encoded = self._encoder.encode(text) + self._eod_bytes
         part.add(encoded, [len(encoded) // part.itemsize], [])
 
-    def _add_chat(self, part: PartWriter, messages: list[Any]) -> None:
-        ids, learned = encode_chat(self.tokenizer, messages)
-        if self.eod is not None:
+    def _add_chat(self, part: PartWriter, row: Row) -> None:
+        ids, learned = encode_chat(self.tokenizer, row.value, row.tools)
+        if self.eod is not None and ids[-1] != self.eod:  # some templates end with it
             ids, learned = np.append(ids, self.eod), np.append(learned, False)
         lengths, modes = runs(learned)
         part.add(ids.astype(self.dtype).tobytes(), lengths.tolist(), modes.tolist())
@@ -111,6 +114,12 @@ def _check_chat(config: TokenizeConfig, tokenizer: Any) -> None:
             f"--chat: the tokenizer {config.tokenizer!r} is a slow one, which cannot tell where in "
             "the text its tokens begin; use one with a tokenizer.json"
         )
+
+
+def _ends_with(tokenizer: Any, token: int | None) -> bool:
+    """Whether the tokenizer itself puts a token behind a text."""
+    (ids,) = encode_batch(tokenizer, ["a"], add_special_tokens=True)
+    return bool(ids) and ids[-1] == token
 
 
 def _eod_id(config: TokenizeConfig, tokenizer: Any) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from megatron_hydra.data.corpus import CorpusConfig, Row, Unit
@@ -72,7 +72,7 @@ def _parse_line(line: bytes, where: str, kind: str, corpus: CorpusConfig) -> Row
         return Row(where, None, f"not JSON ({error})")
     if not isinstance(body, dict):
         return Row(where, None, f"not a JSON object but {type(body).__name__}")
-    return _row(where, body.get(corpus.column), corpus)
+    return _row(where, [body.get(column) for column in corpus.columns], corpus)
 
 
 def _text_row(path: str) -> Row:
@@ -98,7 +98,7 @@ def _table_rows(unit: Unit, corpus: CorpusConfig) -> Iterator[Row]:
             if isinstance(value, UnicodeDecodeError):
                 yield Row(f"{name} {number:,}", None, f"not UTF-8 ({value.reason})")
             else:
-                yield _row(f"{name} {number:,}", value, corpus)
+                yield _row(f"{name} {number:,}", _without_nulls(value), corpus)
     except HydraError:
         raise
     except Exception as error:  # pyarrow, datasets and the network raise what they like
@@ -108,39 +108,48 @@ def _table_rows(unit: Unit, corpus: CorpusConfig) -> Iterator[Row]:
         ) from error
 
 
+def _without_nulls(value: Any) -> Any:
+    """Messages without the nulls that a table holds where another row's message has a field."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
 def _parquet_values(unit: Unit, corpus: CorpusConfig) -> Iterator[Any]:
     import pyarrow.parquet
 
-    table = pyarrow.parquet.ParquetFile(unit.path)
-    _check_column(unit.path, corpus.column, table.schema_arrow.names)
-    for batch in table.iter_batches(_READ_ROWS, row_groups=[unit.begin], columns=[corpus.column]):
-        yield from _decoded(functools.partial(_column_values, batch.column(0)), batch.num_rows)
+    table, columns = pyarrow.parquet.ParquetFile(unit.path), list(corpus.columns)
+    _check_columns(unit.path, columns, table.schema_arrow.names)
+    for batch in table.iter_batches(_READ_ROWS, row_groups=[unit.begin], columns=columns):
+        arrays = [batch.column(name) for name in columns]
+        yield from _decoded(functools.partial(_column_values, arrays), batch.num_rows)
 
 
 def _arrow_values(unit: Unit, corpus: CorpusConfig) -> Iterator[Any]:
     from datasets import Dataset
 
     data = Dataset.from_file(unit.path)
-    _check_column(unit.path, corpus.column, data.column_names)
+    _check_columns(unit.path, corpus.columns, data.column_names)
     for start in range(unit.begin, unit.end, _READ_ROWS):
         block = data.select(range(start, min(start + _READ_ROWS, unit.end)))
-        yield from _decoded(functools.partial(_field_values, block, corpus.column), len(block))
+        yield from _decoded(functools.partial(_field_values, block, corpus.columns), len(block))
 
 
-def _column_values(column: Any, first: int, end: int) -> list[Any]:
-    return column[first:end].to_pylist()
+def _column_values(columns: Sequence[Any], first: int, end: int) -> list[tuple[Any, ...]]:
+    return list(zip(*(column[first:end].to_pylist() for column in columns), strict=True))
 
 
-def _field_values(data: Any, name: str, first: int, end: int) -> list[Any]:
-    return list(data[first:end][name])
+def _field_values(data: Any, names: Sequence[str], first: int, end: int) -> list[tuple[Any, ...]]:
+    block = data[first:end]
+    return list(zip(*(block[name] for name in names), strict=True))
 
 
 def _stream_values(unit: Unit, corpus: CorpusConfig) -> Iterator[Any]:
     data = load_hub(corpus, unit.path, True)
     for number, row in enumerate(data.shard(num_shards=unit.end, index=unit.begin)):
         if number == 0:  # the end of a shard may be hours away
-            _check_column(unit.path, corpus.column, list(row))
-        yield row.get(corpus.column)
+            _check_columns(unit.path, corpus.columns, list(row))
+        yield tuple(row.get(column) for column in corpus.columns)
 
 
 def _decoded(read: Callable[[int, int], Iterable[Any]], count: int) -> Iterator[Any]:
@@ -158,17 +167,36 @@ def _decoded(read: Callable[[int, int], Iterable[Any]], count: int) -> Iterator[
         yield value
 
 
-def _check_column(path: str, column: str, names: list[str]) -> None:
-    if column not in names:
-        raise HydraError(
-            f"{path} has no column {column!r}; it has {', '.join(names)}; use --column"
-        )
+def _check_columns(path: str, columns: Sequence[str], names: Sequence[str]) -> None:
+    for column, option in zip(columns, ("--column", "--tools-column"), strict=False):
+        if column not in names:
+            raise HydraError(
+                f"{path} has no column {column!r}; it has {', '.join(names)}; use {option}"
+            )
 
 
-def _row(where: str, value: Any, corpus: CorpusConfig) -> Row:
+def _row(where: str, values: Sequence[Any], corpus: CorpusConfig) -> Row:
+    """A row of the values of ``corpus.columns``."""
+    value = values[0]
     wanted = list if corpus.chat else str
-    if isinstance(value, wanted):
+    if not isinstance(value, wanted):
+        found = "missing" if value is None else f"a {type(value).__name__}"
+        kind = "a list of messages" if corpus.chat else "a string"
+        return Row(where, None, f"field {corpus.column!r} is {found}, not {kind}")
+    if not corpus.tools_column:
         return Row(where, value)
-    found = "missing" if value is None else f"a {type(value).__name__}"
-    kind = "a list of messages" if corpus.chat else "a string"
-    return Row(where, None, f"field {corpus.column!r} is {found}, not {kind}")
+    try:
+        return Row(where, value, tools=_tools(values[1]))
+    except ValueError:
+        error = f"field {corpus.tools_column!r} is no list of tools, and no JSON of one"
+        return Row(where, None, error)
+
+
+def _tools(value: Any) -> list[Any] | None:
+    """The tools of a conversation; data sets hold them as a list or as the JSON of one."""
+    tools = json.loads(value) if isinstance(value, str) and value.strip() else value
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("no list of mappings")
+    return tools

@@ -132,6 +132,8 @@ def _recipe(config: TokenizeConfig, worker: Worker, planned: list[Unit]) -> dict
     }
     if config.add_special_tokens:
         recipe["special_tokens"] = special_tokens_fingerprint(tokenizer)
+    if corpus.tools_column:
+        recipe["tools_column"] = corpus.tools_column
     if corpus.chat:
         recipe["chat_template"] = chat_template_fingerprint(tokenizer)
     index, count = config.shard

@@ -278,6 +278,86 @@ def test_chat_is_learned_on_answers_only(qwen, tmp_path):
     assert answers == sorted(f"{n} it is" for n in range(20))
 
 
+_CALL = {"function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+_TOOLS = [{"function": {"name": "clock"}}]
+_WITH_TOOLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "arrow"])
+def test_the_tools_of_a_conversation_come_from_a_column_of_their_own(own_tokenizer, tmp_path, form):
+    (own_tokenizer / "chat_template.jinja").write_text(_WITH_TOOLS)
+    answer = {"role": "assistant", "content": None, "tool_calls": [_CALL]}
+    rows = [
+        {"messages": [{"role": "user", "content": "time?"}, answer], "tools": json.dumps(_TOOLS)},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+         "tools": None},
+    ]  # fmt: skip
+    source = tmp_path / f"chat.{form}"
+    if form == "jsonl":
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif form == "parquet":
+        Dataset.from_list(rows).to_parquet(source)
+    else:
+        Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+        source = tmp_path / "saved"
+    corpus = CorpusConfig((str(source),), column="messages", chat=True, tools_column="tools")
+    settings = TokenizeConfig(corpus, str(tmp_path / "out"), str(own_tokenizer), workers=0)
+    run(settings)
+    tokenizer = load_tokenizer(str(own_tokenizer))
+    tokens = np.fromfile(tmp_path / "out.bin", np.uint16)
+    first, second, _ = tokenizer.decode(tokens).split("<|endoftext|>")
+    assert first.startswith('[{"function": {"name": "clock"}}]<|im_start|>user')
+    assert '[{"function": {"name": "clock", "arguments": {"zone": "UTC"}}}]<|im_end|>' in first
+    assert "None" not in first and "null" not in first
+    assert second == "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\ny<|im_end|>\n"
+    other = dataclasses.replace(settings, corpus=dataclasses.replace(corpus, tools_column=None))
+    with pytest.raises(HydraError, match=r"out\.json exists and comes from other inputs"):
+        run(other)
+
+
+def test_tools_that_are_no_list_make_a_bad_row(qwen, tmp_path):
+    row = {"messages": [{"role": "assistant", "content": "y"}], "tools": "clock"}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
+    corpus = CorpusConfig(
+        (str(tmp_path / "chat.jsonl"),), column="messages", chat=True, tools_column="tools"
+    )
+    with pytest.raises(HydraError, match="field 'tools' is no list of tools"):
+        run(TokenizeConfig(corpus, str(tmp_path / "out"), qwen, workers=0))
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_document_ends_with_one_end_token(corpus, own_tokenizer, tmp_path, special):
+    """Also where the tokenizer adds one itself."""
+    path = own_tokenizer / "tokenizer.json"
+    backend = Tokenizer.from_file(str(path))
+    backend.post_processor = TemplateProcessing(
+        single="<s> $A <|endoftext|>", special_tokens=[("<s>", 3), ("<|endoftext|>", 0)]
+    )
+    backend.save(str(path))
+    load_tokenizer.cache_clear()
+    run(config(corpus, tmp_path / "out", str(own_tokenizer), add_special_tokens=special))
+    documents = IndexedDocuments(str(tmp_path / "out"))
+    tokens = np.fromfile(tmp_path / "out.bin", np.uint16)
+    _, lengths = documents.document_spans()
+    assert (tokens[np.cumsum(lengths) - 1] == 0).all()
+    assert int((tokens == 0).sum()) == len(lengths)
+    assert int((tokens == 3).sum()) == special * len(lengths)
+
+
+def test_a_conversation_whose_template_writes_the_end_token_has_one(own_tokenizer, tmp_path):
+    template = own_tokenizer / "chat_template.jinja"
+    template.write_text(
+        template.read_text() + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}"
+    )
+    run(chat_settings(tmp_path, str(own_tokenizer)))
+    tokens = np.fromfile(tmp_path / "chat.bin", np.uint16)
+    assert tokens[-1] == 0 and int((tokens == 0).sum()) == 1
+
+
 def chat_settings(tmp_path: Path, tokenizer: str) -> TokenizeConfig:
     row = [{"role": "user", "content": "say 1"}, {"role": "assistant", "content": "1"}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": row}) + "\n")
