@@ -49,6 +49,7 @@ from megatron_hydra.training.model_state import (
 from megatron_hydra.training.optimizer_state import add_optimizer_state
 from megatron_hydra.training.provenance import OTHER_RUN, Provenance
 from megatron_hydra.training.random_state import capture_random_state, restore_random_state
+from megatron_hydra.training.resume_rules import Change, refuse_changes
 from megatron_hydra.training.run_folder import (
     CHECKPOINTS,
     checkpoint_name,
@@ -99,6 +100,9 @@ class RunCheckpoints:
         chunks: the student's model chunks, without wrappers.
         optimizer: its optimizer.
         provenance: where the weights come from, for the manifest.
+
+    Attributes:
+        changes: keys whose values differ from those of the checkpoint that was resumed from.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class RunCheckpoints:
         self.config, self.world, self.model = config, world, model
         self.chunks, self.optimizer, self.provenance = chunks, optimizer, provenance
         self.folder = Path(config.output) / CHECKPOINTS
+        self.changes: list[Change] = []
         self._pending: _Pending | None = None
         self._plan: WritePlan | None = None
         self._memory = HostMemory()
@@ -283,8 +288,8 @@ class RunCheckpoints:
             check_data: refuses a data position that does not fit; returns its step.
 
         Raises:
-            HydraError: another verb, model, student, teacher or other data, or a checkpoint saved
-                without its optimizer.
+            HydraError: another verb, model, student, teacher, other data or another key that has to stay,
+                or a checkpoint saved without its optimizer.
         """
         body = on_main(lambda: _read_training(folder))
         if body["verb"] != self.config.verb:
@@ -292,6 +297,7 @@ class RunCheckpoints:
                 f"{folder} was made by verb {body['verb']}, this run is {self.config.verb}: choose "
                 "another output"
             )
+        self.changes = refuse_changes(body["config"], self.config)
         on_main(lambda: self._refuse_other_weights(folder))
         step = check_data(body["data"])
         was_updated = step > body["faults"].get("skipped", 0)  # else there is no state to lose

@@ -32,8 +32,10 @@ from megatron_hydra.training.observe import PhaseTimers
 from megatron_hydra.training.out_of_memory import out_of_memory_explained
 from megatron_hydra.training.provenance import Provenance, trained_model_config
 from megatron_hydra.training.report import StepReport
+from megatron_hydra.training.resume_rules import rule_of
 from megatron_hydra.training.run_folder import lock_output
 from megatron_hydra.training.setup import (
+    apply_settings,
     build_chunks,
     build_optimizer,
     freeze,
@@ -152,15 +154,13 @@ class _Run:
         if folder is None:
             return Progress(0, 0)
         progress = self.checkpoints.resume(folder, self.stream.check_state)
-        for group in self.trainee.optimizer.param_groups:  # the config's, not the checkpoint's
-            group["max_lr"], group["min_lr"] = (
-                self.config.optimizer.lr,
-                self.config.optimizer.min_lr,
-            )
+        apply_settings(self.trainee.optimizer, self.config)
         self.schedule.step(progress.step)
         self.faults.restore(progress.faults)
         if self.world.is_main:
             _log.info("resuming from %s", folder)
+            for change in self.checkpoints.changes:
+                _log.info("%s: %s", change, rule_of(change.key)[0])
         return progress
 
     # -- the loop -----------------------------------------------------------------------------
@@ -181,7 +181,11 @@ class _Run:
             title=config.verb,
             run_config=to_dict(config),
         ) as log:
-            log.event("resume" if first else "start", first, **where_it_runs(self.world.size))
+            changed = {c.key: [c.before, c.after] for c in self.checkpoints.changes}
+            log.event(
+                "resume" if first else "start", first, **where_it_runs(self.world.size),
+                **({"changed": changed} if changed else {}),
+            )  # fmt: skip
             with contextlib.closing(
                 _prefetched(self.stream, first, config.schedule.steps)
             ) as batches:

@@ -134,6 +134,18 @@ def build_optimizer(
     return optimizer, _build_schedule(optimizer, config)
 
 
+def apply_settings(optimizer: MegatronOptimizer, config: RunConfig) -> None:
+    """Put the config's settings in the place of those that came with a checkpoint's parameter groups.
+
+    Weight decay and learning rate follow from the schedule, which sets them at every step; clipping reads
+    the config.
+    """
+    settings = config.optimizer
+    for group in optimizer.param_groups:
+        group["max_lr"], group["min_lr"] = settings.lr, settings.min_lr
+        group["betas"], group["eps"] = (settings.beta1, settings.beta2), settings.eps
+
+
 def _param_groups() -> dict[ParamKey, ParamGroupOverride]:
     """What is not decayed; and a group of their own for parameters that stay fp32 in a bf16 model.
 
