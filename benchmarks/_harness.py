@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from megatron_hydra.arguments import path_argument
 from megatron_hydra.errors import HydraError
 from megatron_hydra.parallel import platform
 
@@ -99,7 +100,9 @@ def parser(doc: str, example: str, *, sizes: str = "", what: str = "") -> argpar
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--device", default="auto", help="cuda, cpu, or auto (default)")
-    made.add_argument("--output", type=Path, help="folder for the JSON and the plot; default: none")
+    made.add_argument(
+        "--output", type=path_argument, help="folder for the JSON and the plot; default: none"
+    )
     made.add_argument("--repeats", type=int, default=7, help="timed rounds (default 7)")
     made.add_argument(
         "--warmup", type=int, default=2, help="untimed calls of each peer (default 2)"

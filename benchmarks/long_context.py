@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_hydra.arguments import path_argument
+
 from megatron_hydra.parallel import platform  # isort: skip  (before anything of Megatron-Core)
 
 from benchmarks import _harness as harness
@@ -253,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--output",
-        type=Path,
+        type=path_argument,
         required=True,
         help="folder for inputs, logs, long_context.json and table.md",
     )

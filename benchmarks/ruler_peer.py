@@ -33,6 +33,7 @@ from typing import Any
 
 import yaml
 
+from megatron_hydra.arguments import path_argument
 from megatron_hydra.data.text import distinct_names, text_sentence
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.evaluation.scoring import text_score
@@ -383,9 +384,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--ruler", type=Path, default=os.environ.get("RULER"), help="checkout (or $RULER)")
+    add("--ruler", type=path_argument, default=os.environ.get("RULER"), help="checkout (or $RULER)")
     add("--site", default=os.environ.get("RULER_SITE", ""), help="folder with its packages")
-    add("--tokenizer", type=Path, help="Hugging Face folder (default: a BPE made on the spot)")
+    add(
+        "--tokenizer",
+        type=path_argument,
+        help="Hugging Face folder (default: a BPE made on the spot)",
+    )
     add("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
     add("--samples", type=int, default=10, help="of each task and length (default 10)")
     add("--predictions", type=int, default=400, help="scored by both, for each task (default 400)")

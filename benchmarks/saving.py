@@ -30,6 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_hydra.arguments import path_argument
+
 from megatron_hydra.parallel import platform  # isort: skip  (before anything of Megatron-Core)
 
 from benchmarks import _harness as harness
@@ -201,8 +203,12 @@ def main(arguments: list[str] | None = None) -> int:
     add("--saves", type=int, default=3, help="timed ones of each mode (default 3)")
     add("--interval", type=int, default=6, help="steps between saves (default 6)")
     add("--processes", type=int, default=1, help="one a GPU, data-parallel (default 1)")
-    add("--folder", type=Path, help="where checkpoints are written; default: a temporary folder")
-    add("--output", type=Path, help="folder for saving.json; default: none")
+    add(
+        "--folder",
+        type=path_argument,
+        help="where checkpoints are written; default: a temporary folder",
+    )
+    add("--output", type=path_argument, help="folder for saving.json; default: none")
     add("--seed", type=int, default=0)
     add("overrides", nargs="*", metavar="section.key=value", help="of the config")
     args = parser.parse_intermixed_args(arguments)

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from megatron_hydra.arguments import path_argument
 from megatron_hydra.checkpoint import families
 from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.checkpoint.hf_config import hf_config_from_model, read_hf_config
@@ -572,7 +573,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe = Recipe()
     add(
         "--output",
-        type=Path,
+        type=path_argument,
         required=True,
         help="continued if it exists",
     )

@@ -12,6 +12,7 @@ sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
 
 import argparse  # noqa: E402
 
+from megatron_hydra.arguments import path_text  # noqa: E402
 from megatron_hydra.data.merging import find_shards, merge  # noqa: E402
 from megatron_hydra.errors import command  # noqa: E402
 
@@ -37,9 +38,15 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     inputs = parser.add_mutually_exclusive_group(required=True)
-    inputs.add_argument("--shards", metavar="PREFIX", help="--output of the sharded preparation")
-    inputs.add_argument("--input", nargs="+", metavar="PREFIX", help="pairs to join, in order")
-    parser.add_argument("--output", metavar="PREFIX", help="default with --shards: the same PREFIX")
+    inputs.add_argument(
+        "--shards", type=path_text, metavar="PREFIX", help="--output of the sharded preparation"
+    )
+    inputs.add_argument(
+        "--input", type=path_text, nargs="+", metavar="PREFIX", help="pairs to join, in order"
+    )
+    parser.add_argument(
+        "--output", type=path_text, metavar="PREFIX", help="default with --shards: the same PREFIX"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     given = parser.parse_args(arguments)
     if given.input and not given.output:

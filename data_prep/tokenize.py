@@ -12,6 +12,7 @@ sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
 
 import argparse  # noqa: E402
 
+from megatron_hydra.arguments import path_text, real, whole  # noqa: E402
 from megatron_hydra.data.corpus import CorpusConfig  # noqa: E402
 from megatron_hydra.data.tokenization import tokenize  # noqa: E402
 from megatron_hydra.data.tokenize_config import TokenizeConfig  # noqa: E402
@@ -48,9 +49,15 @@ def parse(arguments: list[str] | None = None) -> TokenizeConfig:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     where = parser.add_argument_group("input").add_mutually_exclusive_group(required=True)
-    where.add_argument("--input", nargs="+", metavar="PATH", help="files, folders or patterns")
     where.add_argument(
-        "--dataset", nargs="+", metavar="NAME", help="data set for datasets.load_dataset"
+        "--input", type=path_text, nargs="+", metavar="PATH", help="files, folders or patterns"
+    )
+    where.add_argument(
+        "--dataset",
+        type=path_text,
+        nargs="+",
+        metavar="NAME",
+        help="data set for datasets.load_dataset",
     )
     rows = parser.add_argument_group("rows")
     rows.add_argument(
@@ -63,7 +70,7 @@ def parse(arguments: list[str] | None = None) -> TokenizeConfig:
     rows.add_argument(
         "--tools-column", metavar="NAME", help="with --chat: field that holds the tools"
     )
-    rows.add_argument("--max-bad-rows", type=int, default=0, metavar="N", help="skip so many rows")
+    rows.add_argument("--max-bad-rows", type=whole(0), default=0, metavar="N", help="skip so many rows")
     rows.add_argument("--keep-empty", action="store_true", help="keep rows without text as empty")
     hub = parser.add_argument_group("with --dataset")
     hub.add_argument("--config", metavar="NAME", help="configuration of the data set")
@@ -71,7 +78,9 @@ def parse(arguments: list[str] | None = None) -> TokenizeConfig:
     hub.add_argument("--revision", metavar="COMMIT", help="git revision; its commit is recorded")
     hub.add_argument("--streaming", action="store_true", help="do not keep the data set on disk")
     ids = parser.add_argument_group("tokens")
-    ids.add_argument("--tokenizer", required=True, metavar="NAME", help="folder or Hub name")
+    ids.add_argument(
+        "--tokenizer", type=path_text, required=True, metavar="NAME", help="folder or Hub name"
+    )
     ids.add_argument("--tokenizer-revision", metavar="COMMIT")
     ids.add_argument("--trust-remote-code", action="store_true", help="run its own Python code")
     ids.add_argument("--eod-token", metavar="TOKEN", help="default: the tokenizer's eos_token")
@@ -79,14 +88,16 @@ def parse(arguments: list[str] | None = None) -> TokenizeConfig:
     ids.add_argument("--no-special-tokens", action="store_true", help="leave out BOS and the like")
     ids.add_argument("--exact", action="store_true", help="never use the fast path (slower)")
     ids.add_argument(
-        "--max-tokens", type=float, default=0, metavar="N", help="e.g. 5e9; of each shard"
+        "--max-tokens", type=whole(0), default=0, metavar="N", help="e.g. 5e9; of each shard"
     )
     run = parser.add_argument_group("run")
-    run.add_argument("--output", required=True, metavar="PREFIX", help="folder/name of the files")
-    run.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
+    run.add_argument(
+        "--output", type=path_text, required=True, metavar="PREFIX", help="folder/name of the files"
+    )
+    run.add_argument("--workers", type=whole(0), default=1, metavar="N", help="processes (default: 1)")
     run.add_argument("--shard", default="0/1", metavar="I/N", help="prepare part I (from 0) of N")
     run.add_argument(
-        "--unit-size", type=float, default=8, metavar="MIB", help="size of a unit (default: 8)"
+        "--unit-size", type=real(0, above=True), default=8, metavar="MIB", help="size of a unit (default: 8)"
     )
     run.add_argument("--force", action="store_true", help="replace an existing output")
     return _config(parser.parse_args(arguments))

@@ -17,7 +17,8 @@ class HydraError(Exception):
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a command's ``main`` so that a :class:`HydraError` becomes one line and exit status 2.
+    """Wrap a command's ``main`` so that a :class:`HydraError` becomes one line and exit status 2. So does
+    too little memory.
 
     Set ``MEGATRON_HYDRA_TRACEBACK=1`` to see the traceback as well.
     """
@@ -30,6 +31,9 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             if os.environ.get("MEGATRON_HYDRA_TRACEBACK") == "1":
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2
+        except MemoryError as error:  # a size that was given, more often than not
+            print(f"error: out of memory: {error}", file=sys.stderr, flush=True)
             return 2
 
     return wrapped

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 
+from megatron_hydra.arguments import path_text
 from megatron_hydra.config.loading import load_run_config, to_yaml
+from megatron_hydra.environment import environment_number
 from megatron_hydra.errors import command
 from megatron_hydra.startup import this_process_is_one_run
 
@@ -30,6 +31,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--config",
+        type=path_text,
         action="append",
         required=True,
         help="YAML file; may be given several times, later files override earlier ones key by key",
@@ -58,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point."""
     options = _parse(arguments)
     config = load_run_config(options.config, options.overrides)
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = environment_number("RANK", 0) == 0
     if options.dry_run:
         from megatron_hydra.training.dry_run import describe_layout
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
+from megatron_hydra.arguments import path_text
 from megatron_hydra.config.loading import load_run_config
 from megatron_hydra.errors import HydraError, command
 
@@ -37,6 +38,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--config",
+        type=path_text,
         action="append",
         required=True,
         help="the run's YAML file; may be given several times, as for megatron_hydra.train",

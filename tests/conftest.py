@@ -48,3 +48,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in gpu_items:
             if not (played and item.path.parent.name == "gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests/test_fuzzing.py."""
+    parser.addoption(
+        "--fuzz-seconds", type=float, default=0.0, help="go on with other inputs for so long"
+    )
+    parser.addoption("--fuzz-seed", type=int, default=0, help="number of the first input")

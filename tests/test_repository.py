@@ -25,7 +25,10 @@ PACKAGE = ROOT / "megatron_hydra"
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "__init__",
+        "arguments",
+        "environment",
         "errors",
+        "paths",
         "startup",
         "stopping",
         "watchdog",

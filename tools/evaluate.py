@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_hydra.arguments import path_text, seed_argument
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.evaluation.lm_eval_suite import require_lm_eval
 from megatron_hydra.evaluation.loading import DTYPES, load_model, load_tokenizer
@@ -68,10 +69,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", metavar="HF", help="Hugging Face model folder, or a Hub name")
-    what.add_argument("--checkpoint", metavar="DIR", help="Megatron checkpoint, under torchrun")
+    what.add_argument(
+        "--model", type=path_text, metavar="HF", help="Hugging Face model folder, or a Hub name"
+    )
+    what.add_argument(
+        "--checkpoint", type=path_text, metavar="DIR", help="Megatron checkpoint, under torchrun"
+    )
     add(
-        "--config", metavar="YAML", help="of a checkpoint: file with its layout (parallel, backend)"
+        "--config",
+        type=path_text,
+        metavar="YAML",
+        help="of a checkpoint: file with its layout (parallel, backend)",
     )
     add("overrides", nargs="*", metavar="parallel.key=value", help="of a checkpoint: its layout")
     add("--revision", default="", help="of a Hub name: branch, tag or commit")
@@ -81,7 +89,11 @@ def _parser() -> argparse.ArgumentParser:
         "--lm-eval", default="", metavar="TASKS", help="tasks of lm-evaluation-harness, as arc_easy"
     )
     add(
-        "--lm-eval-include", default="", metavar="DIR", help="folder with lm-eval tasks of your own"
+        "--lm-eval-include",
+        type=path_text,
+        default="",
+        metavar="DIR",
+        help="folder with lm-eval tasks of your own",
     )
     add(
         "--lm-eval-limit",
@@ -90,16 +102,26 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="the first N questions of each of lm-eval's tasks (%(default)s: all)",
     )
-    add("--output", required=True, metavar="DIR", help="folder for the results")
+    add("--output", type=path_text, required=True, metavar="DIR", help="folder for the results")
     add(
         "--depths",
         default="5",
         help="how many, from start to end, or a list as 0,0.5,1 (%(default)s)",
     )
     add("--samples", type=int, default=10, help="for each task, length and depth (%(default)s)")
-    add("--seed", type=int, default=1234, help="decides every sample (%(default)s)")
-    add("--tokenizer", metavar="DIR", help="folder of the tokenizer, if not the model's")
-    add("--haystack", metavar="FILE", help="your own distractor text, one paragraph a line")
+    add("--seed", type=seed_argument, default=1234, help="decides every sample (%(default)s)")
+    add(
+        "--tokenizer",
+        type=path_text,
+        metavar="DIR",
+        help="folder of the tokenizer, if not the model's",
+    )
+    add(
+        "--haystack",
+        type=path_text,
+        metavar="FILE",
+        help="your own distractor text, one paragraph a line",
+    )
     add("--batch-tokens", type=int, default=32768, help="tokens of a batch (%(default)s)")
     add(
         "--prefill-chunk",

@@ -11,6 +11,7 @@ from pathlib import Path
 # Before torch is imported: this process plans, its workers compute with --threads each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from megatron_hydra.arguments import path_argument
 from megatron_hydra.errors import HydraError, command
 
 DESCRIPTION = """\
@@ -47,16 +48,16 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("verb", choices=("run", "table", "plot", "pack"))
-    p.add_argument("experiments", nargs="+", type=Path, metavar="EXPERIMENT.yaml")
+    p.add_argument("experiments", nargs="+", type=path_argument, metavar="EXPERIMENT.yaml")
     p.add_argument(
         "--output",
-        type=Path,
+        type=path_argument,
         default=Path("runs/experiments"),
         help="folder of steps and results, shared by experiments (%(default)s)",
     )
     p.add_argument(
         "--base",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help="include this file in place of the one that the experiments name: another model, other "
         "stages and tasks under the same rows, as configs/experiments/shared/qwen3_1.7b.yaml",
@@ -94,12 +95,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument_group("table").add_argument(
         "--page",
-        type=Path,
+        type=path_argument,
         metavar="FILE.md",
         help="write the table into this file too, between its lines <!-- experiment NAME --> and <!-- end -->",
     )
     p.add_argument_group("pack").add_argument(
-        "--to", type=Path, metavar="FOLDER", help="where results are copied"
+        "--to", type=path_argument, metavar="FOLDER", help="where results are copied"
     )
     run.add_argument("--cell", default="", help=argparse.SUPPRESS)  # one task of that array
     return p

@@ -7,6 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
+from megatron_hydra.arguments import path_argument, path_text, seed_argument
 from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.head_map import HeadMap
@@ -45,14 +46,18 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("second")
     validate = commands.add_parser("validate", help="check the file, and that it is for a model")
     validate.add_argument("map")
-    validate.add_argument("--hf-path", help="Hugging Face folder or Hub name the map must be for")
+    validate.add_argument(
+        "--hf-path", type=path_text, help="Hugging Face folder or Hub name the map must be for"
+    )
     validate.add_argument("--revision", default="", help="Hub revision")
     knockout = commands.add_parser(
         "knockout", help="retrieval accuracy as heads are taken out by score, and at random"
     )
     defaults = SelectionOptions()
     knockout.add_argument("map")
-    knockout.add_argument("--hf-path", required=True, help="the model that the map was made for")
+    knockout.add_argument(
+        "--hf-path", type=path_text, required=True, help="the model that the map was made for"
+    )
     knockout.add_argument("--revision", default="", help="Hub revision")
     knockout.add_argument(
         "--heads", type=int, nargs="+", default=[], metavar="N",
@@ -72,13 +77,15 @@ def _parser() -> argparse.ArgumentParser:
         help="length of needle prompts (default %(default)s)",
     )  # fmt: skip
     knockout.add_argument(
-        "--seed", type=int, default=1,
+        "--seed", type=seed_argument, default=1,
         help="of prompts and random orders (default 1: other prompts than a selection with seed 0)",
     )  # fmt: skip
     knockout.add_argument("--device", default="auto", help="auto, cpu, cuda:0, ...")
     knockout.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
     knockout.add_argument("--tokens-per-batch", type=int, default=0, help="as of select_heads.py")
-    knockout.add_argument("--output", type=Path, help="JSON to write (default MAP_knockout.json)")
+    knockout.add_argument(
+        "--output", type=path_argument, help="JSON to write (default MAP_knockout.json)"
+    )
     knockout.add_argument("--no-pictures", action="store_true", help="write the JSON only")
     knockout.add_argument("--force", action="store_true", help="overwrite an existing output")
     return parser

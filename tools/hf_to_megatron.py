@@ -7,6 +7,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from megatron_hydra.arguments import path_text, seed_argument
 from megatron_hydra.errors import HydraError, command
 
 if TYPE_CHECKING:
@@ -48,8 +49,12 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--hf-path", required=True, metavar="P", help="model folder or Hub name")
-    p.add_argument("--output", required=True, metavar="D", help="checkpoint folder to write")
+    p.add_argument(
+        "--hf-path", type=path_text, required=True, metavar="P", help="model folder or Hub name"
+    )
+    p.add_argument(
+        "--output", type=path_text, required=True, metavar="D", help="checkpoint folder to write"
+    )
     p.add_argument("--revision", default="", metavar="R", help="Hub revision (branch, tag, commit)")
     p.add_argument(
         "--dtype", choices=("fp32", "bf16"), help="dtype of the weights (default: that of the file)"
@@ -63,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--force", action="store_true", help="replace an existing output")
     p.add_argument("--quiet", action="store_true", help="no progress bars")
     student = p.add_argument_group("student (with --head-map, or --set mixer=token|parallel)")
-    student.add_argument("--head-map", metavar="MAP", help="head map from tools/select_heads.py")
+    student.add_argument(
+        "--head-map", type=path_text, metavar="MAP", help="head map from tools/select_heads.py"
+    )
     student.add_argument(
         "--hydra-config",
         metavar="YAML",
@@ -77,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         help="one switch, e.g. fusion=gated; repeatable, over --hydra-config",
     )
     student.add_argument(
-        "--seed", type=int, default=0, help="order of decays over heads (default 0)"
+        "--seed", type=seed_argument, default=0, help="order of decays over heads (default 0)"
     )
     student.add_argument(
         "--init",
@@ -97,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     )
     student.add_argument(
         "--calibration-file",
+        type=path_text,
         metavar="FILE",
         help="text, or .jsonl of {'text': …} or {'tokens': [ids]} lines (default: a bundled text)",
     )

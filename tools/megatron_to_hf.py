@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_hydra.arguments import path_text
 from megatron_hydra.errors import HydraError, command
 
 DESCRIPTION = """\
@@ -37,9 +38,15 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument(
-        "--checkpoint", required=True, metavar="D", help="checkpoint folder, or a run's checkpoints"
+        "--checkpoint",
+        type=path_text,
+        required=True,
+        metavar="D",
+        help="checkpoint folder, or a run's checkpoints",
     )
-    p.add_argument("--output", required=True, metavar="P", help="Hugging Face folder to write")
+    p.add_argument(
+        "--output", type=path_text, required=True, metavar="P", help="Hugging Face folder to write"
+    )
     p.add_argument(
         "--dtype", choices=("fp32", "bf16"), help="dtype of the weights (default: the checkpoint's)"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from megatron_hydra.arguments import path_text
 from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.errors import HydraError, command
 
@@ -23,8 +24,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", help="a Megatron checkpoint of the model")
-    source.add_argument("--head-map", help="a head map (default switches are assumed)")
+    source.add_argument("--checkpoint", type=path_text, help="a Megatron checkpoint of the model")
+    source.add_argument(
+        "--head-map", type=path_text, help="a head map (default switches are assumed)"
+    )
     parser.add_argument("--tensor", type=int, required=True, help="tensor-parallel size")
     parser.add_argument(
         "--fa-partition",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import warnings
 
+from megatron_hydra.arguments import path_text
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.head_map import DEFAULT_RATIO
 
@@ -40,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--model",
+        type=path_text,
         required=True,
         metavar="M",
         help="Qwen/Qwen3-0.6B … 32B by name, a config.json or its folder, or a Megatron checkpoint",
@@ -64,7 +66,9 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--ratio", default=DEFAULT_RATIO, help="GDN:FA heads, placed at random (%(default)s)"
     )
-    which.add_argument("--head-map", default="", metavar="MAP", help="a head map instead")
+    which.add_argument(
+        "--head-map", type=path_text, default="", metavar="MAP", help="a head map instead"
+    )
     p.add_argument("--tokens", type=float, default=15e9, help="of all stages (%(default)g)")
     p.add_argument(
         "--tokens-per-step",

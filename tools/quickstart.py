@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from megatron_hydra.arguments import path_argument, seed_argument
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.quickstart.run import Settings, run_quickstart
 from megatron_hydra.stopping import StopRequest
@@ -39,16 +40,24 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     configs = Path(__file__).resolve().parents[1] / "configs" / "quickstart"
-    p.add_argument("--output", type=Path, default=Path("quickstart"), help="folder (%(default)s)")
     p.add_argument(
-        "--seed", type=int, default=0, help="prompts, random heads, data order (%(default)s)"
+        "--output", type=path_argument, default=Path("quickstart"), help="folder (%(default)s)"
+    )
+    p.add_argument(
+        "--seed",
+        type=seed_argument,
+        default=0,
+        help="prompts, random heads, data order (%(default)s)",
     )
     p.add_argument("--fresh", action="store_true", help="throw away an earlier run in OUTPUT")
     p.add_argument(
         "--samples", type=int, default=Settings.samples, help="sequences a length (%(default)s)"
     )
     p.add_argument(
-        "--configs", type=Path, default=configs, help="the stages' configs (configs/quickstart)"
+        "--configs",
+        type=path_argument,
+        default=configs,
+        help="the stages' configs (configs/quickstart)",
     )
     p.add_argument(
         "--set",

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from megatron_hydra.arguments import path_argument
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.reporting.run_page import write_run_page
 
@@ -22,9 +22,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="the output folder of a run")
+    parser.add_argument("run", metavar="RUN", type=path_argument, help="the output folder of a run")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="the page (default RUN/report.html)"
+        "--output", type=path_argument, metavar="FILE", help="the page (default RUN/report.html)"
     )
     return parser
 

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from megatron_hydra.arguments import path_argument, path_text, seed_argument
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.head_map import DEFAULT_RATIO, DEFAULT_STRATEGY
 from megatron_hydra.out_of_memory import out_of_memory_names
@@ -48,9 +48,14 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--hf-path", required=True, help="Hugging Face folder or Hub name (Qwen3, Qwen2, Llama)")
+    add(
+        "--hf-path",
+        type=path_text,
+        required=True,
+        help="Hugging Face folder or Hub name (Qwen3, Qwen2, Llama)",
+    )
     add("--revision", default="", help="Hub revision")
-    add("--output", required=True, type=Path, help="the head map to write (JSON)")
+    add("--output", required=True, type=path_argument, help="the head map to write (JSON)")
     add(
         "--ratio",
         default=DEFAULT_RATIO,
@@ -70,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         f"capabilities of five tasks each (default: {' '.join(DEFAULT_TASKS)}, what the model solves of them)",
     )
     add("--task-weight", nargs="+", default=[], metavar="NAME=W", help="weights of capabilities")
-    add("--seed", type=int, default=0, help="of prompts and random choices (default 0)")
+    add("--seed", type=seed_argument, default=0, help="of prompts and random choices (default 0)")
     prompts = parser.add_argument_group("prompts").add_argument
     prompts(
         "--num-prompts",

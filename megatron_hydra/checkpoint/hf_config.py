@@ -108,7 +108,7 @@ def model_from_hf_config(config: Mapping[str, Any], source: str = "config.json")
             ffn_hidden_size=_required(config, "intermediate_size", source),
             vocab_size=_required(config, "vocab_size", source),
             num_query_heads=_required(config, "num_attention_heads", source),
-            norm_eps=float(_required(config, "rms_norm_eps", source)),
+            norm_eps=_number(config, "rms_norm_eps", source),
             max_position_embeddings=_required(config, "max_position_embeddings", source),
             rope_parameters=read_rope(config, source),
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -124,6 +124,13 @@ def _required(config: Mapping[str, Any], key: str, source: str) -> Any:
     if config.get(key) is None:
         raise HydraError(f"{source}: key {key!r} is missing")
     return config[key]
+
+
+def _number(config: Mapping[str, Any], key: str, source: str) -> float:
+    value = _required(config, key, source)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise HydraError(f"{source}: {key} is {value!r}: it must be a number from 0 to 1")
+    return float(value)
 
 
 def _given(config: Mapping[str, Any], key: str, default: Any) -> Any:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import os
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +22,13 @@ import yaml
 
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.paths import PathText, expanded
 
 T = TypeVar("T")
+
+_DEEPEST = 50
+"""Levels of free-form data; one that holds itself has no end."""
+_LARGEST = 2**63
 
 # -- YAML -------------------------------------------------------------------------------------
 
@@ -33,7 +39,11 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # <<: *base, which given keys override
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise HydraError(f"line {key_node.start_mark.line + 1}: {key!r} cannot be a key")
             if key in seen:
                 line = key_node.start_mark.line + 1
                 raise HydraError(f"line {line}: key {key!r} is given twice")
@@ -61,6 +71,11 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
         raise HydraError(f"{source} is not valid YAML: {problem}") from None
+    except RecursionError:
+        raise HydraError(f"{source} is not valid YAML: it is nested too deeply") from None
+    except (ValueError, TypeError, OverflowError, LookupError, AttributeError) as error:
+        # What PyYAML lets through of a value that only looks like a number, a date or base64.
+        raise HydraError(f"{source} is not valid YAML: {error}") from None
 
 
 # -- dicts to dataclasses ---------------------------------------------------------------------
@@ -83,7 +98,7 @@ def from_dict(cls: type[T], body: Any, source: str = "config") -> T:
 
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def _where(source: str, path: Sequence[str]) -> str:
@@ -125,6 +140,12 @@ def _convert(hint: Any, value: Any, source: str, path: tuple[str, ...]) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
+    if hint == PathText:
+        text = _scalar(str, value, source, path)
+        try:
+            return expanded(text)
+        except HydraError as error:
+            raise HydraError(f"{_where(source, path)}: {error}") from None
     if dataclasses.is_dataclass(hint):
         return _dataclass(typing.cast(type, hint), value, source, path)
     if origin is typing.Literal:
@@ -146,12 +167,36 @@ def _convert(hint: Any, value: Any, source: str, path: tuple[str, ...]) -> Any:
     if hint is dict or origin is dict:
         if not isinstance(value, Mapping):
             raise _wrong(source, path, "a mapping", value)
-        return dict(value)
+        return _check_plain(value, source, path)
     return _scalar(hint, value, source, path)
+
+
+def _check_plain(value: Any, source: str, path: tuple[str, ...], depth: int = 0) -> Any:
+    """Free-form data as it is, if JSON can hold it: it goes into manifests.
+
+    Raises:
+        HydraError: naming the key that holds a date, a set, raw bytes, a number that is not finite, or itself.
+    """
+    if depth > _DEEPEST:
+        raise HydraError(f"{_where(source, path)} is nested too deeply")
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, (str, int, float)):
+                raise _wrong(source, (*path, str(key)), "a key that is a string or a number", key)
+        return {k: _check_plain(v, source, (*path, str(k)), depth + 1) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_check_plain(v, source, (*path, str(i)), depth + 1) for i, v in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _wrong(source, path, "a finite number", value)
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise _wrong(source, path, "a string, a number, true, false, a list or a mapping", value)
+    return value
 
 
 def _scalar(hint: type, value: Any, source: str, path: tuple[str, ...]) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and not abs(value) < _LARGEST:
+        raise _wrong(source, path, "a number that is finite and below 2^63", value)
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and is_number and float(value).is_integer():
@@ -249,16 +294,17 @@ def read_config(path: str | os.PathLike[str], nested: bool = False) -> dict[str,
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
         raise HydraError(f"config {path} cannot be read: {error}") from None
-    body = parse_yaml(text, str(path)) or {}
+    body = parse_yaml(text, str(path))
+    body = {} if body is None else body
     base: dict[str, Any] = {}
     if isinstance(body, Mapping) and "include" in body and not nested:
         body = dict(body)
         name = body.pop("include")
         if not isinstance(name, str):
             raise _wrong(str(path), ["include"], "a path", name)
-        base = read_config(Path(path).parent / name, nested=True)
+        base = read_config(Path(path).parent / expanded(name), nested=True)
     from_dict(RunConfig, body, source=str(path))
     return _merge(base, body)
 

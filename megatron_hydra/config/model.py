@@ -100,6 +100,11 @@ class HydraConfig:
         return self.window if self.mixer == "token" else None
 
 
+_SIZES = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "vocab_size", "num_query_heads", "num_kv_heads", "head_dim",
+    "max_position_embeddings",
+)  # fmt: skip
+
 BEFORE_THE_SWITCH = {"fa_gate_bias": False}
 """What a stored model was whose ``hydra`` lacks a switch, where that is not the default of today."""
 
@@ -168,6 +173,10 @@ class ModelConfig:
     hf_config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for key in _SIZES:
+            size = getattr(self, key)
+            if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**31:
+                raise HydraError(f"{key} is {size!r}: it must be a whole number from 1 to 2^31 - 1")
         if self.num_query_heads % self.num_kv_heads:
             raise HydraError(
                 f"num_query_heads {self.num_query_heads} is not a multiple of num_kv_heads "

@@ -1,13 +1,16 @@
 """What a run does: one YAML file per run, one section per concern.
 
 Units: tokens, steps, bytes or seconds as each key says. ``loading.load_run_config`` builds it from
-YAML plus ``section.key=value`` overrides and refuses unknown keys by name.
+YAML plus ``section.key=value`` overrides and refuses unknown keys by name. In paths, ``~`` and
+``$VARIABLE`` are expanded.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Literal
+
+from megatron_hydra.paths import PathText
 
 Verb = Literal["pretrain", "align", "distill", "finetune"]
 
@@ -19,7 +22,7 @@ class StudentConfig:
     ``fingerprint`` (``sha256:`` and the hash of its manifest.json), if given, is what it must have.
     """
 
-    checkpoint: str = ""
+    checkpoint: PathText = ""
     fingerprint: str = ""
 
 
@@ -30,7 +33,7 @@ class TeacherConfig:
     ``fingerprint`` as in :class:`StudentConfig`.
     """
 
-    checkpoint: str = ""
+    checkpoint: PathText = ""
     fingerprint: str = ""
 
 
@@ -51,7 +54,7 @@ class SourceConfig:
     """
 
     kind: Literal["indexed", "synthetic"] = "indexed"
-    path: str = ""
+    path: PathText = ""
     task: str = ""
     options: dict = dataclasses.field(default_factory=dict)
     weight: float = 1.0
@@ -76,10 +79,10 @@ class DataConfig:
 
     blend: tuple[SourceConfig, ...] = ()
     sequence_length: int = 4096
-    tokenizer: str = ""
+    tokenizer: PathText = ""
     packing: Literal["best_fit", "split_long", "concat_chunk"] = "best_fit"
     seed: int = 1234
-    cache_dir: str = ""
+    cache_dir: PathText = ""
     token_budget: int = 0
 
 
@@ -273,7 +276,7 @@ class RunConfig:
     """
 
     verb: Verb = "pretrain"
-    output: str = ""
+    output: PathText = ""
     seed: int = 1234
     precision: Literal["fp32", "bf16"] = "bf16"
     deterministic: bool = False

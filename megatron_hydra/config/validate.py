@@ -79,6 +79,8 @@ def _check_numbers(config: RunConfig) -> None:
         for key in keys:
             value = getattr(getattr(config, section), key)
             _require(value >= 1, f"{section}.{key} is {value}: it must be at least 1")
+    for key, seed in (("seed", config.seed), ("data.seed", config.data.seed)):
+        _require(0 <= seed < 2**32, f"{key} is {seed}: it must be between 0 and 2^32 - 1")
     optimizer, schedule, loss = config.optimizer, config.schedule, config.loss
     _require(optimizer.lr > 0, f"optimizer.lr is {optimizer.lr}: it must be above 0")
     _require(

@@ -230,11 +230,19 @@ def _parquet_units(path: str) -> list[Unit]:
     return [Unit(path, "parquet", i, i + 1, size) for i, size in enumerate(sizes)]
 
 
+def arrow_table(path: str) -> Any:
+    """An Arrow file as a table that stays on disk, of the stream format (``datasets``) or the file format."""
+    import pyarrow as pa
+
+    source = pa.memory_map(path)
+    is_file_format = source.read(6) == b"ARROW1"
+    source.seek(0)
+    return (pa.ipc.open_file if is_file_format else pa.ipc.open_stream)(source).read_all()
+
+
 def arrow_units(path: str, corpus: CorpusConfig) -> list[Unit]:
     """Units of an Arrow file; none if it has no rows."""
-    from datasets import Dataset
-
-    rows = len(Dataset.from_file(path))
+    rows = arrow_table(path).num_rows
     size = os.path.getsize(path)
     step = max(1, rows * corpus.unit_bytes // max(size, 1))
     spans = [(a, min(a + step, rows)) for a in range(0, rows, step)]

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+from megatron_hydra.arguments import path_text, seed_argument, whole
 from megatron_hydra.config.loading import from_dict, read_config
 from megatron_hydra.config.run import BatchConfig, DataConfig, RunConfig, SourceConfig
 from megatron_hydra.data.packing import Packing
@@ -27,12 +28,16 @@ def load_data_sections(path: str) -> RunConfig:
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that :func:`data_sections` reads."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="YAML", help="the blend of a run or of configs/data")
-    what.add_argument("--input", nargs="+", metavar="PREFIX", help="these .bin/.idx pairs")
+    what.add_argument(
+        "--config", type=path_text, metavar="YAML", help="the blend of a run or of configs/data"
+    )
+    what.add_argument(
+        "--input", type=path_text, nargs="+", metavar="PREFIX", help="these .bin/.idx pairs"
+    )
     given = parser.add_argument_group("packing", "each option replaces what --config says")
     given.add_argument(
         "--sequence-length",
-        type=int,
+        type=whole(1),
         metavar="S",
         help=f"default with --input: {DataConfig().sequence_length}",
     )
@@ -43,14 +48,16 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         f"concat_chunk: laid end to end and cut every S tokens. Default with --input: "
         f"{_INPUT_PACKING}",
     )
-    given.add_argument("--seed", type=int, help="data.seed of the run")
+    given.add_argument("--seed", type=seed_argument, help="data.seed of the run")
     given.add_argument(
         "--upsample",
         nargs="+",
         metavar="LENGTH=FACTOR",
         help="documents of at least LENGTH tokens appear FACTOR times per epoch (0: not at all)",
     )
-    given.add_argument("--cache-dir", metavar="FOLDER", help="default: .packs beside the data")
+    given.add_argument(
+        "--cache-dir", type=path_text, metavar="FOLDER", help="default: .packs beside the data"
+    )
 
 
 def data_sections(given: argparse.Namespace) -> tuple[DataConfig, BatchConfig]:
@@ -59,7 +66,7 @@ def data_sections(given: argparse.Namespace) -> tuple[DataConfig, BatchConfig]:
     Raises:
         HydraError: the config cannot be read, or an option is malformed.
     """
-    if given.config:
+    if given.config is not None:
         run = load_data_sections(given.config)
         data, batch = run.data, run.batch
     else:

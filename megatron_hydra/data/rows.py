@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from megatron_hydra.data.corpus import CorpusConfig, Row, Unit
+from megatron_hydra.data.corpus import CorpusConfig, Row, Unit, arrow_table
 from megatron_hydra.data.folder import compression_of, format_of
 from megatron_hydra.data.hub import load_hub
 from megatron_hydra.errors import HydraError
@@ -57,7 +57,7 @@ def _compressed_rows(unit: Unit, kind: str, corpus: CorpusConfig) -> Iterator[Ro
                 if line.strip():
                     yield _parse_line(line, f"{unit.path}, line {number:,}", kind, corpus)
         except (OSError, ValueError) as error:
-            raise HydraError(f"{unit.path}: cannot be decompressed: {error}") from error
+            raise _not_decompressed(unit.path, error) from error
 
 
 def _parse_line(line: bytes, where: str, kind: str, corpus: CorpusConfig) -> Row:
@@ -84,7 +84,18 @@ def _text_row(path: str) -> Row:
     except UnicodeDecodeError as error:
         return Row(path, None, f"not UTF-8 ({error.reason} at byte {error.start:,})")
     except OSError as error:
-        raise HydraError(f"{path}: cannot be read: {error}") from error
+        raise _not_decompressed(path, error) from error
+
+
+def _not_decompressed(path: str, error: Exception) -> HydraError:
+    advice = ""
+    if "requires too much memory" in str(error):
+        advice = (
+            "; it has a longer window than can be read here (zstd --long): unpack it with "
+            "zstd -d --long=31, or compress it without --long"
+        )
+    what = "decompressed" if compression_of(path) else "read"
+    return HydraError(f"{path}: cannot be {what}: {error}{advice}")
 
 
 def _table_rows(unit: Unit, corpus: CorpusConfig) -> Iterator[Row]:
@@ -126,22 +137,16 @@ def _parquet_values(unit: Unit, corpus: CorpusConfig) -> Iterator[Any]:
 
 
 def _arrow_values(unit: Unit, corpus: CorpusConfig) -> Iterator[Any]:
-    from datasets import Dataset
-
-    data = Dataset.from_file(unit.path)
-    _check_columns(unit.path, corpus.columns, data.column_names)
+    table = arrow_table(unit.path)
+    _check_columns(unit.path, corpus.columns, table.column_names)
     for start in range(unit.begin, unit.end, _READ_ROWS):
-        block = data.select(range(start, min(start + _READ_ROWS, unit.end)))
-        yield from _decoded(functools.partial(_field_values, block, corpus.columns), len(block))
+        block = table.slice(start, min(_READ_ROWS, unit.end - start))
+        columns = [block.column(name) for name in corpus.columns]
+        yield from _decoded(functools.partial(_column_values, columns), block.num_rows)
 
 
 def _column_values(columns: Sequence[Any], first: int, end: int) -> list[tuple[Any, ...]]:
     return list(zip(*(column[first:end].to_pylist() for column in columns), strict=True))
-
-
-def _field_values(data: Any, names: Sequence[str], first: int, end: int) -> list[tuple[Any, ...]]:
-    block = data[first:end]
-    return list(zip(*(block[name] for name in names), strict=True))
 
 
 def _stream_values(unit: Unit, corpus: CorpusConfig) -> Iterator[Any]:

@@ -30,6 +30,7 @@ from megatron_hydra.config.loading import apply_overrides, from_dict, read_confi
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import BatchConfig, DataConfig, RunConfig
 from megatron_hydra.config.validate import check_layout, data_parallel_size, rounded_stream_length
+from megatron_hydra.environment import world_size_from_environment
 from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation.backend import Continuation, T, cut, is_over
 from megatron_hydra.evaluation.hf_backend import token_ids
@@ -40,7 +41,6 @@ from megatron_hydra.parallel.world import (
     World,
     start_world,
     stop_world,
-    world_size_from_environment,
 )
 from megatron_hydra.training.agreement import on_main
 from megatron_hydra.training.model_state import load_model, verified_checkpoint

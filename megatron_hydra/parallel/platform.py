@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.utils._device
 
+from megatron_hydra.environment import environment_number
 from megatron_hydra.errors import HydraError
 from megatron_hydra.parallel import megatron_versions
 
@@ -81,7 +82,7 @@ def bind_process_to_device(local_rank: int) -> None:
     """
     if not _CUDA_AVAILABLE:
         return
-    check_gpus(max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), device_count())
+    check_gpus(max(local_rank + 1, environment_number("LOCAL_WORLD_SIZE", 1)), device_count())
     torch.cuda.set_device(local_rank)
 
 

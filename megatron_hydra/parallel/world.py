@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_hydra.config.run import RunConfig
+from megatron_hydra.environment import environment_number
 from megatron_hydra.ops.determinism import make_deterministic
 from megatron_hydra.parallel import platform
 from megatron_hydra.watchdog import PATIENCE, collective_timeout
@@ -56,11 +57,6 @@ class World:
         return self.pp_rank == 0
 
 
-def world_size_from_environment() -> int:
-    """Processes of this run, before anything is initialised: torchrun's WORLD_SIZE, or 1."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start_world(config: RunConfig) -> World:
     """Join the process group, build Megatron's groups and seed every generator.
 
@@ -73,7 +69,7 @@ def start_world(config: RunConfig) -> World:
     if config.deterministic:
         make_deterministic()  # before NCCL reads its environment
     timeout = collective_timeout(config.faults.timeout_seconds)
-    platform.bind_process_to_device(int(os.environ.get("LOCAL_RANK", "0")))
+    platform.bind_process_to_device(environment_number("LOCAL_RANK", 0))
     global _owned_process_group
     _owned_process_group = not dist.is_initialized()
     if _owned_process_group:

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_hydra.arguments import path_argument
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.hf.export_files import carries_our_code
 from megatron_hydra.quickstart.workspace import STAGES, STUDENTS, Workspace, shipped_teacher
@@ -135,8 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one student; everything it does is in the workspace."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--student", required=True, choices=STUDENTS)
-    parser.add_argument("--output", required=True, type=Path, help="the quickstart's folder")
-    parser.add_argument("--configs", required=True, type=Path, help="folder of the stages' configs")
+    parser.add_argument("--output", required=True, type=path_argument, help="the quickstart's folder")
+    parser.add_argument("--configs", required=True, type=path_argument, help="folder of the stages' configs")
     args = parser.parse_args(argv)
     settings = json.loads((args.output / "settings.json").read_text())
     run_student(Workspace(args.output), args.student, args.configs, settings)

@@ -47,6 +47,20 @@ def write_run_page(run: Path, output: Path) -> None:
     Raises:
         HydraError: no such run, or nothing was logged yet.
     """
+    try:
+        page = _page(run)
+    except (KeyError, TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
+        raise HydraError(
+            f"{run}: {METRICS_FILE} or {EVENTS_FILE} holds an entry that no run writes "
+            f"({type(error).__name__}: {error}); is it damaged?"
+        ) from error
+    try:
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise HydraError(f"{output} cannot be written: {error}") from None
+
+
+def _page(run: Path) -> str:
     entries = _lines(run / METRICS_FILE)
     if not entries:
         raise HydraError(
@@ -65,16 +79,12 @@ def write_run_page(run: Path, output: Path) -> None:
         f"<h2>Starts, stops and faults</h2>{_history(events)}",
         f"<h2>Config</h2><pre>{html.escape(config)}</pre>",
     ]
-    page = (
+    return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
         f"<body>{''.join(body)}</body></html>\n"
     )
-    try:
-        output.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise HydraError(f"{output} cannot be written: {error}") from None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from megatron_hydra.environment import environment_number, world_size_from_environment
 from megatron_hydra.errors import HydraError
 from megatron_hydra.selection.time_left import Stage, TimeLeft, in_words
 from megatron_hydra.stopping import Stopped, stop_requested
@@ -35,7 +36,7 @@ Result = dict[str, torch.Tensor]
 
 def is_first_rank() -> bool:
     """Whether this process is the one that writes: rank 0 of a torchrun, or the only process."""
-    return os.environ.get("RANK", "0") == "0"
+    return environment_number("RANK", 0) == 0
 
 
 class Ranks:
@@ -47,9 +48,9 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.rank = environment_number("RANK", 0)
+        self.size = world_size_from_environment()
+        self.local_rank = environment_number("LOCAL_RANK", 0)
         self._owns_group = self.size > 1 and not dist.is_initialized()
         if self._owns_group:
             # Only small CPU results travel, whatever computes them: gloo serves GPUs as well.

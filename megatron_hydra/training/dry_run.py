@@ -14,11 +14,11 @@ from megatron_hydra.config.validate import (
     data_parallel_size,
     rounded_stream_length,
 )
+from megatron_hydra.environment import world_size_from_environment
 from megatron_hydra.errors import HydraError
 from megatron_hydra.model.local_heads import LocalHeads
 from megatron_hydra.parallel.head_partition import LayerPartition, plan_model
 from megatron_hydra.parallel.head_weights import total_rows
-from megatron_hydra.parallel.world import world_size_from_environment
 
 
 def describe_layout(config: RunConfig, world_size: int | None = None) -> str:

@@ -9,11 +9,11 @@ from contextlib import AbstractContextManager
 from megatron_hydra.checkpoint import store
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import RunConfig
+from megatron_hydra.environment import world_size_from_environment
 from megatron_hydra.errors import HydraError
 from megatron_hydra.model.layer_spec import kernel_case
 from megatron_hydra.ops.backends import resolved_names
 from megatron_hydra.out_of_memory import GIB, explained, out_of_memory_becomes
-from megatron_hydra.parallel.world import world_size_from_environment
 
 
 def out_of_memory_explained(config: RunConfig) -> AbstractContextManager[None]:

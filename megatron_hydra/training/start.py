@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from pathlib import Path
 
 from megatron_hydra.checkpoint import store
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.config.validate import data_parallel_size
+from megatron_hydra.environment import environment_number, world_size_from_environment
 from megatron_hydra.model.layer_spec import kernel_case
 from megatron_hydra.ops.backends import slow_paths
 from megatron_hydra.ops.compiler_output import COMPILE_LOG, compiler_output_to
 from megatron_hydra.parallel import platform
-from megatron_hydra.parallel.world import world_size_from_environment
 from megatron_hydra.startup import StartupClock, in_words, startup_phase
 from megatron_hydra.training.metrics import MetricsLog
 from megatron_hydra.training.warm_up import WarmUp, compile_once_a_node, warning_of
@@ -38,7 +37,7 @@ def prepare_node(config: RunConfig, starting: contextlib.ExitStack) -> WarmUp | 
             or a kernel that is wrong.
     """
     data_parallel_size(config, world_size_from_environment())
-    platform.bind_process_to_device(int(os.environ.get("LOCAL_RANK", "0")))
+    platform.bind_process_to_device(environment_number("LOCAL_RANK", 0))
     if not platform.device_count():
         return None
     with startup_phase("kernels"):
@@ -59,13 +58,13 @@ def kernels_of(config: RunConfig) -> WarmUp:
     teacher = None
     if config.teacher.checkpoint:
         teacher = store.read_model_config(config.teacher.checkpoint)
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = environment_number("RANK", 0) == 0
     if is_main:
         for text in slow_paths(config.backend, kernel_case(model, config)):
             _log.warning("%s", text)
     return compile_once_a_node(
         config, model, teacher, tell=lambda text: _say(text, is_main),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_rank=environment_number("LOCAL_RANK", 0),
     )  # fmt: skip
 
 

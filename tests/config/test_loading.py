@@ -135,3 +135,58 @@ def test_includes_that_cannot_be_are_named(config_file: Path) -> None:
     config_file.write_text(f"include: {config_file.name}\n" + MINIMAL)
     with pytest.raises(HydraError, match="unknown key 'include'"):
         load_run_config(config_file)
+
+
+def test_merge_keys_put_one_mapping_under_another(config_file: Path) -> None:
+    config_file.write_text(
+        MINIMAL
+        + "optimizer: &base {lr: 1e-3, beta1: 0.8}\nloss: {<<: {temperature: 2}, kl_weight: 0.5}\n"
+    )
+    config = load_run_config(config_file)
+    assert (config.loss.temperature, config.loss.kl_weight) == (2.0, 0.5)
+    assert parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}", "x")["b"] == {"x": 1, "y": 3}
+
+
+def test_paths_are_expanded_wherever_a_config_takes_one(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("RUNS", "/big/disk")
+    text = MINIMAL.replace("runs/x", "$RUNS/x").replace("models/student", "~/student")
+    text = text.replace("data/text", "'${RUNS}/text'").replace(
+        "data: {", "data: {tokenizer: ~/t, cache_dir: $RUNS, "
+    )
+    config_file.write_text(text)
+    config = load_run_config(config_file, ["teacher.checkpoint=", "data.blend.1.path=~/more"])
+    assert config.output == "/big/disk/x"
+    assert config.student.checkpoint == "/home/someone/student"
+    assert [part.path for part in config.data.blend] == ["/big/disk/text", "/home/someone/more"]
+    assert (config.data.tokenizer, config.data.cache_dir) == ("/home/someone/t", "/big/disk")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("output: $HYDRA_UNSET/x", "output: .*no variable HYDRA_UNSET"),
+        ("output: ~nobody-of-that-name/x", "output: .*no home folder"),
+        ('output: "a\\0b"', "output: .*NUL"),
+        ("seed: -1", "seed is -1: it must be between 0"),
+        ("data: {seed: -5}", "data.seed is -5: it must be between 0"),
+        ("optimizer: {lr: .inf}", "optimizer.lr must be a number that is finite"),
+        ("schedule: {steps: 1" + "0" * 400 + "}", "schedule.steps must be a number that is finite"),
+        ("? [a, b]\n: 1", "cannot be a key"),
+        ("seed: 2020-13-45", "is not valid YAML: month must be in 1..12"),
+        ("seed: 0x", "is not valid YAML|whole number"),
+        ("seed: &a [*a]", "seed must be a whole number"),
+        ("data: {blend: [{task: x, options: {a: 2020-01-01}}]}", r"options\.a must be a string"),
+        ("data: {blend: [{task: x, options: &a {b: *a}}]}", "nested too deeply"),
+        ("data: " + "[" * 3000, "nested too deeply"),
+    ],
+)  # fmt: skip
+def test_what_a_yaml_file_can_hold_is_refused_by_name(
+    config_file: Path, tmp_path: Path, change: str, message: str
+) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(change + "\n")
+    with pytest.raises(HydraError, match=message):
+        load_run_config([config_file, other])

@@ -242,3 +242,30 @@ def test_an_input_changed_in_place_is_another_input(tmp_path):
     after = input_identity(CorpusConfig((path,)))
     assert before[0]["bytes"] == after[0]["bytes"]
     assert before != after
+
+
+def test_both_formats_of_arrow_files_are_read(tmp_path):
+    """``datasets`` writes streams; pandas, polars and feather write files."""
+    table = pa.table({"text": TEXTS})
+    for name, writer in (("stream", pa.ipc.new_stream), ("file", pa.ipc.new_file)):
+        path = tmp_path / f"{name}.arrow"
+        with pa.OSFile(str(path), "wb") as sink, writer(sink, table.schema) as out:
+            out.write_table(table, max_chunksize=7)
+        assert rows(CorpusConfig((str(path),), unit_bytes=300)) == TEXTS
+    broken = tmp_path / "broken.arrow"
+    broken.write_bytes((tmp_path / "file.arrow").read_bytes()[:100])
+    with pytest.raises(HydraError, match=r"broken\.arrow: cannot be opened as arrow"):
+        rows(CorpusConfig((str(broken),)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.txt.zst"])
+def test_a_long_window_of_zstd_is_an_error_that_says_what_to_do(tmp_path, name):
+    """A frame of one raw block whose header asks for 2 GiB, as ``zstd --long=31`` writes it."""
+    body = json.dumps({"text": "x"}).encode() + b"\n"
+    frame = b"\x28\xb5\x2f\xfd" + b"\x00" + bytes([21 << 3])
+    frame += ((len(body) << 3) | 1).to_bytes(3, "little") + body
+    (tmp_path / name).write_bytes(frame)
+    with pytest.raises(HydraError, match=r"cannot be decompressed.*zstd -d --long=31"):
+        rows(CorpusConfig((str(tmp_path / name),)))
+    (tmp_path / name).write_bytes(frame.replace(bytes([21 << 3]), bytes([10 << 3]), 1))
+    assert len(rows(CorpusConfig((str(tmp_path / name),)))) == 1

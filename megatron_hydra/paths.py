@@ -1,0 +1,37 @@
+"""Paths as people write them: ``~`` and ``$VARIABLE`` stand for what a shell would put there."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated
+
+from megatron_hydra.errors import HydraError
+
+PathText = Annotated[str, "path"]
+"""A field of a config that holds a path; :func:`megatron_hydra.config.from_dict` expands it."""
+
+_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
+
+
+def expanded(text: str) -> str:
+    """A path with ``~``, ``~user``, ``$VARIABLE`` and ``${VARIABLE}`` replaced.
+
+    Raises:
+        HydraError: a variable is not set, there is no such user, or the text holds a NUL, which no path can.
+    """
+    if "\0" in text:
+        raise HydraError(f"{text!r} holds a NUL character, which no path can")
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1) or match.group(2)
+        if name not in os.environ:
+            raise HydraError(f"{text!r}: the environment has no variable {name}")
+        return os.environ[name]
+
+    path = os.path.expanduser(_VARIABLE.sub(value, text))
+    if text.startswith("~") and path.startswith("~"):
+        raise HydraError(
+            f"{text!r}: there is no home folder of that name; write ./{text} for a folder"
+        )
+    return path
