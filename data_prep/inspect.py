@@ -14,12 +14,15 @@ import argparse  # noqa: E402
 import dataclasses  # noqa: E402
 from typing import Any  # noqa: E402
 
+from megatron_hydra.arguments import path_text, whole  # noqa: E402
 from megatron_hydra.config.run import DataConfig  # noqa: E402
 from megatron_hydra.data.data_options import add_data_options, data_sections  # noqa: E402
 from megatron_hydra.data.indexed import IndexedDocuments  # noqa: E402
 from megatron_hydra.data.inspection import (  # noqa: E402
+    describe_learning,
     describe_lengths,
     find_duplicates,
+    learned_in_packs,
     plot_lengths,
     show_pack,
 )
@@ -49,17 +52,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_data_options(parser)
-    parser.add_argument("--tokenizer", metavar="NAME", help="default: data.tokenizer, or the one "
-                        "that the manifest names")  # fmt: skip
+    parser.add_argument("--tokenizer", type=path_text, metavar="NAME",
+                        help="default: data.tokenizer, or the one that the manifest names")  # fmt: skip
     parser.add_argument("--trust-remote-code", action="store_true", help="run the tokenizer's code")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="packs to show")
-    parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first")
-    parser.add_argument("--characters", type=int, default=400, help="shown of each document")
-    parser.add_argument("--steps", type=int, default=0, help="report what so many steps read")
-    parser.add_argument("--histogram", metavar="PNG", help="write a histogram of "
+    parser.add_argument("--samples", type=whole(0), default=1, metavar="N", help="packs to show")
+    parser.add_argument(
+        "--first", type=whole(0), default=0, metavar="N", help="number of the first"
+    )
+    parser.add_argument("--characters", type=whole(0), default=400, help="shown of each document")
+    parser.add_argument("--steps", type=whole(0), default=0, help="report what so many steps read")
+    parser.add_argument("--histogram", type=path_text, metavar="PNG", help="write a histogram of "
                         "lengths; of several parts, to PNG-0, PNG-1, ...")  # fmt: skip
     parser.add_argument("--duplicates", action="store_true", help="count exact duplicates")
-    parser.add_argument("--most", type=int, default=10_000_000, help="documents compared (10^7)")
+    parser.add_argument(
+        "--most", type=whole(1), default=10_000_000, help="documents and packs compared (10^7)"
+    )
     parser.add_argument("--verify", action="store_true", help="compare SHA-256 with the manifest")
     return parser.parse_args(arguments)
 
@@ -102,6 +109,8 @@ def _describe_source(
     )
     print(f"  {describe_lengths(lengths)}")
     print(f"  {report['packs']:,} packs per epoch, padding waste {report['waste']:.2%}")
+    learned = learned_in_packs(source, given.most)
+    print(f"  {describe_learning(learned, report['packs'])}")
     if given.duplicates:
         count, tokens, pairs = find_duplicates(source.documents, given.most)
         shown = ", ".join(f"{later} = {earlier}" for earlier, later in pairs)

@@ -10,8 +10,10 @@ import numpy as np
 
 from megatron_hydra.data.document import Document
 from megatron_hydra.data.indexed import IndexedDocuments
+from megatron_hydra.data.sources import IndexedSource
 
 _SHOWN_DUPLICATES = 5
+_SHOWN_PACKS = 5
 
 
 def show_pack(
@@ -106,6 +108,47 @@ def find_duplicates(
     repeats = np.flatnonzero(earlier != np.arange(len(kept)))
     pairs = [(int(kept[earlier[r]]), int(kept[r])) for r in repeats[:_SHOWN_DUPLICATES]]
     return len(repeats), int(lengths[kept[repeats]].sum()), pairs
+
+
+def learned_in_packs(source: IndexedSource, most: int) -> np.ndarray:
+    """Tokens that are learned in each of the first ``most`` packs of an epoch; int64 ``[packs]``.
+
+    The first token of a piece has nothing before it and is not learned. The tokens are not read.
+    """
+    documents = source.documents
+    lengths = documents.sequence_lengths().astype(np.int64)
+    modes = documents.sequence_modes() if documents.learned_spans else None
+    is_learned = np.ones(len(lengths), bool) if modes is None else modes == 1
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    before = np.concatenate([[0], np.cumsum(lengths * is_learned)])
+
+    def learned_before(token: np.ndarray) -> np.ndarray:
+        sequence = np.searchsorted(starts, token, side="right") - 1
+        within = np.append(is_learned, False)[sequence] * (token - starts[sequence])
+        return before[sequence] + within
+
+    counts = np.zeros(min(len(source.packs), most), dtype=np.int64)
+    for number in range(len(counts)):
+        begins, sizes = np.array(source.packs.pieces(number), dtype=np.int64).reshape(-1, 2).T
+        counts[number] = (learned_before(begins + sizes) - learned_before(begins + 1)).sum()
+    return counts
+
+
+def describe_learning(learned: np.ndarray, packs: int) -> str:
+    """How many packs hold no token that is learned, in one line.
+
+    Args:
+        learned: of :func:`learned_in_packs`.
+        packs: of an epoch.
+    """
+    without = np.flatnonzero(learned == 0)
+    among = f" (among the first {len(learned):,} only: --most)" if len(learned) < packs else ""
+    shown = ", ".join(map(str, without[:_SHOWN_PACKS])) + (
+        ", …" if len(without) > _SHOWN_PACKS else ""
+    )
+    numbers = f": numbers {shown}" if len(without) else ""
+    share = len(without) / max(len(learned), 1)
+    return f"packs without a learned token{among}: {len(without):,} of {len(learned):,} ({share:.2%}){numbers}"
 
 
 def describe_lengths(lengths: np.ndarray) -> str:

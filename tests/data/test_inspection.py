@@ -10,18 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_hydra.config.run import SourceConfig
+from megatron_hydra.config.run import DataConfig, SourceConfig
 from megatron_hydra.data.corpus import CorpusConfig
 from megatron_hydra.data.data_options import load_data_sections
 from megatron_hydra.data.document import Document
 from megatron_hydra.data.indexed import IndexedDocuments
 from megatron_hydra.data.inspection import (
+    describe_learning,
     describe_lengths,
     find_duplicates,
+    learned_in_packs,
     plot_lengths,
     show_pack,
 )
 from megatron_hydra.data.manifest import Manifest
+from megatron_hydra.data.sources import IndexedSource
 from megatron_hydra.data.tokenization import tokenize
 from megatron_hydra.data.tokenize_config import TokenizeConfig
 from megatron_hydra.data.tokenizer import load_tokenizer
@@ -61,6 +64,45 @@ def test_a_pack_is_shown_with_its_bounds(qwen):
     assert f"learned: {tokenizer.decode(answer[-2:])!r}" in shown
     assert f"padding: tokens {used}..31" in shown
     assert "characters ...]" in show_pack([first], 32, tokenizer, 4)
+
+
+def test_packs_without_a_learned_token_are_counted(qwen, tmp_path, capsys):
+    """A long prompt fills packs of its own; the counts are those of the packs as training reads them."""
+    rows = [
+        [{"role": "user", "content": "the of and " * words}, {"role": "assistant", "content": "to"}]
+        for words in (1, 30, 2, 60, 1)
+    ]
+    source = tmp_path / "chat.jsonl"
+    source.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    corpus = CorpusConfig((str(source),), column="messages", chat=True)
+    tokenize(TokenizeConfig(corpus, str(tmp_path / "chat"), qwen, workers=0), lambda _: None)
+    data = DataConfig(packing="split_long", sequence_length=32)
+    opened = IndexedSource(SourceConfig(path=str(tmp_path / "chat")), data, seed=1, vocab_size=500)
+    learned = learned_in_packs(opened, 1000)
+    expected = []
+    for number in range(len(opened.packs)):
+        documents = [opened.documents.read_piece(*piece) for piece in opened.packs.pieces(number)]
+        expected.append(sum(int(document.trainable[1:].sum()) for document in documents))
+    assert learned.tolist() == expected
+    none = expected.count(0)
+    assert 0 < none < len(expected)
+    first = expected.index(0)
+    arguments = ["--input", str(tmp_path / "chat"), "--sequence-length", "32", "--samples", "0"]
+    assert command("inspect")(arguments) == 0
+    printed = capsys.readouterr().out
+    share = f"{none} of {len(expected)} ({none / len(expected):.2%}): numbers {first}"
+    assert f"packs without a learned token: {share}" in printed
+    assert describe_learning(learned[:1], len(learned)).startswith(
+        "packs without a learned token (among the first 1 only: --most)"
+    )
+
+
+def test_all_of_a_text_is_learned_but_what_begins_a_piece(tmp_path):
+    prefix, _ = write_indexed(tmp_path / "text", numbered_documents([5, 1, 3]))
+    opened = IndexedSource(
+        SourceConfig(path=prefix), DataConfig(sequence_length=5), seed=1, vocab_size=500
+    )
+    assert sorted(learned_in_packs(opened, 10).tolist()) == [2, 4]
 
 
 def test_duplicates_are_found(tmp_path):
