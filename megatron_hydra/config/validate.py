@@ -238,10 +238,11 @@ def check_layout(
             f"parallel.tensor {parallel.tensor} does not divide the {name}'s ffn_hidden_size "
             f"{model.ffn_hidden_size}",
         )
+        rows = -(-model.vocab_size // parallel.tensor)
         _require(
-            model.vocab_size % parallel.tensor == 0,
-            f"parallel.tensor {parallel.tensor} does not divide the {name}'s vocabulary of "
-            f"{model.vocab_size}",
+            rows * (parallel.tensor - 1) < model.vocab_size,
+            f"parallel.tensor is {parallel.tensor}: the {name}'s vocabulary of {model.vocab_size}, {rows} "
+            "entries a rank, leaves the last rank none",
         )
     _require(
         config.backend.streams != "two" or student.switches.fa_position in ("log-scale", "none"),

@@ -298,7 +298,7 @@ class MegatronBackend:
             best = best.nan_to_num(nan=-torch.inf)  # a model that says NaN is wrong, not an error
             top = best.clone()
             dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-            token = token + self.world.tp_rank * weight.shape[0]
+            token = token + self.chunk.vocabulary_shard.first
             token = token.masked_fill(best < top, self.vocabulary)
             dist.all_reduce(token, op=dist.ReduceOp.MIN, group=group)
             tokens.append(token)

@@ -27,6 +27,7 @@ from megatron_hydra.ops.backends import Case, Kernels, choose_kernels
 from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.head_partition import plan_model
 from megatron_hydra.parallel.megatron_versions import config_options, mlp_spec
+from megatron_hydra.parallel.vocabulary import VocabularyShard
 
 
 def uses_transformer_engine(run: RunConfig) -> bool:
@@ -191,7 +192,8 @@ def build_gpt_model(
 ) -> GPTModel:
     """The stock ``GPTModel`` of this rank, with HydraHead layers.
 
-    Parameters are allocated, not initialised: load a checkpoint before use. Rotary embedding is ours
+    Parameters are allocated, not initialised: load a checkpoint before use. ``vocabulary_shard`` says which
+    rows of embedding and LM head are no padding. Rotary embedding is ours
     (``position_embedding_type='none'``); the model is called with a
     :class:`~megatron_hydra.parallel.packed_sequence.PackedSequence` as ``packed_seq_params``.
 
@@ -210,10 +212,12 @@ def build_gpt_model(
     block = TransformerBlockSubmodules(
         layer_specs=[layer] * count, layer_norm=layer.submodules.input_layernorm
     )
-    return GPTModel(
+    tensor, rank = run.parallel.tensor, parallel_state.get_tensor_model_parallel_rank()
+    shard = VocabularyShard.of(model.vocab_size, tensor, rank)
+    gpt = GPTModel(
         config=config,
         transformer_layer_spec=block,
-        vocab_size=model.vocab_size,
+        vocab_size=shard.rows * tensor,
         max_sequence_length=model.max_position_embeddings,
         pre_process=pre_process,
         post_process=post_process,
@@ -222,3 +226,5 @@ def build_gpt_model(
         position_embedding_type="none",
         vp_stage=vp_stage,
     )
+    gpt.vocabulary_shard = shard
+    return gpt

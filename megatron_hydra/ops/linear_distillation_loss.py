@@ -258,6 +258,7 @@ def linear_distillation_loss(
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
     tp_group: torch.distributed.ProcessGroup | None = None,
+    first_label: int | None = None,
     fused: bool | None = None,
 ) -> DistillationLoss:
     """The loss above without ever holding more than ``chunk_tokens`` rows of logits.
@@ -273,7 +274,8 @@ def linear_distillation_loss(
             Without them the loss is the cross-entropy alone.
         kl_weight, temperature: λ and τ.
         chunk_tokens: rows of logits alive at a time; need not divide N.
-        tp_group: the group that the vocabulary is split over in rank order, equal parts.
+        tp_group: the group that the vocabulary is split over in rank order.
+        first_label: the label of this rank's first row; ``None``: parts are equal. No rank may have none.
         fused: whether our Triton kernels make losses and gradient of a chunk's logits; ``None``: on
             a GPU where Triton is installed.
 
@@ -291,7 +293,8 @@ def linear_distillation_loss(
             f"expected hidden [N, D] and labels [N], got {tuple(student_hidden.shape)} and "
             f"{tuple(labels.shape)}"
         )
-    offset = 0 if tp_group is None else tp_group.rank() * student_weight.shape[0]
+    if first_label is None:
+        first_label = 0 if tp_group is None else tp_group.rank() * student_weight.shape[0]
     if fused is None:
         fused = student_hidden.is_cuda and importlib.util.find_spec("triton") is not None
     settings = _Settings(kl_weight, temperature, chunk_tokens, tp_group, fused)
@@ -300,7 +303,7 @@ def linear_distillation_loss(
         teacher = (teacher_hidden.detach(), teacher_weight.detach())
     return DistillationLoss(
         *_LinearDistillationLoss.apply(
-            student_hidden, student_weight, labels - offset, loss_mask != 0, *teacher, settings
+            student_hidden, student_weight, labels - first_label, loss_mask != 0, *teacher, settings
         )
     )
 

@@ -72,7 +72,7 @@ def stage_parameters(
     model: ModelConfig, layers: list[LocalHeads], tp: int, first: bool, last: bool
 ) -> list[Parameter]:
     """Parameters of one pipeline stage: its layers, the embedding, the final norm and the head."""
-    table = model.vocab_size // tp * model.hidden_size
+    table = -(-model.vocab_size // tp) * model.hidden_size
     parameters = [Parameter("embedding", table)] if first else []
     for heads in layers:
         parameters += layer_parameters(model, heads, tp)

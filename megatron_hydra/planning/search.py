@@ -117,7 +117,7 @@ def layouts(model: ModelConfig, job: Job) -> Iterator[tuple[ParallelConfig, int]
 
 def _sizes(model: ModelConfig, job: Job) -> Iterator[tuple[int, int, int]]:
     for tensor in _powers(min(GPUS_PER_NODE, job.gpus, model.num_query_heads)):
-        if model.ffn_hidden_size % tensor or model.vocab_size % tensor:
+        if model.ffn_hidden_size % tensor:
             continue
         for context in _powers(job.gpus // tensor):
             if context > 1 and job.sequence_length // context < SHORTEST_SHARD:

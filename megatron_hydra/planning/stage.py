@@ -241,7 +241,7 @@ class StageBuilder:
         stage.release(hidden)
 
     def _table(self) -> tuple[int, int]:
-        return self.model.vocab_size // self.rank.tp, self.model.hidden_size
+        return -(-self.model.vocab_size // self.rank.tp), self.model.hidden_size
 
     def _embedding(self, trained: bool = True) -> Piece:
         def run(tape: Tape, _: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron_hydra.checkpoint import store
 from megatron_hydra.checkpoint.sharded import load_sharded, sharded_tensors
 from megatron_hydra.errors import HydraError
+from megatron_hydra.parallel.vocabulary import VOCABULARY_WEIGHTS
 from megatron_hydra.training.agreement import on_all, on_main
 from megatron_hydra.training.provenance import checkpoint_fingerprint
 
@@ -38,7 +39,7 @@ def model_state(chunks: list[GPTModel]) -> dict[str, Any]:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     state = {
         f"model{i}": {
-            name: entry
+            name: _without_padding(chunk, name, entry)
             for name, entry in chunk.sharded_state_dict(metadata=sharding_metadata()).items()
             if not name.endswith("_extra_state")
         }
@@ -49,6 +50,14 @@ def model_state(chunks: list[GPTModel]) -> dict[str, Any]:
     for (part, name), writer in zip(entries, dealt(sizes, group.size()), strict=True):
         state[part][name] = _written_by(writer, state[part][name], group)
     return state
+
+
+def _without_padding(chunk: GPTModel, name: str, entry: Any) -> Any:
+    """The entry of a weight with a row a vocabulary entry, without the rows that stand for none."""
+    shard = chunk.vocabulary_shard
+    if not (shard.is_padded and name.endswith(VOCABULARY_WEIGHTS)):
+        return entry
+    return shard.stored(entry, entry.data)
 
 
 def _bytes_saved(entry: ShardedBase) -> int:

@@ -36,16 +36,20 @@ def inner_model(model: torch.nn.Module) -> GPTModel:
 
 
 def lm_head_weight(model: GPTModel) -> Tensor:
-    """This rank's rows ``[V_local, D]`` of the LM head, tied or not.
+    """This rank's rows ``[V_local, D]`` of the LM head, tied or not, without padding of the vocabulary.
+
+    Their first entry of the vocabulary is ``model.vocabulary_shard.first``.
 
     The head's own forward is never called, so its hooks are run here: in one of them Megatron waits
     for weights that ``overlap_param_gather`` is still collecting.
     """
     for hook in model.output_layer._forward_pre_hooks.values():
         hook(model.output_layer, ())
+    weight = model.output_layer.weight
     if model.share_embeddings_and_output_weights:
-        return model.shared_embedding_or_output_weight()
-    return model.output_layer.weight
+        weight = model.shared_embedding_or_output_weight()
+    count = model.vocabulary_shard.count
+    return weight if count == weight.shape[0] else weight[:count]
 
 
 class Verb(abc.ABC):
@@ -141,6 +145,7 @@ def token_loss(
         temperature=settings.temperature,
         chunk_tokens=settings.chunk_tokens,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
+        first_label=student.vocabulary_shard.first,
         fused=False if verb.config.backend.fused_kernels == "torch" else None,
     )
     parts = {"kl": result.kl, "ce": result.ce}

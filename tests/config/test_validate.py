@@ -119,10 +119,12 @@ def test_both_kinds_in_every_head_cannot_be_cut_by_sequence() -> None:
     check_layout(_config("parallel.tensor=2"), 2, mixed)
 
 
-def test_vocabulary_must_divide_over_tensor_ranks() -> None:
+def test_a_vocabulary_is_padded_unless_a_rank_would_have_none_of_it() -> None:
     model = dataclasses.replace(DENSE, vocab_size=65)
-    with pytest.raises(HydraError, match="vocabulary of 65"):
-        check_layout(_config("parallel.tensor=2"), 2, model, model)
+    check_layout(_config("parallel.tensor=2"), 2, model, model)
+    few = dataclasses.replace(DENSE, vocab_size=5)  # 2 · 3 ranks are enough, the fourth has nothing
+    with pytest.raises(HydraError, match="vocabulary of 5, 2 entries a rank, leaves the last"):
+        check_layout(_config("parallel.tensor=4"), 4, few, few)
 
 
 def test_foreign_teacher_is_refused() -> None:

@@ -225,6 +225,63 @@ def test_a_length_that_no_layout_divides_is_padded_without_a_trace(tmp_path: Pat
         _assert_equal_training(tmp_path, verb, layout)
 
 
+ODD_VOCABULARY = tiny.VOCABULARY + 1
+"""Divided by no number of tensor-parallel ranks."""
+ODD_CASES = [
+    ("distill", "tp2-sp-pp2"), ("finetune", "tp4"), ("align", "tp4"), ("distill", "tp2-cp2"),
+]  # fmt: skip
+
+
+def _odd_vocabulary(folder: Path, cases: list[tuple[str, str]], *, tied: bool) -> None:
+    """Train with a padded vocabulary, compare with one process, and look at what was saved."""
+    model = dataclasses.replace(tiny.DEEP, vocab_size=ODD_VOCABULARY, tie_embeddings=tied)
+    tiny.write_all(folder, model)
+    for verb in {verb for verb, _ in cases}:
+        assert _train_one(folder, verb) == 0
+    resumed = _case("finetune", "tp4", output="resumed", overrides=["schedule.steps=2"])
+    goes_on = _case("finetune", "tp2-cp2", output="resumed")
+    outcomes = _run(folder, [*(_case(*pair) for pair in cases), resumed, goes_on])
+    for verb, layout in cases:
+        assert outcomes[f"{verb}-{layout}"] == [0] * 4
+        _assert_equal_training(folder, verb, layout)
+        saved = _everything(folder / f"{verb}-{layout}/checkpoints")
+        tables = ["embedding.word_embeddings.weight"] + ["output_layer.weight"] * (not tied)
+        names = [
+            f"{prefix}{table}" for table in tables for prefix in ("", "optimizer.state.exp_avg.")
+        ]
+        if verb == "align":  # which trains no table
+            names = tables
+        for name in names:
+            assert saved[name].shape == (ODD_VOCABULARY, model.hidden_size), name
+    assert outcomes["resumed"] == [0] * 4  # the state of one padding, under another
+    state = _everything(folder / "resumed/checkpoints")
+    assert len(state) > 20
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
+def test_a_padded_vocabulary_trains_as_one_that_is_not(tmp_path: Path) -> None:
+    """On two ranks, the tables tied."""
+    tiny.write_all(tmp_path, dataclasses.replace(tiny.TEACHER, vocab_size=ODD_VOCABULARY))
+    assert _train_one(tmp_path, "distill") == 0
+    case = _case("distill", "dp4", output="distill-tp2", overrides=["parallel.tensor=2"])
+    assert _run(tmp_path, [case], processes=2)["distill-tp2"] == [0] * 2
+    _assert_equal_training(tmp_path, "distill", "tp2")
+    saved = _everything(tmp_path / "distill-tp2/checkpoints")
+    for prefix in ("", "optimizer.state.exp_avg."):
+        table = saved[f"{prefix}embedding.word_embeddings.weight"]
+        assert table.shape == (ODD_VOCABULARY, tiny.TEACHER.hidden_size)
+
+
+@pytest.mark.slow
+def test_a_padded_vocabulary_under_more_layouts(tmp_path: Path) -> None:
+    _odd_vocabulary(tmp_path, ODD_CASES[:2], tied=True)
+
+
+@pytest.mark.slow
+def test_a_padded_vocabulary_with_an_lm_head_of_its_own(tmp_path: Path) -> None:
+    _odd_vocabulary(tmp_path, ODD_CASES, tied=False)
+
+
 ALL = tuple(range(8))
 SHAPES = {
     "uneven": ({"num_query_heads": 6, "num_kv_heads": 2}, ((0, 1, 4), (), (5,), (2, 3)), {}),
