@@ -90,10 +90,17 @@ TARGETS = {
         ("text.*", "tokenizer/*"),
         ("--upsample", "--verify", "--histogram"),
     ),
+    "sample": Target(
+        _main("data_prep.sample"),
+        lambda f: ["--model", f"{f}/hf", "--tokenizer", f"{f}/tokenizer", "--input", f"{f}/corpus.jsonl", "--device", "cpu",
+                   "--output", f"{f}/written.jsonl", "--max-new-tokens", "2", "--batch-size", "8", "--max-bad-rows", "30"],
+        ("corpus.jsonl", "hf/*.json", "tokenizer/*"),
+        ("--chat", "--shard", "--temperature", "--top-p", "--top-k", "--samples", "--format", "--column", "--dtype"),
+    ),
     "merge": Target(
         _main("data_prep.merge"),
-        lambda f: ["--input", f"{f}/text", f"{f}/text", "--output", f"{f}/both"],
-        ("text.*",),
+        lambda f: ["--input", f"{f}/one", f"{f}/two", "--output", f"{f}/both"],
+        ("one.*", "two.*"),
         ("--shards", "--force"),
     ),
     "plan": Target(
@@ -122,9 +129,9 @@ TARGETS = {
     ),
     "evaluate": Target(
         _main("tools.evaluate"),
-        lambda f: ["--model", f"{f}/hf", "--tasks", "needles", "--lengths", "64", "--samples", "1", "--depths", "2",
+        lambda f: ["--model", f"{f}/hf", "--tasks", f"{f}/task.jsonl", "--lengths", "64", "--samples", "1", "--depths", "2",
                    "--output", f"{f}/results", "--quiet", "--device", "cpu"],
-        ("hf/config.json",),
+        ("hf/*.json", "task.jsonl"),
         ("--seed", "--batch-tokens", "--prefill-chunk", "--cache-length", "--haystack", "--dtype", "--lm-eval"),
     ),
     "select_heads": Target(
@@ -168,7 +175,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer").mkdir()
     train_tokenizer(folder / "tokenizer")
     write_jsonl(folder / "corpus.jsonl", 20)
-    tiny_model("qwen3").save_pretrained(folder / "hf")
+    tiny_model("qwen3", vocab_size=512).save_pretrained(folder / "hf")
     config = tiny.run_config(folder, "finetune", "run")
     (folder / "run.yaml").write_text(to_yaml(config), encoding="utf-8")
     example = (ROOT / "configs/experiments/ratio.yaml").read_text(encoding="utf-8")
@@ -179,6 +186,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _main("tools.select_heads")(
             ["--hf-path", f"{folder}/hf", "--output", f"{folder}/head_map.json", "--strategy", "global_random"]
         )  # fmt: skip
+    for name in ("one", "two"):
+        _main("data_prep.tokenize")(
+            ["--input", f"{folder}/corpus.jsonl", "--tokenizer", f"{folder}/tokenizer", "--output", f"{folder}/{name}",
+             "--workers", "0"]
+        )  # fmt: skip
+    task = [{"prompt": list(range(1, 9)), "answer": [3, 4]}, {"prompt": [5, 6], "answer": [7]}]
+    (folder / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task))
     (folder / "run").mkdir()
     (folder / "run/config.yaml").write_text(to_yaml(config), encoding="utf-8")
     entry = {"step": 1, "loss": 2.0, "lr": 1e-3, "tokens": 10, "tokens_per_s": 3.0}
@@ -195,12 +209,13 @@ def budget(request: pytest.FixtureRequest) -> tuple[int, float]:
 
 
 def _run(target: Target, folder: Path, files: Path, seed: int) -> tuple[str, str, int]:
-    """One case in a process of its own.
+    """One case in a process of its own; of a negative seed, without any change.
 
     Returns:
         What was changed; what the command printed; its status, negative if a signal ended it.
     """
     rng = random.Random(seed)
+    changes_wanted = rng.choice((1, 1, 1, 2)) if seed >= 0 else 0
     shutil.copytree(files, folder, symlinks=True)
     for text in ("run.yaml", "experiment.yaml", "run/config.yaml"):
         path = folder / text
@@ -210,7 +225,7 @@ def _run(target: Target, folder: Path, files: Path, seed: int) -> tuple[str, str
         f"{folder}/{name}"
         for name in ("run.yaml", "text.bin", "student", "hf", "corpus.jsonl", "hf/config.json")
     ]
-    for _ in range(rng.choice((1, 1, 1, 2))):
+    for _ in range(changes_wanted):
         kind = rng.random()
         if kind < 0.5:
             path = rng.choice(
@@ -269,6 +284,16 @@ def _check(what: str, printed: str, status: int, folder: Path) -> None:
         assert "error:" in printed, f"{what}\n{printed[-2000:]}"
     made = [p.name for p in (folder / "here").rglob("*") if p.name[:1] in ("~", "$")]
     assert not made, f"{what}: made {made}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_command_works_before_anything_is_changed(
+    name: str, files: Path, tmp_path: Path
+) -> None:
+    """Else every case would be refused for the same reason."""
+    _, printed, status = _run(TARGETS[name], tmp_path / "files", files, -1)
+    assert status == 0, printed[-3000:]
 
 
 @pytest.mark.slow

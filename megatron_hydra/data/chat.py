@@ -52,6 +52,28 @@ def render_chat(
     raise error
 
 
+def render_prompt(tokenizer: Any, messages: list[Any], tools: list[Any] | None = None) -> str:
+    """What a model is given to answer a conversation with.
+
+    Args:
+        tokenizer, messages, tools: see :func:`render_chat`.
+
+    Raises:
+        ChatError: malformed messages, or a template that refuses them or leaves out the last one.
+    """
+    messages = [_checked(message) for message in messages]
+    error: ChatError | None = None
+    for variant in _variants(tokenizer, messages, tools):
+        try:
+            text = _apply(tokenizer, variant, tools, reply=True)
+        except ChatError as failed:
+            error = error or failed
+            continue
+        if (_text(variant[-1]["content"]) or "").strip() in text:
+            return text
+    raise error or ChatError("the chat template leaves out the last message")
+
+
 def _checked(message: Any) -> dict[str, Any]:
     """A message without the empty fields that tables put where another row has one."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):

@@ -51,9 +51,13 @@ def load_model(
             use_safetensors=True,
             local_files_only=True,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged config, transformers raises what it likes
         raise HydraError(f"model {path} cannot be loaded: {error}") from error
-    return model.to(device).eval()
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # no such device; torch without CUDA
+        problem = str(error).splitlines()[0]
+        raise HydraError(f"--device {device}: the model cannot be put there: {problem}") from error
 
 
 def load_tokenizer(
@@ -75,7 +79,7 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file, its library raises a bare Exception
         raise HydraError(f"the tokenizer in {path} cannot be loaded: {error}") from error
 
 
@@ -89,8 +93,10 @@ def checked_folder(folder: str | Path, trust_remote_code: bool, revision: str = 
         )
     try:
         config = json.loads((path / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise HydraError(f"{path / 'config.json'} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise HydraError(f"{path / 'config.json'} must hold a JSON object")
     if config.get("auto_map") and not trust_remote_code:
         files = ", ".join(sorted(p.name for p in path.glob("*.py"))) or "named in auto_map"
         raise HydraError(

@@ -1,0 +1,153 @@
+"""Let a model write text, as data: ``python data_prep/sample.py --help``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# This folder holds a tokenize.py and an inspect.py; first on the path, where Python puts a script's
+# folder, they would replace the standard library's modules of these names.
+_HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
+
+import argparse  # noqa: E402
+
+from megatron_hydra.arguments import path_text, real, seed_argument, whole  # noqa: E402
+from megatron_hydra.data.corpus import CorpusConfig  # noqa: E402
+from megatron_hydra.data.generation import Generation, GenerationSettings  # noqa: E402
+from megatron_hydra.errors import HydraError, command  # noqa: E402
+from megatron_hydra.evaluation.loading import DTYPES, load_model, load_tokenizer  # noqa: E402
+from megatron_hydra.stopping import StopRequest  # noqa: E402
+
+DESCRIPTION = """\
+Let a Hugging Face model go on with prompts, or answer conversations, and keep what it writes as JSON lines
+that data_prep/tokenize.py reads: the text (prompt and continuation) in the prompts' own column, or, with
+--chat, the conversation and its answer. An answer that ends a conversation already is written anew.
+
+A run that was stopped in any way goes on when the same command is given again; the result is the same as
+without the stop. OUTPUT.manifest says how a file was made.
+"""
+EXAMPLES = """\
+examples:
+  # the teacher's own answers to the questions of a data set, as chat data for distillation
+  python data_prep/sample.py --model Qwen/Qwen3-1.7B --input questions.jsonl --chat --column messages \\
+      --max-new-tokens 2048 --batch-size 32 --output data/answers.jsonl
+  python data_prep/tokenize.py --input data/answers.jsonl --chat --column messages \\
+      --tokenizer Qwen/Qwen3-1.7B --output data/answers
+
+  # four continuations of every line of a file, on two GPUs
+  CUDA_VISIBLE_DEVICES=0 python data_prep/sample.py --model models/base --input openings.txt --format lines \\
+      --samples 4 --temperature 0.8 --output data/more.jsonl --shard 0/2 &
+  CUDA_VISIBLE_DEVICES=1 python data_prep/sample.py --model models/base --input openings.txt --format lines \\
+      --samples 4 --temperature 0.8 --output data/more.jsonl --shard 1/2
+"""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument_group("model").add_argument
+    add("--model", type=path_text, required=True, metavar="HF", help="model folder, or a Hub name")
+    add("--revision", default="", help="of a Hub name: branch, tag or commit")
+    add("--tokenizer", type=path_text, metavar="DIR", help="its folder, if not the model's")
+    add("--dtype", default="auto", choices=sorted(DTYPES), help="(%(default)s: as stored)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (%(default)s)")
+    add("--trust-remote-code", action="store_true", help="run the code in the model's folder")
+    add = parser.add_argument_group("prompts").add_argument
+    add("--input", type=path_text, nargs="+", required=True, metavar="PATH", help="as tokenize.py")
+    add("--format", choices=["jsonl", "parquet", "arrow", "text", "lines"], help="as tokenize.py")
+    add("--column", default="text", help="field that holds the prompt (default: text)")
+    add("--chat", action="store_true", help="the field is a list of chat messages")
+    add("--tools-column", metavar="NAME", help="with --chat: field that holds the tools")
+    add("--max-bad-rows", type=whole(0), default=0, metavar="N", help="leave out so many rows")
+    defaults = GenerationSettings()
+    add = parser.add_argument_group("writing").add_argument
+    add("--samples", type=whole(1), default=defaults.samples, help="texts a prompt (%(default)s)")
+    add("--max-new-tokens", type=whole(1), default=defaults.max_new_tokens, metavar="N",
+        help="after which a text is cut off (%(default)s)")  # fmt: skip
+    add("--temperature", type=real(0), default=defaults.temperature, help="0: the likeliest token "
+        "(%(default)s)")  # fmt: skip
+    add("--top-p", type=real(0, above=True), default=defaults.top_p, help="(%(default)s: all)")
+    add("--top-k", type=whole(0), default=defaults.top_k, help="(%(default)s: all)")
+    add("--seed", type=seed_argument, default=defaults.seed, help="(%(default)s)")
+    add("--batch-size", type=whole(1), default=defaults.batch_size, help="texts at once (%(default)s); "
+        "another size draws other texts")  # fmt: skip
+    add = parser.add_argument_group("run").add_argument
+    add("--output", type=path_text, required=True, metavar="FILE.jsonl", help="the file to write")
+    add("--shard", default="0/1", metavar="I/N", help="every N-th batch, from batch I (from 0) on")
+    add("--force", action="store_true", help="replace an existing output")
+    return parser.parse_args(arguments)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        index, count = (int(number) for number in text.split("/"))
+    except ValueError:
+        raise HydraError(f"--shard {text} is not of the form 3/16") from None
+    return index, count
+
+
+def generation(given: argparse.Namespace) -> Generation:
+    """What the options ask for, with the model loaded.
+
+    Raises:
+        HydraError: a model, tokenizer or option cannot be used.
+    """
+    if given.top_p > 1:
+        raise HydraError(f"--top-p {given.top_p}: it is a probability, at most 1")
+    if given.tools_column and not given.chat:
+        raise HydraError("--tools-column needs --chat: only conversations have tools")
+    settings = GenerationSettings(
+        samples=given.samples,
+        max_new_tokens=given.max_new_tokens,
+        temperature=given.temperature,
+        top_p=given.top_p,
+        top_k=given.top_k,
+        seed=given.seed,
+        batch_size=given.batch_size,
+        max_bad_rows=given.max_bad_rows,
+        shard=_shard(given.shard),
+    )
+    corpus = CorpusConfig(
+        tuple(given.input),
+        format=given.format,
+        column=given.column,
+        chat=given.chat,
+        tools_column=given.tools_column,
+    )
+    tokenizer = load_tokenizer(
+        given.tokenizer or given.model,
+        trust_remote_code=given.trust_remote_code,
+        revision="" if given.tokenizer else given.revision,
+    )
+    if tokenizer is None:
+        raise HydraError(f"{given.tokenizer or given.model} has no tokenizer; give --tokenizer")
+    if given.chat and not getattr(tokenizer, "chat_template", None):
+        raise HydraError("--chat: the tokenizer has no chat template; use the one of a chat model")
+    model = load_model(
+        given.model,
+        revision=given.revision,
+        trust_remote_code=given.trust_remote_code,
+        dtype=given.dtype,
+        device=given.device,
+    )
+    identity = {"name": given.model, "revision": given.revision}
+    return Generation(corpus, settings, given.output, model, tokenizer, identity, given.force)
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    given = parse(arguments)
+    try:
+        with StopRequest(seconds_before_limit=120):
+            generation(given).run()
+    except KeyboardInterrupt:
+        raise HydraError("interrupted; run the same command again to go on") from None
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
