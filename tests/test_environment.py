@@ -38,9 +38,9 @@ def test_a_rank_outside_the_world_is_named(
 
 
 def test_paths_of_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", "/people/someone")
     monkeypatch.setenv("RUNS", "/big")
-    assert path_argument("~/x") == Path("/home/someone/x")
+    assert path_argument("~/x") == Path("/people/someone/x")
     assert path_text("$RUNS/a/${RUNS}") == "/big/a//big"
     assert path_text("Qwen/Qwen3-1.7B") == "Qwen/Qwen3-1.7B"
     assert path_text("costs_5$") == "costs_5$"

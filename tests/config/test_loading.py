@@ -150,7 +150,7 @@ def test_merge_keys_put_one_mapping_under_another(config_file: Path) -> None:
 def test_paths_are_expanded_wherever_a_config_takes_one(
     config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", "/people/someone")
     monkeypatch.setenv("RUNS", "/big/disk")
     text = MINIMAL.replace("runs/x", "$RUNS/x").replace("models/student", "~/student")
     text = text.replace("data/text", "'${RUNS}/text'").replace(
@@ -159,9 +159,9 @@ def test_paths_are_expanded_wherever_a_config_takes_one(
     config_file.write_text(text)
     config = load_run_config(config_file, ["teacher.checkpoint=", "data.blend.1.path=~/more"])
     assert config.output == "/big/disk/x"
-    assert config.student.checkpoint == "/home/someone/student"
-    assert [part.path for part in config.data.blend] == ["/big/disk/text", "/home/someone/more"]
-    assert (config.data.tokenizer, config.data.cache_dir) == ("/home/someone/t", "/big/disk")
+    assert config.student.checkpoint == "/people/someone/student"
+    assert [part.path for part in config.data.blend] == ["/big/disk/text", "/people/someone/more"]
+    assert (config.data.tokenizer, config.data.cache_dir) == ("/people/someone/t", "/big/disk")
 
 
 @pytest.mark.parametrize(
