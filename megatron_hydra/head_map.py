@@ -363,7 +363,7 @@ class HeadMap:
             ) from None
         except OSError as error:
             raise HydraError(f"head map {path} cannot be read: {error}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise HydraError(f"head map {path} is not valid JSON: {error}") from None
         return cls.from_dict(body, source=str(path))
 

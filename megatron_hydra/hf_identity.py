@@ -124,7 +124,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise HydraError(
             f"{path} does not exist: {folder} is no Hugging Face model folder"
         ) from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise HydraError(f"{path} cannot be read: {error}") from None
     if not isinstance(body, dict):
         raise HydraError(f"{path} holds no JSON object")
@@ -217,7 +217,7 @@ def _locate(folder: Path, keys: list[str]) -> dict[str, Path]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         missing = [key for key in keys if key not in weight_map]
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise HydraError(f"{index} is no safetensors index: {error!r}") from None
     if missing:
         raise HydraError(f"{index}: tensor {missing[0]!r} is missing")

@@ -95,13 +95,16 @@ def mutate_file(rng: random.Random, path: Path) -> str:
     """Change one file in place; returns what was done, for the message of a failed case."""
     data = path.read_bytes()
     if path.suffix in (".yaml", ".json") and rng.random() < 0.6:
-        load, dump = (
-            (yaml.safe_load, yaml.safe_dump) if path.suffix == ".yaml" else (json.loads, json.dumps)
-        )
-        path.write_text(dump(other_value(rng, load(data))), encoding="utf-8")
-        return f"{path.name}: a value changed"
+        is_yaml = path.suffix == ".yaml"
+        load, dump = (yaml.safe_load, yaml.safe_dump) if is_yaml else (json.loads, json.dumps)
+        try:
+            path.write_text(dump(other_value(rng, load(data))), encoding="utf-8")
+            return f"{path.name}: a value changed"
+        except (ValueError, yaml.YAMLError):
+            pass  # it was changed before
     if path.suffix in (".yaml", ".json", ".jsonl", ".md", ".jinja") and rng.random() < 0.8:
-        path.write_text(other_text(rng, data.decode("utf-8")), encoding="utf-8")
+        text = other_text(rng, data.decode("utf-8", errors="replace"))
+        path.write_text(text, encoding="utf-8")
         return f"{path.name}: its text changed"
     path.write_bytes(other_bytes(rng, data))
     return f"{path.name}: its bytes changed"

@@ -55,7 +55,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         body = json.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise HydraError(f"{path} cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise HydraError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(body, dict):
         raise HydraError(f"{path} must hold a JSON object")

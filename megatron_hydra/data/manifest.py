@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_hydra.config.loading import from_dict
 from megatron_hydra.errors import HydraError
 
 FORMAT = "megatron-hydra-tokens"
@@ -36,6 +37,20 @@ class FileRecord:
     probe: str
 
 
+def _check_counts(manifest: Manifest) -> None:
+    """Types inside the free-form parts, where others rely on them."""
+    for key, count in manifest.counts.items():
+        if not isinstance(count, int):
+            raise HydraError(f"counts.{key} must be a whole number, not {count!r}")
+    for key in ("name", "fingerprint"):
+        if not isinstance(manifest.tokenizer.get(key), str):
+            raise HydraError(
+                f"tokenizer.{key} must be a string, not {manifest.tokenizer.get(key)!r}"
+            )
+    if not isinstance(manifest.source.get("shard", {}), dict):
+        raise HydraError("source.shard must be a mapping")
+
+
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """What is known of a ``.bin/.idx`` pair.
@@ -51,7 +66,7 @@ class Manifest:
 
     source: dict[str, Any]
     tokenizer: dict[str, Any]
-    counts: dict[str, int]
+    counts: dict[str, Any]
     loss: str
     bin: FileRecord
     idx: FileRecord
@@ -78,19 +93,13 @@ class Manifest:
             raise HydraError(
                 f"{path}: manifest version {body.get('version')}, this release reads {VERSION}"
             )
+        known = {f.name: body[f.name] for f in dataclasses.fields(cls) if f.name in body}
         try:
-            return cls(
-                source=body["source"],
-                tokenizer=body["tokenizer"],
-                counts=body["counts"],
-                loss=body["loss"],
-                bin=FileRecord(**body["bin"]),
-                idx=FileRecord(**body["idx"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise HydraError(
-                f"{path}: damaged manifest ({error}); prepare the data again"
-            ) from error
+            manifest = from_dict(cls, known, str(path))
+            _check_counts(manifest)
+        except HydraError as error:
+            raise HydraError(f"{error}; a damaged manifest: prepare the data again") from None
+        return manifest
 
     def check_files(self, prefix: str) -> None:
         """Compare sizes and probes with the files on disk.

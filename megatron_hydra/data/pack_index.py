@@ -66,9 +66,9 @@ def pack_index(
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:24]
     root = Path(cache_dir) if cache_dir else Path(source.prefix).parent / ".packs"
     folder = root / f"{Path(source.prefix).name}-{sequence_length}-{packing}-{key}"
-    if (folder / "pack.json").exists():  # renamed into place whole; also on a read-only disk
-        return _load(folder, sequence_length)
     try:
+        if (folder / "pack.json").exists():  # renamed into place whole; also on a read-only disk
+            return _load(folder, sequence_length)
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f".{folder.name}.lock"):
             if not (folder / "pack.json").exists():

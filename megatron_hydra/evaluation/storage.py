@@ -97,7 +97,7 @@ class CellStore:
             return None
         try:
             return json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise HydraError(f"{path} cannot be read ({error}): delete it and run again") from None
 
     def save(self, task: str, length: int, cell: dict[str, Any]) -> None:

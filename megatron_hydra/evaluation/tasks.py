@@ -215,7 +215,7 @@ class JsonlTask:
         where = f"{self.path}:{number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise HydraError(f"{where} is not JSON: {error}") from None
         known = {"prompt", "answer", "length", "depth", "max_new_tokens", "match"}
         if not isinstance(row, dict) or {"prompt", "answer"} - set(row) or set(row) - known:

@@ -161,7 +161,7 @@ def _json(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise HydraError(
             f"{path} cannot be read ({error}): delete its folder and run again"
         ) from None
@@ -226,7 +226,7 @@ def _parsed(text: str) -> dict[str, Any]:
     """A claim's facts; none while it is being written."""
     try:
         return json.loads(text or "{}")
-    except json.JSONDecodeError:
+    except ValueError:
         return {}
 
 

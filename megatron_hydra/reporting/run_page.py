@@ -95,7 +95,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             found.append(entry)

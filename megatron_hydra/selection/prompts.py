@@ -260,7 +260,7 @@ def read_jsonl(path: str | os.PathLike[str], encode: Encode | None) -> list[Prom
 def _pair_from_line(line: str, where: str, encode: Encode | None) -> PromptPair:
     try:
         body = json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise HydraError(f"{where}: not valid JSON: {error}") from None
     fields = ("clean", "corrupted", "answer", "wrong_answer")
     if not isinstance(body, dict) or any(field not in body for field in fields):

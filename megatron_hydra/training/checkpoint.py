@@ -374,7 +374,7 @@ def _read_training(folder: Path) -> dict[str, Any]:
     path = folder / TRAINING_FILE
     try:
         body = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise HydraError(f"{path} cannot be read: {error}") from None
     if body.get("format") != TRAINING_FORMAT or body.get("version") != TRAINING_VERSION:
         raise HydraError(f"{path} is no version {TRAINING_VERSION} training state")

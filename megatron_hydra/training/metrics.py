@@ -41,11 +41,11 @@ def truncate_metrics(path: str | os.PathLike[str], last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(kept))

@@ -101,12 +101,12 @@ def _refuse_lost_checkpoints(folder: Path) -> None:
     events = folder.parent / EVENTS_FILE
     if not events.is_file():
         return
-    for line in reversed(events.read_text().splitlines()):
+    for line in reversed(events.read_text(encoding="utf-8", errors="replace").splitlines()):
         try:
             event = json.loads(line)
-        except json.JSONDecodeError:  # half-written when the process was killed
+        except ValueError:  # half-written when the process was killed
             continue
-        if event["event"] == "save":
+        if isinstance(event, dict) and event.get("event") == "save":
             raise HydraError(
                 f"{folder} holds no checkpoint, but {events} says that {event['checkpoint']} was "
                 "saved there: mount or restore the folder; to begin anew, choose another output or "

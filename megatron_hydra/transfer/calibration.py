@@ -100,7 +100,7 @@ def _documents(tokenizer: Any | None, file: str | os.PathLike[str] | None) -> It
 def _line(tokenizer: Any | None, line: str, where: str) -> list[int]:
     try:
         body = json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise HydraError(f"{where} is not valid JSON: {error}") from None
     if isinstance(body, dict) and isinstance(body.get("text"), str):
         return _encode(tokenizer, body["text"], where)
