@@ -317,6 +317,7 @@ def test_a_command_ends_in_a_result_or_a_named_error(
             failed.append(f"case {seed}: {error}")
         shutil.rmtree(place)
         number += 1
+    print(f"{name}: {number} cases, {len(failed)} failed")
     assert not failed, f"{len(failed)} of {number} cases:\n" + "\n\n".join(failed)
 
 
@@ -348,6 +349,7 @@ def test_the_config_loader_ends_in_a_config_or_a_named_error(
         except Exception:
             failed.append(f"case {seed}: {changes} {overrides}\n{traceback.format_exc(limit=-3)}")
         number += 1
+    print(f"config loader: {number} cases, {len(failed)} failed")
     assert not failed, f"{len(failed)} of {number} cases:\n" + "\n".join(failed[:20])
 
 

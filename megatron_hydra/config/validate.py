@@ -32,6 +32,16 @@ def check_run(config: RunConfig) -> None:
     _check_switches(config)
 
 
+def check_seeds(config: RunConfig) -> None:
+    """Refuse seeds that generators cannot take.
+
+    Raises:
+        HydraError: naming the key.
+    """
+    for key, seed in (("seed", config.seed), ("data.seed", config.data.seed)):
+        _require(0 <= seed < 2**32, f"{key} is {seed}: it must be between 0 and 2^32 - 1")
+
+
 def _check_inputs(config: RunConfig) -> None:
     verb = config.verb
     _require(bool(config.output), "output is empty: name the folder that this run writes")
@@ -79,8 +89,7 @@ def _check_numbers(config: RunConfig) -> None:
         for key in keys:
             value = getattr(getattr(config, section), key)
             _require(value >= 1, f"{section}.{key} is {value}: it must be at least 1")
-    for key, seed in (("seed", config.seed), ("data.seed", config.data.seed)):
-        _require(0 <= seed < 2**32, f"{key} is {seed}: it must be between 0 and 2^32 - 1")
+    check_seeds(config)
     optimizer, schedule, loss = config.optimizer, config.schedule, config.loss
     _require(optimizer.lr > 0, f"optimizer.lr is {optimizer.lr}: it must be above 0")
     _require(

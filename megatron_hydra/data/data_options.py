@@ -9,6 +9,7 @@ from typing import Any
 from megatron_hydra.arguments import path_text, seed_argument, whole
 from megatron_hydra.config.loading import from_dict, read_config
 from megatron_hydra.config.run import BatchConfig, DataConfig, RunConfig, SourceConfig
+from megatron_hydra.config.validate import check_seeds
 from megatron_hydra.data.packing import Packing
 from megatron_hydra.errors import HydraError
 
@@ -22,7 +23,9 @@ def load_data_sections(path: str) -> RunConfig:
     Raises:
         HydraError: the file cannot be read, or a key is unknown.
     """
-    return from_dict(RunConfig, read_config(path), source=path)
+    config = from_dict(RunConfig, read_config(path), source=path)
+    check_seeds(config)
+    return config
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
