@@ -11,7 +11,7 @@ from pathlib import Path
 # Before torch is imported: this process plans, its workers compute with --threads each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from megatron_hydra.arguments import path_argument
+from megatron_hydra.arguments import path_argument, real
 from megatron_hydra.errors import HydraError, command
 
 DESCRIPTION = """\
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--tokens-scale",
-        type=float,
+        type=real(0),
         default=1.0,
         metavar="X",
         help="multiply every stage's budget in tokens; a scale has steps of its own (%(default)s)",
@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--stop-after",
-        type=float,
+        type=real(0),
         metavar="MINUTES",
         help="begin no step after so many minutes; exit status 85 if cells are left",
     )

@@ -7,7 +7,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_hydra.arguments import path_text, seed_argument
+from megatron_hydra.arguments import path_text, real, seed_argument
 from megatron_hydra.errors import HydraError, command
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     )
     student.add_argument(
         "--half-life",
-        type=float,
+        type=real(0),
         nargs=2,
         metavar=("MIN", "MAX"),
         help="range of initial half-lives of GDN heads, in tokens (default 32 16384; where they are "

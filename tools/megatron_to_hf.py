@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_hydra.arguments import path_text
+from megatron_hydra.arguments import path_text, real
 from megatron_hydra.errors import HydraError, command
 
 DESCRIPTION = """\
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--max-shard-size",
-        type=float,
+        type=real(0),
         default=5.0,
         metavar="GB",
         help="of a weight file (default 5)",

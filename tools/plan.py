@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import warnings
 
-from megatron_hydra.arguments import path_text
+from megatron_hydra.arguments import path_text, real
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.head_map import DEFAULT_RATIO
 
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--head-map", type=path_text, default="", metavar="MAP", help="a head map instead"
     )
-    p.add_argument("--tokens", type=float, default=15e9, help="of all stages (%(default)g)")
+    p.add_argument("--tokens", type=real(0), default=15e9, help="of all stages (%(default)g)")
     p.add_argument(
         "--tokens-per-step",
         type=int,
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="B",
         help="global batch of the planned stage in tokens (%(default)s)",
     )
-    p.add_argument("--price-per-gpu-hour", type=float, metavar="X", help="in any currency")
+    p.add_argument("--price-per-gpu-hour", type=real(0), metavar="X", help="in any currency")
     p.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     p.add_argument(
         "--no-distributed-optimizer",

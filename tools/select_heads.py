@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_hydra.arguments import path_argument, path_text, seed_argument
+from megatron_hydra.arguments import path_argument, path_text, real, seed_argument
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.head_map import DEFAULT_RATIO, DEFAULT_STRATEGY
 from megatron_hydra.out_of_memory import out_of_memory_names
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     causal("--num-receivers", type=int, help="at most so many a task (default: the FA heads)")
     causal("--no-senders", action="store_true", help="no path patching")
     causal(
-        "--sender-weight", type=float, default=defaults.sender_weight, help="beside receivers' 1"
+        "--sender-weight", type=real(0), default=defaults.sender_weight, help="beside receivers' 1"
     )
     causal("--no-attribution", action="store_true", help="no first-order estimate beside")
     parser.add_argument_group("attribution").add_argument(
@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     limits("--max-per-layer", type=int, help="FA heads in every layer, at most")
     limits(
         "--kv-group-bonus",
-        type=float,
+        type=real(0),
         default=0.0,
         help="added to heads whose KV group has an FA head already, in standard deviations",
     )
@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     machine(
         "--timeout",
-        type=float,
+        type=real(0),
         default=1800,
         help="seconds after which a process that is not through a piece of work writes its stacks "
         "and ends, and with it the job (default %(default)s; loading has five times that)",

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_hydra.arguments import path_argument, seed_argument
+from megatron_hydra.arguments import path_argument, real, seed_argument
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.quickstart.tasks import PAIRS, TRAIN_LENGTH, Sample, TaskGenerator
 from megatron_hydra.quickstart.vocabulary import build_tokenizer
@@ -157,7 +157,7 @@ def main() -> int:
         "--output", type=path_argument, required=True, help="folder to write (Hugging Face format)"
     )
     parser.add_argument("--seed", type=seed_argument, default=0)
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=real(0), default=2e-3, help="peak learning rate")
     parser.add_argument("--batch", type=int, default=64, help="sequences of a step")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args()
