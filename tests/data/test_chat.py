@@ -91,7 +91,7 @@ def _conversations(draw, alternates: bool, begins_with_assistant: bool):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_learned_are_exactly_the_answers_and_one_end_of_turn_each(name, loaded, data):
     family = FAMILIES[name]
