@@ -70,7 +70,9 @@ def parse(arguments: list[str] | None = None) -> TokenizeConfig:
     rows.add_argument(
         "--tools-column", metavar="NAME", help="with --chat: field that holds the tools"
     )
-    rows.add_argument("--max-bad-rows", type=whole(0), default=0, metavar="N", help="skip so many rows")
+    rows.add_argument(
+        "--max-bad-rows", type=whole(0), default=0, metavar="N", help="skip so many rows"
+    )
     rows.add_argument("--keep-empty", action="store_true", help="keep rows without text as empty")
     hub = parser.add_argument_group("with --dataset")
     hub.add_argument("--config", metavar="NAME", help="configuration of the data set")
@@ -94,10 +96,16 @@ def parse(arguments: list[str] | None = None) -> TokenizeConfig:
     run.add_argument(
         "--output", type=path_text, required=True, metavar="PREFIX", help="folder/name of the files"
     )
-    run.add_argument("--workers", type=whole(0), default=1, metavar="N", help="processes (default: 1)")
+    run.add_argument(
+        "--workers", type=whole(0), default=1, metavar="N", help="processes (default: 1)"
+    )
     run.add_argument("--shard", default="0/1", metavar="I/N", help="prepare part I (from 0) of N")
     run.add_argument(
-        "--unit-size", type=real(0, above=True), default=8, metavar="MIB", help="size of a unit (default: 8)"
+        "--unit-size",
+        type=real(0, above=True),
+        default=8,
+        metavar="MIB",
+        help="size of a unit (default: 8)",
     )
     run.add_argument("--force", action="store_true", help="replace an existing output")
     return _config(parser.parse_args(arguments))
