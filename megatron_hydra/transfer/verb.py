@@ -59,6 +59,7 @@ class Verb(abc.ABC):
         streams: hidden-state streams that travel between pipeline stages, stacked along the sequence.
         sums: ``[num_parts + 1]`` float64: sums of each loss part over this rank's share of the tokens,
             then the number of those tokens.
+        is_learning: whether gradients are wanted; else only the sums are (validation).
     """
 
     loss_parts: tuple[str, ...] = ()
@@ -70,6 +71,7 @@ class Verb(abc.ABC):
         self.config = config
         self.world = world
         self.teacher = teacher
+        self.is_learning = True
         self.sums = torch.zeros(
             len(self.loss_parts) + 1, dtype=torch.float64, device=platform.device()
         )
