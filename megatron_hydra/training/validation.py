@@ -185,10 +185,6 @@ def _metrics(verb: Verb, sums: torch.Tensor) -> tuple[dict[str, Any], int]:
 @contextlib.contextmanager
 def _undisturbed(trainee: Trainee) -> Iterator[None]:
     """Evaluation mode without a graph; afterwards everything is as it was."""
-    if trainee.config.parallel.overlap_param_gather:
-        # The last update's weights are otherwise collected in the next training forward only.
-        for chunk in trainee.chunks:
-            chunk.start_param_sync(force_sync=True)
     generators = capture_random_state()
     verb = trainee.verb
     verb.is_learning = False
