@@ -140,11 +140,16 @@ class ValidationConfig:
             ``data.held_out`` holds out, and other samples of its generated parts.
         sequences: packed sequences of ``data.sequence_length`` tokens that a validation reads, the
             same each time, dealt to the parts by their weights; at least one a part.
+        probes: generated tasks whose answers are looked at beside the loss: the share of documents all
+            of whose learned tokens are the likeliest ones (needles, say). Not in ``align``.
+        probe_sequences: packed sequences of each probe.
     """
 
     interval: int = 0
     blend: tuple[SourceConfig, ...] = ()
     sequences: int = 64
+    probes: tuple[SourceConfig, ...] = ()
+    probe_sequences: int = 16
 
 
 @dataclasses.dataclass(frozen=True)

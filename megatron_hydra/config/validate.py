@@ -128,10 +128,9 @@ def _check_validation(config: RunConfig) -> None:
     for section, key in (("validation", "interval"), ("schedule", "patience")):
         value = getattr(getattr(config, section), key)
         _require(value >= 0, f"{section}.{key} is {value}: it must not be negative")
-    _require(
-        validation.sequences >= 1,
-        f"validation.sequences is {validation.sequences}: it must be at least 1",
-    )
+    for key in ("sequences", "probe_sequences"):
+        value = getattr(validation, key)
+        _require(value >= 1, f"validation.{key} is {value}: it must be at least 1")
     _require(
         0 <= data.held_out < 1,
         f"data.held_out is {data.held_out}: it is a share, at least 0 and below 1",
@@ -157,6 +156,21 @@ def _check_validation(config: RunConfig) -> None:
         "these sources or what is held out, remove one",
     )
     _check_blend("validation.blend", validation.blend)
+    _check_blend("validation.probes", validation.probes)
+    for i, source in enumerate(validation.probes):
+        _require(
+            source.kind == "synthetic",
+            f"validation.probes.{i}.kind is {source.kind}: a probe is a generated task (kind: synthetic)",
+        )
+    _require(
+        not validation.probes or config.verb != "align",
+        "validation.probes: align runs no whole student that could answer; remove them, or set them in "
+        "distill and finetune",
+    )
+    _require(
+        not validation.probes or validation.interval > 0,
+        "validation.probes are named, but validation.interval is 0: set it, or remove them",
+    )
     trained = {os.path.realpath(s.path): i for i, s in enumerate(data.blend) if s.kind == "indexed"}
     for i, source in enumerate(validation.blend):
         place = trained.get(os.path.realpath(source.path)) if source.kind == "indexed" else None

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_hydra.config.run import BatchConfig, DataConfig, ValidationConfig
+from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig, ValidationConfig
 from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.data.document import Document
 from megatron_hydra.data.sampling import Draw, derive_key
@@ -26,7 +26,8 @@ class ValidationStream:
     """What is held out, part by part, for one data-parallel rank.
 
     Attributes:
-        labels: of the parts, each another: the last component of its path, or its task.
+        labels: of the parts, each another: the last component of its path, or its task and, where one
+            is given, the length of its documents (``needles@1024``).
         counts: sequences of each part.
     """
 
@@ -40,6 +41,7 @@ class ValidationStream:
         dp_size: int,
         vocab_size: int,
         tokenizer: Any = None,
+        probes: bool = False,
     ) -> None:
         """Open every part and check that it holds enough.
 
@@ -49,6 +51,7 @@ class ValidationStream:
             dp_rank, dp_size: this rank's place, as for :class:`~.stream.PackedStream`.
             vocab_size: of the model.
             tokenizer: an HF tokenizer; loaded from ``data.tokenizer`` if left out.
+            probes: read ``validation.probes`` and not what is held out.
 
         Raises:
             HydraError: data that training would refuse, too, a part with fewer sequences than asked
@@ -56,8 +59,9 @@ class ValidationStream:
         """
         self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
         data = dataclasses.replace(data, seed=VALIDATION_SEED, token_budget=0)
-        if validation.blend:
-            data = dataclasses.replace(data, blend=validation.blend, held_out=0.0)
+        blend = validation.probes if probes else validation.blend
+        if blend:
+            data = dataclasses.replace(data, blend=blend, held_out=0.0)
         self._data, self._sequences = data, validation.sequences
         # Of one rank and one sequence a step, so that its fingerprint is free of the layout.
         self._stream = PackedStream(
@@ -72,7 +76,10 @@ class ValidationStream:
         self.labels = _labels(data)
         drawn = self._stream.drawn_before(validation.sequences)
         self.counts = [max(1, count) for count in drawn]
-        self._refuse_too_few("validation.blend" if validation.blend else "data.blend")
+        if probes:
+            self.counts = [validation.probe_sequences] * len(blend)
+        names = {True: "validation.probes", False: "validation.blend" if blend else "data.blend"}
+        self._refuse_too_few(names[probes])
 
     def _refuse_too_few(self, key: str) -> None:
         for i, (source, count) in enumerate(zip(self._stream.sources, self.counts, strict=True)):
@@ -132,8 +139,17 @@ def _has_learned_token(documents: list[Document]) -> bool:
     return any(document.trainable[1:].any() for document in documents)
 
 
+def _label(part: SourceConfig) -> str:
+    if part.kind == "indexed":
+        return os.path.basename(os.path.normpath(part.path))
+    lengths = part.options.get("document_length")
+    if not isinstance(lengths, (list, tuple)):
+        return part.task
+    return f"{part.task}@{'-'.join(dict.fromkeys(map(str, lengths)))}"
+
+
 def _labels(data: DataConfig) -> list[str]:
-    names = [os.path.basename(os.path.normpath(p.path)) if p.path else p.task for p in data.blend]
+    names = [_label(part) for part in data.blend]
     return [
         name if names.count(name) == 1 else f"{name}.{position}"
         for position, name in enumerate(names)

@@ -43,7 +43,7 @@ PLACE = "<input>"
 _NEW_KEYS = {
     "data": ("held_out",),
     "schedule": ("patience", "min_improvement"),
-    "validation": ("interval", "blend", "sequences"),
+    "validation": ("interval", "blend", "sequences", "probes", "probe_sequences"),
 }
 """Keys of a run that are younger than steps which are kept."""
 

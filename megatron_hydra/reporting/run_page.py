@@ -170,9 +170,12 @@ def _charts(entries: list[dict[str, Any]], events: list[dict[str, Any]]) -> list
         if held_out and key in losses
     }
     sources: dict[str, list[tuple[float, float | None]]] = {}
+    answered: dict[str, list[tuple[float, float | None]]] = {}
     for step, found in held_out:
         for name, numbers in found.get("sources", {}).items():
             sources.setdefault(name, []).append((step, _number(numbers.get("loss"))))
+        for name, numbers in found.get("probes", {}).items():
+            answered.setdefault(name, []).append((step, _number(numbers.get("accuracy"), 100)))
     held_out_layers: dict[str, Points] = {
         f"layer {i}": [(step, _number(found["layers"][i])) for step, found in held_out]
         for i in range(len(held_out[-1][1].get("layers", [])) if held_out else 0)
@@ -184,6 +187,7 @@ def _charts(entries: list[dict[str, Any]], events: list[dict[str, Any]]) -> list
     charts: list[tuple[str, dict[str, Points], str]] = [
         ("loss", losses | held_out_losses, ""),
         ("held-out loss by source", dict(sources) if len(sources) > 1 else {}, ""),
+        ("probes answered right", dict(answered), "%"),
         ("alignment loss by layer", layers("layers"), ""),
         ("held-out alignment loss by layer", held_out_layers, ""),
         ("gradient norm", {"gradient norm": series("grad_norm")}, ""),

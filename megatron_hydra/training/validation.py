@@ -8,6 +8,7 @@ same under every layout; what a micro-batch lacks is filled up by padding, which
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -25,6 +26,7 @@ from megatron_hydra.parallel.world import World
 from megatron_hydra.training.patience import as_json, history_of, reason_to_end, standing
 from megatron_hydra.training.random_state import capture_random_state, restore_random_state
 from megatron_hydra.training.step import Trainee, run_micro_batches
+from megatron_hydra.transfer.answers import AnswerCount
 from megatron_hydra.transfer.local_batch import local_batch
 from megatron_hydra.transfer.verb import Verb
 
@@ -48,15 +50,20 @@ class Validation:
         self._history: list[tuple[int, float]] = []
         self._kept: dict[str, Any] = {}
         self._stream: ValidationStream | None = None
+        self._probes: ValidationStream | None = None
+        open_stream = functools.partial(
+            ValidationStream,
+            config.data,
+            config.validation,
+            micro_batch_size=config.batch.micro_batch_size,
+            dp_rank=world.dp_rank,
+            dp_size=world.dp_size,
+            vocab_size=vocab_size,
+        )
         if config.validation.interval:
-            self._stream = ValidationStream(
-                config.data,
-                config.validation,
-                micro_batch_size=config.batch.micro_batch_size,
-                dp_rank=world.dp_rank,
-                dp_size=world.dp_size,
-                vocab_size=vocab_size,
-            )
+            self._stream = open_stream()
+        if config.validation.probes:
+            self._probes = open_stream(probes=True)
 
     # -- what was measured ----------------------------------------------------------------------
 
@@ -119,26 +126,43 @@ class Validation:
 
         Returns:
             The verb's metrics over all held-out tokens, their number ``tokens``, and ``sources``:
-            the same of each part, without lists.
+            the same of each part, without lists. With probes ``probes``: of each the share
+            ``accuracy`` of its ``documents`` that are answered right, and the same metrics.
         """
         stream, verb = self._stream, trainee.verb
         assert stream is not None
-        sums = []
+        sums, answers = [], []
         with _undisturbed(trainee):
             for part in range(len(stream.counts)):
                 still_alive()
                 sums.append(self._sums(trainee, stream, part))
+            if (probes := self._probes) is not None:
+                for part in range(len(probes.counts)):
+                    still_alive()
+                    verb.answers = AnswerCount(verb.sums.device)
+                    sums.append(self._sums(trainee, probes, part))
+                    answers.append(verb.answers.sums)
         total = torch.stack(sums)
         dist.all_reduce(total)
-        whole, num_tokens = _metrics(verb, total.sum(0))
-        sources = {}
-        for label, row in zip(stream.labels, total, strict=True):
-            metrics, count = _metrics(verb, row)
-            numbers = {k: v for k, v in metrics.items() if not isinstance(v, list)}
-            sources[label] = numbers | {"tokens": count}
+        parts = len(stream.counts)
+        whole, num_tokens = _metrics(verb, total[:parts].sum(0))
+        sources = {
+            label: _numbers(verb, row)
+            for label, row in zip(stream.labels, total[:parts], strict=True)
+        }
         self._history.append((step, whole["loss"]))
         self._say(step)
-        return whole | {"tokens": num_tokens, "sources": sources}
+        found = whole | {"tokens": num_tokens, "sources": sources}
+        if probes is not None:
+            counts = torch.stack(answers)
+            dist.all_reduce(counts)
+            found["probes"] = {
+                label: {"accuracy": right / asked, "documents": int(asked), **_numbers(verb, row)}
+                for label, row, (asked, right) in zip(
+                    probes.labels, total[parts:], counts.tolist(), strict=True
+                )
+            }
+        return found
 
     def _sums(self, trainee: Trainee, stream: ValidationStream, part: int) -> torch.Tensor:
         """This rank's loss sums and tokens of a part, ``[parts of the loss + 1]`` float64."""
@@ -182,6 +206,12 @@ def _metrics(verb: Verb, sums: torch.Tensor) -> tuple[dict[str, Any], int]:
     return verb.metrics(means), int(num_tokens)
 
 
+def _numbers(verb: Verb, sums: torch.Tensor) -> dict[str, Any]:
+    """The metrics that are numbers, and ``tokens``."""
+    metrics, num_tokens = _metrics(verb, sums)
+    return {k: v for k, v in metrics.items() if not isinstance(v, list)} | {"tokens": num_tokens}
+
+
 @contextlib.contextmanager
 def _undisturbed(trainee: Trainee) -> Iterator[None]:
     """Evaluation mode without a graph; afterwards everything is as it was."""
@@ -197,4 +227,5 @@ def _undisturbed(trainee: Trainee) -> Iterator[None]:
         for chunk in trainee.chunks:
             chunk.train()
         verb.is_learning = True
+        verb.answers = None
         restore_random_state(generators)

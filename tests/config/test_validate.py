@@ -56,6 +56,17 @@ def test_a_good_config_passes() -> None:
         (["validation.interval=-1"], "validation.interval is -1"),
         (["validation.interval=1"], "nothing is held out: set data.held_out"),
         (["validation.sequences=0"], "validation.sequences is 0"),
+        (["validation.probe_sequences=0"], "validation.probe_sequences is 0"),
+        (["validation.probes=[{path: q}]"], "validation.probes.0.kind is indexed"),
+        (["validation.probes=[{kind: synthetic, task: ''}]"], "validation.probes.0.task is empty"),
+        (
+            ["verb=align", "validation.probes=[{kind: synthetic, task: needles}]"],
+            "validation.probes: align runs no whole student",
+        ),
+        (
+            ["validation.probes=[{kind: synthetic, task: needles}]"],
+            "validation.probes are named, but validation.interval is 0",
+        ),
         (["data.held_out=1"], "data.held_out is 1.0: it is a share"),
         (["data.held_out=.nan"], "data.held_out is nan: it is a share"),
         (["schedule.patience=-1"], "schedule.patience is -1"),

@@ -121,14 +121,23 @@ def test_parts_are_dealt_by_weight_and_none_goes_without(data, tmp_path):
     blend = (
         dataclasses.replace(data.blend[0], weight=100.0),
         SourceConfig(path=books, weight=1.0),
-        SourceConfig(kind="synthetic", task="tests.data.test_held_out:noise", weight=50.0),
-    )
+        SourceConfig(
+            kind="synthetic", task="tests.data.test_held_out:noise", weight=50.0,
+            options={"document_length": [32, 32]},
+        ),
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatron_hydra.data.synthetic.importlib.metadata.packages_distributions",
                       lambda: {"tests": ["tests"]})  # fmt: skip
         stream = _validation(dataclasses.replace(data, held_out=0.0), 6, blend=blend)
-    assert stream.labels == ["web", "books", "tests.data.test_held_out:noise"]
+        probes = ValidationStream(
+            data, ValidationConfig(interval=1, probes=blend[2:] * 2, probe_sequences=3),
+            micro_batch_size=1, dp_rank=0, dp_size=1, vocab_size=VOCABULARY, probes=True,
+        )  # fmt: skip
+    assert stream.labels == ["web", "books", "tests.data.test_held_out:noise@32"]
     assert stream.counts == [4, 1, 2]
+    assert len(set(probes.labels)) == 2
+    assert probes.counts == [3, 3]
 
 
 def noise(rng, length, tokenizer):

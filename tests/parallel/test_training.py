@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from megatron_hydra.config import apply_overrides
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.training.loop import run_training
 from megatron_hydra.training.sinks import scalars
+from megatron_hydra.transfer.answers import AnswerCount
 from megatron_hydra.transfer.student import initialise_student
 from tests.parallel.launch import ROOT, forked, torchrun
 from tests.training import tiny
@@ -60,6 +62,8 @@ LAYOUTS = {
     "tp2-seq-dp2": ["parallel.tensor=2", "parallel.fa_partition=sequence"],
     "tp2-sp-cp2": ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=2"],
 }  # fmt: skip
+# Of 13 tokens, so that two context-parallel shards of 24 cut the second document's answer in two.
+PROBES = [{"kind": "synthetic", "task": "tiny_answers", "options": {"document": 13}}]
 FAST = [
     ("align", "tp2-sp-seq-pp2"),
     ("align", "tp4"),  # some ranks have no FA head, and stage 1's inputs need no gradient
@@ -76,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _sections() -> dict:
+def _sections(verb: str) -> dict:
     # Documents of one, several and many shards; batches that four replicas can share.
     return {
         "schedule": {"steps": STEPS, "warmup_steps": 1},
@@ -84,21 +88,22 @@ def _sections() -> dict:
         "checkpoint": {"interval": 1, "keep": 0},  # that of step 1 holds its gradients
         # No number of replicas divides five sequences; validated after step 2 and at the end.
         "data": {"held_out": 0.25},
-        "validation": {"interval": 2, "sequences": 5},
+        "validation": {"interval": 2, "sequences": 5, "probes": [] if verb == "align" else PROBES},
     }
 
 
 def _case(verb: str, layout: str, *, overrides: Sequence[str] = (), **more) -> dict:
     return {
         "verb": verb, "output": f"{verb}-{layout}", "overrides": [*LAYOUTS[layout], *overrides],
-        "sections": _sections(), **more,
+        "sections": _sections(verb), **more,
     }  # fmt: skip
 
 
 def _train_one(folder: Path, verb: str, overrides: Sequence[str] = ()) -> int:
     """Train in one process."""
-    config = tiny.run_config(folder, verb, f"{verb}-one", **_sections())
-    return run_training(apply_overrides(config, overrides))
+    config = tiny.run_config(folder, verb, f"{verb}-one", **_sections(verb))
+    with mock.patch.object(AnswerCount, "add", tiny.often_right(AnswerCount.add)):
+        return run_training(apply_overrides(config, overrides))
 
 
 def _reference(folder: Path, verb: str) -> Path:
@@ -158,6 +163,8 @@ def _assert_equal_validations(got: list[dict], expected: list[dict]) -> None:
         assert numbers["loss"] > 0
         assert numbers["sources/text/loss"] == numbers["loss"]
         assert found[0][step] == pytest.approx(numbers, rel=1e-5)
+        if "probes/tiny_answers/accuracy" in numbers:
+            assert 0 < numbers["probes/tiny_answers/accuracy"] < 1
 
 
 def _assert_equal_gradients(run: Path, reference: Path) -> None:
@@ -388,7 +395,8 @@ def test_command_line_writes_the_losses_of_one_process(folder: Path) -> None:
     """The command that the README shows, from a config file."""
     from megatron_hydra.config import to_yaml
 
-    config = tiny.run_config(folder, "distill", "command-line", **_sections())
+    config = tiny.run_config(folder, "distill", "command-line", **_sections("distill"))
+    config = apply_overrides(config, ["validation.probes=[]"])  # a task of this test's own
     path = folder / "distill.yaml"
     path.write_text(to_yaml(config))
     torchrun(

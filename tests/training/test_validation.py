@@ -25,8 +25,14 @@ from megatron_hydra.reporting.run_page import write_run_page
 from megatron_hydra.stopping import REQUEUE_EXIT_CODE
 from megatron_hydra.training import loop, validation
 from megatron_hydra.training.loop import run_training
+from megatron_hydra.transfer.answers import AnswerCount
+from megatron_hydra.transfer.local_batch import LocalBatch
 from tests.training import tiny
 
+PROBES = (
+    "[{kind: synthetic, task: tiny_answers}, "
+    "{kind: synthetic, task: tiny_answers, options: {document: 12}}]"
+)
 STEPS, SEQUENCES = 6, 5  # 5: no batch size and no number of ranks divides it
 HELD_OUT = 0.25
 
@@ -200,6 +206,53 @@ def noise(rng, length, tokenizer):
     from megatron_hydra.data.document import Document
 
     return [Document.all_trainable(rng.integers(0, tiny.VOCABULARY, length))]
+
+
+def _answered_right(hidden: torch.Tensor, weight: torch.Tensor, batch: LocalBatch) -> list[bool]:
+    """Plain twin: every document by itself, from all its logits."""
+    said = (hidden @ weight.T).argmax(-1)
+    right = []
+    for first, end in itertools.pairwise(batch.packed.cu_seqlens):
+        asked = batch.loss_mask[first:end] != 0
+        if asked.any():
+            right.append(bool((said[first:end] == batch.labels[first:end])[asked].all()))
+    return right
+
+
+@pytest.mark.parametrize("verb", ["finetune", _slow("distill")])
+def test_probes_are_answered_as_a_plain_twin_says_and_are_no_part_of_the_loss(
+    inputs: Path, tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, right = AnswerCount.add, []
+
+    def noted(self, hidden, weight, batch):
+        right.extend(_answered_right(hidden, weight, batch))
+        original(self, hidden, weight, batch)
+
+    monkeypatch.setattr(AnswerCount, "add", tiny.often_right(noted))
+    for name, probes in (("with", PROBES), ("without", "[]")):
+        overrides = [
+            "schedule.steps=2",
+            f"validation.probes={probes}",
+            "validation.probe_sequences=5",
+        ]
+        assert run_training(_config(inputs, tmp_path / name, verb, *overrides)) == 0
+    (found,) = [
+        line["validation"] for line in tiny.read_metrics(tmp_path / "with") if "validation" in line
+    ]
+    short, longer = (found["probes"][f"tiny_answers{end}"] for end in (".0", ".1"))
+    assert (short["documents"], longer["documents"]) == (5 * (48 // 5), 5 * (48 // 12))
+    for probe, part in ((short, right[: 5 * 9]), (longer, right[5 * 9 :])):
+        assert probe["accuracy"] == pytest.approx(sum(part) / len(part))
+        assert probe["documents"] == len(part)
+        assert 0 < sum(part) < len(part)
+    assert _losses(tmp_path / "with") == _losses(tmp_path / "without")
+    assert _timeless(tmp_path / "with", "validation") == _timeless(
+        tmp_path / "without", "validation"
+    )
+    _assert_equal_checkpoints(tmp_path / "with", tmp_path / "without")
+    write_run_page(tmp_path / "with", tmp_path / "page.html")
+    assert "probes answered right" in (tmp_path / "page.html").read_text()
 
 
 def test_the_page_shows_held_out_losses(undisturbed: Path, tmp_path: Path) -> None:
