@@ -243,7 +243,9 @@ class MegatronBackend:
             hidden = replicate_sequence(hidden, self.world, wants_gradient=False)
             local = positions - packed.shard_start
             own = (local >= 0) & (local < packed.length_local)
-            said[own] = likeliest_tokens(hidden[local[own]], lm_head_weight(self.chunk))
+            weight = lm_head_weight(self.chunk)
+            first = self.world.tp_rank * weight.shape[0]
+            said[own] = likeliest_tokens(hidden[local[own]], weight, first)
             group = parallel_state.get_context_parallel_group()
             dist.all_reduce(said, op=dist.ReduceOp.MAX, group=group)
         if self.world.pp_size > 1:

@@ -137,7 +137,8 @@ def token_loss(
         teacher_hidden = replicate_sequence(teacher_hidden, verb.world, wants_gradient=False)
     hidden = replicate_sequence(hidden, verb.world, wants_gradient=True)
     if verb.answers is not None:
-        verb.answers.add(hidden, lm_head_weight(student), batch)
+        weight = lm_head_weight(student)
+        verb.answers.add(hidden, weight, verb.world.tp_rank * weight.shape[0], batch)
     result = linear_distillation_loss(
         hidden,
         lm_head_weight(student),

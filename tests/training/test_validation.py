@@ -225,9 +225,9 @@ def test_probes_are_answered_as_a_plain_twin_says_and_are_no_part_of_the_loss(
 ) -> None:
     original, right = AnswerCount.add, []
 
-    def noted(self, hidden, weight, batch):
+    def noted(self, hidden, weight, first, batch):
         right.extend(_answered_right(hidden, weight, batch))
-        original(self, hidden, weight, batch)
+        original(self, hidden, weight, first, batch)
 
     monkeypatch.setattr(AnswerCount, "add", tiny.often_right(noted))
     for name, probes in (("with", PROBES), ("without", "[]")):

@@ -92,17 +92,17 @@ def answers(
 
 
 def often_right(
-    add: Callable[[AnswerCount, torch.Tensor, torch.Tensor, LocalBatch], None],
-) -> Callable[[AnswerCount, torch.Tensor, torch.Tensor, LocalBatch], None]:
+    add: Callable[[AnswerCount, torch.Tensor, torch.Tensor, int, LocalBatch], None],
+) -> Callable[[AnswerCount, torch.Tensor, torch.Tensor, int, LocalBatch], None]:
     """``AnswerCount.add`` where what an untrained model says is right at six places of seven."""
 
     def patched(
-        self: AnswerCount, hidden: torch.Tensor, weight: torch.Tensor, batch: LocalBatch
+        self: AnswerCount, hidden: torch.Tensor, weight: torch.Tensor, first: int, batch: LocalBatch
     ) -> None:
-        said = likeliest_tokens(hidden, weight)
+        said = likeliest_tokens(hidden, weight, first)
         place = torch.arange(len(said), device=said.device) + batch.packed.shard_start
         labels = torch.where(place * 3 % 7 < 6, said, (said + 1) % VOCABULARY)
-        add(self, hidden, weight, dataclasses.replace(batch, labels=labels))
+        add(self, hidden, weight, first, dataclasses.replace(batch, labels=labels))
 
     return patched
 
