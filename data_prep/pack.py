@@ -13,10 +13,13 @@ sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
 import argparse  # noqa: E402
 from typing import Any  # noqa: E402
 
+from megatron_hydra.config.run import DataConfig, SourceConfig  # noqa: E402
 from megatron_hydra.data.data_options import add_data_options, data_sections  # noqa: E402
+from megatron_hydra.data.held_out import Side  # noqa: E402
 from megatron_hydra.data.indexed import IndexedDocuments  # noqa: E402
 from megatron_hydra.data.pack_index import pack_index  # noqa: E402
 from megatron_hydra.data.packing import upsample_factors  # noqa: E402
+from megatron_hydra.data.validation import VALIDATION_SEED  # noqa: E402
 from megatron_hydra.errors import command  # noqa: E402
 
 DESCRIPTION = """\
@@ -42,8 +45,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _line(report: dict[str, Any]) -> str:
+    documents = report.get("documents_of_side", report["documents"])
     text = (
-        f"{report['documents']:,} documents, {report['tokens_per_epoch']:,} tokens per epoch in "
+        f"{documents:,} documents, {report['tokens_per_epoch']:,} tokens per epoch in "
         f"{report['packs']:,} packs; waste {report['waste']:.2%}; "
         f"{report['documents_above_length']:,} longer than a pack"
     )
@@ -55,21 +59,31 @@ def _line(report: dict[str, Any]) -> str:
     return text
 
 
+def _pack(part: SourceConfig, data: DataConfig, seed: int, side: Side | None) -> None:
+    _, description = pack_index(
+        IndexedDocuments(part.path),
+        sequence_length=data.sequence_length,
+        packing=data.packing,
+        seed=seed,
+        upsampling=upsample_factors(part.upsample, part.path),
+        cache_dir=data.cache_dir,
+        side=side,
+    )
+    name = "held out: " if side is not None and side.is_validation else ""
+    print(f"{part.path}: {name}{_line(description['report'])}", flush=True)
+
+
 @command
 def main(arguments: list[str] | None = None) -> int:
     data, _ = data_sections(parse(arguments))
     for part in data.blend:
         if part.kind != "indexed":
             continue
-        _, description = pack_index(
-            IndexedDocuments(part.path),
-            sequence_length=data.sequence_length,
-            packing=data.packing,
-            seed=data.seed,
-            upsampling=upsample_factors(part.upsample, part.path),
-            cache_dir=data.cache_dir,
-        )
-        print(f"{part.path}: {_line(description['report'])}", flush=True)
+        if not data.held_out:
+            _pack(part, data, data.seed, None)
+            continue
+        _pack(part, data, data.seed, Side(data.held_out, is_validation=False))
+        _pack(part, data, VALIDATION_SEED, Side(data.held_out, is_validation=True))
     return 0
 
 

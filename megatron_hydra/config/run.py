@@ -75,6 +75,9 @@ class DataConfig:
         cache_dir: where packing indices are kept; empty: in ``.packs`` beside the data.
         token_budget: most tokens (padding included) that this stage may read; 0: no limit. A run
             whose steps need more is refused before it starts.
+        held_out: share of the documents of every ``indexed`` part that training never reads, for
+            ``validation``. Which ones depends on their numbers in the file alone, so that stages of
+            one share hold out the same documents.
     """
 
     blend: tuple[SourceConfig, ...] = ()
@@ -84,6 +87,7 @@ class DataConfig:
     seed: int = 1234
     cache_dir: PathText = ""
     token_budget: int = 0
+    held_out: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +116,43 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """``cosine`` decays from lr to min_lr; both kinds warm up linearly over warmup_steps."""
+    """``cosine`` decays from lr to min_lr; both kinds warm up linearly over warmup_steps.
+
+    Attributes:
+        kind: what the learning rate does after the warm-up.
+        steps: of the run, and of the decay.
+        warmup_steps: steps until the rate is lr.
+        patience: validations in a row without an improvement that end the run; 0: none do.
+        min_improvement: by how much the held-out loss has to fall to be an improvement.
+    """
 
     kind: Literal["cosine", "constant"] = "cosine"
     steps: int = 100
     warmup_steps: int = 0
+    patience: int = 0
+    min_improvement: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """The loss on data that training does not read, measured while it runs.
+
+    Attributes:
+        interval: steps between validations; the last step is validated, too. 0: none at all.
+        blend: what is read, as ``data.blend``; empty: the documents of ``data.blend`` that
+            ``data.held_out`` holds out, and other samples of its generated parts.
+        sequences: packed sequences of ``data.sequence_length`` tokens that a validation reads, the
+            same each time, dealt to the parts by their weights; at least one a part.
+        probes: generated tasks whose answers are looked at beside the loss: the share of documents all
+            of whose learned tokens are the likeliest ones (needles, say). Not in ``align``.
+        probe_sequences: packed sequences of each probe.
+    """
+
+    interval: int = 0
+    blend: tuple[SourceConfig, ...] = ()
+    sequences: int = 64
+    probes: tuple[SourceConfig, ...] = ()
+    probe_sequences: int = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,6 +322,7 @@ class RunConfig:
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     recompute: RecomputeConfig = dataclasses.field(default_factory=RecomputeConfig)

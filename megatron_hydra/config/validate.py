@@ -6,10 +6,12 @@ shapes. Every message names the key to change.
 
 from __future__ import annotations
 
+import math
+import os
 import re
 
 from megatron_hydra.config.model import ModelConfig
-from megatron_hydra.config.run import RunConfig
+from megatron_hydra.config.run import RunConfig, SourceConfig
 from megatron_hydra.errors import HydraError
 
 VERBS_WITH_TEACHER = ("align", "distill")
@@ -29,6 +31,7 @@ def check_run(config: RunConfig) -> None:
     """
     _check_inputs(config)
     _check_numbers(config)
+    _check_validation(config)
     _check_switches(config)
 
 
@@ -64,8 +67,12 @@ def _check_inputs(config: RunConfig) -> None:
         else f"teacher.checkpoint is set, but {verb} has no teacher: remove it",
     )
     _require(bool(config.data.blend), "data.blend is empty: name at least one source")
-    for i, source in enumerate(config.data.blend):
-        key = f"data.blend.{i}"
+    _check_blend("data.blend", config.data.blend)
+
+
+def _check_blend(name: str, blend: tuple[SourceConfig, ...]) -> None:
+    for i, source in enumerate(blend):
+        key = f"{name}.{i}"
         _require(source.weight > 0, f"{key}.weight is {source.weight}: it must be above 0")
         if source.kind == "indexed":
             _require(bool(source.path), f"{key}.path is empty: an indexed source needs one")
@@ -125,6 +132,64 @@ def _check_numbers(config: RunConfig) -> None:
         factor == 0 or factor > 1,
         f"faults.spike_factor is {factor}: it must be above 1, or 0 for no check",
     )
+
+
+def _check_validation(config: RunConfig) -> None:
+    validation, schedule, data = config.validation, config.schedule, config.data
+    for section, key in (("validation", "interval"), ("schedule", "patience")):
+        value = getattr(getattr(config, section), key)
+        _require(value >= 0, f"{section}.{key} is {value}: it must not be negative")
+    for key in ("sequences", "probe_sequences"):
+        value = getattr(validation, key)
+        _require(value >= 1, f"validation.{key} is {value}: it must be at least 1")
+    _require(
+        0 <= data.held_out < 1,
+        f"data.held_out is {data.held_out}: it is a share, at least 0 and below 1",
+    )
+    least = schedule.min_improvement
+    _require(
+        0 <= least < math.inf,
+        f"schedule.min_improvement is {least}: it must be a number that is not negative",
+    )
+    _require(
+        not schedule.patience or validation.interval > 0,
+        f"schedule.patience is {schedule.patience}, but validation.interval is 0: without a validation "
+        "no run can end by it",
+    )
+    _require(
+        not validation.interval or bool(validation.blend) or data.held_out > 0,
+        f"validation.interval is {validation.interval}, but nothing is held out: set data.held_out "
+        "(0.001, say) or name sources in validation.blend",
+    )
+    _require(
+        not (validation.blend and data.held_out),
+        f"validation.blend names sources and data.held_out is {data.held_out}: validation reads either "
+        "these sources or what is held out, remove one",
+    )
+    _check_blend("validation.blend", validation.blend)
+    _check_blend("validation.probes", validation.probes)
+    for i, source in enumerate(validation.probes):
+        _require(
+            source.kind == "synthetic",
+            f"validation.probes.{i}.kind is {source.kind}: a probe is a generated task (kind: synthetic)",
+        )
+    _require(
+        not validation.probes or config.verb != "align",
+        "validation.probes: align runs no whole student that could answer; remove them, or set them in "
+        "distill and finetune",
+    )
+    _require(
+        not validation.probes or validation.interval > 0,
+        "validation.probes are named, but validation.interval is 0: set it, or remove them",
+    )
+    trained = {os.path.realpath(s.path): i for i, s in enumerate(data.blend) if s.kind == "indexed"}
+    for i, source in enumerate(validation.blend):
+        place = trained.get(os.path.realpath(source.path)) if source.kind == "indexed" else None
+        _require(
+            place is None,
+            f"validation.blend.{i}.path is {source.path}, which training reads (data.blend.{place}): "
+            "name other data, or set data.held_out",
+        )
 
 
 def _check_switches(config: RunConfig) -> None:

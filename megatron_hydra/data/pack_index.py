@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_hydra.data.held_out import Side, documents_of_side
 from megatron_hydra.data.indexed import IndexedDocuments
 from megatron_hydra.data.manifest import file_probe, write_json_atomically
 from megatron_hydra.data.packing import Packing, Packs, pack_documents, upsample
@@ -39,6 +40,7 @@ def pack_index(
     seed: int,
     upsampling: dict[int, float],
     cache_dir: str = "",
+    side: Side | None = None,
 ) -> tuple[Packs, dict[str, Any]]:
     """The packs of a source, from the cache or built now.
 
@@ -46,6 +48,7 @@ def pack_index(
         source: the documents.
         sequence_length, packing, seed, upsampling: see :mod:`megatron_hydra.data.packing`.
         cache_dir: where indices are kept; empty: ``<folder of the source>/.packs``.
+        side: which documents are packed, where some are held out; ``None``: all of them.
 
     Returns:
         The packs (memory-mapped) and their description: ``key`` (of what they were made from),
@@ -63,6 +66,8 @@ def pack_index(
         "seed": seed,
         "upsample": sorted(upsampling.items()),
     }
+    if side is not None:
+        recipe["held_out"] = [side.held_out, side.is_validation]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:24]
     root = Path(cache_dir) if cache_dir else Path(source.prefix).parent / ".packs"
     folder = root / f"{Path(source.prefix).name}-{sequence_length}-{packing}-{key}"
@@ -73,7 +78,7 @@ def pack_index(
         with _locked(root / f".{folder.name}.lock"):
             if not (folder / "pack.json").exists():
                 _log.info("packing %s into sequences of %d tokens", source.prefix, sequence_length)
-                _build(source, recipe, upsampling, folder)
+                _build(source, recipe, upsampling, side, folder)
     except OSError as error:
         raise HydraError(
             f"cannot write the packing index {folder}: {error}; set data.cache_dir to a folder "
@@ -90,7 +95,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build(
-    source: IndexedDocuments, recipe: dict[str, Any], upsampling: dict[int, float], folder: Path
+    source: IndexedDocuments,
+    recipe: dict[str, Any],
+    upsampling: dict[int, float],
+    side: Side | None,
+    folder: Path,
 ) -> None:
     packs, report = pack_source(
         source,
@@ -98,6 +107,7 @@ def _build(
         packing=recipe["packing"],
         seed=recipe["seed"],
         upsampling=upsampling,
+        side=side,
     )
     temporary = folder.with_name(f".{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -136,18 +146,27 @@ def pack_source(
     packing: Packing,
     seed: int,
     upsampling: dict[int, float],
+    side: Side | None = None,
 ) -> tuple[Packs, dict[str, Any]]:
     """Pack a source without any cache; returns the packs and a report of numbers."""
     offsets, lengths = source.document_spans()
     documents = int((lengths > 0).sum())
     report: dict[str, Any] = {"documents": documents, "empty_documents": len(lengths) - documents}
     report["tokens_in_source"] = int(lengths.sum())
+    is_ours = np.ones(len(lengths), dtype=bool)
+    if side is not None:
+        is_ours = documents_of_side(len(lengths), side)
+        report["documents_of_side"] = int((is_ours & (lengths > 0)).sum())
     if upsampling:
         chosen = upsample(lengths, upsampling, seed, source.prefix)
         times = np.bincount(chosen, minlength=len(lengths))
         report["documents_repeated"] = int((times > 1).sum())
         report["documents_dropped"] = int(((times == 0) & (lengths > 0)).sum())
         offsets, lengths = offsets[chosen], lengths[chosen]
+        is_ours = is_ours[chosen]
+    if side is not None:
+        lengths = np.where(is_ours, lengths, 0)
+        side.refuse_nothing(source.prefix, int((lengths > 0).sum()), documents)
     name = f"{source.prefix}.bin"
     packs = pack_documents(offsets, lengths, sequence_length, packing, seed, name)
     report["documents_per_epoch"] = int((lengths > 0).sum())

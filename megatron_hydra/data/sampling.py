@@ -26,6 +26,14 @@ def mix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
+def mix64_of(values: np.ndarray) -> np.ndarray:
+    """As :func:`mix64`, of every entry of a uint64 array."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap around without a warning
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
 def derive_key(*parts: int | str) -> int:
     """A 64-bit key from integers and strings; the same on every machine and Python."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)

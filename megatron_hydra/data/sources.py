@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_hydra.config.run import DataConfig, SourceConfig
 from megatron_hydra.data.document import Document
+from megatron_hydra.data.held_out import Side
 from megatron_hydra.data.indexed import IndexedDocuments
 from megatron_hydra.data.pack_index import pack_index
 from megatron_hydra.data.packing import upsample_factors
@@ -44,9 +45,21 @@ class IndexedSource:
     """Tokenised text: packs in a new seeded order every epoch."""
 
     def __init__(
-        self, config: SourceConfig, data: DataConfig, *, seed: int, vocab_size: int
+        self,
+        config: SourceConfig,
+        data: DataConfig,
+        *,
+        seed: int,
+        vocab_size: int,
+        for_validation: bool = False,
     ) -> None:
         """Open, pack (or find the cached packing) and check.
+
+        Args:
+            config, data: the part, and how it is packed.
+            seed: of the order of packs.
+            vocab_size: of the model.
+            for_validation: read the documents that ``data.held_out`` holds out, not the others.
 
         Raises:
             HydraError: the files are damaged, or made with another tokenizer.
@@ -61,6 +74,7 @@ class IndexedSource:
             seed=data.seed,
             upsampling=upsampling,
             cache_dir=data.cache_dir,
+            side=Side(data.held_out, for_validation) if data.held_out else None,
         )
         self.samples_per_epoch: int | None = len(self.packs)
         largest = self.description["max_token_id"]

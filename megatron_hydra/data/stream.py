@@ -25,6 +25,8 @@ from megatron_hydra.errors import HydraError
 
 _log = logging.getLogger(__name__)
 _PAD_TOKEN = 0
+_ABSENT = {"data.held_out": 0.0}
+"""What a fingerprint means that lacks a key."""
 
 
 class PackedStream:
@@ -44,6 +46,7 @@ class PackedStream:
         dp_size: int,
         vocab_size: int,
         tokenizer: Any = None,
+        for_validation: bool = False,
     ) -> None:
         """Open every source and check all of it before the first step.
 
@@ -53,6 +56,7 @@ class PackedStream:
                 one replica pass the same values and get the same batches.
             vocab_size: of the model; a larger token id is an error.
             tokenizer: an HF tokenizer; loaded from ``data.tokenizer`` if left out.
+            for_validation: read what ``data.held_out`` holds out from training.
 
         Raises:
             HydraError: anything in the config or in the data is wrong.
@@ -60,6 +64,7 @@ class PackedStream:
         _check_sizes(data, batch, dp_rank, dp_size)
         self.data, self.batch = data, batch
         self.dp_rank, self.dp_size, self.vocab_size = dp_rank, dp_size, vocab_size
+        self._for_validation = for_validation
         if tokenizer is None and data.tokenizer:
             tokenizer = load_tokenizer(data.tokenizer)
         self._tokenizer_fingerprint = "" if tokenizer is None else tokenizer_fingerprint(tokenizer)
@@ -75,7 +80,13 @@ class PackedStream:
         seed = derive_key(self.data.seed, position)
         if part.kind == "synthetic":
             return SyntheticSource(part, self.data, seed=seed, tokenizer=tokenizer)
-        source = IndexedSource(part, self.data, seed=seed, vocab_size=self.vocab_size)
+        source = IndexedSource(
+            part,
+            self.data,
+            seed=seed,
+            vocab_size=self.vocab_size,
+            for_validation=self._for_validation,
+        )
         if tokenizer is not None:
             source.check_tokenizer(tokenizer)
         return source
@@ -112,9 +123,16 @@ class PackedStream:
         """Which part, and which sample of it, global sample number ``sample`` is."""
         return self._blend.draw(sample)
 
+    def drawn_before(self, sample: int) -> list[int]:
+        """How many samples of each part come before global sample number ``sample``."""
+        return self._blend.drawn_before(sample)
+
     def documents(self, sample: int) -> list[Document]:
         """The documents of one packed sequence."""
-        draw = self.draw(sample)
+        return self.drawn_documents(self.draw(sample))
+
+    def drawn_documents(self, draw: Draw) -> list[Document]:
+        """The documents of one packed sequence of a part."""
         documents = self.sources[draw.source].sample(draw.index)
         for document in documents:
             if int(document.tokens.max()) >= self.vocab_size or int(document.tokens.min()) < 0:
@@ -125,21 +143,8 @@ class PackedStream:
         return documents
 
     def _micro_batch(self, samples: list[int]) -> PackedBatch:
-        packed = [
-            pack_sequence(self.documents(sample), self.data.sequence_length) for sample in samples
-        ]
-        length = self.data.sequence_length
-        edges = [0]
-        for position, (_, _, _, ends) in enumerate(packed):
-            edges += [position * length + end for end in ends]
-        columns = [torch.from_numpy(np.concatenate([p[c] for p in packed])) for c in range(3)]
-        return PackedBatch(
-            tokens=columns[0],
-            labels=columns[1],
-            loss_mask=columns[2],
-            cu_seqlens=tuple(edges),
-            sample_ids=tuple(samples),
-        )
+        sequences = [self.documents(sample) for sample in samples]
+        return pack_micro_batch(sequences, self.data.sequence_length, tuple(samples))
 
     def epoch_report(self, step: int) -> dict[str, dict[str, float]]:
         """How far every part has been read when ``step`` steps are done.
@@ -220,11 +225,16 @@ class PackedStream:
             "data.tokenizer": self._tokenizer_fingerprint,
             "batch.global_batch_size": self.batch.global_batch_size,
             "order of samples": derive_key(*self.global_samples(0)),
-            "data.blend": [
-                {"name": source.name, "weight": part.weight, "fingerprint": source.fingerprint()}
-                for source, part in zip(self.sources, self.data.blend, strict=True)
-            ],
+            "data.held_out": self.data.held_out,
+            "data.blend": self.parts(),
         }
+
+    def parts(self) -> list[dict[str, Any]]:
+        """Name, weight and fingerprint of every part, JSON."""
+        return [
+            {"name": source.name, "weight": part.weight, "fingerprint": source.fingerprint()}
+            for source, part in zip(self.sources, self.data.blend, strict=True)
+        ]
 
     def state(self, step: int | None = None) -> dict[str, Any]:
         """What a checkpoint records: JSON with the fingerprint, ``step`` and ``samples``.
@@ -255,7 +265,7 @@ class PackedStream:
         own = self.fingerprint()
         advice = "resume with the same data, or start a new run (another output) from the weights"
         for key, value in own.items():
-            if key != "data.blend" and saved.get(key) != value:
+            if key != "data.blend" and saved.get(key, _ABSENT.get(key)) != value:
                 raise HydraError(
                     f"cannot resume: {key} was {saved.get(key)!r} and is {value!r} now; {advice}"
                 )
@@ -274,6 +284,24 @@ class PackedStream:
                     )
         self._next_step = step
         return step
+
+
+def pack_micro_batch(
+    sequences: list[list[Document]], length: int, sample_ids: tuple[int, ...]
+) -> PackedBatch:
+    """Lay sequences of ``length`` tokens end to end; one without a document is all padding."""
+    packed = [pack_sequence(documents, length) for documents in sequences]
+    edges = [0]
+    for position, (_, _, _, ends) in enumerate(packed):
+        edges += [position * length + end for end in ends]
+    columns = [torch.from_numpy(np.concatenate([p[c] for p in packed])) for c in range(3)]
+    return PackedBatch(
+        tokens=columns[0],
+        labels=columns[1],
+        loss_mask=columns[2],
+        cu_seqlens=tuple(edges),
+        sample_ids=sample_ids,
+    )
 
 
 def pack_sequence(

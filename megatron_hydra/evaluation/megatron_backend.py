@@ -46,13 +46,11 @@ from megatron_hydra.training.agreement import on_main
 from megatron_hydra.training.model_state import load_model, verified_checkpoint
 from megatron_hydra.training.provenance import checkpoint_fingerprint
 from megatron_hydra.training.setup import build_chunks, freeze
+from megatron_hydra.transfer.answers import likeliest_tokens
 from megatron_hydra.transfer.verb import lm_head_weight, replicate_sequence
 
 SECTIONS = ("parallel", "backend", "faults")
 """What of a run's config an evaluation heeds."""
-
-HEAD_ROWS = 1024
-"""Positions whose logits exist at a time."""
 
 LOOKUP_TOKENS, LOOKUP_MATCH = 16, 2
 """A draft from the text: so many tokens, found by so many."""
@@ -245,7 +243,9 @@ class MegatronBackend:
             hidden = replicate_sequence(hidden, self.world, wants_gradient=False)
             local = positions - packed.shard_start
             own = (local >= 0) & (local < packed.length_local)
-            said[own] = self._argmax(hidden[local[own]])
+            weight = lm_head_weight(self.chunk)
+            first = self.chunk.vocabulary_shard.first
+            said[own] = likeliest_tokens(hidden[local[own]], weight, first)
             group = parallel_state.get_context_parallel_group()
             dist.all_reduce(said, op=dist.ReduceOp.MAX, group=group)
         if self.world.pp_size > 1:
@@ -287,22 +287,6 @@ class MegatronBackend:
             following = parallel_state.get_pipeline_model_parallel_next_rank()
             dist.send(hidden.contiguous(), following, group)
         return hidden
-
-    def _argmax(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[N]`` of hidden states ``[N, D]``: the best of all vocabulary shards, the first of equals."""
-        group = parallel_state.get_tensor_model_parallel_group()
-        weight = lm_head_weight(self.chunk)
-        tokens = []
-        for rows in hidden.split(HEAD_ROWS):
-            best, token = (rows @ weight.T).float().max(dim=-1)
-            best = best.nan_to_num(nan=-torch.inf)  # a model that says NaN is wrong, not an error
-            top = best.clone()
-            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-            token = token + self.chunk.vocabulary_shard.first
-            token = token.masked_fill(best < top, self.vocabulary)
-            dist.all_reduce(token, op=dist.ReduceOp.MIN, group=group)
-            tokens.append(token)
-        return torch.cat(tokens)
 
 
 def draft(continuation: Continuation, new: list[int]) -> list[int]:

@@ -123,20 +123,23 @@ def convert(context: Context) -> None:
 
 def stage(context: Context) -> None:
     """One stage of training; goes on from its own checkpoints if it was stopped."""
-    from megatron_hydra.config.run import RunConfig
+    from megatron_hydra.config.run import RunConfig, SourceConfig
 
     config = from_dict(RunConfig, context.step.params["config"], context.step.kind)
     if not config.checkpoint.save_optimizer:
         # What a stopped try has saved cannot be resumed: it begins anew.
         shutil.rmtree(context.out, ignore_errors=True)
     places = context.step.places
-    blend = tuple(
-        dataclasses.replace(part, path=places["data"].get(str(n), ""))
-        for n, part in enumerate(config.data.blend)
-    )
+
+    def placed(blend: tuple[SourceConfig, ...], name: str) -> tuple[SourceConfig, ...]:
+        return tuple(
+            dataclasses.replace(part, path=places["data"].get(f"{name}{n}", ""))
+            for n, part in enumerate(blend)
+        )
+
     data = dataclasses.replace(
         config.data,
-        blend=blend,
+        blend=placed(config.data.blend, ""),
         cache_dir=places["cache_dir"],
         tokenizer=str(context.teacher_hf),
     )
@@ -151,6 +154,9 @@ def stage(context: Context) -> None:
             checkpoint=str(context.inputs["teacher"]) if "teacher" in context.inputs else "",
         ),
         data=data,
+        validation=dataclasses.replace(
+            config.validation, blend=placed(config.validation.blend, "validation.")
+        ),
     )
     processes = context.step.params["processes"]
     if processes == 1:

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_hydra.config.loading import from_dict, load_run_config, read_config, to_dict
 from megatron_hydra.config.model import HydraConfig, stored_switches
-from megatron_hydra.config.run import RunConfig
+from megatron_hydra.config.run import RunConfig, SourceConfig
 from megatron_hydra.config.validate import check_run
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments import fingerprint
@@ -39,6 +39,13 @@ PREPARED = "{prepare}"
 
 PLACE = "<input>"
 """Stands in a run's config for a path that is known only when the stage runs."""
+
+_NEW_KEYS = {
+    "data": ("held_out",),
+    "schedule": ("patience", "min_improvement"),
+    "validation": ("interval", "blend", "sequences", "probes", "probe_sequences"),
+}
+"""Keys of a run that are younger than steps which are kept."""
 
 _SEEDLESS = ("layerwise", "fixed")
 """Strategies that look at no prompts and draw nothing."""
@@ -276,12 +283,13 @@ class _CellPlanner:
         _, inputs, places = self._teacher_model()
         inputs |= {"student": before, "teacher": self._teacher() if reads_teacher else None}
         paths = {
-            str(n): os.path.abspath(part.path)
-            for n, part in enumerate(config.data.blend)
+            f"{name}{n}": os.path.abspath(part.path)
+            for name, blend in (("", config.data.blend), ("validation.", config.validation.blend))
+            for n, part in enumerate(blend)
             if part.path
         }
         params = {
-            "config": to_dict(_without_paths(config)),
+            "config": _without_new_defaults(to_dict(_without_paths(config))),
             "data": {n: fingerprint.of_data(path) for n, path in paths.items()},
             "processes": stage.processes,
         }
@@ -342,8 +350,24 @@ def _yaml(value: Any) -> str:
 
 def _without_paths(config: RunConfig) -> RunConfig:
     """The same wherever its data and their packs lie: the content of data is hashed apart."""
-    blend = tuple(
-        dataclasses.replace(part, path=PLACE) if part.path else part for part in config.data.blend
-    )
-    data = dataclasses.replace(config.data, blend=blend, cache_dir="")
-    return dataclasses.replace(config, data=data)
+
+    def nowhere(blend: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        return tuple(dataclasses.replace(part, path=PLACE) if part.path else part for part in blend)
+
+    data = dataclasses.replace(config.data, blend=nowhere(config.data.blend), cache_dir="")
+    validation = dataclasses.replace(config.validation, blend=nowhere(config.validation.blend))
+    return dataclasses.replace(config, data=data, validation=validation)
+
+
+def _without_new_defaults(body: dict[str, Any]) -> dict[str, Any]:
+    """A config as it was before there was a validation, where it has none: its steps are still theirs."""
+    default = to_dict(RunConfig())
+    shortened = dict(body)
+    for section, keys in _NEW_KEYS.items():
+        kept = {
+            key: value
+            for key, value in body[section].items()
+            if key not in keys or value != default[section][key]
+        }
+        shortened[section] = kept
+    return {key: value for key, value in shortened.items() if value != {}}

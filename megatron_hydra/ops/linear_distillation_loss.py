@@ -301,6 +301,8 @@ def linear_distillation_loss(
     teacher: tuple[Tensor | None, Tensor | None] = (None, None)
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = (teacher_hidden.detach(), teacher_weight.detach())
+    if not torch.is_grad_enabled():  # else the loss prepares gradients that nobody asks for
+        student_hidden, student_weight = student_hidden.detach(), student_weight.detach()
     return DistillationLoss(
         *_LinearDistillationLoss.apply(
             student_hidden, student_weight, labels - first_label, loss_mask != 0, *teacher, settings

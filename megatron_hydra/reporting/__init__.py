@@ -3,5 +3,5 @@
 METRICS_FILE, EVENTS_FILE = "metrics.jsonl", "events.jsonl"
 """In a run's output folder: an entry a step; and what happened to it, over all attempts."""
 
-PHASES = ("data", "forward_backward", "optimizer", "save")
+PHASES = ("data", "forward_backward", "optimizer", "validation", "save")
 """Parts of a step whose seconds are measured."""

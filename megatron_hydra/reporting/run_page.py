@@ -155,6 +155,13 @@ def _charts(entries: list[dict[str, Any]], events: list[dict[str, Any]]) -> list
     def series(key: str, scale: float = 1.0) -> Points:
         return [(e["step"], _number(e.get(key), scale)) for e in entries]
 
+    held_out = [
+        (e["step"], e["validation"]) for e in entries if isinstance(e.get("validation"), dict)
+    ]
+
+    def held_out_points(key: str) -> Points:
+        return [(step, _number(found.get(key))) for step, found in held_out]
+
     def layers(key: str) -> dict[str, Points]:
         count = max((len(e[key]) for e in entries if isinstance(e.get(key), list)), default=0)
         return {
@@ -167,13 +174,32 @@ def _charts(entries: list[dict[str, Any]], events: list[dict[str, Any]]) -> list
     losses = {key: series(key) for key in ("loss", "kl", "ce") if any(key in e for e in entries)}
     if "kl" not in losses:
         losses.pop("ce", None)  # it is the loss
+    held_out_losses = {
+        f"held-out {key}": held_out_points(key)
+        for key in ("loss", "kl", "ce")
+        if held_out and key in losses
+    }
+    sources: dict[str, list[tuple[float, float | None]]] = {}
+    answered: dict[str, list[tuple[float, float | None]]] = {}
+    for step, found in held_out:
+        for name, numbers in found.get("sources", {}).items():
+            sources.setdefault(name, []).append((step, _number(numbers.get("loss"))))
+        for name, numbers in found.get("probes", {}).items():
+            answered.setdefault(name, []).append((step, _number(numbers.get("accuracy"), 100)))
+    held_out_layers: dict[str, Points] = {
+        f"layer {i}": [(step, _number(found["layers"][i])) for step, found in held_out]
+        for i in range(len(held_out[-1][1].get("layers", [])) if held_out else 0)
+    }
     phases: dict[str, Points] = {
         name: [(e["step"], _number(e["seconds"].get(name))) for e in entries if "seconds" in e]
         for name in PHASES
     }
     charts: list[tuple[str, dict[str, Points], str]] = [
-        ("loss", losses, ""),
+        ("loss", losses | held_out_losses, ""),
+        ("held-out loss by source", dict(sources) if len(sources) > 1 else {}, ""),
+        ("probes answered right", dict(answered), "%"),
         ("alignment loss by layer", layers("layers"), ""),
+        ("held-out alignment loss by layer", held_out_layers, ""),
         ("gradient norm", {"gradient norm": series("grad_norm")}, ""),
         ("learning rate", {"learning rate": series("lr")}, ""),
         ("tokens per second", {"tokens per second": series("tokens_per_s")}, ""),

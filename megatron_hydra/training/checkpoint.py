@@ -47,6 +47,7 @@ from megatron_hydra.training.model_state import (
     sharding_metadata,
 )
 from megatron_hydra.training.optimizer_state import add_optimizer_state
+from megatron_hydra.training.patience import history_of, reason_to_end
 from megatron_hydra.training.provenance import OTHER_RUN, Provenance
 from megatron_hydra.training.random_state import capture_random_state, restore_random_state
 from megatron_hydra.training.resume_rules import Change, refuse_changes
@@ -71,11 +72,15 @@ class Progress:
         step: steps done.
         tokens: tokens read, padding included.
         faults: state of the :class:`~.faults.FaultKeeper`, JSON.
+        validation: state of the :class:`~.validation.Validation`, JSON.
+        ended: why the run is over; empty: it is not.
     """
 
     step: int
     tokens: int
     faults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    validation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ended: str = ""
 
 
 # -- a run's checkpoints --------------------------------------------------------------------------
@@ -152,7 +157,9 @@ class RunCheckpoints:
             "world": dataclasses.asdict(self.world) | {"rank": 0},
             "config": to_dict(self.config),
         }
-        record = self.provenance.record(self.config, progress.step, progress.tokens)
+        record = self.provenance.record(
+            self.config, progress.step, progress.tokens, progress.validation, progress.ended
+        )
         publish = functools.partial(self._publish, temporary, final, body, record)
         with self._abandoned_on_failure(temporary):
             write = CheckpointWrite(snapshot, common, temporary / store.WEIGHTS, self._plan)
@@ -201,8 +208,7 @@ class RunCheckpoints:
 
     def _wants_optimizer(self, progress: Progress) -> bool:
         """The last checkpoint may go without; any other is there to be resumed, as after a stop."""
-        is_last = progress.step >= self.config.schedule.steps
-        return self.config.checkpoint.save_optimizer or not is_last
+        return self.config.checkpoint.save_optimizer or not progress.ended
 
     def _make_room(self, temporary: Path, final: Path) -> None:
         try:
@@ -301,14 +307,15 @@ class RunCheckpoints:
         on_main(lambda: self._refuse_other_weights(folder))
         step = check_data(body["data"])
         was_updated = step > body["faults"].get("skipped", 0)  # else there is no state to lose
-        is_finished = step >= self.config.schedule.steps
-        if was_updated and not (body["optimizer"] or is_finished):
+        validation = body.get("validation", {})  # absent from checkpoints of before
+        ended = reason_to_end(self.config.schedule, step, history_of(validation))
+        if was_updated and not (body["optimizer"] or ended):
             raise HydraError(
                 f"{folder} was saved with checkpoint.save_optimizer=false and cannot be resumed; "
                 "start a new run from it with student.checkpoint"
             )
         self._load(folder, body)
-        return Progress(step=step, tokens=body["tokens"], faults=body["faults"])
+        return Progress(step, body["tokens"], body["faults"], validation, ended)
 
     def _refuse_other_weights(self, folder: Path) -> None:
         """The checkpoint holds this run's model, trained from this run's student and teacher."""

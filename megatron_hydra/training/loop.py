@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -30,6 +31,7 @@ from megatron_hydra.training.metrics import MetricsLog, where_it_runs
 from megatron_hydra.training.model_state import load_model, verified_checkpoint
 from megatron_hydra.training.observe import PhaseTimers
 from megatron_hydra.training.out_of_memory import out_of_memory_explained
+from megatron_hydra.training.patience import ALL_STEPS
 from megatron_hydra.training.provenance import Provenance, trained_model_config
 from megatron_hydra.training.report import StepReport
 from megatron_hydra.training.resume_rules import rule_of
@@ -43,6 +45,7 @@ from megatron_hydra.training.setup import (
 )
 from megatron_hydra.training.start import prepare_node, report_start
 from megatron_hydra.training.step import StepResult, Trainee, train_step
+from megatron_hydra.training.validation import Validation
 from megatron_hydra.transfer.verb import inner_model
 from megatron_hydra.transfer.verbs import VERBS
 from megatron_hydra.watchdog import PATIENCE, Watchdog
@@ -104,6 +107,7 @@ class _Run:
         check_layout(config, world.size, model, teacher_model)
         with startup_phase("data"):
             self.stream = on_all(lambda: _open_stream(config, world, model))
+            self.validation = on_all(lambda: Validation(config, world, model.vocab_size))
         self.model, self.teacher_model = model, teacher_model
         self.faults = FaultKeeper(config.faults)
         self.timers = PhaseTimers()
@@ -157,6 +161,7 @@ class _Run:
         apply_settings(self.trainee.optimizer, self.config)
         self.schedule.step(progress.step)
         self.faults.restore(progress.faults)
+        self.validation.restore(progress.validation)
         if self.world.is_main:
             _log.info("resuming from %s", folder)
             for change in self.checkpoints.changes:
@@ -186,9 +191,8 @@ class _Run:
                 "resume" if first else "start", first, **where_it_runs(self.world.size),
                 **({"changed": changed} if changed else {}),
             )  # fmt: skip
-            with contextlib.closing(
-                _prefetched(self.stream, first, config.schedule.steps)
-            ) as batches:
+            end = first if self.progress.ended else config.schedule.steps
+            with contextlib.closing(_prefetched(self.stream, first, end)) as batches:
                 status = self._steps(log, batches, first_step_is_done)
             self.watchdog.feed(PATIENCE)
             on_main(log.close)  # no rank leaves while rank 0 still sends what it has logged
@@ -200,7 +204,7 @@ class _Run:
         batches: Iterator[tuple[int, list[PackedBatch]]],
         first_step_is_done: Callable[[MetricsLog, int], None],
     ) -> int:
-        total, first = self.config.schedule.steps, self.progress.step
+        first = self.progress.step
         report = StepReport(self.config, self.world, self.trainee, self.model, self.teacher_model)
         for step, micro_batches in self.timers.over("data", batches):
             self.watchdog.feed(PATIENCE if step == first + 1 else 1)
@@ -210,18 +214,39 @@ class _Run:
             if step == first + 1:
                 first_step_is_done(log, step)
             tokens = self.progress.tokens + self.stream.tokens_per_step
-            self.progress = Progress(step, tokens, self.faults.state())
-            entry = report.entry(result, self.progress, self.timers)
+            held_out = self._validated(step)
+            ended = self.validation.reason_to_end(step)
+            self.progress = Progress(
+                step, tokens, self.faults.state(), self.validation.state(), ended
+            )
+            entry = report.entry(result, self.progress, self.timers, held_out)
             if entry is not None:
                 log.write(entry)
             log.advance(step, result.loss)
             self._mind_faults(log, result, micro_batches)
-            if self._mind_checkpoints(log, result) and step < total:
+            is_stopped = self._mind_checkpoints(log, result)
+            if ended:
+                break
+            if is_stopped:
                 reason = self.stop.reason or "another rank was asked to"
                 log.event("stop", step, reason=reason, saved_step=self.saved_step)
                 return REQUEUE_EXIT_CODE
-        log.event("end", self.progress.step)
+        step, reason = self.progress.step, self.progress.ended
+        log.event("end", step, reason=reason)
+        if self.world.is_main and reason != ALL_STEPS:
+            _log.info("the run ends after step %d: %s", step, reason)
         return 0
+
+    def _validated(self, step: int) -> dict[str, Any] | None:
+        """What a validation after ``step`` has measured; ``None`` where none is due."""
+        if not self.validation.is_due(step):
+            return None
+        with self.timers.phase("validation"):
+            found = self.validation.measure(
+                self.trainee, step, lambda: self.watchdog.feed(PATIENCE)
+            )
+        self.watchdog.feed(PATIENCE)
+        return found
 
     def _notices(self) -> tuple[bool, bool]:
         return self.stop.requested, self.checkpoints.is_writing
@@ -254,7 +279,7 @@ class _Run:
             Whether to leave: everything is saved, and some rank was asked to.
         """
         config, step = self.config, self.progress.step
-        is_end = step == config.schedule.steps
+        is_end = bool(self.progress.ended)
         if self.checkpoints.is_pending and not result.saving:
             self._finish_save(log)
         interval = config.checkpoint.interval

@@ -15,6 +15,8 @@ from megatron_hydra.errors import HydraError
 OTHER_RUN = "give the checkpoint that this run was started from, or choose another output"
 """What to do where a run is resumed with other inputs."""
 
+_OF_VALIDATION = ("best", "best_step", "waited")
+
 
 def checkpoint_fingerprint(folder: Path) -> str:
     """Hash of a checkpoint's manifest, and through it of every file of the checkpoint."""
@@ -62,13 +64,26 @@ class Provenance:
                     f"{_named(now)}; {OTHER_RUN}"
                 )
 
-    def record(self, config: RunConfig, step: int, tokens: int) -> dict[str, Any]:
-        """The ``provenance`` of a manifest, JSON."""
+    def record(
+        self, config: RunConfig, step: int, tokens: int, validation: dict[str, Any], ended: str
+    ) -> dict[str, Any]:
+        """The ``provenance`` of a manifest, JSON.
+
+        Args:
+            config: the run.
+            step, tokens: how far it is.
+            validation: state of its held-out losses; best and number of those without an improvement
+                are taken from it.
+            ended: why it is over; empty: it is not.
+        """
+        facts = {key: value for key, value in validation.items() if key in _OF_VALIDATION}
         return {
             "stage": config.verb,
             "inputs": self.inputs,
             "step": step,
             "tokens": tokens,
+            "ended": ended,
+            "validation": facts,
             "config": to_dict(config),
             "history": self.history,
         }

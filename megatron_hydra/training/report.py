@@ -39,9 +39,20 @@ class StepReport:
         self._peak = config.logging.peak_tflops or peak_tflops(platform.device_name())
 
     def entry(
-        self, result: StepResult, progress: Progress, timers: PhaseTimers
+        self,
+        result: StepResult,
+        progress: Progress,
+        timers: PhaseTimers,
+        validation: dict[str, Any] | None,
     ) -> dict[str, Any] | None:
-        """The entry of a step that is to be logged, else ``None``. Collective."""
+        """The entry of a step that is to be logged, else ``None``. Collective.
+
+        Args:
+            result: of the step.
+            progress: the step included.
+            timers: of the steps since the last entry.
+            validation: what was measured after the step, which then has an entry; ``None``: nothing.
+        """
         config, step = self._config, progress.step
         tokens = config.batch.global_batch_size * config.data.sequence_length
         self._steps += 1
@@ -49,8 +60,8 @@ class StepReport:
         self._flops += step_flops(
             config.verb, self._model, self._teacher, tokens, result.attention_pairs
         )
-        is_last = step == config.schedule.steps
-        if step % config.logging.interval and not is_last:
+        is_last = bool(progress.ended)
+        if step % config.logging.interval and not is_last and validation is None:
             return None
         entry = {
             "step": step,
@@ -65,6 +76,8 @@ class StepReport:
         if every and (step % every == 0 or is_last):
             chunks = [inner_model(chunk) for chunk in self._trainee.chunks]
             entry |= gamma_by_layer(chunks, self._world, self._model.num_layers)
+        if validation is not None:
+            entry["validation"] = validation
         skipped = self._trainee.faults.skipped
         if skipped:
             entry["skipped_steps"] = skipped

@@ -39,6 +39,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "data.tokenizer": ("same content", "compared by fingerprint"),
     "data.packing": ("refused", "it decides which sample comes when"),
     "data.seed": ("refused", "it decides which sample comes when"),
+    "data.held_out": ("refused", "it decides which documents are trained on"),
     "data.cache_dir": ("free", ""),
     "data.token_budget": ("applied", ""),
     "batch.micro_batch_size": ("free", ""),
@@ -55,6 +56,12 @@ RULES: dict[str, tuple[Rule, str]] = {
     "backend": ("free", "equal up to rounding"),
     "checkpoint": ("applied", ""),
     "logging": ("applied", ""),
+    "validation": ("applied", ""),
+    "validation.blend": ("same content", "while validation is on"),
+    "validation.sequences": (
+        "same content",
+        "how much is measured; refused while validation is on",
+    ),
     "faults": ("applied", "a smaller `spike_window` keeps the newest steps"),
 }
 """Key, or section for those of its keys that have no rule of their own → rule and note."""

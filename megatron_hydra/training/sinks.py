@@ -161,17 +161,20 @@ class WeightsAndBiases(Sink):
 
 
 def scalars(entry: dict[str, Any]) -> dict[str, float]:
-    """The numbers of an entry; a list becomes ``name/00 …`` (a layer each), a dict ``name/key``."""
-    found: dict[str, float] = {}
-    for name, value in entry.items():
-        if isinstance(value, list):
-            parts = {f"{name}/{i:02d}": v for i, v in enumerate(value)}
-        elif isinstance(value, dict):
-            parts = {f"{name}/{key}": v for key, v in value.items()}
-        else:
-            parts = {} if name == "step" else {name: value}
-        found |= {key: v for key, v in parts.items() if _is_number(v)}
-    return found
+    """The numbers of an entry; a list becomes ``name/00 …`` (a layer each), a dict ``name/key …``."""
+    return {name: value for name, value in _leaves("", entry) if name != "step"}
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    parts: list[tuple[str, Any]] = []
+    if isinstance(value, list):
+        parts = [(f"{i:02d}", v) for i, v in enumerate(value)]
+    elif isinstance(value, dict):
+        parts = list(value.items())
+    elif _is_number(value):
+        yield name, value
+    for key, part in parts:
+        yield from _leaves(f"{name}/{key}" if name else str(key), part)
 
 
 def _is_number(value: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from megatron_hydra.training import foreach  # noqa: F401  (replaces what Megatr
 from megatron_hydra.training.faults import NOT_FINITE, NOTHING_LEARNED, FaultKeeper
 from megatron_hydra.training.flops import attention_pairs
 from megatron_hydra.training.observe import PhaseTimers
-from megatron_hydra.transfer.local_batch import local_batch
+from megatron_hydra.transfer.local_batch import LocalBatch, local_batch
 from megatron_hydra.transfer.verb import Verb
 
 
@@ -122,19 +122,38 @@ def _accumulate_gradients(trainee: Trainee, batches: list[PackedBatch]) -> None:
     verb.sums.zero_()
     length = rounded_stream_length(config)
     local = [local_batch(batch, trainee.world, length) for batch in batches]
-    get_forward_backward_func()(
-        forward_step_func=verb.forward_step,
-        data_iterator=[iter(local) for _ in chunks],
-        model=list(chunks),
-        num_microbatches=len(local),
-        seq_length=length * verb.streams,
-        micro_batch_size=1,
+    run_micro_batches(
+        trainee,
+        [iter(local) for _ in chunks],
+        len(local),
         forward_only=verb.backward_inside_forward,
     )
     if verb.backward_inside_forward:
         count = sum(batch.num_loss_tokens for batch in local)
         num_tokens = torch.full((), count, dtype=torch.int, device=verb.sums.device)
         finalize_gradients(list(chunks), num_tokens)
+
+
+def run_micro_batches(
+    trainee: Trainee, batches: list[Iterator[LocalBatch]], count: int, *, forward_only: bool
+) -> None:
+    """Megatron's schedule over this rank's micro-batches; the verb adds to its sums.
+
+    Args:
+        trainee: what is run.
+        batches: the same micro-batches for every model chunk.
+        count: how many.
+        forward_only: run no backward.
+    """
+    get_forward_backward_func()(
+        forward_step_func=trainee.verb.forward_step,
+        data_iterator=batches,
+        model=list(trainee.chunks),
+        num_microbatches=count,
+        seq_length=rounded_stream_length(trainee.config) * trainee.verb.streams,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
 
 
 def _update(trainee: Trainee, grad_norm: float) -> None:

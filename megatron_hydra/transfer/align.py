@@ -106,7 +106,7 @@ class Align(Verb):
         self, layer: Any, x: Tensor, target: Tensor, mask: Tensor, batch: LocalBatch
     ) -> None:
         """Loss and gradient of one layer on one micro-batch; ``x`` and ``target`` ``[T, 1, D]``."""
-        with torch.enable_grad():
+        with torch.set_grad_enabled(self.is_learning):
             output = _joined(
                 layer.self_attention(
                     x.detach(), attention_mask=None, packed_seq_params=batch.packed
@@ -114,7 +114,8 @@ class Align(Verb):
             )
         fused = False if self.config.backend.fused_kernels == "torch" else None
         loss, gradient = squared_error(output[:, 0], target[:, 0], mask, fused)
-        output.backward(gradient[:, None])
+        if self.is_learning:
+            output.backward(gradient[:, None])
         if self.world.sequence_parallel or self.world.tp_rank == 0:
             self.sums[layer.layer_number - 1] += loss
 

@@ -25,6 +25,7 @@ from megatron_hydra.config.run import RunConfig
 from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
 from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.world import World
+from megatron_hydra.transfer.answers import AnswerCount
 from megatron_hydra.transfer.local_batch import LocalBatch
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Any]]]
@@ -63,6 +64,8 @@ class Verb(abc.ABC):
         streams: hidden-state streams that travel between pipeline stages, stacked along the sequence.
         sums: ``[num_parts + 1]`` float64: sums of each loss part over this rank's share of the tokens,
             then the number of those tokens.
+        is_learning: whether gradients are wanted; else only the sums are (validation).
+        answers: where answers are counted (validation's probes); ``None``: they are not looked at.
     """
 
     loss_parts: tuple[str, ...] = ()
@@ -74,6 +77,8 @@ class Verb(abc.ABC):
         self.config = config
         self.world = world
         self.teacher = teacher
+        self.is_learning = True
+        self.answers: AnswerCount | None = None
         self.sums = torch.zeros(
             len(self.loss_parts) + 1, dtype=torch.float64, device=platform.device()
         )
@@ -134,8 +139,12 @@ def token_loss(
     settings = verb.config.loss
     if teacher is not None and teacher_hidden is not None:
         teacher_hidden = replicate_sequence(teacher_hidden, verb.world, wants_gradient=False)
+    hidden = replicate_sequence(hidden, verb.world, wants_gradient=True)
+    if verb.answers is not None:
+        weight = lm_head_weight(student)
+        verb.answers.add(hidden, weight, student.vocabulary_shard.first, batch)
     result = linear_distillation_loss(
-        replicate_sequence(hidden, verb.world, wants_gradient=True),
+        hidden,
         lm_head_weight(student),
         batch.labels,
         batch.loss_mask,

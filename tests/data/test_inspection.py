@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_hydra.config.run import DataConfig, SourceConfig
+from megatron_hydra.config import to_dict
+from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig, ValidationConfig
 from megatron_hydra.data.corpus import CorpusConfig
 from megatron_hydra.data.data_options import load_data_sections
 from megatron_hydra.data.document import Document
@@ -25,9 +27,11 @@ from megatron_hydra.data.inspection import (
 )
 from megatron_hydra.data.manifest import Manifest
 from megatron_hydra.data.sources import IndexedSource
+from megatron_hydra.data.stream import PackedStream
 from megatron_hydra.data.tokenization import tokenize
 from megatron_hydra.data.tokenize_config import TokenizeConfig
 from megatron_hydra.data.tokenizer import load_tokenizer
+from megatron_hydra.data.validation import ValidationStream
 from megatron_hydra.errors import HydraError
 from tests.data.corpora import numbered_documents, write_indexed, write_jsonl
 
@@ -197,6 +201,31 @@ def test_pack_builds_the_index_that_training_finds(prepared, tmp_path, capsys):
     assert "upsampling repeats" in capsys.readouterr().out
     assert command("pack")([*arguments, "--upsample", "50:2"]) == 2
     assert "--upsample 50:2" in capsys.readouterr().err
+
+
+def test_pack_builds_both_indices_of_data_of_which_some_is_held_out(prepared, tmp_path, capsys):
+    data = DataConfig(
+        blend=(SourceConfig(path=str(prepared)),), sequence_length=128, packing="split_long",
+        cache_dir=str(tmp_path / "cache"), held_out=0.2,
+    )  # fmt: skip
+    config = tmp_path / "data.yaml"
+    config.write_text(json.dumps({"data": to_dict(data)}))
+    assert command("pack")(["--config", str(config)]) == 0
+    trained, held_out = capsys.readouterr().out.splitlines()
+    counts = [int(re.search(r"(\d+) documents", line).group(1)) for line in (trained, held_out)]
+    assert sum(counts) == 80
+    assert 0 < counts[1] < counts[0]
+    assert "held out: " in held_out
+    before = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    assert len([name for name in before if not name.startswith(".")]) == 2
+    rank = {"dp_rank": 0, "dp_size": 1, "vocab_size": 100_000}
+    PackedStream(data, BatchConfig(1, 1), **rank)
+    validation = ValidationConfig(interval=1, sequences=1)
+    ValidationStream(data, validation, micro_batch_size=1, **rank)
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == before
+    config.write_text(json.dumps({"data": to_dict(dataclasses.replace(data, held_out=1.5))}))
+    assert command("pack")(["--config", str(config)]) == 2
+    assert "data.held_out is 1.5" in capsys.readouterr().err
 
 
 def test_options_replace_what_the_config_says(prepared, qwen, tmp_path, capsys):

@@ -276,6 +276,32 @@ def test_data_count_by_content_and_not_by_place(write, tmp_path, monkeypatch):
         distill("gone")
 
 
+def test_validation_counts_by_content_and_steps_without_it_are_those_of_before(write, tmp_path):
+    def distill(more):
+        text = BLEND.replace("PREFIX", str(tmp_path / "one")).replace("CACHE", "''" + more)
+        return planned(write(text)), "/ a / seed 0"
+
+    def step(more=""):
+        plan, cell = distill(more)
+        return plan.steps[steps(plan, cell)["distill"]]
+
+    for name, content in (("one", b"1"), ("two", b"2"), ("three", b"2"), ("four", b"4")):
+        indexed(tmp_path / name, content)
+    config = step().params["config"]
+    assert "validation" not in config
+    assert "held_out" not in config["data"]
+    assert "patience" not in config["schedule"]
+    assert step(", data.held_out: 0.5").key != step().key
+
+    def validated(name):
+        blend = f"[{{path: {tmp_path / name}}}]"
+        return step(f", validation.interval: 5, validation.blend: {blend}")
+
+    assert validated("two").places["data"]["validation.0"] == str(tmp_path / "two")
+    assert validated("two").key == validated("three").key
+    assert len({step().key, validated("two").key, validated("four").key}) == 3
+
+
 def test_a_manifest_saves_reading_the_data(tmp_path, monkeypatch):
     prefix = tmp_path / "data" / "text"
     indexed(prefix, b"12345678")

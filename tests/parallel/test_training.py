@@ -1,4 +1,4 @@
-"""Any layout trains as one process does: losses, gradient norms, optimizer state, faults."""
+"""Any layout trains as one process does: losses (held-out ones too), gradients, optimizer state, faults."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from megatron_hydra.checkpoint import store
 from megatron_hydra.config import apply_overrides
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.training.loop import run_training
+from megatron_hydra.training.sinks import scalars
+from megatron_hydra.transfer.answers import AnswerCount
 from megatron_hydra.transfer.student import initialise_student
 from tests.parallel.launch import ROOT, forked, torchrun
 from tests.training import tiny
@@ -61,6 +64,8 @@ LAYOUTS = {
     "tp2-seq-dp2": ["parallel.tensor=2", "parallel.fa_partition=sequence"],
     "tp2-sp-cp2": ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=2"],
 }  # fmt: skip
+# Of 13 tokens, so that two context-parallel shards of 24 cut the second document's answer in two.
+PROBES = [{"kind": "synthetic", "task": "tiny_answers", "options": {"document": 13}}]
 FAST = [
     ("align", "tp2-sp-seq-pp2"),
     ("align", "tp4"),  # some ranks have no FA head, and stage 1's inputs need no gradient
@@ -77,26 +82,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _sections() -> dict:
+def _sections(verb: str) -> dict:
     # Documents of one, several and many shards; batches that four replicas can share.
     return {
         "schedule": {"steps": STEPS, "warmup_steps": 1},
         "batch": {"micro_batch_size": 1, "global_batch_size": 4},
         "checkpoint": {"interval": 1, "keep": 0},  # that of step 1 holds its gradients
+        # No number of replicas divides five sequences; validated after step 2 and at the end.
+        "data": {"held_out": 0.25},
+        "validation": {"interval": 2, "sequences": 5, "probes": [] if verb == "align" else PROBES},
     }
 
 
 def _case(verb: str, layout: str, *, overrides: Sequence[str] = (), **more) -> dict:
     return {
         "verb": verb, "output": f"{verb}-{layout}", "overrides": [*LAYOUTS[layout], *overrides],
-        "sections": _sections(), **more,
+        "sections": _sections(verb), **more,
     }  # fmt: skip
 
 
 def _train_one(folder: Path, verb: str, overrides: Sequence[str] = ()) -> int:
     """Train in one process."""
-    config = tiny.run_config(folder, verb, f"{verb}-one", **_sections())
-    return run_training(apply_overrides(config, overrides))
+    config = tiny.run_config(folder, verb, f"{verb}-one", **_sections(verb))
+    with mock.patch.object(AnswerCount, "add", tiny.often_right(AnswerCount.add)):
+        return run_training(apply_overrides(config, overrides))
 
 
 def _reference(folder: Path, verb: str) -> Path:
@@ -132,6 +141,7 @@ def _assert_equal_training(folder: Path, verb: str, layout: str) -> None:
         limit = 1e-4 if got["step"] == 1 else 1e-3
         assert _relative(got["grad_norm"], expected["grad_norm"]) < limit, (verb, layout, got)
         assert got["loss_tokens"] == expected["loss_tokens"]
+    _assert_equal_validations(*runs)
     _assert_equal_gradients(folder / f"{verb}-{layout}", reference)
     states = [_everything(run / "checkpoints") for run in (folder / f"{verb}-{layout}", reference)]
     names = {name for name in states[1] if name != "rng_state"}
@@ -142,6 +152,21 @@ def _assert_equal_training(folder: Path, verb: str, layout: str) -> None:
         got, expected = (state[name] for state in states)
         error = (got - expected).norm() / (expected.norm() + 1e-6)
         assert error < 1e-3, (verb, layout, name, float(error))
+
+
+def _assert_equal_validations(got: list[dict], expected: list[dict]) -> None:
+    """Every number of them, those of a source and of a layer included."""
+    found = [
+        {line["step"]: scalars(line["validation"]) for line in run if "validation" in line}
+        for run in (got, expected)
+    ]
+    assert list(found[0]) == list(found[1]) == [2, STEPS]
+    for step, numbers in found[1].items():
+        assert numbers["loss"] > 0
+        assert numbers["sources/text/loss"] == numbers["loss"]
+        assert found[0][step] == pytest.approx(numbers, rel=1e-5)
+        if "probes/tiny_answers/accuracy" in numbers:
+            assert 0 < numbers["probes/tiny_answers/accuracy"] < 1
 
 
 def _assert_equal_gradients(run: Path, reference: Path) -> None:
@@ -355,6 +380,34 @@ def test_optimizer_state_goes_on_under_another_layout_and_partition(folder: Path
             assert (resumed[name] - expected[name]).norm() < limit * floor, name
 
 
+UNDISTURBED = [
+    ("finetune", "tp2-dp2-overlap"), ("distill", "dp2-pp2-vp2"), ("align", "tp2-sp-seq-pp2"),
+    ("distill", "tp2-cp2-full"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_training_does_not_notice_its_validations_under_any_layout(folder: Path) -> None:
+    """With one after every step and with none: the same bits, also where weights are collected late."""
+    cases = []
+    for verb, layout in UNDISTURBED:
+        for name, interval in (("with", 1), ("without", 0)):
+            overrides = [f"validation.interval={interval}"]
+            cases.append(_case(verb, layout, output=f"{name}-{verb}-{layout}", overrides=overrides))
+    outcomes = _run(folder, cases)
+    for verb, layout in UNDISTURBED:
+        runs = [folder / f"{name}-{verb}-{layout}" for name in ("with", "without")]
+        assert outcomes[runs[0].name] == outcomes[runs[1].name] == [0] * 4
+        lines = [tiny.read_metrics(run) for run in runs]
+        assert ["validation" in line for line in lines[0]] == [True] * STEPS
+        hidden = (*tiny.OF_THE_CLOCK, "validation")
+        timeless = [[{k: v for k, v in e.items() if k not in hidden} for e in run] for run in lines]
+        assert timeless[0] == timeless[1]
+        states = [_everything(run / "checkpoints") for run in runs]
+        different = [k for k, t in states[0].items() if not torch.equal(t, states[1][k])]
+        assert different == [], (verb, layout)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_layout_equals_one_process(folder: Path, verb: str) -> None:
@@ -400,7 +453,8 @@ def test_command_line_writes_the_losses_of_one_process(folder: Path) -> None:
     """The command that the README shows, from a config file."""
     from megatron_hydra.config import to_yaml
 
-    config = tiny.run_config(folder, "distill", "command-line", **_sections())
+    config = tiny.run_config(folder, "distill", "command-line", **_sections("distill"))
+    config = apply_overrides(config, ["validation.probes=[]"])  # a task of this test's own
     path = folder / "distill.yaml"
     path.write_text(to_yaml(config))
     torchrun(

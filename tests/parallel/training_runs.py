@@ -27,6 +27,7 @@ from megatron_hydra.training import loop, setup
 from megatron_hydra.training.loop import run_training
 from megatron_hydra.training.step import Trainee
 from megatron_hydra.transfer import finetune
+from megatron_hydra.transfer.answers import AnswerCount
 from tests.training import tiny
 
 
@@ -131,6 +132,7 @@ def main() -> None:
     torch.set_num_threads(1)
     platform.bind_process_to_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(platform.communication_backend())
+    AnswerCount.add = tiny.often_right(AnswerCount.add)  # type: ignore[method-assign]
     for case in cases:
         outcomes = _run(folder, case)
         if dist.get_rank() == 0:

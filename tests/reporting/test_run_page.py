@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CHARTS = (
     "loss", "alignment loss by layer", "gradient norm", "learning rate", "tokens per second",
     "model FLOP/s of a device", "model FLOP/s utilisation", "seconds of a step by phase",
-    "peak memory", "mean γ of FA heads", "mean γ of GDN heads",
+    "peak memory", "mean γ of FA heads", "mean γ of GDN heads", "held-out loss by source",
+    "held-out alignment loss by layer",
 )  # fmt: skip
 
 
@@ -34,6 +35,13 @@ def _entry(step: int) -> dict:
         "model_tflops": 0.5, "mfu": 0.41, "memory_gb": 1.5,
         "seconds": {"data": 0.01, "forward_backward": 0.2, "optimizer": 0.05, "save": 0.0},
         "gamma_fa": [1.0, None, 1.1], "gamma_gdn": [0.9, 1.0, 1.2],
+    } | ({"validation": _validation(step)} if step % 4 == 0 else {})  # fmt: skip
+
+
+def _validation(step: int) -> dict:
+    return {
+        "loss": 3.1 / step, "kl": 2.1 / step, "ce": None, "layers": [1.1 / step, 2.1 / step, None],
+        "tokens": 90, "sources": {"web <1>": {"loss": 3.0 / step}, "books": {"loss": None}},
     }  # fmt: skip
 
 

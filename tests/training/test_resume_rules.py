@@ -49,6 +49,7 @@ def _other(key: str, value: Any) -> str:
         "schedule.kind": "constant", "parallel.fa_partition": "sequence",
         "recompute.granularity": "full", "checkpoint.resume": "never", "logging.wandb": "offline",
         "data.blend": "[{path: x}]", "recompute.modules": "[mlp]",
+        "validation.blend": "[{path: x}]", "validation.probes": "[{path: x}]",
     }  # fmt: skip
     if key in options:
         return options[key]

@@ -62,6 +62,14 @@ def test_numbers_of_an_entry() -> None:
     }  # fmt: skip
 
 
+def test_numbers_of_a_validation() -> None:
+    found = {"loss": 2.0, "layers": [1.5, 0.5], "sources": {"web": {"loss": 2.0, "ce": None}}}
+    assert scalars({"step": 2, "validation": found}) == {
+        "validation/loss": 2.0, "validation/layers/00": 1.5, "validation/layers/01": 0.5,
+        "validation/sources/web/loss": 2.0,
+    }  # fmt: skip
+
+
 def test_wandb_gets_the_numbers_and_goes_on_in_the_same_run(wandb: list, tmp_path: Path) -> None:
     for _ in range(2):
         log = _log(tmp_path, wandb="offline", wandb_project="p")

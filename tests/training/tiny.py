@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,12 @@ from megatron_hydra.checkpoint.store import save_canonical
 from megatron_hydra.config.loading import from_dict
 from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.config.run import RunConfig
+from megatron_hydra.data.document import Document
 from megatron_hydra.data.indexed import write_index
+from megatron_hydra.data.synthetic import synthetic_task
 from megatron_hydra.reporting import METRICS_FILE
+from megatron_hydra.transfer.answers import AnswerCount, likeliest_tokens
+from megatron_hydra.transfer.local_batch import LocalBatch
 from megatron_hydra.transfer.student import initialise_student
 
 VOCABULARY, SEQUENCE = 64, 48
@@ -72,6 +77,34 @@ def write_text(folder: Path, documents: int = 60, longest: int = SEQUENCE) -> st
         np.arange(documents + 1),
     )  # fmt: skip
     return str(prefix)
+
+
+@synthetic_task("tiny_answers")
+def answers(
+    rng: np.random.Generator, length: int, tokenizer: object, document: int = 5
+) -> list[Document]:
+    """Documents of ``document`` random tokens, the last two of which are learned."""
+    documents = []
+    for _ in range(length // document):
+        tokens = rng.integers(0, VOCABULARY, document)
+        documents.append(Document(tokens, np.arange(document) >= document - 2))
+    return documents
+
+
+def often_right(
+    add: Callable[[AnswerCount, torch.Tensor, torch.Tensor, int, LocalBatch], None],
+) -> Callable[[AnswerCount, torch.Tensor, torch.Tensor, int, LocalBatch], None]:
+    """``AnswerCount.add`` where what an untrained model says is right at six places of seven."""
+
+    def patched(
+        self: AnswerCount, hidden: torch.Tensor, weight: torch.Tensor, first: int, batch: LocalBatch
+    ) -> None:
+        said = likeliest_tokens(hidden, weight, first)
+        place = torch.arange(len(said), device=said.device) + batch.packed.shard_start
+        labels = torch.where(place * 3 % 7 < 6, said, (said + 1) % VOCABULARY)
+        add(self, hidden, weight, first, dataclasses.replace(batch, labels=labels))
+
+    return patched
 
 
 def write_all(folder: Path, teacher: ModelConfig = TEACHER) -> None:

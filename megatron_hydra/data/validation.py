@@ -1,0 +1,156 @@
+"""The sequences that a validation reads: the same every time, whatever the layout and the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig, ValidationConfig
+from megatron_hydra.data.batch import PackedBatch
+from megatron_hydra.data.document import Document
+from megatron_hydra.data.sampling import Draw, derive_key
+from megatron_hydra.data.stream import PackedStream, pack_micro_batch
+from megatron_hydra.errors import HydraError
+
+VALIDATION_SEED = derive_key("validation")
+"""Not the run's: runs with other seeds are compared on the same sequences, and generated samples are
+others than those of training."""
+
+PADDING = -1
+"""Number of a sequence that only fills up a micro-batch."""
+
+
+class ValidationStream:
+    """What is held out, part by part, for one data-parallel rank.
+
+    Attributes:
+        labels: of the parts, each another: the last component of its path, or its task and, where one
+            is given, the length of its documents (``needles@1024``).
+        counts: sequences of each part.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        validation: ValidationConfig,
+        *,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        vocab_size: int,
+        tokenizer: Any = None,
+        probes: bool = False,
+    ) -> None:
+        """Open every part and check that it holds enough.
+
+        Args:
+            data, validation: the run's sections.
+            micro_batch_size: sequences of a micro-batch.
+            dp_rank, dp_size: this rank's place, as for :class:`~.stream.PackedStream`.
+            vocab_size: of the model.
+            tokenizer: an HF tokenizer; loaded from ``data.tokenizer`` if left out.
+            probes: read ``validation.probes`` and not what is held out.
+
+        Raises:
+            HydraError: data that training would refuse, too, a part with fewer sequences than asked
+                for, or without a learned token.
+        """
+        self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
+        data = dataclasses.replace(data, seed=VALIDATION_SEED, token_budget=0)
+        blend = validation.probes if probes else validation.blend
+        if blend:
+            data = dataclasses.replace(data, blend=blend, held_out=0.0)
+        self._data, self._sequences = data, validation.sequences
+        # Of one rank and one sequence a step, so that its fingerprint is free of the layout.
+        self._stream = PackedStream(
+            data,
+            BatchConfig(1, 1),
+            dp_rank=0,
+            dp_size=1,
+            vocab_size=vocab_size,
+            tokenizer=tokenizer,
+            for_validation=True,
+        )
+        self.labels = _labels(data)
+        drawn = self._stream.drawn_before(validation.sequences)
+        self.counts = [max(1, count) for count in drawn]
+        if probes:
+            self.counts = [validation.probe_sequences] * len(blend)
+        names = {True: "validation.probes", False: "validation.blend" if blend else "data.blend"}
+        self._refuse_too_few(names[probes])
+
+    def _refuse_too_few(self, key: str) -> None:
+        for i, (source, count) in enumerate(zip(self._stream.sources, self.counts, strict=True)):
+            there = source.samples_per_epoch
+            if there is not None and count > there:
+                raise HydraError(
+                    f"validation.sequences is {self._sequences}: {key}.{i} ({source.name}) is to give "
+                    f"{count} of them and has {there}; ask for fewer, or hold out more"
+                )
+            if not any(_has_learned_token(self._documents(i, n)) for n in range(count)):
+                raise HydraError(
+                    f"{key}.{i} ({source.name}): no token of its {count} held-out sequences is learned, "
+                    "so that they have no loss; raise validation.sequences, or hold out other data"
+                )
+
+    def _documents(self, part: int, number: int) -> list[Document]:
+        return self._stream.drawn_documents(Draw(part, number))
+
+    def num_micro_batches(self, part: int, multiple: int = 1) -> int:
+        """Micro-batches of a part on every data-parallel rank, rounded up to a multiple."""
+        per_round = self.micro_batch_size * self.dp_size
+        return -(-self.counts[part] // (per_round * multiple)) * multiple
+
+    def micro_batches(self, part: int, multiple: int = 1) -> Iterator[PackedBatch]:
+        """This rank's micro-batches of a part. What is missing in the last is padding, without a loss.
+
+        Args:
+            part: its place in the blend.
+            multiple: of the number of micro-batches, for a schedule that wants one.
+        """
+        for round_ in range(self.num_micro_batches(part, multiple)):
+            first = (round_ * self.dp_size + self.dp_rank) * self.micro_batch_size
+            numbers = range(first, first + self.micro_batch_size)
+            count = self.counts[part]
+            yield pack_micro_batch(
+                [self._documents(part, n) if n < count else [] for n in numbers],
+                self._data.sequence_length,
+                tuple(n if n < count else PADDING for n in numbers),
+            )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that decides what is read. JSON."""
+        data = self._data
+        return {
+            "validation.sequences": self._sequences,
+            "data.sequence_length": data.sequence_length,
+            "data.packing": data.packing,
+            "data.held_out": data.held_out,
+            "parts": [
+                {k: part[k] for k in ("weight", "fingerprint")} for part in self._stream.parts()
+            ],
+        }
+
+
+def _has_learned_token(documents: list[Document]) -> bool:
+    """Whether some token has a loss: the first of a document is predicted from nothing."""
+    return any(document.trainable[1:].any() for document in documents)
+
+
+def _label(part: SourceConfig) -> str:
+    if part.kind == "indexed":
+        return os.path.basename(os.path.normpath(part.path))
+    lengths = part.options.get("document_length")
+    if not isinstance(lengths, (list, tuple)):
+        return part.task
+    return f"{part.task}@{'-'.join(dict.fromkeys(map(str, lengths)))}"
+
+
+def _labels(data: DataConfig) -> list[str]:
+    names = [_label(part) for part in data.blend]
+    return [
+        name if names.count(name) == 1 else f"{name}.{position}"
+        for position, name in enumerate(names)
+    ]

@@ -1,0 +1,231 @@
+"""The loss on held-out data while a run goes on. Training does not notice.
+
+The verb's own forward step and loss run over the held-out sequences, in evaluation mode and without a
+graph, micro-batch by micro-batch as in training. Sums are taken over all ranks, so that the value is the
+same under every layout; what a micro-batch lacks is filled up by padding, which no loss sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_hydra.config.run import RunConfig
+from megatron_hydra.config.validate import rounded_stream_length
+from megatron_hydra.data.validation import ValidationStream
+from megatron_hydra.errors import HydraError
+from megatron_hydra.parallel.world import World
+from megatron_hydra.training.patience import as_json, history_of, reason_to_end, standing
+from megatron_hydra.training.random_state import capture_random_state, restore_random_state
+from megatron_hydra.training.step import Trainee, run_micro_batches
+from megatron_hydra.transfer.answers import AnswerCount
+from megatron_hydra.transfer.local_batch import local_batch
+from megatron_hydra.transfer.verb import Verb
+
+_log = logging.getLogger(__name__)
+
+
+class Validation:
+    """What a run holds out, and what it has measured on it.
+
+    Args:
+        config: the run.
+        world: this rank.
+        vocab_size: of the model.
+
+    Raises:
+        HydraError: the data cannot be read or is too little.
+    """
+
+    def __init__(self, config: RunConfig, world: World, vocab_size: int) -> None:
+        self._config, self._world = config, world
+        self._history: list[tuple[int, float]] = []
+        self._kept: dict[str, Any] = {}
+        self._stream: ValidationStream | None = None
+        self._probes: ValidationStream | None = None
+        open_stream = functools.partial(
+            ValidationStream,
+            config.data,
+            config.validation,
+            micro_batch_size=config.batch.micro_batch_size,
+            dp_rank=world.dp_rank,
+            dp_size=world.dp_size,
+            vocab_size=vocab_size,
+        )
+        if config.validation.interval:
+            self._stream = open_stream()
+        if config.validation.probes:
+            self._probes = open_stream(probes=True)
+
+    # -- what was measured ----------------------------------------------------------------------
+
+    def is_due(self, step: int) -> bool:
+        """Whether the loss is to be measured when ``step`` steps are done."""
+        interval = self._config.validation.interval
+        return bool(interval) and (step % interval == 0 or step == self._config.schedule.steps)
+
+    def reason_to_end(self, step: int) -> str:
+        """See :func:`.patience.reason_to_end`."""
+        return reason_to_end(self._config.schedule, step, self._history)
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint, JSON: what is read, every loss, and how the run stands."""
+        if self._stream is None:
+            return self._kept
+        if not self._history:
+            return {}
+        now = standing(self._history, self._config.schedule.min_improvement)
+        return {
+            "fingerprint": self._stream.fingerprint(),
+            "history": as_json(self._history),
+            "best": now.best if math.isfinite(now.best) else None,
+            "best_step": now.best_step,
+            "waited": now.waited,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state`. A run without a validation keeps what it finds.
+
+        Raises:
+            HydraError: the losses are of other sequences.
+        """
+        self._kept = state
+        if not state or self._stream is None:
+            return
+        own, saved = self._stream.fingerprint(), state["fingerprint"]
+        for key, value in own.items():
+            if saved.get(key) != value:
+                name = "validation.blend or data.blend" if key == "parts" else key
+                values = "" if key == "parts" else f" ({saved.get(key)!r} before, {value!r} now)"
+                raise HydraError(
+                    f"cannot resume: what validation reads has changed by {name}{values}, so that its "
+                    "losses cannot be compared; give it as before, choose another output, or set "
+                    "validation.interval=0"
+                )
+        self._history = history_of(state)
+
+    # -- measuring ------------------------------------------------------------------------------
+
+    def measure(
+        self, trainee: Trainee, step: int, still_alive: Callable[[], None]
+    ) -> dict[str, Any]:
+        """Measure the loss of what is held out. Collective.
+
+        Args:
+            trainee: what is trained; left as it was, bit for bit, and the random generators too.
+            step: steps done.
+            still_alive: called before every part of the blend.
+
+        Returns:
+            The verb's metrics over all held-out tokens, their number ``tokens``, and ``sources``:
+            the same of each part, without lists. With probes ``probes``: of each the share
+            ``accuracy`` of its ``documents`` that are answered right, and the same metrics.
+        """
+        stream, verb = self._stream, trainee.verb
+        assert stream is not None
+        sums, answers = [], []
+        with _undisturbed(trainee):
+            for part in range(len(stream.counts)):
+                still_alive()
+                sums.append(self._sums(trainee, stream, part))
+            if (probes := self._probes) is not None:
+                for part in range(len(probes.counts)):
+                    still_alive()
+                    verb.answers = AnswerCount(verb.sums.device)
+                    sums.append(self._sums(trainee, probes, part))
+                    answers.append(verb.answers.sums)
+        total = torch.stack(sums)
+        dist.all_reduce(total)
+        parts = len(stream.counts)
+        whole, num_tokens = _metrics(verb, total[:parts].sum(0))
+        sources = {
+            label: _numbers(verb, row)
+            for label, row in zip(stream.labels, total[:parts], strict=True)
+        }
+        self._history.append((step, whole["loss"]))
+        self._say(step)
+        found = whole | {"tokens": num_tokens, "sources": sources}
+        if probes is not None:
+            counts = torch.stack(answers)
+            dist.all_reduce(counts)
+            found["probes"] = {
+                label: {"accuracy": right / asked, "documents": int(asked), **_numbers(verb, row)}
+                for label, row, (asked, right) in zip(
+                    probes.labels, total[parts:], counts.tolist(), strict=True
+                )
+            }
+        return found
+
+    def _sums(self, trainee: Trainee, stream: ValidationStream, part: int) -> torch.Tensor:
+        """This rank's loss sums and tokens of a part, ``[parts of the loss + 1]`` float64."""
+        config, verb = trainee.config, trainee.verb
+        length = rounded_stream_length(config)
+        # The interleaved schedule takes micro-batches in multiples of the pipeline's size.
+        parallel = config.parallel
+        multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+        batches = (
+            local_batch(batch, trainee.world, length)
+            for batch in stream.micro_batches(part, multiple)
+        )
+        verb.sums.zero_()
+        run_micro_batches(
+            trainee,
+            list(itertools.tee(batches, len(trainee.chunks))),
+            stream.num_micro_batches(part, multiple),
+            forward_only=True,
+        )
+        return verb.sums.clone()
+
+    def _say(self, step: int) -> None:
+        if not self._world.is_main:
+            return
+        schedule = self._config.schedule
+        now = standing(self._history, schedule.min_improvement)
+        patience = (
+            f", {now.waited} of {schedule.patience} without an improvement"
+            if schedule.patience
+            else ""
+        )
+        _log.info(
+            "step %d: held-out loss %.6g (best %.6g at step %d%s)",
+            step, now.last, now.best, now.best_step, patience,
+        )  # fmt: skip
+
+
+def _metrics(verb: Verb, sums: torch.Tensor) -> tuple[dict[str, Any], int]:
+    *parts, num_tokens = sums.tolist()
+    means = [value / num_tokens if num_tokens else math.nan for value in parts]
+    return verb.metrics(means), int(num_tokens)
+
+
+def _numbers(verb: Verb, sums: torch.Tensor) -> dict[str, Any]:
+    """The metrics that are numbers, and ``tokens``."""
+    metrics, num_tokens = _metrics(verb, sums)
+    return {k: v for k, v in metrics.items() if not isinstance(v, list)} | {"tokens": num_tokens}
+
+
+@contextlib.contextmanager
+def _undisturbed(trainee: Trainee) -> Iterator[None]:
+    """Evaluation mode without a graph; afterwards everything is as it was."""
+    generators = capture_random_state()
+    verb = trainee.verb
+    verb.is_learning = False
+    for chunk in trainee.chunks:
+        chunk.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for chunk in trainee.chunks:
+            chunk.train()
+        verb.is_learning = True
+        verb.answers = None
+        restore_random_state(generators)
