@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Look at head maps: show one, compare two, check one against a model, or see what its heads are worth."""
+"""Look at head maps: show, compare, check, cut at another ratio, or see what their heads are worth."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.head_map import HeadMap
 from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
-from megatron_hydra.selection import Placement, SelectionOptions, knockout_curve
+from megatron_hydra.selection import (
+    Constraints,
+    Placement,
+    SelectionOptions,
+    knockout_curve,
+    recut,
+)
 from megatron_hydra.selection.plots import draw_knockout
 from megatron_hydra.selection.trust import report_lines
 from megatron_hydra.selection.work import is_first_rank
@@ -22,12 +28,14 @@ examples:
   tools/head_map.py show map.json
   tools/head_map.py diff interp.json random.json
   tools/head_map.py validate map.json --hf-path Qwen/Qwen3-1.7B
+  tools/head_map.py cut map.json --ratio 7:1 --output map-7.json
   tools/head_map.py knockout map.json --hf-path Qwen/Qwen3-1.7B
   tools/head_map.py knockout map.json --hf-path models/tiny --probe-tokens 512 --heads 0 3 14 27
 
 knockout takes heads out of the model, the best by score first, and as many random ones, and writes what is
-left of retrieval: MAP_knockout.json and .png. validate without --hf-path checks the file alone. diff exits
-with 1 if the maps differ.
+left of retrieval: MAP_knockout.json and .png. cut chooses by the scores that a map holds, and measures
+nothing; without constraints, the heads of a higher ratio are among those of a lower one. validate without
+--hf-path checks the file alone. diff exits with 1 if the maps differ.
 """
 
 
@@ -50,6 +58,17 @@ def _parser() -> argparse.ArgumentParser:
         "--hf-path", type=path_text, help="Hugging Face folder or Hub name the map must be for"
     )
     validate.add_argument("--revision", default="", help="Hub revision")
+    cut = commands.add_parser("cut", help="the map that the same scores give at another ratio")
+    cut.add_argument("map")
+    cut.add_argument("--ratio", required=True, help="GDN:FA heads as r:1, or dense, or all-gdn")
+    cut.add_argument("--output", type=Path, required=True, help="the head map to write (JSON)")
+    cut.add_argument("--granularity", choices=["query_head", "kv_group"],
+                     help="default: that of the map")  # fmt: skip
+    cut.add_argument(
+        "--min-per-layer", type=int, default=0, help="FA heads in every layer, at least"
+    )
+    cut.add_argument("--max-per-layer", type=int, help="FA heads in every layer, at most")
+    cut.add_argument("--force", action="store_true", help="overwrite an existing output")
     knockout = commands.add_parser(
         "knockout", help="retrieval accuracy as heads are taken out by score, and at random"
     )
@@ -89,6 +108,18 @@ def _parser() -> argparse.ArgumentParser:
     knockout.add_argument("--no-pictures", action="store_true", help="write the JSON only")
     knockout.add_argument("--force", action="store_true", help="overwrite an existing output")
     return parser
+
+
+def _cut(args: argparse.Namespace) -> None:
+    if args.output.exists() and not args.force:
+        raise HydraError(f"--output {args.output} exists; give --force to overwrite it")
+    head_map = HeadMap.load(args.map)
+    constraints = Constraints(
+        args.granularity or head_map.granularity, args.min_per_layer, args.max_per_layer
+    )
+    made = recut(head_map, args.ratio, constraints, args.map)
+    made.save(args.output)
+    print(f"{args.output}: {made.num_full_attention} full-attention heads")
 
 
 def _knockout(args: argparse.Namespace) -> None:
@@ -200,6 +231,8 @@ def main() -> int:
         return _diff(args.first, args.second)
     if args.command == "show":
         _show(args.map, args.top)
+    elif args.command == "cut":
+        _cut(args)
     elif args.command == "knockout":
         _knockout(args)
     else:

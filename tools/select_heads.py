@@ -31,6 +31,9 @@ examples:
       --output map.json
   tools/select_heads.py --hf-path models/tiny --strategy global_random --seed 3 --output random-3.json
   torchrun --nproc-per-node 8 tools/select_heads.py --hf-path Qwen/Qwen3-32B --output map.json
+  tools/select_heads.py --hf-path Qwen/Qwen3-1.7B --strategy learned_gates --tasks retrieval \
+      --num-prompts 400 --text corpus.jsonl --compare map.json --output gates.json
+  tools/head_map.py cut gates.json --ratio 7:1 --output gates-7.json
 
 Without --tasks, a default task that the model does not solve is left out, and the map says so; a task that
 is named has to be solved. It is said at the start what all will take, and again after a few prompts of every
@@ -145,6 +148,53 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.check_heads,
         help="random heads that are measured exactly as well (default %(default)s)",
     )
+    gates = parser.add_argument_group(
+        "learned_gates",
+        "Every head is the teacher's attention and a GDN branch, mixed by a gate. The branch is aligned on "
+        "text; then all weights are frozen, and the gates are learned on prompts and text while the budget "
+        "falls from all heads to none. One run ranks all heads and measures what every budget recovers on "
+        "held-out prompts; head_map.py cut makes maps of other ratios of it. Give many prompts "
+        "(--num-prompts 400), and text.",
+    ).add_argument
+    gates(
+        "--text",
+        default=defaults.text,
+        metavar="FILE",
+        help="plain text, or .jsonl of {'text': …} or {'tokens': [ids]} lines (default: a bundled text, "
+        "too short for more than a try)",
+    )
+    gates(
+        "--align-tokens",
+        type=int,
+        default=defaults.align_tokens,
+        help="of text, that the GDN branch is aligned on (default %(default)s)",
+    )
+    gates(
+        "--gate-tokens",
+        type=int,
+        default=defaults.gate_tokens,
+        help="of prompts and text, that the gates are learned on (default %(default)s)",
+    )
+    gates(
+        "--gate-steps",
+        type=int,
+        default=defaults.gate_steps,
+        help="in which the budget falls; each has --gate-tokens / --gate-steps tokens (default %(default)s)",
+    )
+    gates(
+        "--head-cost",
+        type=float,
+        default=defaults.head_cost,
+        help="share of the cost that every open head has by itself; the rest is the cache of its KV group, "
+        "which heads share (0: the cache alone; default %(default)s)",
+    )
+    gates(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="MAP",
+        help="other head maps of this model: the curves of their rankings are measured beside",
+    )
     limits = parser.add_argument_group("constraints").add_argument
     limits("--granularity", default="query_head", choices=["query_head", "kv_group"])
     limits("--min-per-layer", type=int, default=0, help="FA heads in every layer, at least")
@@ -205,6 +255,12 @@ def _options(args: argparse.Namespace) -> SelectionOptions:
             args.granularity, args.min_per_layer, args.max_per_layer, args.kv_group_bonus
         ),
         tokens_per_batch=args.tokens_per_batch,
+        text=args.text,
+        align_tokens=args.align_tokens,
+        gate_tokens=args.gate_tokens,
+        gate_steps=args.gate_steps,
+        head_cost=args.head_cost,
+        compare=tuple(args.compare),
     )
 
 

@@ -82,6 +82,7 @@ def select(context: Context) -> None:
     params = context.step.params
     body = dict(params["selection"])
     body.pop("tasks", None)
+    body["text"] = context.place(context.step.places.get("text", ""))
     strategy, ratio = body.pop("strategy"), body.pop("ratio")
     limits = {f.name for f in dataclasses.fields(Constraints)}
     constraints = Constraints(**{k: body.pop(k) for k in list(body) if k in limits})

@@ -220,16 +220,19 @@ class _CellPlanner:
         seedless = selection.strategy in _SEEDLESS or selection.ratio in ("all-gdn", "dense")
         blind = seedless or selection.strategy in _DRAWN
         tasks = [] if blind else [self._task(task) for task in selection.tasks]
+        text, text_place = self._file("" if blind else selection.text)
         body = as_plain(selection) | {"tasks": [hashed for hashed, _ in tasks]}
+        if text:
+            body |= {"text": text}
         if blind:  # options of prompts and effects decide nothing
             body = {key: body[key] for key in _BLIND_KEYS}
         params, inputs, places = self._teacher_model()
         params |= {"selection": body}
         if not seedless:
             params["seed"] = self.cell.seed
-        if any(PREPARED in place for _, place in tasks):
+        if any(PREPARED in place for place in (text_place, *(place for _, place in tasks))):
             inputs |= {"prepare": self._prepare()}
-        places |= {"tasks": [place for _, place in tasks]}
+        places |= {"tasks": [place for _, place in tasks], "text": text_place}
         return self._add("select", params, inputs, places)
 
     def _convert(self) -> str:

@@ -71,7 +71,7 @@ class SelectionSpec:
     """How heads are chosen: the options of ``tools/select_heads.py``.
 
     ``tasks`` may name the prepared folder as ``{prepare}``; none: the default ones that the teacher solves.
-    ``strategy`` may be a name from before; a step is hashed by today's.
+    ``text`` likewise (``learned_gates``). ``strategy`` may be a name from before; a step is hashed by today's.
     """
 
     strategy: str = DEFAULT_STRATEGY
@@ -97,6 +97,11 @@ class SelectionSpec:
     task_weights: dict = dataclasses.field(default_factory=dict, metadata=_LATER)
     check_heads: int = dataclasses.field(default=24, metadata=_LATER)
     tokens_per_batch: int = dataclasses.field(default=0, metadata=_LATER)
+    text: str = dataclasses.field(default="", metadata=_LATER)
+    align_tokens: int = dataclasses.field(default=4_000_000, metadata=_LATER)
+    gate_tokens: int = dataclasses.field(default=20_000_000, metadata=_LATER)
+    gate_steps: int = dataclasses.field(default=600, metadata=_LATER)
+    head_cost: float = dataclasses.field(default=0.5, metadata=_LATER)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strategy", strategy_name(self.strategy))

@@ -14,7 +14,7 @@ from megatron_hydra.selection.curve import knockout_curve
 from megatron_hydra.selection.opening import Placement
 from megatron_hydra.selection.prompts import PromptPair
 from megatron_hydra.selection.ranking import Constraints
-from megatron_hydra.selection.select import select_heads
+from megatron_hydra.selection.select import recut, select_heads
 from megatron_hydra.selection.strategies import STRATEGIES, SelectionOptions
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "PromptPair",
     "SelectionOptions",
     "knockout_curve",
+    "recut",
     "register_capability",
     "select_heads",
 ]

@@ -21,8 +21,9 @@ def draw_head_map(head_map: HeadMap, prefix: str | os.PathLike[str]) -> list[Pat
 
     ``capabilities``: a heatmap for each capability; ``unified``: the ranked score with the chosen
     heads marked; both name the tasks that were left out. ``distribution``: sorted scores; ``overlap``:
-    top heads that two capabilities share; ``trust``: how far the scores can be trusted; ``layers``: FA
-    heads in each layer. Maps of strategies without scores get the last only.
+    top heads that two capabilities share; ``trust``: how far the scores can be trusted; ``gates``: what
+    learned gates recover at every budget; ``layers``: FA heads in each layer. Maps of strategies without
+    scores get the last only.
 
     Returns:
         The files written.
@@ -37,6 +38,8 @@ def draw_head_map(head_map: HeadMap, prefix: str | os.PathLike[str]) -> list[Pat
         pictures |= {"unified": _unified, "distribution": _distribution}
     if "trust" in head_map.details:
         pictures["trust"] = _trust
+    if "gates" in head_map.details:
+        pictures["gates"] = _gates
     pictures["layers"] = _layers
     written = []
     for what, draw in pictures.items():
@@ -222,6 +225,45 @@ def _trust(head_map: HeadMap) -> Any:
             ax.legend(frameon=False, fontsize=7)
         else:
             ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center")
+    return figure
+
+
+def _gates(head_map: HeadMap) -> Any:
+    """Three curves: retrieval and KL against the number of FA heads, and the sweep they come from."""
+    gates = head_map.details["gates"]
+    rows, sweep = gates["curve"], gates["sweep"]
+    counts = [row["heads"] for row in rows]
+    figure, (accuracy, divergence, steps) = _figure(13, 3.8, 3)
+    for number, name in enumerate(rows[0]["by"]):
+        ours = [row["by"][name] for row in rows]
+        for style, capability in zip(("o-", "s--", "^:", "d-."), gates["held_out"], strict=False):
+            drawn = [one["accuracy"][capability] for one in ours]
+            label = f"{name}: {capability}"
+            accuracy.plot(counts, drawn, style, color=f"C{number}", ms=4, label=label)
+        drawn = [one["text_divergence"] for one in ours]
+        divergence.plot(counts, drawn, "^:", color=f"C{number}", ms=4, label=f"{name}: text")
+        drawn = [float(np.mean(list(one["divergence"].values()))) for one in ours]
+        divergence.plot(counts, drawn, "o-", color=f"C{number}", ms=4, label=f"{name}: answers")
+    for ax, value in (
+        (accuracy, lambda one: np.mean(list(one["accuracy"].values()))),
+        (divergence, lambda one: np.mean(list(one["divergence"].values()))),
+    ):
+        draws = np.array([[value(one) for one in row["random"]] for row in rows])
+        ax.fill_between(counts, draws.min(1), draws.max(1), color="#9aa0a6", alpha=0.4, lw=0,
+                        label="random heads (range)")  # fmt: skip
+        ax.set_xscale("symlog", linthresh=1)
+        ax.set_xticks(counts, [str(count) for count in counts], fontsize=7)
+        ax.minorticks_off()
+        ax.axvline(head_map.num_full_attention, color=CHOSEN, lw=0.8)
+        ax.set_xlabel("full-attention heads")
+        ax.legend(frameon=False, fontsize=7)
+    accuracy.set(title="held-out prompts: accuracy", ylim=(-0.03, 1.05))
+    divergence.set(title="KL to the teacher (nats)", ylim=(0, None))
+    for name, style in (("prompts", "-"), ("text", ":")):
+        steps.plot(sweep["step"], sweep[name], style, color="C0", label=f"KL: {name}")
+    steps.set(xlabel="step", title="the sweep", yscale="symlog", ylim=(0, None))
+    steps.plot(sweep["step"], sweep["cost"], color=CHOSEN, label="expected cost (1: all heads)")
+    steps.legend(frameon=False, fontsize=7)
     return figure
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from megatron_hydra.head_map import (
 from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
 from megatron_hydra.selection.capabilities import Capability
 from megatron_hydra.selection.effects import EffectEngine, Solved
+from megatron_hydra.selection.learned_gates import TEXT_SHARE, orders_of
 from megatron_hydra.selection.opening import (
     Placement,
     load_runner,
@@ -35,7 +37,7 @@ from megatron_hydra.selection.opening import (
     vocab_size_of,
 )
 from megatron_hydra.selection.prompts import PromptPair, prompts_fingerprint
-from megatron_hydra.selection.ranking import budget, weighted_mean
+from megatron_hydra.selection.ranking import Constraints, budget, weighted_mean
 from megatron_hydra.selection.runner import DecoderRunner, default_tokens_per_batch
 from megatron_hydra.selection.strategies import (
     STRATEGIES,
@@ -47,6 +49,12 @@ from megatron_hydra.selection.strategies import (
 )
 from megatron_hydra.selection.tasks import Tasks, solved_tasks
 from megatron_hydra.selection.work import Ranks, WorkBench
+from megatron_hydra.transfer.calibration import SEQUENCE_LENGTH, calibration_batches
+
+_log = logging.getLogger(__name__)
+
+MOST_REPEATS = 20
+"""Reading the same text more often than this is worth a word."""
 
 
 def select_heads(
@@ -114,6 +122,10 @@ def select_heads(
         longest = 0
         if options.stability and "receivers" in chosen.stages(options):
             longest = native_length(model, folder)
+        if chosen.learns:
+            context = _with_text(
+                context, tokenizer, vocab_size, native_length(model, folder), ranks
+            )
         drawn = Tasks.draw(tasks, tokenizer, vocab_size, seed, options, longest)
         _refuse_what_cannot_be_chosen(context, chosen, drawn.capabilities)
         runner = load_runner(model, folder, placement or Placement(), ranks)
@@ -189,9 +201,7 @@ def _finish(
     if scored is not None:
         details["unified_score"] = scored.unified.tolist()
         if scored.signal is not None:
-            details["trust"]["chosen_without_signal"] = sum(
-                not scored.signal[layer, head] for layer, row in enumerate(heads) for head in row
-            )
+            details["trust"]["chosen_without_signal"] = _without(scored.signal, heads)
     prompts = context.prompts
     details["prompts"] = {task: _prompt_facts(solved) for task, solved in prompts.items()}
     if left_out:
@@ -213,6 +223,11 @@ def _finish(
     )
 
 
+def _without(signal: np.ndarray, heads: Sequence[Sequence[int]]) -> int:
+    """How many of these heads have no signal."""
+    return sum(not signal[layer, head] for layer, row in enumerate(heads) for head in row)
+
+
 def _prompt_facts(solved: Solved) -> dict[str, Any]:
     return {
         "drawn": len(solved.pairs),
@@ -228,10 +243,91 @@ def _options_dict(options: SelectionOptions) -> dict[str, Any]:
     body["constraints"] = dataclasses.asdict(options.constraints)
     body["task_weights"] = dict(options.task_weights)
     body["effects"] = list(options.effects)
+    body["compare"] = list(options.compare)
     return body
 
 
 # -- inputs ----------------------------------------------------------------------------------------
+
+
+def _with_text(
+    context: Context, tokenizer: Any | None, vocab_size: int, longest: int, ranks: Ranks
+) -> Context:
+    """The context with text to learn from, and the rankings to compare with.
+
+    Args:
+        longest: tokens that the model was trained for, or 0.
+    """
+    options = context.options
+    if ranks.size > 1:
+        raise HydraError(
+            f"--strategy learned_gates learns step by step, on one process; torchrun started {ranks.size}: "
+            "start it without torchrun (--gpus-per-process spreads a large model)"
+        )
+    text = calibration_batches(
+        tokenizer,
+        vocab_size,
+        options.text or None,
+        options.align_tokens,
+        min(SEQUENCE_LENGTH, longest or SEQUENCE_LENGTH),
+        "give token ids with --text FILE.jsonl ({'tokens': [ids]} lines)",
+    )
+    tokens = sum(piece.numel() for piece in text)
+    if tokens < 2:
+        raise HydraError(f"--text {options.text}: one token is no text to learn from")
+    times = (options.align_tokens + options.gate_tokens * TEXT_SHARE) / tokens
+    if times > MOST_REPEATS:
+        _log.warning(
+            "the text has %d tokens and is read %.0f times: its GDN branch will be better there than "
+            "elsewhere; give more by --text FILE",
+            tokens,
+            times,
+        )
+    maps = [(path, HeadMap.load(path)) for path in options.compare]
+    for path, head_map in maps:
+        head_map.check_model(context.model, source=path)
+    return dataclasses.replace(context, text=text, compared=orders_of(maps))
+
+
+def recut(
+    head_map: HeadMap, ratio: str, constraints: Constraints | None = None, source: str = "head map"
+) -> HeadMap:
+    """The map that the same scores give at another ratio; nothing is measured.
+
+    Args:
+        head_map: with scores.
+        ratio: GDN:FA.
+        constraints: on the choice; default: none.
+        source: the map's file, for messages.
+
+    Raises:
+        HydraError: a map without scores, or constraints that contradict the ratio.
+    """
+    scores = head_map.details.get("unified_score")
+    if scores is None or head_map.strategy not in STRATEGIES:
+        raise HydraError(
+            f"{source}: strategy {head_map.strategy} has left no scores to cut at another ratio; select again "
+            "with tools/select_heads.py --ratio"
+        )
+    options = SelectionOptions(constraints=constraints or Constraints())
+    context = Context(head_map.model, ratio, head_map.seed, options)
+    chosen = STRATEGIES[head_map.strategy].choose(context, Scored({}, np.array(scores)))
+    details = head_map.details | {"cut_from": head_map.fingerprint()}
+    if "trust" in details:
+        weights = details["options"]["task_weights"]
+        counted = [np.array(s) for n, s in head_map.scores.items() if weights.get(n, 1.0) > 0]
+        signal = np.any([one > one.min() for one in counted], axis=0)
+        details["trust"] = details["trust"] | {
+            "full_attention": sum(map(len, chosen)),
+            "chosen_without_signal": _without(signal, chosen),
+        }
+    return dataclasses.replace(
+        head_map,
+        full_attention_heads=chosen,
+        ratio=ratio,
+        granularity=options.constraints.granularity,
+        details=details,
+    )
 
 
 def _with_batch_size(options: SelectionOptions, runner: DecoderRunner) -> SelectionOptions:

@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import ModelIdentity
 from megatron_hydra.selection import interp
 from megatron_hydra.selection.capabilities import PROBE_TOKENS
 from megatron_hydra.selection.effects import EffectEngine, Solved, senders_kind, top_heads
+from megatron_hydra.selection.gate_sweep import LEAST_STEPS
 from megatron_hydra.selection.importance import min_max
 from megatron_hydra.selection.patching import PATHS, Head
 from megatron_hydra.selection.prompts import PromptPair
@@ -61,6 +63,13 @@ class SelectionOptions:
             for the map and its rank correlation with the effects that were measured.
         check_heads: ``attribution`` measures this many random heads exactly, for the same purpose.
         task_weights: capability -> weight in the fusion; 1 where not named. The tasks of one share it.
+        text: a file of text or token ids that ``learned_gates`` aligns its GDN branch on (as
+            ``--calibration-file`` of ``tools/hf_to_megatron.py``); "": a short text of ours.
+        align_tokens, gate_tokens: tokens that the GDN branch and the gates are learned on there.
+        gate_steps: steps over which the gates' budget falls from all heads to none.
+        head_cost: share of a head's own work in a gate's cost there, 0 … 1; the rest is the cache of its KV
+            group.
+        compare: files of other head maps, whose rankings' curves are measured as well there.
         constraints: on the choice.
         tokens_per_batch: positions computed at a time; 0: 2048 on a CPU, 32768 on a GPU.
     """
@@ -82,6 +91,12 @@ class SelectionOptions:
     task_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     constraints: Constraints = dataclasses.field(default_factory=Constraints)
     tokens_per_batch: int = 0
+    text: str = ""
+    align_tokens: int = 4_000_000
+    gate_tokens: int = 20_000_000
+    gate_steps: int = 600
+    head_cost: float = 0.5
+    compare: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.solved not in ("top1", "pair", "off"):
@@ -111,6 +126,13 @@ class SelectionOptions:
             )
         if self.num_receivers is not None and self.num_receivers < 1:
             raise HydraError(f"--num-receivers {self.num_receivers}: must be at least 1")
+        if self.align_tokens < 1 or not LEAST_STEPS <= self.gate_steps <= self.gate_tokens:
+            raise HydraError(
+                f"--align-tokens must be at least 1, --gate-steps at least {LEAST_STEPS}, or gates cannot all "
+                "close, and at most --gate-tokens"
+            )
+        if not 0 <= self.head_cost <= 1:
+            raise HydraError(f"--head-cost {self.head_cost:g}: must be from 0 to 1")
 
     def changed(self, names: Sequence[str]) -> list[str]:
         """Which of these options differ from their default."""
@@ -129,6 +151,8 @@ class Context:
         prompts: task -> its solved prompts.
         capabilities: capability -> those of its tasks that are solved.
         lengths: tokens -> task -> prompts of other lengths.
+        text: token sequences, int64 ``[1, S]``, for strategies that read text.
+        compared: name -> the ranking of another map.
     """
 
     model: ModelIdentity
@@ -139,6 +163,8 @@ class Context:
     prompts: Mapping[str, Solved] = dataclasses.field(default_factory=dict)
     capabilities: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     lengths: Mapping[int, Mapping[str, list[PromptPair]]] = dataclasses.field(default_factory=dict)
+    text: Sequence[torch.Tensor] = ()
+    compared: Mapping[str, Sequence[Head]] = dataclasses.field(default_factory=dict)
 
     @property
     def task_weights(self) -> dict[str, float]:
@@ -187,6 +213,7 @@ class Strategy:
             those at equal distances.
         total_heads: those whose total effect is measured, if it is; ``None``: all.
         takes: options that only this strategy and its like look at.
+        learns: it learns step by step: it reads text beside the prompts, and runs on one process.
     """
 
     help: str
@@ -197,6 +224,7 @@ class Strategy:
     whole_layers: bool = False
     total_heads: Callable[[Context], list[Head]] | None = None
     takes: tuple[str, ...] = ()
+    learns: bool = False
 
     def refuse_options(self, name: str, options: SelectionOptions) -> None:
         """Options that this strategy would pass over in silence.
@@ -404,6 +432,30 @@ def _attention_mass(context: Context) -> Scored:
     return Scored(by_task, weighted_mean(by_task, context.task_weights))
 
 
+def _learned_gates(context: Context) -> Scored:
+    """How long each head's gate stays open while the budget shrinks."""
+    from megatron_hydra.selection import learned_gates
+
+    assert context.engine is not None
+    options = context.options
+    found = learned_gates.learn(
+        context.engine,
+        context.capabilities,
+        context.prompts,
+        context.text,
+        learned_gates.GateOptions(
+            options.align_tokens,
+            options.gate_tokens,
+            options.gate_steps,
+            options.head_cost,
+            context.seed,
+        ),
+        options.task_weights,
+        context.compared,
+    )
+    return Scored({}, found.openness, found.details)
+
+
 def _random(context: Context) -> Scored:
     scores = np.random.default_rng(context.seed).random(context.shape)
     return Scored({}, scores)
@@ -432,6 +484,7 @@ def _no_stages(_: SelectionOptions) -> tuple[str, ...]:
 
 _OF_INTERP = ("max_rounds", "control", "stability")
 _OF_DENOISE = ("effects", "receiver_effect", "senders", "sender_weight", "num_receivers")
+_OF_GATES = ("text", "align_tokens", "gate_tokens", "gate_steps", "head_cost", "compare")
 _FLAGS = {
     "max_rounds": "--max-rounds",
     "control": "--no-control",
@@ -441,6 +494,12 @@ _FLAGS = {
     "senders": "--no-senders",
     "sender_weight": "--sender-weight",
     "num_receivers": "--num-receivers",
+    "text": "--text",
+    "align_tokens": "--align-tokens",
+    "gate_tokens": "--gate-tokens",
+    "gate_steps": "--gate-steps",
+    "head_cost": "--head-cost",
+    "compare": "--compare",
 }
 
 STRATEGIES: dict[str, Strategy] = {
@@ -494,6 +553,14 @@ STRATEGIES: dict[str, Strategy] = {
         "how much a head attends to the answer's earlier occurrences (retrieval score)",
         lambda options: ("baseline", "attention"),
         _attention_mass,
+    ),
+    "learned_gates": Strategy(
+        "heads chosen jointly: one gate a head between the teacher's attention and an aligned GDN branch, "
+        "learned while the budget shrinks; sees redundancy, and measures what every budget recovers",
+        lambda options: ("baseline",),
+        _learned_gates,
+        takes=_OF_GATES,
+        learns=True,
     ),
     "layerwise": Strategy(
         "whole layers at equal distances (the number of heads is rounded to whole layers)",

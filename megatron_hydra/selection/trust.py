@@ -127,6 +127,7 @@ def report_lines(details: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(("found", f"{name}: {receivers} receivers, senders by round {added}"))
         if "control" in facts:
             lines.append(("control", f"{name}: {_control_line(facts['control'])}"))
+    lines += [("gates", text) for text in _gate_lines(details.get("gates"))]
     trust = details.get("trust")
     if not trust:
         return lines
@@ -147,6 +148,21 @@ def report_lines(details: Mapping[str, Any]) -> list[tuple[str, str]]:
     where = "none" if begin is None else f"from place {begin} on ({trust['ties']['broken_by']})"
     unheard = trust.get("chosen_without_signal", 0)
     return [*lines, ("trust", f"ties: {where}; {unheard} FA heads have a score of 0")]
+
+
+def _gate_lines(gates: Mapping[str, Any] | None) -> list[str]:
+    """A line for every budget of the curve of learned gates, and every ranking that was compared."""
+    lines = []
+    for row in [] if gates is None else gates["curve"]:
+        for name, one in row["by"].items():
+            right = ", ".join(f"{task} {share:.2f}" for task, share in one["accuracy"].items())
+            drawn = [float(np.mean(list(other["accuracy"].values()))) for other in row["random"]]
+            at_random = f"; random heads {min(drawn):.2f} to {max(drawn):.2f}"
+            lines.append(
+                f"{row['heads']} FA heads by {name}: right {right}, KL of text {one['text_divergence']:.3f}, "
+                f"cache {one['cache']:.2f}{at_random if name == 'learned_gates' else ''}"
+            )
+    return lines
 
 
 def _control_line(control: Mapping[str, Any]) -> str:

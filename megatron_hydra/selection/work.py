@@ -13,9 +13,9 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,8 @@ from megatron_hydra.watchdog import PATIENCE, collective_timeout, feed_watchdog
 _STOP_MARK = "stop"
 
 Result = dict[str, torch.Tensor]
+
+Step = TypeVar("Step")
 
 
 def is_first_rank() -> bool:
@@ -200,6 +202,34 @@ class WorkBench:
             done.update(part)
         self.time_left.plan(stage, max(0.0, left))  # the other ranks' chunks, as they really were
         return {chunk.key: done[chunk.key] for chunk in chunks}
+
+    # -- work of which each step needs the one before: on one process -------------------------------
+
+    def follow(self, stage: Stage, steps: Iterable[Step], cost: float) -> Iterator[Step]:
+        """Pass on steps as they are done, with the time left, and the watchdog fed after each.
+
+        Args:
+            stage: planned in :attr:`time_left`.
+            cost: of a step.
+        """
+        self._bar.set_description(str(stage), refresh=False)
+        feed_watchdog(PATIENCE)  # the first one may compile kernels
+        started = self.clock()
+        for step in steps:
+            feed_watchdog()
+            now = self.clock()
+            self.time_left.done(stage, cost, now - started)
+            self._show(now)
+            yield step
+            started = self.clock()
+
+    def keep(self, name: str, state: Result) -> None:
+        """Write a state for a later start; it replaces the one of that name, whole or not at all."""
+        self._write(Chunk(name, 0.0, 0), state)
+
+    def kept(self, name: str) -> Result | None:
+        """The state of that name that an earlier start has kept."""
+        return self._read(Chunk(name, 0.0, 0))
 
     def _show(self, now: float) -> None:
         """Draw the bar, a few times a second on a screen and twice a minute in a file."""

@@ -16,6 +16,11 @@ from megatron_hydra.transfer.calibration_text import TEXT
 DEFAULT_TOKENS = 8192
 SEQUENCE_LENGTH = 1024
 TOKEN_KEYS = ("tokens", "input_ids")
+ADVICE = (
+    "give token ids with --calibration-file FILE.jsonl ({'tokens': [ids]} lines), or --no-calibration for "
+    "γ = 1"
+)
+"""What to do without a tokenizer."""
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any | None:
@@ -40,6 +45,8 @@ def calibration_batches(
     vocab_size: int,
     file: str | os.PathLike[str] | None = None,
     max_tokens: int = DEFAULT_TOKENS,
+    length: int = SEQUENCE_LENGTH,
+    advice: str = ADVICE,
 ) -> list[torch.Tensor]:
     """Token sequences for calibration.
 
@@ -49,18 +56,22 @@ def calibration_batches(
         file: plain text, or ``.jsonl`` of ``{"text": …}``, ``{"tokens": [ids]}`` or ``[ids]``
             lines; ``None`` for a bundled English text.
         max_tokens: stop after so many.
+        length: of the longest sequence.
+        advice: what to do without a tokenizer, for the message.
 
     Returns:
-        int64 ``[1, S]`` tensors, S at most 1024.
+        int64 ``[1, S]`` tensors, S at most ``length``, each from one document.
 
     Raises:
         HydraError: no tokenizer for text, a line that is neither, or a token id that is no token.
     """
     batches: list[torch.Tensor] = []
     left = max_tokens
-    for ids in _documents(tokenizer, file):
-        for start in range(0, len(ids), SEQUENCE_LENGTH):
-            piece = ids[start : start + min(SEQUENCE_LENGTH, left)]
+    for ids in _documents(tokenizer, file, advice):
+        if left == 0:
+            break
+        for start in range(0, len(ids), length):
+            piece = ids[start : start + min(length, left)]
             if len(piece) == 0:
                 break
             _check_ids(piece, vocab_size, file)
@@ -80,9 +91,11 @@ def _check_ids(ids: list[int], vocab_size: int, file: Any) -> None:
         )
 
 
-def _documents(tokenizer: Any | None, file: str | os.PathLike[str] | None) -> Iterator[list[int]]:
+def _documents(
+    tokenizer: Any | None, file: str | os.PathLike[str] | None, advice: str
+) -> Iterator[list[int]]:
     if file is None:
-        yield _encode(tokenizer, TEXT, "the bundled calibration text")
+        yield _encode(tokenizer, TEXT, "the bundled calibration text", advice)
         return
     path = Path(file)
     try:
@@ -90,20 +103,20 @@ def _documents(tokenizer: Any | None, file: str | os.PathLike[str] | None) -> It
     except (OSError, UnicodeDecodeError) as error:
         raise HydraError(f"calibration file {path} cannot be read: {error}") from None
     if path.suffix != ".jsonl":
-        yield _encode(tokenizer, text, str(path))
+        yield _encode(tokenizer, text, str(path), advice)
         return
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
-            yield _line(tokenizer, line, f"{path}, line {number}")
+            yield _line(tokenizer, line, f"{path}, line {number}", advice)
 
 
-def _line(tokenizer: Any | None, line: str, where: str) -> list[int]:
+def _line(tokenizer: Any | None, line: str, where: str, advice: str) -> list[int]:
     try:
         body = json.loads(line)
     except ValueError as error:
         raise HydraError(f"{where} is not valid JSON: {error}") from None
     if isinstance(body, dict) and isinstance(body.get("text"), str):
-        return _encode(tokenizer, body["text"], where)
+        return _encode(tokenizer, body["text"], where, advice)
     if isinstance(body, dict):
         body = next((body[key] for key in TOKEN_KEYS if key in body), None)
     if isinstance(body, list) and all(type(i) is int for i in body):
@@ -111,10 +124,7 @@ def _line(tokenizer: Any | None, line: str, where: str) -> list[int]:
     raise HydraError(f"{where} must be {{'text': …}}, {{'tokens': [ids]}} or [ids]")
 
 
-def _encode(tokenizer: Any | None, text: str, where: str) -> list[int]:
+def _encode(tokenizer: Any | None, text: str, where: str, advice: str) -> list[int]:
     if tokenizer is None:
-        raise HydraError(
-            f"the model folder has no tokenizer to encode {where}: give token ids with "
-            "--calibration-file FILE.jsonl ({'tokens': [ids]} lines), or --no-calibration for γ = 1"
-        )
+        raise HydraError(f"the model folder has no tokenizer to encode {where}: {advice}")
     return list(tokenizer(text)["input_ids"])

@@ -91,14 +91,23 @@ def test_data_are_read_where_they_are(tmp_path, monkeypatch):
 
 def test_later_keys_reach_what_they_are_for(tmp_path, monkeypatch):
     given = {}
-    select = {"task_weights": {"a": 2.0}, "effects": ("direct",), "check_heads": 5}
+    select = {
+        "task_weights": {"a": 2.0},
+        "effects": ("direct",),
+        "check_heads": 5,
+        "gate_steps": 70,
+    }
     monkeypatch.setattr(
         "megatron_hydra.selection.select_heads", lambda *_, **words: given.update(words)
     )
     body = as_plain(SelectionSpec(**select))
-    step = Step("k", "select", "select", "t", {"selection": body}, {}, {"tasks": []})
-    actions.select(actions.Context(step, tmp_path / "out", {"teacher_hf": tmp_path}))
+    body |= {"text": {"name": "text.jsonl", "content": "hash"}}
+    places = {"tasks": [], "text": "{prepare}/text.jsonl"}
+    step = Step("k", "select", "select", "t", {"selection": body}, {}, places)
+    inputs = {"teacher_hf": tmp_path, "prepare": tmp_path / "made"}
+    actions.select(actions.Context(step, tmp_path / "out", inputs))
     assert {name: getattr(given["options"], name) for name in select} == select
+    assert given["options"].text == str(tmp_path / "made" / "text.jsonl")
 
     settings = []
     for name in ("evaluation.loading.load_model", "evaluation.loading.load_tokenizer"):

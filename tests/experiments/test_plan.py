@@ -369,6 +369,28 @@ def test_later_keys_count_where_they_differ_from_their_default(write, change, fi
     assert "check_heads" not in body  # as hashed before there was such a key
 
 
+def test_text_of_a_selection_is_prepared_or_hashed(write, tmp_path):
+    gates = "strategy: learned_gates, text:"
+    (tmp_path / "text.jsonl").write_text("one")
+    path = write(
+        f"variants: {{made: {{selection: {{{gates} '{{prepare}}/calibration.jsonl'}}}}, "
+        f"given: {{selection: {{{gates} text.jsonl}}}}}}"
+    )
+
+    def select(name):
+        plan = planned(path)
+        return plan.steps[steps(plan, f"{name} / seed 0")["select"]]
+
+    made, given = select("made"), select("given")
+    assert "prepare" in made.inputs
+    assert made.places["text"] == made.params["selection"]["text"] == "{prepare}/calibration.jsonl"
+    assert given.places["text"] == str(tmp_path / "text.jsonl")
+    assert given.params["selection"]["text"]["name"] == "text.jsonl"
+    (tmp_path / "text.jsonl").write_text("two")
+    assert select("given").key != given.key
+    assert select("made").key == made.key
+
+
 def test_the_shipped_experiments_plan_with_a_real_models_recipe(tmp_path, monkeypatch):
     """Every stage's config is read; model and data are stand-ins."""
     from megatron_hydra.quickstart.workspace import shipped_teacher

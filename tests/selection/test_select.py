@@ -127,7 +127,7 @@ def test_options_of_another_scoring_are_refused(
         select_heads(planted.model, strategy=strategy, tasks=[TASK], options=wrong)
 
 
-@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES.keys() - {"learned_gates"}))  # it reads text
 def test_every_strategy_gives_a_reproducible_map(strategy: str, planted: Planted) -> None:
     def run(seed: int) -> HeadMap:
         return select_heads(

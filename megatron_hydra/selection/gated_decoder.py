@@ -1,0 +1,265 @@
+"""A decoder in which every head is full attention and Gated DeltaNet at once, mixed by a gate a head.
+
+    z_h = g_h · FA_h(x) + (1 − g_h) · γ_h · RMSNorm(GDN_h(x))        y = W_o [z_h]_h
+
+FA_h is the teacher's own head output, with its rotary embedding and without norm: with all gates at 1 the
+model *is* the teacher. GDN_h is the branch of the student that :func:`~megatron_hydra.transfer.student`
+makes, with the norm and the scale γ_h that it has there. W_o is the teacher's, for both. All that is learned
+before the gates is the GDN branch, layer by layer (stage 1 of the transfer).
+
+B: sequences, T: positions, L: layers, H: query heads, d: head_dim, D: hidden size, V: vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_hydra.checkpoint.families import name_map
+from megatron_hydra.checkpoint.hf_config import hf_config_from_model, model_from_hf_config
+from megatron_hydra.config.model import HydraConfig, ModelConfig
+from megatron_hydra.config.run import BackendConfig
+from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
+from megatron_hydra.hf.modeling_hydrahead import (
+    HydraHeadAttention,
+    HydraHeadRotaryEmbedding,
+    TokenContext,
+    Visibility,
+)
+from megatron_hydra.ops import backends
+from megatron_hydra.ops.backends import Case
+from megatron_hydra.selection.runner import DecoderRunner
+from megatron_hydra.transfer.student import calibrate_gamma, initialise_student
+
+_log = logging.getLogger(__name__)
+
+LOGIT_ROWS = 1024
+"""Positions whose logits, ``[rows, V]`` of both models, are held at a time."""
+
+_NOT_A_CONFIG = ("architectures", "model_type", "auto_map", "dtype")
+
+_ATTENTION = "self_attn."
+
+_FP32 = ("gdn_A_log", "gdn_dt_bias", "gamma")
+
+
+class GatedDecoder:
+    """The teacher with a GDN branch beside every head.
+
+    Args:
+        runner: the teacher. Its weights do not change.
+        calibration: int64 ``[1, S]`` token sequences: γ_h begins as the RMS of the teacher's head on them.
+        seed: order of the initial decays over the heads of a layer.
+
+    Attributes:
+        branches: for each layer the GDN branch: ``[B, T, D]`` normalised stream → ``[B, T, H·d]``.
+    """
+
+    def __init__(
+        self, runner: DecoderRunner, calibration: Sequence[torch.Tensor], seed: int = 0
+    ) -> None:
+        self.runner = runner
+        gamma = calibrate_gamma(runner.model, calibration)
+        config, self.branches = recurrent_branches(runner, gamma, seed)
+        self.rotary = HydraHeadRotaryEmbedding(config)
+        self._log_scale_a = config.hydra["log_scale_a"]
+
+    # -- forward -----------------------------------------------------------------------------------
+
+    def forward(
+        self, ids: torch.Tensor, gates: torch.Tensor | None, recompute: bool = False
+    ) -> torch.Tensor:
+        """The last residual stream.
+
+        Args:
+            ids: ``[B, T]``, padded on the right (a causal model never sees the padding).
+            gates: ``[B or 1, L, H]`` in 0 … 1; ``None``: the teacher, whose GDN branches do not run.
+            recompute: keep only the streams between layers for the backward.
+
+        Returns:
+            ``[B, T, D]``, before the final norm.
+        """
+        x = self.runner.embed(ids)
+        for layer in range(self.runner.num_layers):
+            x = x.to(self.runner.device_of(layer))
+            own = None if gates is None else gates[:, layer].to(x.device)
+            if recompute and own is not None:
+                x = checkpoint(self._layer, layer, x, own, use_reentrant=False)
+            else:
+                x = self._layer(layer, x, own)
+        return x
+
+    def _layer(self, layer: int, x: torch.Tensor, gates: torch.Tensor | None) -> torch.Tensor:
+        runner = self.runner
+        normed = runner.attention_input(layer, x)
+        z = self.full_attention(layer, normed)
+        if gates is not None:
+            z = mix(z, self.recurrent(layer, normed), gates)
+        return runner.add_mlp(layer, x + runner.output_projection(layer, z))
+
+    def full_attention(self, layer: int, normed: torch.Tensor) -> torch.Tensor:
+        """The teacher's head outputs, ``[B, T, H, d]``."""
+        runner = self.runner
+        positions = torch.arange(normed.shape[1], device=normed.device)
+        q = runner.queries(layer, normed, positions)
+        k, v = runner.keys(layer, normed, positions), runner.values(layer, normed)
+        return runner.attend(layer, q, k, v, positions)
+
+    def recurrent(self, layer: int, normed: torch.Tensor) -> torch.Tensor:
+        """The GDN branch's head outputs after norm and γ, ``[B, T, H, d]``."""
+        out = self.branches[layer](normed, self._context(normed))
+        return out.unflatten(-1, (self.runner.num_heads, -1))
+
+    def _context(self, x: torch.Tensor) -> TokenContext:
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        cos, sin = self.rotary(positions)
+        a = self._log_scale_a
+        return TokenContext(
+            cos=cos,
+            sin=sin,
+            log_scale=((positions.float() + a).log() / math.log(a))[..., None, None],
+            first=positions[:, 0],
+            valid=None,
+            visibility=Visibility(0, x.shape[1]),
+        )
+
+    # -- stage 1 -----------------------------------------------------------------------------------
+
+    def alignment_losses(
+        self, ids: torch.Tensor, real: torch.Tensor, keep: torch.Tensor
+    ) -> Iterator[torch.Tensor]:
+        """Layer by layer: mean squared error of the attention's output on the teacher's stream (eq. 15).
+
+        Layers are independent: the caller may take the gradient of one before the next one runs.
+
+        Args:
+            ids: ``[B, T]``.
+            real: which of them count, ``[B, T]`` bool.
+            keep: gates of 0 and 1, ``[B, L, H]``: heads at 1 keep the teacher's output.
+
+        Yields:
+            Scalars: the mean over tokens and channels.
+        """
+        runner = self.runner
+        with torch.no_grad():
+            x = runner.embed(ids)
+        for layer in range(runner.num_layers):
+            x = x.to(runner.device_of(layer))
+            with torch.no_grad():
+                normed = runner.attention_input(layer, x)
+                z = self.full_attention(layer, normed)
+                target = runner.output_projection(layer, z)
+            mixed = mix(z, self.recurrent(layer, normed), keep[:, layer].to(x.device))
+            error = (runner.output_projection(layer, mixed) - target).float()
+            yield error[real.to(x.device)].square().mean()
+            with torch.no_grad():
+                x = runner.add_mlp(layer, x + target)
+
+    # -- the difference from the teacher -----------------------------------------------------------
+
+    def divergence(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """KL(teacher ‖ student) of the next token from last residual streams ``[N, D]``, ``[N]`` fp32."""
+        rows = [
+            checkpoint(self._divergence, s, t, use_reentrant=False)
+            for s, t in zip(student.split(LOGIT_ROWS), teacher.split(LOGIT_ROWS), strict=True)
+        ]
+        return torch.cat(rows)
+
+    def _divergence(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        ours = F.log_softmax(self.runner.logits(student).float(), dim=-1)
+        with torch.no_grad():
+            theirs = F.log_softmax(self.runner.logits(teacher).float(), dim=-1)
+        return (theirs.exp() * (theirs - ours)).sum(-1)
+
+
+def mix(full_attention: torch.Tensor, recurrent: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """G · FA + (1 − g) · GDN, head by head.
+
+    Args:
+        full_attention, recurrent: ``[B, T, H, d]``.
+        gates: ``[B or 1, H]``.
+    """
+    g = gates[:, None, :, None].to(full_attention.dtype)
+    return g * full_attention + (1 - g) * recurrent
+
+
+# -- the branches ----------------------------------------------------------------------------------
+
+
+def recurrent_branches(
+    runner: DecoderRunner, gamma: torch.Tensor, seed: int
+) -> tuple[HydraHeadConfig, list[HydraHeadAttention]]:
+    """The attention of the all-GDN student of a model, layer by layer, without output projection.
+
+    Weights are in the teacher's dtype, decays and γ in fp32, each layer's on its teacher's device.
+
+    Args:
+        gamma: ``[L, H]``.
+        seed: order of the initial decays.
+    """
+    dense = model_from_hf_config(runner.model.config.to_dict(), "the model's config")
+    none: tuple[tuple[int, ...], ...] = ((),) * dense.num_layers
+    student = dataclasses.replace(dense, hydra=HydraConfig(), full_attention_heads=none)
+    body = hf_config_from_model(student, "float32")
+    config = HydraHeadConfig(
+        **{k: v for k, v in body.items() if k not in _NOT_A_CONFIG},
+        gdn_kernel=_delta_rule_kernel(runner),
+    )
+    canonical = initialise_student(_canonical(runner.model, dense), student, gamma, seed)
+    states: list[dict[str, torch.Tensor]] = [{} for _ in range(dense.num_layers)]
+    for row in name_map(student):
+        for name in row.hf:
+            prefix, found, own = name.partition(_ATTENTION)
+            if found and not own.startswith("o_proj"):
+                (tensor,) = row.form.to_hf(canonical[row.canonical])
+                states[int(prefix.split(".")[-2])][own] = tensor
+    branches = []
+    for layer, state in enumerate(states):
+        branch = HydraHeadAttention(config, layer)
+        branch.o_proj = nn.Identity()  # type: ignore[assignment]  # the teacher's serves both branches
+        branch.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
+        weight = runner.layers[layer].self_attn.o_proj.weight
+        branch.to(weight.device)
+        for name, parameter in branch.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if name in _FP32 else weight.dtype)
+        branches.append(branch.requires_grad_(False))
+    return config, branches
+
+
+def _delta_rule_kernel(runner: DecoderRunner) -> str:
+    """``auto`` where flash-linear-attention's kernels run here, forward and backward, else ``torch``.
+
+    Raises:
+        HydraError: they run, and are wrong.
+    """
+    weight = runner.layers[0].self_attn.o_proj.weight
+    case = Case(weight.device, weight.dtype, runner.head_dim, gdn_heads=(runner.num_heads,))
+    if weight.device.type != "cuda":
+        return "torch"
+    if backends.needs_tilelang(case):
+        _log.warning(
+            "the delta rule runs in plain torch, which is slow: flash-linear-attention's backward needs "
+            "TileLang here (pip install %s)",
+            backends.TILELANG,
+        )
+        return "torch"
+    wanted = BackendConfig(full_attention="torch", fused_kernels="torch")
+    names = backends.choose_kernels(wanted, case).names
+    return "auto" if names["gated_delta_net"] == "fla" else "torch"
+
+
+def _canonical(model: Any, dense: ModelConfig) -> dict[str, torch.Tensor]:
+    """The canonical state dict of a loaded dense model, without copies where the form allows."""
+    stored = model.state_dict()
+    return {
+        row.canonical: row.form.to_canonical([stored[n] for n in row.hf], row.canonical_shape)
+        for row in name_map(dense)
+    }
