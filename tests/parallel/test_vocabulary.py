@@ -7,7 +7,6 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_hydra.checkpoint.sharded import box_of, sharded_tensors
-from megatron_hydra.evaluation.megatron_backend import MegatronBackend
 from megatron_hydra.model.layer_spec import build_gpt_model
 from megatron_hydra.ops.linear_distillation_loss import (
     linear_distillation_loss,
@@ -15,10 +14,11 @@ from megatron_hydra.ops.linear_distillation_loss import (
 )
 from megatron_hydra.parallel.vocabulary import VocabularyShard
 from megatron_hydra.training.model_state import model_state
+from megatron_hydra.transfer.answers import likeliest_tokens
 from megatron_hydra.transfer.verb import lm_head_weight
 from tests import canonical_access
 from tests.training import tiny
-from tests.transfer.test_verbs import ALONE, CONFIG
+from tests.transfer.test_verbs import CONFIG
 
 
 @pytest.mark.parametrize("total", [1, 5, 64, 435, 32001])
@@ -89,8 +89,8 @@ def test_padding_is_in_no_loss_and_wins_no_comparison(padded: torch.nn.Module) -
     assert table.grad is not None
     assert not table.grad[60:].any()
     assert table.grad[:60].any()
-    backend = MegatronBackend(padded, tiny.TEACHER, CONFIG, ALONE, None)  # type: ignore[arg-type]
-    assert backend._argmax(hidden.detach()).tolist() == logits.argmax(1).tolist()
+    likeliest = likeliest_tokens(hidden.detach(), weight, padded.vocabulary_shard.first)
+    assert likeliest.tolist() == logits.argmax(1).tolist()
 
 
 def test_a_model_is_stored_without_padding_and_loaded_with_zeros(padded: torch.nn.Module) -> None:
