@@ -307,7 +307,8 @@ def test_a_manifest_saves_reading_the_data(tmp_path, monkeypatch):
     indexed(prefix, b"12345678")
     read = fingerprint.of_data(str(prefix))
     records = [file_record(f"{prefix}{suffix}") for suffix in (".bin", ".idx")]
-    Manifest({}, {}, {}, "all", *records).save(f"{prefix}.json")
+    tokenizer = {"name": "a tokenizer", "fingerprint": "sha256:0"}
+    Manifest({}, tokenizer, {}, "all", *records).save(f"{prefix}.json")
     monkeypatch.setattr(fingerprint, "of_file", lambda path: pytest.fail(f"{path} is read"))
     assert fingerprint.of_data(str(prefix)) == read
     prefix.with_suffix(".bin").write_bytes(b"1234x678")

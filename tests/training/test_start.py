@@ -84,6 +84,7 @@ def test_kernels_are_prepared_on_the_ranks_own_gpu(
     caplog.set_level(logging.INFO)
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     config = tiny.run_config(inputs, "finetune", str(tmp_path / "run"))
     with contextlib.ExitStack() as starting:
         result = prepare_node(config, starting)
