@@ -46,10 +46,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .configuration_hydrahead import HydraHeadConfig
 from .window_hydrahead import beyond_window, extend, within_window
+
+logger = logging.get_logger(__name__)
 
 CHUNK = 64
 """Tokens whose states are updated together by the torch delta rule."""
@@ -273,7 +275,9 @@ class HydraHeadCache(Cache):
     Attributes:
         layers: one :class:`HydraHeadLayerCache` a layer.
         seen: columns so far, padding included (what ``attention_mask`` is as wide as).
-        key_mask: ``[B, seen]`` bool, which columns are real tokens; ``None``: all of them.
+        key_mask: ``[B, seen]`` bool, which columns are real tokens; ``None``: all of them. Those of
+            one call stand as inside the model, real ones first.
+        given_mask: ``[B, seen]`` bool, the same as the caller has ordered them.
         lengths: ``[B]`` int64, real tokens of every sequence: its next position.
     """
 
@@ -284,22 +288,45 @@ class HydraHeadCache(Cache):
     def _clear(self) -> None:
         self.seen = 0
         self.key_mask: torch.Tensor | None = None
+        self.given_mask: torch.Tensor | None = None
         self.lengths: torch.Tensor | None = None
 
-    def advance(self, batch: int, length: int, valid: torch.Tensor | None, device: Any) -> None:
-        """Note ``length`` new columns, of which ``valid`` ``[B, length]`` are real (None: all)."""
-        if valid is not None or self.key_mask is not None:
-            past = self.key_mask
-            if past is None:
-                past = torch.ones(batch, self.seen, dtype=torch.bool, device=device)
-            new = torch.ones_like(past[:, :1]).expand(-1, length) if valid is None else valid
-            self.key_mask = torch.cat((past, new), dim=1)
+    def advance(
+        self,
+        batch: int,
+        length: int,
+        valid: torch.Tensor | None,
+        given: torch.Tensor | None,
+        device: Any,
+    ) -> None:
+        """Note ``length`` new columns, of which ``valid`` ``[B, length]`` are real (None: all); ``given``
+        says the same in the caller's order.
+        """
+        self.key_mask = self._with(self.key_mask, valid, batch, length, device)
+        self.given_mask = self._with(self.given_mask, given, batch, length, device)
         gained = length if valid is None else valid.sum(1)
         lengths = self.lengths
         if lengths is None:
             lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.lengths = lengths + gained
         self.seen += length
+
+    def _with(
+        self,
+        past: torch.Tensor | None,
+        new: torch.Tensor | None,
+        batch: int,
+        length: int,
+        device: Any,
+    ) -> torch.Tensor | None:
+        """The mask of all columns; ``None`` as long as all are real."""
+        if past is None and new is None:
+            return None
+        if past is None:
+            past = torch.ones(batch, self.seen, dtype=torch.bool, device=device)
+        if new is None:
+            new = torch.ones_like(past[:, :1]).expand(-1, length)
+        return torch.cat((past, new), dim=1)
 
     def kv_bytes(self) -> int:
         """Bytes of the keys and values held, summed over the real tensors of all layers."""
@@ -354,10 +381,10 @@ class HydraHeadCache(Cache):
     def _apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for layer in self.layers:
             layer.apply(function)
-        if self.key_mask is not None:
-            self.key_mask = function(self.key_mask)
-        if self.lengths is not None:
-            self.lengths = function(self.lengths)
+        for name in ("key_mask", "given_mask", "lengths"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, function(tensor))
 
     @property
     def batch_size(self) -> int:
@@ -862,10 +889,10 @@ class HydraHeadDecoderLayer(GradientCheckpointingLayer):
         self,
         x: torch.Tensor,
         context: TokenContext,
-        past_key_values: HydraHeadCache | None = None,
+        memory: HydraHeadCache | None = None,
     ) -> torch.Tensor:
-        """``[B, T, D]`` → ``[B, T, D]``."""
-        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        """``[B, T, D]`` → ``[B, T, D]``; ``memory`` is the model's cache."""
+        cache = None if memory is None else memory.layers[self.layer_idx]
         x = x + self.self_attn(self.input_layernorm(x), context, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -880,7 +907,7 @@ class HydraHeadPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["HydraHeadDecoderLayer"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values", "cache"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values", "cache", "memory"]
     _keep_in_fp32_modules_strict: ClassVar = ["gdn_A_log", "gdn_dt_bias"]
     _supports_sdpa = True
     # States cannot be rolled back, so assisted decoding is refused by generate().
@@ -960,7 +987,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
             input_ids: ``[B, T]`` new tokens; or ``inputs_embeds`` ``[B, T, D]``.
             attention_mask: ``[B, T]`` or ``[B, past + T]``, 0 for padding (at any side).
             position_ids: not needed: positions are counted from each sequence's first real token;
-                given for a prompt, they must say the same.
+                given, they must say the same.
             past_key_values, cache: the cache of an earlier call, by either of its names in transformers;
                 extended in place.
             use_cache: make one if none is given; default: the config's, never in training.
@@ -973,9 +1000,9 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(_given_cache(past_key_values, cache), use_cache)
-        valid = _real_tokens(attention_mask, x, 0 if cache is None else cache.seen)
+        valid = _real_tokens(attention_mask, x, cache)
         positions = _positions(position_ids, x, valid, cache)
-        order = None
+        given, order = valid, None
         if valid is not None and x.shape[1] > 1:
             order = torch.argsort((~valid).to(torch.int8), dim=1, stable=True)
             x = _take(x, order)
@@ -989,12 +1016,13 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         )
         states = [x]
         for layer in self.layers:
-            x = layer(x, context, past_key_values=cache)
+            # Not by its usual name: transformers takes that away wherever layers are checkpointed.
+            x = layer(x, context, memory=cache)
             states = [*states, x] if keep else [x]
         x = self.norm(x)
         states[-1] = x
         if cache is not None:
-            cache.advance(x.shape[0], x.shape[1], valid, x.device)
+            cache.advance(x.shape[0], x.shape[1], valid, given, x.device)
         if order is not None:
             back = order.argsort(dim=1)
             states = [_take(state, back) for state in states]
@@ -1005,9 +1033,18 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         )
 
     def _cache(self, given: Any, use_cache: bool | None) -> HydraHeadCache | None:
+        asked = bool(use_cache)
         if use_cache is None:
             use_cache = given is not None or (self.config.use_cache and not self.training)
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # The backward pass runs the layers again, which would extend the cache twice.
+            if given is not None:
+                raise ValueError(
+                    "a cache cannot be extended while gradient checkpointing wants gradients: call "
+                    "model.eval() or torch.no_grad() first, or leave the cache out"
+                )
+            if asked:
+                logger.warning_once("use_cache=True makes no cache under gradient checkpointing")
             return None
         if given is not None and not isinstance(given, HydraHeadCache):
             raise ValueError(
@@ -1046,18 +1083,53 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         )
 
 
-def _real_tokens(mask: torch.Tensor | None, x: torch.Tensor, past: int) -> torch.Tensor | None:
-    """``[B, T]`` bool: which of the new tokens are real; ``None`` when all are."""
+def _real_tokens(
+    mask: torch.Tensor | None, x: torch.Tensor, cache: HydraHeadCache | None
+) -> torch.Tensor | None:
+    """``[B, T]`` bool: which of the new tokens are real; ``None`` when all are.
+
+    Raises:
+        ValueError: a mask of another form, or one that says of earlier columns what the cache does not.
+    """
+    batch, length = x.shape[:2]
+    past = 0 if cache is None else cache.seen
+    if cache is not None and cache.batch_size not in (-1, batch):
+        raise ValueError(
+            f"the cache holds {cache.batch_size} sequences and {batch} are given: give as many, or "
+            "begin without a cache"
+        )
     if mask is None:
         return None
-    length = x.shape[1]
-    if mask.ndim != 2 or mask.shape[1] not in (length, past + length):
+    if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] not in (length, past + length):
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; it must be [batch, {past + length}] "
+            f"attention_mask has shape {tuple(mask.shape)}; it must be [{batch}, {past + length}] "
             "with 0 for padding (masks of pairs of tokens are not supported)"
         )
-    valid = mask[:, -length:].to(device=x.device, dtype=torch.bool)
+    mask = mask.to(device=x.device, dtype=torch.bool)
+    if cache is not None and mask.shape[1] == past + length:
+        _check_past(mask[:, :past], cache)
+    valid = mask[:, -length:]
     return None if bool(valid.all()) else valid
+
+
+def _check_past(mask: torch.Tensor, cache: HydraHeadCache) -> None:
+    """Refuse a mask ``[B, seen]`` of earlier columns that differs from the one they came with."""
+    differs = ~mask if cache.given_mask is None else mask != cache.given_mask
+    if not bool(differs.any()):
+        return
+    row, column = differs.nonzero()[0].tolist()
+    where = f"(first: row {row}, column {column})"
+    if bool(mask[row, column]):
+        raise ValueError(
+            f"attention_mask shows earlier columns that were padding when the cache saw them {where}: "
+            "the cache has not read them. Give the zeros again, or the mask of the new tokens only; "
+            "if they are real, run the whole text again without the cache"
+        )
+    raise ValueError(
+        f"attention_mask hides earlier columns that the cache has read as real tokens {where}: a "
+        "recurrent state cannot forget a token. Run the whole text again without the cache and with "
+        "this mask, or keep one cache for each conversation"
+    )
 
 
 def _positions(
@@ -1075,12 +1147,13 @@ def _positions(
         positions = start + torch.arange(length, device=x.device)[None, :]
     else:
         positions = start + valid.long().cumsum(1) - 1
-    if given is not None and length > 1:
+    if given is not None:
         wrong = given.to(x.device) != positions
         if bool((wrong if valid is None else wrong & valid).any()):
             raise ValueError(
-                "position_ids do not count every sequence's real tokens from 0: HydraHead counts "
-                "them itself (leave position_ids out), and packed sequences are not supported here"
+                "position_ids do not count every sequence's real tokens from 0, those in the cache "
+                "included: HydraHead counts them itself (leave position_ids out), and packed sequences "
+                "are not supported here"
             )
     return positions
 
@@ -1156,22 +1229,28 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor,
         past_key_values: HydraHeadCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         cache: HydraHeadCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As for every model, but with no mask for a token that generate() itself has appended.
+        """As for every model, but a token that generate() itself has appended comes alone.
 
-        Such a token is real, and a mask would be read back at every step: the host would wait for the
-        device. The cache remembers which tokens of the prompt are padding.
+        Such a token is real and the next one. Its mask and position would be read back at every step:
+        the host would wait for the device. The cache remembers which tokens of the prompt are padding.
+
+        Args:
+            inputs_embeds: ``[B, T, D]``, a prompt in place of ``input_ids``; generate() looks for this
+                name here.
         """
         cache = _given_cache(past_key_values, cache)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids, **{CACHE_NAME: cache}, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, **{CACHE_NAME: cache}, **kwargs
         )
         appended = inputs["input_ids"] is not None and inputs["input_ids"].shape[1] == 1
         begun = cache is not None and cache.get_seq_length() > 0
         if appended and begun and not kwargs.get("is_first_iteration", False):
-            inputs.pop("attention_mask", None)
+            for name in ("attention_mask", "position_ids"):
+                inputs.pop(name, None)
         return inputs
 
     def _prepare_cache_for_generation(

@@ -607,6 +607,76 @@ def test_a_cache_goes_by_either_of_its_names():
         model(ids, past_key_values=begun, cache=begun)
 
 
+@pytest.mark.parametrize("kind", ["head", "all-gdn", "token"])
+def test_what_the_cache_has_read_can_neither_be_hidden_nor_shown(kind):
+    model, ids = make_model(*KINDS[kind]), tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        for first, then, message in (
+            (torch.ones_like(mask), mask, r"hides earlier columns .*row 0, column 0"),
+            (mask, torch.ones_like(mask), r"shows earlier columns .*row 0, column 0"),
+        ):
+            for end in (8, 12):  # one new token, and several
+                cache = model(ids[:, :7], attention_mask=first[:, :7]).past_key_values
+                with pytest.raises(ValueError, match=message):
+                    model(ids[:, 7:end], attention_mask=then[:, :end], past_key_values=cache)
+                assert cache.seen == 7
+                out = model(ids[:, 7:end], attention_mask=first[:, :end], past_key_values=cache)
+                whole = model(ids[:, :end], attention_mask=first[:, :end]).logits
+                close(out.logits, whole[:, 7:])
+        with pytest.raises(ValueError, match="the cache holds 2 sequences and 1 are given"):
+            model(ids[:1], past_key_values=cache)
+
+
+def test_a_row_that_ended_early_cannot_be_hidden_in_the_next_turn():
+    """Batched chat: generate() fed the end tokens of the finished row to its state."""
+    model, ids = make_model(), tokens(2, 8)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    options["return_dict_in_generate"] = True
+    turn = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    text = torch.cat((turn.sequences, tokens(2, 5, seed=3)), dim=1)
+    mask = torch.ones_like(text)
+    follow = model.generate(
+        text, attention_mask=mask, past_key_values=turn.past_key_values, **options
+    )
+    fresh = model.generate(text, attention_mask=mask, **options)
+    assert torch.equal(follow.sequences, fresh.sequences)
+    mask[1, 10:14] = 0
+    turn = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    with pytest.raises(ValueError, match="cannot forget a token"):
+        model.generate(text, attention_mask=mask, past_key_values=turn.past_key_values, **options)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_positions_that_do_not_follow_are_refused(padding):
+    model, ids = make_model(), tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    right = (mask.cumsum(1) - 1).clamp(min=0)
+    for end in (8, 9):
+        with torch.no_grad():
+            cache = model(
+                ids[:, :7], attention_mask=mask[:, :7], position_ids=right[:, :7]
+            ).past_key_values
+            wrong = torch.arange(end - 7).expand(2, -1)
+            with pytest.raises(ValueError, match="those in the cache included"):
+                model(ids[:, 7:end], position_ids=wrong, past_key_values=cache)
+            out = model(ids[:, 7:end], position_ids=right[:, 7:end], past_key_values=cache)
+            close(out.logits, model(ids[:, :end], attention_mask=mask[:, :end]).logits[:, 7:])
+
+
+@CASES
+def test_generation_from_embeddings_equals_that_from_tokens(heads, hydra):
+    model, ids = make_model(heads, hydra), tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    embeddings = model.get_input_embeddings()(ids).detach()
+    new = model.generate(inputs_embeds=embeddings, **options)
+    assert torch.equal(new, model.generate(ids, use_cache=False, **options)[:, 12:])
+
+
 def test_cache_holds_the_kv_groups_of_full_attention_heads_only():
     model = make_model([[1, 2, 3], [], [0, 1]])
     with torch.no_grad():
@@ -686,6 +756,24 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
     model(ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
         close(parameter.grad, expected[name], 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["head", "token"])
+def test_a_checkpointed_model_in_training_generates_with_its_cache(kind, reentrant):
+    model, ids = make_model(*KINDS[kind]), tokens(2, 12)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    options["attention_mask"] = torch.ones_like(ids)
+    expected = model.generate(ids, use_cache=False, **options)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    out = model.generate(ids, return_dict_in_generate=True, **options)
+    assert torch.equal(out.sequences, expected)
+    assert out.past_key_values.seen == 12 + 5
+    with pytest.raises(ValueError, match="gradient checkpointing wants gradients"):
+        model(expected[:, -1:], past_key_values=out.past_key_values)
+    assert model(ids, use_cache=True).past_key_values is None
 
 
 def export(model, folder):
