@@ -24,6 +24,9 @@ B: batch, T: new tokens, L: tokens seen in all, D: hidden size, H: query heads, 
 Padding. A padded batch is turned into one with its real tokens first before the first layer, and
 turned back after the last one. So inside, padding only ever follows real tokens: it cannot enter a
 convolution or an earlier position; it is kept out of states (β = 0, α = 1) and keys (mask).
+
+Packed documents (no padding between them) are laid end to end in one row before the first layer; softmax,
+convolution, state and positions of each begin anew.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -177,12 +181,17 @@ def gated_delta_rule(
     beta: torch.Tensor,
     state: torch.Tensor | None,
     kernel: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The delta rule by the fastest implementation that supports the case; see the chunked one."""
+    documents: Documents | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The delta rule by the fastest implementation that supports the case; see the chunked one.
+
+    With ``documents``, each begins with an empty state, and none is returned.
+    """
     supported = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
     kernels = _fla_kernels() if kernel == "auto" and supported else None
     if kernels is not None:
         function = kernels[0] if q.shape[1] > 1 else kernels[1]
+        packed = {} if documents is None else {"cu_seqlens": documents.bounds}
         return function(
             q=q,
             k=k,
@@ -190,10 +199,147 @@ def gated_delta_rule(
             g=log_alpha.float(),
             beta=beta.to(v.dtype) if q.shape[1] > 1 else beta.float(),
             initial_state=state,
-            output_final_state=True,
+            output_final_state=documents is None,
+            **packed,
         )
+    if documents is not None:
+        parts = [
+            gated_delta_rule(
+                q[:, part], k[:, part], v[:, part], log_alpha[:, part], beta[:, part], None, kernel
+            )[0]
+            for part in documents.parts
+        ]
+        return _join(parts), None
     function = chunked_gated_delta_rule if q.shape[1] > 1 else recurrent_gated_delta_rule
     return function(q, k, v, log_alpha, beta, state)
+
+
+# -- packed documents -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Documents:
+    """Documents laid end to end in one row of N tokens.
+
+    Attributes:
+        bounds: ``[documents + 1]`` int64, where each begins, and N.
+        lengths: tokens of each, ≥ 1.
+        positions: ``[1, N]`` int64, every token's number in its document.
+        real: ``[N]`` int64, which of the caller's B·T tokens they are; ``None``: all, in order.
+        width: T.
+    """
+
+    bounds: torch.Tensor
+    lengths: list[int]
+    positions: torch.Tensor
+    real: torch.Tensor | None
+    width: int
+
+    @property
+    def parts(self) -> list[slice]:
+        """Where each document stands in the row."""
+        ends = list(itertools.accumulate(self.lengths))
+        return [slice(end - n, end) for end, n in zip(ends, self.lengths, strict=True)]
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, T, D]`` → ``[1, N, D]``."""
+        flat = x.reshape(-1, x.shape[-1])
+        return (flat if self.real is None else flat.index_select(0, self.real))[None]
+
+    def unpack(self, x: torch.Tensor, batch: int) -> torch.Tensor:
+        """``[1, N, D]`` → ``[B, T, D]``, zero where there is padding."""
+        flat = x[0]
+        if self.real is not None:
+            whole = flat.new_zeros(batch * self.width, flat.shape[-1])
+            flat = whole.index_copy(0, self.real, flat)
+        return flat.view(batch, -1, flat.shape[-1])
+
+
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""By which names transformers' flattening collator says where documents begin."""
+
+
+LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
+"""What transformers' loss function takes besides logits and labels."""
+
+
+def _documents(
+    given: dict[str, Any],
+    position_ids: torch.Tensor | None,
+    x: torch.Tensor,
+    valid: torch.Tensor | None,
+) -> Documents:
+    """Where the packed documents of ``x`` ``[B, T, D]`` begin; all that is given must say the same.
+
+    Raises:
+        ValueError: what is given contradicts itself or the input.
+    """
+    batch, length = x.shape[:2]
+    real = None if valid is None else valid.flatten().nonzero()[:, 0]
+    said: dict[str, torch.Tensor] = {}  # where a document begins, [N]
+
+    def kept(values: torch.Tensor) -> torch.Tensor:
+        flat = values.to(x.device).expand(batch, length).reshape(-1)
+        return flat if real is None else flat.index_select(0, real)
+
+    def changes(values: torch.Tensor) -> torch.Tensor:
+        return F.pad(values[1:] != values[:-1], (1, 0), value=True)
+
+    rows = changes(kept(torch.arange(batch, device=x.device)[:, None]))
+    if rows.shape[0] == 0:
+        raise ValueError("the packed documents hold no real token")
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if given[name] is not None:
+            said[name] = changes(kept(_numbers(name, given[name], batch, length)))
+    if given["seq_idx"] is not None:
+        if tuple(given["seq_idx"].shape) != (batch, length):
+            raise ValueError(
+                f"seq_idx has shape {tuple(given['seq_idx'].shape)}; it must be {(batch, length)}"
+            )
+        said["seq_idx"] = changes(kept(given["seq_idx"])) | rows
+    if position_ids is not None:
+        numbers = kept(position_ids)
+        begins = numbers == 0
+        follows = F.pad(numbers[1:] == numbers[:-1] + 1, (1, 0)) & ~rows
+        if not bool((begins | follows).all()):
+            raise ValueError(
+                "position_ids do not count every sequence's real tokens from 0: HydraHead counts them "
+                "itself (leave position_ids out); only packed documents, each from 0, may have their own"
+            )
+        said["position_ids"] = begins
+    if not said:
+        raise ValueError("max_length_q and max_length_k need cu_seq_lens_q or seq_idx")
+    (first, begins), *others = said.items()
+    for name, other in others:
+        if not torch.equal(begins, other):
+            raise ValueError(f"{first} and {name} disagree on where the packed documents begin")
+    bounds = F.pad(begins.nonzero()[:, 0], (0, 1), value=begins.shape[0])
+    counts = bounds.diff().tolist()
+    for name in ("max_length_q", "max_length_k"):
+        if given[name] is not None and int(given[name]) < max(counts):
+            raise ValueError(
+                f"{name} is {int(given[name])}, but a document has {max(counts)} tokens"
+            )
+    positions = torch.arange(begins.shape[0], device=x.device)
+    positions = positions - bounds[:-1].repeat_interleave(bounds.diff())
+    return Documents(bounds, counts, positions[None], real, length)
+
+
+def _numbers(name: str, bounds: Any, batch: int, length: int) -> torch.Tensor:
+    """``[1, T]`` int64 from ``cu_seq_lens``: every token's document."""
+    bounds = torch.as_tensor(bounds).tolist()
+    if batch != 1 or bounds[:1] != [0] or bounds[-1] != length or bounds != sorted(bounds):
+        raise ValueError(
+            f"{name} is {bounds} for input of shape {[batch, length]}: it must rise from 0 to the "
+            "tokens of a single row"
+        )
+    counts = torch.tensor(bounds).diff()
+    return torch.arange(len(counts)).repeat_interleave(counts)[None]
+
+
+def _join(parts: list[torch.Tensor], dim: int = 1) -> torch.Tensor:
+    """Concatenated; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 # -- the cache ------------------------------------------------------------------------------------
@@ -587,6 +733,7 @@ class TokenContext:
         first: ``[B or 1]`` int64, the position of the first token.
         valid: ``[B, T]`` bool, real tokens, which come first; ``None``: all.
         visibility: what FA heads may see.
+        documents: packed documents, of which none sees another; ``None``: the rows are sequences.
     """
 
     cos: torch.Tensor
@@ -595,6 +742,16 @@ class TokenContext:
     first: torch.Tensor
     valid: torch.Tensor | None
     visibility: Visibility
+    documents: Documents | None = None
+
+    @property
+    def parts(self) -> list[slice]:
+        """The columns that are attended to together."""
+        return [slice(None)] if self.documents is None else self.documents.parts
+
+    def visible(self, part: slice) -> Visibility:
+        """What may be seen of those columns."""
+        return self.visibility if self.documents is None else Visibility(0, part.stop - part.start)
 
 
 class HydraHeadAttention(nn.Module):
@@ -750,15 +907,30 @@ class HydraHeadAttention(nn.Module):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             if cache is not None:
                 k, v = cache.append(k, v)
-            out = full_attention(q, k, v, self.fa_groups, context.visibility).transpose(1, 2)
+            outputs = [
+                full_attention(
+                    q[:, :, part],
+                    k[:, :, part],
+                    v[:, :, part],
+                    self.fa_groups,
+                    context.visible(part),
+                )
+                for part in context.parts
+            ]
+            out = _join(outputs, dim=2).transpose(1, 2)
         else:
             kept = None if cache is None else cache.window
             groups = _index(tuple(self.fa_groups), x.device)
-            out, kept = within_window(
-                q, k, v, groups, self.window, context.first, context.valid, kept
-            )
+            outputs = []
+            for part in context.parts:
+                qkv = (q[:, part], k[:, part], v[:, part])
+                out, seen = within_window(
+                    *qkv, groups, self.window, context.first, context.valid, kept
+                )
+                outputs.append(out)
+            out = _join(outputs)
             if cache is not None:
-                cache.window = kept
+                cache.window = seen
         if self.switches["fa_gate"]:
             out = out * (2.0 * torch.sigmoid(self._heads(self.fa_gate_proj(x))))
         return out
@@ -772,7 +944,7 @@ class HydraHeadAttention(nn.Module):
     ) -> torch.Tensor:
         q, k, v = self._qkv("gdn", x, tied)
         if self.switches["short_conv"]:
-            q, k, v = self._convolve((q, k, v), context.valid, cache)
+            q, k, v = self._convolve((q, k, v), context, cache)
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
         q, k = self._qk_norms("gdn", q, k)
         if self.switches["gdn_position"] == "rope":
@@ -784,11 +956,14 @@ class HydraHeadAttention(nn.Module):
         log_alpha = -self.gdn_A_log.float().exp() * step
         if self.window is not None:
             waiting = (None, None) if cache is None else (cache.leaving, cache.leaving_gates)
-            (k, v, log_alpha, beta), waiting = beyond_window(
-                k, v, log_alpha, beta, self.window, context.valid, waiting
-            )
+            writes = []
+            for part in context.parts:
+                new = (k[:, part], v[:, part], log_alpha[:, part], beta[:, part])
+                written, left = beyond_window(*new, self.window, context.valid, waiting)
+                writes.append(written)
+            k, v, log_alpha, beta = (_join(list(w)) for w in zip(*writes, strict=True))
             if cache is not None:
-                cache.leaving, cache.leaving_gates = waiting
+                cache.leaving, cache.leaving_gates = left
         if self.gdn_groups != list(range(len(self.gdn_heads))):
             index = _index(tuple(self.gdn_groups), x.device)
             k, v = k.index_select(2, index), v.index_select(2, index)
@@ -796,8 +971,10 @@ class HydraHeadAttention(nn.Module):
             beta = beta.masked_fill(~context.valid[..., None], 0.0)
             log_alpha = log_alpha.masked_fill(~context.valid[..., None], 0.0)
         state = None if cache is None else cache.state
-        out, state = gated_delta_rule(q, k, v, log_alpha, beta, state, self.config.gdn_kernel)
-        if cache is not None:
+        out, state = gated_delta_rule(
+            q, k, v, log_alpha, beta, state, self.config.gdn_kernel, context.documents
+        )
+        if cache is not None and state is not None:
             cache.state = state.detach()
         if self.switches["gdn_gate"]:
             out = out * (2.0 * torch.sigmoid(self._heads(self.gdn_gate_proj(x))))
@@ -806,19 +983,24 @@ class HydraHeadAttention(nn.Module):
     def _convolve(
         self,
         parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        valid: torch.Tensor | None,
+        context: TokenContext,
         cache: HydraHeadLayerCache | None,
     ) -> tuple[torch.Tensor, ...]:
         """Causal depthwise convolution of q, k, v ``[B, T, channels]``; the last tap is now."""
         x = torch.cat(parts, dim=-1)
         weight = torch.cat([getattr(self, f"gdn_{p}_conv").weight[:, 0] for p in ("q", "k", "v")])
         width, length = weight.shape[1], x.shape[1]
-        extended, tail = extend(x, None if cache is None else cache.tail, width - 1, valid)
+        before = None if cache is None else cache.tail
+        extended, tail = extend(x, before, width - 1, context.valid)
         if cache is not None:
             cache.tail = tail
-        y = extended[:, :length].float() * weight[:, 0].float()
-        for j in range(1, width):
-            y = y + extended[:, j : j + length].float() * weight[:, j].float()
+        y = x.float() * weight[:, -1].float()
+        for j in reversed(range(width - 1)):
+            tap = extended[:, j : j + length].float() * weight[:, j].float()
+            if context.documents is not None:  # nothing from the document before
+                inside = context.documents.positions >= width - 1 - j
+                tap = tap.masked_fill(~inside[..., None], 0.0)
+            y = y + tap
         return y.to(x.dtype).split([p.shape[-1] for p in parts], dim=-1)
 
     def _weights(self, x: torch.Tensor) -> list[torch.Tensor | None]:
@@ -979,6 +1161,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cache: HydraHeadCache | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -987,27 +1170,47 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
             input_ids: ``[B, T]`` new tokens; or ``inputs_embeds`` ``[B, T, D]``.
             attention_mask: ``[B, T]`` or ``[B, past + T]``, 0 for padding (at any side).
             position_ids: not needed: positions are counted from each sequence's first real token;
-                given, they must say the same.
+                given, they must say the same, or begin at 0 with every packed document.
             past_key_values, cache: the cache of an earlier call, by either of its names in transformers;
                 extended in place.
             use_cache: make one if none is given; default: the config's, never in training.
             output_hidden_states: return the L + 1 hidden states as well.
+            output_attentions: refused, there are none.
+            kwargs: where packed documents begin, as transformers' flattening collator says it:
+                ``cu_seq_lens_q``, ``cu_seq_lens_k`` ``[documents + 1]`` of a single row,
+                ``max_length_q``, ``max_length_k``, ``seq_idx`` ``[B, T]``. No cache is made then.
 
         Raises:
-            ValueError: a mask or positions of a form that is not supported, another cache class.
+            TypeError: another keyword.
+            ValueError: a mask or positions of a form that is not supported, another cache class,
+                packed documents that contradict themselves or extend a cache.
         """
+        _refuse_unknown(kwargs, PACKING, type(self).__name__)
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError(
+                "output_attentions is not supported: no attention weights are formed, and GDN heads have "
+                "none; leave it out"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(_given_cache(past_key_values, cache), use_cache)
+        batch, cache_given = x.shape[0], _given_cache(past_key_values, cache)
+        cache = self._cache(cache_given, use_cache)
         valid = _real_tokens(attention_mask, x, cache)
-        positions = _positions(position_ids, x, valid, cache)
+        packing = {name: kwargs.get(name) for name in PACKING}
+        positions, documents = _positions(position_ids, packing, x, valid, cache)
         given, order = valid, None
-        if valid is not None and x.shape[1] > 1:
+        if documents is not None:
+            if cache_given is not None or use_cache:
+                raise ValueError(
+                    "packed documents neither extend nor fill a cache: give none, and use_cache=False"
+                )
+            x, cache, valid = documents.pack(x), None, None
+        elif valid is not None and x.shape[1] > 1:
             order = torch.argsort((~valid).to(torch.int8), dim=1, stable=True)
             x = _take(x, order)
             valid, positions = valid.gather(1, order), positions.gather(1, order)
-        context = self._context(x, positions, valid, cache)
+        context = self._context(x, positions, valid, cache, documents)
 
         keep = (
             self.config.output_hidden_states
@@ -1026,6 +1229,8 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         if order is not None:
             back = order.argsort(dim=1)
             states = [_take(state, back) for state in states]
+        if documents is not None:
+            states = [documents.unpack(state, batch) for state in states]
         return BaseModelOutputWithPast(
             last_hidden_state=states[-1],
             hidden_states=tuple(states) if keep else None,
@@ -1061,6 +1266,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         positions: torch.Tensor,
         valid: torch.Tensor | None,
         cache: HydraHeadCache | None,
+        documents: Documents | None = None,
     ) -> TokenContext:
         past = 0 if cache is None else cache.seen
         key_mask = None if cache is None else cache.key_mask
@@ -1080,6 +1286,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
             first=positions[:, 0],
             valid=valid,
             visibility=Visibility(past, x.shape[1], key_mask),
+            documents=documents,
         )
 
 
@@ -1134,12 +1341,20 @@ def _check_past(mask: torch.Tensor, cache: HydraHeadCache) -> None:
 
 def _positions(
     given: torch.Tensor | None,
+    packing: dict[str, Any],
     x: torch.Tensor,
     valid: torch.Tensor | None,
     cache: HydraHeadCache | None,
-) -> torch.Tensor:
-    """``[B or 1, T]`` int64: every real token's number in its own sequence."""
+) -> tuple[torch.Tensor, Documents | None]:
+    """Every real token's number in its own sequence, and the documents where such are packed.
+
+    Returns:
+        ``[B or 1, T]`` int64, or ``[1, N]`` with documents.
+    """
     length = x.shape[1]
+    if any(value is not None for value in packing.values()):
+        documents = _documents(packing, given, x, valid)
+        return documents.positions, documents
     start: Any = 0 if cache is None else cache.seen
     if cache is not None and cache.key_mask is not None and cache.lengths is not None:
         start = cache.lengths[:, None]
@@ -1150,12 +1365,21 @@ def _positions(
     if given is not None:
         wrong = given.to(x.device) != positions
         if bool((wrong if valid is None else wrong & valid).any()):
-            raise ValueError(
-                "position_ids do not count every sequence's real tokens from 0, those in the cache "
-                "included: HydraHead counts them itself (leave position_ids out), and packed sequences "
-                "are not supported here"
-            )
-    return positions
+            if cache is not None and cache.seen:
+                raise ValueError(
+                    "position_ids do not follow on every sequence's real tokens in the cache: HydraHead "
+                    "counts them itself (leave position_ids out)"
+                )
+            documents = _documents(packing, given, x, valid)
+            return documents.positions, documents
+    return positions, None
+
+
+def _refuse_unknown(given: dict[str, Any], known: tuple[str, ...], model: str) -> None:
+    """What is not known would be ignored; an argument that asks for nothing may be."""
+    unknown = sorted(k for k, value in given.items() if k not in known and value is not None)
+    if unknown:
+        raise TypeError(f"{model}.forward() got unexpected keywords: {', '.join(unknown)}")
 
 
 def _take(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -1188,6 +1412,7 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
         cache: HydraHeadCache | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where ``labels`` are given; see :meth:`HydraHeadModel.forward`.
@@ -1196,7 +1421,10 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
             labels: ``[B, T]``, −100 where nothing is learned; shifted here.
             logits_to_keep: make logits of the last so many positions only (0: of all), or of the
                 positions listed.
+            kwargs: of packed documents, and of transformers' loss: ``num_items_in_batch``,
+                ``ignore_index``, ``shift_labels``.
         """
+        _refuse_unknown(kwargs, (*PACKING, *LOSS_OPTIONS), type(self).__name__)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1205,7 +1433,9 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             return_dict=True,
+            **{name: kwargs.get(name) for name in PACKING},
         )
         hidden = outputs.last_hidden_state
         if isinstance(logits_to_keep, torch.Tensor):
@@ -1215,8 +1445,9 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden)
         loss = None
         if labels is not None:
+            options = {k: kwargs[k] for k in LOSS_OPTIONS if kwargs.get(k) is not None}
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options
             )
         return CausalLMOutputWithPast(
             loss=loss,

@@ -660,7 +660,7 @@ def test_positions_that_do_not_follow_are_refused(padding):
                 ids[:, :7], attention_mask=mask[:, :7], position_ids=right[:, :7]
             ).past_key_values
             wrong = torch.arange(end - 7).expand(2, -1)
-            with pytest.raises(ValueError, match="those in the cache included"):
+            with pytest.raises(ValueError, match="do not follow on every sequence"):
                 model(ids[:, 7:end], position_ids=wrong, past_key_values=cache)
             out = model(ids[:, 7:end], position_ids=right[:, 7:end], past_key_values=cache)
             close(out.logits, model(ids[:, :end], attention_mask=mask[:, :end]).logits[:, 7:])
@@ -714,13 +714,99 @@ def test_cache_refuses_what_it_cannot_do(kind):
 
 def test_positions_and_masks_that_would_be_misread_are_refused():
     model, ids = make_model(), tokens(1, 8)
-    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
-    with pytest.raises(ValueError, match="packed sequences"):
-        model(ids, position_ids=packed)
+    with pytest.raises(ValueError, match="only packed documents"):
+        model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 5, 6, 7, 8]]))
+    with pytest.raises(TypeError, match=r"HydraHeadForCausalLM.*: sequence_index"):
+        model(ids, sequence_index=torch.zeros(1, 8))
+    with pytest.raises(TypeError, match=r"HydraHeadModel.*: num_items_in_batch"):
+        model.model(ids, num_items_in_batch=8)
+    with pytest.raises(ValueError, match="output_attentions is not supported"):
+        model(ids, output_attentions=True)
     with pytest.raises(ValueError, match="attention_mask has shape"):
         model(ids, attention_mask=torch.ones(1, 1, 8, 8))
     with torch.no_grad():
         close(model(ids, position_ids=torch.arange(8)[None]).logits, model(ids).logits, 0.0)
+
+
+# -- packed documents -----------------------------------------------------------------------------
+
+
+def flattened(lengths, *, positions=True, bounds=False, numbers=False):
+    """What transformers' collator makes of documents of these lengths."""
+    from transformers import DataCollatorWithFlattening
+
+    collate = DataCollatorWithFlattening(
+        return_position_ids=positions, return_flash_attn_kwargs=bounds, return_seq_idx=numbers
+    )
+    return collate([{"input_ids": tokens(1, n, seed=n)[0].tolist()} for n in lengths])
+
+
+@CASES
+@pytest.mark.parametrize(
+    "said", [{}, {"bounds": True, "positions": False}, {"bounds": True, "numbers": True}]
+)
+def test_packed_documents_equal_separate_ones(heads, hydra, said):
+    """Logits, loss and every gradient; documents of a chunk's length and of a single token among them."""
+    model, lengths = make_model(heads, hydra), (30, 1, 64, 2, 75)
+    model.train()
+    batch = flattened(lengths, **said)
+    total = int((batch["labels"] != -100).sum())
+    out = model(**batch, num_items_in_batch=total, output_hidden_states=True)
+    out.loss.backward()
+    packed = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    losses, start = 0.0, 0
+    for n in lengths:
+        ids = tokens(1, n, seed=n)
+        single = model(ids, labels=ids, num_items_in_batch=total, output_hidden_states=True)
+        close(out.logits[:, start : start + n], single.logits)
+        for whole, part in zip(out.hidden_states, single.hidden_states, strict=True):
+            close(whole[:, start : start + n], part)
+        single.loss.backward()
+        losses, start = losses + single.loss.detach(), start + n
+    close(out.loss, losses, 1e-5)
+    assert out.past_key_values is None
+    for name, parameter in model.named_parameters():
+        assert float(parameter.grad.abs().max()) > 0, name
+        close(packed[name], parameter.grad, 1e-4 * max(1.0, float(parameter.grad.abs().max())))
+
+
+@pytest.mark.parametrize("kind", ["head", "token"])
+def test_packed_documents_in_several_rows_with_padding(kind):
+    """Reset positions alone, padding before, between and behind documents."""
+    model, width = make_model(*KINDS[kind]), 40
+    rows = [[(0, 12), (12, 28)], [(3, 20), (22, 30), (30, 31)]]
+    ids, mask = tokens(2, width), torch.zeros(2, width, dtype=torch.long)
+    positions = torch.zeros(2, width, dtype=torch.long)
+    for row, documents in enumerate(rows):
+        for start, end in documents:
+            mask[row, start:end] = 1
+            positions[row, start:end] = torch.arange(end - start)
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask, position_ids=positions)
+        for row, documents in enumerate(rows):
+            for start, end in documents:
+                single = model(ids[row : row + 1, start:end]).logits[0]
+                close(out.logits[row, start:end], single)
+
+
+def test_contradictions_of_packed_documents_are_refused():
+    model = make_model()
+    batch = flattened((5, 3), bounds=True, numbers=True)
+    wrong = {
+        "cu_seq_lens_q and cu_seq_lens_k disagree": {"cu_seq_lens_k": torch.tensor([0, 4, 8])},
+        "cu_seq_lens_q and seq_idx disagree": {"seq_idx": torch.zeros(1, 8)},
+        "cu_seq_lens_q and position_ids disagree": {"position_ids": torch.arange(8)[None]},
+        "it must rise from 0": {"cu_seq_lens_q": torch.tensor([0, 5])},
+        "seq_idx has shape": {"seq_idx": torch.zeros(1, 7)},
+        "max_length_q is 4, but a document has 5": {"max_length_q": 4},
+        "neither extend nor fill a cache": {"use_cache": True},
+    }
+    for message, change in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            model(**{**batch, **change})
+    with pytest.raises(ValueError, match="need cu_seq_lens_q"):
+        model(batch["input_ids"], max_length_q=5)
 
 
 # -- training and loading -------------------------------------------------------------------------
@@ -924,6 +1010,37 @@ def test_fla_kernels_agree_with_the_torch_path():
     scale = logits["exact"].std()
     errors = {n: float((logits[n] - logits["exact"]).abs().mean() / scale) for n in logits}
     assert errors["torch"] < 0.05 and errors["fla"] < max(0.05, 2 * errors["torch"]), errors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_packed_documents_by_fla_equal_separate_ones(autocast, monkeypatch):
+    """In bf16, and in fp32 under autocast: the kernel is taken, and its gradients are as good as ours."""
+    kernels = pytest.importorskip("fla.ops.gated_delta_rule")
+    calls = []
+
+    def counted(**arguments):
+        calls.append(arguments["q"].dtype)
+        return kernels.chunk_gated_delta_rule(**arguments)
+
+    monkeypatch.setattr(modeling, "_fla_kernels", lambda: (counted, counted))
+    model = make_model(MIXED, head_dim=64).cuda().train()
+    batch = {k: v.cuda() if torch.is_tensor(v) else v for k, v in flattened((130, 1, 64)).items()}
+    gradients = {}
+    for name, kernel in (("exact", "torch"), ("torch", "torch"), ("fla", "auto")):
+        model.config.gdn_kernel = kernel
+        model.to(torch.float32 if name == "exact" or autocast else torch.bfloat16)
+        model.zero_grad()
+        calls.clear()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast and name != "exact"):
+            loss = model(**batch).loss
+        loss.backward()
+        assert set(calls) == ({torch.bfloat16} if name == "fla" else set())
+        parts = [p.grad.float().flatten() for _, p in model.named_parameters()]
+        gradients[name] = torch.cat(parts)
+    norm = gradients["exact"].norm()
+    errors = {n: float((g - gradients["exact"]).norm() / norm) for n, g in gradients.items()}
+    assert errors["torch"] < 0.1 and errors["fla"] < max(0.1, 2 * errors["torch"]), errors
 
 
 @pytest.mark.gpu
