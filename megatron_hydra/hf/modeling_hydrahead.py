@@ -70,6 +70,20 @@ MASK_ELEMENTS = 1 << 26
 # -- the gated delta rule -------------------------------------------------------------------------
 
 
+def _without_autocast(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast would run a rule's products in 16 bits, forward and backward, and so undo its fp32."""
+
+    @functools.wraps(rule)
+    def wrapped(q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if q.device.type == "meta":  # which has no autocast
+            return rule(q, *args, **kwargs)
+        with torch.autocast(q.device.type, enabled=False):
+            return rule(q, *args, **kwargs)
+
+    return wrapped
+
+
+@_without_autocast
 def recurrent_gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -97,6 +111,7 @@ def recurrent_gated_delta_rule(
     return torch.stack(outputs, dim=1).to(dtype), state
 
 
+@_without_autocast
 def chunked_gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -670,8 +685,10 @@ class HydraHeadRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise ``[…, size]``."""
-        return self.weight * _rms(x, self.eps).to(x.dtype)
+        """Normalise ``[…, size]``, in ``x``'s dtype: under autocast the weight has a wider one, and
+        the kernels that want 16 bits would be passed by.
+        """
+        return (self.weight * _rms(x, self.eps).to(x.dtype)).to(x.dtype)
 
 
 def _rms(x: torch.Tensor, eps: float) -> torch.Tensor:

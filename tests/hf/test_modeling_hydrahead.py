@@ -177,6 +177,43 @@ def test_delta_rule_gradients_equal_those_of_the_recurrence():
         close(chunked, recurrent, 1e-4 * float(recurrent.abs().max()))
 
 
+@pytest.mark.parametrize("rule", ["chunked", "recurrent"])
+def test_autocast_leaves_the_delta_rule_and_its_gradients_in_fp32(rule):
+    results = []
+    for enabled in (False, True):
+        inputs = [x.requires_grad_() for x in rule_inputs(70)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output, state = getattr(modeling, f"{rule}_gated_delta_rule")(*inputs)
+            loss = output.square().sum() + state.square().sum()
+        results.append((output, state, *torch.autograd.grad(loss, inputs)))
+    for plain, cast in zip(*results, strict=True):
+        assert plain.dtype == cast.dtype == torch.float32
+        close(cast, plain, 1e-6 * float(plain.detach().abs().max()))
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_under_autocast_the_rule_gets_what_fast_kernels_take(qk_norm, monkeypatch):
+    """And the gradient is that of fp32, as far as 16 bits carry."""
+    model, ids = make_model(qk_norm=qk_norm), tokens(2, 70)
+    rule, seen, gradients = modeling.gated_delta_rule, [], []
+
+    def noted(*arguments):
+        seen.append([x.dtype for x in arguments[:5]])
+        return rule(*arguments)
+
+    monkeypatch.setattr(modeling, "gated_delta_rule", noted)
+    for enabled in (False, True):
+        model.zero_grad()
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        wide = [torch.float32] * 2
+        assert seen == [[torch.bfloat16 if enabled else torch.float32] * 3 + wide] * 3
+    assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 0.05
+
+
 # -- against the teacher --------------------------------------------------------------------------
 
 
