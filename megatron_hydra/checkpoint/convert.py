@@ -28,6 +28,7 @@ from megatron_hydra.checkpoint.hf_io import (
     copy_tokenizer_files,
     dtype_name,
     hf_to_canonical,
+    left_out,
     num_bytes,
     plan_shards,
     write_hf_weights,
@@ -127,7 +128,19 @@ def hf_to_megatron(
     store.save_canonical(
         output, tensors, model, folder, provenance, force=force, progress=progress, check=check
     )
+    _say_left_out(folder)
     return model
+
+
+def _say_left_out(folder: Path) -> None:
+    """Name what a folder holds besides weights, config and tokenizer: none of it is carried."""
+    from megatron_hydra.hf.export_files import hf_export_files
+
+    names = left_out(folder, (HEAD_MAP_FILE, *hf_export_files()))
+    if names:
+        print(
+            f"{folder}: not carried over: {', '.join(names)}; copy what is needed", file=sys.stderr
+        )
 
 
 def _report(count: int, whose: str) -> None:
@@ -298,6 +311,9 @@ def megatron_to_hf(
         if verify:
             _report(parity.verify_export(folder, temporary, dtype), "the checkpoint's")
             _verify_logits(folder, temporary, dtype is None)
+    tokenizer = store.tokenizer_folder(checkpoint)
+    if tokenizer is not None:
+        _say_left_out(tokenizer)
     return model
 
 

@@ -5,6 +5,7 @@ Pickled weights (``.bin``) are never opened.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -48,6 +49,9 @@ TOKENIZER_FILES = (
 )
 """What travels beside the weights, from the source to the checkpoint to the export."""
 
+NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
+"""Chat templates with a name of their own, such as ``tool_use``; they travel, too."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What ``--dtype`` can name."""
 
@@ -68,12 +72,44 @@ def dtype_name(dtype: torch.dtype) -> str:
 def copy_tokenizer_files(
     source: str | os.PathLike[str], target: str | os.PathLike[str]
 ) -> list[str]:
-    """Copy those of :data:`TOKENIZER_FILES` that ``source`` has; returns their names."""
-    names = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+    """Copy :data:`TOKENIZER_FILES` and :data:`NAMED_TEMPLATES` that ``source`` has; returns their names."""
+    names = _tokenizer_files(Path(source))
     Path(target).mkdir(parents=True, exist_ok=True)
     for name in names:
+        (Path(target) / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(Path(source) / name, Path(target) / name)
     return names
+
+
+def _tokenizer_files(folder: Path) -> list[str]:
+    templates = [path for path in sorted(folder.glob(NAMED_TEMPLATES)) if path.is_file()]
+    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return names + [path.relative_to(folder).as_posix() for path in templates]
+
+
+def left_out(folder: str | os.PathLike[str], known: Sequence[str]) -> list[str]:
+    """What of a model folder no conversion carries, sorted; a folder's name ends in a slash.
+
+    Args:
+        folder: of a model or of a tokenizer.
+        known: names that are read or made anew, and patterns of such.
+
+    Files that are hidden or hold the weights that are read are none of them.
+    """
+    folder = Path(folder)
+    carried = set(_tokenizer_files(folder))
+    known = (*known, "config.json", INDEX, "*.safetensors")
+    names = []
+    for path in folder.iterdir():
+        if path.name.startswith((".", "__pycache__")) or path.name in carried:
+            continue
+        if path.is_dir():
+            inside = {p.relative_to(folder).as_posix() for p in path.rglob("*") if p.is_file()}
+            rest = sorted(inside - carried)
+            names += [f"{path.name}/"] if len(rest) == len(inside) else rest
+        elif not any(fnmatch.fnmatch(path.name, pattern) for pattern in known):
+            names.append(path.name)
+    return sorted(names)
 
 
 # -- reading -------------------------------------------------------------------------------------

@@ -119,6 +119,34 @@ def test_tokenizer_files_travel_through(hybrid, hf_folders, head_map, tmp_path):
     assert found == {path.name for path in source.iterdir()} | made
 
 
+def test_named_chat_templates_travel_and_what_does_not_is_named(hf_folders, tmp_path, capsys):
+    from tokenizers import Tokenizer, models
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    source = shutil.copytree(hf_folders["qwen3-tied"], tmp_path / "hf")
+    backend = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
+    tokenizer.chat_template = {"default": "plain", "tool_use": "with tools"}
+    tokenizer.save_pretrained(source)
+    assert (source / "additional_chat_templates" / "tool_use.jinja").is_file()
+    hf_to_megatron(source, tmp_path / "megatron")
+    assert "not carried" not in capsys.readouterr().err
+    for name in ("LICENSE", "additional_chat_templates/notes.txt", "original/params.json", ".git"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("{}")
+    hf_to_megatron(source, tmp_path / "megatron", force=True)
+    names = "LICENSE, additional_chat_templates/notes.txt, original/;"
+    assert f"hf: not carried over: {names}" in capsys.readouterr().err
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert "not carried" not in capsys.readouterr().err
+    back = AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert back.chat_template == tokenizer.chat_template
+    tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+    chat = [{"role": "user", "content": "a"}]
+    assert back.apply_chat_template(chat, tools=[tool], tokenize=False) == "with tools"
+    assert back.apply_chat_template(chat, tokenize=False) == "plain"
+
+
 # -- hybrid --------------------------------------------------------------------------------------
 
 
