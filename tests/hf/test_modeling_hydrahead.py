@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -948,6 +950,35 @@ def test_export_loads_where_megatron_and_the_package_are_absent(tmp_path):
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_the_lines_of_the_readme_load_an_export_and_ask_nothing(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    model = make_model(HEADS)
+    export(model, tmp_path / "export")
+    backend = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?").save_pretrained(tmp_path / "t")
+    shutil.copyfile(tmp_path / "t" / "tokenizer.json", tmp_path / "export" / "tokenizer.json")
+    (tmp_path / "export" / "tokenizer_config.json").write_text("{}")
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    lines = next(b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "exports/" in b)
+    (tmp_path / "lines.py").write_text(
+        re.sub(r'"exports/[^"]*"', repr(str(tmp_path / "export")), lines)
+        + "\nassert tokenizer('a')['input_ids'] == [0] and model.config.vocab_size == 61"
+    )
+    result = subprocess.run(
+        [sys.executable, "lines.py"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"HF_HOME": str(tmp_path / "home"), "PATH": "", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Do you wish to run" not in result.stdout + result.stderr
 
 
 def test_bf16_loading_keeps_decay_parameters_in_fp32(tmp_path):
