@@ -32,7 +32,7 @@ from megatron_hydra.checkpoint import store
 from megatron_hydra.checkpoint.atomic import sync, sync_tree, write_text_atomic
 from megatron_hydra.config.loading import to_dict
 from megatron_hydra.config.model import ModelConfig
-from megatron_hydra.config.run import RunConfig
+from megatron_hydra.config.run import OptimizerConfig, RunConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.parallel.world import World
 from megatron_hydra.training.agreement import on_all, on_main
@@ -58,6 +58,7 @@ from megatron_hydra.training.run_folder import (
     find_resume_point,
     retain,
 )
+from megatron_hydra.training.setup import apply_settings
 from megatron_hydra.training.snapshot import Snapshot
 
 TRAINING_FILE = "training.json"
@@ -332,6 +333,8 @@ class RunCheckpoints:
         state: dict[str, Any] = dict(model_state(self.chunks))
         if body["optimizer"]:
             allocate_optimizer_state(self.optimizer)
+            # Megatron-Core 0.19 finds a saved parameter group by its learning rates, among others.
+            apply_settings(self.optimizer, _saved_settings(body))
             state["optimizer"] = self.optimizer.sharded_state_dict(
                 state, is_loading=True, metadata=sharding_metadata()
             )
@@ -347,6 +350,15 @@ class RunCheckpoints:
             self.optimizer.reload_model_params()
         if same_generators:
             restore_random_state(loaded["rng_state"][0])
+
+
+def _saved_settings(body: dict[str, Any]) -> OptimizerConfig:
+    """The optimizer's settings in a checkpoint's config; keys that are younger have their default."""
+    saved = body["config"].get("optimizer", {})
+    return dataclasses.replace(
+        OptimizerConfig(),
+        **{f.name: saved[f.name] for f in dataclasses.fields(OptimizerConfig) if f.name in saved},
+    )
 
 
 def _holds(folder: Path, tensor: ShardedTensor) -> bool:

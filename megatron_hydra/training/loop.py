@@ -158,7 +158,7 @@ class _Run:
         if folder is None:
             return Progress(0, 0)
         progress = self.checkpoints.resume(folder, self.stream.check_state)
-        apply_settings(self.trainee.optimizer, self.config)
+        apply_settings(self.trainee.optimizer, self.config.optimizer)  # not the checkpoint's
         self.schedule.step(progress.step)
         self.faults.restore(progress.faults)
         self.validation.restore(progress.validation)

@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel import (
 
 from megatron_hydra.checkpoint.canonical import FP32_SUFFIXES
 from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.config.run import OptimizerConfig as OptimizerSettings
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.model.layer_spec import build_gpt_model
 from megatron_hydra.parallel import platform
@@ -134,13 +135,12 @@ def build_optimizer(
     return optimizer, _build_schedule(optimizer, config)
 
 
-def apply_settings(optimizer: MegatronOptimizer, config: RunConfig) -> None:
-    """Put the config's settings in the place of those that came with a checkpoint's parameter groups.
+def apply_settings(optimizer: MegatronOptimizer, settings: OptimizerSettings) -> None:
+    """Give all parameter groups these settings.
 
     Weight decay and learning rate follow from the schedule, which sets them at every step; clipping reads
     the config.
     """
-    settings = config.optimizer
     for group in optimizer.param_groups:
         group["max_lr"], group["min_lr"] = settings.lr, settings.min_lr
         group["betas"], group["eps"] = (settings.beta1, settings.beta2), settings.eps
