@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     cut = commands.add_parser("cut", help="the map that the same scores give at another ratio")
     cut.add_argument("map")
     cut.add_argument("--ratio", required=True, help="GDN:FA heads as r:1, or dense, or all-gdn")
-    cut.add_argument("--output", type=Path, required=True, help="the head map to write (JSON)")
+    cut.add_argument(
+        "--output", type=path_argument, required=True, help="the head map to write (JSON)"
+    )
     cut.add_argument("--granularity", choices=["query_head", "kv_group"],
                      help="default: that of the map")  # fmt: skip
     cut.add_argument(

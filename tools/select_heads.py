@@ -158,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     ).add_argument
     gates(
         "--text",
+        type=path_text,
         default=defaults.text,
         metavar="FILE",
         help="plain text, or .jsonl of {'text': …} or {'tokens': [ids]} lines (default: a bundled text, "
@@ -190,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     gates(
         "--compare",
+        type=path_text,
         nargs="+",
         default=[],
         metavar="MAP",
