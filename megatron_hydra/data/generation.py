@@ -26,7 +26,11 @@ from megatron_hydra.data.corpus import CorpusConfig, Row, input_identity, plan_u
 from megatron_hydra.data.manifest import write_json_atomically
 from megatron_hydra.data.rows import read_unit
 from megatron_hydra.data.sampling import derive_key
-from megatron_hydra.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
+from megatron_hydra.data.tokenizer import (
+    chat_template_fingerprint,
+    end_tokens_of,
+    tokenizer_fingerprint,
+)
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import fingerprint_tensors
 from megatron_hydra.stopping import leave_if_stopped
@@ -117,7 +121,7 @@ class Generation:
         self.manifest = Path(f"{self.output}.manifest")
         self.force = force
         self._bad: list[str] = []
-        self._ends = _end_tokens(model, tokenizer)
+        self._ends = end_tokens_of(model, tokenizer)
         self._vocabulary = model.get_input_embeddings().num_embeddings
         vectors = {n: p for n, p in model.named_parameters() if p.ndim == 1}
         self.recipe = json.loads(
@@ -176,7 +180,7 @@ class Generation:
             found = json.loads(self.manifest.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             found = {}
-        different = [key for key, value in self.recipe.items() if found.get(key) != value]
+        different = self._different(found)
         if different:
             raise HydraError(
                 f"{self.output} exists and comes from something else (different: {', '.join(different)}); "
@@ -184,12 +188,15 @@ class Generation:
             )
         return True
 
+    def _different(self, other: dict[str, Any]) -> list[str]:
+        """Keys in which another recipe, or the manifest that holds it, is not this one."""
+        return [key for key, value in self.recipe.items() if other.get(key) != value]
+
     def _claimed(self) -> Any:
         """The work folder, begun or taken up, locked while it is in use."""
         recipe = self.work / "recipe.json"
         if recipe.exists():
-            old = json.loads(recipe.read_text(encoding="utf-8"))
-            different = [key for key, value in self.recipe.items() if old.get(key) != value]
+            different = self._different(json.loads(recipe.read_text(encoding="utf-8")))
             if different and not self.force:
                 raise HydraError(
                     f"{self.work} holds unfinished work of something else (different: "
@@ -383,17 +390,6 @@ class Generation:
 
 def _is_answer(message: Any) -> bool:
     return isinstance(message, dict) and message.get("role") == "assistant"
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    given = tokenizer.eos_token_id if given is None else given
-    ends = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
-    if not all(isinstance(token, int) for token in ends):
-        raise HydraError(
-            f"the model's eos_token_id is {given!r}: a token id, or a list of them, is wanted"
-        )
-    return ends
 
 
 def _shard_name(output: Path, shard: tuple[int, int]) -> Path:

@@ -73,6 +73,32 @@ def token_dtype(vocab_size: int) -> type[np.generic]:
 
 
 @functools.lru_cache(maxsize=8)
+def end_tokens_of(model: Any, tokenizer: Any | None) -> list[int]:
+    """The tokens at which an HF model ends a text: its generation config's, else the tokenizer's.
+
+    Raises:
+        HydraError: what is named there is no token id.
+    """
+    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if given is None and tokenizer is not None:
+        given = tokenizer.eos_token_id
+    return token_ids(given)
+
+
+def token_ids(given: Any) -> list[int]:
+    """The end tokens of a config: none, one or several.
+
+    Raises:
+        HydraError: something else.
+    """
+    ends = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    if not all(isinstance(token, int) for token in ends):
+        raise HydraError(
+            f"the model's eos_token_id is {given!r}: a token id, or a list of them, is wanted"
+        )
+    return ends
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 over the vocabulary and the ids of a probe text.
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from megatron_hydra.data.tokenizer import end_tokens_of
 from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation.backend import Continuation, T, cut, is_over
 from megatron_hydra.evaluation.cache_bytes import measure_cache_bytes, returned_cache
@@ -68,10 +69,7 @@ class HfBackend:
 
     def end_tokens(self, tokenizer: Any) -> list[int]:
         """The model's, else the tokenizer's."""
-        given = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        if given is None and tokenizer is not None:
-            given = tokenizer.eos_token_id
-        return token_ids(given)
+        return end_tokens_of(self.model, tokenizer)
 
     def argmax_at(
         self, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
@@ -203,10 +201,3 @@ class _Ended:
             if not self.done[index]:
                 self.done[index] = is_over(row, self.continuations[index], self.end_tokens)
         return torch.tensor(self.done, device=ids.device)
-
-
-def token_ids(given: int | Sequence[int] | None) -> list[int]:
-    """A config's token id: none, one or several."""
-    if given is None:
-        return []
-    return [given] if isinstance(given, int) else [int(x) for x in given]

@@ -30,10 +30,10 @@ from megatron_hydra.config.loading import apply_overrides, from_dict, read_confi
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import BatchConfig, DataConfig, RunConfig
 from megatron_hydra.config.validate import check_layout, data_parallel_size, rounded_stream_length
+from megatron_hydra.data.tokenizer import token_ids
 from megatron_hydra.environment import world_size_from_environment
 from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation.backend import Continuation, T, cut, is_over
-from megatron_hydra.evaluation.hf_backend import token_ids
 from megatron_hydra.model.forward import final_hidden_states
 from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.packed_sequence import PackedSequence

@@ -61,12 +61,9 @@ def knock_out(
     for layer, head in heads:
         out.setdefault(layer, []).append(head)
     x, _ = collections.deque(_clean_run(runner, batch, out, means), maxlen=1).pop()
-    rows = torch.arange(x.shape[0], device=x.device)[:, None]
-    x = x[rows, batch.answer_positions.to(x.device)]
+    x = batch.at_answers(x)
     m = runner.readout(x, runner.readout_direction(batch))
-    top = runner.logits(x).argmax(-1).cpu()
-    right = ((top == batch.answer) | (batch.weights == 0)).all(-1)
-    return Knockout(m.double().cpu(), right)
+    return Knockout(m.double().cpu(), batch.answered(runner.logits(x).argmax(-1).cpu()))
 
 
 def _clean_run(

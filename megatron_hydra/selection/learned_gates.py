@@ -377,9 +377,9 @@ class _Learner:
     def _at_answers(self, batch: PromptBatch, gates: torch.Tensor | None) -> torch.Tensor:
         """Last streams where the logits of the answers are, ``[P, A, D]``; ``None``: the teacher's."""
         if gates is not None:
-            return _at(batch, self.decoder.forward(batch.clean, gates, self.recompute))
+            return batch.at_answers(self.decoder.forward(batch.clean, gates, self.recompute))
         with torch.no_grad():
-            return _at(batch, self.decoder.forward(batch.clean, None))
+            return batch.at_answers(self.decoder.forward(batch.clean, None))
 
     def _at_text(
         self, ids: torch.Tensor, real: torch.Tensor, gates: torch.Tensor | None
@@ -451,7 +451,7 @@ class _Learner:
             for batch, teacher in asked:
                 student = self._at_answers(batch, gates)
                 top = self.runner.logits(student).argmax(-1).cpu()
-                right += float(((top == batch.answer) | (batch.weights == 0)).all(-1).sum())
+                right += float(batch.answered(top).sum())
                 divergence += float(self._answer_divergence(batch, student, teacher).sum())
             count = sum(len(batch.index) for batch, _ in asked)
             result["accuracy"][name] = right / count
@@ -505,12 +505,6 @@ def _thinned(rows: list[list[float]]) -> dict[str, list[Any]]:
     means = [np.mean(rows[a:b], axis=0) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
     columns = {name: [float(row[i]) for row in means] for i, name in enumerate(_RECORDED)}
     return {"step": [int(b) for b in cuts[1:]]} | columns
-
-
-def _at(batch: PromptBatch, x: torch.Tensor) -> torch.Tensor:
-    """The answer positions of ``[P, T, D]``: ``[P, A, D]``."""
-    rows = torch.arange(x.shape[0], device=x.device)[:, None]
-    return x[rows, batch.answer_positions.to(x.device)]
 
 
 class _Alignment:

@@ -100,6 +100,15 @@ class PromptBatch:
     weights: torch.Tensor
     shared_prefix: int
 
+    def at_answers(self, x: torch.Tensor) -> torch.Tensor:
+        """Pick the answer positions of whole prompts: ``[P, T, D]`` to ``[P, A, D]``."""
+        rows = torch.arange(x.shape[0], device=x.device)[:, None]
+        return x[rows, self.answer_positions.to(x.device)]
+
+    def answered(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Whether every token of the answer is the one given there, ``[P]``, of ``[P, A]``."""
+        return ((tokens == self.answer) | (self.weights == 0)).all(-1)
+
 
 def span_weights(count: int) -> list[float]:
     """λ^j / Σ_j λ^j for the ``count`` tokens of an answer."""

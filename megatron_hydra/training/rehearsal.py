@@ -15,7 +15,6 @@ from collections.abc import Iterator
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import RunConfig
@@ -28,6 +27,7 @@ from megatron_hydra.ops.self_check import check_kernels, postponed
 from megatron_hydra.parallel.head_partition import plan_model
 from megatron_hydra.parallel.world import World, rehearsed_world
 from megatron_hydra.training.setup import build_chunks, freeze, wrap_for_training
+from megatron_hydra.training.step import run_micro_batches
 from megatron_hydra.transfer.local_batch import local_batch
 from megatron_hydra.transfer.verb import Verb
 from megatron_hydra.transfer.verbs import VERBS
@@ -126,7 +126,7 @@ def rehearse(
             feed_watchdog()
             yield f"{scene}, {name}"
             _fill(chunks, bias)
-            _call(config, world, verb, chunks, boundaries)
+            _call(world, verb, chunks, boundaries)
 
 
 def check(config: RunConfig, model: ModelConfig, teacher: ModelConfig | None) -> None:
@@ -171,7 +171,6 @@ def _fill(chunks: list[torch.nn.Module] | list[GPTModel], gate_bias: float) -> N
 
 
 def _call(
-    config: RunConfig,
     world: World,
     verb: Verb,
     chunks: list[torch.nn.Module],
@@ -183,12 +182,11 @@ def _call(
     batch = PackedBatch(tokens, tokens, torch.ones(length), boundaries)
     for chunk in chunks:
         chunk.zero_grad_buffer()  # type: ignore[operator]
-    get_forward_backward_func()(
-        forward_step_func=verb.forward_step,
-        data_iterator=[iter([local_batch(batch, world, length)]) for _ in chunks],
-        model=chunks,
-        num_microbatches=1,
-        seq_length=length * verb.streams,
-        micro_batch_size=1,
+    local = local_batch(batch, world, length)
+    run_micro_batches(
+        verb,
+        chunks,
+        [iter([local]) for _ in chunks],
+        1,
         forward_only=verb.backward_inside_forward,
     )

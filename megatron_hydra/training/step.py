@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -123,7 +123,8 @@ def _accumulate_gradients(trainee: Trainee, batches: list[PackedBatch]) -> None:
     length = rounded_stream_length(config)
     local = [local_batch(batch, trainee.world, length) for batch in batches]
     run_micro_batches(
-        trainee,
+        verb,
+        chunks,
         [iter(local) for _ in chunks],
         len(local),
         forward_only=verb.backward_inside_forward,
@@ -135,22 +136,27 @@ def _accumulate_gradients(trainee: Trainee, batches: list[PackedBatch]) -> None:
 
 
 def run_micro_batches(
-    trainee: Trainee, batches: list[Iterator[LocalBatch]], count: int, *, forward_only: bool
+    verb: Verb,
+    chunks: Sequence[torch.nn.Module],
+    batches: list[Iterator[LocalBatch]],
+    count: int,
+    *,
+    forward_only: bool,
 ) -> None:
     """Megatron's schedule over this rank's micro-batches; the verb adds to its sums.
 
     Args:
-        trainee: what is run.
+        verb, chunks: what is run.
         batches: the same micro-batches for every model chunk.
         count: how many.
         forward_only: run no backward.
     """
     get_forward_backward_func()(
-        forward_step_func=trainee.verb.forward_step,
+        forward_step_func=verb.forward_step,
         data_iterator=batches,
-        model=list(trainee.chunks),
+        model=list(chunks),
         num_microbatches=count,
-        seq_length=rounded_stream_length(trainee.config) * trainee.verb.streams,
+        seq_length=rounded_stream_length(verb.config) * verb.streams,
         micro_batch_size=1,
         forward_only=forward_only,
     )

@@ -177,7 +177,8 @@ class Validation:
         )
         verb.sums.zero_()
         run_micro_batches(
-            trainee,
+            verb,
+            trainee.chunks,
             list(itertools.tee(batches, len(trainee.chunks))),
             stream.num_micro_batches(part, multiple),
             forward_only=True,

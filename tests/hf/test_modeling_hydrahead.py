@@ -934,6 +934,21 @@ assert not any(name.split(".")[0].startswith("megatron") for name in sys.modules
 """
 
 
+def run_elsewhere(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Python in a folder, with a home of its own and nobody to answer questions; it has to succeed."""
+    result = subprocess.run(
+        [sys.executable, *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={"HF_HOME": str(folder / "home"), "PATH": "", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
 def test_export_loads_where_megatron_and_the_package_are_absent(tmp_path):
     for tied in (True, False):
         model, ids = make_model(HEADS, tie_word_embeddings=tied), tokens(1, 9)
@@ -941,15 +956,7 @@ def test_export_loads_where_megatron_and_the_package_are_absent(tmp_path):
         with torch.no_grad():
             expected = {"ids": ids, "logits": model(ids).logits}
         torch.save(expected, tmp_path / f"tied_{tied}" / "expected.pt")
-    result = subprocess.run(
-        [sys.executable, "-c", LOAD_WITHOUT_THE_PACKAGE, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={"HF_HOME": str(tmp_path / "home"), "PATH": "", "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    run_elsewhere(tmp_path, "-c", LOAD_WITHOUT_THE_PACKAGE, str(tmp_path))
 
 
 def test_the_lines_of_the_readme_load_an_export_and_ask_nothing(tmp_path):
@@ -968,16 +975,7 @@ def test_the_lines_of_the_readme_load_an_export_and_ask_nothing(tmp_path):
         re.sub(r'"exports/[^"]*"', repr(str(tmp_path / "export")), lines)
         + "\nassert tokenizer('a')['input_ids'] == [0] and model.config.vocab_size == 61"
     )
-    result = subprocess.run(
-        [sys.executable, "lines.py"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={"HF_HOME": str(tmp_path / "home"), "PATH": "", "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    result = run_elsewhere(tmp_path, "lines.py")
     assert "Do you wish to run" not in result.stdout + result.stderr
 
 

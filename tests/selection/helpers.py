@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -10,6 +11,17 @@ import transformers
 from megatron_hydra.selection.prompts import PromptPair
 
 VOCABULARY = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Fixed pairs as a capability."""
+
+    name: str
+    pairs: list[PromptPair]
+
+    def prompts(self, tokenizer: Any, vocab_size: int, count: int, seed: int) -> list[PromptPair]:
+        return self.pairs[:count]
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> torch.nn.Module:

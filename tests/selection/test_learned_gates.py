@@ -42,7 +42,7 @@ from megatron_hydra.selection.ranking import rank_heads
 from megatron_hydra.selection.runner import DecoderRunner
 from megatron_hydra.selection.trust import report_lines
 from megatron_hydra.stopping import Stopped
-from tests.selection.helpers import VOCABULARY, random_pairs, tiny_model
+from tests.selection.helpers import VOCABULARY, Pairs, random_pairs, tiny_model
 from tools import head_map as head_map_tool
 
 LAYERS, HEADS, GROUP = 3, 6, 2
@@ -55,17 +55,6 @@ SMALL = SelectionOptions(
     gate_tokens=1000,
     gate_steps=50,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Pairs:
-    """Fixed pairs as a capability."""
-
-    name: str
-    pairs: list[PromptPair]
-
-    def prompts(self, tokenizer: Any, vocab_size: int, count: int, seed: int) -> list[PromptPair]:
-        return self.pairs[:count]
 
 
 def solved_pairs(count: int) -> list[PromptPair]:

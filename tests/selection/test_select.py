@@ -18,30 +18,18 @@ from megatron_hydra.selection import (
     STRATEGIES,
     Constraints,
     Placement,
-    PromptPair,
     SelectionOptions,
     knockout,
     noising,
     patching,
     select_heads,
 )
-from tests.selection.helpers import tiny_model
+from tests.selection.helpers import Pairs, tiny_model
 from tests.selection.planted import Planted, induction_pairs, plant
 from tools import head_map as head_map_tool
 from tools import select_heads as select_heads_tool
 
 OPTIONS = SelectionOptions(num_prompts=8, min_prompts=4)
-
-
-@dataclasses.dataclass(frozen=True)
-class Pairs:
-    """Fixed pairs as a capability."""
-
-    name: str
-    pairs: list[PromptPair]
-
-    def prompts(self, tokenizer: Any, vocab_size: int, count: int, seed: int) -> list[PromptPair]:
-        return self.pairs[:count]
 
 
 ONE_EACH = SelectionOptions(constraints=Constraints(min_per_layer=1))

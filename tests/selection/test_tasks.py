@@ -13,7 +13,6 @@ import pytest
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import HeadMap
 from megatron_hydra.selection import (
-    PromptPair,
     SelectionOptions,
     capabilities,
     noising,
@@ -22,21 +21,11 @@ from megatron_hydra.selection import (
     tasks,
 )
 from megatron_hydra.selection.plots import draw_head_map
+from tests.selection.helpers import Pairs
 from tests.selection.planted import Planted, induction_pairs, plant
 from tools import head_map as head_map_tool
 
 OPTIONS = SelectionOptions(num_prompts=32, min_prompts=8, max_rounds=0, control=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Pairs:
-    """Fixed pairs as a capability."""
-
-    name: str
-    pairs: list[PromptPair]
-
-    def prompts(self, tokenizer: Any, vocab_size: int, count: int, seed: int) -> list[PromptPair]:
-        return self.pairs[:count]
 
 
 GOOD = Pairs("good", induction_pairs(32, 0))

@@ -65,7 +65,7 @@ def test_a_rehearsal_calls_what_a_step_calls(tmp_path: Path, seen: _Seen, verb: 
             chunks = setup.wrap_for_training(setup.build_chunks(STUDENT, config), act, config)
         for parts in (chunks, teachers):
             rehearsal._fill(list(parts), 0.0)
-        rehearsal._call(config, world, act, list(chunks), streams(config)["packed documents"])
+        rehearsal._call(world, act, list(chunks), streams(config)["packed documents"])
     finally:
         stop_world()
     assert rehearsed == seen.calls
