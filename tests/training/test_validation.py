@@ -101,13 +101,13 @@ def test_training_is_the_same_bit_for_bit(
     original = validation.run_micro_batches
     seen = []
 
-    def watched(trainee, *args, **kwargs):
+    def watched(verb, chunks, *args, **kwargs):
         random.random(), np.random.random(), torch.rand(1)
-        before = [b.grad_data.clone() for chunk in trainee.chunks for b in chunk.buffers]
-        modules = [m for chunk in trainee.chunks for m in chunk.modules()]
+        before = [b.grad_data.clone() for chunk in chunks for b in chunk.buffers]
+        modules = [m for chunk in chunks for m in chunk.modules()]
         seen.append((torch.is_grad_enabled(), any(m.training for m in modules)))
-        original(trainee, *args, **kwargs)
-        after = [b.grad_data for chunk in trainee.chunks for b in chunk.buffers]
+        original(verb, chunks, *args, **kwargs)
+        after = [b.grad_data for chunk in chunks for b in chunk.buffers]
         assert any(bool(buffer.any()) for buffer in before)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
