@@ -15,7 +15,9 @@ from typing import Any
 from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.config.loading import from_dict, to_yaml
 from megatron_hydra.errors import HydraError
+from megatron_hydra.experiments import fingerprint
 from megatron_hydra.experiments.plan import PREPARED, Step
+from megatron_hydra.head_map import HeadMap
 from megatron_hydra.stopping import REQUEUE_EXIT_CODE, Stopped
 
 HEAD_MAP = "head_map.json"
@@ -80,6 +82,10 @@ def select(context: Context) -> None:
     from megatron_hydra.selection import Constraints, SelectionOptions, select_heads
 
     params = context.step.params
+    context.out.mkdir(parents=True, exist_ok=True)
+    if "head_map" in params:
+        _take_head_map(context, Path(context.step.places["head_map"]))
+        return
     body = dict(params["selection"])
     body.pop("tasks", None)
     body["text"] = context.place(context.step.places.get("text", ""))
@@ -87,7 +93,6 @@ def select(context: Context) -> None:
     limits = {f.name for f in dataclasses.fields(Constraints)}
     constraints = Constraints(**{k: body.pop(k) for k in list(body) if k in limits})
     tasks = [context.place(task) for task in context.step.places["tasks"]]
-    context.out.mkdir(parents=True, exist_ok=True)
     select_heads(
         context.teacher_hf,
         ratio=ratio,
@@ -98,6 +103,16 @@ def select(context: Context) -> None:
         tasks=tasks or None,
         output=context.out / HEAD_MAP,
     )
+
+
+def _take_head_map(context: Context, source: Path) -> None:
+    """A map that was made before, if it is for this teacher and still what the plan has read."""
+    from megatron_hydra.hf_identity import model_identity_from_hf
+
+    if fingerprint.of_file(source) != context.step.params["head_map"]:
+        raise HydraError(f"{source} has changed since this run was planned: start it again")
+    HeadMap.load(source).check_model(model_identity_from_hf(context.teacher_hf), str(source))
+    shutil.copyfile(source, context.out / HEAD_MAP)
 
 
 def convert(context: Context) -> None:

@@ -29,6 +29,7 @@ from megatron_hydra.experiments.spec import (
     StageSpec,
     as_plain,
 )
+from megatron_hydra.head_map import HeadMap, strategy_name
 from megatron_hydra.hf_identity import is_hub_name, resolve_hf_folder
 
 FORMAT = 1
@@ -217,6 +218,12 @@ class _CellPlanner:
             selection = SelectionSpec(
                 "layer_random", ratio=selection.ratio, granularity=selection.granularity
             )
+        if given := self._given_map(selection):
+            params, inputs, places = self._teacher_model()
+            hashed, place = self._file(given)
+            params |= {"head_map": hashed["content"]}
+            return self._add("select", params, inputs, places | {"head_map": place})
+        selection = dataclasses.replace(selection, head_maps=())
         seedless = selection.strategy in _SEEDLESS or selection.ratio in ("all-gdn", "dense")
         blind = seedless or selection.strategy in _DRAWN
         tasks = [] if blind else [self._task(task) for task in selection.tasks]
@@ -234,6 +241,27 @@ class _CellPlanner:
             inputs |= {"prepare": self._prepare()}
         places |= {"tasks": [place for _, place in tasks], "text": text_place}
         return self._add("select", params, inputs, places)
+
+    def _given_map(self, selection: SelectionSpec) -> str:
+        """The one of ``selection.head_maps`` that this cell takes; empty: its heads are to be chosen."""
+        facts = ("strategy", "ratio", "granularity")
+        wanted = [getattr(selection, name) for name in facts]
+        found = []
+        for name in selection.head_maps:
+            head_map = HeadMap.load(self.cell.folder / name)
+            drawn = strategy_name(head_map.strategy) in _DRAWN
+            if [
+                strategy_name(head_map.strategy),
+                head_map.ratio,
+                head_map.granularity,
+            ] == wanted and (not drawn or head_map.seed == self.cell.seed):
+                found.append(name)
+        if len(found) > 1:
+            raise HydraError(
+                f"selection.head_maps: {found[0]} and {found[1]} both have {', '.join(map(str, wanted))}: "
+                "name one of them"
+            )
+        return found[0] if found else ""
 
     def _convert(self) -> str:
         student = self.spec.student

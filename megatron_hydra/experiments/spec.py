@@ -72,6 +72,8 @@ class SelectionSpec:
 
     ``tasks`` may name the prepared folder as ``{prepare}``; none: the default ones that the teacher solves.
     ``text`` likewise (``learned_gates``). ``strategy`` may be a name from before; a step is hashed by today's.
+    ``head_maps``: files of ``tools/select_heads.py`` for this teacher. The one that has a cell's strategy,
+    ratio and granularity (and seed, where heads are drawn) is used, and the cell's other options are not read.
     """
 
     strategy: str = DEFAULT_STRATEGY
@@ -102,6 +104,7 @@ class SelectionSpec:
     gate_tokens: int = dataclasses.field(default=20_000_000, metadata=_LATER)
     gate_steps: int = dataclasses.field(default=600, metadata=_LATER)
     head_cost: float = dataclasses.field(default=0.5, metadata=_LATER)
+    head_maps: tuple[str, ...] = dataclasses.field(default=(), metadata=_LATER)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strategy", strategy_name(self.strategy))
@@ -415,6 +418,8 @@ _PATHS: dict[tuple[str, ...], Callable[[Path, str], str]] = {
     ("teacher", "model"): _model_path,
     ("hf_model",): _model_path,
     ("selection", "tasks"): _task_path,
+    ("selection", "text"): _file_path,
+    ("selection", "head_maps"): _file_path,
     ("student", "calibration_file"): _file_path,
     ("stages", "*", "configs"): _file_path,
     ("evaluation", "tasks"): _task_path,

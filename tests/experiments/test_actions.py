@@ -2,12 +2,18 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from megatron_hydra.config.loading import to_dict
 from megatron_hydra.config.run import CheckpointConfig, DataConfig, RunConfig, SourceConfig
-from megatron_hydra.experiments import actions
+from megatron_hydra.errors import HydraError
+from megatron_hydra.experiments import actions, fingerprint
 from megatron_hydra.experiments.plan import PLACE, Step
 from megatron_hydra.experiments.spec import EvaluationSpec, SelectionSpec, as_plain
 from megatron_hydra.hf.export_files import auto_map, carries_our_code, hf_export_files
+from megatron_hydra.hf_identity import model_identity_from_hf
+from megatron_hydra.quickstart.workspace import shipped_teacher
+from tests.test_head_map import tiny_map
 
 
 def test_the_packages_own_code_is_run_and_no_other(tmp_path, monkeypatch):
@@ -39,6 +45,32 @@ def test_the_packages_own_code_is_run_and_no_other(tmp_path, monkeypatch):
     assert evaluate(model=tmp_path) == [True, True]
     (tmp_path / "more.py").write_text("")
     assert evaluate(model=tmp_path) == [False, False]
+
+
+def test_a_map_made_before_is_taken_for_its_own_teacher_only(tmp_path):
+    teacher = shipped_teacher()
+    source = tmp_path / "map.json"
+
+    def take(**facts):
+        tiny_map(model=model_identity_from_hf(teacher), **facts).save(source)
+        step = Step(
+            "k", "select", "select", "t", {"head_map": fingerprint.of_file(source)}, {},
+            {"teacher_hf": str(teacher), "head_map": str(source)},
+        )  # fmt: skip
+        return actions.Context(step, tmp_path / "out", {})
+
+    layers = model_identity_from_hf(teacher).num_layers
+    right = {"full_attention_heads": ((0,),) * layers, "scores": {}, "ranking": ()}
+    actions.select(take(**right))
+    assert (tmp_path / "out" / actions.HEAD_MAP).read_bytes() == source.read_bytes()
+    context = take(**right)
+    source.write_text(source.read_text() + "\n")
+    with pytest.raises(HydraError, match="has changed since this run was planned"):
+        actions.select(context)
+    tiny_map().save(source)
+    context.step.params["head_map"] = fingerprint.of_file(source)
+    with pytest.raises(HydraError, match=r"map\.json"):
+        actions.select(context)
 
 
 def stage_in(tmp_path, monkeypatch, save_optimizer):

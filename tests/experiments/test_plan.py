@@ -17,6 +17,7 @@ from megatron_hydra.experiments.plan import _DRAWN, _SEEDLESS, make_plan
 from megatron_hydra.experiments.spec import load_experiment
 from megatron_hydra.selection import STRATEGIES, SelectionOptions
 from tests.experiments.conftest import CONFIGS
+from tests.test_head_map import tiny_map
 
 
 def steps(plan, name):
@@ -390,6 +391,37 @@ def test_text_of_a_selection_is_prepared_or_hashed(write, tmp_path):
     (tmp_path / "text.jsonl").write_text("two")
     assert select("given").key != given.key
     assert select("made").key == made.key
+
+
+def test_a_map_made_before_is_taken_by_the_rows_that_it_fits(write, tmp_path):
+    def save(name, **facts):
+        tiny_map(**facts).save(tmp_path / name)
+
+    save("seven.json", ratio="7:1", strategy="global_interp_c")
+    save("drawn.json", ratio="7:1", strategy="random", seed=1)
+    given = "head_maps: [seven.json, drawn.json], ratio:"
+    path = write(
+        f"variants: {{plain: {{}}, seven: {{selection: {{{given} '7:1'}}}}, "
+        f"three: {{selection: {{{given} '3:1'}}}}, three_alone: {{selection: {{ratio: '3:1'}}}}, "
+        f"drawn: {{selection: {{strategy: global_random, {given} '7:1'}}}}}}"
+    )
+
+    def select(name):
+        plan = planned(path)
+        return plan.steps[steps(plan, f"/ {name} / seed 0")["select"]]
+
+    seven = select("seven")
+    assert set(seven.params) == {"model", "head_map"}
+    assert seven.places["head_map"] == str(tmp_path / "seven.json")
+    assert select("three").key == select("three_alone").key
+    plan = planned(path)
+    of_seed = [plan.steps[steps(plan, f"/ drawn / seed {n}")["select"]] for n in (0, 1)]
+    assert ["head_map" in step.params for step in of_seed] == [False, True]
+    save("seven.json", ratio="7:1", strategy="global_interp_c", prompts_fingerprint="other")
+    assert select("seven").key != seven.key
+    save("drawn.json", ratio="7:1", strategy="global_interp_c")
+    with pytest.raises(HydraError, match=r"seven\.json and .*drawn\.json both have"):
+        planned(path)
 
 
 def test_the_shipped_experiments_plan_with_a_real_models_recipe(tmp_path, monkeypatch):
