@@ -18,7 +18,8 @@ class HydraError(Exception):
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's ``main`` so that a :class:`HydraError` becomes one line and exit status 2. So does
-    too little memory.
+    too little memory. A file that cannot be read or written as asked becomes one line that names it, and
+    status 1.
 
     Set ``MEGATRON_HYDRA_TRACEBACK=1`` to see the traceback as well.
     """
@@ -32,6 +33,13 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
+        except OSError as error:
+            if error.filename is None or os.environ.get("MEGATRON_HYDRA_TRACEBACK") == "1":
+                raise
+            # Of a rename, the second is the name that somebody gave.
+            name = os.fsdecode(error.filename if error.filename2 is None else error.filename2)
+            print(f"error: {name}: {error.strerror}", file=sys.stderr, flush=True)
+            return 1
         except MemoryError as error:  # a size that was given, more often than not
             print(f"error: out of memory: {error}", file=sys.stderr, flush=True)
             return 2

@@ -35,6 +35,9 @@ HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 HUB_CODE = ("*.py", "*.tiktoken")
 """What is fetched too where the user trusts the model's own code: it, and vocabularies that it reads."""
 
+_MOST = 2**20
+"""Layers, heads and channels of any model are fewer."""
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -91,13 +94,16 @@ def identity_shape(config: Mapping[str, Any], source: str = "config.json") -> di
         HydraError: an unsupported ``model_type`` or a missing key.
     """
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if family not in list(FAMILIES):  # compared, not hashed: it may be of any type
         raise HydraError(
             f"{source}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
-        if not isinstance(config.get(key), int):
-            raise HydraError(f"{source}: key {key!r} is missing or no integer")
+        value = config.get(key)
+        if not isinstance(value, int) or not 0 < value <= _MOST:
+            raise HydraError(
+                f"{source}: key {key!r} is missing or no whole number from 1 to {_MOST:,}: {value!r}"
+            )
     num_query_heads = config["num_attention_heads"]
     kv_heads = DEFAULT_KV_HEADS[family] or num_query_heads
     head_dim = DEFAULT_HEAD_DIM[family] or config["hidden_size"] // num_query_heads

@@ -6,6 +6,7 @@ torchrun itself; it is tested where launching is the subject.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -19,9 +20,14 @@ GRACE_SECONDS = 30
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below the range from which systems take ports for connections, where another process could be given it
+    before rank 0 listens; and by process id, so that tests beside each other look in other places.
+    """
+    for port in range(10_000 + os.getpid() % 20_000, 32_000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port from 10,000 to 32,000")
 
 
 def _rank(rank: int, world: int, port: int, body: Callable[[], object]) -> None:

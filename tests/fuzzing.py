@@ -104,7 +104,7 @@ def mutate_file(rng: random.Random, path: Path) -> str:
             pass  # it was changed before
     if path.suffix in (".yaml", ".json", ".jsonl", ".md", ".jinja") and rng.random() < 0.8:
         text = other_text(rng, data.decode("utf-8", errors="replace"))
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
         return f"{path.name}: its text changed"
     path.write_bytes(other_bytes(rng, data))
     return f"{path.name}: its bytes changed"

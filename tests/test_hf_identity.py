@@ -69,7 +69,14 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(HydraError, match=r"config\.json: model_type 'gpt2' is not supported"):
         model_identity_from_hf(tmp_path)
-    config["model_type"] = "llama"
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": ["llama"]}))
+    with pytest.raises(HydraError, match=r"model_type \['llama'\] is not supported"):
+        model_identity_from_hf(tmp_path)
+    config |= {"model_type": "llama", "num_hidden_layers": 2**31}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(HydraError, match=r"key 'num_hidden_layers' is .* no whole number from 1"):
+        model_identity_from_hf(tmp_path)
+    config["num_hidden_layers"] = 2
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(HydraError, match="key 'num_attention_heads' is missing"):
         model_identity_from_hf(tmp_path)

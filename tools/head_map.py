@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_hydra.arguments import path_argument, path_text, seed_argument
 from megatron_hydra.checkpoint.atomic import write_text_atomic
@@ -180,21 +182,34 @@ def _show(path: str, top: int) -> None:
         f"ratio        {head_map.ratio}: {head_map.num_full_attention} of {total} heads keep full "
         "attention"
     )
-    for task, facts in head_map.details.get("prompts", {}).items():
-        print(f"task         {task}: {facts['solved']} of {facts['drawn']} prompts solved")
-    for task, facts in head_map.details.get("left_out", {}).items():
-        print(f"left out     {task}: {facts['reason']}")
-    for task, facts in head_map.details.get("tasks", {}).items():
-        for effect, value in facts.get("attribution_spearman", {}).items():
-            shown = "undefined" if value is None else f"{value:.2f}"
-            print(f"attribution  {task}: rank correlation with the {effect} effect {shown}")
-    for what, text in report_lines(head_map.details):
-        print(f"{what:<13}{text}")
+    try:
+        lines = list(_details(head_map.details))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise HydraError(
+            f"{path}: what stands under 'details' is not what select_heads.py writes "
+            f"({type(error).__name__}: {error}); make the map again"
+        ) from None
+    for line in lines:
+        print(line)
     if head_map.ranking and top > 0:
         print("ranking      " + " ".join(f"{a}.{b}" for a, b in head_map.ranking[:top]))
     print("layer  full-attention heads")
     for layer, heads in enumerate(head_map.full_attention_heads):
         print(f"{layer:5d}  {' '.join(map(str, heads)) or '-'}")
+
+
+def _details(details: dict[str, Any]) -> Iterator[str]:
+    """What a map says of its prompts and of its trustworthiness."""
+    for task, facts in details.get("prompts", {}).items():
+        yield f"task         {task}: {facts['solved']} of {facts['drawn']} prompts solved"
+    for task, facts in details.get("left_out", {}).items():
+        yield f"left out     {task}: {facts['reason']}"
+    for task, facts in details.get("tasks", {}).items():
+        for effect, value in facts.get("attribution_spearman", {}).items():
+            shown = "undefined" if value is None else f"{value:.2f}"
+            yield f"attribution  {task}: rank correlation with the {effect} effect {shown}"
+    for what, text in report_lines(details):
+        yield f"{what:<13}{text}"
 
 
 def _diff(first: str, second: str) -> int:

@@ -93,7 +93,7 @@ def _read_head_map(path: Path, model: ModelConfig) -> dict[str, Any]:
 def model_from_hf_config(config: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
     """Like :func:`read_hf_config`, from the parsed file."""
     model_type = config.get("model_type")
-    if model_type != HYBRID_MODEL_TYPE and model_type not in FAMILIES:
+    if model_type not in (HYBRID_MODEL_TYPE, *FAMILIES):
         known = ", ".join([*FAMILIES, HYBRID_MODEL_TYPE])
         raise HydraError(f"{source}: model_type {model_type!r} is not supported (known: {known})")
     for key, neutral in UNSUPPORTED.items():

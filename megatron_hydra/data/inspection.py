@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,10 +83,13 @@ def plot_lengths(lengths: np.ndarray, sequence_length: int, title: str, path: st
     axis.text(sequence_length, axis.get_ylim()[1], f" {sequence_length:,}", va="top", fontsize=9)
     axis.set(xscale="log", xlabel="document length (tokens)", ylabel="% per bin", title=title)
     axis.legend(frameon=False, loc="upper left")
-    temporary = f"{path}.tmp-{os.getpid()}.png"
-    figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-    os.replace(temporary, path)
+    temporary = Path(f"{path}.tmp-{os.getpid()}.png")
+    try:
+        figure.savefig(temporary, dpi=120)
+        os.replace(temporary, path)
+    finally:
+        plt.close(figure)
+        temporary.unlink(missing_ok=True)
 
 
 def find_duplicates(

@@ -36,6 +36,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
             tokenizer = AutoTokenizer.from_pretrained(
                 name, revision=revision, trust_remote_code=trust_remote_code
             )
+        tokenizer("a")  # some settings of a wrong type are noticed only now
     except Exception as error:  # transformers raises many types; the reader needs the name
         raise HydraError(f"cannot load the tokenizer {name!r}: {error}") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -76,9 +76,11 @@ def load_tokenizer(
     if not any((path / n).exists() for n in ("tokenizer.json", "tokenizer_config.json")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
         )
+        tokenizer("a")  # some settings of a wrong type are noticed only now
+        return tokenizer
     except Exception as error:  # of a damaged file, its library raises a bare Exception
         raise HydraError(f"the tokenizer in {path} cannot be loaded: {error}") from error
 

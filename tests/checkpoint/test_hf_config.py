@@ -85,6 +85,7 @@ def test_a_config_without_rope_theta_means_10000():
     [
         ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe'"),
         ({"model_type": None}, "model_type None"),
+        ({"model_type": ["qwen3"]}, "model_type"),
         ({"num_experts": 8}, "num_experts = 8"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),

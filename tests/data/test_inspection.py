@@ -132,6 +132,10 @@ def test_lengths_are_described_and_drawn(tmp_path):
     plot_lengths(lengths, 64, "title", str(tmp_path / "h.png"))
     assert (tmp_path / "h.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        plot_lengths(lengths, 64, "title", str(tmp_path / "folder"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "h.png"]
 
 
 def test_inspect_shows_everything(prepared, tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import types
 
 import pytest
@@ -16,6 +18,8 @@ from megatron_hydra.data.tokenizer import (
     special_tokens_fingerprint,
     vocabulary_size,
 )
+from megatron_hydra.errors import HydraError
+from megatron_hydra.evaluation.loading import load_tokenizer as load_tokenizer_of_model
 
 
 @pytest.mark.parametrize("as_file", [False, True])
@@ -30,6 +34,15 @@ def test_documents_are_not_cut_or_padded_whatever_the_tokenizer_asks_for(qwen, t
     tokenizer = load_tokenizer(name)
     assert encode_batch(tokenizer, texts, True) == encode_batch(whole, texts, True)
     assert [encode(tokenizer, text) for text in texts] == [encode(whole, text) for text in texts]
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_tokenizer_of_model])
+def test_settings_that_do_not_work_are_refused_with_the_folder(load, qwen, tmp_path):
+    shutil.copytree(qwen, tmp_path / "damaged")
+    path = tmp_path / "damaged" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": [1]}))
+    with pytest.raises(HydraError, match="damaged"):
+        load(str(tmp_path / "damaged"))
 
 
 def test_special_tokens_and_templates_have_fingerprints_of_their_own(qwen, tokenizers):

@@ -43,6 +43,10 @@ def write_inputs(folder: Path) -> None:
     tiny.write_text(folder)
 
 
+LEAVING_SECONDS = 5
+"""What a process may take to end after the run that it belongs to."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Ended:
     """An attempt that is over.
@@ -53,7 +57,7 @@ class Ended:
         seconds: it took.
         fault_happened: the fault's mark is there.
         seconds_after_fault: from the mark to the end of the last process.
-        left_over: processes of the attempt that are still alive after it.
+        left_over: processes of the attempt that are still alive seconds after it, as id and command.
     """
 
     status: int
@@ -61,7 +65,7 @@ class Ended:
     seconds: float
     fault_happened: bool
     seconds_after_fault: float
-    left_over: list[int]
+    left_over: list[str]
 
 
 class Run:
@@ -111,7 +115,7 @@ class Run:
             status, left_over = _by_agent(arguments, variables, log, timeout)
         else:
             session, status = forker.run(arguments, variables, log)
-            left_over = [pid for pid in psutil.pids() if _session(pid) == session]
+            left_over = _alive([p for p in psutil.process_iter() if _session(p.pid) == session])
         end, happened = time.time(), mark.exists()
         return Ended(
             status, log.read_text(), end - start, happened,
@@ -140,9 +144,18 @@ class Run:
         return [int(path.name.rpartition("_")[2]) for path in step_folders(self.checkpoints)]
 
 
+def _alive(processes: list[psutil.Process]) -> list[str]:
+    """Those that do not end by themselves: a compiler's worker leaves a moment after its parent."""
+    found = []
+    for process in psutil.wait_procs(processes, timeout=LEAVING_SECONDS)[1]:
+        with contextlib.suppress(psutil.Error):
+            found.append(f"{process.pid} {' '.join(process.cmdline())}")
+    return found
+
+
 def _by_agent(
     arguments: list[str], variables: dict[str, str], log: Path, timeout: float
-) -> tuple[int, list[int]]:
+) -> tuple[int, list[str]]:
     """Status of launch/agent.py, and which of its processes outlived it (they are ended here)."""
     token = uuid.uuid4().hex
     common = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HYDRA_TEST_RUN": token}
@@ -156,7 +169,7 @@ def _by_agent(
         )
         try:
             status = process.wait(timeout)
-            return status, [left.pid for left in _processes(token)]
+            return status, _alive(_processes(token))
         finally:
             for left in _processes(token):
                 with contextlib.suppress(psutil.NoSuchProcess):
