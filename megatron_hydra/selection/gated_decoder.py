@@ -29,6 +29,7 @@ from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.config.run import BackendConfig
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
 from megatron_hydra.hf.modeling_hydrahead import (
+    Documents,
     HydraHeadAttention,
     HydraHeadRotaryEmbedding,
     TokenContext,
@@ -61,6 +62,7 @@ class GatedDecoder:
 
     Attributes:
         branches: for each layer the GDN branch: ``[B, T, D]`` normalised stream → ``[B, T, H·d]``.
+        in_one_row: the branches get the sequences end to end in one row, as packed documents.
     """
 
     def __init__(
@@ -71,6 +73,8 @@ class GatedDecoder:
         config, self.branches = recurrent_branches(runner, gamma, seed)
         self.rotary = HydraHeadRotaryEmbedding(config)
         self._log_scale_a = config.hydra["log_scale_a"]
+        # TileLang compiles FLA's backward for every number of rows anew, ten seconds each time.
+        self.in_one_row = config.gdn_kernel != "torch"
 
     # -- forward -----------------------------------------------------------------------------------
 
@@ -115,11 +119,18 @@ class GatedDecoder:
 
     def recurrent(self, layer: int, normed: torch.Tensor) -> torch.Tensor:
         """The GDN branch's head outputs after norm and γ, ``[B, T, H, d]``."""
-        out = self.branches[layer](normed, self._context(normed))
+        documents = _rows_as_documents(normed) if self.in_one_row else None
+        if documents is None:
+            out = self.branches[layer](normed, self._context(normed))
+        else:
+            out = self.branches[layer](documents.pack(normed), self._context(normed, documents))
+            out = documents.unpack(out, normed.shape[0])
         return out.unflatten(-1, (self.runner.num_heads, -1))
 
-    def _context(self, x: torch.Tensor) -> TokenContext:
+    def _context(self, x: torch.Tensor, documents: Documents | None = None) -> TokenContext:
         positions = torch.arange(x.shape[1], device=x.device)[None]
+        if documents is not None:
+            positions = documents.positions
         cos, sin = self.rotary(positions)
         a = self._log_scale_a
         return TokenContext(
@@ -128,7 +139,8 @@ class GatedDecoder:
             log_scale=((positions.float() + a).log() / math.log(a))[..., None, None],
             first=positions[:, 0],
             valid=None,
-            visibility=Visibility(0, x.shape[1]),
+            visibility=Visibility(0, positions.shape[1]),
+            documents=documents,
         )
 
     # -- stage 1 -----------------------------------------------------------------------------------
@@ -178,6 +190,14 @@ class GatedDecoder:
         with torch.no_grad():
             theirs = F.log_softmax(self.runner.logits(teacher).float(), dim=-1)
         return (theirs.exp() * (theirs - ours)).sum(-1)
+
+
+def _rows_as_documents(x: torch.Tensor) -> Documents:
+    """``[B, T, D]`` as B documents of T tokens."""
+    batch, length = x.shape[:2]
+    places = torch.arange(batch * length, device=x.device)
+    bounds = torch.arange(batch + 1, device=x.device) * length
+    return Documents(bounds, [length] * batch, (places % length)[None], None, length)
 
 
 def mix(full_attention: torch.Tensor, recurrent: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:

@@ -130,6 +130,27 @@ def test_all_gates_at_zero_are_the_recurrent_branch(family: str) -> None:
     assert (gated - decoder.runner.model(ids).logits).abs().max() > 0.1
 
 
+def test_sequences_end_to_end_in_one_row_are_the_same() -> None:
+    """As on a GPU: output, and gradients of gates and of all weights of the branches."""
+    ids = some_ids(3, 11)
+    gates = torch.rand(1, LAYERS, HEADS, generator=torch.Generator().manual_seed(4))
+    weights = torch.randn(3, 11, 48, generator=torch.Generator().manual_seed(5))
+    outputs, gradients = [], []
+    for in_one_row in (False, True):
+        decoder = decoder_of()
+        decoder.in_one_row = in_one_row
+        parameters = [p.requires_grad_() for b in decoder.branches for p in b.parameters()]
+        leaf = gates.clone().requires_grad_()
+        outputs.append(decoder.forward(ids, leaf))
+        gradients.append(torch.autograd.grad((outputs[-1] * weights).sum(), [leaf, *parameters]))
+    torch.testing.assert_close(outputs[1], outputs[0])
+    assert all(g.abs().max() > 0 for g in gradients[0])
+    for found, expected in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(
+            found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+        )
+
+
 def test_the_branch_has_the_students_norm_and_scale() -> None:
     """Every head's output is as large as the teacher's on the calibration text, at every token."""
     decoder = decoder_of()
