@@ -288,6 +288,20 @@ def test_every_relative_link_resolves() -> None:
     assert not [link for page in pages for link in _broken_links(page)]
 
 
+def test_every_cited_section_of_the_design_exists() -> None:
+    sections = set(
+        re.findall(r"^## (\d+)\.", (ROOT / "docs" / "design.md").read_text(), re.MULTILINE)
+    )
+    cited = {
+        (_relative(path), number)
+        for path in _files()
+        if path.suffix == ".py" and path.is_relative_to(ROOT / "megatron_hydra")
+        for number in re.findall(r"design §(\d+)", path.read_text())
+    }
+    assert len(cited) > 15
+    assert not {place for place in cited if place[1] not in sections}
+
+
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
