@@ -256,6 +256,13 @@ class Documents:
         ends = list(itertools.accumulate(self.lengths))
         return [slice(end - n, end) for end, n in zip(ends, self.lengths, strict=True)]
 
+    def to(self, device: torch.device) -> Documents:
+        """The same with its tensors on ``device``."""
+        real = None if self.real is None else self.real.to(device)
+        return dataclasses.replace(
+            self, bounds=self.bounds.to(device), positions=self.positions.to(device), real=real
+        )
+
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, T, D]`` → ``[1, N, D]``."""
         flat = x.reshape(-1, x.shape[-1])
@@ -266,7 +273,7 @@ class Documents:
         flat = x[0]
         if self.real is not None:
             whole = flat.new_zeros(batch * self.width, flat.shape[-1])
-            flat = whole.index_copy(0, self.real, flat)
+            flat = whole.index_copy(0, self.real.to(flat.device), flat)
         return flat.view(batch, -1, flat.shape[-1])
 
 
@@ -571,6 +578,11 @@ class Visibility:
     key_mask: torch.Tensor | None = None
     _whole: torch.Tensor | None = None
 
+    def to(self, device: torch.device) -> Visibility:
+        """The same with its tensors on ``device``."""
+        key_mask = None if self.key_mask is None else self.key_mask.to(device)
+        return Visibility(self.past, self.queries, key_mask)
+
     @property
     def block(self) -> int:
         """Queries for which a mask is built at a time."""
@@ -691,6 +703,21 @@ class HydraHeadRMSNorm(nn.Module):
         return (self.weight * _rms(x, self.eps).to(x.dtype)).to(x.dtype)
 
 
+class HydraHeadShortConv(nn.Conv1d):
+    """Taps of a causal depthwise convolution; q, k and v are convolved in one go by the layer.
+
+    The taps are called for and not read: offloaded weights are there during the forward of their
+    own module only.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__(channels, channels, width, groups=channels, bias=False)
+
+    def forward(self) -> torch.Tensor:  # type: ignore[override]
+        """``[channels, width]``; the last tap is for the token itself."""
+        return self.weight[:, 0]
+
+
 def _rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     x = x.float()
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
@@ -760,6 +787,26 @@ class TokenContext:
     valid: torch.Tensor | None
     visibility: Visibility
     documents: Documents | None = None
+    _elsewhere: dict[torch.device, TokenContext] = dataclasses.field(default_factory=dict)
+
+    def to(self, device: torch.device) -> TokenContext:
+        """The same with its tensors on ``device``, copied once for all layers that run there: whatever
+        spreads a model over devices moves the tensors that it sees, and sees none in here.
+        """
+        if device == self.first.device:
+            return self
+        if device not in self._elsewhere:
+            documents = None if self.documents is None else self.documents.to(device)
+            self._elsewhere[device] = TokenContext(
+                cos=self.cos.to(device),
+                sin=self.sin.to(device),
+                log_scale=self.log_scale.to(device),
+                first=self.first.to(device),
+                valid=None if self.valid is None else self.valid.to(device),
+                visibility=self.visibility.to(device),
+                documents=documents,
+            )
+        return self._elsewhere[device]
 
     @property
     def parts(self) -> list[slice]:
@@ -879,8 +926,7 @@ class HydraHeadAttention(nn.Module):
             num_kv = max(self.gdn_groups) + 1
             for part, count in (("q", num_heads), ("k", num_kv), ("v", num_kv)):
                 size, width = count * self.head_dim, self.switches["conv_width"]
-                conv = nn.Conv1d(size, size, width, groups=size, bias=False)
-                setattr(self, f"gdn_{part}_conv", conv)
+                setattr(self, f"gdn_{part}_conv", HydraHeadShortConv(size, width))
 
     def forward(
         self,
@@ -1005,7 +1051,7 @@ class HydraHeadAttention(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """Causal depthwise convolution of q, k, v ``[B, T, channels]``; the last tap is now."""
         x = torch.cat(parts, dim=-1)
-        weight = torch.cat([getattr(self, f"gdn_{p}_conv").weight[:, 0] for p in ("q", "k", "v")])
+        weight = torch.cat([getattr(self, f"gdn_{p}_conv")() for p in ("q", "k", "v")])
         width, length = weight.shape[1], x.shape[1]
         before = None if cache is None else cache.tail
         extended, tail = extend(x, before, width - 1, context.valid)
@@ -1092,6 +1138,7 @@ class HydraHeadDecoderLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """``[B, T, D]`` → ``[B, T, D]``; ``memory`` is the model's cache."""
         cache = None if memory is None else memory.layers[self.layer_idx]
+        context = context.to(x.device)
         x = x + self.self_attn(self.input_layernorm(x), context, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -1242,7 +1289,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         x = self.norm(x)
         states[-1] = x
         if cache is not None:
-            cache.advance(x.shape[0], x.shape[1], valid, given, x.device)
+            cache.advance(batch, x.shape[1], valid, given, context.first.device)
         if order is not None:
             back = order.argsort(dim=1)
             states = [_take(state, back) for state in states]
@@ -1292,7 +1339,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
             new = ones.new_ones(x.shape[:2]) if valid is None else valid
             key_mask = torch.cat((ones if key_mask is None else key_mask, new), dim=1)
         a = self.config.hydra["log_scale_a"]
-        cos, sin = self.rotary_emb(positions)
+        cos, sin = (table.to(x.device) for table in self.rotary_emb(positions))
         seen = positions
         if self.config.hydra["mixer"] == "token":  # it makes up for the number of keys
             seen = positions.clamp(max=self.config.hydra["window"] - 1)
@@ -1401,7 +1448,7 @@ def _refuse_unknown(given: dict[str, Any], known: tuple[str, ...], model: str) -
 
 def _take(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Rows of ``[B, T, D]`` in the order ``[B, T]``."""
-    return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
+    return x.gather(1, order.to(x.device)[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
