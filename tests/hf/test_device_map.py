@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, infer_auto_device_map
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from tests.hf.models import KINDS, SHAPE, export, flattened, make_model, rope, tokens
 from tests.hf.pretended_devices import FIRST, HOST, SECOND, PretendedDevices, place_of, put, spread
@@ -56,7 +56,10 @@ def everything(model, inputs, *, packed=True):
         results |= {f"hidden {i}": x for i, x in enumerate(out.hidden_states)}
         results["greedy"] = model.generate(**batch, **GREEDY)
         results["beams"] = model.generate(**batch, **BEAMS)
-        results["chunked"] = model.generate(**batch, prefill_chunk_size=5, **GREEDY)
+        empty = DynamicCache(config=model.config)  # transformers 5.0 makes none for chunks
+        results["chunked"] = model.generate(
+            **batch, prefill_chunk_size=5, past_key_values=empty, **GREEDY
+        )
         turn = model.generate(**batch, return_dict_in_generate=True, **GREEDY)
         text = torch.cat((turn.sequences, turn.sequences[:, :4]), dim=1)
         ones = torch.ones_like(text[:, 12:])
