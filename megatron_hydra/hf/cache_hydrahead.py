@@ -173,7 +173,11 @@ class HydraHeadCacheLayer(CacheLayerMixin):
         self._put(name, latest(rows, count, valid))
         if self.record_past:
             length = rows.shape[1] - count
-            self._record.rows[name] = rows[:, length - self.recorded(length, valid) :]
+            recorded = self.recorded(length, valid)
+            # A copy: a part of a long prompt would hold all of it.
+            self._record.rows[name] = (
+                rows if recorded == length else rows[:, length - recorded :].clone()
+            )
             self._record.counts[name] = count
 
     def remember_state(

@@ -24,6 +24,10 @@ def auto_map() -> dict[str, str]:
         "AutoConfig": "configuration_hydrahead.HydraHeadConfig",
         "AutoModel": "modeling_hydrahead.HydraHeadModel",
         "AutoModelForCausalLM": f"modeling_hydrahead.{ARCHITECTURE}",
+        **{
+            f"AutoModelFor{task}": f"modeling_hydrahead.HydraHeadFor{task}"
+            for task in ("SequenceClassification", "TokenClassification")
+        },
     }
 
 

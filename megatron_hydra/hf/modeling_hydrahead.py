@@ -48,7 +48,12 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
 
@@ -882,7 +887,7 @@ class HydraHeadAttention(nn.Module):
         if unrecorded:  # of a long prompt, only the last tokens may have to be taken back
             out, state = rule(*(x[:, :unrecorded] for x in inputs), state)
             outputs.append(out)
-            inputs = tuple(x[:, unrecorded:] for x in inputs)
+            inputs = tuple(x[:, unrecorded:].clone() for x in inputs)
         out, after = rule(*inputs, state)
         cache.remember_state(after, state, inputs[1:], rule)
         return _join([*outputs, out])
@@ -1436,6 +1441,17 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
         ):  # the other model may refuse its tokens
             record_past(cache, True)
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused by name, and with it ``generate_batch``.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "continuous batching (generate_batch) of transformers keeps pages of keys and values and has no "
+            "place for the recurrent states of a HydraHead model: call generate() with a padded batch"
+        )
+
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         """As for every model; the cache records, so that refused tokens can be taken back."""
         cache = kwargs.get(CACHE_NAME)
@@ -1448,9 +1464,142 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
             record_past(cache, False)
 
 
+class HydraHeadForSequenceClassification(HydraHeadPreTrainedModel):
+    """The decoder with one score a label, read at every sequence's last real token."""
+
+    def __init__(self, config: HydraHeadConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HydraHeadModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Scores ``[B, labels]``, and the loss where ``labels`` are given; see :class:`HydraHeadModel`.
+
+        Args:
+            attention_mask: says which token is the last real one; without it, the config's
+                ``pad_token_id`` in ``input_ids`` does.
+            labels: ``[B]`` classes, ``[B]`` numbers where there is one label, or ``[B, labels]`` of 0 and 1.
+            kwargs: ``num_items_in_batch``, of which the loss makes no use.
+
+        Raises:
+            ValueError: neither says where a row of several ends.
+        """
+        _refuse_unknown(kwargs, ("num_items_in_batch",), type(self).__name__)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=_given_cache(past_key_values, cache),
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        hidden = outputs.last_hidden_state
+        last = self._last_tokens(input_ids, attention_mask, hidden)
+        logits = self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, pooled_logits=logits, config=self.config
+            )
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+        )
+
+    def _last_tokens(
+        self, ids: torch.Tensor | None, mask: torch.Tensor | None, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """``[B]`` int64, the column of every row's last real token among the new ones."""
+        batch, length = hidden.shape[:2]
+        if mask is not None:
+            real = mask[:, -length:].to(hidden.device).bool()
+        elif ids is not None and self.config.pad_token_id is not None:
+            real = (ids != self.config.pad_token_id).to(hidden.device)
+        elif batch == 1:
+            return torch.full((1,), length - 1, device=hidden.device)
+        else:
+            raise ValueError(
+                "where does every row end? Give attention_mask, or set pad_token_id in the config"
+            )
+        return (torch.arange(length, device=hidden.device) * real).argmax(-1)
+
+
+class HydraHeadForTokenClassification(HydraHeadPreTrainedModel):
+    """The decoder with one score a label and token."""
+
+    def __init__(self, config: HydraHeadConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HydraHeadModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Scores ``[B, T, labels]``, and the loss where ``labels`` are given; see :class:`HydraHeadModel`.
+
+        Args:
+            labels: ``[B, T]`` classes, −100 where nothing is learned; not shifted.
+            kwargs: of packed documents; ``num_items_in_batch``, of which the loss makes no use.
+        """
+        _refuse_unknown(kwargs, (*PACKING, "num_items_in_batch"), type(self).__name__)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=_given_cache(past_key_values, cache),
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            **{name: kwargs.get(name) for name in PACKING},
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
 __all__ = [
     "HydraHeadCache",
     "HydraHeadForCausalLM",
+    "HydraHeadForSequenceClassification",
+    "HydraHeadForTokenClassification",
     "HydraHeadModel",
     "HydraHeadPreTrainedModel",
 ]

@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
+from transformers import CompileConfig, DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 from megatron_hydra.hf import cache_hydrahead
 from megatron_hydra.hf.cache_hydrahead import HydraHeadCache, record_past
@@ -180,6 +180,30 @@ def test_a_step_with_a_static_cache_is_compiled_once_as_one_graph(kind):
     assert set(counts) == {1}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_generate_compiles_the_steps_of_a_static_cache():
+    """As generate() does by itself on a GPU."""
+    model, graphs = make_model(), []
+
+    def noted(graph, inputs):  # a function: generate() copies all else
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = CompileConfig(fullgraph=True, dynamic=False, backend=noted, mode=None)
+    compiled._compile_all_devices = True
+    for sequence in SEQUENCES:
+        out = model.generate(
+            sequence,
+            attention_mask=torch.ones_like(sequence),
+            past_key_values=StaticCache(config=model.config, max_cache_len=40),
+            compile_config=compiled,
+            **GREEDY,
+        )
+        assert out[0, -NEW:].tolist() == truth(model, sequence)
+    assert graphs  # they were compiled; and as one graph, or it would have raised
+
+
 # -- taking tokens back ---------------------------------------------------------------------------
 
 
@@ -212,6 +236,23 @@ def test_tokens_are_taken_back(kind, padding, undo, monkeypatch):
             assert cache.get_seq_length() == ids.shape[1]
             assert cache.lengths.tolist() == mask.sum(1).tolist()
     assert all(layer.is_croppable for layer in cache.layers)
+
+
+@pytest.mark.parametrize("kind", ["head", "token"])
+def test_what_is_recorded_of_a_long_prompt_has_a_bound(kind, monkeypatch):
+    monkeypatch.setattr(cache_hydrahead, "UNDO", 9)
+    model = make_model(*KINDS[kind])
+    held = []
+    for length in (40, 80):
+        cache = HydraHeadCache(model.config)
+        record_past(cache, True)
+        with torch.no_grad():
+            model(tokens(1, length), past_key_values=cache)
+        records = [record for layer in cache.layers for record in layer.records]
+        kept = [x for r in records for x in (*r.rows.values(), *(r.writes or ()))]
+        assert {r.length for r in records} == {9} and kept
+        held.append(sum(x.untyped_storage().nbytes() for x in kept))
+    assert held[0] == held[1]
 
 
 def test_the_older_form_of_crop_says_how_many_stay():

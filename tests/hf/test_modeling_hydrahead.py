@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LlamaConfig,
@@ -848,7 +849,12 @@ def run_elsewhere(folder: Path, *words: str) -> subprocess.CompletedProcess[str]
         capture_output=True,
         text=True,
         cwd=folder,
-        env={"HF_HOME": str(folder / "home"), "PATH": "", "OMP_NUM_THREADS": "1"},
+        env={
+            "HF_HOME": str(folder / "home"),
+            "PATH": "",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(transformers.__file__).parents[1]),  # the one of these tests
+        },
         check=False,
     )
     assert result.returncode == 0, result.stderr
