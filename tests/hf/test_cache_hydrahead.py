@@ -325,7 +325,9 @@ def counted(monkeypatch):
     return removed
 
 
-@EVERY
+@pytest.mark.parametrize(
+    "kind", [k if k == "head" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 def test_assisted_decoding_gives_the_models_own_tokens(kind, monkeypatch):
     """A HydraHead model as the one that is helped, as the one that helps, as both; prompt lookup."""
     model, dense = make_model(*KINDS[kind]), qwen3()

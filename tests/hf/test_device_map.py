@@ -20,7 +20,7 @@ def qwen3():
 
 
 MODELS = {"qwen3": qwen3, **{k: lambda k=k: make_model(*KINDS[k]) for k in KINDS}}
-FAST = ("qwen3", "head", "token-gqa")
+FAST = ("qwen3", "head")
 EVERY = pytest.mark.parametrize(
     "kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in MODELS]
 )
@@ -103,7 +103,7 @@ def test_two_devices_equal_one(kind):
 
 
 @EVERY
-@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("where", ["cpu", pytest.param("disk", marks=pytest.mark.slow)])
 def test_offloaded_weights_equal_those_in_place(kind, where, tmp_path):
     model = MODELS[kind]()
     expected = everything(model, as_is, packed=kind != "qwen3")
