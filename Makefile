@@ -21,8 +21,8 @@ SHELL := /bin/bash
 GPU_PYTHON ?=
 GPU_TESTS = $$(grep -rl --include='test_*.py' 'pytest\.mark\.gpu' tests) tests/gpu
 
-.PHONY: help setup quickstart test test-fast test-py312 test-newest test-slow test-parallel test-slurm test-gpu \
-  test-releases lint format clean
+.PHONY: help setup quickstart test test-fast test-py312 test-newest test-transformers test-slow test-parallel \
+  test-slurm test-gpu test-releases lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,34 @@ test-newest: ## the fast tests with the newest of every dependency, in .venv-new
 	$(MAKE) test-fast VENV=.venv-newest CONSTRAINTS= PYTHON="$(PYTHON)"
 	.venv-newest/bin/python -m pip freeze --exclude-editable > .venv-newest/freeze.txt
 
+# The oldest that is supported, the one that was on the GPU machines, and the newest.
+TRANSFORMERS ?= 5.0.0 5.17.0 newest
+LAID_OVER := .venv-transformers
+
+test-transformers: setup ## the export's tests with other releases of transformers, each laid over .venv (250 MB)
+	@mkdir -p $(LAID_OVER)
+	@grep -viE '^(transformers|tokenizers|huggingface[_-]hub)==' constraints.txt > $(LAID_OVER)/constraints.txt
+	@failed=; rm -f $(LAID_OVER)/*/result; \
+	for version in $(TRANSFORMERS); do \
+	  folder="$(CURDIR)/$(LAID_OVER)/$$version"; \
+	  if [ "$$version" = newest ]; then rm -rf "$$folder"; wanted=transformers; else wanted="transformers==$$version"; fi; \
+	  if [ ! -e "$$folder/.installed" ]; then \
+	    rm -rf "$$folder"; \
+	    "$(BIN)/python" -m pip install --disable-pip-version-check --quiet --target "$$folder" \
+	      --constraint $(LAID_OVER)/constraints.txt "$$wanted"; \
+	    touch "$$folder/.installed"; \
+	  fi; \
+	  over="$$folder$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	  found="$$(PYTHONPATH="$$over" "$(BIN)/python" -c 'import sys, transformers as t; \
+	    sys.exit(f"not laid over: {t.__file__}") if sys.argv[1] not in t.__file__ else print(t.__version__)' "$$folder")"; \
+	  echo "[transformers $$found]"; \
+	  PYTHONPATH="$$over" $(TEST_ENV) "$(BIN)/python" -m pytest -n $(WORKERS) --dist worksteal tests/hf \
+	    | tee "$$folder/log" || failed="$$failed $$found"; \
+	  echo "transformers $$found: $$(tail -n 1 "$$folder/log")" > "$$folder/result"; \
+	done; \
+	cat $(LAID_OVER)/*/result; \
+	if [ -n "$$failed" ]; then echo "error: failed with transformers$$failed" >&2; exit 1; fi
+
 test-releases: setup ## one checkpoint, two Megatron-Cores (.venv, .venv-py312): the same bits, the same losses
 	$(MAKE) setup VENV=.venv-py312 PYTHON="$(PYTHON312)"
 	$(TEST_ENV) HYDRA_OTHER_PYTHON="$(CURDIR)/.venv-py312/bin/python" "$(BIN)/python" -m pytest -m slow \
@@ -91,5 +119,5 @@ format: setup ## rewrite the sources as the linter wants them
 	"$(BIN)/ruff" format
 
 clean: ## remove the environment, caches and the quickstart's output
-	rm -rf .venv .venv-py312 .venv-newest quickstart gpu-report .pytest_cache .mypy_cache .ruff_cache .hypothesis build ./*.egg-info
+	rm -rf .venv .venv-py312 .venv-newest $(LAID_OVER) quickstart gpu-report .pytest_cache .mypy_cache .ruff_cache .hypothesis build ./*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,7 +14,7 @@ ARCHITECTURE = "HydraHeadForCausalLM"
 def hf_export_files() -> dict[str, Path]:
     """Name in the export folder -> file to copy there, verbatim."""
     folder = Path(__file__).parent
-    parts = ("configuration", "modeling", "window")
+    parts = ("cache", "configuration", "modeling", "window")
     return {name: folder / name for name in (f"{part}_hydrahead.py" for part in parts)}
 
 
@@ -24,6 +24,10 @@ def auto_map() -> dict[str, str]:
         "AutoConfig": "configuration_hydrahead.HydraHeadConfig",
         "AutoModel": "modeling_hydrahead.HydraHeadModel",
         "AutoModelForCausalLM": f"modeling_hydrahead.{ARCHITECTURE}",
+        **{
+            f"AutoModelFor{task}": f"modeling_hydrahead.HydraHeadFor{task}"
+            for task in ("SequenceClassification", "TokenClassification")
+        },
     }
 
 

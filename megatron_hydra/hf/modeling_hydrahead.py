@@ -48,10 +48,24 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
 
+from .cache_hydrahead import (
+    HydraHeadCache,
+    HydraHeadCacheLayer,
+    Rule,
+    adopt,
+    layer_memory,
+    put_back,
+    record_past,
+)
 from .configuration_hydrahead import HydraHeadConfig
 from .window_hydrahead import beyond_window, extend, within_window
 
@@ -256,6 +270,13 @@ class Documents:
         ends = list(itertools.accumulate(self.lengths))
         return [slice(end - n, end) for end, n in zip(ends, self.lengths, strict=True)]
 
+    def to(self, device: torch.device) -> Documents:
+        """The same with its tensors on ``device``."""
+        real = None if self.real is None else self.real.to(device)
+        return dataclasses.replace(
+            self, bounds=self.bounds.to(device), positions=self.positions.to(device), real=real
+        )
+
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, T, D]`` → ``[1, N, D]``."""
         flat = x.reshape(-1, x.shape[-1])
@@ -266,7 +287,7 @@ class Documents:
         flat = x[0]
         if self.real is not None:
             whole = flat.new_zeros(batch * self.width, flat.shape[-1])
-            flat = whole.index_copy(0, self.real, flat)
+            flat = whole.index_copy(0, self.real.to(flat.device), flat)
         return flat.view(batch, -1, flat.shape[-1])
 
 
@@ -357,202 +378,6 @@ def _join(parts: list[torch.Tensor], dim: int = 1) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-# -- the cache ------------------------------------------------------------------------------------
-
-
-class HydraHeadLayerCache:
-    """What one layer remembers; every tensor is absent where the layer has no such heads.
-
-    Attributes:
-        keys, values: ``[B, n_fa_kv, capacity, d]``: KV groups of the layer's FA heads only.
-        length: columns in use (real tokens and padding of the batch).
-        state: ``[B, n_gdn, d, d]`` fp32.
-        tail: ``[B, W−1, channels]``: the last inputs of the convolution.
-        window: ``[B, w−1, 2·n_fa_kv·d]``: keys and values within the window (``mixer=token``), in place
-            of ``keys`` and ``values``.
-        leaving, leaving_gates: ``[B, w, 2·n_gdn_kv·d]`` and ``[B, w, 2·n_gdn]`` fp32: what the tokens
-            within the window write into the state when they leave it.
-    """
-
-    TENSORS = ("keys", "values", "state", "tail", "window", "leaving", "leaving_gates")
-
-    is_compileable = False
-    is_sliding = False
-    is_croppable = False
-    supports_early_init = False
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.keys: torch.Tensor | None = None
-        self.values: torch.Tensor | None = None
-        self.state: torch.Tensor | None = None
-        self.tail: torch.Tensor | None = None
-        self.window: torch.Tensor | None = None
-        self.leaving: torch.Tensor | None = None
-        self.leaving_gates: torch.Tensor | None = None
-        self.length = 0
-
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store ``[B, n_fa_kv, T, d]`` and return all keys and values so far.
-
-        A prompt is stored exactly; decoding then grows the store by an eighth at a time, so that a
-        new token does not copy all earlier ones.
-        """
-        if self.keys is None or self.values is None:
-            # Detached: the cache serves inference, gradients do not flow through earlier calls.
-            self.keys, self.values = keys.detach().contiguous(), values.detach().contiguous()
-            self.length = keys.shape[2]
-            return keys, values
-        end = self.length + keys.shape[2]
-        if end > self.keys.shape[2]:
-            spare = 0 if keys.shape[2] > 1 else end // 8 + 32
-            self.keys = self._grown(self.keys, end + spare)
-            self.values = self._grown(self.values, end + spare)
-        self.keys[:, :, self.length : end] = keys.detach()
-        self.values[:, :, self.length : end] = values.detach()
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def _grown(self, old: torch.Tensor, capacity: int) -> torch.Tensor:
-        new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-        new[:, :, : self.length] = old[:, :, : self.length]
-        return new
-
-    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace every tensor by ``function`` of it (batch reordering)."""
-        for name in self.TENSORS:
-            tensor = getattr(self, name)
-            if tensor is not None:
-                setattr(self, name, function(tensor))
-
-
-class HydraHeadCache(Cache):
-    """The cache of a whole model: KV of FA heads only, states and convolution tails of GDN heads; a
-    window of tokens where softmax sees no more.
-
-    Attributes:
-        layers: one :class:`HydraHeadLayerCache` a layer.
-        seen: columns so far, padding included (what ``attention_mask`` is as wide as).
-        key_mask: ``[B, seen]`` bool, which columns are real tokens; ``None``: all of them. Those of
-            one call stand as inside the model, real ones first.
-        given_mask: ``[B, seen]`` bool, the same as the caller has ordered them.
-        lengths: ``[B]`` int64, real tokens of every sequence: its next position.
-    """
-
-    def __init__(self, config: HydraHeadConfig) -> None:
-        super().__init__(layers=[HydraHeadLayerCache() for _ in range(config.num_hidden_layers)])
-        self._clear()
-
-    def _clear(self) -> None:
-        self.seen = 0
-        self.key_mask: torch.Tensor | None = None
-        self.given_mask: torch.Tensor | None = None
-        self.lengths: torch.Tensor | None = None
-
-    def advance(
-        self,
-        batch: int,
-        length: int,
-        valid: torch.Tensor | None,
-        given: torch.Tensor | None,
-        device: Any,
-    ) -> None:
-        """Note ``length`` new columns, of which ``valid`` ``[B, length]`` are real (None: all); ``given``
-        says the same in the caller's order.
-        """
-        self.key_mask = self._with(self.key_mask, valid, batch, length, device)
-        self.given_mask = self._with(self.given_mask, given, batch, length, device)
-        gained = length if valid is None else valid.sum(1)
-        lengths = self.lengths
-        if lengths is None:
-            lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.lengths = lengths + gained
-        self.seen += length
-
-    def _with(
-        self,
-        past: torch.Tensor | None,
-        new: torch.Tensor | None,
-        batch: int,
-        length: int,
-        device: Any,
-    ) -> torch.Tensor | None:
-        """The mask of all columns; ``None`` as long as all are real."""
-        if past is None and new is None:
-            return None
-        if past is None:
-            past = torch.ones(batch, self.seen, dtype=torch.bool, device=device)
-        if new is None:
-            new = torch.ones_like(past[:, :1]).expand(-1, length)
-        return torch.cat((past, new), dim=1)
-
-    def kv_bytes(self) -> int:
-        """Bytes of the keys and values held, summed over the real tensors of all layers."""
-        return sum(
-            2 * layer.keys[:, :, : layer.length].numel() * layer.keys.element_size()
-            for layer in self.layers
-            if layer.keys is not None
-        )
-
-    def state_bytes(self) -> int:
-        """Bytes of what does not grow: recurrent states, convolution tails, windows of tokens."""
-        tensors = [getattr(layer, n) for layer in self.layers for n in layer.TENSORS[2:]]
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-    # What generate() and its decoding methods call.
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns so far, padding included."""
-        return self.seen
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """No limit."""
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether any token was seen."""
-        return self.seen > 0
-
-    def reset(self) -> None:
-        """Forget everything."""
-        for layer in self.layers:
-            layer.reset()
-        self._clear()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refused: a recurrent state cannot be rolled back."""
-        if tokens_to_remove:
-            raise ValueError("a HydraHead cache cannot be cropped: its states hold no history")
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Take over the beams' sequences."""
-        self._apply(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    batch_select_indices = reorder_cache
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence."""
-        self._apply(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def _apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for layer in self.layers:
-            layer.apply(function)
-        for name in ("key_mask", "given_mask", "lengths"):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                setattr(self, name, function(tensor))
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences held, −1 before the first token."""
-        return -1 if self.lengths is None else self.lengths.shape[0]
-
-
 # -- full attention -------------------------------------------------------------------------------
 
 
@@ -561,32 +386,50 @@ class Visibility:
     """Which keys the queries of this call may see; shared by all layers.
 
     Attributes:
-        past: columns before the first query.
+        past: columns before the first query; of a static cache a tensor.
         queries: T.
-        key_mask: ``[B, past + T]`` bool, real tokens; ``None``: all.
+        key_mask: ``[B, keys]`` bool, real tokens; ``None``: all.
+        room: keys of a static cache, most of them not written yet; ``None``: past + T.
     """
 
-    past: int
+    past: int | torch.Tensor
     queries: int
     key_mask: torch.Tensor | None = None
+    room: int | None = None
     _whole: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Visibility:
+        """The same with its tensors on ``device``."""
+        past = self.past.to(device) if isinstance(self.past, torch.Tensor) else self.past
+        key_mask = None if self.key_mask is None else self.key_mask.to(device)
+        return Visibility(past, self.queries, key_mask, self.room)
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether more is hidden than what comes later."""
+        return self.key_mask is not None or self.room is not None
+
+    def keys(self, end: int) -> Any:
+        """Columns that hold what queries up to ``end`` may see."""
+        return self.past + end if self.room is None else self.room
 
     @property
     def block(self) -> int:
         """Queries for which a mask is built at a time."""
         batch = 1 if self.key_mask is None else self.key_mask.shape[0]
-        return max(1, MASK_ELEMENTS // (batch * (self.past + self.queries)))
+        return max(1, MASK_ELEMENTS // (batch * self.keys(self.queries)))
 
     def mask(self, start: int, end: int, device: torch.device) -> torch.Tensor:
-        """``[B or 1, 1, end − start, past + end]`` bool for queries ``start … end``."""
+        """``[B or 1, 1, end − start, keys]`` bool for queries ``start … end``."""
         if self._whole is not None:
             return self._whole
-        rows = torch.arange(self.past + start, self.past + end, device=device)[:, None]
-        columns = torch.arange(self.past + end, device=device)[None, :]
+        rows = (self.past + torch.arange(start, end, device=device))[:, None]
+        columns = torch.arange(self.keys(end), device=device)[None, :]
         mask = (columns <= rows)[None, None]
         if self.key_mask is not None:
             # A padded query sees itself, so that no row of the softmax is empty.
-            mask = (mask & self.key_mask[:, None, None, : self.past + end]) | (columns == rows)
+            seen = self.key_mask[:, None, None, : self.keys(end)]
+            mask = (mask & seen) | (columns == rows)
         if (start, end) == (0, self.queries):
             self._whole = mask
         return mask
@@ -612,7 +455,7 @@ def full_attention(
     """Causal softmax attention of heads that share keys unevenly.
 
     Args:
-        q: ``[B, n, T, d]``; k, v: ``[B, g, past + T, d]``.
+        q: ``[B, n, T, d]``; k, v: ``[B, g, keys, d]``.
         groups: for each of the n heads, ascending, the one of g that it reads.
         visibility: what may be seen.
 
@@ -624,7 +467,7 @@ def full_attention(
     if groups != list(range(k.shape[1])):
         index = _index(tuple(groups), k.device)
         k, v = k.index_select(1, index), v.index_select(1, index)
-    if visibility.key_mask is None:
+    if not visibility.needs_mask:
         if visibility.past == 0:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         if q.is_cuda:
@@ -635,7 +478,7 @@ def full_attention(
     outputs = []
     for start in range(0, visibility.queries, visibility.block):
         end = min(start + visibility.block, visibility.queries)
-        seen = visibility.past + end
+        seen = visibility.keys(end)
         outputs.append(
             F.scaled_dot_product_attention(
                 q[:, :, start:end],
@@ -662,7 +505,7 @@ def _decode_attention(
     if slots != list(range(len(groups))):
         q = q.index_select(1, _index(tuple(slots), q.device))
     q = q.reshape(q.shape[0], k.shape[1], widest, q.shape[-1])
-    mask = None if visibility.key_mask is None else visibility.mask(0, 1, q.device)
+    mask = visibility.mask(0, 1, q.device) if visibility.needs_mask else None
     # cuDNN builds a plan for each shape, and the number of keys is another one at every token.
     with sdpa_kernel(_DECODING) if q.is_cuda else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -689,6 +532,21 @@ class HydraHeadRMSNorm(nn.Module):
         the kernels that want 16 bits would be passed by.
         """
         return (self.weight * _rms(x, self.eps).to(x.dtype)).to(x.dtype)
+
+
+class HydraHeadShortConv(nn.Conv1d):
+    """Taps of a causal depthwise convolution; q, k and v are convolved in one go by the layer.
+
+    The taps are called for and not read: offloaded weights are there during the forward of their
+    own module only.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__(channels, channels, width, groups=channels, bias=False)
+
+    def forward(self) -> torch.Tensor:  # type: ignore[override]
+        """``[channels, width]``; the last tap is for the token itself."""
+        return self.weight[:, 0]
 
 
 def _rms(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -750,6 +608,7 @@ class TokenContext:
         first: ``[B or 1]`` int64, the position of the first token.
         valid: ``[B, T]`` bool, real tokens, which come first; ``None``: all.
         visibility: what FA heads may see.
+        given: ``[B, T]`` bool, the real ones in the caller's order.
         documents: packed documents, of which none sees another; ``None``: the rows are sequences.
     """
 
@@ -759,7 +618,29 @@ class TokenContext:
     first: torch.Tensor
     valid: torch.Tensor | None
     visibility: Visibility
+    given: torch.Tensor | None = None
     documents: Documents | None = None
+    _elsewhere: dict[torch.device, TokenContext] = dataclasses.field(default_factory=dict)
+
+    def to(self, device: torch.device) -> TokenContext:
+        """The same with its tensors on ``device``, copied once for all layers that run there: whatever
+        spreads a model over devices moves the tensors that it sees, and sees none in here.
+        """
+        if device == self.first.device:
+            return self
+        if device not in self._elsewhere:
+            documents = None if self.documents is None else self.documents.to(device)
+            self._elsewhere[device] = TokenContext(
+                cos=self.cos.to(device),
+                sin=self.sin.to(device),
+                log_scale=self.log_scale.to(device),
+                first=self.first.to(device),
+                valid=None if self.valid is None else self.valid.to(device),
+                given=None if self.given is None else self.given.to(device),
+                visibility=self.visibility.to(device),
+                documents=documents,
+            )
+        return self._elsewhere[device]
 
     @property
     def parts(self) -> list[slice]:
@@ -879,14 +760,13 @@ class HydraHeadAttention(nn.Module):
             num_kv = max(self.gdn_groups) + 1
             for part, count in (("q", num_heads), ("k", num_kv), ("v", num_kv)):
                 size, width = count * self.head_dim, self.switches["conv_width"]
-                conv = nn.Conv1d(size, size, width, groups=size, bias=False)
-                setattr(self, f"gdn_{part}_conv", conv)
+                setattr(self, f"gdn_{part}_conv", HydraHeadShortConv(size, width))
 
     def forward(
         self,
         x: torch.Tensor,
         context: TokenContext,
-        cache: HydraHeadLayerCache | None = None,
+        cache: HydraHeadCacheLayer | None = None,
     ) -> torch.Tensor:
         """``[B, T, D]`` → ``[B, T, D]``."""
         branches = []
@@ -910,7 +790,7 @@ class HydraHeadAttention(nn.Module):
         x: torch.Tensor,
         tied: dict[str, torch.Tensor],
         context: TokenContext,
-        cache: HydraHeadLayerCache | None,
+        cache: HydraHeadCacheLayer | None,
     ) -> torch.Tensor:
         q, k, v = map(self._heads, self._qkv("fa", x, tied))
         q, k = self._qk_norms("fa", q, k)
@@ -923,7 +803,7 @@ class HydraHeadAttention(nn.Module):
         if self.window is None:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             if cache is not None:
-                k, v = cache.append(k, v)
+                k, v = cache.update(k, v)
             outputs = [
                 full_attention(
                     q[:, :, part],
@@ -941,13 +821,11 @@ class HydraHeadAttention(nn.Module):
             outputs = []
             for part in context.parts:
                 qkv = (q[:, part], k[:, part], v[:, part])
-                out, seen = within_window(
-                    *qkv, groups, self.window, context.first, context.valid, kept
-                )
+                out, rows = within_window(*qkv, groups, self.window, context.first, kept)
                 outputs.append(out)
             out = _join(outputs)
             if cache is not None:
-                cache.window = seen
+                cache.remember("window", rows, self.window - 1, context.valid)
         if self.switches["fa_gate"]:
             out = out * (2.0 * torch.sigmoid(self._heads(self.fa_gate_proj(x))))
         return out
@@ -957,7 +835,7 @@ class HydraHeadAttention(nn.Module):
         x: torch.Tensor,
         tied: dict[str, torch.Tensor],
         context: TokenContext,
-        cache: HydraHeadLayerCache | None,
+        cache: HydraHeadCacheLayer | None,
     ) -> torch.Tensor:
         q, k, v = self._qkv("gdn", x, tied)
         if self.switches["short_conv"]:
@@ -976,41 +854,58 @@ class HydraHeadAttention(nn.Module):
             writes = []
             for part in context.parts:
                 new = (k[:, part], v[:, part], log_alpha[:, part], beta[:, part])
-                written, left = beyond_window(*new, self.window, context.valid, waiting)
+                written, rows = beyond_window(*new, self.window, waiting)
                 writes.append(written)
             k, v, log_alpha, beta = (_join(list(w)) for w in zip(*writes, strict=True))
             if cache is not None:
-                cache.leaving, cache.leaving_gates = left
+                for name, kept in zip(("leaving", "leaving_gates"), rows, strict=True):
+                    cache.remember(name, kept, self.window, context.valid)
         if self.gdn_groups != list(range(len(self.gdn_heads))):
             index = _index(tuple(self.gdn_groups), x.device)
             k, v = k.index_select(2, index), v.index_select(2, index)
         if context.valid is not None:
             beta = beta.masked_fill(~context.valid[..., None], 0.0)
             log_alpha = log_alpha.masked_fill(~context.valid[..., None], 0.0)
-        state = None if cache is None else cache.state
-        out, state = gated_delta_rule(
-            q, k, v, log_alpha, beta, state, self.config.gdn_kernel, context.documents
-        )
-        if cache is not None and state is not None:
-            cache.state = state.detach()
+        out = self._rule((q, k, v, log_alpha, beta), context, cache)
         if self.switches["gdn_gate"]:
             out = out * (2.0 * torch.sigmoid(self._heads(self.gdn_gate_proj(x))))
         return out
+
+    def _rule(
+        self,
+        inputs: tuple[torch.Tensor, ...],
+        context: TokenContext,
+        cache: HydraHeadCacheLayer | None,
+    ) -> torch.Tensor:
+        """The delta rule on q, k, v, log α, β; ``[B, T, n, d]``."""
+        rule: Rule = functools.partial(gated_delta_rule, kernel=self.config.gdn_kernel)
+        if cache is None:
+            return rule(*inputs, None, documents=context.documents)[0]
+        state, outputs = cache.state, []
+        length = inputs[0].shape[1]
+        unrecorded = length - cache.recorded(length, context.valid) if cache.record_past else 0
+        if unrecorded:  # of a long prompt, only the last tokens may have to be taken back
+            out, state = rule(*(x[:, :unrecorded] for x in inputs), state)
+            outputs.append(out)
+            inputs = tuple(x[:, unrecorded:].clone() for x in inputs)
+        out, after = rule(*inputs, state)
+        cache.remember_state(after, state, inputs[1:], rule)
+        return _join([*outputs, out])
 
     def _convolve(
         self,
         parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         context: TokenContext,
-        cache: HydraHeadLayerCache | None,
+        cache: HydraHeadCacheLayer | None,
     ) -> tuple[torch.Tensor, ...]:
         """Causal depthwise convolution of q, k, v ``[B, T, channels]``; the last tap is now."""
         x = torch.cat(parts, dim=-1)
-        weight = torch.cat([getattr(self, f"gdn_{p}_conv").weight[:, 0] for p in ("q", "k", "v")])
+        weight = torch.cat([getattr(self, f"gdn_{p}_conv")() for p in ("q", "k", "v")])
         width, length = weight.shape[1], x.shape[1]
         before = None if cache is None else cache.tail
-        extended, tail = extend(x, before, width - 1, context.valid)
+        extended = extend(x, before, width - 1)
         if cache is not None:
-            cache.tail = tail
+            cache.remember("tail", extended, width - 1, context.valid)
         y = x.float() * weight[:, -1].float()
         for j in reversed(range(width - 1)):
             tap = extended[:, j : j + length].float() * weight[:, j].float()
@@ -1088,11 +983,15 @@ class HydraHeadDecoderLayer(GradientCheckpointingLayer):
         self,
         x: torch.Tensor,
         context: TokenContext,
-        memory: HydraHeadCache | None = None,
+        memory: Cache | None = None,
     ) -> torch.Tensor:
         """``[B, T, D]`` → ``[B, T, D]``; ``memory`` is the model's cache."""
-        cache = None if memory is None else memory.layers[self.layer_idx]
+        cache = None if memory is None else layer_memory(memory, self.layer_idx, x.device)
+        context = context.to(x.device)
         x = x + self.self_attn(self.input_layernorm(x), context, cache)
+        if cache is not None:
+            cache.advance(x.shape[1], context.given, x.device)
+            put_back(memory, self.layer_idx)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -1109,8 +1008,7 @@ class HydraHeadPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement: ClassVar = ["past_key_values", "cache", "memory"]
     _keep_in_fp32_modules_strict: ClassVar = ["gdn_A_log", "gdn_dt_bias"]
     _supports_sdpa = True
-    # States cannot be rolled back, so assisted decoding is refused by generate().
-    _is_stateful = True
+    _can_compile_fullgraph = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -1142,9 +1040,7 @@ class HydraHeadPreTrainedModel(PreTrainedModel):
                 init.copy_(weight, identity)
 
 
-def _given_cache(
-    past_key_values: HydraHeadCache | None, cache: HydraHeadCache | None
-) -> HydraHeadCache | None:
+def _given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
     """The cache that was given by either of its names."""
     if past_key_values is not None and cache is not None:
         raise ValueError(
@@ -1173,11 +1069,11 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: HydraHeadCache | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        cache: HydraHeadCache | None = None,
+        cache: Cache | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -1212,22 +1108,24 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, cache_given = x.shape[0], _given_cache(past_key_values, cache)
-        cache = self._cache(cache_given, use_cache)
-        valid = _real_tokens(attention_mask, x, cache)
+        cache = self._usable_cache(cache_given, use_cache)
+        memory = None if cache is None else cache.layers[0]
+        valid = _real_tokens(attention_mask, x, memory)
         packing = {name: kwargs.get(name) for name in PACKING}
-        positions, documents = _positions(position_ids, packing, x, valid, cache)
+        positions, documents = _positions(position_ids, packing, x, valid, memory)
         given, order = valid, None
         if documents is not None:
             if cache_given is not None or use_cache:
                 raise ValueError(
                     "packed documents neither extend nor fill a cache: give none, and use_cache=False"
                 )
-            x, cache, valid = documents.pack(x), None, None
+            x, cache, memory = documents.pack(x), None, None
+            given = valid = None
         elif valid is not None and x.shape[1] > 1:
             order = torch.argsort((~valid).to(torch.int8), dim=1, stable=True)
             x = _take(x, order)
             valid, positions = valid.gather(1, order), positions.gather(1, order)
-        context = self._context(x, positions, valid, cache, documents)
+        context = self._context(x, positions, valid, given, memory, documents)
 
         keep = (
             self.config.output_hidden_states
@@ -1241,8 +1139,6 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
             states = [*states, x] if keep else [x]
         x = self.norm(x)
         states[-1] = x
-        if cache is not None:
-            cache.advance(x.shape[0], x.shape[1], valid, given, x.device)
         if order is not None:
             back = order.argsort(dim=1)
             states = [_take(state, back) for state in states]
@@ -1254,7 +1150,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
             **{CACHE_NAME: cache},
         )
 
-    def _cache(self, given: Any, use_cache: bool | None) -> HydraHeadCache | None:
+    def _usable_cache(self, given: Any, use_cache: bool | None) -> Cache | None:
         asked = bool(use_cache)
         if use_cache is None:
             use_cache = given is not None or (self.config.use_cache and not self.training)
@@ -1268,31 +1164,31 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
             if asked:
                 logger.warning_once("use_cache=True makes no cache under gradient checkpointing")
             return None
-        if given is not None and not isinstance(given, HydraHeadCache):
-            raise ValueError(
-                f"the cache is a {type(given).__name__}; a HydraHead model needs its own "
-                "HydraHeadCache: pass none, and one is made"
-            )
-        if given is None and use_cache:
-            return HydraHeadCache(self.config)
-        return given
+        if given is not None:
+            return adopt(given, self.config.num_hidden_layers)
+        return HydraHeadCache(self.config) if use_cache else None
 
     def _context(
         self,
         x: torch.Tensor,
         positions: torch.Tensor,
         valid: torch.Tensor | None,
-        cache: HydraHeadCache | None,
+        given: torch.Tensor | None = None,
+        memory: HydraHeadCacheLayer | None = None,
         documents: Documents | None = None,
     ) -> TokenContext:
-        past = 0 if cache is None else cache.seen
-        key_mask = None if cache is None else cache.key_mask
-        if valid is not None or key_mask is not None:
-            ones = torch.ones(x.shape[0], past, dtype=torch.bool, device=x.device)
-            new = ones.new_ones(x.shape[:2]) if valid is None else valid
-            key_mask = torch.cat((ones if key_mask is None else key_mask, new), dim=1)
+        """What the layers share; the new tokens are noted in ``memory``, the first layer's."""
+        visibility = Visibility(0, x.shape[1], valid)
+        if memory is not None:
+            past, begun = memory.length, memory.begun
+            if isinstance(past, torch.Tensor):
+                past = past.clone()  # the layers will move it on
+            memory.note(x.shape[0], x.shape[1], valid, given, x.device)
+            if begun or not memory.is_compileable:
+                room = memory.max_cache_len if memory.is_compileable else None
+                visibility = Visibility(past, x.shape[1], memory.key_mask, room)
         a = self.config.hydra["log_scale_a"]
-        cos, sin = self.rotary_emb(positions)
+        cos, sin = (table.to(x.device) for table in self.rotary_emb(positions))
         seen = positions
         if self.config.hydra["mixer"] == "token":  # it makes up for the number of keys
             seen = positions.clamp(max=self.config.hydra["window"] - 1)
@@ -1302,13 +1198,14 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
             log_scale=((seen.float() + a).log() / math.log(a))[..., None, None],
             first=positions[:, 0],
             valid=valid,
-            visibility=Visibility(past, x.shape[1], key_mask),
+            given=given,
+            visibility=visibility,
             documents=documents,
         )
 
 
 def _real_tokens(
-    mask: torch.Tensor | None, x: torch.Tensor, cache: HydraHeadCache | None
+    mask: torch.Tensor | None, x: torch.Tensor, memory: HydraHeadCacheLayer | None
 ) -> torch.Tensor | None:
     """``[B, T]`` bool: which of the new tokens are real; ``None`` when all are.
 
@@ -1316,29 +1213,31 @@ def _real_tokens(
         ValueError: a mask of another form, or one that says of earlier columns what the cache does not.
     """
     batch, length = x.shape[:2]
-    past = 0 if cache is None else cache.seen
-    if cache is not None and cache.batch_size not in (-1, batch):
+    lengths = None if memory is None else memory.lengths
+    if lengths is not None and lengths.shape[0] != batch:
         raise ValueError(
-            f"the cache holds {cache.batch_size} sequences and {batch} are given: give as many, or "
+            f"the cache holds {lengths.shape[0]} sequences and {batch} are given: give as many, or "
             "begin without a cache"
         )
     if mask is None:
         return None
+    past = 0 if memory is None else int(memory.length)
     if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] not in (length, past + length):
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}; it must be [{batch}, {past + length}] "
             "with 0 for padding (masks of pairs of tokens are not supported)"
         )
     mask = mask.to(device=x.device, dtype=torch.bool)
-    if cache is not None and mask.shape[1] == past + length:
-        _check_past(mask[:, :past], cache)
+    if memory is not None and mask.shape[1] == past + length:
+        _check_past(mask[:, :past], memory)
     valid = mask[:, -length:]
     return None if bool(valid.all()) else valid
 
 
-def _check_past(mask: torch.Tensor, cache: HydraHeadCache) -> None:
+def _check_past(mask: torch.Tensor, memory: HydraHeadCacheLayer) -> None:
     """Refuse a mask ``[B, seen]`` of earlier columns that differs from the one they came with."""
-    differs = ~mask if cache.given_mask is None else mask != cache.given_mask
+    given = memory.given_mask
+    differs = ~mask if given is None else mask != given[:, : mask.shape[1]]
     if not bool(differs.any()):
         return
     row, column = differs.nonzero()[0].tolist()
@@ -1361,7 +1260,7 @@ def _positions(
     packing: dict[str, Any],
     x: torch.Tensor,
     valid: torch.Tensor | None,
-    cache: HydraHeadCache | None,
+    memory: HydraHeadCacheLayer | None,
 ) -> tuple[torch.Tensor, Documents | None]:
     """Every real token's number in its own sequence, and the documents where such are packed.
 
@@ -1372,9 +1271,10 @@ def _positions(
     if any(value is not None for value in packing.values()):
         documents = _documents(packing, given, x, valid)
         return documents.positions, documents
-    start: Any = 0 if cache is None else cache.seen
-    if cache is not None and cache.key_mask is not None and cache.lengths is not None:
-        start = cache.lengths[:, None]
+    start: Any = 0
+    if memory is not None and memory.begun:
+        lengths = memory.lengths if memory.key_mask is not None else None
+        start = memory.length if lengths is None else lengths[:, None]
     if valid is None:
         positions = start + torch.arange(length, device=x.device)[None, :]
     else:
@@ -1382,7 +1282,7 @@ def _positions(
     if given is not None:
         wrong = given.to(x.device) != positions
         if bool((wrong if valid is None else wrong & valid).any()):
-            if cache is not None and cache.seen:
+            if memory is not None and memory.begun:
                 raise ValueError(
                     "position_ids do not follow on every sequence's real tokens in the cache: HydraHead "
                     "counts them itself (leave position_ids out)"
@@ -1401,7 +1301,7 @@ def _refuse_unknown(given: dict[str, Any], known: tuple[str, ...], model: str) -
 
 def _take(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Rows of ``[B, T, D]`` in the order ``[B, T]``."""
-    return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
+    return x.gather(1, order.to(x.device)[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
@@ -1422,13 +1322,13 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: HydraHeadCache | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
-        cache: HydraHeadCache | None = None,
+        cache: Cache | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -1476,9 +1376,9 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
-        past_key_values: HydraHeadCache | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        cache: HydraHeadCache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As for every model, but a token that generate() itself has appended comes alone.
@@ -1494,30 +1394,212 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **{CACHE_NAME: cache}, **kwargs
         )
+        inputs.pop("cache_position", None)  # of transformers 5.0: positions are counted here
         appended = inputs["input_ids"] is not None and inputs["input_ids"].shape[1] == 1
-        begun = cache is not None and cache.get_seq_length() > 0
+        layers = [] if cache is None else cache.layers
+        begun = bool(layers) and getattr(layers[0], "begun", False)
         if appended and begun and not kwargs.get("is_first_iteration", False):
             for name in ("attention_mask", "position_ids"):
                 inputs.pop(name, None)
         return inputs
 
+    @staticmethod
+    def create_masks_for_generate(
+        *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor | None:
+        """The mask as it is: of a static cache, transformers would make one of pairs of tokens."""
+        return attention_mask
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """As for every model, but a draft that is given no mask reads a text without padding: transformers
+        drops a mask of ones, and would then take every pad token that was generated for padding.
+        """
+        if getattr(generation_config, "is_assistant", False):
+            return inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.int64)
+        return super()._prepare_attention_mask_for_generation(
+            inputs_tensor, generation_config, model_kwargs
+        )
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Give generate() our cache in place of the one that it would make."""
-        if model_kwargs.get(CACHE_NAME) is not None or generation_config.use_cache is False:
+        """Give generate() a cache of our layers in place of the one that it would make."""
+        plain = generation_config.cache_implementation in (None, "dynamic", "dynamic_full")
+        wanted = generation_config.use_cache is not False
+        if model_kwargs.get(CACHE_NAME) is None and plain and wanted:
+            model_kwargs[CACHE_NAME] = HydraHeadCache(self.config)
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get(CACHE_NAME)
+        if cache is None:
             return
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} is not supported "
-                "by HydraHead: leave it out"
+        adopt(cache, self.config.num_hidden_layers)
+        if getattr(
+            generation_config, "is_assistant", False
+        ):  # the other model may refuse its tokens
+            record_past(cache, True)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused by name, and with it ``generate_batch``.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "continuous batching (generate_batch) of transformers keeps pages of keys and values and has no "
+            "place for the recurrent states of a HydraHead model: call generate() with a padded batch"
+        )
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """As for every model; the cache records, so that refused tokens can be taken back."""
+        cache = kwargs.get(CACHE_NAME)
+        if cache is None:
+            return super()._assisted_decoding(*args, **kwargs)
+        record_past(adopt(cache, self.config.num_hidden_layers), True)
+        try:
+            return super()._assisted_decoding(*args, **kwargs)
+        finally:
+            record_past(cache, False)
+
+
+class HydraHeadForSequenceClassification(HydraHeadPreTrainedModel):
+    """The decoder with one score a label, read at every sequence's last real token."""
+
+    def __init__(self, config: HydraHeadConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HydraHeadModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Scores ``[B, labels]``, and the loss where ``labels`` are given; see :class:`HydraHeadModel`.
+
+        Args:
+            attention_mask: says which token is the last real one; without it, the config's
+                ``pad_token_id`` in ``input_ids`` does.
+            labels: ``[B]`` classes, ``[B]`` numbers where there is one label, or ``[B, labels]`` of 0 and 1.
+            kwargs: ``num_items_in_batch``, of which the loss makes no use.
+
+        Raises:
+            ValueError: neither says where a row of several ends.
+        """
+        _refuse_unknown(kwargs, ("num_items_in_batch",), type(self).__name__)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=_given_cache(past_key_values, cache),
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        hidden = outputs.last_hidden_state
+        last = self._last_tokens(input_ids, attention_mask, hidden)
+        logits = self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, pooled_logits=logits, config=self.config
             )
-        model_kwargs[CACHE_NAME] = HydraHeadCache(self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+        )
+
+    def _last_tokens(
+        self, ids: torch.Tensor | None, mask: torch.Tensor | None, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """``[B]`` int64, the column of every row's last real token among the new ones."""
+        batch, length = hidden.shape[:2]
+        if mask is not None:
+            real = mask[:, -length:].to(hidden.device).bool()
+        elif ids is not None and self.config.pad_token_id is not None:
+            real = (ids != self.config.pad_token_id).to(hidden.device)
+        elif batch == 1:
+            return torch.full((1,), length - 1, device=hidden.device)
+        else:
+            raise ValueError(
+                "where does every row end? Give attention_mask, or set pad_token_id in the config"
+            )
+        return (torch.arange(length, device=hidden.device) * real).argmax(-1)
+
+
+class HydraHeadForTokenClassification(HydraHeadPreTrainedModel):
+    """The decoder with one score a label and token."""
+
+    def __init__(self, config: HydraHeadConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HydraHeadModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Scores ``[B, T, labels]``, and the loss where ``labels`` are given; see :class:`HydraHeadModel`.
+
+        Args:
+            labels: ``[B, T]`` classes, −100 where nothing is learned; not shifted.
+            kwargs: of packed documents; ``num_items_in_batch``, of which the loss makes no use.
+        """
+        _refuse_unknown(kwargs, (*PACKING, "num_items_in_batch"), type(self).__name__)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=_given_cache(past_key_values, cache),
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            **{name: kwargs.get(name) for name in PACKING},
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
 __all__ = [
     "HydraHeadCache",
     "HydraHeadForCausalLM",
+    "HydraHeadForSequenceClassification",
+    "HydraHeadForTokenClassification",
     "HydraHeadModel",
     "HydraHeadPreTrainedModel",
 ]

@@ -14,28 +14,32 @@ BLOCK = 256
 """Fewest queries that are attended to at once: a mask covers a block of queries and its window."""
 
 
-def extend(
-    x: torch.Tensor, tail: torch.Tensor | None, count: int, valid: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def extend(x: torch.Tensor, tail: torch.Tensor | None, count: int) -> torch.Tensor:
     """Put the last ``count`` real tokens of earlier calls before the new ones.
 
     Args:
         x: ``[B, T, channels]``, new tokens, real ones first.
-        tail: ``[B, count, channels]`` of earlier calls; absent: zeros.
-        count: tokens to keep.
-        valid: ``[B, T]`` bool, which of the new tokens are real; ``None``: all.
+        tail: ``[B, count, channels]`` of earlier calls (:func:`latest`); absent: zeros.
+        count: tokens that are kept.
 
     Returns:
-        ``[B, count + T, channels]``, and the ``tail`` for the next call, detached.
+        ``[B, count + T, channels]``.
     """
     if tail is None:
         tail = x.new_zeros(x.shape[0], count, x.shape[2])
-    extended = torch.cat((tail, x), dim=1)
+    return torch.cat((tail, x), dim=1)
+
+
+def latest(extended: torch.Tensor, count: int, valid: torch.Tensor | None) -> torch.Tensor:
+    """The last ``count`` real tokens of ``extended`` ``[B, count + T, channels]``: ``tail`` of the next call.
+
+    Args:
+        valid: ``[B, T]`` bool, which of the new tokens are real; ``None``: all.
+    """
     if valid is None:
-        return extended, extended.detach()[:, x.shape[1] :].clone()
-    rows = valid.sum(1)[:, None] + torch.arange(count, device=x.device)
-    rows = rows[..., None].expand(-1, -1, x.shape[2])
-    return extended, extended.detach().gather(1, rows)
+        return extended[:, extended.shape[1] - count :].clone()
+    rows = valid.sum(1)[:, None] + torch.arange(count, device=extended.device)
+    return extended.gather(1, rows[..., None].expand(-1, -1, extended.shape[2]))
 
 
 def window_attention(
@@ -76,7 +80,6 @@ def within_window(
     groups: torch.Tensor,
     window: int,
     first: torch.Tensor,
-    valid: torch.Tensor | None,
     kept: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax over the last tokens, those of earlier calls included.
@@ -85,16 +88,15 @@ def within_window(
         q: ``[B, T, n, d]``; k, v: ``[B, T, g, d]``.
         groups: ``[n]``, for each head the one of g that it reads.
         window, first: see :func:`window_attention`.
-        valid: see :func:`extend`.
         kept: ``[B, window − 1, 2·g·d]`` of earlier calls; absent: none.
 
     Returns:
-        ``[B, T, n, d]``, and ``kept`` for the next call.
+        ``[B, T, n, d]``, and what ``kept`` of the next call is the :func:`latest` of.
     """
-    kv, kept = extend(torch.cat((k, v), dim=-1).flatten(2), kept, window - 1, valid)
-    kv = kv.unflatten(2, (-1, 2 * k.shape[-1])).transpose(1, 2).index_select(1, groups)
+    rows = extend(torch.cat((k, v), dim=-1).flatten(2), kept, window - 1)
+    kv = rows.unflatten(2, (-1, 2 * k.shape[-1])).transpose(1, 2).index_select(1, groups)
     k, v = kv.split(k.shape[-1], dim=-1)
-    return window_attention(q.transpose(1, 2), k, v, window, first).transpose(1, 2), kept
+    return window_attention(q.transpose(1, 2), k, v, window, first).transpose(1, 2), rows
 
 
 Writes = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -107,9 +109,8 @@ def beyond_window(
     log_alpha: torch.Tensor,
     beta: torch.Tensor,
     window: int,
-    valid: torch.Tensor | None,
     waiting: Waiting,
-) -> tuple[Writes, Waiting]:
+) -> tuple[Writes, tuple[torch.Tensor, torch.Tensor]]:
     """What every token writes into the state, moved to the token at which it leaves the window.
 
     Before the first one leaves nothing is written (β = 0) or decays (log α = 0).
@@ -117,15 +118,14 @@ def beyond_window(
     Args:
         k, v: ``[B, T, m, d]``; log_alpha, beta: ``[B, T, n]`` fp32.
         window: tokens to wait.
-        valid: see :func:`extend`.
         waiting: ``[B, window, 2·m·d]`` and ``[B, window, 2·n]`` of earlier calls; absent: none.
 
     Returns:
-        The four for each of the T tokens, and ``waiting`` for the next call.
+        The four for each of the T tokens, and what ``waiting`` of the next call is the :func:`latest` of.
     """
     length, d = k.shape[1], k.shape[-1]
-    kv, leaving = extend(torch.cat((k, v), dim=-1).flatten(2), waiting[0], window, valid)
-    gates, leaving_gates = extend(torch.cat((log_alpha, beta), -1), waiting[1], window, valid)
+    kv = extend(torch.cat((k, v), dim=-1).flatten(2), waiting[0], window)
+    gates = extend(torch.cat((log_alpha, beta), -1), waiting[1], window)
     k, v = kv[:, :length].unflatten(2, (-1, 2 * d)).split(d, dim=-1)
     log_alpha, beta = gates[:, :length].chunk(2, dim=-1)
-    return (k, v, log_alpha, beta), (leaving, leaving_gates)
+    return (k, v, log_alpha, beta), (kv, gates)

@@ -16,6 +16,7 @@ TOY = {
     "step": ["--tiny", "--sizes", "64"],
     "conversion": ["--megabytes", "40"],
     "decode": ["--layers", "1", "--sizes", "32", "--chunk", "20"],
+    "taking_back": ["--layers", "1", "--sizes", "32"],
     "context_parallel": ["--sizes", "128", "--layers", "1", "--hidden", "64"],
     "selection": ["--sizes", "4,8", "--layers", "2", "--heads", "4", "--kv-heads", "2",
                   "--hidden", "32", "--prompts", "2"],

@@ -11,7 +11,7 @@ from megatron_hydra.errors import HydraError
 
 NEEDED = (
     "torch", "triton", "megatron.core", "fla", "transformers", "datasets", "safetensors", "yaml", "tqdm",
-    "matplotlib", "tensorboard", "psutil", "pytest",
+    "matplotlib", "tensorboard", "psutil", "pytest", "accelerate",
 )  # fmt: skip
 """Modules that the commands of the suite import, and those whose absence would mean another kernel."""
 

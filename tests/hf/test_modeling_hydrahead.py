@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LlamaConfig,
@@ -25,77 +25,32 @@ from transformers import (
 
 from megatron_hydra.config.model import (
     BEFORE_THE_SWITCH,
-    DENSE_ATTENTION,
     HydraConfig,
     stored_switches,
 )
 from megatron_hydra.hf import modeling_hydrahead as modeling
 from megatron_hydra.hf.configuration_hydrahead import SWITCHES, HydraHeadConfig
-from megatron_hydra.hf.export_files import ARCHITECTURE, auto_map, hf_export_files
-
-SHAPE = {
-    "vocab_size": 61,
-    "hidden_size": 40,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-}
-HEADS = [[1, 2, 3], [], [0, 1, 2, 3, 4, 5]]
-MIXED = [[0, 5], [1, 2, 3], [4]]
-DENSE = {k: v for k, v in vars(DENSE_ATTENTION).items() if k in SWITCHES}
-
-
-def rope(kind="default"):
-    extra = {
-        "default": {},
-        "linear": {"factor": 4.0},
-        "llama3": {
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-        "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
-    }[kind]
-    return {"rope_type": kind, "rope_theta": 5000.0, **extra}
-
-
-def make_model(heads=MIXED, hydra=None, **changes):
-    """A model with non-trivial gates, norms, convolutions, and a decay so slow that leaks show."""
-    torch.manual_seed(0)
-    config = HydraHeadConfig(
-        **{**SHAPE, "rope_parameters": rope(), **changes}, full_attention_heads=heads, hydra=hydra
-    )
-    model = modeling.HydraHeadForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("A_log"):
-                parameter.uniform_(-5, -3)
-            else:
-                parameter.add_(0.15 * torch.randn_like(parameter))
-    return model
-
-
-def tokens(batch, length, seed=1):
-    return torch.randint(0, SHAPE["vocab_size"], (batch, length), generator=_generator(seed))
-
-
-def _generator(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def close(a, b, tolerance=1e-4):
-    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
-
+from tests.hf.models import (
+    ALL,
+    DENSE,
+    HEADS,
+    KINDS,
+    MIXED,
+    SHAPE,
+    close,
+    export,
+    flattened,
+    generator,
+    make_model,
+    rope,
+    tokens,
+)
 
 # -- the delta rule -------------------------------------------------------------------------------
 
 
 def rule_inputs(length, heads=3, d=16, dv=16, dtype=torch.float32):
-    g = _generator(length)
+    g = generator(length)
     q, k = (torch.randn(2, length, heads, d, generator=g, dtype=dtype) for _ in range(2))
     q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
     v = torch.randn(2, length, heads, dv, generator=g, dtype=dtype)
@@ -169,7 +124,7 @@ def test_delta_rule_equals_fla_and_transformers():
 
 def test_delta_rule_gradients_equal_those_of_the_recurrence():
     inputs = [x.requires_grad_() for x in rule_inputs(70)]
-    weights = torch.randn(2, 70, 3, 16, generator=_generator(9))
+    weights = torch.randn(2, 70, 3, 16, generator=generator(9))
     gradients = []
     for rule in (modeling.chunked_gated_delta_rule, modeling.recurrent_gated_delta_rule):
         output, state = rule(*inputs)
@@ -199,9 +154,9 @@ def test_under_autocast_the_rule_gets_what_fast_kernels_take(qk_norm, monkeypatc
     model, ids = make_model(qk_norm=qk_norm), tokens(2, 70)
     rule, seen, gradients = modeling.gated_delta_rule, [], []
 
-    def noted(*arguments):
+    def noted(*arguments, **options):
         seen.append([x.dtype for x in arguments[:5]])
-        return rule(*arguments)
+        return rule(*arguments, **options)
 
     monkeypatch.setattr(modeling, "gated_delta_rule", noted)
     for enabled in (False, True):
@@ -433,7 +388,6 @@ VARIANTS = [
     {"mixer": "token", "window": 30, "fusion": "concat", "short_conv": False},
     {"mixer": "token", "window": 3, "fusion_norm": "none", "log_scale_a": 7.0},
 ]
-ALL = [[0, 1, 2, 3, 4, 5]] * 3
 
 
 @pytest.mark.parametrize("hydra", VARIANTS)
@@ -441,7 +395,7 @@ ALL = [[0, 1, 2, 3, 4, 5]] * 3
 def test_layer_equals_its_equations(hydra, bias):
     heads = ALL if "mixer" in hydra else HEADS
     model = make_model(heads, hydra, attention_bias=bias, out_bias=bias, qk_norm=not bias)
-    x = torch.randn(1, 11, SHAPE["hidden_size"], generator=_generator(3))
+    x = torch.randn(1, 11, SHAPE["hidden_size"], generator=generator(3))
     context = model.model._context(x, torch.arange(11)[None], None, None)
     for layer in model.model.layers:
         with torch.no_grad():
@@ -460,16 +414,6 @@ def test_switches_are_those_of_the_package():
 
 # -- cache, padding, generation -------------------------------------------------------------------
 
-KINDS = {
-    "head": (HEADS, {}),
-    "head-gqa": (MIXED, {"gdn_kv": "gqa"}),
-    "head-shared": (MIXED, {"qkv": "shared"}),
-    "all-gdn": ([[]] * 3, {}),
-    "dense": (ALL, DENSE),
-    "parallel": (ALL, {"mixer": "parallel"}),
-    "token": (ALL, {"mixer": "token", "window": 12}),
-    "token-gqa": (ALL, {"mixer": "token", "window": 3, "gdn_kv": "gqa", "fa_position": "rope"}),
-}
 CASES = pytest.mark.parametrize("heads, hydra", KINDS.values(), ids=KINDS)
 
 
@@ -734,23 +678,6 @@ def test_cache_holds_the_kv_groups_of_full_attention_heads_only():
     assert long.kv_bytes() == 2 * 51 * per_token
 
 
-@pytest.mark.parametrize("kind", ["head", "token"])
-def test_cache_refuses_what_it_cannot_do(kind):
-    from transformers import DynamicCache
-
-    model, ids = make_model(*KINDS[kind]), tokens(1, 6)
-    with pytest.raises(ValueError, match="HydraHeadCache"):
-        model(ids, past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match="cache_implementation='static'"):
-        model.generate(ids, cache_implementation="static", max_new_tokens=2)
-    with torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="cropped"):
-        cache.crop(1)
-    cache.reset()
-    assert cache.get_seq_length() == 0 and cache.kv_bytes() == cache.state_bytes() == 0
-
-
 def test_positions_and_masks_that_would_be_misread_are_refused():
     model, ids = make_model(), tokens(1, 8)
     with pytest.raises(ValueError, match="only packed documents"):
@@ -768,16 +695,6 @@ def test_positions_and_masks_that_would_be_misread_are_refused():
 
 
 # -- packed documents -----------------------------------------------------------------------------
-
-
-def flattened(lengths, *, positions=True, bounds=False, numbers=False):
-    """What transformers' collator makes of documents of these lengths."""
-    from transformers import DataCollatorWithFlattening
-
-    collate = DataCollatorWithFlattening(
-        return_position_ids=positions, return_flash_attn_kwargs=bounds, return_seq_idx=numbers
-    )
-    return collate([{"input_ids": tokens(1, n, seed=n)[0].tolist()} for n in lengths])
 
 
 @CASES
@@ -901,16 +818,6 @@ def test_a_checkpointed_model_in_training_generates_with_its_cache(kind, reentra
     assert model(ids, use_cache=True).past_key_values is None
 
 
-def export(model, folder):
-    """What the converter does with the files and the auto_map."""
-    model.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"auto_map": auto_map(), "architectures": [ARCHITECTURE]}
-    (folder / "config.json").write_text(json.dumps(config))
-    for name, path in hf_export_files().items():
-        shutil.copyfile(path, folder / name)
-
-
 LOAD_WITHOUT_THE_PACKAGE = """
 import sys
 class Block:
@@ -942,7 +849,12 @@ def run_elsewhere(folder: Path, *words: str) -> subprocess.CompletedProcess[str]
         capture_output=True,
         text=True,
         cwd=folder,
-        env={"HF_HOME": str(folder / "home"), "PATH": "", "OMP_NUM_THREADS": "1"},
+        env={
+            "HF_HOME": str(folder / "home"),
+            "PATH": "",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(transformers.__file__).parents[1]),  # the one of these tests
+        },
         check=False,
     )
     assert result.returncode == 0, result.stderr

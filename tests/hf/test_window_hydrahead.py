@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_hydra.hf import window_hydrahead
-from megatron_hydra.hf.window_hydrahead import extend, window_attention
+from megatron_hydra.hf.window_hydrahead import extend, latest, window_attention
 
 
 def plain(q, k, v, window, first):
@@ -36,14 +36,15 @@ def test_attention_equals_one_query_after_the_other(window, block, monkeypatch):
 
 def test_the_last_real_tokens_are_kept():
     tokens = torch.arange(1.0, 12.0)[None, :, None].expand(2, -1, -1)
-    extended, tail = extend(tokens[:, :2], None, 3, None)
+    extended = extend(tokens[:, :2], None, 3)
+    tail = latest(extended, 3, None)
     assert extended[0, :, 0].tolist() == [0, 0, 0, 1, 2]
     assert tail[0, :, 0].tolist() == [0, 1, 2]
     # four new tokens: all real in the first row, none in the second
-    valid = torch.tensor([[True] * 4, [False] * 4])
-    extended, tail = extend(tokens[:, 2:6], tail, 3, valid)
+    extended = extend(tokens[:, 2:6], tail, 3)
+    tail = latest(extended, 3, torch.tensor([[True] * 4, [False] * 4]))
     assert extended[0, :, 0].tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert tail[:, :, 0].tolist() == [[4, 5, 6], [0, 1, 2]]
     valid = torch.tensor([[True, False], [True, True]])
-    _, tail = extend(tokens[:, 6:8], tail, 3, valid)
+    tail = latest(extend(tokens[:, 6:8], tail, 3), 3, valid)
     assert tail[:, :, 0].tolist() == [[5, 6, 7], [2, 7, 8]]
