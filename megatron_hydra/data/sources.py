@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from megatron_hydra.errors import HydraError
 
 _TRIED = 64
 _PROBED = 64
+_COUNTED = 1 << 20
 
 
 class Source(Protocol):
@@ -29,16 +31,24 @@ class Source(Protocol):
     Attributes:
         name: for logs and messages.
         samples_per_epoch: packed sequences until the part repeats; ``None``: it never does.
+        files: identity of the tokens that are read, whatever becomes of them; empty: generated.
     """
 
     name: str
     samples_per_epoch: int | None
+    files: str
 
     def sample(self, index: int) -> list[Document]:
         """Documents of sample ``index`` (0, 1, 2, …), at most S tokens in all."""
 
     def fingerprint(self) -> str:
         """Changes whenever any sample would change."""
+
+    def with_seed(self, seed: int) -> Self:
+        """The same part in another order."""
+
+    def content(self, first: int, end: int) -> tuple[int, int] | None:
+        """Pieces of documents and their tokens in samples ``first … end−1``; ``None``: not known."""
 
 
 class IndexedSource:
@@ -77,6 +87,7 @@ class IndexedSource:
             side=Side(data.held_out, for_validation) if data.held_out else None,
         )
         self.samples_per_epoch: int | None = len(self.packs)
+        self.files = self.documents.fingerprint()
         largest = self.description["max_token_id"]
         if largest >= vocab_size:
             raise HydraError(
@@ -93,6 +104,34 @@ class IndexedSource:
             key = derive_key(self._seed, "epoch", epoch)
             self._order = (epoch, Permutation(len(self.packs), key))
         return self._order[1](position)
+
+    def with_seed(self, seed: int) -> IndexedSource:
+        """The same packs in the order of another seed; the files are opened once."""
+        other = copy.copy(self)
+        other._seed, other._order = seed, None
+        return other
+
+    def content(self, first: int, end: int) -> tuple[int, int]:
+        """Pieces of documents and their tokens (no padding) in samples ``first … end−1``.
+
+        Whole epochs are counted once; of the rest, memory is that of a block of samples.
+        """
+        packs, report = len(self.packs), self.description["report"]
+        epochs = max(0, end // packs - -(-first // packs))  # whole ones
+        pieces, tokens = epochs * report["pieces"], epochs * report["tokens_per_epoch"]
+        rest = [(first, end)]
+        if epochs:
+            rest = [(first, -(-first // packs) * packs), (end // packs * packs, end)]
+        for begin, stop in rest:
+            while begin < stop:
+                epoch = begin // packs
+                until = min(stop, (epoch + 1) * packs, begin + _COUNTED)
+                order = Permutation(packs, derive_key(self._seed, "epoch", epoch))
+                chosen = order.of(np.arange(begin, until) - epoch * packs)
+                pieces += self.packs.pieces_in(chosen)
+                tokens += self.packs.tokens_in(chosen)
+                begin = until
+        return pieces, tokens
 
     def sample(self, index: int) -> list[Document]:
         """The documents and pieces of one pack."""
@@ -131,6 +170,7 @@ class SyntheticSource:
     """A generated task; sample i is a pure function of (seed, i) and never repeats."""
 
     samples_per_epoch: int | None = None
+    files = ""
 
     def __init__(
         self, config: SourceConfig, data: DataConfig, *, seed: int, tokenizer: Any
@@ -160,6 +200,15 @@ class SyntheticSource:
         low = int(self._options["document_length"][0])
         for index in range(_TRIED):
             generate(self._generator, self._key, index, low, self._tokenizer, shortest)
+
+    def with_seed(self, seed: int) -> SyntheticSource:
+        """The same task, other samples."""
+        other = copy.copy(self)
+        other._key = derive_key(seed, self.name)
+        return other
+
+    def content(self, first: int, end: int) -> None:
+        """Not known without making the samples again."""
 
     def sample(self, index: int) -> list[Document]:
         """Generated documents."""

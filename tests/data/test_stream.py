@@ -191,7 +191,7 @@ def test_a_resume_with_other_packs_or_another_order_is_refused_by_name(data, tmp
     """The options are the same: another version of NumPy, say, has shuffled in another way."""
     state = stream(data).state(3)
     with monkeypatch.context() as patch:
-        patch.setattr(PackedStream, "global_samples", lambda self, step: [3, 2, 1, 0])
+        patch.setattr(PackedStream, "_dealt", lambda self, step, size: np.arange(size)[::-1])
         with pytest.raises(HydraError, match="cannot resume: order of samples was"):
             stream(data).check_state(state)
     with monkeypatch.context() as patch:
