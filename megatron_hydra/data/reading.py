@@ -7,6 +7,7 @@ source that stays in the blend, or comes back, goes on there; a new one begins a
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ class SourceRecord:
     Attributes:
         name: its path or task.
         fingerprint: of its samples, in the order that its number gives it.
+        identity: of its samples, in whatever order; empty: not known.
         files: identity of its tokens, however they are packed; empty: generated, or not known.
         samples_per_epoch: ``None``: it never repeats, or not known.
         samples: packed sequences read; the next one has this number.
@@ -37,6 +39,7 @@ class SourceRecord:
 
     name: str
     fingerprint: str
+    identity: str = ""
     files: str = ""
     samples_per_epoch: int | None = None
     samples: int = 0
@@ -302,33 +305,50 @@ def _sum(first: int | None, second: int | None) -> int | None:
     return None if first is None or second is None else first + second
 
 
-def numbers_of(
-    reading: Reading, fingerprints: Sequence[Callable[[int], str]], names: Sequence[str],
-    files: Sequence[str],
-) -> list[int]:  # fmt: skip
-    """The number of every part of another blend: that of the source it goes on with, or a new one.
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A part of a blend that is to be found among the sources of a run.
 
-    Args:
-        reading: what the run has read.
-        fingerprints: of the parts, each in the order that a number gives it.
-        names, files: of the parts, as in :class:`SourceRecord`.
+    Attributes:
+        name, identity, files: as in :class:`SourceRecord`.
+        fingerprint: in the order that a number gives it.
+    """
+
+    name: str
+    identity: str
+    files: str
+    fingerprint: Callable[[int], str]
+
+
+def numbers_of(reading: Reading, parts: Sequence[Candidate]) -> list[int]:
+    """The number of every part of another blend: that of the source it goes on with, or a new one.
 
     Raises:
         HydraError: the documents of a part have been read by other rules, so that what is left of them
-            cannot be told.
+            cannot be told; or its order is another than the one it was read in.
     """
-    free, numbers = list(range(len(reading.sources))), []
-    added = len(reading.sources)
-    for fingerprint, name, own in zip(fingerprints, names, files, strict=True):
-        known = [n for n, s in enumerate(reading.sources) if fingerprint(n) == s.fingerprint]
-        number = next((n for n in known if n in free), None)
-        if number is not None:
-            free.remove(number)
-        else:
+    by_identity: dict[str, list[int]] = collections.defaultdict(list)
+    for number, source in enumerate(reading.sources):
+        by_identity[source.identity].append(number)
+    free, numbers, added = set(range(len(reading.sources))), [], len(reading.sources)
+    for part in parts:
+        known = by_identity[part.identity]
+        for number in known:
+            if part.fingerprint(number) != reading.sources[number].fingerprint:
+                raise HydraError(
+                    f"cannot resume: {part.name} has another order than the one it was read in, from another "
+                    "version of this code or of NumPy; resume with that version"
+                )
+        known = known or [  # of a release that kept no identities
+            n for n in by_identity[""] if part.fingerprint(n) == reading.sources[n].fingerprint
+        ]
+        found = next((n for n in known if n in free), None)
+        if found is None:
             if not known:
-                _refuse_read_otherwise(reading, name, own)
-            number, added = added, added + 1
-        numbers.append(number)
+                _refuse_read_otherwise(reading, part.name, part.files)
+            found, added = added, added + 1
+        free.discard(found)
+        numbers.append(found)
     return numbers
 
 

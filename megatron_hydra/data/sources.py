@@ -44,6 +44,9 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Changes whenever any sample would change."""
 
+    def identity(self) -> str:
+        """Of the samples that there are, in whatever order."""
+
     def with_seed(self, seed: int) -> Self:
         """The same part in another order."""
 
@@ -96,6 +99,7 @@ class IndexedSource:
             )
         self._seed = seed
         self._order: tuple[int, Permutation] | None = None
+        self._fingerprint = ""
 
     def pack_number(self, index: int) -> int:
         """Which pack sample ``index`` is: every epoch visits every pack once."""
@@ -107,8 +111,10 @@ class IndexedSource:
 
     def with_seed(self, seed: int) -> IndexedSource:
         """The same packs in the order of another seed; the files are opened once."""
+        if seed == self._seed:
+            return self
         other = copy.copy(self)
-        other._seed, other._order = seed, None
+        other._seed, other._order, other._fingerprint = seed, None, ""
         return other
 
     def content(self, first: int, end: int) -> tuple[int, int]:
@@ -144,9 +150,18 @@ class IndexedSource:
         What came out is in it because the same options may give other packs with another version
         of this code or of NumPy.
         """
-        order = [self.pack_number(index) for index in range(min(len(self.packs), _PROBED))]
-        body = [self.description["key"], self.description["arrays"], order]
-        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:24]
+        if not self._fingerprint:
+            order = Permutation(len(self.packs), derive_key(self._seed, "epoch", 0))
+            first = order.of(np.arange(min(len(self.packs), _PROBED))).tolist()
+            self._fingerprint = _digest([*self._packing(), first])
+        return self._fingerprint
+
+    def identity(self) -> str:
+        """Hash of the packing alone."""
+        return _digest(self._packing())
+
+    def _packing(self) -> list[Any]:
+        return [self.description["key"], self.description["arrays"]]
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer other than the one in the manifest (if there is a manifest).
@@ -203,9 +218,15 @@ class SyntheticSource:
 
     def with_seed(self, seed: int) -> SyntheticSource:
         """The same task, other samples."""
+        if (key := derive_key(seed, self.name)) == self._key:
+            return self
         other = copy.copy(self)
-        other._key = derive_key(seed, self.name)
+        other._key = key
         return other
+
+    def identity(self) -> str:
+        """Hash of task, options and length."""
+        return _digest([self.name, self._options, self._length])
 
     def content(self, first: int, end: int) -> None:
         """Not known without making the samples again."""
@@ -225,3 +246,7 @@ class SyntheticSource:
             digest.update(document.tokens.astype(np.int64).tobytes())
             digest.update(document.trainable.tobytes())
         return digest.hexdigest()[:24]
+
+
+def _digest(body: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:24]

@@ -21,7 +21,15 @@ import torch.distributed as dist
 from megatron_hydra.config.run import BatchConfig, DataConfig
 from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.data.document import Document
-from megatron_hydra.data.reading import PartRecord, Reading, SourceRecord, Span, numbers_of
+from megatron_hydra.data.open_files import make_room_for_files
+from megatron_hydra.data.reading import (
+    Candidate,
+    PartRecord,
+    Reading,
+    SourceRecord,
+    Span,
+    numbers_of,
+)
 from megatron_hydra.data.sampling import Blend, Draw, derive_key
 from megatron_hydra.data.sources import IndexedSource, Source, SyntheticSource
 from megatron_hydra.data.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -29,6 +37,8 @@ from megatron_hydra.errors import HydraError
 
 _log = logging.getLogger(__name__)
 _PAD_TOKEN = 0
+_FILES_A_PART = 4
+"""Kept open: tokens, and the three arrays of a packing."""
 _ABSENT = {"data.held_out": 0.0}
 """What a fingerprint means that lacks a key."""
 
@@ -74,6 +84,7 @@ class PackedStream:
         if tokenizer is None and data.tokenizer:
             tokenizer = load_tokenizer(data.tokenizer)
         self._tokenizer_fingerprint = "" if tokenizer is None else tokenizer_fingerprint(tokenizer)
+        make_room_for_files(_FILES_A_PART * sum(part.kind == "indexed" for part in data.blend))
         names = [f"blend[{i}] {part.path or part.task}" for i, part in enumerate(data.blend)]
         self._blend = Blend([part.weight for part in data.blend], names)
         self.sources = [self._open(i, tokenizer) for i in range(len(data.blend))]
@@ -371,12 +382,13 @@ class PackedStream:
     def _go_on(self, reading: Reading, numbers: list[int], has_new_blend: bool) -> None:
         """Read on from a checkpoint's reading, with this blend and batch."""
         if has_new_blend:
-            numbers = numbers_of(
-                reading,
-                [self._fingerprint_of(position) for position in range(len(self.sources))],
-                [source.name for source in self.sources],
-                [source.files for source in self.sources],
-            )
+            parts = [
+                Candidate(
+                    source.name, source.identity(), source.files, self._fingerprint_of(position)
+                )
+                for position, source in enumerate(self.sources)
+            ]
+            numbers = numbers_of(reading, parts)
         self.sources = [
             source.with_seed(self._seed_of(number))
             for source, number in zip(self.sources, numbers, strict=True)
@@ -403,6 +415,7 @@ def _record(source: Source) -> SourceRecord:
     return SourceRecord(
         source.name,
         source.fingerprint(),
+        source.identity(),
         source.files,
         source.samples_per_epoch,
         pieces=known,

@@ -28,7 +28,10 @@ import regex
 from megatron_hydra.data.tokenizer import encode_batch
 from megatron_hydra.errors import HydraError
 
-_MAX_WORDS = 2_000_000
+_MAX_WORDS = 1 << 19
+"""Words kept, about 200 bytes each: a corpus has ever new ones, and every process keeps its own."""
+_LONGEST_WORD = 64
+"""Characters of a word that is kept: longer ones hardly come again."""
 _CHECK_EVERY = 512
 _LAST_CODE = 0x1FFFF  # rarer characters than these take the slow path
 _PROBES = (
@@ -55,6 +58,8 @@ class _Words(dict[str, bytes]):
         mapped = word.encode("utf-8").decode("latin-1").translate(self._alphabet)
         ids = [token.id for token in self._model.tokenize(mapped)]
         encoded = np.array(ids, dtype=self._dtype).tobytes()
+        if len(word) > _LONGEST_WORD:
+            return encoded
         if len(self) >= _MAX_WORDS:
             self.clear()
         self[word] = encoded
