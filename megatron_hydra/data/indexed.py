@@ -218,9 +218,10 @@ class IndexedDocuments:
         """The largest token id: from the manifest, or else by reading the whole ``.bin``."""
         if self.manifest is not None and "max_token_id" in self.manifest.counts:
             return self.manifest.counts["max_token_id"]
-        tokens = np.memmap(self.prefix + ".bin", dtype=self.dtype, mode="r")
+        total = self.num_tokens
         return max(
-            int(tokens[start : start + _CHUNK].max()) for start in range(0, len(tokens), _CHUNK)
+            int(self.read_raw(start, min(_CHUNK, total - start)).max())
+            for start in range(0, total, _CHUNK)
         )
 
 

@@ -92,6 +92,7 @@ class PackedStream:
         self.tokens_per_step = batch.global_batch_size * data.sequence_length
         self.reading = self._first_reading()
         self.has_new_blend = False
+        self._ordered: dict[tuple[int, int], Source] = {}
         self._next_step = 0
 
     def _first_reading(self) -> Reading:
@@ -376,8 +377,14 @@ class PackedStream:
 
     def _fingerprint_of(self, position: int) -> Callable[[int], str]:
         """Of a part, in the order that a number gives it."""
-        source = self.sources[position]
-        return lambda number: source.with_seed(self._seed_of(number)).fingerprint()
+        return lambda number: self._in_order(position, number).fingerprint()
+
+    def _in_order(self, position: int, number: int) -> Source:
+        """A part in the order that a number gives it; made once, as its fingerprint is."""
+        key = position, number
+        if key not in self._ordered:
+            self._ordered[key] = self.sources[position].with_seed(self._seed_of(number))
+        return self._ordered[key]
 
     def _go_on(self, reading: Reading, numbers: list[int], has_new_blend: bool) -> None:
         """Read on from a checkpoint's reading, with this blend and batch."""
@@ -389,10 +396,8 @@ class PackedStream:
                 for position, source in enumerate(self.sources)
             ]
             numbers = numbers_of(reading, parts)
-        self.sources = [
-            source.with_seed(self._seed_of(number))
-            for source, number in zip(self.sources, numbers, strict=True)
-        ]
+        self.sources = [self._in_order(position, n) for position, n in enumerate(numbers)]
+        self._ordered.clear()
         records = dict(enumerate(reading.sources))
         for source, number in zip(self.sources, numbers, strict=True):
             known = records.get(number, _record(source))

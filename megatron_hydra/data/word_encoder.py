@@ -15,6 +15,7 @@ sample of the short-cut ones, as a check.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import sys
@@ -110,6 +111,16 @@ class WordEncoder:
         self._added_starts = sorted({content[:2] for content in self._added})
         self._prefix, self._suffix = self._special_bytes()
         self.fast = all(self._shortcut(p) in (None, self._exact(p)) for p in _PROBES)
+
+    def room_for_words(self) -> int:
+        """Bytes by which the table may still grow, if words to come are like those in it."""
+        if not self.fast or not self._words:
+            return 0
+        some = list(itertools.islice(self._words.items(), _CHECK_EVERY))
+        entry = sum(sys.getsizeof(word) + sys.getsizeof(ids) for word, ids in some) / len(some)
+        full = dict.fromkeys(range(len(some)))
+        entry += sys.getsizeof(full) / len(full)
+        return round((_MAX_WORDS - len(self._words)) * entry)
 
     def encode(self, text: str) -> bytes:
         """Ids of one document, as bytes of ``dtype``.
