@@ -6,12 +6,15 @@ turns, with the same tokenizer, input and number of workers; whole commands are 
 included, and the two outputs must be the same files. ``index``: opening a pair of ten million documents
 with our reader and with Megatron-Core's, and our first batch, each in a fresh process. ``waste``: time,
 padding and cuts of every packing strategy on a log-normal corpus, against cutting every S tokens.
-``stream``: batches of text and of generated tasks.
+``stream``: batches of text and of generated tasks. ``memory``: most memory of ``data_prep/tokenize.py``, of the
+main process and a worker, by size of the corpus. ``shards``: opening a blend of so many pairs for the first and
+the second time, resuming it, and merging the pairs.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import filecmp
 import functools
 import itertools
@@ -23,6 +26,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +37,10 @@ if not __package__:  # run as a file
 from benchmarks import _harness as harness
 from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig
 from megatron_hydra.data.indexed import IndexedDocuments, write_index
+from megatron_hydra.data.manifest import Manifest, file_record
+from megatron_hydra.data.merging import merge
 from megatron_hydra.data.packing import pack_documents
+from megatron_hydra.data.parts import Counts
 from megatron_hydra.data.stream import PackedStream
 from megatron_hydra.errors import HydraError, command
 
@@ -42,7 +49,9 @@ git -C Megatron-LM checkout core_v0.16.1; pip install six    # which its script 
   python -m benchmarks.data tokenize --megatron-lm Megatron-LM --sizes 60 --workers 1
   python -m benchmarks.data index --sizes 10000000
   python -m benchmarks.data waste --sizes 2K,4K,32K
-  python -m benchmarks.data stream --sizes 4K --steps 100"""
+  python -m benchmarks.data stream --sizes 4K --steps 100
+  python -m benchmarks.data memory --sizes 30,120,480 --tokenizer models/Qwen3-1.7B --input corpus.jsonl
+  python -m benchmarks.data shards --sizes 100,1000"""
 ROOT = Path(__file__).resolve().parents[1]
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -188,17 +197,25 @@ reader, path = sys.argv[1:]
 def resident():
     with open("/proc/self/statm") as stream:
         return int(stream.read().split()[1]) * resource.getpagesize()
-def first_batch():
+def first_batch(step=0):
     data = DataConfig(blend=(SourceConfig(path=path),), sequence_length=4096, packing="split_long")
     stream = PackedStream(data, BatchConfig(1, 8), dp_rank=0, dp_size=1, vocab_size=65536)
-    return stream, stream.micro_batches(0)
+    return stream, stream.micro_batches(step)
+def counted():
+    stream, _ = first_batch()
+    begin = time.perf_counter()
+    return stream.sources[0].content(1, 1_000_001), time.perf_counter() - begin
 work = {"ours": lambda: IndexedDocuments(path), "Megatron-Core": lambda: IndexedDataset(path),
-        "ours, first batch": first_batch}[reader]
+        "ours, first batch": first_batch, "ours, batch of step 1,000,000": lambda: first_batch(10**6),
+        "ours, counting a million sequences": counted}[reader]
 before, begin, cpu = resident(), time.perf_counter(), time.process_time()
 kept = work()
 print(json.dumps([time.perf_counter() - begin, time.process_time() - cpu, resident() - before]))
 """
-READERS = ("Megatron-Core", "ours", "ours, first batch")
+READERS = (
+    "Megatron-Core", "ours", "ours, first batch", "ours, batch of step 1,000,000",
+    "ours, counting a million sequences",
+)  # fmt: skip
 
 
 def bench_index(args: argparse.Namespace, report: harness.Report) -> None:
@@ -209,8 +226,11 @@ def bench_index(args: argparse.Namespace, report: harness.Report) -> None:
             tokens = write_random_pair(prefix, documents, args)
             pack = [sys.executable, str(ROOT / "data_prep" / "pack.py"), "--input", prefix]
             packing = harness.Sample()
-            timed([*pack, "--packing", "split_long"], {}, packing)
+            most = watch([*pack, "--packing", "split_long"], packing)["main"]
             report.add(documents, {"packing, once, whole command": packing}, tokens=tokens)
+            report.note(
+                f"packing: {most / 1e6:,.0f} MB resident, {most / documents:,.0f} bytes a document"
+            )
             samples = {reader: harness.Sample() for reader in READERS}
             resident: dict[str, list[int]] = {reader: [] for reader in READERS}
             for _ in range(args.repeats):
@@ -309,6 +329,152 @@ def stream_peers(folder: Path, length: int) -> dict[str, harness.Peer]:
     return {label: peer(part) for label, part in parts.items()}
 
 
+def bench_memory(args: argparse.Namespace, report: harness.Report) -> None:
+    """The command on growing heads of one corpus: highest resident size of each of its processes."""
+    for megabytes in args.sizes:
+        with tempfile.TemporaryDirectory(dir=args.folder) as name:
+            folder = Path(name)
+            corpus, tokenizer = folder / "corpus.jsonl", args.tokenizer
+            if args.input is None:
+                make_corpus(corpus, megabytes)
+            else:
+                copy_head(Path(args.input), corpus, megabytes)
+            if tokenizer is None:
+                tokenizer = str(folder / "tokenizer")
+                make_tokenizer(corpus, Path(tokenizer))
+            command_line = [
+                sys.executable,
+                str(ROOT / "data_prep" / "tokenize.py"),
+                "--input",
+                str(corpus),
+            ]
+            command_line += ["--tokenizer", tokenizer, "--output", str(folder / "out")]
+            command_line += ["--workers", str(args.workers), "--max-bad-rows", "1000000"]
+            sample = harness.Sample()
+            most = watch(command_line, sample)
+            tokens = IndexedDocuments(str(folder / "out")).num_tokens
+            report.add(megabytes, {"whole command": sample}, tokens=tokens, most=most)
+            shown = ", ".join(f"{kind} {size / 1e6:,.0f} MB" for kind, size in most.items())
+            report.note(
+                f"{megabytes:,} MB, {tokens:,} tokens: {shown} resident; "
+                f"{tokens / sample.cpu[0]:,.0f} tokens a CPU-second of the whole command"
+            )
+
+
+def copy_head(source: Path, target: Path, megabytes: float) -> None:
+    """The first lines of a file, up to a size."""
+    left = megabytes * 1e6
+    with open(source, "rb") as reading, open(target, "wb") as writing:
+        for line in reading:
+            left -= writing.write(line)
+            if left <= 0:
+                return
+    raise HydraError(f"{source} holds less than {megabytes} MB; give smaller --sizes")
+
+
+def watch(command_line: list[str], sample: harness.Sample) -> dict[str, int]:
+    """Run and time a command; the highest resident size of its main process and of a child, in bytes."""
+    most = {"main": 0, "worker": 0}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    begin = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command_line, stdout=output, stderr=output)
+        while process.poll() is None:
+            for kind, pids in (("main", [process.pid]), ("worker", children_of(process.pid))):
+                most[kind] = max([most[kind], *map(highest_resident, pids)])
+            time.sleep(0.1)
+        if process.returncode:
+            output.seek(0)
+            raise HydraError(f"{' '.join(command_line)} failed:\n{output.read()[-2000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    sample.wall.append(time.perf_counter() - begin)
+    sample.cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return most
+
+
+def children_of(pid: int) -> list[int]:
+    """Child processes, from /proc; none if it has just gone."""
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return []
+    return [int(child) for child in text.split()]
+
+
+def highest_resident(pid: int) -> int:
+    """``VmHWM`` of a process in bytes; 0 if it has just gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(n.split()[1]) * 1024 for n in lines if n.startswith("VmHWM:")), 0)
+
+
+def bench_shards(args: argparse.Namespace, report: harness.Report) -> None:
+    """A blend of many small pairs."""
+    for count in args.sizes:
+        with tempfile.TemporaryDirectory(dir=args.folder) as name:
+            prefixes = write_shards(Path(name), count, args.seed)
+            blend = tuple(SourceConfig(path=prefix) for prefix in prefixes)
+            data = DataConfig(blend=blend, sequence_length=4096, packing="split_long")
+            other = dataclasses.replace(data, blend=blend[1:], phase=2)
+
+            def opened(data: DataConfig = data) -> PackedStream:
+                return PackedStream(
+                    data, BatchConfig(1, 8), dp_rank=0, dp_size=1, vocab_size=50_000
+                )
+
+            steps: dict[str, Callable[[], object]] = {
+                "open the pairs": functools.partial(open_pairs, prefixes),
+                "open the blend, packing": opened,
+                "open the blend": opened,
+                "merge": functools.partial(merge, prefixes, f"{name}/all", force=True),
+            }
+            samples = {label: harness.Sample() for label in steps}
+            for label, step in steps.items():
+                time_once(step, samples[label])
+            state = opened().state(1000)
+            for label, config in (("resume", data), ("resume without one", other)):
+                stream = opened(config)
+                samples[label] = harness.Sample()
+                time_once(functools.partial(stream.check_state, state), samples[label])
+            report.add(count, samples)
+            shown = ", ".join(f"{label} {sample.cpu[0]:.2f}" for label, sample in samples.items())
+            report.note(f"{count:,} pairs, CPU seconds: {shown}")
+
+
+def open_pairs(prefixes: list[str]) -> list[IndexedDocuments]:
+    """All of them at once."""
+    return [IndexedDocuments(prefix) for prefix in prefixes]
+
+
+def time_once(step: Callable[[], object], sample: harness.Sample) -> None:
+    """Add the wall and CPU seconds of one call."""
+    begin, cpu = time.perf_counter(), time.process_time()
+    step()
+    sample.wall.append(time.perf_counter() - begin)
+    sample.cpu.append(time.process_time() - cpu)
+
+
+def write_shards(folder: Path, count: int, seed: int) -> list[str]:
+    """Pairs of 300 random documents with manifests."""
+    rng, prefixes = np.random.default_rng(seed), []
+    for number in range(count):
+        prefix = str(folder / f"shard-{number:05d}")
+        lengths = rng.integers(50, 2000, 300)
+        rng.integers(0, 50_000, int(lengths.sum()), dtype=np.uint16).tofile(prefix + ".bin")
+        write_index(prefix + ".idx", np.uint16, lengths, np.arange(len(lengths) + 1))
+        counts = Counts(
+            rows=300, documents=300, sequences=300, tokens=int(lengths.sum()), max_token_id=49_999,
+            longest_document=int(lengths.max()),
+        )  # fmt: skip
+        tokenizer = {"name": "none", "fingerprint": "none", "vocab_size": 50_000, "eod_id": 0}
+        records = file_record(prefix + ".bin"), file_record(prefix + ".idx")
+        Manifest({}, tokenizer, dataclasses.asdict(counts), "all", *records).save(prefix + ".json")
+        prefixes.append(prefix)
+    return prefixes
+
+
 SUBJECTS = {
     "tokenize": (bench_tokenize, {"speed-up of ours over Megatron-LM": ("Megatron-LM", "ours")},
                  "megabytes", "60", 3),
@@ -319,6 +485,10 @@ SUBJECTS = {
               "tokens of a sequence", "2K,4K,32K,64K,512K", 3),
     "stream": (bench_stream, {f"time of {t} / text": (t, "text from disk") for t in TASKS},
                "tokens of a sequence", "4K", 200),
+    "memory": (bench_memory, {}, "megabytes", "8,32,128", 1),
+    "shards": (bench_shards,
+               {"time to open again / with packing": ("open the blend", "open the blend, packing")},
+               "pairs", "100,1000", 1),
 }  # fmt: skip
 """By name: function, ratios, what a size is, default sizes, default rounds."""
 
@@ -333,7 +503,7 @@ def _parser() -> argparse.ArgumentParser:
                         help=f"comma-separated, K for 1024 (defaults: {defaults})")  # fmt: skip
     parser.add_argument("--steps", dest="repeats", type=int, help="same as --repeats")
     parser.add_argument("--folder", help="where files are written; default: a temporary folder")
-    tokenize = parser.add_argument_group("tokenize")
+    tokenize = parser.add_argument_group("tokenize, memory")
     tokenize.add_argument("--megatron-lm", help="checkout of Megatron-LM")
     tokenize.add_argument("--input", help="JSONL with a field text; default: generated")
     tokenize.add_argument("--tokenizer", help="HF tokenizer; default: trained on the input")

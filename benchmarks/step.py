@@ -55,7 +55,7 @@ def build_trainee(
     for chunk in chunks:
         models.randomise(chunk)
     wrapped = wrap_for_training(chunks, verb, config)
-    optimizer, _ = build_optimizer(wrapped, config)
+    optimizer = build_optimizer(wrapped, config)
     return Trainee(config, world, verb, wrapped, optimizer, FaultKeeper(config.faults))
 
 

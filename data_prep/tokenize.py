@@ -14,6 +14,7 @@ import argparse  # noqa: E402
 
 from megatron_hydra.arguments import path_text, real, whole  # noqa: E402
 from megatron_hydra.data.corpus import CorpusConfig  # noqa: E402
+from megatron_hydra.data.preparation_plan import plan_preparation  # noqa: E402
 from megatron_hydra.data.tokenization import tokenize  # noqa: E402
 from megatron_hydra.data.tokenize_config import TokenizeConfig  # noqa: E402
 from megatron_hydra.errors import HydraError, command  # noqa: E402
@@ -23,9 +24,15 @@ Tokenise a corpus into OUTPUT.bin and .idx (Megatron's IndexedDataset) and .json
 
 A run that was stopped in any way goes on when the same command is given again; the result is the
 same as without the stop. Unreadable rows end the run unless --max-bad-rows allows for them.
+
+--plan says first what it will take: CPU time, disk and memory, from a sample of the same corpus.
 """
 EXAMPLES = """\
 examples:
+  # what 15 billion tokens like these take with 16 workers; nothing is written
+  python data_prep/tokenize.py --input 'books/*.jsonl' --tokenizer Qwen/Qwen3-1.7B \\
+      --output data/books --workers 16 --plan 15e9
+
   # local files
   python data_prep/tokenize.py --input 'books/*.jsonl' --tokenizer Qwen/Qwen3-1.7B \\
       --output data/books --workers 16
@@ -42,7 +49,7 @@ examples:
 """
 
 
-def parse(arguments: list[str] | None = None) -> TokenizeConfig:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION,
         epilog=EXAMPLES,
@@ -108,7 +115,24 @@ def parse(arguments: list[str] | None = None) -> TokenizeConfig:
         help="size of a unit (default: 8)",
     )
     run.add_argument("--force", action="store_true", help="replace an existing output")
-    return _config(parser.parse_args(arguments))
+    plan = parser.add_argument_group("plan")
+    plan.add_argument(
+        "--plan",
+        type=whole(0),
+        nargs="?",
+        const=0,
+        metavar="TOKENS",
+        help="only say what so many tokens take in CPU hours, disk and memory with --workers (without a "
+        "number: what the whole input takes)",
+    )
+    plan.add_argument(
+        "--plan-seconds",
+        type=real(0, above=True),
+        default=20,
+        metavar="S",
+        help="length of the sample that a plan is made from (default: 20)",
+    )
+    return parser.parse_args(arguments)
 
 
 def _config(given: argparse.Namespace) -> TokenizeConfig:
@@ -153,7 +177,12 @@ def _config(given: argparse.Namespace) -> TokenizeConfig:
 @command
 def main(arguments: list[str] | None = None) -> int:
     try:
-        tokenize(parse(arguments))
+        given = parse(arguments)
+        config = _config(given)
+        if given.plan is None:
+            tokenize(config)
+        else:
+            plan_preparation(config, given.plan, given.plan_seconds)
     except KeyboardInterrupt:
         raise HydraError("interrupted; run the same command again to go on") from None
     return 0

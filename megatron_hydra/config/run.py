@@ -78,6 +78,9 @@ class DataConfig:
         held_out: share of the documents of every ``indexed`` part that training never reads, for
             ``validation``. Which ones depends on their numbers in the file alone, so that stages of
             one share hold out the same documents.
+        phase: raise it by one to change ``blend`` or ``batch.global_batch_size`` when a run is resumed:
+            every source that stays goes on where it is, and the optimizer is kept. Without it such a
+            change is refused.
     """
 
     blend: tuple[SourceConfig, ...] = ()
@@ -88,6 +91,7 @@ class DataConfig:
     cache_dir: PathText = ""
     token_budget: int = 0
     held_out: float = 0.0
+    phase: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -146,6 +146,7 @@ def _check_validation(config: RunConfig) -> None:
         0 <= data.held_out < 1,
         f"data.held_out is {data.held_out}: it is a share, at least 0 and below 1",
     )
+    _require(data.phase >= 1, f"data.phase is {data.phase}: it counts from 1")
     least = schedule.min_improvement
     _require(
         0 <= least < math.inf,

@@ -15,7 +15,9 @@ and 0 (context); readers that know no modes see the same tokens.
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
+import io
 import os
 import struct
 from collections.abc import Iterator
@@ -37,15 +39,18 @@ DTYPE_CODES: dict[int, type[np.generic]] = {
     8: np.uint16,
 }
 _CHUNK = 1 << 22
+_BLOCK = 1 << 18
+"""Entries of an index that are in memory at a time while one is written."""
 
 
 class IndexedDocuments:
     """A ``.bin/.idx`` pair opened for reading, whole and consistent or not at all.
 
-    Opening costs the same for ten documents and for ten million: sizes and the two ends of the
-    index are checked, the rest is mapped. The index is Megatron-Core's IndexedDataset; tokens are
-    read from the file and not mapped, so that the memory of a run does not grow with what it has
-    read, and a file that is cut off under a running job is an error and not a SIGBUS.
+    Opening costs the same for ten documents and for ten million: sizes and the two ends of the index are
+    checked, the rest is read when it is asked for. No file stays open but the tokens', from the first read on,
+    so that a blend of a thousand pairs can be opened. Tokens are read from the file and not mapped: the
+    memory of a run does not grow with what it has read, and a file that is cut off under a running job is an
+    error and not a SIGBUS.
 
     Attributes:
         prefix: path without suffix.
@@ -71,21 +76,23 @@ class IndexedDocuments:
         self.manifest = (
             Manifest.load(prefix + ".json") if os.path.exists(prefix + ".json") else None
         )
-        if self.manifest is not None:
-            self.manifest.check_files(prefix)
+        self._probes = None if self.manifest is None else self.manifest.check_files(prefix)
         self.dtype, self.num_sequences, boundaries, has_modes = _read_header(prefix)
         self.itemsize = np.dtype(self.dtype).itemsize
         self.num_documents = boundaries - 1
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-        try:
-            self._dataset = IndexedDataset(prefix, multimodal=has_modes)
-        except (AssertionError, ValueError, OSError) as error:
-            raise HydraError(f"{prefix}.idx: Megatron-Core cannot open it: {error}") from error
-        index = self._dataset.index
-        expected = (
-            int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * self.itemsize
-        )
+        at = HEADER_BYTES
+        self._columns: dict[str, tuple[int, type[np.generic], int]] = {}
+        for name, kind, count in (
+            ("lengths", np.int32, self.num_sequences),
+            ("pointers", np.int64, self.num_sequences),
+            ("documents", np.int64, boundaries),
+            ("modes", np.int8, self.num_sequences if has_modes else 0),
+        ):
+            self._columns[name] = at, kind, count
+            at += count * np.dtype(kind).itemsize
+        last = self.num_sequences - 1
+        expected = int(self._column("pointers", last)[0])
+        expected += int(self._column("lengths", last)[0]) * self.itemsize
         actual = os.path.getsize(prefix + ".bin")
         if actual != expected:
             word = "truncated" if actual < expected else "too long"
@@ -94,28 +101,55 @@ class IndexedDocuments:
                 "prepare it again"
             )
         self.num_tokens = actual // self.itemsize
-        self._tokens = open(prefix + ".bin", "rb", buffering=0)  # noqa: SIM115
         self.learned_spans = self.manifest is not None and self.manifest.loss == "answers"
         if self.learned_spans and not has_modes:
             raise HydraError(f"{prefix}.json says loss=answers, but {prefix}.idx has no modes")
 
+    def _column(self, name: str, first: int = 0, count: int = -1) -> np.ndarray:
+        """Entries of the index from ``first`` on, read from the file."""
+        begin, kind, total = self._columns[name]
+        count = total - first if count < 0 else count
+        offset = begin + first * np.dtype(kind).itemsize
+        found = np.fromfile(self.prefix + ".idx", kind, count, offset=offset)
+        if len(found) != count:
+            raise HydraError(
+                f"{self.prefix}.idx ends early, though it was whole when it was opened; was it "
+                "written to since?"
+            )
+        return found
+
+    @functools.cached_property
+    def _tokens(self) -> io.FileIO:
+        return open(self.prefix + ".bin", "rb", buffering=0)
+
+    @functools.cached_property
+    def _mapped(self) -> dict[str, np.ndarray]:
+        """Columns for looking up single entries, mapped: they stay on disk."""
+        whole = np.memmap(self.prefix + ".idx", mode="r", order="C")
+        return {
+            name: np.frombuffer(whole, kind, count, begin)
+            for name, (begin, kind, count) in self._columns.items()
+            if count
+        }
+
     def fingerprint(self) -> str:
         """Identity of the tokens and their documents; O(1) reads."""
-        probes = file_probe(self.prefix + ".idx") + file_probe(self.prefix + ".bin")
+        if self._probes is None:
+            self._probes = {suffix: file_probe(self.prefix + suffix) for suffix in (".bin", ".idx")}
+        probes = self._probes[".idx"] + self._probes[".bin"]
         return hashlib.sha256(f"{probes}:{self.learned_spans}".encode()).hexdigest()
 
     def sequence_lengths(self) -> np.ndarray:
         """Tokens of every sequence, int32 ``[sequences]``."""
-        return np.array(self._dataset.index.sequence_lengths)
+        return self._column("lengths")
 
     def sequence_modes(self) -> np.ndarray | None:
         """Mode of every sequence, int8 ``[sequences]``; ``None`` if the file has none."""
-        modes = self._dataset.index.sequence_modes
-        return None if modes is None else np.array(modes)
+        return self._column("modes") if self._columns["modes"][2] else None
 
     def document_boundaries(self) -> np.ndarray:
         """First sequence of every document and the end, int64 ``[documents + 1]``."""
-        return np.array(self._dataset.index.document_indices)
+        return self._column("documents")
 
     def document_spans(self) -> tuple[np.ndarray, np.ndarray]:
         """Where each document lies in the token stream.
@@ -129,7 +163,7 @@ class IndexedDocuments:
         lengths = self.sequence_lengths().astype(np.int64)
         starts = np.zeros(self.num_sequences + 1, dtype=np.int64)
         np.cumsum(lengths, out=starts[1:])
-        pointers = np.array(self._dataset.index.sequence_pointers)
+        pointers = self._column("pointers")
         if (lengths < 0).any() or not np.array_equal(pointers, starts[:-1] * self.itemsize):
             raise HydraError(f"{self.prefix}.idx: sequences are not stored back to back; damaged?")
         edges = self.document_boundaries()
@@ -167,14 +201,15 @@ class IndexedDocuments:
         tokens = self.read(offset, length)
         if not self.learned_spans:
             return Document.all_trainable(tokens)
-        index = self._dataset.index
-        sequence = bisect.bisect_right(index.sequence_pointers, offset * self.itemsize) - 1
-        skipped = offset - int(index.sequence_pointers[sequence]) // self.itemsize
+        pointers, lengths = self._mapped["pointers"], self._mapped["lengths"]
+        modes = self._mapped["modes"]
+        sequence = bisect.bisect_right(pointers, offset * self.itemsize) - 1
+        skipped = offset - int(pointers[sequence]) // self.itemsize
         spans: list[np.ndarray] = []
         covered = -skipped
         while covered < length:
-            count = int(index.sequence_lengths[sequence])
-            spans.append(np.full(count, index.sequence_modes[sequence] == 1))
+            count = int(lengths[sequence])
+            spans.append(np.full(count, modes[sequence] == 1))
             covered += count
             sequence += 1
         return Document(tokens, np.concatenate(spans)[skipped : skipped + length])
@@ -183,9 +218,10 @@ class IndexedDocuments:
         """The largest token id: from the manifest, or else by reading the whole ``.bin``."""
         if self.manifest is not None and "max_token_id" in self.manifest.counts:
             return self.manifest.counts["max_token_id"]
-        tokens = np.memmap(self.prefix + ".bin", dtype=self.dtype, mode="r")
+        total = self.num_tokens
         return max(
-            int(tokens[start : start + _CHUNK].max()) for start in range(0, len(tokens), _CHUNK)
+            int(self.read_raw(start, min(_CHUNK, total - start)).max())
+            for start in range(0, total, _CHUNK)
         )
 
 
@@ -214,11 +250,13 @@ def _read_header(prefix: str) -> tuple[type[np.generic], int, int, bool]:
 def write_index(
     path: str,
     dtype: type[np.generic],
-    lengths: np.ndarray,
-    documents: np.ndarray,
-    modes: np.ndarray | None = None,
+    lengths: np.ndarray | OnDisk,
+    documents: np.ndarray | OnDisk,
+    modes: np.ndarray | OnDisk | None = None,
 ) -> None:
     """Write ``.idx`` with the bytes that Megatron-Core's builder would write, without its loops.
+
+    Memory is that of a block, whatever the length: columns may be :class:`OnDisk`.
 
     Args:
         path: the file; written to a temporary sibling first.
@@ -249,6 +287,39 @@ def write_index(
     os.replace(temporary, path)
 
 
-def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(array), _CHUNK):
-        yield array[start : start + _CHUNK]
+def _blocks(array: np.ndarray | OnDisk) -> Iterator[np.ndarray]:
+    for start in range(0, len(array), _BLOCK):
+        yield array[start : start + _BLOCK]
+
+
+class OnDisk:
+    """A column in a file of its own, of which only what is asked for is in memory."""
+
+    def __init__(self, path: str | os.PathLike[str], kind: type[np.generic]) -> None:
+        """Name the file; it is opened anew for every slice."""
+        self.path, self.kind = path, kind
+
+    def __len__(self) -> int:
+        return os.path.getsize(self.path) // np.dtype(self.kind).itemsize
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        start, stop, _ = span.indices(len(self))
+        offset = start * np.dtype(self.kind).itemsize
+        return np.fromfile(self.path, self.kind, max(0, stop - start), offset=offset)
+
+
+def write_boundaries(counts: OnDisk, path: str | os.PathLike[str]) -> OnDisk:
+    """Turn the sequences of every document into boundaries 0, …, n, block by block.
+
+    Args:
+        counts: ``[d]``.
+        path: where the ``[d + 1]`` int64 go.
+    """
+    last = 0
+    with open(path, "wb") as stream:
+        stream.write(np.zeros(1, np.int64).tobytes())
+        for block in _blocks(counts):
+            ends = last + np.cumsum(block, dtype=np.int64)
+            stream.write(ends.tobytes())
+            last = int(ends[-1])
+    return OnDisk(path, np.int64)

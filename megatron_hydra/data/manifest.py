@@ -101,8 +101,8 @@ class Manifest:
             raise HydraError(f"{error}; a damaged manifest: prepare the data again") from None
         return manifest
 
-    def check_files(self, prefix: str) -> None:
-        """Compare sizes and probes with the files on disk.
+    def check_files(self, prefix: str) -> dict[str, str]:
+        """Compare sizes and probes with the files on disk; returns the probes of ``.bin`` and ``.idx``.
 
         Raises:
             HydraError: a file is missing or is not the one that the manifest describes.
@@ -122,18 +122,26 @@ class Manifest:
                     f"{prefix}.json is stale: {path} is not the file it describes; prepare the "
                     "data again, or delete the manifest if the files are right without it"
                 )
+        return {".bin": self.bin.probe, ".idx": self.idx.probe}
 
 
 def file_probe(path: str | os.PathLike[str]) -> str:
-    """Hash of a file's size and 64 evenly spaced blocks, first and last included. O(1) reads."""
-    size = os.path.getsize(path)
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    last = max(0, size - _PROBE_BLOCK)
-    offsets = sorted({last * i // (_PROBE_COUNT - 1) for i in range(_PROBE_COUNT)})
-    with open(path, "rb") as stream:
-        for offset in offsets:
-            stream.seek(offset)
-            digest.update(stream.read(_PROBE_BLOCK))
+    """Hash of a file's size and 64 evenly spaced blocks, first and last included. O(1) reads.
+
+    A small file, whose blocks overlap, is read once: a start with a thousand of them is to take seconds.
+    """
+    with open(path, "rb", buffering=0) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+        last = max(0, size - _PROBE_BLOCK)
+        offsets = sorted({last * i // (_PROBE_COUNT - 1) for i in range(_PROBE_COUNT)})
+        if size <= _PROBE_BLOCK * _PROBE_COUNT:
+            whole = stream.readall()
+            for offset in offsets:
+                digest.update(whole[offset : offset + _PROBE_BLOCK])
+        else:
+            for offset in offsets:
+                digest.update(os.pread(stream.fileno(), _PROBE_BLOCK, offset))
     return digest.hexdigest()
 
 

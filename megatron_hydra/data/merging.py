@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import glob
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hydra.data.indexed import IndexedDocuments, write_index
+from megatron_hydra.data.indexed import IndexedDocuments, OnDisk, write_boundaries, write_index
 from megatron_hydra.data.manifest import FileRecord, Manifest, file_record, file_sha256
 from megatron_hydra.data.parts import Counts, publish
 from megatron_hydra.data.tokenize_config import shard_prefix
@@ -199,17 +200,29 @@ def _check_sha256(prefix: str, suffix: str, found: str, record: FileRecord) -> N
 def _join_indices(
     inputs: list[IndexedDocuments], manifests: list[Manifest], path: Path
 ) -> FileRecord:
-    """Write one index for all inputs, checking each input's own against its manifest."""
-    for documents, manifest in zip(inputs, manifests, strict=True):
-        prefix = documents.prefix
-        _check_sha256(prefix, ".idx", file_sha256(prefix + ".idx"), manifest.idx)
-    lengths = np.concatenate([documents.sequence_lengths() for documents in inputs])
-    edges = [np.zeros(1, dtype=np.int64)]
-    before = 0
-    for documents in inputs:
-        edges.append(documents.document_boundaries()[1:] + before)
-        before += documents.num_sequences
-    modes = [documents.sequence_modes() for documents in inputs]
-    joint = None if modes[0] is None else np.concatenate([m for m in modes if m is not None])
-    write_index(str(path), inputs[0].dtype, lengths, np.concatenate(edges), joint)
+    """Write one index for all inputs, checking each input's own against its manifest.
+
+    Columns are joined on disk, one input at a time.
+    """
+    columns = {name: path.with_suffix(f".{name}") for name in ("len", "doc", "mode")}
+    has_modes = inputs[0].sequence_modes() is not None
+    with contextlib.ExitStack() as held:
+        streams = {n: held.enter_context(open(file, "wb")) for n, file in columns.items()}
+        for documents, manifest in zip(inputs, manifests, strict=True):
+            prefix = documents.prefix
+            _check_sha256(prefix, ".idx", file_sha256(prefix + ".idx"), manifest.idx)
+            streams["len"].write(documents.sequence_lengths().astype(np.int32).tobytes())
+            counts = np.diff(documents.document_boundaries())
+            streams["doc"].write(counts.astype(np.int32).tobytes())
+            if has_modes:
+                modes = documents.sequence_modes()
+                assert modes is not None  # all have the same loss
+                streams["mode"].write(modes.astype(np.int8).tobytes())
+    write_index(
+        str(path),
+        inputs[0].dtype,
+        OnDisk(columns["len"], np.int32),
+        write_boundaries(OnDisk(columns["doc"], np.int32), path.with_suffix(".end")),
+        OnDisk(columns["mode"], np.int8) if has_modes else None,
+    )
     return file_record(path)

@@ -44,6 +44,17 @@ class Packs:
         span = slice(int(self.starts[pack]), int(self.starts[pack + 1]))
         return list(zip(self.offsets[span].tolist(), self.lengths[span].tolist(), strict=True))
 
+    def pieces_in(self, packs: np.ndarray) -> int:
+        """Pieces of these packs together."""
+        return int((self.starts[packs + 1] - self.starts[packs]).sum())
+
+    def tokens_in(self, packs: np.ndarray) -> int:
+        """Tokens of these packs together, without padding."""
+        starts, counts = self.starts[packs], self.starts[packs + 1] - self.starts[packs]
+        firsts = np.cumsum(counts) - counts
+        pieces = np.arange(int(counts.sum())) + np.repeat(starts - firsts, counts)
+        return int(self.lengths[pieces].sum(dtype=np.int64))
+
     def waste(self) -> float:
         """Share of the packs' tokens that is padding."""
         used = int(self.lengths.sum(dtype=np.int64))

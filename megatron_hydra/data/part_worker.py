@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import math
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -18,14 +20,15 @@ import numpy as np
 
 from megatron_hydra.data.chat import ChatError, encode_chat, runs
 from megatron_hydra.data.corpus import Row, Unit
-from megatron_hydra.data.parts import PartWriter, part_path
+from megatron_hydra.data.parts import Counts, PartWriter, part_path
 from megatron_hydra.data.rows import read_unit
 from megatron_hydra.data.tokenize_config import TokenizeConfig
 from megatron_hydra.data.tokenizer import encode_batch, load_tokenizer, token_dtype, vocabulary_size
 from megatron_hydra.data.word_encoder import WordEncoder
 from megatron_hydra.errors import HydraError
 
-_AHEAD = 4  # units in work or waiting for it, of each process
+UNITS_AHEAD = 4
+"""Units in work or waiting for it, of each process."""
 _TICK_SECONDS = 1.0
 
 
@@ -63,16 +66,33 @@ class Worker:
         )
         self._eod_bytes = b"" if has_eod else np.array([self.eod], self.dtype).tobytes()
 
-    def make_part(self, number: int, unit: Unit) -> None:
-        """Write part ``number``."""
+    def make_part(self, number: int, unit: Unit, until: float = math.inf) -> tuple[Counts, bool]:
+        """Write part ``number``.
+
+        Args:
+            number, unit: of the preparation.
+            until: ``time.monotonic()`` at which to leave the rest of the unit, for a sample.
+
+        Returns:
+            What was read, and whether it is the whole unit.
+        """
         part = PartWriter(part_path(self.config.work, number), self.dtype)
+        is_whole = True
         try:
             for row in read_unit(unit, self.config.corpus):
+                if until < math.inf and time.monotonic() >= until:
+                    is_whole = False
+                    break
                 self._add(part, row)
             part.finish()
         except BaseException:
             part.discard()
             raise
+        return part.counts, is_whole
+
+    def room_for_words(self) -> int:
+        """Bytes by which the table of words may still grow."""
+        return self._encoder.room_for_words()
 
     def _add(self, part: PartWriter, row: Row) -> None:
         part.counts.rows += 1
@@ -208,7 +228,7 @@ def _parts_of_pool(
     pool: Executor, config: TokenizeConfig, units: list[Unit], todo: range
 ) -> Iterator[int | None]:
     streams = config.corpus.hub and config.corpus.streaming  # whose units are long
-    most = config.workers + 1 if streams else _AHEAD * config.workers
+    most = config.workers + 1 if streams else UNITS_AHEAD * config.workers
     waiting: collections.deque[tuple[int, Future[None] | None]] = collections.deque()
     numbers = iter(todo)
     while True:

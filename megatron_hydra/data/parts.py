@@ -7,6 +7,7 @@ deleted. So at every moment the folder holds all that was done, and nothing twic
 
 from __future__ import annotations
 
+import array
 import contextlib
 import dataclasses
 import hashlib
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hydra.data.indexed import write_index
+from megatron_hydra.data.indexed import OnDisk, write_boundaries, write_index
 from megatron_hydra.data.manifest import FileRecord, file_record, write_json_atomically
 from megatron_hydra.errors import HydraError
 
@@ -83,7 +84,8 @@ class PartWriter:
         self._path = path
         self._temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         self._stream = open(self._temporary, "wb", buffering=_COPY_BYTES)  # noqa: SIM115
-        self._columns: dict[str, list[int]] = {"len": [], "doc": [], "mode": []}
+        # A unit may be a whole compressed file: a few bytes an entry and not a Python number.
+        self._columns = {"len": array.array("i"), "doc": array.array("i"), "mode": array.array("b")}
         self._bad: list[list[str]] = []
 
     def add(self, encoded: bytes, lengths: list[int], modes: list[int]) -> None:
@@ -95,9 +97,9 @@ class PartWriter:
             modes: one per sequence, or none at all.
         """
         self._stream.write(encoded)
-        self._columns["len"] += lengths
+        self._columns["len"].extend(lengths)
         self._columns["doc"].append(len(lengths))
-        self._columns["mode"] += modes
+        self._columns["mode"].extend(modes)
         size = len(encoded) // self.itemsize
         self.counts.longest_document = max(self.counts.longest_document, size)
 
@@ -119,8 +121,7 @@ class PartWriter:
                 self.counts.max_token_id = max(self.counts.max_token_id, largest)
         os.replace(self._temporary, f"{self._path}.bin")
         for suffix, values in self._columns.items():
-            kind = np.int8 if suffix == "mode" else np.int32
-            self._temporary.write_bytes(np.array(values, kind).tobytes())
+            self._temporary.write_bytes(values)
             os.replace(self._temporary, f"{self._path}.{suffix}")
         body = {"counts": dataclasses.asdict(self.counts), "bad": self._bad}
         write_json_atomically(f"{self._path}.json", body)
@@ -292,11 +293,9 @@ class Assembler:
         self.sync()
         for stream in self._streams.values():
             stream.close()
-        counts = self.state.counts
-        documents = np.zeros(counts.documents + 1, dtype=np.int64)
-        np.cumsum(np.fromfile(self.work / "all.doc", np.int32), out=documents[1:])
-        lengths = np.fromfile(self.work / "all.len", np.int32)
-        modes = np.fromfile(self.work / "all.mode", np.int8) if self._has_modes else None
+        lengths = OnDisk(self.work / "all.len", np.int32)
+        documents = write_boundaries(OnDisk(self.work / "all.doc", np.int32), self.work / "all.end")
+        modes = OnDisk(self.work / "all.mode", np.int8) if self._has_modes else None
         index = self.work / "all.idx"
         write_index(str(index), self.dtype, lengths, documents, modes)
         return file_record(self.work / "all.bin", self._sha256.hexdigest()), file_record(index)

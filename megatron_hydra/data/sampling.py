@@ -69,6 +69,26 @@ class Permutation:
             value = self._network(value)
         return value
 
+    def of(self, positions: np.ndarray) -> np.ndarray:
+        """The elements at many positions, int64: what calling with each would give.
+
+        Raises:
+            IndexError: one is outside ``0 … size−1``.
+        """
+        if len(positions) and not (positions.min() >= 0 and positions.max() < self.size):
+            raise IndexError(f"a position is outside 0..{self.size - 1}")
+        values = self._network_of(positions.astype(np.uint64))
+        while len(outside := np.flatnonzero(values >= np.uint64(self.size))):
+            values[outside] = self._network_of(values[outside])
+        return values.astype(np.int64)
+
+    def _network_of(self, values: np.ndarray) -> np.ndarray:
+        half, mask = np.uint64(self._half_bits), np.uint64(self._half_mask)
+        left, right = values >> half, values & mask
+        for key in self._keys:
+            left, right = right, left ^ (mix64_of(np.uint64(key) ^ right) & mask)
+        return (left << half) | right
+
     def _network(self, value: int) -> int:
         left, right = value >> self._half_bits, value & self._half_mask
         for key in self._keys:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from megatron_hydra.errors import HydraError
 
 _TRIED = 64
 _PROBED = 64
+_COUNTED = 1 << 20
 
 
 class Source(Protocol):
@@ -29,16 +31,27 @@ class Source(Protocol):
     Attributes:
         name: for logs and messages.
         samples_per_epoch: packed sequences until the part repeats; ``None``: it never does.
+        files: identity of the tokens that are read, whatever becomes of them; empty: generated.
     """
 
     name: str
     samples_per_epoch: int | None
+    files: str
 
     def sample(self, index: int) -> list[Document]:
         """Documents of sample ``index`` (0, 1, 2, …), at most S tokens in all."""
 
     def fingerprint(self) -> str:
         """Changes whenever any sample would change."""
+
+    def identity(self) -> str:
+        """Of the samples that there are, in whatever order."""
+
+    def with_seed(self, seed: int) -> Self:
+        """The same part in another order."""
+
+    def content(self, first: int, end: int) -> tuple[int, int] | None:
+        """Pieces of documents and their tokens in samples ``first … end−1``; ``None``: not known."""
 
 
 class IndexedSource:
@@ -77,6 +90,7 @@ class IndexedSource:
             side=Side(data.held_out, for_validation) if data.held_out else None,
         )
         self.samples_per_epoch: int | None = len(self.packs)
+        self.files = self.documents.fingerprint()
         largest = self.description["max_token_id"]
         if largest >= vocab_size:
             raise HydraError(
@@ -85,6 +99,7 @@ class IndexedSource:
             )
         self._seed = seed
         self._order: tuple[int, Permutation] | None = None
+        self._fingerprint = ""
 
     def pack_number(self, index: int) -> int:
         """Which pack sample ``index`` is: every epoch visits every pack once."""
@@ -93,6 +108,36 @@ class IndexedSource:
             key = derive_key(self._seed, "epoch", epoch)
             self._order = (epoch, Permutation(len(self.packs), key))
         return self._order[1](position)
+
+    def with_seed(self, seed: int) -> IndexedSource:
+        """The same packs in the order of another seed; the files are opened once."""
+        if seed == self._seed:
+            return self
+        other = copy.copy(self)
+        other._seed, other._order, other._fingerprint = seed, None, ""
+        return other
+
+    def content(self, first: int, end: int) -> tuple[int, int]:
+        """Pieces of documents and their tokens (no padding) in samples ``first … end−1``.
+
+        Whole epochs are counted once; of the rest, memory is that of a block of samples.
+        """
+        packs, report = len(self.packs), self.description["report"]
+        epochs = max(0, end // packs - -(-first // packs))  # whole ones
+        pieces, tokens = epochs * report["pieces"], epochs * report["tokens_per_epoch"]
+        rest = [(first, end)]
+        if epochs:
+            rest = [(first, -(-first // packs) * packs), (end // packs * packs, end)]
+        for begin, stop in rest:
+            while begin < stop:
+                epoch = begin // packs
+                until = min(stop, (epoch + 1) * packs, begin + _COUNTED)
+                order = Permutation(packs, derive_key(self._seed, "epoch", epoch))
+                chosen = order.of(np.arange(begin, until) - epoch * packs)
+                pieces += self.packs.pieces_in(chosen)
+                tokens += self.packs.tokens_in(chosen)
+                begin = until
+        return pieces, tokens
 
     def sample(self, index: int) -> list[Document]:
         """The documents and pieces of one pack."""
@@ -105,9 +150,18 @@ class IndexedSource:
         What came out is in it because the same options may give other packs with another version
         of this code or of NumPy.
         """
-        order = [self.pack_number(index) for index in range(min(len(self.packs), _PROBED))]
-        body = [self.description["key"], self.description["arrays"], order]
-        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:24]
+        if not self._fingerprint:
+            order = Permutation(len(self.packs), derive_key(self._seed, "epoch", 0))
+            first = order.of(np.arange(min(len(self.packs), _PROBED))).tolist()
+            self._fingerprint = _digest([*self._packing(), first])
+        return self._fingerprint
+
+    def identity(self) -> str:
+        """Hash of the packing alone."""
+        return _digest(self._packing())
+
+    def _packing(self) -> list[Any]:
+        return [self.description["key"], self.description["arrays"]]
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer other than the one in the manifest (if there is a manifest).
@@ -131,6 +185,7 @@ class SyntheticSource:
     """A generated task; sample i is a pure function of (seed, i) and never repeats."""
 
     samples_per_epoch: int | None = None
+    files = ""
 
     def __init__(
         self, config: SourceConfig, data: DataConfig, *, seed: int, tokenizer: Any
@@ -161,6 +216,21 @@ class SyntheticSource:
         for index in range(_TRIED):
             generate(self._generator, self._key, index, low, self._tokenizer, shortest)
 
+    def with_seed(self, seed: int) -> SyntheticSource:
+        """The same task, other samples."""
+        if (key := derive_key(seed, self.name)) == self._key:
+            return self
+        other = copy.copy(self)
+        other._key = key
+        return other
+
+    def identity(self) -> str:
+        """Hash of task, options and length."""
+        return _digest([self.name, self._options, self._length])
+
+    def content(self, first: int, end: int) -> None:
+        """Not known without making the samples again."""
+
     def sample(self, index: int) -> list[Document]:
         """Generated documents."""
         return generate(
@@ -176,3 +246,7 @@ class SyntheticSource:
             digest.update(document.tokens.astype(np.int64).tobytes())
             digest.update(document.trainable.tobytes())
         return digest.hexdigest()[:24]
+
+
+def _digest(body: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:24]

@@ -1,14 +1,17 @@
 """The stream of packed batches that training reads: a pure function of config, step and layout.
 
 Global sample n of a run is drawn from the blend by arithmetic; step s holds samples
-s·B … (s+1)·B−1 whatever the data-parallel size. Resuming is asking for the next step.
+s·B … (s+1)·B−1 whatever the data-parallel size. Resuming is asking for the next step. Where the blend or the
+batch changes on the way (``data.phase``), :mod:`.reading` says what has been read and what comes next.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,15 @@ import torch.distributed as dist
 from megatron_hydra.config.run import BatchConfig, DataConfig
 from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.data.document import Document
+from megatron_hydra.data.open_files import make_room_for_files
+from megatron_hydra.data.reading import (
+    Candidate,
+    PartRecord,
+    Reading,
+    SourceRecord,
+    Span,
+    numbers_of,
+)
 from megatron_hydra.data.sampling import Blend, Draw, derive_key
 from megatron_hydra.data.sources import IndexedSource, Source, SyntheticSource
 from megatron_hydra.data.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -25,6 +37,8 @@ from megatron_hydra.errors import HydraError
 
 _log = logging.getLogger(__name__)
 _PAD_TOKEN = 0
+_FILES_A_PART = 4
+"""Kept open: tokens, and the three arrays of a packing."""
 _ABSENT = {"data.held_out": 0.0}
 """What a fingerprint means that lacks a key."""
 
@@ -35,6 +49,8 @@ class PackedStream:
     Attributes:
         sources: the opened parts, in the order of ``data.blend``.
         tokens_per_step: tokens of a global batch, padding included.
+        reading: what the run had read when the stream was opened, or resumed.
+        has_new_blend: whether the resume changed which parts are read, or their weights.
     """
 
     def __init__(
@@ -68,16 +84,37 @@ class PackedStream:
         if tokenizer is None and data.tokenizer:
             tokenizer = load_tokenizer(data.tokenizer)
         self._tokenizer_fingerprint = "" if tokenizer is None else tokenizer_fingerprint(tokenizer)
+        make_room_for_files(_FILES_A_PART * sum(part.kind == "indexed" for part in data.blend))
         names = [f"blend[{i}] {part.path or part.task}" for i, part in enumerate(data.blend)]
         self._blend = Blend([part.weight for part in data.blend], names)
         self.sources = [self._open(i, tokenizer) for i in range(len(data.blend))]
         _check_one_tokenizer(self.sources)
         self.tokens_per_step = batch.global_batch_size * data.sequence_length
+        self.reading = self._first_reading()
+        self.has_new_blend = False
+        self._ordered: dict[tuple[int, int], Source] = {}
         self._next_step = 0
+
+    def _first_reading(self) -> Reading:
+        numbers = range(len(self.sources))
+        parts = [PartRecord(n, self.data.blend[n].weight, 0, 0) for n in numbers]
+        return Reading(tuple(map(_record, self.sources)), (self._span(tuple(parts)),))
+
+    def _span(self, parts: tuple[PartRecord, ...] = ()) -> Span:
+        return Span(
+            phase=self.data.phase,
+            first_step=0,
+            first_sample=0,
+            blend_begins=0,
+            global_batch_size=self.batch.global_batch_size,
+            micro_batch_size=self.batch.micro_batch_size,
+            data_parallel_size=self.dp_size,
+            parts=parts,
+        )
 
     def _open(self, position: int, tokenizer: Any) -> Source:
         part = self.data.blend[position]
-        seed = derive_key(self.data.seed, position)
+        seed = self._seed_of(position)
         if part.kind == "synthetic":
             return SyntheticSource(part, self.data, seed=seed, tokenizer=tokenizer)
         source = IndexedSource(
@@ -90,6 +127,10 @@ class PackedStream:
         if tokenizer is not None:
             source.check_tokenizer(tokenizer)
         return source
+
+    def _seed_of(self, number: int) -> int:
+        """Of the order of a source: in the first blend its number is its place."""
+        return derive_key(self.data.seed, number)
 
     def micro_batches(self, step: int) -> list[PackedBatch]:
         """This rank's micro-batches of global step ``step`` (0-based), in order.
@@ -115,17 +156,28 @@ class PackedStream:
 
         The order is shuffled inside the step, so that no rank gets always the same part of a blend.
         """
-        size = self.batch.global_batch_size
+        dealt = self._dealt(step, self.batch.global_batch_size)
+        return (self.samples_before(step) + dealt).tolist()
+
+    def _dealt(self, step: int, size: int) -> np.ndarray:
         rng = np.random.Generator(np.random.Philox(key=derive_key(self.data.seed, "deal", step)))
-        return (step * size + rng.permutation(size)).tolist()
+        return rng.permutation(size)
+
+    def samples_before(self, step: int) -> int:
+        """Samples of the run that come before global step ``step``, also where the batch has changed."""
+        return self.reading.samples_before(step)
 
     def draw(self, sample: int) -> Draw:
-        """Which part, and which sample of it, global sample number ``sample`` is."""
-        return self._blend.draw(sample)
+        """Which part, and which sample of it, global sample number ``sample`` of this blend is."""
+        span = self.reading.span
+        drawn = self._blend.draw(sample - span.blend_begins)
+        return Draw(drawn.source, span.parts[drawn.source].blend_first + drawn.index)
 
     def drawn_before(self, sample: int) -> list[int]:
-        """How many samples of each part come before global sample number ``sample``."""
-        return self._blend.drawn_before(sample)
+        """How many samples of each part come before global sample number ``sample`` of this blend."""
+        span = self.reading.span
+        drawn = self._blend.drawn_before(sample - span.blend_begins)
+        return [part.blend_first + n for part, n in zip(span.parts, drawn, strict=True)]
 
     def documents(self, sample: int) -> list[Document]:
         """The documents of one packed sequence."""
@@ -147,13 +199,13 @@ class PackedStream:
         return pack_micro_batch(sequences, self.data.sequence_length, tuple(samples))
 
     def epoch_report(self, step: int) -> dict[str, dict[str, float]]:
-        """How far every part has been read when ``step`` steps are done.
+        """How far every part of the blend has been read when ``step`` steps are done, over all spans.
 
         Returns:
             name → ``samples`` drawn, ``epochs`` completed (fractional; 0 for generated parts),
             ``tokens`` drawn including padding.
         """
-        drawn = self._blend.drawn_before(step * self.batch.global_batch_size)
+        drawn = self.drawn_before(self.samples_before(step))
         report = {}
         for position, (source, count) in enumerate(zip(self.sources, drawn, strict=True)):
             epochs = count / source.samples_per_epoch if source.samples_per_epoch else 0.0
@@ -174,17 +226,24 @@ class PackedStream:
             HydraError: ``data.token_budget`` or a part's ``max_epochs`` would be exceeded; parts of
                 one path are read that often together.
         """
-        needed, budget = steps * self.tokens_per_step, self.data.token_budget
+        length, budget, span = self.data.sequence_length, self.data.token_budget, self.reading.span
+        needed = self.samples_before(steps) * length
         if budget and needed > budget:
+            earlier = span.first_sample * length
+            fitting = span.first_step + max(0, (budget - earlier) // self.tokens_per_step)
+            after = f" after {earlier:,} in {span.first_step:,} steps" if span.first_step else ""
             raise HydraError(
-                f"schedule.steps {steps:,} x {self.tokens_per_step:,} tokens per step = {needed:,} "
-                f"tokens, above data.token_budget {budget:,}; at most "
-                f"{budget // self.tokens_per_step:,} steps fit"
+                f"schedule.steps {steps:,} x {self.tokens_per_step:,} tokens per step{after} = {needed:,} "
+                f"tokens, above data.token_budget {budget:,}; at most {fitting:,} steps fit"
             )
         report = self.epoch_report(steps)
         epochs: collections.defaultdict[str, float] = collections.defaultdict(float)
         for part, numbers in zip(self.data.blend, report.values(), strict=True):
             epochs[os.path.realpath(part.path)] += numbers["epochs"]
+        here = {part.source for part in span.parts}
+        for number, source in enumerate(self.reading.sources):
+            if number not in here and source.samples_per_epoch:  # of an earlier blend
+                epochs[os.path.realpath(source.name)] += source.samples / source.samples_per_epoch
         for part, name in zip(self.data.blend, report, strict=True):
             read = epochs[os.path.realpath(part.path)]
             if part.max_epochs and read > part.max_epochs:
@@ -200,9 +259,8 @@ class PackedStream:
         Args:
             step: 0-based; the sentences count from 1, as the log of training does.
         """
-        size = self.batch.global_batch_size
-        before = self._blend.drawn_before(step * size)
-        after = self._blend.drawn_before((step + 1) * size)
+        before = self.drawn_before(self.samples_before(step))
+        after = self.drawn_before(self.samples_before(step + 1))
         messages = []
         for source, first, end in zip(self.sources, before, after, strict=True):
             period = source.samples_per_epoch
@@ -217,17 +275,21 @@ class PackedStream:
         return messages
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides which sample comes when, except the layout. JSON."""
+        """What decides which sample comes when, besides the layout and :attr:`reading`. JSON."""
         return {
             "data.seed": self.data.seed,
             "data.sequence_length": self.data.sequence_length,
             "data.packing": self.data.packing,
             "data.tokenizer": self._tokenizer_fingerprint,
             "batch.global_batch_size": self.batch.global_batch_size,
-            "order of samples": derive_key(*self.global_samples(0)),
+            "order of samples": self._order_of(self.batch.global_batch_size),
             "data.held_out": self.data.held_out,
             "data.blend": self.parts(),
         }
+
+    def _order_of(self, global_batch_size: int) -> int:
+        """Hash of how the first step's samples are dealt."""
+        return derive_key(*self._dealt(0, global_batch_size).tolist())
 
     def parts(self) -> list[dict[str, Any]]:
         """Name, weight and fingerprint of every part, JSON."""
@@ -237,53 +299,133 @@ class PackedStream:
         ]
 
     def state(self, step: int | None = None) -> dict[str, Any]:
-        """What a checkpoint records: JSON with the fingerprint, ``step`` and ``samples``.
+        """What a checkpoint records: JSON with the fingerprint, ``step``, ``samples``, and what was read.
 
         Args:
             step: steps done; left out: one more than the last step asked of ``micro_batches``.
         """
         done = self._next_step if step is None else step
+        samples = self.samples_before(done)
+        contents = [source.content for source in self.sources]
+        self.reading = self.reading.at(done, self.drawn_before(samples), contents)
         return {
             "fingerprint": self.fingerprint(),
             "step": done,
-            "samples": done * self.batch.global_batch_size,
+            "samples": samples,
+            **self.reading.as_json(),
         }
 
     def check_state(self, state: dict[str, Any]) -> int:
         """Accept a checkpoint's state and return the step to go on with.
 
-        Data-parallel size and micro-batch size may differ from those of the saved run.
+        Data-parallel size and micro-batch size may differ from those of the saved run. So may blend and
+        global batch, if ``data.phase`` is above that of the saved run.
 
         Raises:
             HydraError: data or order differ; the message names the first key that does.
         """
         try:
             saved, step = state["fingerprint"], int(state["step"])
-            saved_blend = saved["data.blend"]
-        except (KeyError, TypeError, ValueError) as error:
+            saved_blend, size = saved["data.blend"], int(saved["batch.global_batch_size"])
+            reading = Reading.of_state(state)
+            phase, order = reading.span.phase, self._order_of(size)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise HydraError(f"the checkpoint's data state is damaged: {error}") from error
-        own = self.fingerprint()
         advice = "resume with the same data, or start a new run (another output) from the weights"
+        own = self.fingerprint() | {"order of samples": order, "batch.global_batch_size": size}
         for key, value in own.items():
             if key != "data.blend" and saved.get(key, _ABSENT.get(key)) != value:
                 raise HydraError(
                     f"cannot resume: {key} was {saved.get(key)!r} and is {value!r} now; {advice}"
                 )
-        if len(saved_blend) != len(own["data.blend"]):
+        if self.data.phase < phase:
             raise HydraError(
-                f"cannot resume: data.blend had {len(saved_blend)} parts and has "
-                f"{len(own['data.blend'])} now; {advice}"
+                f"cannot resume: data.phase was {phase} and is {self.data.phase} now: it counts the "
+                f"changes of the data and never falls; set it to {phase}"
             )
-        for position, (old, new) in enumerate(zip(saved_blend, own["data.blend"], strict=True)):
-            for key in ("weight", "fingerprint"):
-                if old.get(key) != new[key]:
-                    raise HydraError(
-                        f"cannot resume: data.blend[{position}] ({new['name']}) has another {key} "
-                        f"than in the checkpoint ({old.get('name')}): {old.get(key)} before, "
-                        f"{new[key]} now; {advice}"
-                    )
+        numbers = [part.source for part in reading.span.parts]
+        difference = self._difference_in_blend(saved_blend, numbers)
+        change = difference
+        if size != self.batch.global_batch_size:
+            now = self.batch.global_batch_size
+            change = f"batch.global_batch_size was {size} and is {now} now"
+        if change and self.data.phase == phase:
+            raise HydraError(
+                f"cannot resume: {change}; {advice}; if it is meant, data.phase={phase + 1} changes it from "
+                f"step {step + 1:,} on and keeps weights and optimizer"
+            )
+        self._go_on(reading, numbers, bool(difference))
         self._next_step = step
         return step
+
+    def _difference_in_blend(self, saved: list[dict[str, Any]], numbers: list[int]) -> str:
+        """The first difference between a checkpoint's blend and this one; empty: they are the same."""
+        if len(saved) != len(self.sources):
+            return f"data.blend had {len(saved)} parts and has {len(self.sources)} now"
+        for position, (old, part, number) in enumerate(
+            zip(saved, self.data.blend, numbers, strict=True)
+        ):
+            source = self.sources[position]
+            new = {"weight": part.weight, "fingerprint": self._fingerprint_of(position)(number)}
+            for key, value in new.items():
+                if old.get(key) != value:
+                    return (
+                        f"data.blend[{position}] ({source.name}) has another {key} than in the checkpoint "
+                        f"({old.get('name')}): {old.get(key)} before, {value} now"
+                    )
+        return ""
+
+    def _fingerprint_of(self, position: int) -> Callable[[int], str]:
+        """Of a part, in the order that a number gives it."""
+        return lambda number: self._in_order(position, number).fingerprint()
+
+    def _in_order(self, position: int, number: int) -> Source:
+        """A part in the order that a number gives it; made once, as its fingerprint is."""
+        key = position, number
+        if key not in self._ordered:
+            self._ordered[key] = self.sources[position].with_seed(self._seed_of(number))
+        return self._ordered[key]
+
+    def _go_on(self, reading: Reading, numbers: list[int], has_new_blend: bool) -> None:
+        """Read on from a checkpoint's reading, with this blend and batch."""
+        if has_new_blend:
+            parts = [
+                Candidate(
+                    source.name, source.identity(), source.files, self._fingerprint_of(position)
+                )
+                for position, source in enumerate(self.sources)
+            ]
+            numbers = numbers_of(reading, parts)
+        self.sources = [self._in_order(position, n) for position, n in enumerate(numbers)]
+        self._ordered.clear()
+        records = dict(enumerate(reading.sources))
+        for source, number in zip(self.sources, numbers, strict=True):
+            known = records.get(number, _record(source))
+            records[number] = dataclasses.replace(
+                _record(source), samples=known.samples, pieces=known.pieces, tokens=known.tokens
+            )
+        self.reading = reading.going_on(
+            [records[number] for number in range(len(records))],
+            numbers,
+            [part.weight for part in self.data.blend],
+            self._span(),
+            new_blend=has_new_blend,
+        )
+        self.has_new_blend = has_new_blend
+
+
+def _record(source: Source) -> SourceRecord:
+    # What a generated part holds is not known without making it again.
+    known = None if source.samples_per_epoch is None else 0
+    return SourceRecord(
+        source.name,
+        source.fingerprint(),
+        source.identity(),
+        source.files,
+        source.samples_per_epoch,
+        pieces=known,
+        tokens=known,
+    )
 
 
 def pack_micro_batch(
@@ -353,6 +495,8 @@ def _check_one_tokenizer(sources: list[Source]) -> None:
 def _check_sizes(data: DataConfig, batch: BatchConfig, dp_rank: int, dp_size: int) -> None:
     if not 0 <= dp_rank < dp_size:
         raise HydraError(f"data-parallel rank {dp_rank} is outside 0..{dp_size - 1}")
+    if data.phase < 1:
+        raise HydraError(f"data.phase is {data.phase}: it counts from 1")
     if data.sequence_length < 2:
         raise HydraError(f"data.sequence_length is {data.sequence_length}: it must be at least 2")
     if batch.micro_batch_size < 1:

@@ -98,6 +98,11 @@ class ValidationStream:
     def _documents(self, part: int, number: int) -> list[Document]:
         return self._stream.drawn_documents(Draw(part, number))
 
+    @property
+    def files(self) -> list[str]:
+        """Identity of each part's tokens; empty: generated."""
+        return [source.files for source in self._stream.sources]
+
     def num_micro_batches(self, part: int, multiple: int = 1) -> int:
         """Micro-batches of a part on every data-parallel rank, rounded up to a multiple."""
         per_round = self.micro_batch_size * self.dp_size

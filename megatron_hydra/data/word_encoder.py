@@ -15,6 +15,7 @@ sample of the short-cut ones, as a check.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import sys
@@ -28,7 +29,10 @@ import regex
 from megatron_hydra.data.tokenizer import encode_batch
 from megatron_hydra.errors import HydraError
 
-_MAX_WORDS = 2_000_000
+_MAX_WORDS = 1 << 19
+"""Words kept, about 200 bytes each: a corpus has ever new ones, and every process keeps its own."""
+_LONGEST_WORD = 64
+"""Characters of a word that is kept: longer ones hardly come again."""
 _CHECK_EVERY = 512
 _LAST_CODE = 0x1FFFF  # rarer characters than these take the slow path
 _PROBES = (
@@ -55,6 +59,8 @@ class _Words(dict[str, bytes]):
         mapped = word.encode("utf-8").decode("latin-1").translate(self._alphabet)
         ids = [token.id for token in self._model.tokenize(mapped)]
         encoded = np.array(ids, dtype=self._dtype).tobytes()
+        if len(word) > _LONGEST_WORD:
+            return encoded
         if len(self) >= _MAX_WORDS:
             self.clear()
         self[word] = encoded
@@ -105,6 +111,16 @@ class WordEncoder:
         self._added_starts = sorted({content[:2] for content in self._added})
         self._prefix, self._suffix = self._special_bytes()
         self.fast = all(self._shortcut(p) in (None, self._exact(p)) for p in _PROBES)
+
+    def room_for_words(self) -> int:
+        """Bytes by which the table may still grow, if words to come are like those in it."""
+        if not self.fast or not self._words:
+            return 0
+        some = list(itertools.islice(self._words.items(), _CHECK_EVERY))
+        entry = sum(sys.getsizeof(word) + sys.getsizeof(ids) for word, ids in some) / len(some)
+        full = dict.fromkeys(range(len(some)))
+        entry += sys.getsizeof(full) / len(full)
+        return round((_MAX_WORDS - len(self._words)) * entry)
 
     def encode(self, text: str) -> bytes:
         """Ids of one document, as bytes of ``dtype``.

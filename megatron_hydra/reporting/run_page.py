@@ -76,6 +76,7 @@ def _page(run: Path) -> str:
         _tiles(entries, events),
         f'<h2>Curves</h2><div class="charts">{"".join(_charts(entries, events))}</div>',
         f"<h2>Throughput</h2>{_throughput(entries)}",
+        _data_read(run),
         f"<h2>Starts, stops and faults</h2>{_history(events)}",
         f"<h2>Config</h2><pre>{html.escape(config)}</pre>",
     ]
@@ -235,6 +236,39 @@ def _throughput(entries: list[dict[str, Any]]) -> str:
             rows.append([f"{phase.replace('_', ' and ')}, slowest rank", "s a step",
                          _short(statistics.fmean(values)) + " (mean)"])  # fmt: skip
     return _table(["", "unit", "median"], rows)
+
+
+def _data_read(run: Path) -> str:
+    """What each source gave in each span of steps, as the newest checkpoint records it; "" without one."""
+    folder = run / "checkpoints"
+    try:
+        latest = (folder / "latest").read_text(encoding="utf-8").strip()
+        data = json.loads((folder / latest / "training.json").read_text(encoding="utf-8"))["data"]
+    except OSError:  # no checkpoint yet, or it was replaced just now
+        return ""
+    if "spans" not in data:  # of a release that kept no record
+        return ""
+    rows = []
+    for span in data["spans"]:
+        steps = f"{span['first_step'] + 1:,} to {span['first_step'] + span['steps']:,}"
+        sizes = [span[f"{key}_size"] for key in ("global_batch", "micro_batch", "data_parallel")]
+        for part in span["parts"]:
+            name = data["sources"][part["source"]]["name"]
+            first, count = part["first"], part["samples"]
+            which = f"{first:,} to {first + count - 1:,}" if count else "none"
+            numbers = [_count(part[key]) for key in ("samples", "pieces", "tokens")]
+            rows.append([steps, str(span["phase"]), *map(_count, sizes), name, f"{part['weight']:g}",
+                         which, *numbers])  # fmt: skip
+    for source in data["sources"]:
+        numbers = [_count(source[key]) for key in ("samples", "pieces", "tokens")]
+        rows.append(["all", "", "", "", "", source["name"], "", "", *numbers])
+    head = ["steps", "phase", "global batch", "micro-batch", "replicas", "source", "weight",
+            "its sequences", "sequences", "documents or pieces", "tokens"]  # fmt: skip
+    return f"<h2>Data read, up to the newest checkpoint</h2>{_table(head, rows)}"
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
 
 
 def _history(events: list[dict[str, Any]]) -> str:

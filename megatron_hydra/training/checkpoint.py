@@ -47,10 +47,9 @@ from megatron_hydra.training.model_state import (
     sharding_metadata,
 )
 from megatron_hydra.training.optimizer_state import add_optimizer_state
-from megatron_hydra.training.patience import history_of, reason_to_end
 from megatron_hydra.training.provenance import OTHER_RUN, Provenance
 from megatron_hydra.training.random_state import capture_random_state, restore_random_state
-from megatron_hydra.training.resume_rules import Change, refuse_changes
+from megatron_hydra.training.resume_rules import Change, refuse_changes, replicas_changed
 from megatron_hydra.training.run_folder import (
     CHECKPOINTS,
     checkpoint_name,
@@ -159,8 +158,9 @@ class RunCheckpoints:
             "config": to_dict(self.config),
         }
         record = self.provenance.record(
-            self.config, progress.step, progress.tokens, progress.validation, progress.ended
-        )
+            self.config, progress.step, progress.tokens, progress.validation, progress.ended,
+            {key: data_state[key] for key in ("sources", "spans")},
+        )  # fmt: skip
         publish = functools.partial(self._publish, temporary, final, body, record)
         with self._abandoned_on_failure(temporary):
             write = CheckpointWrite(snapshot, common, temporary / store.WEIGHTS, self._plan)
@@ -288,11 +288,14 @@ class RunCheckpoints:
         found = on_main(lambda: find_resume_point(self.folder, self.config.checkpoint.resume))
         return None if found is None else Path(found)
 
-    def resume(self, folder: Path, check_data: Callable[[dict[str, Any]], int]) -> Progress:
+    def resume(
+        self, folder: Path, take_up: Callable[[dict[str, Any]], tuple[int, dict[str, Any], str]]
+    ) -> Progress:
         """Load everything from one of this run's checkpoints. Collective.
 
         Args:
-            check_data: refuses a data position that does not fit; returns its step.
+            take_up: given the ``training.json``, refuses data and held-out losses that do not fit, or goes
+                on from them; returns the step, the losses' state, and why the run is over (empty: it is not).
 
         Raises:
             HydraError: another verb, model, student, teacher, other data or another key that has to stay,
@@ -306,10 +309,9 @@ class RunCheckpoints:
             )
         self.changes = refuse_changes(body["config"], self.config)
         on_main(lambda: self._refuse_other_weights(folder))
-        step = check_data(body["data"])
+        self.changes += replicas_changed(body["world"]["dp_size"], self.world.dp_size)
+        step, validation, ended = take_up(body)
         was_updated = step > body["faults"].get("skipped", 0)  # else there is no state to lose
-        validation = body.get("validation", {})  # absent from checkpoints of before
-        ended = reason_to_end(self.config.schedule, step, history_of(validation))
         if was_updated and not (body["optimizer"] or ended):
             raise HydraError(
                 f"{folder} was saved with checkpoint.save_optimizer=false and cannot be resumed; "

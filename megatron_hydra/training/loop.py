@@ -10,8 +10,6 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
 from megatron_hydra.checkpoint import store
 from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.config.loading import to_dict, to_yaml
@@ -35,11 +33,12 @@ from megatron_hydra.training.patience import ALL_STEPS
 from megatron_hydra.training.provenance import Provenance, trained_model_config
 from megatron_hydra.training.report import StepReport
 from megatron_hydra.training.resume_rules import rule_of
-from megatron_hydra.training.run_folder import lock_output
+from megatron_hydra.training.run_folder import CHECKPOINTS, lock_output, step_folders
 from megatron_hydra.training.setup import (
     apply_settings,
     build_chunks,
     build_optimizer,
+    build_schedule,
     freeze,
     wrap_for_training,
 )
@@ -112,9 +111,7 @@ class _Run:
         self.faults = FaultKeeper(config.faults)
         self.timers = PhaseTimers()
 
-        self.trainee, self.schedule = self._build(
-            model, teacher_model, student_folder, teacher_folder
-        )
+        self.trainee = self._build(model, teacher_model, student_folder, teacher_folder)
         self.checkpoints = RunCheckpoints(
             config,
             world,
@@ -135,7 +132,7 @@ class _Run:
         teacher_model: ModelConfig | None,
         student_folder: Path,
         teacher_folder: Path | None,
-    ) -> tuple[Trainee, OptimizerParamScheduler]:
+    ) -> Trainee:
         config = self.config
         teacher = []
         if teacher_model is not None and teacher_folder is not None:
@@ -150,23 +147,37 @@ class _Run:
             load_model(student, student_folder)
         with startup_phase("optimizer"):
             chunks = wrap_for_training(student, verb, config)
-            optimizer, schedule = build_optimizer(chunks, config)
-        return Trainee(config, self.world, verb, chunks, optimizer, self.faults), schedule
+            optimizer = build_optimizer(chunks, config)
+        return Trainee(config, self.world, verb, chunks, optimizer, self.faults)
 
     def _resume(self) -> Progress:
+        config = self.config
         folder = self.checkpoints.find()
         if folder is None:
-            return Progress(0, 0)
-        progress = self.checkpoints.resume(folder, self.stream.check_state)
-        apply_settings(self.trainee.optimizer, self.config.optimizer)  # not the checkpoint's
-        self.schedule.step(progress.step)
-        self.faults.restore(progress.faults)
-        self.validation.restore(progress.validation)
-        if self.world.is_main:
-            _log.info("resuming from %s", folder)
-            for change in self.checkpoints.changes:
-                _log.info("%s: %s", change, rule_of(change.key)[0])
+            progress = Progress(0, 0)
+        else:
+            progress = self.checkpoints.resume(folder, self._take_up)
+            apply_settings(self.trainee.optimizer, config.optimizer)  # not the checkpoint's
+            self.faults.restore(progress.faults)
+            if self.world.is_main:
+                _log.info("resuming from %s", folder)
+                for change in self.checkpoints.changes:
+                    _log.info("%s: %s", change, rule_of(change.key)[0])
+                for line in self.stream.reading.about_change(config.schedule.steps):
+                    _log.info("%s", line)
+        reading = self.stream.reading
+        self.schedule = build_schedule(self.trainee.optimizer, config, reading)
+        self.schedule.step(reading.samples_before(progress.step) // reading.batch_unit)
         return progress
+
+    def _take_up(self, body: dict[str, Any]) -> tuple[int, dict[str, Any], str]:
+        """Go on from a checkpoint's data and held-out losses; see :meth:`.RunCheckpoints.resume`."""
+        step = self.stream.check_state(body["data"])
+        self.stream.plan(self.config.schedule.steps)
+        self.validation.refuse_trained_on(self.stream.reading.sources)
+        losses = body.get("validation", {})  # absent from checkpoints of before
+        self.validation.restore(losses, has_new_blend=self.stream.has_new_blend)
+        return step, self.validation.state(), self.validation.reason_to_end(step)
 
     # -- the loop -----------------------------------------------------------------------------
 
@@ -191,6 +202,8 @@ class _Run:
                 "resume" if first else "start", first, **where_it_runs(self.world.size),
                 **({"changed": changed} if changed else {}),
             )  # fmt: skip
+            if first and (difference := self.stream.reading.change()):
+                log.event("reading changed", first, **difference)
             end = first if self.progress.ended else config.schedule.steps
             with contextlib.closing(_prefetched(self.stream, first, end)) as batches:
                 status = self._steps(log, batches, first_step_is_done)
@@ -204,11 +217,11 @@ class _Run:
         batches: Iterator[tuple[int, list[PackedBatch]]],
         first_step_is_done: Callable[[MetricsLog, int], None],
     ) -> int:
-        first = self.progress.step
+        first, unit = self.progress.step, self.stream.reading.batch_unit
         report = StepReport(self.config, self.world, self.trainee, self.model, self.teacher_model)
         for step, micro_batches in self.timers.over("data", batches):
             self.watchdog.feed(PATIENCE if step == first + 1 else 1)
-            self.schedule.step(1)
+            self.schedule.step(self.config.batch.global_batch_size // unit)
             with startup_phase("first step") if step == first + 1 else contextlib.nullcontext():
                 result = train_step(self.trainee, micro_batches, self._notices, self.timers)
             if step == first + 1:
@@ -340,7 +353,8 @@ def _open_stream(config: RunConfig, world: World, model: ModelConfig) -> PackedS
         dp_size=world.dp_size,
         vocab_size=model.vocab_size,
     )
-    stream.plan(config.schedule.steps)  # refuses what data.token_budget and max_epochs forbid
+    if not step_folders(Path(config.output) / CHECKPOINTS):  # else what was read is not known yet
+        stream.plan(config.schedule.steps)  # refuses what data.token_budget and max_epochs forbid
     return stream
 
 

@@ -65,8 +65,9 @@ class Provenance:
                 )
 
     def record(
-        self, config: RunConfig, step: int, tokens: int, validation: dict[str, Any], ended: str
-    ) -> dict[str, Any]:
+        self, config: RunConfig, step: int, tokens: int, validation: dict[str, Any], ended: str,
+        reading: dict[str, Any],
+    ) -> dict[str, Any]:  # fmt: skip
         """The ``provenance`` of a manifest, JSON.
 
         Args:
@@ -75,6 +76,7 @@ class Provenance:
             validation: state of its held-out losses; best and number of those without an improvement
                 are taken from it.
             ended: why it is over; empty: it is not.
+            reading: what it has read, source by source and span by span.
         """
         facts = {key: value for key, value in validation.items() if key in _OF_VALIDATION}
         return {
@@ -84,6 +86,7 @@ class Provenance:
             "tokens": tokens,
             "ended": ended,
             "validation": facts,
+            "data": reading,
             "config": to_dict(config),
             "history": self.history,
         }

@@ -15,12 +15,13 @@ from megatron_hydra.config.loading import to_dict
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.errors import HydraError
 
-Rule = Literal["applied", "free", "same content", "refused"]
+Rule = Literal["applied", "free", "same content", "new phase", "refused"]
 
 MEANINGS: dict[Rule, str] = {
     "applied": "the new value holds from the next step on",
     "free": "says where or how the same is computed",
     "same content": "may name another place; other content is refused",
+    "new phase": "another value is refused, unless `data.phase` is raised",
     "refused": "another value is refused",
 }
 
@@ -34,16 +35,20 @@ RULES: dict[str, tuple[Rule, str]] = {
     "student.fingerprint": ("applied", "the checkpoint has to have it"),
     "teacher.checkpoint": ("same content", "compared by fingerprint"),
     "teacher.fingerprint": ("applied", "the checkpoint has to have it"),
-    "data.blend": ("same content", "parts, their packing and weights; `max_epochs` is applied"),
+    "data.blend": (
+        "new phase",
+        "parts and weights; a file may be moved, its packing stays; `max_epochs` is applied",
+    ),
     "data.sequence_length": ("refused", "it decides which sample comes when"),
     "data.tokenizer": ("same content", "compared by fingerprint"),
     "data.packing": ("refused", "it decides which sample comes when"),
     "data.seed": ("refused", "it decides which sample comes when"),
     "data.held_out": ("refused", "it decides which documents are trained on"),
     "data.cache_dir": ("free", ""),
-    "data.token_budget": ("applied", ""),
+    "data.token_budget": ("applied", "over all phases"),
+    "data.phase": ("applied", "may be raised, which begins a phase; refused if lower"),
     "batch.micro_batch_size": ("free", ""),
-    "batch.global_batch_size": ("refused", "it decides which sample comes when"),
+    "batch.global_batch_size": ("new phase", "the schedule goes on by the sequences read"),
     "optimizer": ("applied", "moments are kept"),
     "schedule": ("applied", "as if the run had begun with it"),
     "loss": ("applied", ""),
@@ -94,7 +99,7 @@ def rule_of(key: str) -> tuple[Rule, str]:
     Raises:
         KeyError: it has none, which a test excludes for all keys of a run.
     """
-    section = key.partition(".")[0]
+    section = key.partition(".")[0].partition(" ")[0]
     return RULES[key] if key in RULES else RULES[section]
 
 
@@ -116,6 +121,11 @@ def changes(saved: Mapping[str, Any], config: RunConfig) -> list[Change]:
 def _as_stored(config: RunConfig) -> dict[str, Any]:
     """As JSON gives it back: its keys are strings."""
     return json.loads(json.dumps(to_dict(config)))
+
+
+def replicas_changed(before: int, after: int) -> list[Change]:
+    """The data-parallel size is no key: it is what the layout leaves of the world."""
+    return [] if before == after else [Change("parallel (data-parallel size)", before, after)]
 
 
 def refuse_changes(saved: Mapping[str, Any], config: RunConfig) -> list[Change]:

@@ -29,6 +29,7 @@ from megatron_hydra.checkpoint.canonical import FP32_SUFFIXES
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import OptimizerConfig as OptimizerSettings
 from megatron_hydra.config.run import RunConfig
+from megatron_hydra.data.reading import Reading
 from megatron_hydra.model.layer_spec import build_gpt_model
 from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.gradients import finalize_gradients
@@ -112,10 +113,8 @@ def wrap_for_training(
     return wrapped
 
 
-def build_optimizer(
-    chunks: list[DistributedDataParallel], config: RunConfig
-) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW and its schedule. Norms, biases, γ and decays are not decayed, nor is anything 1-D."""
+def build_optimizer(chunks: list[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:
+    """AdamW. Norms, biases, γ and decays are not decayed, nor is anything 1-D."""
     settings = config.optimizer
     optimizer_config = OptimizerConfig(
         optimizer="adam",
@@ -131,8 +130,7 @@ def build_optimizer(
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(optimizer_config, chunks, config_overrides=_param_groups())
-    return optimizer, _build_schedule(optimizer, config)
+    return get_megatron_optimizer(optimizer_config, chunks, config_overrides=_param_groups())
 
 
 def apply_settings(optimizer: MegatronOptimizer, settings: OptimizerSettings) -> None:
@@ -169,18 +167,29 @@ def _param_groups() -> dict[ParamKey, ParamGroupOverride]:
     }
 
 
-def _build_schedule(optimizer: MegatronOptimizer, config: RunConfig) -> OptimizerParamScheduler:
+def build_schedule(
+    optimizer: MegatronOptimizer, config: RunConfig, reading: Reading
+) -> OptimizerParamScheduler:
+    """The learning rate as a function of the samples read.
+
+    ``schedule.steps`` and ``warmup_steps`` are turned into the samples that so many steps read, so that a
+    change of the global batch on resume bends the curve over steps and not that over tokens. The schedule
+    counts in :attr:`.Reading.batch_unit`, which makes it count steps where the batch never changes; the step
+    with global batch size B is a call of ``step(B // unit)``.
+    """
     settings, schedule = config.optimizer, config.schedule
+    unit = reading.batch_unit
+    steps = reading.samples_before(schedule.steps) // unit
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=schedule.warmup_steps,
-        lr_decay_steps=schedule.steps,
+        lr_warmup_steps=reading.samples_before(schedule.warmup_steps) // unit,
+        lr_decay_steps=steps,
         lr_decay_style=schedule.kind,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
-        wd_incr_steps=schedule.steps,
+        wd_incr_steps=steps,
         wd_incr_style="constant",
     )

@@ -12,7 +12,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.config.validate import rounded_stream_length
+from megatron_hydra.data.reading import SourceRecord
 from megatron_hydra.data.validation import ValidationStream
 from megatron_hydra.errors import HydraError
 from megatron_hydra.parallel.world import World
@@ -91,12 +92,41 @@ class Validation:
             "waited": now.waited,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def refuse_trained_on(self, sources: Sequence[SourceRecord]) -> None:
+        """Refuse to hold out what an earlier blend of the run has trained on.
+
+        Args:
+            sources: all that the run has read.
+
+        Raises:
+            HydraError: a part of ``validation.blend`` is among them.
+        """
+        parts = self._stream.files if self._stream and self._config.validation.blend else []
+        for i, files in enumerate(parts):
+            for source in sources:
+                if files and files == source.files and source.samples:
+                    raise HydraError(
+                        f"validation.blend.{i} ({source.name}): {source.samples:,} sequences of it have been "
+                        "trained on in an earlier phase; name other data"
+                    )
+
+    def restore(self, state: dict[str, Any], *, has_new_blend: bool = False) -> None:
         """Inverse of :meth:`state`. A run without a validation keeps what it finds.
+
+        Args:
+            state: of a checkpoint.
+            has_new_blend: the run goes on with another ``data.blend``: what that holds out is other data,
+                so that best loss and patience begin anew.
 
         Raises:
             HydraError: the losses are of other sequences.
         """
+        if has_new_blend and not self._config.validation.blend:
+            if state and self._world.is_main:
+                _log.info(
+                    "data.blend holds out other data now: best held-out loss and patience begin anew"
+                )
+            state = {}
         self._kept = state
         if not state or self._stream is None:
             return

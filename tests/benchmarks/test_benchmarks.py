@@ -24,6 +24,8 @@ TOY = {
                        "--senders", "1"],
     "data_waste": ["waste", "--sizes", "1K,2K", "--documents", "500"],
     "data_index": ["index", "--sizes", "1000"],
+    "data_memory": ["memory", "--sizes", "1", "--workers", "1"],
+    "data_shards": ["shards", "--sizes", "3"],
     "data_stream": ["stream", "--sizes", "1K,2K", "--corpus-megabytes", "0.3"],
 }  # fmt: skip
 """By the name of the report: the flags of a toy run. Of ``data``, every subject has its own report."""
@@ -54,5 +56,5 @@ def test_runs_at_a_toy_size(name, tmp_path):
     saved = json.loads((tmp_path / f"{name}.json").read_text())
     assert saved["rows"]
     assert not [row for row in saved["rows"] if row["failure"]]
-    assert saved["ratios"]
+    assert saved["ratios"] or name == "data_memory"  # which has no peer
     assert not [row for row in saved["ratios"] if math.isnan(row["median"])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import multiprocessing
 import os
@@ -13,7 +14,9 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +28,15 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig
-from megatron_hydra.data import PackedStream, load_tokenizer, merging, part_worker, tokenization
+from megatron_hydra.data import (
+    PackedStream,
+    indexed,
+    load_tokenizer,
+    merging,
+    part_worker,
+    tokenization,
+    word_encoder,
+)
 from megatron_hydra.data import corpus as corpus_module
 from megatron_hydra.data import parts as parts_module
 from megatron_hydra.data.corpus import CorpusConfig, Unit
@@ -589,3 +600,69 @@ def test_the_command_runs_from_any_folder(corpus, qwen, reference, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "300 documents" in done.stdout
     assert contents(tmp_path / "deep" / "er" / "out") == contents(reference)
+
+
+# -- memory ------------------------------------------------------------------------------------------
+
+
+def _peak(work: Callable[[], object]) -> int:
+    """Most memory, in bytes, that Python and NumPy held while something ran."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_of_an_assembly_does_not_grow_with_its_documents(tmp_path, monkeypatch):
+    """Ten times the documents (and tokens) in the same memory: columns stay on disk."""
+    monkeypatch.setattr(indexed, "_BLOCK", 1 << 10)
+    monkeypatch.setattr(parts_module, "_COPY_BYTES", 1 << 12)
+    peaks = []
+    for number in (4, 40):
+        work = tmp_path / str(number)
+        work.mkdir()
+
+        def assemble(work=work, number=number) -> None:
+            assembler = parts_module.Assembler(work, np.uint16, has_modes=True)
+            for part in range(number):
+                writer = parts_module.PartWriter(parts_module.part_path(work, part), np.uint16)
+                for _ in range(4000):
+                    writer.add(b"abcdef", [2, 1], [0, 1])
+                writer.finish()
+                assembler.append(part)
+            assembler.finish()
+
+        peaks.append(_peak(assemble))
+        os.replace(work / "all.idx", tmp_path / f"{number}.idx")
+        os.replace(work / "all.bin", tmp_path / f"{number}.bin")
+        opened = IndexedDocuments(str(tmp_path / str(number)))
+        assert (opened.num_documents, opened.num_tokens) == (4000 * number, 12000 * number)
+    assert peaks[1] < 1.2 * peaks[0], peaks
+
+
+def test_memory_of_a_preparation_does_not_grow_with_the_corpus(qwen, tmp_path, monkeypatch):
+    """Eight times the text: what is held is a unit, and the words of the table."""
+    monkeypatch.setattr(word_encoder, "_MAX_WORDS", 1 << 8)
+    peaks = []
+    for documents in (400, 400, 3200):  # the first loads what is loaded once
+        source = write_jsonl(tmp_path / "corpus.jsonl", documents)
+        settings = config(source, tmp_path / "out", qwen, force=True)
+        peaks.append(_peak(functools.partial(run, settings)))
+    assert source.stat().st_size > 2 * peaks[1] / 8  # else keeping it all would not be seen
+    assert peaks[2] < 1.2 * peaks[1], peaks
+
+
+def test_the_table_of_words_is_bounded(qwen, monkeypatch):
+    monkeypatch.setattr(word_encoder, "_MAX_WORDS", 100)
+    encoder = word_encoder.WordEncoder(load_tokenizer(qwen), np.int32)
+    text = " ".join(
+        f"w{n:04x}".translate(str.maketrans("0123456789", "ghijklmnop")) for n in range(999)
+    )
+    assert encoder.encode(text) == encoder._exact(text)
+    assert len(encoder._words) <= 100
+    before = len(encoder._words)
+    encoder.encode("x" * 10_000)
+    assert all(len(word) < 100 for word in encoder._words)
+    assert len(encoder._words) <= before + 1

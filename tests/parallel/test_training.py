@@ -365,6 +365,11 @@ def test_optimizer_state_goes_on_under_another_layout_and_partition(folder: Path
         assert outcomes[f"distill-{first}-{second}"] == [0] * 4
         assert (folder / f"distill-{first}-{second}/checkpoints/step_00000002").is_dir()
         _assert_equal_training(folder, "distill", f"{first}-{second}")
+    # The number of replicas is no key; that it has changed is said all the same.
+    lines = (folder / "distill-tp2-sp-seq-pp2-cp2-dp2/events.jsonl").read_text().splitlines()
+    events = {event["event"]: event for event in map(json.loads, lines)}
+    assert events["resume"]["changed"]["parallel (data-parallel size)"] == [1, 2]
+    assert events["reading changed"]["data_parallel_size"] == [1, 2]
 
     assert outcomes["distill-bf16-resumed"] == outcomes["distill-bf16"] == [0] * 4
     resumed, expected = (

@@ -80,7 +80,7 @@ def test_updated_weights_are_those_that_megatron_copies(precision, monkeypatch):
             parameter.data.normal_(generator=generator)
         world = World(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, False)
         wrapped = wrap_for_training(chunks, NextToken(config, world, []), config)
-        optimizer, _ = build_optimizer(wrapped, config)
+        optimizer = build_optimizer(wrapped, config)
         for parameter in chunks[0].parameters():
             parameter.main_grad.normal_(generator=generator)
         optimizer.param_groups[0]["lr"] = 0.1

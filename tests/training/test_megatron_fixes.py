@@ -40,7 +40,7 @@ def _trained(monkeypatch: pytest.MonkeyPatch) -> tuple[list, MegatronOptimizer]:
         parameter.data.normal_(generator=generator)
     world = World(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, False)
     wrapped = setup.wrap_for_training(chunks, NextToken(config, world, []), config)
-    optimizer, _ = setup.build_optimizer(wrapped, config)
+    optimizer = setup.build_optimizer(wrapped, config)
     (buffer,) = wrapped[0].buffers
     padded = [bucket.grad_data.numel() > bucket.numel_unpadded for bucket in buffer.buckets]
     assert any(padded[:-1]), "padding before the last bucket is what is to be seen"

@@ -13,7 +13,8 @@ from megatron_hydra import train
 from megatron_hydra.config import load_run_config
 from megatron_hydra.config.loading import from_dict, to_yaml
 from megatron_hydra.config.run import OptimizerConfig, RunConfig, ScheduleConfig
-from megatron_hydra.training.setup import _build_schedule
+from megatron_hydra.data.reading import Reading, SourceRecord, Span
+from megatron_hydra.training.setup import build_schedule
 from tests.training import tiny
 
 LR, MIN_LR, STEPS, WARMUP = 4e-3, 1e-3, 12, 4
@@ -26,12 +27,83 @@ def _rates(kind: str) -> list[float]:
         schedule=ScheduleConfig(kind=kind, steps=STEPS, warmup_steps=WARMUP),
     )
     group = {"max_lr": LR, "min_lr": MIN_LR}
-    schedule = _build_schedule(SimpleNamespace(param_groups=[group]), config)
+    schedule = build_schedule(SimpleNamespace(param_groups=[group]), config, _reading([(0, 6)]))
     rates = []
     for _ in range(STEPS):
         schedule.step(1)
         rates.append(group["lr"])
     return rates
+
+
+def _reading(batches: list[tuple[int, int]]) -> Reading:
+    """Of a run whose global batch has these sizes from these steps on."""
+    spans: list[Span] = []
+    for step, size in batches:
+        first = spans[-1].first_sample + spans[-1].samples if spans else 0
+        end = next((other for other, _ in batches if other > step), step)
+        spans.append(
+            Span(1, step, first, 0, size, 1, 1, (), steps=end - step, samples=(end - step) * size)
+        )
+    return Reading((SourceRecord("web", "f"),), tuple(spans))
+
+
+def _rates_by_samples(kind: str, batches: list[tuple[int, int]], samples: int) -> dict[int, float]:
+    """Samples read → learning rate of the step that read the last of them; resumed at every change.
+
+    Args:
+        batches: (steps done, global batch from then on).
+        samples: of the whole run: ``schedule.steps`` is given anew with every batch, and so is
+            ``warmup_steps`` within the warm-up.
+    """
+    found = {}
+    for i in range(len(batches)):
+        reading = _reading(batches[: i + 1])
+        first, size = batches[i]
+        read = reading.samples_before(first)
+        steps = first + (samples - read) // size
+        left = WARMUP * batches[0][1] - read
+        warm = first + left // size if left > 0 else WARMUP
+        config = RunConfig(
+            optimizer=OptimizerConfig(lr=LR, min_lr=MIN_LR),
+            schedule=ScheduleConfig(kind=kind, steps=steps, warmup_steps=warm),
+        )
+        group = {"max_lr": LR, "min_lr": MIN_LR}
+        schedule = build_schedule(SimpleNamespace(param_groups=[group]), config, reading)
+        schedule.step(reading.samples_before(first) // reading.batch_unit)
+        end = batches[i + 1][0] if i + 1 < len(batches) else steps
+        for step in range(first, end):
+            schedule.step(size // reading.batch_unit)
+            found[reading.samples_before(step + 1)] = group["lr"]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["cosine", "constant"])
+def test_a_change_of_the_batch_leaves_the_rate_over_samples_as_it_was(kind: str) -> None:
+    """Batches of 6 up to step 6, then of 12 to the same number of samples, and there and back."""
+    steady = _rates_by_samples(kind, [(0, 6)], STEPS * 6)
+    for batches in ([(0, 6), (6, 12)], [(0, 6), (6, 12), (7, 6)], [(0, 6), (2, 12)]):
+        changed = _rates_by_samples(kind, batches, STEPS * 6)
+        assert max(changed) == STEPS * 6
+        assert changed == pytest.approx({n: steady[n] for n in changed}, rel=1e-12)
+
+
+def test_a_batch_that_never_changes_gives_the_bits_of_a_schedule_in_steps() -> None:
+    for size in (1, 6, 7, 1000):
+        config = RunConfig(
+            optimizer=OptimizerConfig(lr=LR, min_lr=MIN_LR),
+            schedule=ScheduleConfig(kind="cosine", steps=STEPS, warmup_steps=WARMUP),
+        )
+        group = {"max_lr": LR, "min_lr": MIN_LR}
+        schedule = build_schedule(
+            SimpleNamespace(param_groups=[group]), config, _reading([(0, size)])
+        )
+        assert (schedule.lr_warmup_steps, schedule.lr_decay_steps) == (WARMUP, STEPS)
+
+
+def test_steps_may_stay_after_a_change_and_end_at_min_lr_all_the_same() -> None:
+    rates = _rates_by_samples("cosine", [(0, 6), (6, 4)], 6 * 6 + 6 * 4)
+    assert rates[max(rates)] == pytest.approx(MIN_LR)
+    assert max(rates) == 6 * 6 + 6 * 4
 
 
 def test_cosine_warms_up_and_reaches_min_lr_at_the_last_step() -> None:

@@ -1,0 +1,38 @@
+"""Room for the files that a blend of many parts keeps open."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+
+from megatron_hydra.errors import HydraError
+
+_RESERVE = 256
+"""For whatever else a process opens: sockets, libraries, checkpoints."""
+
+
+def make_room_for_files(count: int) -> None:
+    """Raise this process's own limit of open files, if ``count`` more would not fit.
+
+    Raises:
+        HydraError: the system's limit is lower.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + _RESERVE + _open_now()
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise HydraError(
+            f"the data need {needed:,} open files, and this process may have {hard:,} (ulimit -Hn): merge "
+            "shards with data_prep/merge.py, or have the limit raised"
+        )
+    with contextlib.suppress(ValueError, OSError):  # then opening says what is wrong
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _open_now() -> int:
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:  # no Linux
+        return 0
