@@ -1,0 +1,1 @@
+"""Exports in serving engines. Nothing else of the package imports this."""

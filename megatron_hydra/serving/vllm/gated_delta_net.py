@@ -1,0 +1,428 @@
+"""The GDN heads of a layer in vLLM: one operator from projections to head outputs.
+
+The states live in vLLM's cache, one page a sequence and layer: the last inputs of the short convolution, and
+``[n, v, k]`` fp32 (the export's states, transposed: the layout of vLLM's kernels). All layers reserve what
+the largest one needs, so that vLLM sees one kind of cache.
+
+In 16 bits on a GPU the convolution and the delta rule are vLLM's own kernels, and norm, rotary embedding and
+l2 norm between them this package's (vLLM's fused kernels have no place for them). Elsewhere all of it is the
+package's torch code.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.mamba.mamba_utils import (
+    MambaStateDtypeCalculator,
+    MambaStateShapeCalculator,
+    is_conv_state_dim_first,
+)
+from vllm.utils.torch_utils import (
+    LayerNameType,
+    _encode_layer_name,
+    _resolve_layer_name,
+    direct_register_custom_op,
+)
+from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
+from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
+from megatron_hydra.hf.modeling_hydrahead import recurrent_gated_delta_rule
+from megatron_hydra.ops.gated_delta_rule import chunked_gated_delta_rule
+from megatron_hydra.ops.qk_preparation import prepare_heads
+from megatron_hydra.ops.short_conv import final_conv_state, short_conv
+from megatron_hydra.serving.vllm import GDN_OP
+from megatron_hydra.serving.vllm.layout import AttentionLayout
+from megatron_hydra.serving.vllm.placement import place_heads
+
+KERNEL_WIDTHS = (2, 3, 4)
+"""Widths of the short convolution that vLLM's kernels take."""
+
+
+def state_shapes(config: HydraHeadConfig, tp_size: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of a sequence's state in any layer on any rank: of the largest one.
+
+    Returns:
+        ``[W − 1, channels]`` (or transposed, as vLLM is set) and ``[n, d, d]``; all-FA models have none.
+    """
+    placement = place_heads(
+        config.full_attention_heads, config.num_attention_heads, config.num_key_value_heads, tp_size
+    )
+    layouts = [
+        AttentionLayout(config, layer, local)
+        for layer, ranks in enumerate(placement)
+        for local in ranks
+    ]
+    heads = max(len(layout.gdn) for layout in layouts)
+    # Where nothing is convolved one number stands in: vLLM wants to copy two states, whatever the model.
+    channels = max(layout.channels for layout in layouts) if config.hydra["short_conv"] else 1
+    taps = max(config.hydra["conv_width"] - 1, 1) if config.hydra["short_conv"] else 1
+    conv = MambaStateShapeCalculator._orient_conv_shape(channels if heads else 0, taps)
+    return conv, (heads, config.head_dim, config.head_dim)
+
+
+def state_dtypes(vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of the two: the model's, and fp32 where ``--mamba-ssm-cache-dtype`` says no other."""
+    return MambaStateDtypeCalculator.kda_state_dtype(
+        vllm_config.model_config.dtype,
+        vllm_config.cache_config.mamba_cache_dtype,
+        vllm_config.cache_config.mamba_ssm_cache_dtype,
+    )[:2]
+
+
+@dataclasses.dataclass
+class _Batch:
+    """The requests of a step: ``decodes`` with one token first, then ``prefills`` with any number.
+
+    Attributes:
+        tokens: of all of them.
+        slots: ``[decodes + prefills]`` each one's page.
+        bounds: ``[prefills + 1]`` where the prefills begin among their tokens.
+        begun: ``[decodes + prefills]`` bool, which have a state; ``None`` without prefills.
+        metadata: vLLM's own.
+    """
+
+    tokens: int
+    decodes: int
+    prefills: int
+    slots: torch.Tensor
+    bounds: torch.Tensor | None
+    begun: torch.Tensor | None
+    metadata: GDNAttentionMetadata
+
+    @classmethod
+    def of(cls, metadata: GDNAttentionMetadata) -> "_Batch":
+        decodes, prefills = metadata.num_decodes, metadata.num_prefills
+        slots, bounds = metadata.non_spec_state_indices_tensor, None
+        assert slots is not None and metadata.spec_sequence_masks is None
+        if prefills:
+            assert metadata.prefill_query_start_loc is not None
+            bounds = metadata.prefill_query_start_loc[: prefills + 1]
+        return cls(
+            tokens=metadata.num_actual_tokens,
+            decodes=decodes,
+            prefills=prefills,
+            slots=slots,
+            bounds=bounds,
+            begun=metadata.has_initial_state,
+            metadata=metadata,
+        )
+
+
+class GatedDeltaNet(nn.Module, MambaBase):
+    """The local GDN heads of one layer, without projections.
+
+    Args:
+        config: of the export.
+        layout: of this layer and rank, with at least one GDN head.
+        vllm_config: of the engine.
+        prefix: the layer's name.
+    """
+
+    def __init__(
+        self,
+        config: HydraHeadConfig,
+        layout: AttentionLayout,
+        vllm_config: VllmConfig,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        self.config, self.layout, self.prefix = config, layout, prefix
+        self.vllm_config = vllm_config
+        self.head_dim = config.head_dim
+        self.num_heads = len(layout.gdn)
+        self.shapes = state_shapes(config, vllm_config.parallel_config.tensor_parallel_size)
+        self.kv_cache: tuple[torch.Tensor, ...] = (torch.tensor([]), torch.tensor([]))
+        self.A_log = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))
+        if layout.convolutions:
+            width = config.hydra["conv_width"]
+            self.conv_weight = nn.Parameter(torch.zeros(layout.channels, width))
+        for name in ("q_norm", "k_norm"):
+            weight = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
+            self.register_parameter(name, weight)
+        index = torch.tensor(layout.gdn_kv_of)
+        self.register_buffer("kv_of", index, persistent=False)
+        self.spread = layout.gdn_kv_of != list(range(self.num_heads))
+        context = vllm_config.compilation_config.static_forward_context
+        if prefix in context:
+            raise ValueError(f"layer {prefix} was registered twice")
+        context[prefix] = self
+
+    # What vLLM asks of a layer with a state.
+
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
+        """See :func:`state_shapes`."""
+        return self.shapes
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        """See :func:`state_dtypes`."""
+        return state_dtypes(self.vllm_config)
+
+    @property
+    def mamba_type(self) -> MambaAttentionBackendEnum:
+        """Whose metadata this layer reads."""
+        return MambaAttentionBackendEnum.GDN_ATTN
+
+    def forward(
+        self,
+        qkv: torch.Tensor,
+        b: torch.Tensor,
+        a: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Heads' outputs ``[T, n, d]``, before gate and norm.
+
+        Args:
+            qkv: ``[T, channels]`` projections of q, k and v.
+            b, a: ``[T, n]`` logits of write strength and decay.
+            tables: cos and sin, fp32 ``[T, 1, d]``.
+        """
+        # Zeros: rows beyond the batch (graphs have fixed sizes) are normalised later.
+        out = qkv.new_zeros(qkv.shape[0], self.num_heads, self.head_dim)
+        operator = getattr(torch.ops.vllm, GDN_OP)
+        operator(qkv, b, a, *tables, out, _encode_layer_name(self.prefix))
+        return out
+
+    def run(
+        self,
+        qkv: torch.Tensor,
+        b: torch.Tensor,
+        a: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        out: torch.Tensor,
+    ) -> None:
+        """Fill ``out``, and bring the states of the step's requests up to date."""
+        every = get_forward_context().attn_metadata
+        metadata = every.get(self.prefix) if isinstance(every, dict) else None
+        if metadata is None:  # vLLM measures memory
+            return
+        batch = _Batch.of(metadata)
+        if not batch.decodes + batch.prefills:
+            return
+        tokens = batch.tokens
+        conv_state, state = self.kv_cache
+        if not is_conv_state_dim_first():
+            conv_state = conv_state.transpose(-1, -2)
+        conv_state = conv_state[:, : self.layout.channels]
+        state = state[:, : self.num_heads]
+        fast = self._has_kernels(qkv)
+        qkv = qkv[:tokens]
+        if self.layout.convolutions:
+            convolve = self._fast_convolution if fast else self._convolution
+            qkv = convolve(qkv, conv_state, batch)
+        q, k, v = self._prepared(qkv, tuple(table[:tokens] for table in tables))
+        beta = torch.sigmoid(b[:tokens].float())
+        log_alpha = -self.A_log.exp() * F.softplus(a[:tokens].float() + self.dt_bias)
+        rule = self._fast_rule if fast else self._rule
+        rule((q, k, v, log_alpha, beta), state, batch, out)
+
+    def _has_kernels(self, x: torch.Tensor) -> bool:
+        width = self.config.hydra["conv_width"]
+        return (
+            x.is_cuda
+            and x.dtype in (torch.bfloat16, torch.float16)
+            and self.head_dim <= 256
+            and (not self.layout.convolutions or width in KERNEL_WIDTHS)
+        )
+
+    def _prepared(
+        self, qkv: torch.Tensor, tables: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        n, m, d = self.num_heads, len(self.layout.gdn_kv), self.head_dim
+        q, k, v = (x.unflatten(-1, (-1, d)) for x in qkv.split((n * d, m * d, m * d), dim=-1))
+        prepare: Any = prepare_heads
+        if qkv.is_cuda:
+            from megatron_hydra.ops import triton_qk_preparation
+
+            prepare = triton_qk_preparation.prepare_heads
+        rotary = tables if self.config.hydra["gdn_position"] == "rope" else None
+        eps = self.config.rms_norm_eps
+        q = prepare(q, self.q_norm, eps, rotary, None, True)
+        k = prepare(k, self.k_norm, eps, rotary, None, True)
+        if self.spread:
+            k, v = k.index_select(1, self.kv_of), v.index_select(1, self.kv_of)
+        return q, k, v
+
+    # In torch, for any device and dtype.
+
+    def _convolution(
+        self, x: torch.Tensor, state: torch.Tensor, batch: _Batch
+    ) -> torch.Tensor:
+        """Causal convolution of ``x [tokens, C]``; ``state [pages, C, W − 1]`` is brought up to date."""
+        width = self.conv_weight.shape[1]
+        weight = self.conv_weight.float()
+        outputs = []
+        if batch.decodes:
+            slots = batch.slots[: batch.decodes]
+            new = x[: batch.decodes]
+            window = torch.cat((state[slots, :, : width - 1], new[:, :, None]), dim=2)
+            outputs.append((window.float() * weight).sum(-1).to(x.dtype))
+            state[slots, :, : width - 1] = window[:, :, 1:]
+        for slot, begun, part in self._sequences(batch):
+            new = x[part]
+            before = state[slot, :, : width - 1].T
+            before = before.clone() if begun else torch.zeros_like(before)
+            position = torch.arange(width, width + len(new), device=x.device)  # `before` is always there
+            outputs.append(short_conv(new.float(), weight, position, before).to(x.dtype))
+            state[slot, :, : width - 1] = final_conv_state(new, width, before).T
+        return torch.cat(outputs)
+
+    def _sequences(self, batch: _Batch) -> list[tuple[int, bool, slice]]:
+        """Page, whether it has a state, and tokens of every prefill."""
+        if not batch.prefills:
+            return []
+        assert batch.bounds is not None and batch.begun is not None
+        bounds = [batch.decodes + bound for bound in batch.bounds.tolist()]
+        part = slice(batch.decodes, batch.decodes + batch.prefills)
+        slots, begun = batch.slots[part].tolist(), batch.begun[part].tolist()
+        spans = [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+        return list(zip(slots, begun, spans, strict=True))
+
+    def _rule(
+        self,
+        inputs: tuple[torch.Tensor, ...],
+        state: torch.Tensor,
+        batch: _Batch,
+        out: torch.Tensor,
+    ) -> None:
+        n = batch.decodes
+        if n:
+            slots = batch.slots[:n]
+            before = state[slots].transpose(-1, -2).float()
+            steps = (x[:n, None] for x in inputs)
+            o, after = recurrent_gated_delta_rule(*steps, state=before)
+            out[:n] = o[:, 0]
+            state[slots] = after.transpose(-1, -2).to(state.dtype)
+        if batch.prefills:
+            assert batch.bounds is not None and batch.begun is not None
+            part = slice(n, n + batch.prefills)
+            slots = batch.slots[part]
+            before = state[slots].transpose(-1, -2).float()
+            before = before.masked_fill(~batch.begun[part, None, None, None], 0.0)
+            chunks = (x[n : batch.tokens].float() for x in inputs)
+            o, after = chunked_gated_delta_rule(*chunks, tuple(batch.bounds.tolist()), before)
+            out[n : batch.tokens] = o.to(out.dtype)
+            state[slots] = after.transpose(-1, -2).to(state.dtype)
+
+    # vLLM's kernels.
+
+    def _fast_convolution(
+        self, x: torch.Tensor, state: torch.Tensor, batch: _Batch
+    ) -> torch.Tensor:
+        from vllm.model_executor.layers.mamba.ops.causal_conv1d import (
+            causal_conv1d_fn,
+            causal_conv1d_update,
+        )
+
+        if batch.prefills:
+            return causal_conv1d_fn(
+                x.transpose(0, 1),
+                self.conv_weight,
+                None,
+                activation=None,
+                conv_states=state,
+                has_initial_state=batch.begun,
+                cache_indices=batch.slots,
+                query_start_loc=batch.metadata.non_spec_query_start_loc,
+                metadata=batch.metadata,
+            ).transpose(0, 1)
+        n = batch.decodes
+        return causal_conv1d_update(
+            x[:n],
+            state,
+            self.conv_weight,
+            None,
+            None,
+            conv_state_indices=batch.slots[:n],
+            out=x.new_empty(n, x.shape[1]),
+        )
+
+    def _fast_rule(
+        self,
+        inputs: tuple[torch.Tensor, ...],
+        state: torch.Tensor,
+        batch: _Batch,
+        out: torch.Tensor,
+    ) -> None:
+        from vllm.third_party.flash_linear_attention.ops import (
+            chunk_gated_delta_rule,
+            fused_recurrent_gated_delta_rule,
+        )
+
+        n = batch.decodes
+        if n:
+            q, k, v, g, beta = (x[None, :n].contiguous() for x in inputs)
+            bounds = batch.metadata.non_spec_query_start_loc
+            assert bounds is not None
+            o, _ = fused_recurrent_gated_delta_rule(
+                q=q,
+                k=k,
+                v=v,
+                g=g,
+                beta=beta,
+                initial_state=state,
+                inplace_final_state=True,
+                cu_seqlens=bounds[: n + 1],
+                ssm_state_indices=batch.slots[:n],
+            )
+            out[:n] = o[0]
+        if batch.prefills:
+            assert batch.begun is not None
+            part = slice(n, n + batch.prefills)
+            slots = batch.slots[part]
+            before = state[slots].float()
+            before = before.masked_fill(~batch.begun[part, None, None, None], 0.0)
+            q, k, v, g, beta = (x[None, n : batch.tokens].contiguous() for x in inputs)
+            o, after = chunk_gated_delta_rule(
+                q=q,
+                k=k,
+                v=v,
+                g=g,
+                beta=beta,
+                initial_state=before,
+                output_final_state=True,
+                cu_seqlens=batch.bounds,
+                chunk_indices=batch.metadata.chunk_indices,
+                chunk_offsets=batch.metadata.chunk_offsets,
+            )
+            out[n : batch.tokens] = o[0]
+            state[slots] = after.to(state.dtype)
+
+
+@eager_break_during_capture
+def _operator(
+    qkv: torch.Tensor,
+    b: torch.Tensor,
+    a: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    out: torch.Tensor,
+    layer_name: LayerNameType,
+) -> None:
+    layer = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+    layer.run(qkv, b, a, (cos, sin), out)
+
+
+def _operator_shapes(
+    qkv: torch.Tensor,
+    b: torch.Tensor,
+    a: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    out: torch.Tensor,
+    layer_name: LayerNameType,
+) -> None:
+    return
+
+
+direct_register_custom_op(
+    op_name=GDN_OP, op_func=_operator, mutates_args=["out"], fake_impl=_operator_shapes
+)

@@ -1,0 +1,116 @@
+"""What the plug-in serves, and what it refuses by name before any weight is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
+
+KV_DTYPES = ("auto", "float16", "bfloat16", "float32")
+"""Values of ``--kv-cache-dtype`` that store keys and values as the model computes them."""
+
+
+class SupportCheck:
+    """vLLM's hooks on a configuration of this architecture."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Refuse models that are not supported, and say of one without GDN heads that it is no hybrid.
+
+        Raises:
+            HydraError: what is not supported, and what to do.
+        """
+        config = model_config.hf_config
+        check_model(config)
+        if all(len(layer) == config.num_attention_heads for layer in config.full_attention_heads):
+            config.layer_types = ["full_attention"] * config.num_hidden_layers
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Refuse ways of serving that are not supported.
+
+        Raises:
+            HydraError: what is not supported, and what to do.
+        """
+        model_config = vllm_config.model_config
+        check_model(model_config.hf_config)
+        check_tensor_parallel(
+            model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
+        )
+        check_options(
+            quantization=model_config.quantization,
+            speculative=vllm_config.speculative_config is not None,
+            lora=vllm_config.lora_config is not None,
+            kv_cache_dtype=vllm_config.cache_config.cache_dtype,
+            decode_context_parallel=vllm_config.parallel_config.decode_context_parallel_size,
+            prefill_context_parallel=vllm_config.parallel_config.prefill_context_parallel_size,
+            runner=model_config.runner_type,
+        )
+
+
+def check_model(config: HydraHeadConfig) -> None:
+    """Refuse an architecture that the plug-in does not compute.
+
+    Raises:
+        HydraError: naming the key of the export's ``config.json``.
+    """
+    mixer = config.hydra["mixer"]
+    if mixer != "head":
+        raise HydraError(
+            f"hydra.mixer={mixer!r} in config.json is not supported under vLLM: every head would be both "
+            "FA and GDN. Serve mixer=head, or run this export with transformers"
+        )
+    if config.hidden_act not in ("silu", "swish"):
+        raise HydraError(
+            f"hidden_act={config.hidden_act!r} in config.json is not supported under vLLM: only silu is"
+        )
+
+
+def check_tensor_parallel(config: HydraHeadConfig, tp_size: int) -> None:
+    """Refuse a number of tensor-parallel ranks that the MLP or the heads cannot be cut into.
+
+    Raises:
+        HydraError: naming the flag and the key.
+    """
+    for key in ("num_attention_heads", "intermediate_size"):
+        value = getattr(config, key)
+        if value % tp_size:
+            raise HydraError(
+                f"--tensor-parallel-size {tp_size} does not divide {key}={value} of config.json: "
+                "choose a size that does"
+            )
+
+
+def check_options(
+    *,
+    quantization: str | None,
+    speculative: bool,
+    lora: bool,
+    kv_cache_dtype: str,
+    decode_context_parallel: int,
+    prefill_context_parallel: int,
+    runner: str,
+) -> None:
+    """Refuse options of vLLM that the plug-in does not carry out.
+
+    Raises:
+        HydraError: naming the flag.
+    """
+    refused = {
+        f"--quantization {quantization}": quantization is not None,
+        "--speculative-config": speculative,
+        "--enable-lora": lora,
+        f"--kv-cache-dtype {kv_cache_dtype}": kv_cache_dtype not in KV_DTYPES,
+        f"--decode-context-parallel-size {decode_context_parallel}": decode_context_parallel > 1,
+        f"--prefill-context-parallel-size {prefill_context_parallel}": prefill_context_parallel > 1,
+        f"--runner {runner}": runner != "generate",
+    }
+    for flag, given in refused.items():
+        if given:
+            raise HydraError(
+                f"{flag} is not supported for HydraHead models under vLLM: leave it out"
+            )
+
+
+__all__ = ["SupportCheck", "check_model", "check_options", "check_tensor_parallel"]

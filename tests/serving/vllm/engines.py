@@ -1,0 +1,155 @@
+"""Tiny exports, vLLM engines in this process, and the transformers export's answers."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
+from megatron_hydra.hf.export_files import ARCHITECTURE, auto_map, hf_export_files
+from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM
+from tests.required import VARIABLE
+
+# One process, so that the engine's parts can be looked at; no more threads than the machine gives.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
+
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+}
+UNEVEN = [[1, 2, 3], [], [0, 1, 2, 3, 4, 5], [4]]
+NEW = 12
+"""Tokens generated for each prompt."""
+
+
+def need_vllm() -> None:
+    """Skip this module without vLLM; fail where ``HYDRA_REQUIRE`` names it."""
+    os.environ.update(ENVIRONMENT)
+    if "vllm" in os.environ.get(VARIABLE, "").split(","):
+        importlib.import_module("vllm")
+    else:
+        pytest.importorskip("vllm", exc_type=ImportError)
+
+
+def save_export(
+    folder: Path,
+    heads: Sequence[Sequence[int]] = UNEVEN,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> HydraHeadForCausalLM:
+    """Write a random export whose gates, norms, convolutions and slow decay are all seen in the output."""
+    torch.manual_seed(0)
+    config = HydraHeadConfig(
+        **{**SHAPE, "num_hidden_layers": len(heads), **changes},
+        full_attention_heads=[list(layer) for layer in heads],
+    )
+    model = HydraHeadForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):
+                parameter.uniform_(-5, -3)
+            else:
+                parameter.add_(0.15 * torch.randn_like(parameter))
+    model = model.to(dtype)
+    model.save_pretrained(folder)
+    for name, source in hf_export_files().items():
+        shutil.copyfile(source, folder / name)
+    path = folder / "config.json"
+    written = {**json.loads(path.read_text()), "architectures": [ARCHITECTURE], "auto_map": auto_map()}
+    path.write_text(json.dumps(written))
+    return model
+
+
+@contextlib.contextmanager
+def engine(folder: Path, **options: Any) -> Iterator[Any]:
+    """A vLLM engine; its memory is given back at the end."""
+    from vllm import LLM
+
+    defaults = {
+        "skip_tokenizer_init": True,
+        "dtype": "float32",  # vLLM would take 16 bits for a 32-bit export
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "max_num_seqs": 8,
+        "disable_log_stats": False,  # what happened is read from its metrics
+    }
+    llm = LLM(model=str(folder), **{**defaults, **options})
+    try:
+        yield llm
+    finally:
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def sampling(new: int = NEW) -> Any:
+    """Greedy, with the log probability of every token."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0, max_tokens=new, ignore_eos=True, logprobs=0, detokenize=False
+    )
+
+
+def random_prompts(lengths: Sequence[int], seed: int = 1, vocabulary: int = 128) -> list[list[int]]:
+    """One prompt of each length."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in lengths]
+
+
+def generate(llm: Any, prompts: Sequence[list[int]], new: int = NEW) -> list[Any]:
+    """Answers of all prompts, given at once."""
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return [r.outputs[0] for r in llm.generate(requests, sampling(new), use_tqdm=False)]
+
+
+@torch.no_grad()
+def check(model: HydraHeadForCausalLM, prompt: list[int], answer: Any, tolerance: float) -> float:
+    """Assert that an answer is the export's own greedy one; returns the largest |Δ log probability|.
+
+    The export reads prompt and answer at once, alone, without a cache. A token may differ from its best
+    one only where it holds both equally likely, to the tolerance.
+    """
+    tokens = list(answer.token_ids)
+    logits = model(torch.tensor([prompt + tokens]), use_cache=False).logits[0].float()
+    logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    chosen = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    short = (logprobs.max(-1).values - chosen).max().item()
+    assert short <= tolerance, f"{len(prompt)} tokens of prompt: not the likeliest by {short}"
+    given = torch.tensor([answer.logprobs[i][t].logprob for i, t in enumerate(tokens)])
+    apart = (given - chosen).abs().max().item()
+    assert apart <= tolerance, f"{len(prompt)} tokens of prompt: |Δ logprob| {apart}"
+    return apart
+
+
+def metric(llm: Any, name: str) -> float:
+    """A counter of the engine."""
+    values = [m.value for m in llm.get_metrics() if m.name == f"vllm:{name}"]
+    assert values, f"vLLM has no counter {name}"
+    return sum(values)

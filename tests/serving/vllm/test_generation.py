@@ -1,0 +1,86 @@
+"""Every kind of layer and switch: vLLM's greedy answers are the transformers export's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.serving.vllm import engines
+
+engines.need_vllm()
+
+LENGTHS = (1, 2, 3, 5, 37, 130, 300)
+FP32 = 5e-5
+ROPE = engines.SHAPE["rope_parameters"]
+LLAMA3 = {
+    **ROPE,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+EIGHT = {"num_attention_heads": 8, "num_key_value_heads": 4}
+
+MODELS = {
+    "uneven": {},
+    "even 7:1": {"heads": [[3], [0], [7], [5]], **EIGHT},
+    "3:1": {"heads": [[1, 3], [0, 2], [6, 7], [4, 5]], **EIGHT},
+    "no FA head": {"heads": [[], []]},
+    "no GDN head": {"heads": [[0, 1, 2, 3, 4, 5]] * 2},
+    "multi-head": {"num_key_value_heads": 6},
+    "one KV head": {"num_key_value_heads": 1},
+    "biases, no q/k norm": {"attention_bias": True, "out_bias": True, "qk_norm": False},
+    "tied embeddings": {"tie_word_embeddings": True},
+    "scaled rotary": {"rope_parameters": LLAMA3, "hydra": {"fa_position": "both"}},
+    "shared qkv": {"hydra": {"qkv": "shared"}},
+    "shared qkv, gqa": {"hydra": {"qkv": "shared", "gdn_kv": "gqa"}},
+    "gqa": {"hydra": {"gdn_kv": "gqa", "fa_gate_bias": True}},
+    "gated fusion": {"hydra": {"fusion": "gated", "fa_position": "rope"}},
+    "concat fusion": {"hydra": {"fusion": "concat", "fusion_norm": "none", "fa_position": "none"}},
+    "no gates, no convolution": {
+        "hydra": {"fa_gate": False, "gdn_gate": False, "short_conv": False, "gdn_position": "none"}
+    },
+    "width 2": {"hydra": {"conv_width": 2, "log_scale_a": 20.0}},
+    "width 1": {"hydra": {"conv_width": 1}},
+    "width 6": {"hydra": {"conv_width": 6}},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_answers(name, tmp_path):
+    model = engines.save_export(tmp_path, **MODELS[name])
+    prompts = engines.random_prompts(LENGTHS)
+    with engines.engine(tmp_path) as llm:
+        for prompt in prompts:  # alone
+            engines.check(model, prompt, engines.generate(llm, [prompt])[0], FP32)
+        for prompt, answer in zip(prompts, engines.generate(llm, prompts), strict=True):  # together
+            engines.check(model, prompt, answer, FP32)
+
+
+def test_bf16(tmp_path):
+    """Its rounding is that of bf16: vLLM's answers are as far from fp32's as the export's own are."""
+    model = engines.save_export(tmp_path, dtype=torch.bfloat16)
+    wide = engines.HydraHeadForCausalLM(model.config).eval()
+    wide.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    prompts = engines.random_prompts(LENGTHS)
+    with engines.engine(tmp_path, dtype="bfloat16") as llm:
+        for prompt, answer in zip(prompts, engines.generate(llm, prompts), strict=True):
+            tokens = torch.tensor([prompt + list(answer.token_ids)])
+            part = slice(len(prompt) - 1, -1)
+            with torch.no_grad():
+                own, true = (
+                    m(tokens, use_cache=False).logits[0, part].float().log_softmax(-1)
+                    for m in (model, wide)
+                )
+            rounding = (own - true).abs().max().item()
+            engines.check(wide, prompt, answer, 3 * rounding)
+
+
+def test_compiled(tmp_path):
+    """As ``vllm serve`` runs it by default: through torch.compile."""
+    model = engines.save_export(tmp_path)
+    prompts = engines.random_prompts(LENGTHS)
+    with engines.engine(tmp_path, enforce_eager=False) as llm:
+        for prompt, answer in zip(prompts, engines.generate(llm, prompts), strict=True):
+            engines.check(model, prompt, answer, FP32)
