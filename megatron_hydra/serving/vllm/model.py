@@ -436,31 +436,43 @@ class HydraHeadForCausalLM(
         Raises:
             HydraError: a tensor that the model has no place for, or one that is missing.
         """
-        names = {id(p): name for name, p in self.named_parameters()}
+        parameters = dict(self.named_parameters())
+        names = {id(parameter): name for name, parameter in parameters.items()}
         attention = {
             f"model.layers.{index}.self_attn.{source}": targets
             for index, layer in enumerate(self.model.layers)
             if isinstance(layer, HydraHeadDecoderLayer)
             for source, targets in layer.self_attn.sources().items()
         }
-        parameters = dict(self.named_parameters())
-        loaded: set[str] = set()
-        missing = set(attention)
+        filled = {
+            names[id(parameter)] for targets in attention.values() for parameter, *_ in targets
+        }
+        common = {
+            source: (parameters[name], shard)
+            for name in parameters.keys() - filled
+            for source, shard in _shards(name)
+        }
+        missing = attention.keys() | common.keys()
         for name, tensor in weights:
             if name in attention:
                 for parameter, start, block, dim in attention[name]:
                     _fill(parameter, start, tensor if block is None else block.take(tensor, dim))
-                    loaded.add(names[id(parameter)])
-                missing.discard(name)
+            elif name in common:
+                parameter, shard = common[name]
+                load = getattr(parameter, "weight_loader", default_weight_loader)
+                load(parameter, tensor, *shard)
             elif not self._elsewhere(name):
-                loaded.add(_load_common(name, tensor, parameters))
-        missing |= set(parameters) - loaded
+                raise HydraError(
+                    f"the export has a tensor {name!r} that its config.json has no place for: export "
+                    "the model again"
+                )
+            missing.discard(name)
         if missing:
             raise HydraError(
-                f"the export has no tensor for {', '.join(sorted(missing)[:5])} "
-                f"({len(missing)} in all): export the model again"
+                f"the export has no tensor {', '.join(sorted(missing)[:5])} "
+                f"({len(missing)} missing in all): export the model again"
             )
-        return loaded
+        return set(parameters)
 
     def _elsewhere(self, name: str) -> bool:
         """Whether a tensor of the export belongs to another rank, or is held under another name."""
@@ -494,22 +506,9 @@ def _fill(parameter: nn.Parameter, start: int, value: torch.Tensor) -> None:
     target.copy_(value)
 
 
-def _load_common(name: str, tensor: torch.Tensor, parameters: dict[str, nn.Parameter]) -> str:
-    """Load what vLLM's own layers hold; returns the parameter's name."""
-    shards = {"gate_proj": 0, "up_proj": 1}
-    target, shard = name, None
-    for part, index in shards.items():
-        if f".mlp.{part}." in name:
-            target, shard = name.replace(part, "gate_up_proj"), index
-    if target not in parameters:
-        raise HydraError(
-            f"the export has a tensor {name!r} that its config.json has no place for: export the model "
-            "again"
-        )
-    parameter = parameters[target]
-    loader = getattr(parameter, "weight_loader", default_weight_loader)
-    if shard is None:
-        loader(parameter, tensor)
-    else:
-        loader(parameter, tensor, shard)
-    return target
+def _shards(name: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The export's tensors of a parameter of vLLM's own layers, and which part of it each is."""
+    if ".gate_up_proj." in name:
+        parts = ("gate_proj", "up_proj")
+        return [(name.replace("gate_up_proj", part), (i,)) for i, part in enumerate(parts)]
+    return [(name, ())]
