@@ -21,8 +21,15 @@ SHELL := /bin/bash
 GPU_PYTHON ?=
 GPU_TESTS = $$(grep -rl --include='test_*.py' 'pytest\.mark\.gpu' tests) tests/gpu
 
+# vLLM has requirements of its own. VLLM_VENV: where its environment is made; VLLM_PYTHON: an interpreter that has
+# vLLM, pytest, pytest-timeout and this package already (a GPU machine's); without one, VLLM_VENV is made and used.
+VLLM_VENV ?= .venv-vllm
+VLLM_PYTHON ?=
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_NEEDS := tests/serving/vllm/requirements.txt
+
 .PHONY: help setup quickstart test test-fast test-py312 test-newest test-transformers test-slow test-parallel \
-  test-slurm test-gpu test-releases lint format clean
+  test-slurm test-gpu test-releases test-vllm lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -109,6 +116,21 @@ test-gpu: $(if $(GPU_PYTHON),,setup) ## the public commands on this machine's GP
 	$(TEST_ENV) "$(or $(GPU_PYTHON),$(BIN)/python)" -m pytest -o addopts= -o timeout=0 --import-mode=importlib \
 	  -ra -v -m gpu $(GPU_TESTS)
 
+test-vllm: $(if $(VLLM_PYTHON),,$(VLLM_STAMP)) ## exports in vLLM, in .venv-vllm (3.5 GB, made once; VLLM_VENV=DIR: elsewhere)
+	$(TEST_ENV) HYDRA_REQUIRE=vllm "$(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python)" -m pytest -m "not gpu" --timeout 900 \
+	  tests/serving
+
+$(VLLM_STAMP): $(VLLM_NEEDS) pyproject.toml
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else 1)' || { \
+	  echo "error: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1); vLLM's wheel wants Python 3.11 or 3.12:" \
+	       "make test-vllm PYTHON=python3.11" >&2; exit 1; }
+	@"$(VLLM_VENV)/bin/python" -c '' 2> /dev/null || "$(PYTHON)" -m venv --clear "$(VLLM_VENV)"
+	"$(VLLM_VENV)/bin/python" -m pip install --disable-pip-version-check --requirement $(VLLM_NEEDS)
+	@# They come along, built for another torch, and then break transformers' imports.
+	"$(VLLM_VENV)/bin/python" -m pip uninstall --yes torchvision torchaudio torchcodec
+	"$(VLLM_VENV)/bin/python" -m pip install --disable-pip-version-check --no-deps --editable .
+	@touch "$@"
+
 lint: setup ## ruff (lint, format), mypy
 	"$(BIN)/ruff" check
 	"$(BIN)/ruff" format --check
@@ -119,5 +141,5 @@ format: setup ## rewrite the sources as the linter wants them
 	"$(BIN)/ruff" format
 
 clean: ## remove the environment, caches and the quickstart's output
-	rm -rf .venv .venv-py312 .venv-newest $(LAID_OVER) quickstart gpu-report .pytest_cache .mypy_cache .ruff_cache .hypothesis build ./*.egg-info
+	rm -rf .venv .venv-py312 .venv-newest .venv-vllm $(LAID_OVER) quickstart gpu-report .pytest_cache .mypy_cache .ruff_cache .hypothesis build ./*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

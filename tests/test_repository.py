@@ -43,6 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training", "evaluation", "planning"),
     ("train", "warm", "quickstart"),
     ("experiments",),
+    ("serving",),  # last: nothing may import it
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -54,6 +55,9 @@ GPU_LIBRARIES = (
     "fla",
     "apex",
 )
+
+OF_VLLM = tuple(f"megatron_hydra.serving.vllm.{module}" for module in ("gated_delta_net", "model"))
+"""Modules that import vLLM, which has an environment of its own."""
 
 
 def _files() -> list[Path]:
@@ -173,7 +177,7 @@ assert not heavy, f"import megatron_hydra loads {{heavy}}"
 names = [m.name for m in pkgutil.walk_packages(megatron_hydra.__path__, "megatron_hydra.")]
 kernels = [name for name in names if name.rpartition(".")[2].startswith("triton_")]
 assert all(name.startswith("megatron_hydra.ops.") for name in kernels), kernels
-names = [name for name in names if name not in kernels]
+names = [name for name in names if name not in kernels and name not in {of_vllm!r}]
 for name in names:
     importlib.import_module(name)
 print(len(names), "modules")
@@ -181,12 +185,15 @@ print(len(names), "modules")
 
 
 def test_every_module_imports_without_gpu_libraries() -> None:
-    """Only Triton's kernels, ``ops/triton_*.py``, need a library; they are imported when used.
+    """Only Triton's kernels, ``ops/triton_*.py``, and two modules of vLLM's plug-in need a library; they are
+    imported when used.
 
     Megatron-Core 0.18 and later import triton themselves: there it is seen only that no other is needed.
     """
     needed = ("triton",) if megatron_versions.needs_triton() else ()
-    program = _IMPORT_ALL.format(blocked=tuple(set(GPU_LIBRARIES) - set(needed)))
+    program = _IMPORT_ALL.format(
+        blocked=(*sorted(set(GPU_LIBRARIES) - set(needed)), "vllm"), of_vllm=OF_VLLM
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
     )
@@ -203,8 +210,10 @@ _DEVICE_QUESTION = re.compile(
 
 
 def test_only_the_platform_asks_what_machine_this_is() -> None:
-    """Kernels (``ops``) go by their tensors, exports (``hf``) stand alone, ``layer_spec`` chooses kernels."""
-    free = ("parallel/platform.py", "model/layer_spec.py", "ops/", "hf/")
+    """Kernels (``ops``) go by their tensors, exports (``hf``) stand alone, ``layer_spec`` chooses kernels; in a
+    serving engine the engine has chosen the device.
+    """
+    free = ("parallel/platform.py", "model/layer_spec.py", "ops/", "hf/", "serving/")
     wrong = []
     for path in PACKAGE.rglob("*.py"):
         if path.relative_to(PACKAGE).as_posix().startswith(free):

@@ -253,9 +253,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
 
     # In torch, for any device and dtype.
 
-    def _convolution(
-        self, x: torch.Tensor, state: torch.Tensor, batch: _Batch
-    ) -> torch.Tensor:
+    def _convolution(self, x: torch.Tensor, state: torch.Tensor, batch: _Batch) -> torch.Tensor:
         """Causal convolution of ``x [tokens, C]``; ``state [pages, C, W − 1]`` is brought up to date."""
         width = self.conv_weight.shape[1]
         weight = self.conv_weight.float()
@@ -270,7 +268,9 @@ class GatedDeltaNet(nn.Module, MambaBase):
             new = x[part]
             before = state[slot, :, : width - 1].T
             before = before.clone() if begun else torch.zeros_like(before)
-            position = torch.arange(width, width + len(new), device=x.device)  # `before` is always there
+            position = torch.arange(
+                width, width + len(new), device=x.device
+            )  # `before` is always there
             outputs.append(short_conv(new.float(), weight, position, before).to(x.dtype))
             state[slot, :, : width - 1] = final_conv_state(new, width, before).T
         return torch.cat(outputs)
@@ -307,8 +307,9 @@ class GatedDeltaNet(nn.Module, MambaBase):
             slots = batch.slots[part]
             before = state[slots].transpose(-1, -2).float()
             before = before.masked_fill(~batch.begun[part, None, None, None], 0.0)
-            chunks = (x[n : batch.tokens].float() for x in inputs)
-            o, after = chunked_gated_delta_rule(*chunks, tuple(batch.bounds.tolist()), before)
+            q, k, v, log_alpha, beta = (x[n : batch.tokens].float() for x in inputs)
+            bounds = tuple(batch.bounds.tolist())
+            o, after = chunked_gated_delta_rule(q, k, v, log_alpha, beta, bounds, before)
             out[n : batch.tokens] = o.to(out.dtype)
             state[slots] = after.transpose(-1, -2).to(state.dtype)
 

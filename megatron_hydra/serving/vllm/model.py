@@ -91,6 +91,9 @@ class HydraHeadAttention(nn.Module):
         self.layout = layout = AttentionLayout(config, layer, placement[layer][rank])
         self.tp_size = get_tensor_model_parallel_world_size()
         self.has_heads = bool(layout.fa or layout.gdn)
+        self.fa_q_norm: nn.Parameter | None
+        self.fa_k_norm: nn.Parameter | None
+        self.gamma: nn.Parameter | None
         if not self.has_heads:
             return
         biased = any(self._is_biased(block) for block in layout.projections)
@@ -111,9 +114,9 @@ class HydraHeadAttention(nn.Module):
             prefix=f"{prefix}.o_proj",
             return_bias=False,
         )
-        self.gamma: torch.Tensor | None = None
-        if self.switches["fusion"] != "concat":
-            self.gamma = nn.Parameter(torch.ones(layout.gamma.rows, dtype=torch.float32))
+        scales = nn.Parameter(torch.ones(layout.gamma.rows, dtype=torch.float32))
+        has = self.switches["fusion"] != "concat"
+        self.register_parameter("gamma", scales if has else None)
         if self.switches["fusion"] == "gated":
             self.register_buffer("order", torch.tensor(layout.gamma.taken), persistent=False)
         self.fa = nn.ModuleList(
@@ -159,13 +162,15 @@ class HydraHeadAttention(nn.Module):
         )
         branches = []
         if self.layout.fa:
-            branches.append((self._full_attention(parts, tables, log_scale), self._gate(parts, "fa")))
+            branches.append(
+                (self._full_attention(parts, tables, log_scale), self._gate(parts, "fa"))
+            )
         if self.gdn is not None:
             qkv = projected[:, : self.layout.channels]  # the first three blocks
             out = self.gdn(qkv, parts["gdn_b"], parts["gdn_a"], tables)
             branches.append((out, self._gate(parts, "gdn")))
-        scale = self.gamma
-        if self.switches["fusion"] == "gated":
+        scale: torch.Tensor | None = self.gamma
+        if scale is not None and self.switches["fusion"] == "gated":
             logits = parts["fusion_gate"].float()
             shares = torch.softmax(logits, dim=-1) * logits.shape[-1]
             scale = scale * shares.index_select(-1, self.order)
@@ -227,6 +232,7 @@ class HydraHeadAttention(nn.Module):
             start += block.rows
         start = 0
         for block in layout.convolutions:
+            assert self.gdn is not None
             add(f"{block.source}.weight", self.gdn.conv_weight, start, block)
             start += block.rows
         add("o_proj.weight", self.o_proj.weight, 0, layout.output, 1)
@@ -337,7 +343,7 @@ class HydraHeadModel(nn.Module):
             ["hidden_states", "residual"], config.hidden_size
         )
 
-    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed_input_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         """``[T]`` → ``[T, D]``."""
         return self.embed_tokens(input_ids)
 
@@ -377,13 +383,14 @@ class HydraHeadForCausalLM(
         config = vllm_config.model_config.hf_config
         self.config = config
         self.model = HydraHeadModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.lm_head: nn.Module = PPMissingLayer()
+        head: Any = PPMissingLayer()
         if get_pp_group().is_last_rank:
-            self.lm_head = ParallelLMHead(
+            head = ParallelLMHead(
                 config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
             )
             if config.tie_word_embeddings:
-                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+                head = head.tie_weights(self.model.embed_tokens)
+        self.lm_head = head
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
 

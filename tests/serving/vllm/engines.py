@@ -78,7 +78,11 @@ def save_export(
     for name, source in hf_export_files().items():
         shutil.copyfile(source, folder / name)
     path = folder / "config.json"
-    written = {**json.loads(path.read_text()), "architectures": [ARCHITECTURE], "auto_map": auto_map()}
+    written = {
+        **json.loads(path.read_text()),
+        "architectures": [ARCHITECTURE],
+        "auto_map": auto_map(),
+    }
     path.write_text(json.dumps(written))
     return model
 

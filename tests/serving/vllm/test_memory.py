@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.serving.vllm import engines
 
@@ -29,7 +30,9 @@ def test_bytes_of_a_token(name, tmp_path):
     with engines.engine(tmp_path) as llm:
         config = _groups(llm)
         layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-        attention = [g for g in config.kv_cache_groups if isinstance(g.kv_cache_spec, FullAttentionSpec)]
+        attention = [
+            g for g in config.kv_cache_groups if isinstance(g.kv_cache_spec, FullAttentionSpec)
+        ]
         states = [g for g in config.kv_cache_groups if isinstance(g.kv_cache_spec, MambaSpec)]
         per_token = sum(
             len(g.layer_names) * g.kv_cache_spec.page_size_bytes / g.kv_cache_spec.block_size
@@ -63,3 +66,32 @@ def test_states_are_those_of_the_largest_layer(tmp_path):
     (spec,) = specs
     d = engines.SHAPE["head_dim"]
     assert sorted(spec.shapes, key=len) == [(3, 3 * 6 * d), (6, d, d)]  # the layer without FA heads
+
+
+def test_what_a_long_sequence_takes_at_the_shape_of_qwen3_1_7b(tmp_path):
+    """56 FA heads scattered over 28 layers, bf16: nearly what FA heads and states need, in whole pages."""
+    import random
+
+    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+
+    layers, heads, d, tokens = 28, 16, 128, 32768
+    every = [(layer, head) for layer in range(layers) for head in range(heads)]
+    chosen = random.Random(0).sample(every, len(every) // 8)
+    fa = [sorted(h for layer, h in chosen if layer == index) for index in range(layers)]
+    shape = {"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": d}
+    engines.save_export(
+        tmp_path, fa, torch.bfloat16, **shape, max_position_embeddings=tokens, vocab_size=64
+    )
+    options = {"dtype": "bfloat16", "max_model_len": tokens, "enable_prefix_caching": False}
+    with engines.engine(tmp_path, **options) as llm:
+        cache = _groups(llm)
+        together = get_max_concurrency_for_kv_cache_config(llm.llm_engine.vllm_config, cache)
+        taken = cache.kv_cache_tensors[0].size / together
+    kv_heads = len({(layer, head // 2) for layer, head in chosen})
+    keys = kv_heads * 2 * d * 2 * tokens
+    states = sum((16 - len(f)) * (d * d * 4 + 3 * 3 * d * 2) for f in fa)
+    dense = layers * 8 * 2 * d * 2 * tokens
+    print(
+        f"{taken / (keys + states):.3f} of what is needed, {dense / taken:.2f} times fewer than dense"
+    )
+    assert keys + states <= taken < 1.25 * (keys + states)

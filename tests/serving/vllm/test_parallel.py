@@ -30,6 +30,8 @@ if __name__ == "__main__":
         for a in answers
     ]))
 """
+# On a CPU vLLM makes what passes between stages while it compiles, so eager mode ends in an assertion.
+PIPELINE = {"pipeline_parallel_size": 2, "enforce_eager": False}
 KINDS = {
     "tensor 2": ({"tensor_parallel_size": 2}, {}),
     "tensor 2, shared qkv, biases": (
@@ -41,8 +43,8 @@ KINDS = {
         {"hydra": {"gdn_kv": "gqa", "fusion": "gated"}, "num_key_value_heads": 2},
     ),
     "tensor 2, one KV head": ({"tensor_parallel_size": 2}, {"num_key_value_heads": 1}),
-    "pipeline 2": ({"pipeline_parallel_size": 2}, {}),
-    "pipeline 2, tied": ({"pipeline_parallel_size": 2}, {"tie_word_embeddings": True}),
+    "pipeline 2": (PIPELINE, {}),
+    "pipeline 2, tied": (PIPELINE, {"tie_word_embeddings": True}),
     "tensor 4": (
         {"tensor_parallel_size": 4},
         {
@@ -65,7 +67,7 @@ def test_answers(name, tmp_path):
         [sys.executable, program, tmp_path / "export", json.dumps(options), json.dumps(prompts)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
         check=False,
         env={
             **os.environ,
@@ -78,7 +80,9 @@ def test_answers(name, tmp_path):
     answers = [
         SimpleNamespace(
             token_ids=tokens,
-            logprobs=[{t: SimpleNamespace(logprob=p)} for t, p in zip(tokens, logprobs, strict=True)],
+            logprobs=[
+                {t: SimpleNamespace(logprob=p)} for t, p in zip(tokens, logprobs, strict=True)
+            ],
         )
         for tokens, logprobs in json.loads(line.removeprefix("ANSWERS "))
     ]

@@ -38,14 +38,14 @@ def test_options(export, options, named):
 
 
 def test_mixer(tmp_path):
-    engines.save_export(
-        tmp_path, [list(range(6))] * 2, hydra={"mixer": "token", "window": 8}
-    )
-    with pytest.raises(Exception, match="hydra.mixer='token'"), engines.engine(tmp_path):
+    engines.save_export(tmp_path, [list(range(6))] * 2, hydra={"mixer": "token", "window": 8})
+    with pytest.raises(Exception, match=r"hydra\.mixer='token'"), engines.engine(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("name", ["model.layers.3.self_attn.gamma", "model.layers.0.mlp.up_proj.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.3.self_attn.gamma", "model.layers.0.mlp.up_proj.weight"]
+)
 def test_tensors_that_do_not_fit(tmp_path, name):
     engines.save_export(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -66,5 +66,5 @@ def test_a_switch_that_is_unknown(tmp_path):
     config = json.loads(path.read_text())
     config["hydra"]["new_switch"] = 1
     path.write_text(json.dumps(config))
-    with pytest.raises(Exception, match="hydra.new_switch is unknown"), engines.engine(tmp_path):
+    with pytest.raises(Exception, match=r"hydra\.new_switch is unknown"), engines.engine(tmp_path):
         pass

@@ -66,7 +66,5 @@ def test_options(changes, named):
     [({}, 4, "num_attention_heads=6"), ({"intermediate_size": 100}, 3, "intermediate_size=100")],
 )
 def test_tensor_parallel(changes, size, named):
-    with pytest.raises(
-        HydraError, match=f"--tensor-parallel-size {size} does not divide {named}"
-    ):
+    with pytest.raises(HydraError, match=f"--tensor-parallel-size {size} does not divide {named}"):
         support.check_tensor_parallel(config(**changes), size)
