@@ -19,6 +19,8 @@ engines.need_vllm()
 
 from transformers import AutoTokenizer  # noqa: E402
 
+from megatron_hydra.serving.vllm import register  # noqa: E402
+
 FOLDER = os.environ.get("HYDRA_EXPORT")
 NEW = 24
 TEXT = Path(__file__).resolve().parents[3] / "README.md"
@@ -26,6 +28,7 @@ TEXT = Path(__file__).resolve().parents[3] / "README.md"
 
 @pytest.mark.skipif(not FOLDER, reason="HYDRA_EXPORT names no export")
 def test_answers():
+    register()  # so that no code of the folder is asked for
     model = engines.HydraHeadForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     tokens = AutoTokenizer.from_pretrained(FOLDER)(TEXT.read_text())["input_ids"]
     prompts = [tokens[start : start + n] for start, n in ((0, 3), (50, 40), (7, 333), (100, 1500))]
