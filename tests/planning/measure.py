@@ -78,7 +78,7 @@ def _trainee(config: RunConfig, model: ModelConfig, world: World) -> Trainee:
         teacher = freeze(_filled(build_chunks(model.dense(), config)))
     verb = VERBS[config.verb](config, world, teacher)
     chunks = wrap_for_training(_filled(build_chunks(model, config)), verb, config)
-    optimizer, _ = build_optimizer(chunks, config)
+    optimizer = build_optimizer(chunks, config)
     return Trainee(config, world, verb, chunks, optimizer, FaultKeeper(config.faults))
 
 
