@@ -60,11 +60,11 @@ def test_a_padded_batch_equals_single_sequences(folder, task, side, masked):
         for row in range(len(LENGTHS)):
             real = mask[row].bool()
             single = model(ids[row][real][None]).logits[0]
-            close(out[row] if task == "sequence" else out[row][real], single, 1e-5)
+            close(out[row] if task == "sequence" else out[row][real], single)
         hidden = model.model(ids, attention_mask=mask).last_hidden_state
     row = len(LENGTHS) - 1  # without padding
     head = model.score(hidden[row])
-    close(out[row], head[-1] if task == "sequence" else head, 1e-5)
+    close(out[row], head[-1] if task == "sequence" else head)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -110,7 +110,7 @@ def test_packed_documents_have_labels_of_their_own_tokens(folder):
     with torch.no_grad():
         out = model(**batch)
         singles = [model(tokens(1, n, seed=n)).logits for n in (5, 1, 7)]
-    close(out.logits, torch.cat(singles, dim=1), 1e-5)
+    close(out.logits, torch.cat(singles, dim=1))
 
 
 def test_what_would_be_misread_is_refused(folder):
