@@ -146,7 +146,8 @@ def plan_preparation(
 
 
 def _in_own_process(config: TokenizeConfig, units: list[Unit], seconds: float) -> Sample:
-    context = multiprocessing.get_context("spawn" if config.corpus.hub else "fork")
+    # Not forked: a process whose caller has threads, as torch starts them, may die of what it inherits.
+    context = multiprocessing.get_context("spawn")
     folder = tempfile.mkdtemp(prefix="hydra-plan-")
     try:
         with ProcessPoolExecutor(1, context) as pool:
