@@ -54,11 +54,19 @@ def rope(kind="default"):
 
 
 def make_model(heads=MIXED, hydra=None, **changes):
+    """:func:`random_model` of a small shape."""
+    return random_model(
+        HydraHeadConfig(
+            **{**SHAPE, "rope_parameters": rope(), **changes},
+            full_attention_heads=heads,
+            hydra=hydra,
+        )
+    )
+
+
+def random_model(config):
     """A model with non-trivial gates, norms, convolutions, and a decay so slow that leaks show."""
     torch.manual_seed(0)
-    config = HydraHeadConfig(
-        **{**SHAPE, "rope_parameters": rope(), **changes}, full_attention_heads=heads, hydra=hydra
-    )
     model = modeling.HydraHeadForCausalLM(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

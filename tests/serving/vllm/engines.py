@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ import pytest
 import torch
 
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
-from megatron_hydra.hf.export_files import ARCHITECTURE, auto_map, hf_export_files
 from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM
+from tests.hf.models import export, random_model
 from tests.required import VARIABLE
 
 # One process, so that the engine's parts can be looked at; no more threads than the machine gives.
@@ -61,29 +59,12 @@ def save_export(
     **changes: Any,
 ) -> HydraHeadForCausalLM:
     """Write a random export whose gates, norms, convolutions and slow decay are all seen in the output."""
-    torch.manual_seed(0)
     config = HydraHeadConfig(
         **{**SHAPE, "num_hidden_layers": len(heads), **changes},
         full_attention_heads=[list(layer) for layer in heads],
     )
-    model = HydraHeadForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("A_log"):
-                parameter.uniform_(-5, -3)
-            else:
-                parameter.add_(0.15 * torch.randn_like(parameter))
-    model = model.to(dtype)
-    model.save_pretrained(folder)
-    for name, source in hf_export_files().items():
-        shutil.copyfile(source, folder / name)
-    path = folder / "config.json"
-    written = {
-        **json.loads(path.read_text()),
-        "architectures": [ARCHITECTURE],
-        "auto_map": auto_map(),
-    }
-    path.write_text(json.dumps(written))
+    model = random_model(config).to(dtype)
+    export(model, folder)
     return model
 
 
