@@ -12,7 +12,7 @@ from typing import Any
 from megatron_hydra.arguments import path_argument, path_text, seed_argument
 from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.errors import HydraError, command
-from megatron_hydra.head_map import HeadMap
+from megatron_hydra.head_map import HeadMap, strategy_name
 from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
 from megatron_hydra.selection import (
     Constraints,
@@ -31,6 +31,7 @@ examples:
   tools/head_map.py diff interp.json random.json
   tools/head_map.py validate map.json --hf-path Qwen/Qwen3-1.7B
   tools/head_map.py cut map.json --ratio 7:1 --output map-7.json
+  tools/head_map.py cut map.json --ratio 15:1 --strategy global_interp --output map-15.json
   tools/head_map.py knockout map.json --hf-path Qwen/Qwen3-1.7B
   tools/head_map.py knockout map.json --hf-path models/tiny --probe-tokens 512 --heads 0 3 14 27
 
@@ -66,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     cut.add_argument(
         "--output", type=path_argument, required=True, help="the head map to write (JSON)"
     )
+    cut.add_argument(
+        "--strategy", default="", metavar="NAME",
+        help="another strategy that chooses by the same scores, as global_interp and layer_interp for a "
+        "map of global_interp_c (default: that of the map)",
+    )  # fmt: skip
     cut.add_argument("--granularity", choices=["query_head", "kv_group"],
                      help="default: that of the map")  # fmt: skip
     cut.add_argument(
@@ -121,7 +127,7 @@ def _cut(args: argparse.Namespace) -> None:
     constraints = Constraints(
         args.granularity or head_map.granularity, args.min_per_layer, args.max_per_layer
     )
-    made = recut(head_map, args.ratio, constraints, args.map)
+    made = recut(head_map, args.ratio, constraints, args.map, strategy_name(args.strategy))
     made.save(args.output)
     print(f"{args.output}: {made.num_full_attention} full-attention heads")
 

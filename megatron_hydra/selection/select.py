@@ -290,18 +290,24 @@ def _with_text(
 
 
 def recut(
-    head_map: HeadMap, ratio: str, constraints: Constraints | None = None, source: str = "head map"
+    head_map: HeadMap,
+    ratio: str,
+    constraints: Constraints | None = None,
+    source: str = "head map",
+    strategy: str = "",
 ) -> HeadMap:
-    """The map that the same scores give at another ratio; nothing is measured.
+    """The map that the same scores give at another ratio or by another strategy; nothing is measured.
 
     Args:
         head_map: with scores.
         ratio: GDN:FA.
         constraints: on the choice; default: none.
         source: the map's file, for messages.
+        strategy: another one that chooses by the same scores; "": the map's.
 
     Raises:
-        HydraError: a map without scores, or constraints that contradict the ratio.
+        HydraError: a map without scores, a strategy that chooses by other scores, or constraints that
+            contradict the ratio.
     """
     scores = head_map.details.get("unified_score")
     if scores is None or head_map.strategy not in STRATEGIES:
@@ -309,9 +315,17 @@ def recut(
             f"{source}: strategy {head_map.strategy} has left no scores to cut at another ratio; select again "
             "with tools/select_heads.py --ratio"
         )
+    strategy = strategy or head_map.strategy
+    measured = STRATEGIES[head_map.strategy].score
+    alike = [name for name, one in STRATEGIES.items() if one.score is measured]
+    if strategy not in alike:
+        raise HydraError(
+            f"--strategy {strategy}: {source} has the scores of {head_map.strategy}, which serve "
+            f"{', '.join(alike)} only; select with tools/select_heads.py --strategy {strategy}"
+        )
     options = SelectionOptions(constraints=constraints or Constraints())
     context = Context(head_map.model, ratio, head_map.seed, options)
-    chosen = STRATEGIES[head_map.strategy].choose(context, Scored({}, np.array(scores)))
+    chosen = STRATEGIES[strategy].choose(context, Scored({}, np.array(scores)))
     details = head_map.details | {"cut_from": head_map.fingerprint()}
     if "trust" in details:
         weights = details["options"]["task_weights"]
@@ -324,6 +338,7 @@ def recut(
     return dataclasses.replace(
         head_map,
         full_attention_heads=chosen,
+        strategy=strategy,
         ratio=ratio,
         granularity=options.constraints.granularity,
         details=details,

@@ -533,5 +533,6 @@ def test_the_command_cuts_a_map(
     assert HeadMap.load(output).ratio == "5:1"
     assert cut("--ratio", "2:1", "--granularity", "kv_group", "--force") == 0
     assert HeadMap.load(output).granularity == "kv_group"
+    assert cut("--ratio", "2:1", "--strategy", "global_interp", "--force") == 2  # has other scores
     dataclasses.replace(found[0], details={}).save(source)
     assert cut("--ratio", "2:1", "--force") == 2

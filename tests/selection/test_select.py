@@ -22,6 +22,7 @@ from megatron_hydra.selection import (
     knockout,
     noising,
     patching,
+    recut,
     select_heads,
 )
 from tests.selection.helpers import Pairs, tiny_model
@@ -158,6 +159,11 @@ def test_at_least_one_head_in_every_layer_and_then_the_best(planted: Planted) ->
     first = {next(h for h in found.ranking if h[0] == layer) for layer in range(5)}
     rest = [head for head in found.ranking if head not in first]
     assert chosen == first | set(rest[:5])
+    assert heads_of(recut(found, "2:1", strategy="global_interp")) == heads_of(free)
+    even = recut(found, "2:1", strategy="layer_interp")
+    assert (even.strategy, [len(x) for x in even.full_attention_heads]) == ("layer_interp", [2] * 5)
+    with pytest.raises(HydraError, match="serve global_interp_c, global_interp, layer_interp only"):
+        recut(found, "2:1", strategy="attention_mass")
 
 
 def test_fewer_heads_than_layers_are_refused_with_the_way_out(
