@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ examples:
       --tasks niah_single_2,niah_multikey_1 --lengths 4K,16K,64K --depths 11 --output runs/eval
   python tools/evaluate.py --model exports/hydra --trust-remote-code \\
       --lm-eval arc_easy,hellaswag --output runs/lm_eval
+  python tools/evaluate.py --model models/dense --tasks niah_single_2 --lengths 32K --output runs/yarn \\
+      --model-config '{{"rope_parameters": {{"rope_type": "yarn", "rope_theta": 1e5, "factor": 4,
+      "original_max_position_embeddings": 8192}}}}'
   torchrun --nproc-per-node 8 -m tools.evaluate --checkpoint runs/finetune/checkpoints \\
       --tasks niah_single_2 --lengths 512K --output runs/eval_512k parallel.tensor=2 parallel.context=4
 """
@@ -59,6 +63,16 @@ def _depths(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise HydraError(f"--depths: {text!r} is neither a number nor a list of 0 … 1") from None
+
+
+def _changes(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise HydraError(f"--model-config is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise HydraError(f"--model-config {text} must be a JSON object, {{key: value}}")
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,6 +143,13 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens of a prompt passed at a time, 0: all (default: 8192 where known to be exact)",
     )
     add("--cache-length", type=int, default=512, help="prompt that measures the cache; 0: do not")
+    add(
+        "--model-config",
+        type=_changes,
+        default={},
+        metavar="JSON",
+        help="of --model: keys of its config.json with other values, as YaRN in the examples",
+    )
     add("--dtype", default="auto", choices=sorted(DTYPES), help="(%(default)s: as stored)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (%(default)s)")
     add(
@@ -216,6 +237,7 @@ def _hugging_face(args: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
         trust_remote_code=trust,
         dtype=args.dtype,
         device=args.device,
+        changes=args.model_config,
     )
     leave_if_stopped()  # loading takes minutes where models are large
     yield model, tokenizer
@@ -228,6 +250,7 @@ def _megatron(args: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
         ("--prefill-chunk", args.prefill_chunk is not None),
         ("--device", args.device != "auto"),
         ("--lm-eval", args.lm_eval),
+        ("--model-config", args.model_config),
     ):
         if given:
             raise HydraError(

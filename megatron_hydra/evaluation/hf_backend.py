@@ -60,7 +60,9 @@ class HfBackend:
         vectors = {n: p for n, p in self.model.named_parameters() if p.ndim == 1}
         if not vectors:
             vectors = dict(list(self.model.named_parameters())[:1])
-        return {
+        rope = getattr(self.model.config, "rope_parameters", None) or {}
+        scaled = rope.get("rope_type", "default") != "default"  # the same weights, another model
+        return ({"rope_parameters": dict(rope)} if scaled else {}) | {
             "model_type": getattr(self.model.config, "model_type", ""),
             "weights": fingerprint_tensors(vectors),
             "dtype": str(getattr(self.model, "dtype", torch.float32)).removeprefix("torch."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def load_model(
     trust_remote_code: bool = False,
     dtype: str = "auto",
     device: str = "auto",
+    changes: Mapping[str, Any] | None = None,
 ) -> Any:
     """A causal model in eval mode.
 
@@ -30,11 +32,13 @@ def load_model(
         trust_remote_code: run the modelling code that the folder carries.
         dtype: ``auto`` (as stored), ``fp32``, ``bf16`` or ``fp16``.
         device: ``auto`` (the GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, …
+        changes: keys of the folder's ``config.json`` with other values, as ``rope_parameters`` of YaRN.
 
     Raises:
-        HydraError: no such folder, no safetensors in it, its own code and no permission to run it.
+        HydraError: no such folder, no safetensors in it, its own code and no permission to run it, a
+            changed key that the model's config does not have.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     path = checked_folder(folder, trust_remote_code, revision)
     if dtype not in DTYPES:
@@ -44,13 +48,22 @@ def load_model(
 
         device = str(platform.device())
     try:
+        words = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        known = AutoConfig.from_pretrained(path, **words)
+        if unknown := [key for key in changes or {} if not hasattr(known, key)]:
+            raise HydraError(
+                f"--model-config: the config of {path} has no key {', '.join(unknown)}"
+            )
         model = AutoModelForCausalLM.from_pretrained(
             path,
+            config=AutoConfig.from_pretrained(path, **words, **(changes or {})),
             trust_remote_code=trust_remote_code,
             dtype=DTYPES[dtype],
             use_safetensors=True,
             local_files_only=True,
         )
+    except HydraError:
+        raise
     except Exception as error:  # of a damaged config, transformers raises what it likes
         raise HydraError(f"model {path} cannot be loaded: {error}") from error
     try:

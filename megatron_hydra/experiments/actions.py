@@ -211,7 +211,13 @@ def evaluate(context: Context) -> None:
         _renew_code(folder)
     trust = body["trust_remote_code"] or carries_our_code(folder)
     run_evaluation(
-        load_model(folder, trust_remote_code=trust, dtype=body["dtype"], device=body["device"]),
+        load_model(
+            folder,
+            trust_remote_code=trust,
+            dtype=body["dtype"],
+            device=body["device"],
+            changes=body.get("model_config"),
+        ),
         load_tokenizer(folder, trust_remote_code=trust),
         [context.place(task) for task in places["tasks"]],
         body["lengths"],

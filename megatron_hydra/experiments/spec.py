@@ -161,7 +161,8 @@ class EvaluationSpec:
     """How a model is scored: the options of ``tools/evaluate.py``.
 
     ``lm_eval`` lists tasks of lm-evaluation-harness, ``lm_eval_include`` is a folder with such tasks of
-    one's own, ``lm_eval_limit`` takes the first questions of each only.
+    one's own, ``lm_eval_limit`` takes the first questions of each only. ``model_config``: keys of the model's
+    ``config.json`` with other values, in a row with ``hf_model``.
     """
 
     tasks: tuple[str, ...] = ()
@@ -178,6 +179,7 @@ class EvaluationSpec:
     lm_eval: tuple[str, ...] = dataclasses.field(default=(), metadata=_LATER)
     lm_eval_include: str = dataclasses.field(default="", metadata=_LATER)
     lm_eval_limit: int = dataclasses.field(default=0, metadata=_LATER)
+    model_config: dict = dataclasses.field(default_factory=dict, metadata=_LATER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -535,6 +537,11 @@ def _check(spec: CellSpec, where: str) -> None:
         raise HydraError(f"{where}: evaluation.lm_eval_limit must be 0 (all questions) or more")
     if spec.hf_revision and spec.hf_model in ("", TEACHER):
         raise HydraError(f"{where}: hf_revision is of a Hub name in hf_model, which is not given")
+    if evaluation.model_config and not spec.hf_model:
+        raise HydraError(
+            f"{where}: evaluation.model_config belongs to a row with hf_model; a student has the config "
+            "that it was trained with"
+        )
     if len(spec.student.half_life) not in (0, 2):
         raise HydraError(f"{where}: student.half_life is [least, most], in tokens")
     if spec.hf_model and spec.hydra:

@@ -72,6 +72,21 @@ def test_plain_model_needs_no_flag(tool, tokenizer, tmp_path, capsys):
     assert tool.main(line) == 0  # ids need no tokenizer
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["tasks"]["ids"]["600"]["samples"] == 1
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4,
+        "original_max_position_embeddings": 64,
+    }
+    changed = [*line, "--model-config", json.dumps({"rope_parameters": rope})]
+    assert (
+        tool.main(changed) == 2
+    )  # the same weights, another model: not the evaluation in --output
+    assert tool.main([*changed, "--force"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["settings"]["rope_parameters"] == rope
+    assert tool.main([*line, "--force", "--model-config", '{"rop": 1}']) == 2
+    assert "has no key rop" in capsys.readouterr().err
     assert tool.main(arguments(tmp_path / "model", tmp_path / "text")) == 2
     assert "needs the model's tokenizer" in capsys.readouterr().err
 
@@ -84,6 +99,8 @@ def test_plain_model_needs_no_flag(tool, tokenizer, tmp_path, capsys):
         (("--depths", "a,b"), "--depths"),
         (("--depths", "0,2"), "must lie in 0..1"),
         (("--haystack", "/none"), "--haystack /none cannot be read"),
+        (("--model-config", "[1]"), "--model-config [1] must be a JSON object"),
+        (("--model-config", "x"), "--model-config is not JSON"),
         (("--model", "/none"), "is not a Hugging Face model folder"),
     ],
 )

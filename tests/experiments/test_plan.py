@@ -219,14 +219,17 @@ def test_the_chain_plans_with_its_own_base(tmp_path, monkeypatch):
 
     real = CONFIGS / "experiments" / "real"
     base = tmp_path / "base.yaml"
+    (tmp_path / "text.jsonl").write_text('{"tokens": [1, 2]}\n')
     base.write_text(
         f"include: {real / 'base.yaml'}\nbase: {{teacher: {{model: {shipped_teacher()}}}}}\n"
+        f"constants: {{gates: {{strategy: learned_gates, text: {tmp_path / 'text.jsonl'}}}}}\n"
     )
     for name in ("prose", "docs", "long"):
         indexed(tmp_path / "data" / "smollm2_135m" / name, name.encode())
     monkeypatch.chdir(tmp_path)
 
-    tables = [load_experiment(path, base) for path in (CONFIGS / "experiments").glob("*.yaml")]
+    files = [*(CONFIGS / "experiments").glob("*.yaml"), real / "main.yaml", real / "scaling.yaml"]
+    tables = [load_experiment(path, base) for path in files]
     assert make_plan((cell for table in tables for cell in table.cells), fetch=False).cells
 
     def training(scale):
@@ -431,6 +434,8 @@ def test_the_shipped_experiments_plan_with_a_real_models_recipe(tmp_path, monkey
     shared = CONFIGS / "experiments" / "shared" / "qwen3_1.7b.yaml"
     base = tmp_path / "base.yaml"
     text = shared.read_text().replace("Qwen/Qwen3-1.7B", str(shipped_teacher()))
+    (tmp_path / "text.jsonl").write_text('{"tokens": [1, 2]}\n')
+    text = text.replace("../../data/qwen3_1.7b/", f"{tmp_path}/")
     base.write_text(text.replace("../../", f"{CONFIGS}/"))
     for name in ("fineweb_edu", "finemath", "stack_edu", "smoltalk", "finepdfs", "pg19"):
         indexed(tmp_path / "data" / name, name.encode())
