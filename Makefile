@@ -117,7 +117,7 @@ test-gpu: $(if $(GPU_PYTHON),,setup) ## the public commands on this machine's GP
 	  -ra -v -m gpu $(GPU_TESTS)
 
 test-vllm: $(if $(VLLM_PYTHON),,$(VLLM_STAMP)) ## exports in vLLM, in .venv-vllm (3.5 GB, made once; VLLM_VENV=DIR: elsewhere)
-	$(TEST_ENV) HYDRA_REQUIRE=vllm "$(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python)" -m pytest -m "not gpu" --timeout 900 \
+	$(TEST_ENV) HYDRA_REQUIRE=vllm "$(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python)" -m pytest --timeout 900 \
 	  tests/serving
 
 $(VLLM_STAMP): $(VLLM_NEEDS) pyproject.toml

@@ -137,11 +137,12 @@ class GatedDeltaNet(nn.Module, MambaBase):
         self.config, self.layout, self.prefix = config, layout, prefix
         self.vllm_config = vllm_config
         self.head_dim = config.head_dim
-        self.num_heads = len(layout.gdn)
+        # Not `num_heads`: by an attribute of that name vLLM parts the layers that share metadata.
+        self.local_heads = len(layout.gdn)
         self.shapes = state_shapes(config, vllm_config.parallel_config.tensor_parallel_size)
         self.kv_cache: tuple[torch.Tensor, ...] = (torch.tensor([]), torch.tensor([]))
-        self.A_log = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.zeros(self.local_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.zeros(self.local_heads, dtype=torch.float32))
         if layout.convolutions:
             width = config.hydra["conv_width"]
             self.conv_weight = nn.Parameter(torch.zeros(layout.channels, width))
@@ -150,7 +151,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
             self.register_parameter(name, weight)
         index = torch.tensor(layout.gdn_kv_of)
         self.register_buffer("kv_of", index, persistent=False)
-        self.spread = layout.gdn_kv_of != list(range(self.num_heads))
+        self.spread = layout.gdn_kv_of != list(range(self.local_heads))
         context = vllm_config.compilation_config.static_forward_context
         if prefix in context:
             raise ValueError(f"layer {prefix} was registered twice")
@@ -186,7 +187,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
             tables: cos and sin, fp32 ``[T, 1, d]``.
         """
         # Zeros: rows beyond the batch (graphs have fixed sizes) are normalised later.
-        out = qkv.new_zeros(qkv.shape[0], self.num_heads, self.head_dim)
+        out = qkv.new_zeros(qkv.shape[0], self.local_heads, self.head_dim)
         operator = getattr(torch.ops.vllm, GDN_OP)
         operator(qkv, b, a, *tables, out, _encode_layer_name(self.prefix))
         return out
@@ -212,7 +213,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
         if not is_conv_state_dim_first():
             conv_state = conv_state.transpose(-1, -2)
         conv_state = conv_state[:, : self.layout.channels]
-        state = state[:, : self.num_heads]
+        state = state[:, : self.local_heads]
         fast = self._has_kernels(qkv)
         qkv = qkv[:tokens]
         if self.layout.convolutions:
@@ -236,7 +237,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
     def _prepared(
         self, qkv: torch.Tensor, tables: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        n, m, d = self.num_heads, len(self.layout.gdn_kv), self.head_dim
+        n, m, d = self.local_heads, len(self.layout.gdn_kv), self.head_dim
         q, k, v = (x.unflatten(-1, (-1, d)) for x in qkv.split((n * d, m * d, m * d), dim=-1))
         prepare: Any = prepare_heads
         if qkv.is_cuda:

@@ -18,8 +18,10 @@ from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM
 from tests.hf.models import export, random_model
 from tests.required import VARIABLE
 
-# One process, so that the engine's parts can be looked at; no more threads than the machine gives.
+# One process, so that the engine's parts can be looked at; no more threads than the machine gives; on a GPU,
+# Triton's products of fp32 numbers in fp32 (its own default rounds them to TF32).
 ENVIRONMENT = {
+    "TRITON_F32_DEFAULT": "ieee",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -41,6 +43,8 @@ SHAPE = {
 UNEVEN = [[1, 2, 3], [], [0, 1, 2, 3, 4, 5], [4]]
 NEW = 12
 """Tokens generated for each prompt."""
+CACHE_BYTES = 1 << 30
+"""What an engine reserves for its cache, as ``VLLM_CPU_KVCACHE_SPACE`` says it on a CPU."""
 
 
 def need_vllm() -> None:
@@ -81,6 +85,8 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
         "max_num_seqs": 8,
         "disable_log_stats": False,  # what happened is read from its metrics
     }
+    if torch.cuda.is_available():  # not the whole card, so that several tests may share it
+        defaults |= {"kv_cache_memory_bytes": CACHE_BYTES, "gpu_memory_utilization": 0.1}
     llm = LLM(model=str(folder), **{**defaults, **options})
     try:
         yield llm
@@ -131,6 +137,25 @@ def check(model: HydraHeadForCausalLM, prompt: list[int], answer: Any, tolerance
     apart = (given - chosen).abs().max().item()
     assert apart <= tolerance, f"{len(prompt)} tokens of prompt: |Δ logprob| {apart}"
     return apart
+
+
+@torch.no_grad()
+def check_rounded(
+    model: HydraHeadForCausalLM, prompt: list[int], answer: Any, tolerance: float = 3.0
+) -> float:
+    """As :func:`check`, for an export in 16 bits; its own rounding is the unit of ``tolerance``.
+
+    The rounding is how far the export is, on the answer, from itself in fp32.
+    """
+    wide = HydraHeadForCausalLM(model.config).eval()
+    wide.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    tokens = torch.tensor([prompt + list(answer.token_ids)])
+    part = slice(len(prompt) - 1, -1)
+    own, true = (
+        m(tokens, use_cache=False).logits[0, part].float().log_softmax(-1) for m in (model, wide)
+    )
+    rounding = (own - true).abs().max().item()
+    return check(wide, prompt, answer, tolerance * rounding) / rounding
 
 
 def metric(llm: Any, name: str) -> float:

@@ -13,6 +13,7 @@ def test_toy_run(tmp_path):
     from benchmarks import serving
 
     flags = ["--tiny", "--eager", "--requests", "3", "--new-tokens", "4", "--repeats", "1"]
+    flags += ["--memory", "0.1"]
     assert serving.main([*flags, "--output", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "serving.json").read_text())["rows"]
     assert [(r["model"], r["prompt_tokens"]) for r in rows] == [

@@ -63,6 +63,13 @@ def test_states_are_those_of_the_largest_layer(tmp_path):
             for g in _groups(llm).kv_cache_groups
             if isinstance(g.kv_cache_spec, MambaSpec)
         }
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        parts = [
+            len(groups)
+            for groups in worker.model_runner.attn_groups
+            if isinstance(groups[0].kv_cache_spec, MambaSpec)
+        ]
+    assert parts and set(parts) == {1}  # one metadata for all layers, however many heads each has
     (spec,) = specs
     d = engines.SHAPE["head_dim"]
     assert sorted(spec.shapes, key=len) == [(3, 3 * 6 * d), (6, d, d)]  # the layer without FA heads

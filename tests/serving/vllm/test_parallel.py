@@ -1,4 +1,4 @@
-"""Several ranks on this machine's CPU: tensor parallel and pipeline parallel.
+"""Several ranks on this machine's CPU or GPUs: tensor parallel and pipeline parallel.
 
 The engine runs in processes of its own here, so a program of its own starts it and prints the answers.
 """
@@ -6,12 +6,14 @@ The engine runs in processes of its own here, so a program of its own starts it 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.serving.vllm import engines
 
@@ -30,6 +32,7 @@ if __name__ == "__main__":
         for a in answers
     ]))
 """
+SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
 # On a CPU vLLM makes what passes between stages while it compiles, so eager mode ends in an assertion.
 PIPELINE = {"pipeline_parallel_size": 2, "enforce_eager": False}
 KINDS = {
@@ -56,6 +59,9 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_answers(name, tmp_path):
     options, changes = KINDS[name]
+    ranks, cards = math.prod(options.get(key, 1) for key in SIZES), torch.cuda.device_count()
+    if cards and cards < ranks:
+        pytest.skip(f"{ranks} GPUs are needed, there are {cards}")
     model = engines.save_export(tmp_path / "export", **changes)
     prompts = engines.random_prompts([1, 3, 40, 150])
     program = tmp_path / "program.py"
@@ -69,7 +75,9 @@ def test_answers(name, tmp_path):
         env={
             **os.environ,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "PYTHONPATH": os.getcwd(),
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, (os.getcwd(), os.environ.get("PYTHONPATH")))
+            ),
         },
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

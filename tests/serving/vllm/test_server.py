@@ -12,8 +12,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 from types import SimpleNamespace
+
+import torch
 
 from tests.serving.vllm import engines
 
@@ -65,7 +66,7 @@ def _vllm(scratch):
     """The command ``vllm``."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("vllm")
-        return [str(Path(sys.executable).with_name("vllm"))]
+        return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
     (scratch / "vllm_command.py").write_text(PROGRAM)
     return [sys.executable, str(scratch / "vllm_command.py")]
 
@@ -75,6 +76,9 @@ def _server(folder, log):
     port = _free_port()
     command = [*_vllm(folder.parent), "serve", str(folder)]
     command += ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32"]
+    if torch.cuda.is_available():
+        command += ["--kv-cache-memory-bytes", str(engines.CACHE_BYTES)]
+        command += ["--gpu-memory-utilization", "0.1"]
     environment = {
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
