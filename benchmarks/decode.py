@@ -31,6 +31,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from benchmarks import _harness as harness
 from megatron_hydra.errors import HydraError, command
+from megatron_hydra.hf import decode_hydrahead
 from megatron_hydra.hf.cache_hydrahead import HydraHeadCacheLayer
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
 from megatron_hydra.hf.modeling_hydrahead import CACHE_NAME, HydraHeadForCausalLM
@@ -373,6 +374,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--chunk", type=int, default=0, help="prefill chunk (default 0: one call)")
     parser.add_argument("--prefill-repeats", type=int, default=3, help="prefills (default 3)")
+    parser.add_argument("--single-operators", action="store_true",
+                        help="of hydra: without the fused kernels of a decode step")  # fmt: skip
     parser.add_argument("--bf16", action="store_true", help="bf16 on the CPU too")
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the script out")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU (default 1)")
@@ -381,6 +384,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = harness.chosen_device(args)
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
+    if args.single_operators:
+        decode_hydrahead.triton = None  # type: ignore[assignment]
     models = build(args, device)
     report = harness.Report("decode", args, device)
     config = models["dense"].config
