@@ -1,27 +1,44 @@
 #!/usr/bin/env python3
-"""Decoding of the exported model against the dense model of the same shape, in Hugging Face format.
+"""Prefill and decoding of the exported model against the dense model of the same shape, in Hugging Face format.
 
-Both have random weights and get the same prompt of ``--sizes`` tokens. Prefills take turns, then decode
-steps do: one token of the one, one token of the other. Bytes held are counted from the tensors of both
-caches. ``--compile`` times both once more with torch.compile over their layers, after all else.
+Both have random weights. Peers take turns: one prefill, or one token, of the one, then of the other.
+
+Prefill (``--prefill-sizes``): a prompt is read in one call, as generate() does it.
+
+Decode (``--sizes``): batch 1, one greedy token a call. The caches are not read from a prompt but filled with
+random numbers: what a token costs does not depend on them. ``--modes`` names the ways:
+
+  eager     without CUDA graphs, transformers' dynamic cache, as generate() does it by default
+  graph     transformers' static cache, the whole step captured as one CUDA graph by hand
+  compiled  transformers' static cache, torch.compile(mode="reduce-overhead"), as generate() does it with
+            cache_implementation="static"; minutes of compilation a size
+
+Batch (``--batch-sizes``): tokens a second at the largest batch that fits in memory, each model alone in it;
+found by bisection. Bytes held are counted from the tensors of the caches.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from benchmarks import _harness as harness
-from megatron_hydra.errors import command
+from megatron_hydra.errors import HydraError, command
+from megatron_hydra.hf import decode_hydrahead
+from megatron_hydra.hf.cache_hydrahead import HydraHeadCacheLayer
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
-from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM
+from megatron_hydra.hf.modeling_hydrahead import CACHE_NAME, HydraHeadForCausalLM
 
-EXAMPLE = "python -m benchmarks.decode --device cpu --layers 2 --sizes 8K --threads 2"
+EXAMPLE = (
+    "python -m benchmarks.decode --device cpu --layers 2 --sizes 8K --threads 2 --prefill-sizes 8K"
+)
 SHAPE: dict[str, Any] = {
     "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
     "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
@@ -29,15 +46,24 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 40960, "tie_word_embeddings": True,
 }  # fmt: skip
 """Qwen3-1.7B's."""
+TINY = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
+}  # fmt: skip
+"""What ``--tiny`` changes."""
+
+ROOM = 256
+"""Columns of a static cache beyond the prompt; when they are full, decoding goes back to the prompt's end."""
+
+Step = Callable[[], None]
 
 
 def build(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Dense and hybrid with random weights; a 7:1 head map, the same in all layers."""
     torch.manual_seed(args.seed)
     dtype = torch.bfloat16 if device.type == "cuda" or args.bf16 else torch.float32
-    shape = SHAPE | {"num_hidden_layers": args.layers}
+    shape = SHAPE | {"num_hidden_layers": args.layers} | (TINY if args.tiny else {})
     dense = transformers.Qwen3Config(**shape)
-    heads = [list(range(0, 16, 16 // args.fa_heads))] * args.layers
+    heads = [list(range(0, 16, 16 // args.fa_heads))] * shape["num_hidden_layers"]
     hydra = HydraHeadConfig(
         **shape, family="qwen3", qk_norm=True, full_attention_heads=heads, hydra={}
     )
@@ -53,114 +79,326 @@ def build(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {name: model.to(dtype).eval().requires_grad_(False) for name, model in made.items()}
 
 
+def free(device: torch.device) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# -- caches ---------------------------------------------------------------------------------------
+
+
 def cache_bytes(cache: Any) -> int:
     """Bytes of what a cache holds, by its own tensors."""
-    if hasattr(cache, "kv_bytes"):
-        return cache.kv_bytes() + cache.state_bytes()
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for layer in cache.layers
-        for tensor in (layer.keys, layer.values)
-    )
+    total = 0
+    for layer in cache.layers:
+        names = ("keys", "values", *getattr(layer, "MEMORIES", ()))
+        tensors = [getattr(layer, name) for name in names]
+        total += sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return total
+
+
+@torch.inference_mode()
+def filled_cache(model: Any, batch: int, length: int, room: int | None) -> Any:
+    """A cache as after a prompt of ``length`` tokens, of random numbers.
+
+    Args:
+        room: columns of a static cache beyond them; ``None``: a dynamic cache.
+    """
+    if room is None:
+        cache: Any = DynamicCache(config=model.config)
+    else:
+        cache = StaticCache(config=model.config, max_cache_len=length + room)
+    token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+    model(token, use_cache=True, **{CACHE_NAME: cache})  # makes every tensor
+    for layer in cache.layers:
+        for name in getattr(layer, "MEMORIES", ()):
+            if getattr(layer, name) is not None:
+                getattr(layer, name).normal_()
+        for name in ("keys", "values"):
+            held = getattr(layer, name)
+            if held is None:  # a layer without full attention
+                continue
+            if room is None:
+                held = held.new_empty(*held.shape[:2], length, held.shape[3])
+                setattr(layer, name, held)
+            held.normal_()
+    rewind(cache, length)
+    return cache
+
+
+def rewind(cache: Any, length: int) -> None:
+    """Say that a cache holds ``length`` tokens.
+
+    Raises:
+        HydraError: it keeps no such number.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, HydraHeadCacheLayer):
+            if isinstance(layer.length, torch.Tensor):
+                layer.length.fill_(length)
+            else:
+                layer.length = length
+            if layer.lengths is not None:
+                layer.lengths.fill_(length)
+        elif hasattr(layer, "cumulative_length"):
+            layer.cumulative_length.fill_(length)
+        elif type(layer).__name__ != "DynamicLayer":  # which counts its keys
+            raise HydraError(
+                f"transformers {transformers.__version__}: a {type(layer).__name__} does not keep its "
+                "length in a tensor, so a step cannot be captured: use --modes eager, or a newer transformers"
+            )
+
+
+# -- what is timed --------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def prefill(model: Any, prompt: torch.Tensor, chunk: int) -> Any:
-    """The cache of a prompt, read in chunks."""
+    """The cache of a prompt, read in chunks; 0: in one call."""
     cache = None
-    for start in range(0, prompt.shape[1], chunk):
-        part = prompt[:, start : start + chunk]
-        output = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+    for start in range(0, prompt.shape[1], chunk or prompt.shape[1]):
+        part = prompt[:, start : start + (chunk or prompt.shape[1])]
+        output = model(part, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
+        cache = output[CACHE_NAME]
     return cache
 
 
-def decoder(model: Any, cache: Any, token: torch.Tensor) -> Callable[[], None]:
-    """One greedy step; the cache grows by a token a call."""
-    state = {"token": token}
+def decoder(forward: Callable[..., Any], cache: Any, token: torch.Tensor) -> Step:
+    """One greedy step: reads and writes ``token`` ``[B, 1]`` and the cache, always in the same places."""
 
     @torch.inference_mode()
     def step() -> None:
-        output = model(state["token"], past_key_values=cache, use_cache=True)
-        state["token"] = output.logits[:, -1:].argmax(-1)
+        output = forward(token, use_cache=True, **{CACHE_NAME: cache})
+        token.copy_(output.logits[:, -1:].argmax(-1))
 
     return step
 
 
-def compile_layers(models: dict[str, Any]) -> None:
-    """Compile the layers of both models in place: eager timings come before this."""
-    for model in models.values():
-        for layer in model.model.layers:
-            layer.compile(dynamic=True)
+def decode_step(model: Any, batch: int, length: int, mode: str) -> tuple[Step, Any]:
+    """The function that decodes one token behind ``length`` others in one of the ways, and its cache."""
+    static = mode != "eager"
+    cache = filled_cache(model, batch, length, ROOM if static else None)
+    token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+    forward = model.forward
+    if mode == "compiled":
+        forward = torch.compile(forward, mode="reduce-overhead", fullgraph=True)
+    step = decoder(forward, cache, token)
+    if not static:
+        return step, cache
+    if mode == "graph" and model.device.type == "cuda":
+        step = harness.graphed(step)
+    left = [ROOM - 4]  # the warm-up before a capture is a step too
+
+    @torch.inference_mode()
+    def bounded() -> None:
+        if not left[0]:
+            rewind(cache, length)
+            left[0] = ROOM - 4
+        left[0] -= 1
+        if mode == "compiled":
+            torch.compiler.cudagraph_mark_step_begin()
+        step()
+
+    return bounded, cache
 
 
-def measure_size(
+# -- the rows -------------------------------------------------------------------------------------
+
+
+def measure_prefill(
     length: int,
     models: dict[str, Any],
     args: argparse.Namespace,
     device: torch.device,
     report: harness.Report,
-    suffix: str = "",
 ) -> None:
-    """Prefill and decode of one prompt length.
-
-    Args:
-        suffix: of peers and labels: which variant of the models this is.
-    """
+    """Time from a prompt to its cache."""
     generator = torch.Generator().manual_seed(args.seed)
-    prompt = torch.randint(1000, (args.batch, length), generator=generator).to(device)
-    prefills = {
-        f"prefill of {name}{suffix}": functools.partial(prefill, model, prompt, args.chunk)
+    vocabulary = models["dense"].config.vocab_size
+    prompt = torch.randint(vocabulary, (1, length), generator=generator).to(device)
+    peers = {
+        f"prefill of {name}": functools.partial(prefill, model, prompt, args.chunk)
         for name, model in models.items()
     }
-    samples = harness.time_in_turns(prefills, device, args.prefill_repeats, 1)
+    samples = harness.time_in_turns(peers, device, args.prefill_repeats, 1)
     report.add(length, samples)
     dense, hydra = samples.values()
-    report.ratio(length, f"prefill time of hydra / dense{suffix}",
-                 harness.Ratio(hydra.wall, dense.wall))  # fmt: skip
+    report.ratio(length, "prefill, times as fast as dense", harness.Ratio(dense.wall, hydra.wall))
+    free(device)
 
-    caches = {name: prefill(model, prompt, args.chunk) for name, model in models.items()}
-    held = {name: cache_bytes(cache) for name, cache in caches.items()}
-    report.note(
-        f"cache: dense {held['dense'] / 2**20:.1f} MiB, hydra {held['hydra'] / 2**20:.1f} MiB"
-    )
-    report.ratio(length, f"cache bytes of hydra / dense{suffix}",
-                 harness.Ratio([held["hydra"]], [held["dense"]]))  # fmt: skip
-    steps = {
-        f"{name}{suffix}": decoder(model, caches[name], prompt[:, -1:])
-        for name, model in models.items()
-    }
-    dense, hydra = report.measure(length, steps).values()
-    report.ratio(length, f"decode time of hydra / dense{suffix}",
-                 harness.Ratio(hydra.wall, dense.wall))  # fmt: skip
+
+def measure_decode(
+    length: int,
+    mode: str,
+    models: dict[str, Any],
+    args: argparse.Namespace,
+    device: torch.device,
+    report: harness.Report,
+) -> None:
+    """Time of a token at batch 1."""
+    try:
+        made = {name: decode_step(model, 1, length, mode) for name, model in models.items()}
+    except torch.OutOfMemoryError:
+        report.note(f"{mode} at {harness.size_name(length)}: the two caches do not fit in memory")
+        free(device)
+        return
+    if mode == "eager":
+        held = {name: cache_bytes(cache) for name, (_, cache) in made.items()}
+        report.note(
+            f"cache at {harness.size_name(length)}: dense {held['dense'] / 2**20:.1f} MiB, "
+            f"hydra {held['hydra'] / 2**20:.1f} MiB"
+        )
+        report.ratio(length, "cache bytes of hydra / dense",
+                     harness.Ratio([held["hydra"]], [held["dense"]]))  # fmt: skip
+    steps = {f"{name}, {mode}": step for name, (step, _) in made.items()}
+    dense, hydra = report.measure(length, steps, memory=False, mode=mode, batch=1).values()
+    report.ratio(length, f"decode {mode}, times as fast as dense",
+                 harness.Ratio(dense.wall, hydra.wall))  # fmt: skip
+    del made, steps
+    free(device)
+
+
+def fits(model: Any, batch: int, length: int, mode: str, device: torch.device) -> bool:
+    """Whether a batch can be decoded: a little longer than it is timed at, so that timing fits as well."""
+    try:
+        step, _ = decode_step(model, batch, length + ROOM, mode)
+        for _ in range(3):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def largest_batch(
+    model: Any, length: int, mode: str, limit: int, device: torch.device
+) -> tuple[int, str]:
+    """The largest batch that fits, to a thirty-second of it, and how it was found.
+
+    Args:
+        limit: no more than so many; 0: as memory allows.
+    """
+    _, cache = decode_step(model, 1, length, mode)
+    each = cache_bytes(cache)
+    del cache
+    free(device)
+    if device.type != "cuda":
+        return limit or 2, "as told: no bisection on the CPU"
+    available = torch.cuda.mem_get_info(device)[0]
+    over = available // each + 1  # so many caches alone do not fit
+    if limit and limit < over:
+        if fits(model, limit, length, mode, device):
+            return limit, "--largest-batch"
+        over = limit
+    lowest, tried, batch = 0, 0, over * 15 // 16
+    while over - lowest > max(1, over // 32):
+        tried += 1
+        batch = max(batch, 1)
+        if fits(model, batch, length, mode, device):
+            lowest = batch
+        else:
+            over = batch
+        free(device)
+        batch = (lowest + over) // 2
+    return lowest, f"of {tried} tries; {over} did not fit"
+
+
+def measure_batch(
+    length: int,
+    mode: str,
+    models: dict[str, Any],
+    args: argparse.Namespace,
+    device: torch.device,
+    report: harness.Report,
+) -> None:
+    """Tokens a second at the largest batch; the two do not fit in memory together, so one after the other."""
+    seconds: dict[str, list[float]] = {}
+    for name, model in models.items():
+        for other in models.values():
+            other.to(device if other is model else "cpu")
+        free(device)
+        batch, how = largest_batch(model, length, mode, args.largest_batch, device)
+        free(device)
+        if not batch:
+            report.note(f"batch of {name}, {mode}: not even one of {length} tokens fits")
+            continue
+        step, cache = decode_step(model, batch, length, mode)
+        held = cache_bytes(cache) / 2**30
+        report.note(f"batch of {name}, {mode}: {batch} ({how}), cache {held:.2f} GiB")
+        sample = harness.time_in_turns({name: step}, device, args.repeats, args.warmup, False)[name]
+        report.add(length, {f"{name}, {mode}, batch": sample}, mode=mode, batch=batch)
+        if sample.wall:
+            report.note(f"  {batch / sample.median:.1f} tokens/s")
+        seconds[name] = [wall / batch for wall in sample.wall]
+        del step, cache
+        free(device)
+    for model in models.values():
+        model.to(device)
+    report.ratio(length, f"decode throughput {mode}, times dense",
+                 harness.Ratio(seconds.get("dense", []), seconds.get("hydra", [])))  # fmt: skip
+
+
+def modes_of(text: str) -> list[str]:
+    """``"eager,graph"`` → ``["eager", "graph"]``."""
+    modes = [part for part in text.split(",") if part]
+    for mode in modes:
+        if mode not in ("eager", "graph", "compiled"):
+            raise argparse.ArgumentTypeError(f"{mode!r} is none of eager, graph, compiled")
+    return modes
+
+
+def sizes_or_none(text: str) -> list[int]:
+    """As ``--sizes``; ``none`` for no such rows."""
+    return [] if text == "none" else harness.sizes_of(text)
 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = harness.parser(__doc__, EXAMPLE, sizes="8K", what="prompt tokens")
+    parser = harness.parser(__doc__, EXAMPLE)
+    for flag, default, what in (
+        ("--sizes", "8K,32K,128K,512K", "tokens in the cache for decode at batch 1"),
+        ("--prefill-sizes", "8K,32K,128K", "prompt tokens for prefill"),
+        ("--batch-sizes", "none", "tokens in the cache for decode at the largest batch"),
+    ):
+        parser.add_argument(flag, type=sizes_or_none, default=sizes_or_none(default),
+                            help=f"{what}, comma-separated, or none (default {default})")  # fmt: skip
+    parser.add_argument("--modes", type=modes_of, default=modes_of("eager,graph"),
+                        help="of eager, graph, compiled (default eager,graph)")  # fmt: skip
     parser.add_argument("--layers", type=int, default=28, help="default 28, Qwen3-1.7B's")
     parser.add_argument("--fa-heads", type=int, default=2, help="of 16 a layer (default 2)")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--chunk", type=int, default=4096, help="prefill chunk (default 4096)")
+    parser.add_argument(
+        "--largest-batch", type=int, default=0, help="no larger batch (default: memory's)"
+    )
+    parser.add_argument("--chunk", type=int, default=0, help="prefill chunk (default 0: one call)")
     parser.add_argument("--prefill-repeats", type=int, default=3, help="prefills (default 3)")
+    parser.add_argument("--single-operators", action="store_true",
+                        help="of hydra: without the fused kernels of a decode step")  # fmt: skip
     parser.add_argument("--bf16", action="store_true", help="bf16 on the CPU too")
-    parser.add_argument("--compile", action="store_true", help="compile the layers as well")
+    parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the script out")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU (default 1)")
-    parser.set_defaults(repeats=32, warmup=3)
+    parser.set_defaults(repeats=16, warmup=3)
     args = parser.parse_args(arguments)
     device = harness.chosen_device(args)
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
+    if args.single_operators:
+        decode_hydrahead.triton = None  # type: ignore[assignment]
     models = build(args, device)
     report = harness.Report("decode", args, device)
-    report.note(f"{args.layers} layers of Qwen3-1.7B's shape, batch {args.batch}, "
-                f"{next(models['dense'].parameters()).dtype}")  # fmt: skip
+    config = models["dense"].config
+    report.note(f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
+                f"{args.fa_heads} of 16 heads FA, {next(models['dense'].parameters()).dtype}")  # fmt: skip
+    for length in args.prefill_sizes:
+        measure_prefill(length, models, args, device, report)
     for length in args.sizes:
-        measure_size(length, models, args, device, report)
-    if args.compile:
-        compile_layers(models)
-        for length in args.sizes:
-            measure_size(length, models, args, device, report, " (compiled)")
+        for mode in args.modes:
+            measure_decode(length, mode, models, args, device, report)
+    for length in args.batch_sizes:
+        for mode in args.modes:
+            measure_batch(length, mode, models, args, device, report)
     report.finish()
     return 0
 

@@ -152,13 +152,20 @@ class HydraHeadCacheLayer(CacheLayerMixin):
             self.values = value_states.detach().contiguous()
             return key_states, value_states
         end = self.length + count
+        keys, values = self.reserve(count)
+        keys[:, :, self.length : end] = key_states.detach()
+        values[:, :, self.length : end] = value_states.detach()
+        return keys[:, :, :end], values[:, :, :end]
+
+    def reserve(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, ``[B, n_fa_kv, capacity, d]``, with room for ``count`` more columns."""
+        assert self.keys is not None and self.values is not None
+        end = self.length + count
         if end > self.keys.shape[2]:
             spare = 0 if count > 1 else end // 8 + 32
             self.keys = self._grown(self.keys, end + spare)
             self.values = self._grown(self.values, end + spare)
-        self.keys[:, :, self.length : end] = key_states.detach()
-        self.values[:, :, self.length : end] = value_states.detach()
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys, self.values
 
     def _grown(self, old: torch.Tensor, capacity: int) -> torch.Tensor:
         new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
@@ -406,10 +413,14 @@ class HydraHeadStaticCacheLayer(HydraHeadCacheLayer):
             self.length.zero_()
         self.begun = False
 
-    def _columns(self, length: int, device: torch.device) -> torch.Tensor:
-        """``[length]`` int64, where the next tokens go."""
+    def _begin(self, device: torch.device) -> None:
+        """From here on ``length`` is a tensor."""
         if not isinstance(self.length, torch.Tensor):
             self.length = _fixed(torch.zeros((), dtype=torch.int64, device=device))
+
+    def _columns(self, length: int, device: torch.device) -> torch.Tensor:
+        """``[length]`` int64, where the next tokens go."""
+        self._begin(device)
         return self.length + torch.arange(length, device=device)
 
     def update(
@@ -426,6 +437,11 @@ class HydraHeadStaticCacheLayer(HydraHeadCacheLayer):
         self.values.index_copy_(2, columns, value_states.detach())
         return (self.keys, self.values) if self.begun else (key_states, value_states)
 
+    def reserve(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stores as they are: they cannot grow."""
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
     def _put(self, name: str, value: torch.Tensor) -> None:
         kept = getattr(self, name)
         if kept is None:
@@ -435,7 +451,7 @@ class HydraHeadStaticCacheLayer(HydraHeadCacheLayer):
 
     def advance(self, length: int, given: torch.Tensor | None, device: torch.device) -> None:
         """Note that this layer has taken in ``length`` columns."""
-        self._columns(0, device)
+        self._begin(device)
         self.length.add_(length)
         self.device = device
         self.begun = self.is_initialized = True

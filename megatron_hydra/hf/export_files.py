@@ -14,7 +14,7 @@ ARCHITECTURE = "HydraHeadForCausalLM"
 def hf_export_files() -> dict[str, Path]:
     """Name in the export folder -> file to copy there, verbatim."""
     folder = Path(__file__).parent
-    parts = ("cache", "configuration", "modeling", "window")
+    parts = ("cache", "configuration", "decode", "modeling", "window")
     return {name: folder / name for name in (f"{part}_hydrahead.py" for part in parts)}
 
 

@@ -67,6 +67,7 @@ from .cache_hydrahead import (
     record_past,
 )
 from .configuration_hydrahead import HydraHeadConfig
+from .decode_hydrahead import FusedLayer, decode, usable
 from .window_hydrahead import beyond_window, extend, within_window
 
 logger = logging.get_logger(__name__)
@@ -974,6 +975,7 @@ class HydraHeadDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: HydraHeadConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
+        self.fused: FusedLayer | None = None
         self.self_attn = HydraHeadAttention(config, layer_idx)
         self.mlp = HydraHeadMLP(config)
         self.input_layernorm = HydraHeadRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -988,11 +990,20 @@ class HydraHeadDecoderLayer(GradientCheckpointingLayer):
         """``[B, T, D]`` → ``[B, T, D]``; ``memory`` is the model's cache."""
         cache = None if memory is None else layer_memory(memory, self.layer_idx, x.device)
         context = context.to(x.device)
-        x = x + self.self_attn(self.input_layernorm(x), context, cache)
+        fast = usable(self, x, context, cache)
+        if fast:
+            x = decode(self, x, context, cache)
+        else:
+            x = x + self.self_attn(self.input_layernorm(x), context, cache)
         if cache is not None:
             cache.advance(x.shape[1], context.given, x.device)
             put_back(memory, self.layer_idx)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x if fast else x + self.mlp(self.post_attention_layernorm(x))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As for every module; parameters that move or change their type leave the storage they share."""
+        self.fused = None
+        return super()._apply(*args, **kwargs)
 
 
 # -- the model ------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ MODULES = (
 )  # fmt: skip
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64",
-    torch.uint8: "*u8", int: "i32", float: "fp32",
+    torch.int32: "*i32", torch.uint8: "*u8", int: "i32", float: "fp32",
 }  # fmt: skip
 SIZES = ("D", "BLOCK", "heads", "W")
 """Arguments that are told of a kernel."""

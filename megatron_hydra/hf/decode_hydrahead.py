@@ -1,0 +1,743 @@
+"""A decode step of a HydraHead layer in a few launches (copied into every export; needs torch, uses triton).
+
+By single operators a layer takes some 170 launches a token, and a GPU waits for the host that makes them.
+Here it takes eleven: the projections of all heads are one product, and these kernels do the rest.
+
+    norm       x ← x + y and its RMSNorm
+    heads      GDN: convolution, norms, rotation, delta rule of one token; FA: norms, scale, into the cache
+    attend     FA: softmax over a part of the keys (the parts side by side, as in FlashDecoding)
+    fuse       FA: sum of the parts; all: gate, norm, γ, in the heads' original order; convolution's last inputs
+    swiglu     SiLU(gate) · up
+
+The twin of all of it is the layer in modeling_hydrahead.py, which rounds to the model's dtype at the same
+places; it runs wherever :func:`usable` says no.
+
+One storage holds the weights of projections that share an input, and the parameters are views of it, under
+their own names: nothing is held twice.
+
+B: batch, D: hidden size, d: head_dim, n: GDN heads, f: FA heads, g: KV groups of FA heads, W: taps.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+try:
+    import triton
+    import triton.language as tl
+except Exception:  # absent, or broken: the plain path always works
+    triton = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_HEAD, LARGEST_HIDDEN = 256, 16384
+PROGRAMS, LARGEST_SPLIT = 512, 128
+"""Programs of an attention that fill a GPU, and parts of the keys at most."""
+
+
+def _jit(kernel: Any) -> Any:
+    return kernel if triton is None else triton.jit(kernel)
+
+
+COUNTS = (
+    "past",
+    "capacity",
+    "mask_b",
+    "N",
+    "HEADS",
+    "GROUPS",
+    "width",
+    "channels",
+    "b_column",
+    "a_column",
+)
+"""Numbers that differ by token or by layer: no variant of a kernel for 1 and for multiples of 16."""
+
+
+def _jit_of_counts(kernel: Any) -> Any:
+    if triton is None:
+        return kernel
+    names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
+    return triton.jit(kernel, do_not_specialize=[name for name in COUNTS if name in names])
+
+
+# -- kernels --------------------------------------------------------------------------------------
+
+
+@_jit
+def _norm_kernel(
+    x, y, weight, total, out, size, eps,
+    HAS_Y: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * size
+    c = tl.arange(0, BLOCK)
+    inside = c < size
+    kind = out.dtype.element_ty
+    value = tl.load(x + row + c, inside, 0.0).to(tl.float32)
+    if HAS_Y:
+        value += tl.load(y + row + c, inside, 0.0).to(tl.float32)
+        tl.store(total + row + c, value.to(kind), inside)
+        value = value.to(kind).to(tl.float32)
+    normed = (value * tl.rsqrt(tl.sum(value * value, 0) / size + eps)).to(kind).to(tl.float32)
+    w = tl.load(weight + c, inside, 0.0).to(tl.float32)
+    tl.store(out + row + c, (w * normed).to(kind), inside)
+
+
+@_jit
+def _swiglu_kernel(gate_up, out, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < size
+    kind = out.dtype.element_ty
+    gate = tl.load(gate_up + row * 2 * size + c, inside, 0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * size + size + c, inside, 0.0).to(tl.float32)
+    value = (gate * tl.sigmoid(gate)).to(kind).to(tl.float32) * up
+    tl.store(out + row * size + c, value.to(kind), inside)
+
+
+@_jit
+def _convolved(row, tail, weight, column, channel, taps, inside, channels, kind,
+               W: tl.constexpr, HAS_CONV: tl.constexpr):  # fmt: skip
+    """Channels of a projection after the short convolution.
+
+    Args:
+        row, tail: of one sequence.
+        weight: ``[channels of the part, W]``.
+        column, channel, taps: where they are in ``row``, in ``tail`` and in ``weight``.
+    """
+    value = tl.load(row + column, inside, 0.0).to(tl.float32)
+    if HAS_CONV:
+        value = value * tl.load(weight + taps * W + W - 1, inside, 0.0).to(tl.float32)
+        for back in tl.static_range(1, W):
+            before = tl.load(tail + (W - 1 - back) * channels + channel, inside, 0.0)
+            tap = tl.load(weight + taps * W + W - 1 - back, inside, 0.0)
+            value += before.to(tl.float32) * tap.to(tl.float32)
+        value = value.to(kind).to(tl.float32)
+    return value
+
+
+@_jit
+def _prepared(x, other, weight, cos, sin, c, partner, inside, eps, kind,
+              D: tl.constexpr, HAS_NORM: tl.constexpr, HAS_ROTARY: tl.constexpr):  # fmt: skip
+    """RMSNorm and rotation of a head; ``other`` are its channels ``partner``, the other rotary half."""
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+        w = tl.load(weight + c, inside, 0.0).to(tl.float32)
+        x = (w * (x * scale).to(kind).to(tl.float32)).to(kind).to(tl.float32)
+        if HAS_ROTARY:
+            w = tl.load(weight + partner, inside, 0.0).to(tl.float32)
+            other = (w * (other * scale).to(kind).to(tl.float32)).to(kind).to(tl.float32)
+    if HAS_ROTARY:
+        turned = tl.where(c < D // 2, -other, other)
+        angle_cos = tl.load(cos + c, inside, 0.0)
+        angle_sin = tl.load(sin + c, inside, 0.0)
+        x = (x * angle_cos + turned * angle_sin).to(kind).to(tl.float32)
+    return x
+
+
+@_jit
+def _unit(x, kind):
+    """The vector at length 1."""
+    return (x * tl.rsqrt(tl.sum(x * x, 0) + 1e-6)).to(kind).to(tl.float32)
+
+
+@_jit
+def _softplus(x):
+    """log(1 + eˣ), exact to fp32 also where eˣ is far below 1."""
+    small = tl.exp(tl.minimum(x, 20.0))
+    series = small * (1.0 - small * (0.5 - small * (0.3333333333 - small * 0.25)))
+    value = tl.where(small < 0.03, series, tl.log(1.0 + small))
+    return tl.where(x > 20.0, x, value)
+
+
+@_jit_of_counts
+def _heads_kernel(  # noqa: PLR0915  (three kinds of programs in one launch)
+    projected, tail, state, out, fa_q, keys, values, past,
+    gdn_table, fa_table, kv_table,
+    q_taps, k_taps, v_taps, gdn_q_norm, gdn_k_norm, fa_q_norm, fa_k_norm,
+    a_log, dt_bias, cos, sin, log_scale,
+    width, channels, capacity, b_column, a_column, cos_b, scale_b, eps, softmax_scale,
+    N, HEADS, GROUPS,
+    D: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, W: tl.constexpr,
+    HAS_CONV: tl.constexpr, HAS_NORM: tl.constexpr, GDN_ROTARY: tl.constexpr,
+    FA_ROTARY: tl.constexpr, LOG_SCALE: tl.constexpr, PAST_IS_TENSOR: tl.constexpr,
+):  # fmt: skip
+    """A program has some columns of one GDN head's state, one FA head's query, or one group's key and value."""
+    b = tl.program_id(1).to(tl.int64)
+    program = tl.program_id(0)
+    parts: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    kind = projected.dtype.element_ty
+    row = projected + b * width
+    cos += b * cos_b
+    sin += b * cos_b
+    c = tl.arange(0, BLOCK)
+    inside = c < D
+    partner = tl.where(c < D // 2, c + D // 2, c - D // 2)
+    if program < N * parts:
+        head = program // parts
+        entry = gdn_table + head * 8
+        q_column, k_column = tl.load(entry), tl.load(entry + 1)
+        v_column = tl.load(entry + 2)
+        q_channel, k_channel = tl.load(entry + 3), tl.load(entry + 4)
+        v_channel = tl.load(entry + 5)
+        q_tap, kv_tap = tl.load(entry + 6), tl.load(entry + 7)
+        memory = tail + b * (W - 1) * channels
+        q = _convolved(row, memory, q_taps, q_column + c, q_channel + c, q_tap + c, inside,
+                       channels, kind, W, HAS_CONV)  # fmt: skip
+        k = _convolved(row, memory, k_taps, k_column + c, k_channel + c, kv_tap + c, inside,
+                       channels, kind, W, HAS_CONV)  # fmt: skip
+        q_other, k_other = q, k
+        if GDN_ROTARY:
+            q_other = _convolved(row, memory, q_taps, q_column + partner, q_channel + partner,
+                                 q_tap + partner, inside, channels, kind, W, HAS_CONV)  # fmt: skip
+            k_other = _convolved(row, memory, k_taps, k_column + partner, k_channel + partner,
+                                 kv_tap + partner, inside, channels, kind, W, HAS_CONV)  # fmt: skip
+        q = _prepared(q, q_other, gdn_q_norm, cos, sin, c, partner, inside, eps, kind,
+                      D, HAS_NORM, GDN_ROTARY)  # fmt: skip
+        k = _prepared(k, k_other, gdn_k_norm, cos, sin, c, partner, inside, eps, kind,
+                      D, HAS_NORM, GDN_ROTARY)  # fmt: skip
+        q, k = _unit(q, kind) * softmax_scale, _unit(k, kind)
+        j = (program % parts) * COLUMNS + tl.arange(0, COLUMNS)
+        there = j < D
+        v = _convolved(row, memory, v_taps, v_column + j, v_channel + j, kv_tap + j, there,
+                       channels, kind, W, HAS_CONV)  # fmt: skip
+        strength = tl.sigmoid(tl.load(row + b_column + head).to(tl.float32))
+        step = tl.load(row + a_column + head).to(tl.float32) + tl.load(dt_bias + head).to(
+            tl.float32
+        )
+        rate = tl.exp(tl.load(a_log + head).to(tl.float32))
+        kept = tl.exp(-rate * _softplus(step))
+        at = state + ((b * N + head) * D + c)[:, None] * D + j[None, :]
+        mask = inside[:, None] & there[None, :]
+        s = tl.load(at, mask, 0.0) * kept
+        error = (v - tl.sum(s * k[:, None], 0)) * strength
+        s += k[:, None] * error[None, :]
+        tl.store(at, s, mask)
+        o = tl.sum(s * q[:, None], 0)
+        tl.store(out + (b * N + head) * D + j, o.to(kind), there)
+    elif program < N * parts + HEADS:
+        head = program - N * parts
+        column = tl.load(fa_table + head)
+        q = tl.load(row + column + c, inside, 0.0).to(tl.float32)
+        other = tl.load(row + column + partner, inside, 0.0).to(tl.float32)
+        q = _prepared(q, other, fa_q_norm, cos, sin, c, partner, inside, eps, kind,
+                      D, HAS_NORM, FA_ROTARY)  # fmt: skip
+        if LOG_SCALE:
+            q = q * tl.load(log_scale + b * scale_b)
+        tl.store(fa_q + (b * HEADS + head) * D + c, q.to(kind), inside)
+    else:
+        group = program - N * parts - HEADS
+        k_column = tl.load(kv_table + group * 2)
+        v_column = tl.load(kv_table + group * 2 + 1)
+        k = tl.load(row + k_column + c, inside, 0.0).to(tl.float32)
+        other = tl.load(row + k_column + partner, inside, 0.0).to(tl.float32)
+        k = _prepared(k, other, fa_k_norm, cos, sin, c, partner, inside, eps, kind,
+                      D, HAS_NORM, FA_ROTARY)  # fmt: skip
+        v = tl.load(row + v_column + c, inside, 0.0)
+        if PAST_IS_TENSOR:
+            position = tl.load(past)
+        else:
+            position = past
+        room = inside & (position < capacity)
+        at = ((b * GROUPS + group) * capacity + position) * D + c
+        tl.store(keys + at, k.to(kind), room)
+        tl.store(values + at, v, room)
+
+
+@_jit_of_counts
+def _attend_kernel(
+    q, keys, values, members, key_mask, sums, parts, past, capacity, mask_b, softmax_scale,
+    HEADS, GROUPS, D: tl.constexpr, BLOCK: tl.constexpr,
+    MEMBERS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_MASK: tl.constexpr, PAST_IS_TENSOR: tl.constexpr,
+):  # fmt: skip
+    """A program has all heads of one KV group and one part of the keys.
+
+    Leaves each head's largest logit and sum of exponentials in ``sums`` ``[B, f, SPLITS, 2]``, and the sum of
+    values that these weight in ``parts`` ``[B, f, SPLITS, D]``.
+    """
+    b = tl.program_id(0).to(tl.int64) // GROUPS
+    group = tl.program_id(0) % GROUPS
+    split = tl.program_id(1)
+    if PAST_IS_TENSOR:
+        last = tl.load(past)
+    else:
+        last = past
+    end = tl.minimum(last + 1, capacity)
+    share = tl.cdiv(tl.cdiv(end, SPLITS), KEYS) * KEYS
+    start = split * share
+    stop = tl.minimum(start + share, end)
+    m = tl.arange(0, MEMBERS)
+    head = tl.load(members + group * MEMBERS + m)
+    real = head >= 0
+    c = tl.arange(0, BLOCK)
+    inside = c < D
+    query = tl.load(
+        q + ((b * HEADS + head) * D)[:, None] + c[None, :], real[:, None] & inside[None, :], 0.0
+    )
+    largest = tl.full([MEMBERS], float("-inf"), tl.float32)
+    total = tl.zeros([MEMBERS], tl.float32)
+    weighted = tl.zeros([MEMBERS, BLOCK], tl.float32)
+    first = (b * GROUPS + group) * capacity
+    for begin in range(start, stop, KEYS):
+        t = begin + tl.arange(0, KEYS)
+        seen = t < stop
+        at = (first + t)[:, None] * D + c[None, :]
+        mask = seen[:, None] & inside[None, :]
+        k = tl.load(keys + at, mask, 0.0)
+        if HAS_MASK:
+            seen = seen & ((tl.load(key_mask + b * mask_b + t, seen, 0) != 0) | (t == last))
+        logits = tl.dot(query, tl.trans(k), input_precision="ieee") * softmax_scale
+        logits = tl.where(seen[None, :], logits, float("-inf"))
+        highest = tl.maximum(largest, tl.max(logits, 1))
+        # Where nothing was seen yet, −∞ − −∞ would be no number.
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        p = tl.exp(logits - base[:, None])
+        shrink = tl.exp(largest - base)
+        total = total * shrink + tl.sum(p, 1)
+        v = tl.load(values + at, mask, 0.0)
+        weighted = weighted * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        largest = highest
+    place = (b * HEADS + head) * SPLITS + split
+    tl.store(sums + place * 2, largest, real)
+    tl.store(sums + place * 2 + 1, total, real)
+    tl.store(parts + (place * D)[:, None] + c[None, :], weighted, real[:, None] & inside[None, :])
+
+
+@_jit_of_counts
+def _fuse_kernel(  # noqa: PLR0915
+    projected, gdn_out, sums, parts, tail, table, gamma, out, past, width, channels, capacity, eps,
+    N, HEADS, D: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, CHUNK: tl.constexpr, W: tl.constexpr,
+    HAS_FA: tl.constexpr, HAS_GDN: tl.constexpr, HAS_TAIL: tl.constexpr, FA_GATE: tl.constexpr,
+    GDN_GATE: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_GAMMA: tl.constexpr, PAST_IS_TENSOR: tl.constexpr,
+):  # fmt: skip
+    """A program has one head, as the model counts them."""
+    b = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0)
+    kind = projected.dtype.element_ty
+    row = projected + b * width
+    entry = table + head * 9
+    is_gdn = tl.load(entry)
+    number = tl.load(entry + 1)
+    gate_column = tl.load(entry + 2)
+    c = tl.arange(0, BLOCK)
+    inside = c < D
+    x = tl.zeros([BLOCK], tl.float32)
+    if is_gdn == 0:
+        if HAS_FA:
+            place = (b * HEADS + number) * SPLITS
+            s = tl.arange(0, SPLITS)
+            largest = tl.load(sums + (place + s) * 2)
+            highest = tl.max(largest, 0)
+            total = tl.sum(tl.exp(largest - highest) * tl.load(sums + (place + s) * 2 + 1), 0)
+            for begin in tl.static_range(0, SPLITS, CHUNK):
+                s2 = begin + tl.arange(0, CHUNK)
+                weight = tl.exp(tl.load(sums + (place + s2) * 2) - highest)
+                rows = tl.load(
+                    parts + ((place + s2) * D)[:, None] + c[None, :], inside[None, :], 0.0
+                )
+                x += tl.sum(weight[:, None] * rows, 0)
+            x = x / total
+            if PAST_IS_TENSOR:
+                # A token for which a static cache has no room must not pass unnoticed.
+                x = tl.where(tl.load(past) < capacity, x, float("nan"))
+            x = x.to(kind).to(tl.float32)
+        if FA_GATE:
+            gate = tl.load(row + gate_column + c, inside, 0.0).to(tl.float32)
+            x = (x * (2.0 * tl.sigmoid(gate).to(kind).to(tl.float32))).to(kind).to(tl.float32)
+    else:
+        if HAS_GDN:
+            x = tl.load(gdn_out + (b * N + number) * D + c, inside, 0.0).to(tl.float32)
+        if GDN_GATE:
+            gate = tl.load(row + gate_column + c, inside, 0.0).to(tl.float32)
+            x = (x * (2.0 * tl.sigmoid(gate).to(kind).to(tl.float32))).to(kind).to(tl.float32)
+        if HAS_TAIL:
+            owner = tl.load(entry + 3)
+            memory = tail + b * (W - 1) * channels
+            column, channel = tl.load(entry + 4), tl.load(entry + 5)
+            _moved(row + column, memory + channel, c, inside, channels, W)
+            if owner != 0:
+                kv_channel = tl.load(entry + 6)
+                _moved(row + tl.load(entry + 7), memory + kv_channel, c, inside, channels, W)
+                kv_channel += owner
+                _moved(row + tl.load(entry + 8), memory + kv_channel, c, inside, channels, W)
+    if HAS_NORM:
+        x = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+    if HAS_GAMMA:
+        x = x * tl.load(gamma + head).to(tl.float32)
+    tl.store(out + (b * (N + HEADS) + head) * D + c, x.to(kind), inside)
+
+
+@_jit
+def _moved(row, memory, c, inside, channels, W: tl.constexpr):
+    """The convolution's last inputs, one token on."""
+    for t in tl.static_range(W - 2):
+        tl.store(
+            memory + t * channels + c, tl.load(memory + (t + 1) * channels + c, inside, 0.0), inside
+        )
+    tl.store(memory + (W - 2) * channels + c, tl.load(row + c, inside, 0.0), inside)
+
+
+# -- weights --------------------------------------------------------------------------------------
+
+
+class FusedLinear:
+    """Linear maps of one input as one product: their parameters become views of one storage.
+
+    Attributes:
+        weight: ``[rows, D]``; rows are padded to a multiple of 16, as fast products want them.
+        bias: ``[rows]``, zero for maps without; ``None`` where none has one.
+        columns: name -> where its outputs begin.
+    """
+
+    def __init__(self, maps: dict[str, nn.Linear]) -> None:
+        self.maps = tuple(maps.values())
+        sizes = [m.out_features for m in self.maps]
+        first = self.maps[0].weight
+        rows = -(-sum(sizes) // 16) * 16
+        self.columns = {}
+        # Not an inference tensor: the parameters may be trained later.
+        with torch.inference_mode(False), torch.no_grad():
+            self.weight = first.new_zeros(rows, first.shape[1])
+            biased = any(m.bias is not None for m in self.maps)
+            self.bias = first.new_zeros(rows) if biased else None
+            begin = 0
+            for (name, m), size in zip(maps.items(), sizes, strict=True):
+                self.columns[name] = begin
+                part = self.weight[begin : begin + size]
+                part.copy_(m.weight)
+                m.weight.data = part
+                if m.bias is not None and self.bias is not None:
+                    part = self.bias[begin : begin + size]
+                    part.copy_(m.bias)
+                    m.bias.data = part
+                begin += size
+        _stay(self.weight, self.bias)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """``[…, D]`` → ``[…, rows]``."""
+        return F.linear(x, self.weight, self.bias)
+
+
+def _stay(*tensors: torch.Tensor | None) -> None:
+    """Tell torch.compile where its CUDA graphs find these, or every replay would copy them."""
+    for tensor in tensors:
+        if tensor is not None:
+            torch._dynamo.mark_static_address(tensor)
+
+
+class FusedLayer:
+    """What a decoder layer's decode step needs besides its parameters. Never copied or saved with the layer."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.heads = FusedLinear(projections(attention))
+        self.mlp = FusedLinear({"gate": mlp.gate_proj, "up": mlp.up_proj})
+        device = self.heads.weight.device
+        with torch.inference_mode(False):
+            self.tables = {
+                name: torch.tensor(rows, dtype=torch.int32, device=device)
+                for name, rows in _tables(attention, self.heads.columns).items()
+            }
+        _stay(*self.tables.values())
+        # The layer's own hooks run around its forward, whatever that does.
+        self._modules = [m for m in layer.modules() if m is not layer]
+        self._children = [(m._modules, list(m._modules.values())) for m in (*self._modules, layer)]
+        self._linears = [m for m in self._modules if isinstance(m, nn.Linear)]
+        self._places = self._addresses()
+
+    def _addresses(self) -> list[int]:
+        return [m.weight.data_ptr() for m in self._linears]
+
+    def holds(self) -> bool:
+        """Whether parts and weights are still those that were fused, and nothing watches them."""
+        for module in self._modules:
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+                return False
+        for now, then in self._children:
+            if list(now.values()) != then:
+                return False
+        return self._addresses() == self._places
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def projections(attention: Any) -> dict[str, nn.Linear]:
+    """All maps of the layer's input, by name."""
+    names = [f"{p}_proj" for p in ("k", "v")] if attention.tied else []
+    for branch, heads in (("fa", attention.fa_heads), ("gdn", attention.gdn_heads)):
+        if heads:
+            names += [f"{branch}_{p}_proj" for p in (("q",) if attention.tied else ("q", "k", "v"))]
+            names += [f"{branch}_gate_proj"] if attention.switches[f"{branch}_gate"] else []
+    if attention.gdn_heads:
+        names += ["gdn_b_proj", "gdn_a_proj"]
+    return {name: getattr(attention, name) for name in names}
+
+
+def _tables(attention: Any, columns: dict[str, int]) -> dict[str, list[Any]]:
+    """Where every head finds what, see the kernels; numbers of columns of ``projected``, channels, taps."""
+    d, n = attention.head_dim, len(attention.gdn_heads)
+
+    def kv(branch: str, part: str, group: int) -> int:
+        if attention.tied:
+            return columns[f"{part}_proj"] + attention.tied_groups[branch][group] * d
+        return columns[f"{branch}_{part}_proj"] + group * d
+
+    groups = max(attention.fa_groups) + 1 if attention.fa_heads else 0
+    members = [
+        [i for i, g in enumerate(attention.fa_groups) if g == group] for group in range(groups)
+    ]
+    widest = 16
+    while members and widest < max(map(len, members)):
+        widest *= 2
+    everything: list[Any] = [None] * (len(attention.fa_heads) + n)
+    for i, head in enumerate(attention.fa_heads):
+        everything[head] = [0, i, columns.get("fa_gate_proj", 0) + i * d, 0, 0, 0, 0, 0, 0]
+    gdn, owned = [], set()
+    shared = (max(attention.gdn_groups) + 1) * d if n else 0  # channels of k, and of v
+    for i, head in enumerate(attention.gdn_heads):
+        group = attention.gdn_groups[i]
+        q_column = columns["gdn_q_proj"] + i * d
+        k_column, v_column = kv("gdn", "k", group), kv("gdn", "v", group)
+        k_channel = (n + group) * d
+        gdn.append(
+            [q_column, k_column, v_column, i * d, k_channel, k_channel + shared, i * d, group * d]
+        )
+        owner = 0 if group in owned else shared
+        owned.add(group)
+        everything[head] = [
+            1, i, columns.get("gdn_gate_proj", 0) + i * d, owner, q_column, i * d, k_channel,
+            k_column, v_column,
+        ]  # fmt: skip
+    return {
+        "gdn": gdn or [[0]],
+        "fa": [columns["fa_q_proj"] + i * d for i in range(len(attention.fa_heads))] or [0],
+        "kv": [[kv("fa", "k", g), kv("fa", "v", g)] for g in range(groups)] or [[0]],
+        "members": [m + [-1] * (widest - len(m)) for m in members] or [[-1] * widest],
+        "all": everything,
+    }
+
+
+# -- the step -------------------------------------------------------------------------------------
+
+
+def _supported(config: Any) -> bool:
+    """Whether the kernels have what the model's switches ask for."""
+    switches = config.hydra
+    return (
+        config.gdn_kernel == "auto"
+        and switches["mixer"] == "head"
+        and switches["fusion"] != "gated"
+        and config.hidden_act in ("silu", "swish")
+        and config.head_dim % 2 == 0
+        and config.head_dim <= LARGEST_HEAD
+        and config.hidden_size <= LARGEST_HIDDEN
+    )
+
+
+def _plain(layer: Any, x: torch.Tensor) -> bool:
+    """Whether the layer's parts are as they were made (no adapters, hooks, other dtypes, other devices)."""
+    attention = layer.self_attn
+    linears = [*projections(attention).values(), attention.o_proj]
+    linears += [layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
+    if any(type(module) is not nn.Linear for module in linears):
+        return False
+    kept_wide = [attention.gdn_A_log, attention.gdn_dt_bias] if attention.gdn_heads else []
+    if any(
+        p.device != x.device or (p.dtype != x.dtype and all(p is not w for w in kept_wide))
+        for p in layer.parameters()
+    ):
+        return False
+    return not any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__
+        for m in layer.modules()
+        if m is not layer
+    )
+
+
+def prepare(layer: Any, x: torch.Tensor) -> None:
+    """Fuse the weights of a layer that will decode, or forget it where something has changed.
+
+    Not in compiled or captured code, which takes what is there.
+    """
+    if layer.fused is not None:
+        if layer.fused.holds():
+            return
+        layer.fused = None
+    if (
+        triton is not None
+        and (x.is_cuda or INTERPRETED)
+        and x.dtype in DTYPES
+        and _supported(layer.self_attn.config)
+        and _plain(layer, x)
+    ):
+        layer.fused = FusedLayer(layer)
+
+
+def usable(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> bool:
+    """Whether :func:`decode` does this call of a layer: one real token a row, after others, no gradient."""
+    if cache is None or torch.is_grad_enabled():
+        return False
+    if not torch.compiler.is_compiling():
+        if torch.is_autocast_enabled(x.device.type):
+            return False
+        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            prepare(layer, x)  # at the prompt already: what follows may be compiled
+    if layer.fused is None or x.shape[1] != 1 or not cache.begun or cache.record_past:
+        return False
+    if context.valid is not None or context.documents is not None:
+        return False
+    attention = layer.self_attn
+    held = [(cache.keys, x.dtype), (cache.values, x.dtype)] if attention.fa_heads else []
+    if attention.gdn_heads:
+        held.append((cache.state, torch.float32))
+        if attention.switches["short_conv"]:
+            held.append((cache.tail, x.dtype))
+    return all(t is not None and t.dtype == dtype and t.is_contiguous() for t, dtype in held)
+
+
+def normed(
+    x: torch.Tensor, norm: Any, y: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """X + y (x itself without y), and its RMSNorm; ``[…, D]``."""
+    out = torch.empty_like(x)
+    total = x if y is None else torch.empty_like(x)
+    size = x.shape[-1]
+    _norm_kernel[(x.numel() // size,)](
+        x, x if y is None else y, norm.weight, total, out, size, norm.eps,
+        HAS_Y=y is not None, BLOCK=_power(size), num_warps=8,
+    )  # fmt: skip
+    return total, out
+
+
+def swiglu(gate_up: torch.Tensor, size: int) -> torch.Tensor:
+    """``[B, 1, 2·size]`` → ``[B, 1, size]``."""
+    out = gate_up.new_empty(*gate_up.shape[:-1], size)
+    rows = out.numel() // size
+    _swiglu_kernel[(rows, -(-size // 512))](gate_up, out, size, BLOCK=512, num_warps=4)
+    return out
+
+
+def _power(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def decode(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor:
+    """One token a row through a decoder layer; the cache is written in place.
+
+    Args:
+        x: ``[B, 1, D]``.
+        context, cache: as of the layer.
+
+    Returns:
+        ``[B, 1, D]``.
+    """
+    x, hidden = normed(x.contiguous(), layer.input_layernorm)
+    mixed = layer.self_attn.o_proj(heads(layer, hidden, context, cache))
+    x, hidden = normed(x, layer.post_attention_layernorm, mixed)
+    mlp = layer.mlp
+    return x + mlp.down_proj(swiglu(layer.fused.mlp(hidden), mlp.gate_proj.out_features))
+
+
+def _norms(attention: Any, nothing: torch.Tensor) -> list[torch.Tensor]:
+    """``[d]`` each: of GDN's q and k, of FA's q and k; ``nothing`` for those that there are not."""
+    weights = []
+    for branch, there in (("gdn", attention.gdn_heads), ("fa", attention.fa_heads)):
+        for part in ("q", "k"):
+            name = f"{part}_norm" if attention.tied else f"{branch}_{part}_norm"
+            has = there and attention.config.qk_norm
+            weights.append(getattr(attention, name).weight if has else nothing)
+    return weights
+
+
+def heads(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor:
+    """All heads of one token a row, fused and in their order; ``[B, 1, D]`` → ``[B, 1, H·d]``."""
+    attention, fused = layer.self_attn, layer.fused
+    config, switches, tables = attention.config, attention.switches, fused.tables
+    batch, d = x.shape[0], attention.head_dim
+    block = max(16, _power(d))
+    n, f = len(attention.gdn_heads), len(attention.fa_heads)
+    projected = fused.heads(x)
+    width, columns = projected.shape[-1], fused.heads.columns
+    out = x.new_empty(batch, 1, (n + f) * d)
+    nothing = projected  # stands in for what a layer does not have
+
+    past: Any = cache.length
+    tensor = isinstance(past, torch.Tensor)
+    groups, capacity, key_mask = 0, 1, None
+    keys = values = fa_q = nothing
+    if f:
+        keys, values = cache.reserve(1)
+        groups, capacity = keys.shape[1], keys.shape[2]
+        if context.visibility.key_mask is not None:
+            key_mask = context.visibility.key_mask.view(torch.uint8)
+        fa_q = x.new_empty(batch, f, d)
+    tail = state = gdn_out = nothing
+    taps = (nothing, nothing, nothing)
+    has_conv, w, channels = bool(n and switches["short_conv"]), 1, 0
+    if n:
+        state = cache.state
+        gdn_out = x.new_empty(batch, n, d)
+    if has_conv:
+        taps = tuple(getattr(attention, f"gdn_{p}_conv").weight for p in ("q", "k", "v"))
+        tail, w = cache.tail, switches["conv_width"]
+        channels = tail.shape[2]
+    position = switches["fa_position"]
+    columns_of_state = min(32, block)
+    parts_of_state = -(-d // columns_of_state)
+    scale = d**-0.5
+    _heads_kernel[(n * parts_of_state + f + groups, batch)](
+        projected, tail, state, gdn_out, fa_q, keys, values, past,
+        tables["gdn"], tables["fa"], tables["kv"],
+        *taps, *_norms(attention, nothing),
+        attention.gdn_A_log if n else nothing, attention.gdn_dt_bias if n else nothing,
+        context.cos, context.sin, context.log_scale,
+        width, channels, capacity, columns.get("gdn_b_proj", 0), columns.get("gdn_a_proj", 0),
+        d if context.cos.shape[0] > 1 else 0, 1 if context.log_scale.shape[0] > 1 else 0,
+        config.rms_norm_eps, scale,
+        N=n, HEADS=f, GROUPS=groups, D=d, BLOCK=block, COLUMNS=columns_of_state, W=w,
+        HAS_CONV=has_conv, HAS_NORM=bool(config.qk_norm),
+        GDN_ROTARY=switches["gdn_position"] == "rope", FA_ROTARY=position in ("rope", "both"),
+        LOG_SCALE=position in ("log-scale", "both"), PAST_IS_TENSOR=tensor, num_warps=4,
+    )  # fmt: skip
+    splits, sums, parts = 1, nothing, nothing
+    if f:
+        # Powers of two: each number is a variant of the kernels. Capacity may be symbolic here.
+        while (
+            splits < LARGEST_SPLIT
+            and splits * batch * groups * 2 <= PROGRAMS
+            and splits * 256 <= capacity
+        ):
+            splits *= 2
+        sums = torch.empty(batch, f, splits, 2, dtype=torch.float32, device=x.device)
+        parts = torch.empty(batch, f, splits, d, dtype=torch.float32, device=x.device)
+        wide = x.element_size() > 2
+        _attend_kernel[(batch * groups, splits)](
+            fa_q, keys, values, tables["members"], nothing if key_mask is None else key_mask,
+            sums, parts, past, capacity, 0 if key_mask is None else key_mask.stride(0), scale,
+            HEADS=f, GROUPS=groups, D=d, BLOCK=block, MEMBERS=tables["members"].shape[1],
+            KEYS=32 if wide else 64, SPLITS=splits, HAS_MASK=key_mask is not None,
+            PAST_IS_TENSOR=tensor, num_warps=4, num_stages=1 if wide else 3,
+        )  # fmt: skip
+    concat = switches["fusion"] == "concat"
+    _fuse_kernel[(n + f, batch)](
+        projected, gdn_out, sums, parts, tail, tables["all"],
+        nothing if concat else attention.gamma, out, past, width, channels, capacity,
+        config.rms_norm_eps,
+        N=n, HEADS=f, D=d, BLOCK=block, SPLITS=splits, CHUNK=min(16, splits), W=w,
+        HAS_FA=f > 0, HAS_GDN=n > 0, HAS_TAIL=has_conv and w > 1, FA_GATE=bool(switches["fa_gate"]),
+        GDN_GATE=bool(switches["gdn_gate"]), HAS_NORM=switches["fusion_norm"] == "rms",
+        HAS_GAMMA=not concat, PAST_IS_TENSOR=tensor and f > 0, num_warps=4,
+    )  # fmt: skip
+    return out

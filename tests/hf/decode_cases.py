@@ -1,0 +1,148 @@
+"""Fused decode steps against the plain layers, their twin: on a GPU, or in Triton's interpreter.
+
+TRITON_INTERPRET=1 python -m tests.hf.decode_cases quick    # on a CPU
+TRITON_INTERPRET=1 python -m tests.hf.decode_cases all      # minutes
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+from unittest import mock
+
+import torch
+from transformers import DynamicCache, StaticCache
+
+from megatron_hydra.hf import modeling_hydrahead as modeling
+from tests.hf.models import ALL, DENSE, HEADS, MIXED, make_model, tokens
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+MODELS = {
+    "head": (MIXED, {}, {}),
+    "without-fa-or-gdn": (HEADS, {}, {}),
+    "gqa": (MIXED, {"gdn_kv": "gqa"}, {}),
+    "shared": (MIXED, {"qkv": "shared"}, {}),
+    "shared-gqa": (MIXED, {"qkv": "shared", "gdn_kv": "gqa"}, {}),
+    "all-gdn": ([[]] * 3, {}, {}),
+    "dense": (ALL, DENSE, {}),
+    "biases": (
+        MIXED,
+        {"fa_position": "both", "fa_gate_bias": True, "gdn_gate": False, "conv_width": 2},
+        {"attention_bias": True, "out_bias": True, "qk_norm": False},
+    ),
+    "bare": (
+        MIXED,
+        {"fusion": "concat", "fusion_norm": "none", "short_conv": False, "gdn_position": "none",
+         "fa_gate": False, "conv_width": 1},
+        {},
+    ),
+    "one-tap": (MIXED, {"conv_width": 1}, {"head_dim": 24}),
+    "wide": (
+        [[0, 1, 8], [5]],
+        {},
+        {"num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 16,
+         "num_key_value_heads": 8, "head_dim": 128},
+    ),
+}  # fmt: skip
+
+
+def model_of(kind, device, dtype):
+    heads, hydra, changes = MODELS[kind]
+    model = make_model(heads, hydra, **changes)
+    model.to(device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("gdn_A_log", "gdn_dt_bias")):
+            parameter.data = parameter.data.float()
+    return model
+
+
+def filled(model, name, padding, device, length=9, room=8):
+    """A cache of two prompts, the first one padded at its left."""
+    ids = tokens(2, length).to(device)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    if name == "static":
+        cache = StaticCache(config=model.config, max_cache_len=length + room)
+    else:
+        cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    return cache
+
+
+def memories(cache):
+    """All that a cache holds, by layer and name."""
+    for number, layer in enumerate(cache.layers):
+        for name in (*layer.STORES, *layer.MEMORIES):
+            tensor = getattr(layer, name)
+            if tensor is not None:
+                used = tensor[:, :, : int(layer.length)] if name in layer.STORES else tensor
+                yield f"layer {number}: {name}", used
+
+
+def close(got, want, dtype, what):
+    assert got.shape == want.shape, what
+    assert got.dtype == want.dtype, what
+    error = float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-9))
+    assert error < TOLERANCE[dtype], f"{what} is off by {error:.1e}"
+
+
+def check(kind, name, padding, steps, device, dtype):
+    """Some steps by the fused kernels, and by the layers, from the same cache."""
+    model = model_of(kind, device, dtype)
+    # Keys enough for several programs, and a store that is hardly used.
+    length, room = (900, 3000) if kind == "wide" else (9, 8)
+    fused = filled(model, name, padding, device, length, room)
+    plain = copy.deepcopy(fused)
+    for step in range(steps):
+        token = tokens(2, 1, seed=step).to(device)
+        with torch.no_grad():
+            with mock.patch.object(modeling, "decode", wraps=modeling.decode) as ran:
+                got = model(token, past_key_values=fused).logits
+            assert ran.call_count == len(model.model.layers)
+            with mock.patch.object(modeling, "usable", return_value=False):
+                want = model(token, past_key_values=plain).logits
+        what = f"{kind}, {name}, {padding=}, step {step}"
+        close(got, want, dtype, what)
+        for (part, a), (_, b) in zip(memories(fused), memories(plain), strict=True):
+            close(a, b, dtype, f"{what}, {part}")
+
+
+QUICK = [("without-fa-or-gdn", "static", 3, 1)]
+CASES = [
+    (kind, name, padding, 2)
+    for kind, (name, padding) in itertools.product(
+        MODELS, (("dynamic", 0), ("dynamic", 3), ("static", 3))
+    )
+    if kind != "wide"
+]
+ON_GPU = [
+    (kind, name, padding, 3)
+    for kind in ("without-fa-or-gdn", "shared-gqa", "biases", "bare", "wide")
+    for name, padding in (("dynamic", 0), ("static", 3))
+]
+
+
+def check_full(device, dtype):
+    """A token for which a static cache has no room must not pass unnoticed."""
+    model = model_of("head", device, dtype)
+    cache = StaticCache(config=model.config, max_cache_len=10)
+    with torch.no_grad():
+        model(tokens(1, 9).to(device), past_key_values=cache)
+        for _ in range(2):
+            logits = model(tokens(1, 1).to(device), past_key_values=cache).logits
+            assert bool(logits.isfinite().all()) == (int(cache.layers[0].length) <= 10)
+
+
+if __name__ == "__main__":
+    everything = sys.argv[1] == "all"
+    for dtype in (torch.float32, torch.bfloat16) if everything else (torch.float32,):
+        for case in CASES if everything else QUICK:
+            check(*case, torch.device("cpu"), dtype)
+            print(dtype, *case, flush=True)
+    if everything:
+        check_full(torch.device("cpu"), torch.float32)
+        print("no room", flush=True)

@@ -1,0 +1,203 @@
+"""Fused decode steps: equal to the plain layers, and not taken where they could differ."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks._harness import graphed
+from megatron_hydra.hf import decode_hydrahead as decode
+from megatron_hydra.hf import modeling_hydrahead as modeling
+from tests.hf import decode_cases
+from tests.hf.models import make_model, tokens
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+X = torch.zeros(2, 1, 40)
+
+
+@needs_triton
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("which", ["quick", pytest.param("all", marks=pytest.mark.slow)])
+def test_fused_steps_equal_the_layers_in_the_interpreter(which):
+    # Triton reads the variable when it is first imported, so in a process of its own.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(  # noqa: PLW1510
+        [sys.executable, "-m", "tests.hf.decode_cases", which],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    wanted = 2 * len(decode_cases.CASES) + 1 if which == "all" else len(decode_cases.QUICK)
+    assert len(result.stdout.splitlines()) == wanted
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_kernels_compile_for_a_gpu_that_is_not_here():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run(  # noqa: PLW1510
+        [sys.executable, "-m", "tests.hf.decode_compiled"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    kernels = {line.split()[0] for line in result.stdout.splitlines()}
+    assert kernels == {name for name in vars(decode) if name.endswith("_kernel")}
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(decode, "INTERPRETED", True)
+
+
+def prepared():
+    model = make_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            decode.prepare(layer, X)
+    assert all(layer.fused is not None for layer in model.model.layers)
+    return model
+
+
+def test_fused_weights_are_the_parameters_under_their_own_names(as_on_a_gpu, tmp_path):
+    plain, model, ids = make_model(), prepared(), tokens(2, 7)
+    held = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()
+    }
+    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert (
+        sum(held.values()) < 1.02 * own + 3 * 16 * 40 * 4
+    )  # but for the padded rows, nothing twice
+    want = plain.state_dict()
+    assert model.state_dict().keys() == want.keys()
+    assert all(torch.equal(x, want[name]) for name, x in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+    model.save_pretrained(tmp_path)
+    again = modeling.HydraHeadForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(x, want[name]) for name, x in again.state_dict().items())
+    # They can be trained: an update of a parameter is one of the fused weights.
+    layer = model.model.layers[0]
+    layer.self_attn.fa_q_proj.weight.data.fill_(3.0)
+    begin = layer.fused.heads.columns["fa_q_proj"]
+    assert (layer.fused.heads.weight[begin : begin + 16] == 3.0).all()
+
+
+def test_whatever_touches_a_layer_takes_the_plain_path(as_on_a_gpu):
+    def hook(module, *_):
+        return None
+
+    for touch in (
+        lambda layer: layer.self_attn.fa_q_proj.register_forward_hook(hook),
+        lambda layer: layer.mlp.down_proj.register_forward_pre_hook(hook),
+        lambda layer: setattr(
+            layer.self_attn, "gdn_q_proj", torch.nn.Sequential(layer.self_attn.gdn_q_proj)
+        ),
+        lambda layer: layer.mlp.double(),
+        lambda layer: setattr(layer.self_attn.o_proj, "forward", hook),
+    ):
+        layer = prepared().model.layers[0]
+        touch(layer)
+        decode.prepare(layer, X)
+        assert layer.fused is None
+    model = prepared()
+    layer = model.model.layers[0]
+    for p in layer.parameters():
+        p.data = p.data.clone()  # as load_state_dict(assign=True), say
+    old = layer.fused
+    decode.prepare(layer, X)
+    assert layer.fused not in (None, old)
+    model.to(torch.float64)
+    assert all(layer.fused is None for layer in model.model.layers)
+    decode.prepare(layer, X.double())
+    assert layer.fused is None  # the kernels have no fp64
+
+
+def test_a_copy_shares_no_fused_weights(as_on_a_gpu):
+    model = prepared()
+    twin = copy.deepcopy(model)
+    assert all(layer.fused is None for layer in twin.model.layers)
+    assert model.model.layers[0].fused is not None
+    twin.model.layers[0].self_attn.fa_q_proj.weight.data.zero_()
+    assert model.model.layers[0].self_attn.fa_q_proj.weight.any()
+
+
+@pytest.mark.parametrize("kind", ["plain", "grad", "recording", "padding", "two", "torch", "gated"])
+def test_when_a_step_is_fused(as_on_a_gpu, kind):
+    hydra = {"fusion": "gated"} if kind == "gated" else {}
+    model = make_model(hydra=hydra, gdn_kernel="torch" if kind == "torch" else "auto")
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+        if kind == "recording":
+            for layer in cache.layers:
+                layer.activate_past_recording()
+    new = tokens(2, 2 if kind == "two" else 1, seed=5)
+    mask = None
+    if kind == "padding":
+        mask = torch.ones_like(new)
+        mask[0] = 0
+    with (
+        torch.set_grad_enabled(kind == "grad"),
+        mock.patch.object(modeling, "decode", side_effect=lambda layer, x, *_: x) as ran,
+    ):
+        model(new, attention_mask=mask, past_key_values=cache)
+    assert ran.call_count == (3 if kind == "plain" else 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", decode_cases.ON_GPU)
+def test_fused_steps_equal_the_layers_on_a_gpu(case, dtype):
+    decode_cases.check(*case, torch.device("cuda"), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how", ["compiled", "reduce-overhead", "graph"])
+def test_compiled_and_captured_steps_are_fused_and_equal_eager_ones(how):
+    device = torch.device("cuda")
+    model = decode_cases.model_of("head", device, torch.bfloat16)
+    captured = decode_cases.filled(model, "static", 3, device, room=32)
+    eager = decode_cases.filled(model, "static", 3, device, room=32)
+    token = torch.zeros(2, 1, dtype=torch.long, device=device)
+    results = []
+    forward = model.forward
+    if how != "graph":
+        mode = None if how == "compiled" else how
+        forward = torch.compile(model.forward, mode=mode, fullgraph=True)
+
+    def step():
+        with torch.no_grad():
+            results[:] = [forward(token, past_key_values=captured).logits]
+
+    run = graphed(step) if how == "graph" else step
+    for number in range(6):
+        new = tokens(2, 1, seed=number).to(device)
+        token.copy_(new)
+        torch.compiler.cudagraph_mark_step_begin()
+        run()
+        with torch.no_grad():
+            for _ in range(
+                2 if how == "graph" and not number else 1
+            ):  # before a capture it runs once
+                want = model(new, past_key_values=eager).logits
+        decode_cases.close(results[0], want, torch.bfloat16, f"{how}, step {number}")
+    assert all(layer.fused is not None for layer in model.model.layers)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_without_room_is_no_number_on_a_gpu(dtype):
+    decode_cases.check_full(torch.device("cuda"), dtype)
