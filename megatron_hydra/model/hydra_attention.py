@@ -29,21 +29,17 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.model.full_attention import FullAttention
 from megatron_hydra.model.gated_delta_net import GatedDeltaNet
-from megatron_hydra.model.local_heads import LocalHeads
-from megatron_hydra.model.norm import qk_norms
+from megatron_hydra.model.local_heads import LocalHeads, declare
 from megatron_hydra.ops.backends import Kernels
 from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.ops.fusion_tail import Branch
 from megatron_hydra.ops.streams import side_by_side
 from megatron_hydra.parallel.context_parallel import gather_sequence, keep_in_graph
-from megatron_hydra.parallel.gradients import mark_partial
 from megatron_hydra.parallel.head_partition import LayerPartition
 from megatron_hydra.parallel.head_weights import (
-    Segment,
     joined,
     segments_factory,
     split_segments,
-    total_rows,
 )
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 
@@ -107,8 +103,8 @@ class HydraAttention(MegatronModule):
                 for segments in (self._in_parts, self._bias_parts)
             )
         self._build_projections(submodules)
+        declare(self, self.heads, "", config.params_dtype, config.sequence_parallel)
         self._build_branches()
-        self._build_fusion()
         self._idle = self._idle_parameters()
 
     # -- construction -------------------------------------------------------------------------
@@ -144,73 +140,14 @@ class HydraAttention(MegatronModule):
                 tp_comm_buffer_name="proj",
                 **common,
             )
-        hidden, d = self.model.hidden_size, self.head_dim
-        self.in_bias = self._optional(heads.in_bias_padded, sharded=True)
-        self.shared_kv = self._optional(total_rows(heads.shared_kv_segments), hidden)
-        self.shared_kv_bias = (
-            self._optional(total_rows(heads.shared_kv_segments)) if self.model.qkv_bias else None
-        )
-        self.fa_in = self._optional(total_rows(heads.fa_in_segments), hidden)
-        self.fa_in_bias = self._optional(total_rows(heads.fa_bias_segments))
-        self.fa_out = self._optional(len(heads.replicated_fa) * d, hidden, transposed=True)
-        self.out_bias = None
-        if self.model.out_bias:  # added to every token once, like a layer norm's weight
-            bias = torch.zeros(
-                hidden, dtype=self.config.params_dtype, device=torch.cuda.current_device()
-            )
-            self.out_bias = torch.nn.Parameter(bias)
-            self.out_bias.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
-
-    def _optional(
-        self,
-        rows: int,
-        columns: int | None = None,
-        *,
-        sharded: bool = False,
-        transposed: bool = False,
-    ) -> torch.nn.Parameter | None:
-        """A parameter of the layer, or ``None`` where it would be empty."""
-        if not rows:
-            return None
-        shape = (rows,) if columns is None else (columns, rows) if transposed else (rows, columns)
-        parameter = torch.nn.Parameter(
-            torch.zeros(shape, dtype=self.config.params_dtype, device=torch.cuda.current_device())
-        )
-        if sharded:
-            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-        else:
-            mark_partial(parameter)
-        return parameter
 
     def _build_branches(self) -> None:
         heads, dtype = self.heads, self.config.params_dtype
         self.fa = self.gdn = None
-        self.q_norm = self.k_norm = None  # of both branches; else each has its own
-        if heads.tied:
-            self.q_norm, self.k_norm = qk_norms(self.model, dtype)
         if heads.layer_has_fa:
-            self.fa = FullAttention(self.model, heads.fa_kv_of_heads, dtype, self.kernels)
+            self.fa = FullAttention(self.model, heads, dtype, self.kernels)
         if heads.layer_has_gdn:
-            self.gdn = GatedDeltaNet(
-                self.model,
-                heads.gdn_kv_of_heads,
-                heads.gdn_shared_kv,
-                heads.num_gdn_shared_kv,
-                heads.num_gdn_padded,
-                heads.num_conv_padded,
-                dtype,
-                self.kernels,
-                self.cp_group,
-            )
-
-    def _build_fusion(self) -> None:
-        self.gamma = self.fa_gamma = self.fusion_gate = None
-        if self.switches.fusion == "concat":
-            return
-        self.gamma = self._optional(self.heads.num_outputs_padded, sharded=True)
-        self.fa_gamma = self._optional(len(self.heads.replicated_fa))
-        if self.switches.fusion == "gated":
-            self.fusion_gate = self._optional(self.model.num_query_heads, self.model.hidden_size)
+            self.gdn = GatedDeltaNet(self.model, heads, dtype, self.kernels, self.cp_group)
 
     def _idle_parameters(self) -> tuple[torch.nn.Parameter, ...]:
         """Parameters without work on this rank: it has no head of their branch."""
@@ -219,10 +156,9 @@ class HydraAttention(MegatronModule):
             idle += self.fa.parameters()
         if self.gdn is not None and not self.heads.gdn:
             idle += self.gdn.parameters()
-        if self.in_bias is not None and not self.heads.in_bias_segments:
-            idle.append(self.in_bias)
-        if self.gamma is not None and not self.heads.sharded:
-            idle.append(self.gamma)
+        for local in self.heads.parameters:
+            if local.sharded and not local.segments and "." not in local.name:
+                idle.append(self.get_parameter(local.name))
         return tuple(idle)
 
     # -- forward ------------------------------------------------------------------------------
@@ -506,36 +442,16 @@ class HydraAttention(MegatronModule):
         data_rank = metadata["dp_cp_group"].rank()
         state: dict[str, Any] = {}
         for name, parameter in self.named_parameters():
-            key, segments, replicated, axis = self._stored_as(name)
-            replica = (0, self.tp_rank if replicated else 0, data_rank)
-            if segments is None:
+            local = self.heads.parameter(name)
+            assert local is not None, name
+            prefixed = prefix + local.key
+            replica = (0, 0 if local.sharded else self.tp_rank, data_rank)
+            if local.segments is None:
                 state[prefix + name] = ShardedTensor.from_rank_offsets(
-                    prefix + key, parameter, replica_id=replica
+                    prefixed, parameter, replica_id=replica
                 )
             else:
                 state[prefix + name] = segments_factory(
-                    prefix + key, parameter, segments, replica, axis
+                    prefixed, parameter, local.segments, replica, local.axis
                 )
         return state
-
-    def _stored_as(self, name: str) -> tuple[str, tuple[Segment, ...] | None, bool, int]:
-        """(canonical key, content or ``None`` for a whole tensor, on all ranks?, fused axis)."""
-        heads, d = self.heads, self.head_dim
-        table: dict[str, tuple[str, tuple[Segment, ...], bool, int]] = {
-            "in_proj.weight": ("in", heads.in_segments, False, 0),
-            "in_bias": ("in_bias", heads.in_bias_segments, False, 0),
-            "shared_kv": ("in", heads.shared_kv_segments, True, 0),
-            "shared_kv_bias": ("in_bias", heads.shared_kv_segments, True, 0),
-            "fa_in": ("in", heads.fa_in_segments, True, 0),
-            "fa_in_bias": ("in_bias", heads.fa_bias_segments, True, 0),
-            "out_proj.weight": ("out", heads.head_segments(heads.sharded, d), False, 1),
-            "fa_out": ("out", heads.head_segments(heads.replicated_fa, d), True, 1),
-            "gamma": ("gamma", heads.gamma_segments, False, 0),
-            "fa_gamma": ("gamma", heads.head_segments(heads.replicated_fa, 0), True, 0),
-            "gdn.conv": ("gdn", heads.conv_segments, False, 0),
-            "gdn.shared_conv": ("gdn", heads.shared_conv_segments, True, 0),
-            "gdn.A_log": ("gdn.A_log", heads.per_gdn_head_segments, False, 0),
-            "gdn.dt_bias": ("gdn.dt_bias", heads.per_gdn_head_segments, False, 0),
-        }
-        # What is left (norms, output bias, competition gate) is whole and on every rank.
-        return table.get(name, (name, None, True, 0))

@@ -8,13 +8,14 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_hydra.checkpoint.canonical import canonical_shapes, fa_kv_groups, gdn_kv_sources
+from megatron_hydra.checkpoint.canonical import canonical_shapes
 from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.config.run import BackendConfig, RecomputeConfig, RunConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.model import hydra_attention
 from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.model.layer_spec import build_gpt_model, uses_two_streams
+from megatron_hydra.model.parameters import fa_kv_groups, gdn_kv_sources
 from megatron_hydra.parallel.head_partition import LayerPartition
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 from tests import canonical_access
