@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 
@@ -14,6 +16,21 @@ from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.parallel.context_parallel import sharded_attention
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 from megatron_hydra.parallel.token_window import windowed_attention
+
+
+class FullAttentionInputs(NamedTuple):
+    """What the FA heads of a rank read, over the tokens that it computes them for.
+
+    Attributes:
+        q: ``[T, n·d]``.
+        k, v: ``[T, g·d]`` of the KV groups that the heads read.
+        gate: ``[T, n·d]`` logits of the output gate, or ``None``.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    gate: torch.Tensor | None = None
 
 
 class FullAttention(torch.nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -15,6 +17,21 @@ from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.parallel.context_parallel import convolution_halo, state_exchange
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 from megatron_hydra.parallel.token_window import delayed
+
+
+class GatedDeltaNetInputs(NamedTuple):
+    """What the GDN heads of a rank read.
+
+    Attributes:
+        qkv: ``[T_local, (n + 2m)·d]``, the heads of q, of k and of v one after the other.
+        b, a: ``[T_local, n]`` logits of β and α.
+        gate: ``[T_local, n·d]`` logits of the output gate, or ``None``.
+    """
+
+    qkv: torch.Tensor
+    b: torch.Tensor
+    a: torch.Tensor
+    gate: torch.Tensor | None = None
 
 
 class GatedDeltaNet(torch.nn.Module):
@@ -58,24 +75,21 @@ class GatedDeltaNet(torch.nn.Module):
 
     def forward(
         self,
-        qkv: torch.Tensor,
-        b: torch.Tensor,
-        a: torch.Tensor,
+        inputs: GatedDeltaNetInputs,
         packed: PackedSequence,
         tied_norms: QkNorms = (None, None),
     ) -> torch.Tensor:
         """Run the recurrence.
 
         Args:
-            qkv: ``[T_local, (n + 2m)·d]``, the heads of q, of k and of v one after the other; b, a:
-                ``[T_local, n]`` logits.
+            inputs: projections.
             packed: documents and shard.
             tied_norms: weights of the QK-norms that both branches share, in place of own ones.
 
         Returns:
             ``[T_local, n, d]``, before the gate.
         """
-        n = self.num_heads
+        n, (qkv, b, a, _) = self.num_heads, inputs
         tables = None
         if self.switches.gdn_position == "rope":
             tables = self.rotary.tables(packed.positions_local, packed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
@@ -37,7 +37,7 @@ class LocalParameter:
     """A parameter of a layer's attention on one rank.
 
     Attributes:
-        name: as in the module, e.g. ``in_proj.weight`` or ``gdn.A_log``.
+        name: as in the module, e.g. ``projections.in_proj.weight`` or ``gdn.A_log``.
         key: what its canonical keys below ``self_attention.`` begin with.
         shape: local, with padding.
         segments: its rows; ``None``: the whole canonical tensor ``key``.
@@ -60,6 +60,11 @@ class LocalParameter:
     def rows(self) -> int:
         """Rows with padding."""
         return self.shape[self.axis]
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything of it is not padding. A linear of padding alone still takes part in collectives."""
+        return self.segments != () or self.name.endswith(".weight")
 
 
 _Places = dict[Axis, tuple[tuple[int, ...], int]]
@@ -198,48 +203,40 @@ class LocalHeads:
     @functools.cached_property
     def parameters(self) -> tuple[LocalParameter, ...]:
         """Every parameter of the layer's attention that this rank holds."""
-        rows = parameters_of(self.model, self.layer_has_fa, self.layer_has_gdn)
+        held: dict[Holder, list[HeadParameter]] = {holder: [] for holder in HOLDERS}
+        for row in parameters_of(self.model, self.layer_has_fa, self.layer_has_gdn):
+            held.setdefault(row.holder or Holder(row.key, row.key), []).append(row)
         found = []
-        for holder in HOLDERS:
-            held = [row for row in rows if row.holder == holder]
-            found += self._held(
-                holder, sorted(held, key=lambda row: _LOCAL_ORDER.index(row.branch))
-            )
-        for row in rows:
-            if row.holder is None and row.axis:
-                found += self._held(Holder(row.key, row.key), [row])
-            elif row.holder is None:
-                found.append(
-                    _local(row.key, row.key, row.shape(self.model, 0), None, 0, False, row)
+        for holder, rows in held.items():
+            if rows and not rows[0].axis:
+                shape = rows[0].shape(self.model, 0)
+                found.append(_local(holder.own, holder, shape, None, 0, False, rows[0]))
+            elif rows:
+                found += self._held(
+                    holder, sorted(rows, key=lambda row: _LOCAL_ORDER.index(row.branch))
                 )
         return tuple(found)
 
-    def _held(self, holder: Holder, rows: Sequence[HeadParameter]) -> list[LocalParameter]:
+    def _held(self, holder: Holder, rows: Sequence[HeadParameter]) -> Iterator[LocalParameter]:
         """Parameters that hold these canonical tensors, but for those without rows on any rank."""
-        found = []
-        for name, where in (
-            (holder.own, self._own), (holder.replicated, self._everywhere), (holder.shared, self._shared)
-        ):  # fmt: skip
-            if not name or not rows:
-                continue
-            segments = self._segments(holder, rows, where(self.rank))
-            padded = total_rows(segments)
-            if name == holder.own:
-                of_rank = [self._segments(holder, rows, where(rank)) for rank in self._ranks]
-                count = padded_rows if holder == INPUT else total_rows
-                padded = max(map(count, of_rank))
-            if not padded:
-                continue
-            tail = rows[0].tail
-            assert all({*row.tail, "d"} == {*tail, "d"} for row in rows), holder
-            axis = tail.index("d") if "d" in tail else 0
-            shape = list(sizes(self.model, tuple(size for size in tail if size != "d")))
-            shape.insert(axis, padded)
+        tail = rows[0].tail
+        assert all({*row.tail, "d"} == {*tail, "d"} for row in rows), holder
+        axis = tail.index("d") if "d" in tail else 0
+        columns = sizes(self.model, tuple(size for size in tail if size != "d"))
+        for name, places in (
+            (holder.own, self._own(self.rank)),
+            (holder.replicated, self._everywhere()),
+            (holder.shared, self._shared()),
+        ):
             sharded = name == holder.own
-            found.append(
-                _local(name, holder.prefix, tuple(shape), segments, axis, sharded, rows[0])
-            )
-        return found
+            segments = self._segments(holder, rows, places)
+            padded = total_rows(segments)
+            if sharded:
+                of_rank = [self._segments(holder, rows, self._own(rank)) for rank in self._ranks]
+                padded = max(map(padded_rows if holder == INPUT else total_rows, of_rank))
+            if name and padded:
+                shape = (*columns[:axis], padded, *columns[axis:])
+                yield _local(name, holder, shape, segments, axis, sharded, rows[0])
 
     def _segments(
         self, holder: Holder, rows: Sequence[HeadParameter], places: _Places
@@ -262,7 +259,7 @@ class LocalHeads:
         }
         return places | {a: b.place_kv(b.own_kv(rank)) for a, b in self._kv_branches.items()}
 
-    def _everywhere(self, rank: int) -> _Places:
+    def _everywhere(self) -> _Places:
         """FA heads that every rank has, and their KV groups where FA projects its own."""
         branch, heads = self._replicated, tuple(self.replicated_fa)
         return {
@@ -271,7 +268,7 @@ class LocalHeads:
             "head": (heads, self.model.num_query_heads),
         }
 
-    def _shared(self, rank: int) -> _Places:
+    def _shared(self) -> _Places:
         """KV groups that several ranks read."""
         return {axis: branch.place_kv(branch.shared) for axis, branch in self._kv_branches.items()}
 
@@ -388,7 +385,7 @@ _LOCAL_ORDER = ("fa", "", "gdn")
 
 def _local(
     name: str,
-    key: str,
+    holder: Holder,
     shape: tuple[int, ...],
     segments: tuple[Segment, ...] | None,
     axis: int,
@@ -396,7 +393,7 @@ def _local(
     row: HeadParameter,
 ) -> LocalParameter:
     return LocalParameter(
-        name, key, shape, segments, axis, sharded, row.like_norm, row.fp32, row.decays
+        name, holder.prefix, shape, segments, axis, sharded, row.like_norm, row.fp32, row.decays
     )
 
 
@@ -428,7 +425,7 @@ def declare(
     Args:
         module: gets one attribute for each name.
         heads: the rank's part of the layer.
-        prefix: ``fa.``, ``gdn.``, or empty for what belongs to neither branch.
+        prefix: of the module's own names in the layer, ``gdn.`` for example.
         dtype: of parameters that are not fp32 always.
         sequence_parallel: whether tensor-parallel ranks hold slices of the sequence between layers.
     """

@@ -30,7 +30,7 @@ class Holder:
 
     Attributes:
         prefix: what the canonical keys of its tensors begin with.
-        own: the parameter with what only this rank has.
+        own: the parameter with what only this rank has, or with a tensor that is whole on every rank.
         replicated: with the FA heads that every rank has (FA partition ``sequence``); empty: there is none.
         shared: with the KV groups that several ranks read; empty: there is none.
     """
@@ -41,12 +41,16 @@ class Holder:
     shared: str = ""
 
 
-INPUT = Holder("in", "in_proj.weight", "fa_in", "shared_kv")
-INPUT_BIAS = Holder("in_bias", "in_bias", "fa_in_bias", "shared_kv_bias")
-OUTPUT = Holder("out", "out_proj.weight", "fa_out")
-GAMMA = Holder("gamma", "gamma", "fa_gamma")
+INPUT = Holder("in", "projections.in_proj.weight", "projections.fa_in", "projections.shared_kv")
+INPUT_BIAS = Holder(
+    "in_bias", "projections.in_bias", "projections.fa_in_bias", "projections.shared_kv_bias"
+)
+OUTPUT = Holder("out", "projections.out_proj.weight", "projections.fa_out")
+OUTPUT_BIAS = Holder("out_bias", "projections.out_bias")
 CONVOLUTION = Holder("gdn", "gdn.conv", shared="gdn.shared_conv")
-HOLDERS = (INPUT, OUTPUT, INPUT_BIAS, GAMMA, CONVOLUTION)
+GAMMA = Holder("gamma", "fusion.gamma", "fusion.fa_gamma")
+COMPETITION = Holder("fusion_gate", "fusion.gate")
+HOLDERS = (INPUT, OUTPUT, INPUT_BIAS, OUTPUT_BIAS, CONVOLUTION, GAMMA, COMPETITION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,9 +248,14 @@ PARAMETERS: tuple[HeadParameter, ...] = (
     HeadParameter("gamma", "head", (), "gamma", "gamma", _one_scale, holder=GAMMA, decays=False),
     HeadParameter("gamma.fa", "head", (), "fa_gamma", "gamma", _two_scales, holder=GAMMA, decays=False),
     HeadParameter("gamma.gdn", "head", (), "gdn_gamma", "gamma", _two_scales, holder=GAMMA, decays=False),
-    HeadParameter("fusion_gate", "", ("H", "D"), "fusion_gate.weight", "zeros", _gated_fusion),
+    HeadParameter(
+        "fusion_gate", "", ("H", "D"), "fusion_gate.weight", "zeros", _gated_fusion, holder=COMPETITION
+    ),
     HeadParameter("out", "head", ("D", "d"), "o_proj.weight", "output", _always, "columns", OUTPUT),
-    HeadParameter("out_bias", "", ("D",), "o_proj.bias", "teacher", _out_bias, decays=False, like_norm=True),
+    HeadParameter(
+        "out_bias", "", ("D",), "o_proj.bias", "teacher", _out_bias, holder=OUTPUT_BIAS, decays=False,
+        like_norm=True,
+    ),
 )  # fmt: skip
 
 

@@ -117,7 +117,7 @@ def _weights(heads: LocalHeads) -> list[str]:
     """The rank's fused projections and their shapes, padding included; those with heads of its own first."""
     linears = [p for p in heads.parameters if p.key in (INPUT.prefix, OUTPUT.prefix)]
     return [
-        f"{linear.name.removesuffix('.weight')} {list(linear.shape)}"
+        f"{linear.name.split('.')[1]} {list(linear.shape)}"
         for linear in sorted(linears, key=lambda linear: not linear.sharded)
     ]
 
