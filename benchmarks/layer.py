@@ -28,6 +28,9 @@ from megatron_hydra.errors import command
 
 from megatron.core.transformer.spec_utils import build_module  # isort: skip
 from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.model.full_attention import FullAttentionInputs
+from megatron_hydra.model.gated_delta_net import GatedDeltaNetInputs
+from megatron_hydra.model.head_projections import HeadInputs
 from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.model.layer_spec import hydra_layer_spec, transformer_config
 from megatron_hydra.ops import gpu_attention
@@ -71,7 +74,7 @@ class Core:
         branch: str = "",
     ) -> None:
         self.layer = layer
-        self.segments = [s for s in layer._in_parts if s.key.startswith(branch)]
+        self.segments = [s for s in layer.projections.in_segments if s.key.startswith(branch)]
         self.packed = PackedSequence((0, tokens), device=device)
         generator = torch.Generator(device).manual_seed(seed)
         dtype = layer.config.params_dtype
@@ -85,31 +88,37 @@ class Core:
         self.trained = [self.projected, *trained]
         self.cotangent: dict[int, torch.Tensor] = {}
 
-    def parts(self) -> dict[str, torch.Tensor]:
-        """The projections by name."""
-        return split_segments(self.projected, self.segments, 1)
+    def inputs(self) -> HeadInputs:
+        """What the branches read."""
+        rows = split_segments(self.projected, self.segments, 1)
+        fa = {name: rows.get(f"fa.{name}") for name in FullAttentionInputs._fields}
+        gdn = {name: rows.get(f"gdn.{name}") for name in GatedDeltaNetInputs._fields}
+        return HeadInputs(
+            None if fa["q"] is None else FullAttentionInputs(**fa),
+            None if gdn["qkv"] is None else GatedDeltaNetInputs(**gdn),
+            None,
+        )
 
     def both(self) -> torch.Tensor:
         """The whole core."""
-        mixed, _ = self.layer._mix(self.parts(), self.packed, None)
+        mixed, _ = self.layer.mix(self.inputs(), self.packed, None)
         assert mixed is not None
         return mixed
 
     def fa_alone(self) -> torch.Tensor:
         """The FA branch and its part of the tail."""
-        parts, layer = self.parts(), self.layer
-        output = layer._full_attention(parts["fa.q"], parts["fa.k"], parts["fa.v"], self.packed)
-        gamma = layer.gamma[: output.shape[1]] if layer.gamma is not None else None
-        return layer._fused([(output, parts.get("fa.gate"))], gamma)
+        inputs, layer = self.inputs().fa, self.layer
+        output = layer.full_attention(*inputs[:3], self.packed)
+        gamma = layer.fusion.gamma[: output.shape[1]] if layer.fusion.gamma is not None else None
+        return layer.fusion.tail([(output, inputs.gate)], gamma)
 
     def gdn_alone(self) -> torch.Tensor:
         """The GDN branch and its part of the tail."""
-        parts, layer = self.parts(), self.layer
-        arguments = [parts[f"gdn.{name}"] for name in ("qkv", "b", "a")]
+        inputs, layer = self.inputs().gdn, self.layer
         assert layer.gdn is not None
-        output = layer.gdn(*arguments, self.packed)
-        gamma = layer.gamma[-output.shape[1] :] if layer.gamma is not None else None
-        return layer._fused([(output, parts.get("gdn.gate"))], gamma)
+        output = layer.gdn(inputs, self.packed)
+        gamma = layer.fusion.gamma[-output.shape[1] :] if layer.fusion.gamma is not None else None
+        return layer.fusion.tail([(output, inputs.gate)], gamma)
 
     def step(self, forward: Callable[[], torch.Tensor]) -> harness.Peer:
         """Forward and backward; gradients by the projections and by the branches' parameters."""

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.model.parameters import PARAMETERS, entries, parameters_of_layer
 
 if TYPE_CHECKING:
     import torch
 
 Shape = tuple[int, ...]
 
-FP32_SUFFIXES = ("self_attention.gdn.A_log", "self_attention.gdn.dt_bias")
-"""Stored in fp32 whatever the model's dtype: decays near 1 do not survive bf16."""
+_FP32 = tuple(f"self_attention.{row.key}" for row in PARAMETERS if row.fp32)
 
 
 def layer_prefix(layer: int) -> str:
@@ -31,106 +31,16 @@ def layer_prefix(layer: int) -> str:
 
 def is_fp32(key: str) -> bool:
     """Whether ``key`` is stored in fp32 even in a bf16 model."""
-    return key.endswith(FP32_SUFFIXES)
-
-
-def fa_kv_groups(model: ModelConfig, layer: int) -> tuple[int, ...]:
-    """KV groups κ(h) that at least one FA head of ``layer`` reads, ascending."""
-    return tuple(sorted({model.kv_group(h) for h in model.fa_heads(layer)}))
-
-
-def gdn_kv_sources(model: ModelConfig, layer: int) -> tuple[int, ...]:
-    """For each GDN key-value head of ``layer``, the KV head of the dense model it comes from.
-
-    ``mha``: one entry for each GDN head; ``gqa``: one for each KV group in use, ascending. With
-    ``qkv=shared`` these are the heads after k and v were repeated, which the short convolution sees.
-    """
-    groups = [model.kv_group(h) for h in model.gdn_heads(layer)]
-    return tuple(groups) if model.switches.gdn_kv == "mha" else tuple(sorted(set(groups)))
-
-
-def _tied_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """What heads of both kinds read where k, v and norms are shared: of every KV group."""
-    groups = model.num_kv_heads
-    counts = {"k": groups, "v": groups}
-    return _projections(model, "", counts) | _biases(model, "", counts) | _norms(model, "")
-
-
-def _projections(model: ModelConfig, branch: str, counts: dict[str, int]) -> dict[str, Shape]:
-    d, hidden = model.head_dim, model.hidden_size
-    return {f"in.{branch}{part}": (count, d, hidden) for part, count in counts.items()}
-
-
-def _biases(model: ModelConfig, branch: str, counts: dict[str, int]) -> dict[str, Shape]:
-    if not model.qkv_bias:
-        return {}
-    return {f"in_bias.{branch}{part}": (count, model.head_dim) for part, count in counts.items()}
-
-
-def _norms(model: ModelConfig, branch: str) -> dict[str, Shape]:
-    d = model.head_dim
-    return {f"{branch}q_norm": (d,), f"{branch}k_norm": (d,)} if model.qk_norm else {}
-
-
-def _own_counts(model: ModelConfig, n: int, n_kv: int) -> dict[str, int]:
-    """Heads of the projections that are a branch's own."""
-    return {"q": n} if model.switches.ties_qkv else {"q": n, "k": n_kv, "v": n_kv}
-
-
-def _fa_shapes(model: ModelConfig, layer: int) -> dict[str, Shape]:
-    n, n_kv = len(model.fa_heads(layer)), len(fa_kv_groups(model, layer))
-    if n == 0:
-        return {}
-    counts = _own_counts(model, n, n_kv)
-    shapes = _projections(model, "fa.", counts)
-    if model.switches.fa_gate:
-        shapes["in.fa.gate"] = (n, model.head_dim, model.hidden_size)
-    shapes |= _biases(model, "fa.", counts)
-    if model.switches.fa_gate and model.switches.fa_gate_bias:
-        shapes["in_bias.fa.gate"] = (n, model.head_dim)
-    return shapes if model.switches.ties_qkv else shapes | _norms(model, "fa.")
-
-
-def _gdn_shapes(model: ModelConfig, layer: int) -> dict[str, Shape]:
-    n, n_kv = len(model.gdn_heads(layer)), len(gdn_kv_sources(model, layer))
-    if n == 0:
-        return {}
-    d, hidden, switches = model.head_dim, model.hidden_size, model.switches
-    own = _own_counts(model, n, n_kv)
-    shapes = _projections(model, "gdn.", own)
-    if switches.gdn_gate:
-        shapes["in.gdn.gate"] = (n, d, hidden)
-    shapes |= {"in.gdn.b": (n, hidden), "in.gdn.a": (n, hidden)}
-    shapes |= _biases(model, "gdn.", own)
-    if not switches.ties_qkv:
-        shapes |= _norms(model, "gdn.")
-    if switches.short_conv:
-        counts = {"q": n, "k": n_kv, "v": n_kv}
-        shapes |= {
-            f"gdn.conv_{part}": (count, d, switches.conv_width) for part, count in counts.items()
-        }
-    return shapes | {"gdn.A_log": (n,), "gdn.dt_bias": (n,)}
-
-
-def _fusion_shapes(model: ModelConfig) -> dict[str, Shape]:
-    heads, hidden = model.num_query_heads, model.hidden_size
-    shapes: dict[str, Shape] = {}
-    if model.is_hybrid and model.switches.fusion in ("scale", "gated"):
-        names = ("gamma.fa", "gamma.gdn") if model.switches.mixes_in_every_head else ("gamma",)
-        shapes |= dict.fromkeys(names, (heads,))
-    if model.is_hybrid and model.switches.fusion == "gated":
-        shapes["fusion_gate"] = (heads, hidden)
-    shapes["out"] = (heads, hidden, model.head_dim)
-    if model.out_bias:
-        shapes["out_bias"] = (hidden,)
-    return shapes
+    return key.endswith(_FP32)
 
 
 def layer_shapes(model: ModelConfig, layer: int) -> dict[str, Shape]:
     """Keys and shapes of one layer, without its prefix."""
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    attention = _tied_shapes(model) if model.switches.ties_qkv else {}
-    attention |= _fa_shapes(model, layer) | _gdn_shapes(model, layer) | _fusion_shapes(model)
+    attention = {
+        row.key: row.shape(model, len(entries(model, layer, row.axis)))
+        for row in parameters_of_layer(model, layer)
+    }
     return {
         "input_layernorm.weight": (hidden,),
         **{f"self_attention.{name}": shape for name, shape in attention.items()},

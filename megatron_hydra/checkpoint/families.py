@@ -1,6 +1,7 @@
 """Name maps as data: which Hugging Face tensors make which canonical tensor, family by family.
 
-A row of a table reads: canonical key, how, Hugging Face names. Which rows a model uses follows from
+A row of a table reads: canonical key, how, Hugging Face names. Those of the attention come from
+:data:`~megatron_hydra.model.parameters.PARAMETERS`. Which rows a model uses follows from
 :func:`~megatron_hydra.checkpoint.canonical.canonical_shapes`; a canonical key that no row covers,
 or a Hugging Face tensor that no row asks for, is an error in :mod:`.hf_io`.
 """
@@ -15,6 +16,7 @@ from megatron_hydra.checkpoint.canonical import Shape, canonical_shapes
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.hf_identity import DEFAULT_HEAD_DIM, DEFAULT_KV_HEADS
+from megatron_hydra.model.parameters import PARAMETERS
 
 if TYPE_CHECKING:
     import torch
@@ -108,66 +110,25 @@ BLOCK = _rows(
     ("pre_mlp_layernorm.weight", SAME, "post_attention_layernorm.weight"),
     ("mlp.linear_fc1.weight", GATE_AND_UP, "mlp.gate_proj.weight mlp.up_proj.weight"),
     ("mlp.linear_fc2.weight", SAME, "mlp.down_proj.weight"),
-    ("self_attention.out", HEAD_COLUMNS, "self_attn.o_proj.weight"),
 )
 
-DENSE_HEADS = _rows(
-    ("self_attention.in.fa.q", HEADS, "self_attn.q_proj.weight"),
-    ("self_attention.in.fa.k", HEADS, "self_attn.k_proj.weight"),
-    ("self_attention.in.fa.v", HEADS, "self_attn.v_proj.weight"),
-)
+FORMS = {"same": SAME, "heads": HEADS, "columns": HEAD_COLUMNS, "channels": CHANNELS}
 
-DENSE_QKV_BIAS = _rows(
-    ("self_attention.in_bias.fa.q", HEADS, "self_attn.q_proj.bias"),
-    ("self_attention.in_bias.fa.k", HEADS, "self_attn.k_proj.bias"),
-    ("self_attention.in_bias.fa.v", HEADS, "self_attn.v_proj.bias"),
-)
 
-DENSE_QK_NORM = _rows(
-    ("self_attention.fa.q_norm", SAME, "self_attn.q_norm.weight"),
-    ("self_attention.fa.k_norm", SAME, "self_attn.k_norm.weight"),
-)
+def _attention_rows(*, dense: bool) -> tuple[Row, ...]:
+    """The name map of the attention, from the table of its parameters."""
+    return tuple(
+        Row(
+            f"self_attention.{row.key}",
+            FORMS[row.form],
+            (f"self_attn.{row.hf.removeprefix('fa_') if dense else row.hf}",),
+        )
+        for row in PARAMETERS
+    )
 
-OUT_BIAS = _rows(("self_attention.out_bias", SAME, "self_attn.o_proj.bias"))
 
-HYBRID_HEADS = _rows(
-    ("self_attention.in.fa.q", HEADS, "self_attn.fa_q_proj.weight"),
-    ("self_attention.in.fa.k", HEADS, "self_attn.fa_k_proj.weight"),
-    ("self_attention.in.fa.v", HEADS, "self_attn.fa_v_proj.weight"),
-    ("self_attention.in.fa.gate", HEADS, "self_attn.fa_gate_proj.weight"),
-    ("self_attention.in_bias.fa.gate", HEADS, "self_attn.fa_gate_proj.bias"),
-    ("self_attention.in.gdn.q", HEADS, "self_attn.gdn_q_proj.weight"),
-    ("self_attention.in.gdn.k", HEADS, "self_attn.gdn_k_proj.weight"),
-    ("self_attention.in.gdn.v", HEADS, "self_attn.gdn_v_proj.weight"),
-    ("self_attention.in.gdn.gate", HEADS, "self_attn.gdn_gate_proj.weight"),
-    ("self_attention.in.gdn.a", SAME, "self_attn.gdn_a_proj.weight"),
-    ("self_attention.in.gdn.b", SAME, "self_attn.gdn_b_proj.weight"),
-    ("self_attention.in_bias.fa.q", HEADS, "self_attn.fa_q_proj.bias"),
-    ("self_attention.in_bias.fa.k", HEADS, "self_attn.fa_k_proj.bias"),
-    ("self_attention.in_bias.fa.v", HEADS, "self_attn.fa_v_proj.bias"),
-    ("self_attention.in_bias.gdn.q", HEADS, "self_attn.gdn_q_proj.bias"),
-    ("self_attention.in_bias.gdn.k", HEADS, "self_attn.gdn_k_proj.bias"),
-    ("self_attention.in_bias.gdn.v", HEADS, "self_attn.gdn_v_proj.bias"),
-    ("self_attention.in.k", HEADS, "self_attn.k_proj.weight"),
-    ("self_attention.in.v", HEADS, "self_attn.v_proj.weight"),
-    ("self_attention.in_bias.k", HEADS, "self_attn.k_proj.bias"),
-    ("self_attention.in_bias.v", HEADS, "self_attn.v_proj.bias"),
-    ("self_attention.q_norm", SAME, "self_attn.q_norm.weight"),
-    ("self_attention.k_norm", SAME, "self_attn.k_norm.weight"),
-    ("self_attention.fa.q_norm", SAME, "self_attn.fa_q_norm.weight"),
-    ("self_attention.fa.k_norm", SAME, "self_attn.fa_k_norm.weight"),
-    ("self_attention.gdn.q_norm", SAME, "self_attn.gdn_q_norm.weight"),
-    ("self_attention.gdn.k_norm", SAME, "self_attn.gdn_k_norm.weight"),
-    ("self_attention.gdn.conv_q", CHANNELS, "self_attn.gdn_q_conv.weight"),
-    ("self_attention.gdn.conv_k", CHANNELS, "self_attn.gdn_k_conv.weight"),
-    ("self_attention.gdn.conv_v", CHANNELS, "self_attn.gdn_v_conv.weight"),
-    ("self_attention.gdn.A_log", SAME, "self_attn.gdn_A_log"),
-    ("self_attention.gdn.dt_bias", SAME, "self_attn.gdn_dt_bias"),
-    ("self_attention.gamma", SAME, "self_attn.gamma"),
-    ("self_attention.gamma.fa", SAME, "self_attn.fa_gamma"),
-    ("self_attention.gamma.gdn", SAME, "self_attn.gdn_gamma"),
-    ("self_attention.fusion_gate", SAME, "self_attn.fusion_gate.weight"),
-)
+HYBRID_ROWS = GLOBAL + BLOCK + _attention_rows(dense=False)
+DENSE_ROWS = GLOBAL + BLOCK + _attention_rows(dense=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +137,6 @@ class Family:
 
     Attributes:
         architecture: class name in ``config.json``.
-        layer_rows: the name map of one layer.
         qk_norm: QK-norm on q and k.
         qkv_bias: biases on q, k, v: ``True``, ``False``, or ``None`` for what ``attention_bias`` of
             the config says.
@@ -186,7 +146,6 @@ class Family:
     """
 
     architecture: str
-    layer_rows: tuple[Row, ...]
     qk_norm: bool
     qkv_bias: bool | None
     out_bias: bool | None
@@ -197,7 +156,6 @@ class Family:
 FAMILIES = {
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
-        layer_rows=BLOCK + DENSE_HEADS + DENSE_QK_NORM + DENSE_QKV_BIAS + OUT_BIAS,
         qk_norm=True,
         qkv_bias=None,
         out_bias=None,
@@ -206,7 +164,6 @@ FAMILIES = {
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
-        layer_rows=BLOCK + DENSE_HEADS + DENSE_QKV_BIAS,
         qk_norm=False,
         qkv_bias=True,
         out_bias=False,
@@ -215,7 +172,6 @@ FAMILIES = {
     ),
     "llama": Family(
         architecture="LlamaForCausalLM",
-        layer_rows=BLOCK + DENSE_HEADS + DENSE_QKV_BIAS + OUT_BIAS,
         qk_norm=False,
         qkv_bias=None,
         out_bias=None,
@@ -223,8 +179,6 @@ FAMILIES = {
         num_kv_heads=DEFAULT_KV_HEADS["llama"],
     ),
 }
-
-HYBRID_ROWS = BLOCK + HYBRID_HEADS + OUT_BIAS
 
 HARMLESS_EXTRAS = (
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
@@ -267,8 +221,12 @@ def name_map(model: ModelConfig) -> list[Mapping]:
     Raises:
         HydraError: the family's table has no name for a tensor of this model.
     """
-    layer_rows = HYBRID_ROWS if model.is_hybrid else FAMILIES[model.family].layer_rows
-    rows = {row.canonical: row for row in GLOBAL + layer_rows}
+    rows = {row.canonical: row for row in (HYBRID_ROWS if model.is_hybrid else DENSE_ROWS)}
+    if not model.is_hybrid:
+        family = FAMILIES[model.family]
+        without = [] if family.qk_norm else ["fa.q_norm", "fa.k_norm"]
+        without += ["out_bias"] if family.out_bias is False else []
+        rows = {name: row for name, row in rows.items() if name.partition(".")[2] not in without}
     mappings = []
     for key, shape in canonical_shapes(model).items():
         layer, name = _split_layer(key)

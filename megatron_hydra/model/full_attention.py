@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from megatron_hydra.config.model import ModelConfig
-from megatron_hydra.model.norm import QkNorms, qk_norms
+from megatron_hydra.model.local_heads import LocalHeads, declare
+from megatron_hydra.model.norm import QkNorms
 from megatron_hydra.model.rotary import Rotary
 from megatron_hydra.ops.backends import Kernels
 from megatron_hydra.ops.device_cache import int_tensor
@@ -17,20 +18,38 @@ from megatron_hydra.parallel.packed_sequence import PackedSequence
 from megatron_hydra.parallel.token_window import windowed_attention
 
 
+class FullAttentionInputs(NamedTuple):
+    """What the FA heads of a rank read, over the tokens that it computes them for.
+
+    Attributes:
+        q: ``[T, n·d]``.
+        k, v: ``[T, g·d]`` of the KV groups that the heads read.
+        gate: ``[T, n·d]`` logits of the output gate, or ``None``.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    gate: torch.Tensor | None = None
+
+
 class FullAttention(torch.nn.Module):
     """Softmax attention of this rank's FA heads.
 
     Args:
         model: shapes and switches.
-        groups_of_heads: for each local head, the index of its KV head among the local KV heads.
+        heads: the rank's heads, and which local KV head each reads (:attr:`.LocalHeads.fa_kv_of_heads`).
         dtype: parameter dtype.
         kernels: the chosen implementations.
     """
 
+    q_norm: torch.nn.Parameter | None
+    k_norm: torch.nn.Parameter | None
+
     def __init__(
         self,
         model: ModelConfig,
-        groups_of_heads: Sequence[int],
+        heads: LocalHeads,
         dtype: torch.dtype,
         kernels: Kernels,
     ) -> None:
@@ -38,12 +57,9 @@ class FullAttention(torch.nn.Module):
         self.head_dim, self.eps = model.head_dim, model.norm_eps
         self.switches = model.switches
         self.kernels = kernels
-        self.groups_of_heads = tuple(groups_of_heads)
+        self.groups_of_heads = heads.fa_kv_of_heads
         self.rotary = Rotary(model.rope_parameters, model.head_dim, model.max_position_embeddings)
-        self.q_norm: torch.nn.Parameter | None = None
-        self.k_norm: torch.nn.Parameter | None = None
-        if not self.switches.ties_qkv:
-            self.q_norm, self.k_norm = qk_norms(model, dtype)
+        declare(self, heads, "fa.", dtype)
 
     def forward(
         self,

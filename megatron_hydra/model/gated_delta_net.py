@@ -2,103 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_hydra.config.model import ModelConfig
-from megatron_hydra.model.norm import QkNorms, qk_norms
+from megatron_hydra.model.local_heads import LocalHeads, declare
+from megatron_hydra.model.norm import QkNorms
 from megatron_hydra.model.rotary import Rotary
 from megatron_hydra.ops.backends import Kernels
 from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.parallel.context_parallel import convolution_halo, state_exchange
-from megatron_hydra.parallel.gradients import mark_partial
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 from megatron_hydra.parallel.token_window import delayed
+
+
+class GatedDeltaNetInputs(NamedTuple):
+    """What the GDN heads of a rank read.
+
+    Attributes:
+        qkv: ``[T_local, (n + 2m)·d]``, the heads of q, of k and of v one after the other.
+        b, a: ``[T_local, n]`` logits of β and α.
+        gate: ``[T_local, n·d]`` logits of the output gate, or ``None``.
+    """
+
+    qkv: torch.Tensor
+    b: torch.Tensor
+    a: torch.Tensor
+    gate: torch.Tensor | None = None
 
 
 class GatedDeltaNet(torch.nn.Module):
     """The gated delta rule of this rank's GDN heads.
 
+    Parameters are padded, so that they are equally large on all tensor-parallel ranks (Megatron's optimizer
+    wants equal buffers); only the first entries are used.
+
     Args:
         model: shapes and switches.
-        kv_of_heads: for each local head, the index of its k and v among the local ones: first those
-            that only this rank reads, then ``shared_kv``.
-        shared_kv: which of the ``num_shared_kv`` KV groups that several ranks read are read here.
-        num_shared_kv: KV groups of the layer that several tensor-parallel ranks read.
-        num_heads_padded, num_conv_padded: parameter sizes, equal on all tensor-parallel ranks
-            (Megatron's optimizer wants equal buffers); only the first local entries are used.
-        dtype: parameter dtype; A_log and dt_bias are fp32 always.
+        heads: the rank's heads. Their k and v come in the order of :attr:`.LocalHeads.gdn_kv_of_heads`: first
+            those that only this rank reads, then shared ones.
+        dtype: of parameters that are not fp32 always.
         kernels: the chosen implementations.
         cp_group: context-parallel ranks.
     """
 
+    A_log: torch.nn.Parameter
+    dt_bias: torch.nn.Parameter
+    q_norm: torch.nn.Parameter | None
+    k_norm: torch.nn.Parameter | None
+    conv: torch.nn.Parameter | None
+    shared_conv: torch.nn.Parameter | None  # rows: all k channels, then all v channels
+
     def __init__(
         self,
         model: ModelConfig,
-        kv_of_heads: Sequence[int],
-        shared_kv: Sequence[int],
-        num_shared_kv: int,
-        num_heads_padded: int,
-        num_conv_padded: int,
+        heads: LocalHeads,
         dtype: torch.dtype,
         kernels: Kernels,
         cp_group: dist.ProcessGroup,
     ) -> None:
         super().__init__()
         self.head_dim, self.eps = model.head_dim, model.norm_eps
-        self.num_heads = len(kv_of_heads)
-        self.kv_of_heads = tuple(kv_of_heads)
-        self.shared_kv = tuple(shared_kv)
+        self.num_heads = len(heads.gdn)
+        self.kv_of_heads, self.shared_kv = heads.gdn_kv_of_heads, heads.gdn_shared_kv
         self.switches = model.switches
         self.kernels, self.cp_group = kernels, cp_group
         self.rotary = Rotary(model.rope_parameters, model.head_dim, model.max_position_embeddings)
-        device = torch.cuda.current_device()
-        self.A_log = torch.nn.Parameter(torch.zeros(num_heads_padded, device=device))
-        self.dt_bias = torch.nn.Parameter(torch.zeros(num_heads_padded, device=device))
-        self.q_norm: torch.nn.Parameter | None = None
-        self.k_norm: torch.nn.Parameter | None = None
-        self.conv: torch.nn.Parameter | None = None
-        self.shared_conv: torch.nn.Parameter | None = None
-        if not self.switches.ties_qkv:
-            self.q_norm, self.k_norm = qk_norms(model, dtype)
-        if self.switches.short_conv:
-            width, d = self.switches.conv_width, self.head_dim
-            self.conv = torch.nn.Parameter(
-                torch.zeros(num_conv_padded * d, width, dtype=dtype, device=device)
-            )
-            if num_shared_kv:
-                self.shared_conv = torch.nn.Parameter(  # rows: all k channels, then all v channels
-                    torch.zeros(2 * num_shared_kv * d, width, dtype=dtype, device=device)
-                )
-                mark_partial(self.shared_conv)
-        for parameter in (self.A_log, self.dt_bias, self.conv):
-            if parameter is not None:
-                # its heads are this rank's alone
-                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        declare(self, heads, "gdn.", dtype)
 
     def forward(
         self,
-        qkv: torch.Tensor,
-        b: torch.Tensor,
-        a: torch.Tensor,
+        inputs: GatedDeltaNetInputs,
         packed: PackedSequence,
         tied_norms: QkNorms = (None, None),
     ) -> torch.Tensor:
         """Run the recurrence.
 
         Args:
-            qkv: ``[T_local, (n + 2m)·d]``, the heads of q, of k and of v one after the other; b, a:
-                ``[T_local, n]`` logits.
+            inputs: projections.
             packed: documents and shard.
             tied_norms: weights of the QK-norms that both branches share, in place of own ones.
 
         Returns:
             ``[T_local, n, d]``, before the gate.
         """
-        n = self.num_heads
+        n, (qkv, b, a, _) = self.num_heads, inputs
         tables = None
         if self.switches.gdn_position == "rope":
             tables = self.rotary.tables(packed.positions_local, packed)

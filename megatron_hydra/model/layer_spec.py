@@ -21,7 +21,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.errors import HydraError
-from megatron_hydra.model.hydra_attention import HydraAttention, HydraAttentionSubmodules
+from megatron_hydra.model.head_projections import HydraAttentionSubmodules
+from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.model.norm import RMSNorm
 from megatron_hydra.ops.backends import Case, Kernels, choose_kernels
 from megatron_hydra.parallel import platform

@@ -1,18 +1,74 @@
-"""What one tensor-parallel rank holds of one layer: heads, and the rows of its fused weights.
+"""What one tensor-parallel rank holds of one layer: heads, and the parameters with their rows.
 
 Everything that is uneven about a head partition is worked out here, once, on the host: which heads,
 which KV groups are this rank's alone and which several ranks read, how many rows that makes, and how
-far to pad so that every rank's parameters have the same shape.
+far to pad so that every rank's parameters have the same shape. Which parameters a layer has is in
+:mod:`.parameters`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
 
 from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.model.parameters import (
+    HOLDERS,
+    INPUT,
+    INPUT_BIAS,
+    OUTPUT,
+    PARAMETERS,
+    Axis,
+    HeadParameter,
+    Holder,
+    parameters_of,
+    sizes,
+)
+from megatron_hydra.parallel.gradients import mark_partial
 from megatron_hydra.parallel.head_partition import LayerPartition, shared_groups
 from megatron_hydra.parallel.head_weights import Segment, padded_rows, total_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalParameter:
+    """A parameter of a layer's attention on one rank.
+
+    Attributes:
+        name: as in the module, e.g. ``projections.in_proj.weight`` or ``gdn.A_log``.
+        key: what its canonical keys below ``self_attention.`` begin with.
+        shape: local, with padding.
+        segments: its rows; ``None``: the whole canonical tensor ``key``.
+        axis: the axis of the rows.
+        sharded: its heads are this rank's alone; else every rank holds all of it.
+        like_norm, fp32, decays: see :class:`.HeadParameter`.
+    """
+
+    name: str
+    key: str
+    shape: tuple[int, ...]
+    segments: tuple[Segment, ...] | None
+    axis: int
+    sharded: bool
+    like_norm: bool
+    fp32: bool
+    decays: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows with padding."""
+        return self.shape[self.axis]
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything of it is not padding. A linear of padding alone still takes part in collectives."""
+        return self.segments != () or self.name.endswith(".weight")
+
+
+_Places = dict[Axis, tuple[tuple[int, ...], int]]
+"""By what a tensor's first axis counts: places along it that a parameter holds, and its length."""
 
 
 class _Branch:
@@ -57,13 +113,13 @@ class _Branch:
         local = self.local_kv(rank)
         return tuple(local.index(self.kv_of[head]) for head in self.heads_by_rank[rank])
 
-    def head_slots(self, heads: Sequence[int]) -> tuple[int, ...]:
-        """Places of heads in the layer's canonical tensors of this branch."""
-        return tuple(self.heads.index(head) for head in heads)
+    def place(self, heads: Sequence[int]) -> tuple[tuple[int, ...], int]:
+        """Places of heads in the layer's canonical tensors of this branch, and how many there are."""
+        return tuple(self.heads.index(head) for head in heads), len(self.heads)
 
-    def kv_slots(self, kv: Sequence[int]) -> tuple[int, ...]:
-        """Places of kv ids in the layer's canonical k and v tensors of this branch."""
-        return tuple(self.kv.index(i) for i in kv)
+    def place_kv(self, kv: Sequence[int]) -> tuple[tuple[int, ...], int]:
+        """Places of kv ids in the layer's canonical k and v tensors of this branch, and how many there are."""
+        return tuple(self.kv.index(i) for i in kv), len(self.kv)
 
 
 class LocalHeads:
@@ -104,23 +160,13 @@ class LocalHeads:
 
         self.fa, self.gdn = self._fa.heads_by_rank[rank], partition.gdn[rank]
         self.mixed = model.switches.mixes_in_every_head
-        self.sharded = self.fa if self.mixed else (*self.fa, *self.gdn)
+        self.sharded = self._sharded_of(rank)
         self.replicated_fa = self._replicated.heads_by_rank[0]
         self.layer_has_fa = bool(self._fa.heads or self._replicated.heads)
         self.layer_has_gdn = bool(self._gdn.heads)
         self.num_fa_here = len(self.fa) + len(self.replicated_fa)
 
-        ranks = range(partition.tp_size)
-        self.num_outputs_padded = max(
-            len(self._fa.heads_by_rank[r]) + len(partition.gdn[r]) for r in ranks
-        )
-        self.num_sharded_padded = self.num_outputs_padded // (2 if self.mixed else 1)
-        self.num_gdn_padded = max(len(heads) for heads in partition.gdn)
-        self.in_rows_padded = max(padded_rows(self._in_segments(r)) for r in ranks)
-        self.in_bias_padded = max(total_rows(self._bias_segments(r)) for r in ranks)
-        self.num_conv_padded = max(
-            len(partition.gdn[r]) + 2 * len(self._gdn.own_kv(r)) for r in ranks
-        )
+        self._ranks = range(partition.tp_size)
 
     # -- kv heads -----------------------------------------------------------------------------
 
@@ -152,36 +198,145 @@ class LocalHeads:
         gated = self.model.switches.fusion == "gated"
         return bool(self.replicated_fa or self.shared_kv_segments or gated)
 
-    # -- rows of the fused weights ------------------------------------------------------------
+    # -- parameters ---------------------------------------------------------------------------
+
+    @functools.cached_property
+    def parameters(self) -> tuple[LocalParameter, ...]:
+        """Every parameter of the layer's attention that this rank holds."""
+        held: dict[Holder, list[HeadParameter]] = {holder: [] for holder in HOLDERS}
+        for row in parameters_of(self.model, self.layer_has_fa, self.layer_has_gdn):
+            held.setdefault(row.holder or Holder(row.key, row.key), []).append(row)
+        found = []
+        for holder, rows in held.items():
+            if rows and not rows[0].axis:
+                shape = rows[0].shape(self.model, 0)
+                found.append(_local(holder.own, holder, shape, None, 0, False, rows[0]))
+            elif rows:
+                found += self._held(
+                    holder, sorted(rows, key=lambda row: _LOCAL_ORDER.index(row.branch))
+                )
+        return tuple(found)
+
+    def _held(self, holder: Holder, rows: Sequence[HeadParameter]) -> Iterator[LocalParameter]:
+        """Parameters that hold these canonical tensors, but for those without rows on any rank."""
+        tail = rows[0].tail
+        assert all({*row.tail, "d"} == {*tail, "d"} for row in rows), holder
+        axis = tail.index("d") if "d" in tail else 0
+        columns = sizes(self.model, tuple(size for size in tail if size != "d"))
+        for name, places in (
+            (holder.own, self._own(self.rank)),
+            (holder.replicated, self._everywhere()),
+            (holder.shared, self._shared()),
+        ):
+            sharded = name == holder.own
+            segments = self._segments(holder, rows, places)
+            padded = total_rows(segments)
+            if sharded:
+                of_rank = [self._segments(holder, rows, self._own(rank)) for rank in self._ranks]
+                padded = max(map(padded_rows if holder == INPUT else total_rows, of_rank))
+            if name and padded:
+                shape = (*columns[:axis], padded, *columns[axis:])
+                yield _local(name, holder, shape, segments, axis, sharded, rows[0])
+
+    def _segments(
+        self, holder: Holder, rows: Sequence[HeadParameter], places: _Places
+    ) -> tuple[Segment, ...]:
+        segments = []
+        for row in rows:
+            slots, total = places.get(row.axis, ((), 0))
+            key = row.key.removeprefix(holder.prefix).removeprefix(".")
+            size = self.model.head_dim if "d" in row.tail else 0
+            if slots:
+                segments.append(Segment(key, slots, total, size))
+        return tuple(segments)
+
+    def _own(self, rank: int) -> _Places:
+        """What only ``rank`` has."""
+        places: _Places = {
+            "fa": self._fa.place(self._fa.heads_by_rank[rank]),
+            "gdn": self._gdn.place(self._gdn.heads_by_rank[rank]),
+            "head": (self._sharded_of(rank), self.model.num_query_heads),
+        }
+        return places | {a: b.place_kv(b.own_kv(rank)) for a, b in self._kv_branches.items()}
+
+    def _everywhere(self) -> _Places:
+        """FA heads that every rank has, and their KV groups where FA projects its own."""
+        branch, heads = self._replicated, tuple(self.replicated_fa)
+        return {
+            "fa": branch.place(heads),
+            "fa_kv": branch.place_kv(branch.own_kv(0)),
+            "head": (heads, self.model.num_query_heads),
+        }
+
+    def _shared(self) -> _Places:
+        """KV groups that several ranks read."""
+        return {axis: branch.place_kv(branch.shared) for axis, branch in self._kv_branches.items()}
+
+    @property
+    def _kv_branches(self) -> dict[Axis, _Branch]:
+        branches: dict[Axis, _Branch] = {"fa_kv": self._fa, "gdn_kv": self._gdn}
+        if self.tied:
+            branches["kv"] = self._both
+        return branches
+
+    def _sharded_of(self, rank: int) -> tuple[int, ...]:
+        fa, gdn = self._fa.heads_by_rank[rank], self._gdn.heads_by_rank[rank]
+        return (*fa,) if self.mixed else (*fa, *gdn)
+
+    def parameter(self, name: str) -> LocalParameter | None:
+        """The parameter of this name, or ``None`` where no rank has any of its rows."""
+        return next((p for p in self.parameters if p.name == name), None)
+
+    def segments(self, name: str) -> tuple[Segment, ...]:
+        """Rows of a parameter that are this rank's, without padding."""
+        parameter = self.parameter(name)
+        return () if parameter is None or parameter.segments is None else parameter.segments
 
     @property
     def in_segments(self) -> tuple[Segment, ...]:
         """Rows of the column-parallel input projection."""
-        return self._in_segments(self.rank)
+        return self.segments(INPUT.own)
+
+    @property
+    def in_rows_padded(self) -> int:
+        """Its rows with padding, equal on all ranks."""
+        return self._rows(INPUT.own)
 
     @property
     def in_bias_segments(self) -> tuple[Segment, ...]:
         """Entries of its bias: of q, k and v, and of the FA gate."""
-        return self._bias_segments(self.rank)
+        return self.segments(INPUT_BIAS.own)
+
+    @property
+    def in_bias_padded(self) -> int:
+        """Entries of its bias with padding."""
+        return self._rows(INPUT_BIAS.own)
 
     @property
     def fa_in_segments(self) -> tuple[Segment, ...]:
         """Rows of the replicated FA input projection."""
-        heads = self.replicated_fa
-        return self._fa_segments(self._replicated, heads, self._replicated.own_kv(0))
+        return self.segments(INPUT.replicated)
 
     @property
     def fa_bias_segments(self) -> tuple[Segment, ...]:
         """Entries of its bias."""
-        return self._with_bias(self.fa_in_segments)
+        return self.segments(INPUT_BIAS.replicated)
 
     @property
     def shared_kv_segments(self) -> tuple[Segment, ...]:
         """Rows of the projection of KV groups that several ranks read."""
-        segments: list[Segment] = []
-        for prefix, branch in self._projected:
-            segments += self._kv_segments(prefix, branch, branch.shared)
-        return tuple(segments)
+        return self.segments(INPUT.shared)
+
+    @property
+    def num_sharded_padded(self) -> int:
+        """Heads of the row-parallel output projection, with padding."""
+        return self._rows(OUTPUT.own) // self.model.head_dim
+
+    def _rows(self, name: str) -> int:
+        parameter = self.parameter(name)
+        return 0 if parameter is None else parameter.rows
+
+    # -- k and v that several readers share ---------------------------------------------------
 
     @property
     def shared_kv_used(self) -> dict[str, tuple[int, ...]]:
@@ -223,80 +378,84 @@ class LocalHeads:
             places["gdn"] = tuple(local.index(group) for group in groups)
         return places
 
-    @property
-    def conv_segments(self) -> tuple[Segment, ...]:
-        """Rows of the convolution weight: this rank's q, k and v channels."""
-        slots, own = self._gdn.head_slots(self.gdn), self._gdn.kv_slots(self._gdn.own_kv(self.rank))
-        heads, kv, d = len(self._gdn.heads), len(self._gdn.kv), self.model.head_dim
-        return _nonempty(
-            Segment("conv_q", slots, heads, d),
-            Segment("conv_k", own, kv, d),
-            Segment("conv_v", own, kv, d),
+
+_LOCAL_ORDER = ("fa", "", "gdn")
+"""Rows of a holder by branch."""
+
+
+def _local(
+    name: str,
+    holder: Holder,
+    shape: tuple[int, ...],
+    segments: tuple[Segment, ...] | None,
+    axis: int,
+    sharded: bool,
+    row: HeadParameter,
+) -> LocalParameter:
+    return LocalParameter(
+        name, holder.prefix, shape, segments, axis, sharded, row.like_norm, row.fp32, row.decays
+    )
+
+
+_NAMES = tuple(
+    dict.fromkeys(
+        name
+        for holder in (
+            *HOLDERS,
+            *(Holder(row.key, row.key) for row in PARAMETERS if not row.holder),
+        )
+        for name in (holder.own, holder.replicated, holder.shared)
+        if name
+    )
+)
+"""Names of all parameters that some layer has."""
+
+
+def declare(
+    module: torch.nn.Module,
+    heads: LocalHeads,
+    prefix: str,
+    dtype: torch.dtype,
+    sequence_parallel: bool = False,
+) -> None:
+    """Give a module the parameters whose names begin with ``prefix``; ``None`` for those that the layer lacks.
+
+    Values come from a checkpoint; until then they are zero. Parameters of linears (``….weight``) are theirs.
+
+    Args:
+        module: gets one attribute for each name.
+        heads: the rank's part of the layer.
+        prefix: of the module's own names in the layer, ``gdn.`` for example.
+        dtype: of parameters that are not fp32 always.
+        sequence_parallel: whether tensor-parallel ranks hold slices of the sequence between layers.
+    """
+    for name in _NAMES:
+        own = name.removeprefix(prefix)
+        if "." in own or not name.startswith(prefix):
+            continue
+        local = heads.parameter(name)
+        module.register_parameter(
+            own, None if local is None else _allocated(local, dtype, sequence_parallel)
         )
 
-    @property
-    def shared_conv_segments(self) -> tuple[Segment, ...]:
-        """Rows of the convolution weight of shared KV groups."""
-        slots, kv = self._gdn.kv_slots(self._gdn.shared), len(self._gdn.kv)
-        return tuple(Segment(name, slots, kv, self.model.head_dim) for name in ("conv_k", "conv_v"))
 
-    @property
-    def per_gdn_head_segments(self) -> tuple[Segment, ...]:
-        """Entries of a parameter with one number per GDN head."""
-        slots = self._gdn.head_slots(self.gdn)
-        return _nonempty(Segment("", slots, len(self._gdn.heads), 0))
-
-    @property
-    def gamma_segments(self) -> tuple[Segment, ...]:
-        """Entries of γ: one a head, or one for each of its two outputs where every head is both."""
-        if not self.mixed:
-            return self.head_segments(self.sharded, 0)
-        total = self.model.num_query_heads
-        heads = tuple(self.sharded)
-        return _nonempty(Segment("fa", heads, total, 0), Segment("gdn", heads, total, 0))
-
-    def head_segments(self, heads: Sequence[int], size: int) -> tuple[Segment, ...]:
-        """Entries of a parameter over all heads of the layer, in original head order."""
-        return _nonempty(Segment("", tuple(heads), self.model.num_query_heads, size))
-
-    def _in_segments(self, rank: int) -> tuple[Segment, ...]:
-        fa = self._fa_segments(self._fa, self._fa.heads_by_rank[rank], self._fa.own_kv(rank))
-        branch, heads = self._gdn, self._gdn.heads_by_rank[rank]
-        slots, total, d = branch.head_slots(heads), len(branch.heads), self.model.head_dim
-        tied = self._kv_segments("", self._both, self._both.own_kv(rank)) if self.tied else ()
-        gdn = [
-            Segment("gdn.q", slots, total, d),
-            *(() if self.tied else self._kv_segments("gdn.", branch, branch.own_kv(rank))),
-            *([Segment("gdn.gate", slots, total, d)] if self.model.switches.gdn_gate else []),
-            Segment("gdn.b", slots, total, 0),
-            Segment("gdn.a", slots, total, 0),
-        ]
-        return (*fa, *tied, *_nonempty(*gdn))
-
-    def _fa_segments(
-        self, branch: _Branch, heads: Sequence[int], own_kv: Sequence[int]
-    ) -> tuple[Segment, ...]:
-        slots, total, d = branch.head_slots(heads), len(branch.heads), self.model.head_dim
-        return _nonempty(
-            Segment("fa.q", slots, total, d),
-            *(() if self.tied else self._kv_segments("fa.", branch, own_kv)),
-            *([Segment("fa.gate", slots, total, d)] if self.model.switches.fa_gate else []),
+def _allocated(
+    local: LocalParameter, dtype: torch.dtype, sequence_parallel: bool
+) -> torch.nn.Parameter:
+    """The parameter, with the marks that say how its gradient and its optimizer state are treated."""
+    parameter = torch.nn.Parameter(
+        torch.zeros(
+            local.shape,
+            dtype=torch.float32 if local.fp32 else dtype,
+            device=torch.cuda.current_device(),
         )
-
-    def _kv_segments(self, prefix: str, branch: _Branch, kv: Sequence[int]) -> tuple[Segment, ...]:
-        slots, total = branch.kv_slots(kv), len(branch.kv)
-        return _nonempty(
-            *(Segment(f"{prefix}{part}", slots, total, self.model.head_dim) for part in "kv")
-        )
-
-    def _bias_segments(self, rank: int) -> tuple[Segment, ...]:
-        return self._with_bias(self._in_segments(rank))
-
-    def _with_bias(self, segments: Sequence[Segment]) -> tuple[Segment, ...]:
-        biased = {"q", "k", "v"} if self.model.qkv_bias else set()
-        gate = {"fa.gate"} if self.model.switches.fa_gate_bias else set()
-        return tuple(s for s in segments if s.key in gate or s.key.rpartition(".")[2] in biased)
-
-
-def _nonempty(*segments: Segment) -> tuple[Segment, ...]:
-    return tuple(segment for segment in segments if segment.slots)
+    )
+    if local.like_norm:
+        parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+    elif local.sharded:
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    else:
+        mark_partial(parameter)
+    parameter.hydra_fp32 = local.fp32  # type: ignore[attr-defined]
+    parameter.hydra_decays = local.decays  # type: ignore[attr-defined]
+    return parameter

@@ -1,30 +1,14 @@
-"""RMSNorm as a layer-spec module, and the weights of the norms over heads' channels."""
+"""RMSNorm as a layer-spec module, and the pair of QK-norms."""
 
 from __future__ import annotations
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.ops.rms_norm import weighted_rms_norm
-from megatron_hydra.parallel.gradients import mark_partial
 
 QkNorms = tuple[torch.nn.Parameter | None, torch.nn.Parameter | None]
-
-
-def qk_norms(model: ModelConfig, dtype: torch.dtype) -> QkNorms:
-    """Weights ``[d]`` of the RMSNorms of q and of k, or ``None`` where the model has no QK-norm.
-
-    Every tensor-parallel rank has them and uses them on its own heads.
-    """
-    if not model.qk_norm:
-        return None, None
-    device = torch.cuda.current_device()
-    q_norm, k_norm = (
-        torch.nn.Parameter(torch.ones(model.head_dim, dtype=dtype, device=device)) for _ in "qk"
-    )
-    mark_partial(q_norm, k_norm)
-    return q_norm, k_norm
+"""Weights ``[d]`` of the RMSNorms of q and of k, or ``None`` where the model has no QK-norm."""
 
 
 class RMSNorm(torch.nn.Module):

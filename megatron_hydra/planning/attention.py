@@ -1,6 +1,7 @@
 """The attention of a HydraHead layer on a tape: projections, both branches, fusion.
 
-Reads like :mod:`megatron_hydra.model.hydra_attention`, whose memory it has to have.
+Reads like :mod:`megatron_hydra.model.hydra_attention`, :mod:`~megatron_hydra.model.head_projections` and
+:mod:`~megatron_hydra.model.head_fusion`, whose memory it has to have.
 """
 
 from __future__ import annotations

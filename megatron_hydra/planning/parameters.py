@@ -7,7 +7,6 @@ import math
 
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.model.local_heads import LocalHeads
-from megatron_hydra.parallel.head_weights import total_rows
 
 BUFFER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128
 """Megatron-Core pads parameters and buckets to so many elements under the distributed optimizer."""
@@ -30,42 +29,17 @@ class Parameter:
 
 def layer_parameters(model: ModelConfig, heads: LocalHeads, tp: int) -> list[Parameter]:
     """Parameters of one layer on a tensor-parallel rank, as ``HydraAttention`` and its layer make them."""
-    hidden, d, switches = model.hidden_size, model.head_dim, model.switches
-    shared = total_rows(heads.shared_kv_segments)
-    fa_rows, m = total_rows(heads.fa_in_segments), len(heads.replicated_fa)
-    sizes = {
-        "input_layernorm": hidden,
-        "self_attention.in_proj": heads.in_rows_padded * hidden if heads.num_sharded_padded else 0,
-        "self_attention.out_proj": heads.num_sharded_padded * d * hidden,
-        "self_attention.in_bias": heads.in_bias_padded,
-        "self_attention.shared_kv": shared * hidden,
-        "self_attention.shared_kv_bias": shared if model.qkv_bias else 0,
-        "self_attention.fa_in": fa_rows * hidden,
-        "self_attention.fa_in_bias": total_rows(heads.fa_bias_segments),
-        "self_attention.fa_out": m * d * hidden,
-        "self_attention.out_bias": hidden if model.out_bias else 0,
-        "pre_mlp_layernorm": hidden,
-        "mlp.linear_fc1": 2 * model.ffn_hidden_size // tp * hidden,
-        "mlp.linear_fc2": model.ffn_hidden_size // tp * hidden,
-    }
-    if switches.fusion != "concat":
-        sizes["self_attention.gamma"] = heads.num_outputs_padded
-        sizes["self_attention.fa_gamma"] = m
-    if switches.fusion == "gated":
-        sizes["self_attention.fusion_gate"] = model.num_query_heads * hidden
-    if model.qk_norm and heads.tied:
-        sizes["self_attention.norms"] = 2 * d
-    elif model.qk_norm:
-        sizes["self_attention.fa.norms"] = 2 * d if heads.layer_has_fa else 0
-        sizes["self_attention.gdn.norms"] = 2 * d if heads.layer_has_gdn else 0
-    parameters = [Parameter(name, numel) for name, numel in sizes.items()]
-    if heads.layer_has_gdn:
-        wide = 2 * heads.num_gdn_padded
-        parameters.append(Parameter("self_attention.gdn.decays", wide, wide=True))
-        if switches.short_conv:
-            rows = heads.num_conv_padded + 2 * heads.num_gdn_shared_kv
-            parameters.append(Parameter("self_attention.gdn.conv", rows * d * switches.conv_width))
-    return [p for p in parameters if p.numel]
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size // tp
+    return [
+        Parameter("input_layernorm", hidden),
+        *(
+            Parameter(f"self_attention.{p.name}", math.prod(p.shape), p.fp32)
+            for p in heads.parameters
+        ),
+        Parameter("pre_mlp_layernorm", hidden),
+        Parameter("mlp.linear_fc1", 2 * ffn * hidden),
+        Parameter("mlp.linear_fc2", ffn * hidden),
+    ]
 
 
 def stage_parameters(

@@ -35,6 +35,7 @@ from megatron_hydra.hf.modeling_hydrahead import (
     TokenContext,
     Visibility,
 )
+from megatron_hydra.model.parameters import PARAMETERS
 from megatron_hydra.ops import backends
 from megatron_hydra.ops.backends import Case
 from megatron_hydra.selection.runner import DecoderRunner
@@ -49,7 +50,7 @@ _NOT_A_CONFIG = ("architectures", "model_type", "auto_map", "dtype")
 
 _ATTENTION = "self_attn."
 
-_FP32 = ("gdn_A_log", "gdn_dt_bias", "gamma")
+_FP32 = (*(row.hf for row in PARAMETERS if row.fp32), "gamma")
 
 
 class GatedDecoder:

@@ -17,8 +17,8 @@ from megatron_hydra.config.validate import (
 from megatron_hydra.environment import world_size_from_environment
 from megatron_hydra.errors import HydraError
 from megatron_hydra.model.local_heads import LocalHeads
+from megatron_hydra.model.parameters import INPUT, OUTPUT
 from megatron_hydra.parallel.head_partition import LayerPartition, plan_model
-from megatron_hydra.parallel.head_weights import total_rows
 
 
 def describe_layout(config: RunConfig, world_size: int | None = None) -> str:
@@ -108,22 +108,18 @@ def _layer_lines(model: ModelConfig, partition: LayerPartition, shard: int) -> l
         lines += [
             f"#     tensor rank {rank}: FA {_heads(fa)}, GDN {_heads(gdn)}, "
             f"head outputs {' and '.join(outputs)}",
-            f"#       {', '.join(_weights(model, heads))}",
+            f"#       {', '.join(_weights(heads))}",
         ]
     return lines
 
 
-def _weights(model: ModelConfig, heads: LocalHeads) -> list[str]:
-    """The rank's fused projections and their shapes, padding included."""
-    hidden, d = model.hidden_size, model.head_dim
-    shapes = {
-        "in_proj": (heads.in_rows_padded, hidden),
-        "out_proj": (hidden, heads.num_sharded_padded * d),
-        "shared_kv": (total_rows(heads.shared_kv_segments), hidden),
-        "fa_in": (total_rows(heads.fa_in_segments), hidden),
-        "fa_out": (hidden, len(heads.replicated_fa) * d),
-    }
-    return [f"{name} {list(shape)}" for name, shape in shapes.items() if all(shape)]
+def _weights(heads: LocalHeads) -> list[str]:
+    """The rank's fused projections and their shapes, padding included; those with heads of its own first."""
+    linears = [p for p in heads.parameters if p.key in (INPUT.prefix, OUTPUT.prefix)]
+    return [
+        f"{linear.name.split('.')[1]} {list(linear.shape)}"
+        for linear in sorted(linears, key=lambda linear: not linear.sharded)
+    ]
 
 
 def _heads(heads: tuple[int, ...]) -> str:

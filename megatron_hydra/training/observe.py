@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
+from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.world import World
 from megatron_hydra.reporting import PHASES
@@ -89,15 +90,14 @@ def gamma_by_layer(
 
 
 @torch.no_grad()
-def _add_gamma(total: torch.Tensor, attention: torch.nn.Module, world: World) -> None:
-    heads: Any = getattr(attention, "heads", None)
-    gamma = getattr(attention, "gamma", None)
+def _add_gamma(total: torch.Tensor, attention: HydraAttention, world: World) -> None:
+    heads, gamma = attention.heads, attention.fusion.gamma
     if gamma is not None:
         for branch, part in ((0, gamma[: len(heads.fa)]), (1, gamma[len(heads.fa) :])):
             count = len(heads.gdn) if branch else len(heads.fa)
             total[branch, 0] += part[:count].double().sum()
             total[branch, 1] += count
-    replicated = getattr(attention, "fa_gamma", None)
+    replicated = attention.fusion.fa_gamma
     if replicated is not None and world.tp_rank == 0:
         total[0, 0] += replicated.double().sum()
         total[0, 1] += replicated.numel()

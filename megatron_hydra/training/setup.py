@@ -25,7 +25,6 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 
-from megatron_hydra.checkpoint.canonical import FP32_SUFFIXES
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import OptimizerConfig as OptimizerSettings
 from megatron_hydra.config.run import RunConfig
@@ -34,8 +33,6 @@ from megatron_hydra.model.layer_spec import build_gpt_model
 from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.gradients import finalize_gradients
 from megatron_hydra.transfer.verb import Verb
-
-_NO_WEIGHT_DECAY = ("norm", "gamma", "A_log", "dt_bias", "bias")
 
 
 def build_chunks(model: ModelConfig, config: RunConfig) -> list[GPTModel]:
@@ -114,7 +111,7 @@ def wrap_for_training(
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:
-    """AdamW. Norms, biases, γ and decays are not decayed, nor is anything 1-D."""
+    """AdamW. What :mod:`megatron_hydra.model.parameters` says is not decayed, nor is anything 1-D."""
     settings = config.optimizer
     optimizer_config = OptimizerConfig(
         optimizer="adam",
@@ -156,11 +153,11 @@ def _param_groups() -> dict[ParamKey, ParamGroupOverride]:
 
     not_decayed = matching(
         "not_decayed",
-        lambda parameter, name: (
-            parameter.dim() <= 1 or any(part in name for part in _NO_WEIGHT_DECAY)
-        ),
+        lambda parameter, _: parameter.dim() <= 1 or not getattr(parameter, "hydra_decays", True),
     )
-    always_fp32 = matching("always_fp32", lambda _, name: name.endswith(FP32_SUFFIXES))
+    always_fp32 = matching(
+        "always_fp32", lambda parameter, _: getattr(parameter, "hydra_fp32", False)
+    )
     return {
         not_decayed: ParamGroupOverride(wd_mult=0.0),
         always_fp32: ParamGroupOverride(is_decoupled_lr=True),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -19,12 +19,10 @@ from megatron_hydra.checkpoint.canonical import (
     Shape,
     canonical_shapes,
     describe,
-    fa_kv_groups,
-    gdn_kv_sources,
-    is_fp32,
 )
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.model.parameters import INPUT, INPUT_BIAS, PARAMETERS, HeadParameter, entries
 from megatron_hydra.transfer.teacher_statistics import HeadStatistics
 
 
@@ -156,55 +154,17 @@ def initialise_student(
     )
 
 
-def _every_group(model: ModelConfig, layer: int) -> Sequence[int]:
-    return range(model.num_kv_heads)
-
-
-# Which rows of which dense tensor make a tensor of the student.
-_ROWS: dict[str, tuple[str, Callable[[ModelConfig, int], Sequence[int]]]] = {
-    f"self_attention.{group}.{branch}.{part}": (f"self_attention.{group}.fa.{part}", rows)
-    for group in ("in", "in_bias")
-    for branch, part, rows in (
-        ("fa", "q", ModelConfig.fa_heads),
-        ("fa", "k", fa_kv_groups),
-        ("fa", "v", fa_kv_groups),
-        ("gdn", "q", ModelConfig.gdn_heads),
-        ("gdn", "k", gdn_kv_sources),
-        ("gdn", "v", gdn_kv_sources),
-    )
-}
-_ROWS |= {
-    f"self_attention.{group}.{part}": (f"self_attention.{group}.fa.{part}", _every_group)
-    for group in ("in", "in_bias")
-    for part in "kv"
-}
-
-_COPIES = {
-    "self_attention.q_norm": "self_attention.fa.q_norm",
-    "self_attention.k_norm": "self_attention.fa.k_norm",
-    "self_attention.gdn.q_norm": "self_attention.fa.q_norm",
-    "self_attention.gdn.k_norm": "self_attention.fa.k_norm",
-}
-
-_DECAY, _WRITE = "self_attention.gdn.dt_bias", "self_attention.in.gdn.b"
-
-_ZEROS = (
-    "self_attention.in.fa.gate",
-    "self_attention.in.gdn.gate",
-    "self_attention.in.gdn.a",
-    _WRITE,
-    "self_attention.fusion_gate",
-    "self_attention.gdn.A_log",
-)
-
-_MEASURED = {"decay": (_DECAY,), "statistics": (_DECAY, _WRITE)}
-"""What begins as the teacher's statistics say, by kind of initialisation."""
-
 _OUT = "self_attention.out"
 
-_GAMMAS = ("self_attention.gamma", "self_attention.gamma.fa", "self_attention.gamma.gdn")
+_ROWS = {f"self_attention.{row.key}": row for row in PARAMETERS}
 
-_IDENTITY_KERNELS = tuple(f"self_attention.gdn.conv_{part}" for part in "qkv")
+
+def _source(row: HeadParameter) -> str:
+    """The dense model's tensor that a tensor of the student comes from: that of its FA heads."""
+    parts = [part for part in row.key.split(".") if part not in ("fa", "gdn")]
+    if row.branch or row.holder in (INPUT, INPUT_BIAS) or row.key.endswith("_norm"):
+        parts.insert(len(parts) - 1, "fa")
+    return ".".join(("self_attention", *parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,13 +178,15 @@ class _Context:
 
     def dtype(self, key: str) -> torch.dtype:
         """Of the dense counterpart, or of the output projection where there is none."""
-        if is_fp32(key):
-            return torch.float32
         prefix, _, name = _split(key)
-        if name in _ROWS:
-            key = prefix + _ROWS[name][0]
-        elif key not in self.dense:
-            key = prefix + _OUT
+        row = _ROWS.get(name)
+        if row is not None:
+            if row.fp32:
+                return torch.float32
+            if row.start == "teacher" and row.axis:
+                key = prefix + _source(row)
+            elif key not in self.dense:
+                key = prefix + _OUT
         return describe(self.dense, key).dtype
 
     def maker(self, key: str, shape: Shape) -> Callable[[], torch.Tensor]:
@@ -232,32 +194,39 @@ class _Context:
 
     def _make(self, key: str, shape: Shape) -> torch.Tensor:
         prefix, layer, name = _split(key)
-        dtype = self.dtype(key)
-        if name in _ROWS:
-            source, rows = _ROWS[name]
-            return self.dense[prefix + source][list(rows(self.student, layer))]
-        if name in _COPIES:
-            return self.dense[prefix + _COPIES[name]].to(dtype)
-        if self.statistics is not None and name in _MEASURED[self.init.kind]:
-            heads = list(self.student.gdn_heads(layer))
-            if name == _WRITE:
-                return self.statistics.write[layer, heads].to(dtype)
-            return initial_dt_bias(self.statistics.half_life[layer, heads])
-        if name in _ZEROS:
-            return torch.zeros(shape, dtype=dtype)
-        if name == "self_attention.in_bias.fa.gate":
-            return torch.full(shape, self.student.switches.fa_gate_begins_at, dtype=dtype)
-        if name in _IDENTITY_KERNELS:
+        row = _ROWS.get(name)
+        if row is None:  # not of the attention
+            return self.dense[key]
+        dtype, start = self.dtype(key), row.start
+        if start == "teacher":
+            source = self.dense[prefix + _source(row)]
+            if row.axis:
+                return source[list(entries(self.student, layer, row.axis))]
+            return source.to(dtype)
+        if start == "output":
+            if self.student.switches.fusion != "concat":
+                return self.dense[key]
+            return (self.dense[key].float() * self.gamma[layer, :, None, None]).to(dtype)
+        if start == "gamma":
+            return self.gamma[layer].to(dtype)
+        if start == "identity":
             kernel = torch.zeros(shape, dtype=dtype)
             kernel[..., -1] = 1
             return kernel
-        if name == _DECAY:
-            return initial_dt_bias(half_lives(shape[0], layer, self.seed, self.init))
-        if name in _GAMMAS:
-            return self.gamma[layer].to(dtype)
-        if name == _OUT and self.student.switches.fusion == "concat":
-            return (self.dense[key].float() * self.gamma[layer, :, None, None]).to(dtype)
-        return self.dense[key]
+        if start == "gate_bias":
+            return torch.full(shape, self.student.switches.fa_gate_begins_at, dtype=dtype)
+        if start == "decay":
+            return initial_dt_bias(self._half_lives(layer, shape[0]))
+        if start == "write" and self.statistics is not None and self.init.kind == "statistics":
+            heads = list(self.student.gdn_heads(layer))
+            return self.statistics.write[layer, heads].to(dtype)
+        return torch.zeros(shape, dtype=dtype)
+
+    def _half_lives(self, layer: int, count: int) -> torch.Tensor:
+        """Of a layer's GDN heads, in tokens."""
+        if self.statistics is None:
+            return half_lives(count, layer, self.seed, self.init)
+        return self.statistics.half_life[layer, list(self.student.gdn_heads(layer))]
 
 
 def _split(key: str) -> tuple[str, int, str]:

@@ -8,6 +8,7 @@ import torch
 from megatron_hydra.checkpoint import canonical
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.model.parameters import gdn_kv_sources
 from tests.checkpoint.models import hybrid_config
 
 
@@ -35,8 +36,8 @@ def test_gqa_shares_keys_and_values_among_gdn_heads():
     model = hybrid_config(hydra=HydraConfig(gdn_kv="gqa"))
     assert layer(model, 1)["self_attention.in.gdn.q"] == (4, 16, 40)
     assert layer(model, 1)["self_attention.in.gdn.k"] == (2, 16, 40)
-    assert canonical.gdn_kv_sources(model, 1) == (0, 1)
-    assert canonical.gdn_kv_sources(hybrid_config(), 1) == (0, 0, 1, 1)
+    assert gdn_kv_sources(model, 1) == (0, 1)
+    assert gdn_kv_sources(hybrid_config(), 1) == (0, 0, 1, 1)
 
 
 @pytest.mark.parametrize("gdn_kv", ["mha", "gqa"])

@@ -12,6 +12,7 @@ from megatron_hydra.checkpoint import families
 from megatron_hydra.checkpoint.canonical import canonical_shapes
 from megatron_hydra.checkpoint.hf_config import hf_config_from_model, read_hf_config
 from megatron_hydra.config.model import HydraConfig
+from megatron_hydra.errors import HydraError
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
 from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM
 from tests.checkpoint.models import VARIANTS, hybrid_config
@@ -95,3 +96,13 @@ def test_defaults_of_absent_keys_are_those_of_transformers(name):
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     assert (family.head_dim or config.hidden_size // heads) == head_dim
     assert config.tie_word_embeddings is False
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "key"),
+    [("llama", {"qk_norm": True}, "fa.q_norm"), ("qwen2", {"out_bias": True}, "out_bias")],
+)
+def test_a_tensor_that_the_family_does_not_have_is_refused(family, changes, key):
+    model = hybrid_config(family, **changes).dense()
+    with pytest.raises(HydraError, match=rf"'{family}' has no Hugging Face name for '.*{key}'"):
+        families.name_map(model)

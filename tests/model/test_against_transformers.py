@@ -221,7 +221,7 @@ def test_a_permuted_internal_head_order_gives_the_same_output(monkeypatch):
     permuted = build_gpt_model(model, RunConfig(precision="fp32"))
     for gpt in (plain, permuted):
         canonical_access.load(gpt, weights)
-    name = "decoder.layers.0.self_attention.in_proj.weight"
+    name = "decoder.layers.0.self_attention.projections.in_proj.weight"
     assert not torch.equal(plain.get_parameter(name), permuted.get_parameter(name))
     tokens = torch.randint(0, 64, (DOCUMENTS[-1],))
     torch.testing.assert_close(

@@ -8,13 +8,14 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_hydra.checkpoint.canonical import canonical_shapes, fa_kv_groups, gdn_kv_sources
+from megatron_hydra.checkpoint.canonical import canonical_shapes
 from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.config.run import BackendConfig, RecomputeConfig, RunConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.model import hydra_attention
 from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.model.layer_spec import build_gpt_model, uses_two_streams
+from megatron_hydra.model.parameters import fa_kv_groups, gdn_kv_sources
 from megatron_hydra.parallel.head_partition import LayerPartition
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 from tests import canonical_access
@@ -35,8 +36,8 @@ def _layer(**sections) -> HydraAttention:
 
 def _counted(layer: HydraAttention) -> dict[str, mock.Mock]:
     """Count the calls of the layer's parts."""
-    tail = mock.Mock(wraps=layer.kernels.fusion_tail)
-    layer.kernels = dataclasses.replace(layer.kernels, fusion_tail=tail)
+    tail = mock.Mock(wraps=layer.fusion.kernels.fusion_tail)
+    layer.fusion.kernels = dataclasses.replace(layer.fusion.kernels, fusion_tail=tail)
     counts = {"tail": tail}
     for name in ("fa", "gdn"):
         branch = getattr(layer, name)
@@ -111,7 +112,7 @@ def test_every_parameter_of_a_rank_without_fa_heads_is_in_the_graph(monkeypatch,
     first_of_two = LayerPartition(0, "heads", fa=((), (1, 6)), gdn=gdn)
     monkeypatch.setattr("megatron_hydra.model.layer_spec.plan_model", lambda *_: (first_of_two,))
     layer = build_gpt_model(model, RunConfig(precision="fp32")).decoder.layers[0].self_attention
-    assert layer.in_bias is not None and not layer.heads.in_bias_segments
+    assert layer.projections.in_bias is not None and not layer.heads.in_bias_segments
     output, _ = layer(torch.randn(24, 1, model.hidden_size), packed_seq_params=PACKED)
     output.sum().backward()
     assert not [name for name, parameter in layer.named_parameters() if parameter.grad is None]

@@ -69,9 +69,9 @@ def test_shapes_are_those_of_the_model(inputs: Path) -> None:
     lines = _lines(config, 1)
     model = build_gpt_model(tiny.student_config(), config)
     for index, layer in enumerate(model.decoder.layers):
-        attention = layer.self_attention
+        projections = layer.self_attention.projections
         shown = lines[lines.index(f"#   layer {index} (FA imbalance 1.00)") + 2]
         of_input, of_output = (
-            list(linear.weight.shape) for linear in (attention.in_proj, attention.out_proj)
+            list(linear.weight.shape) for linear in (projections.in_proj, projections.out_proj)
         )
         assert shown == f"#       in_proj {of_input}, out_proj {of_output}"
