@@ -67,7 +67,7 @@ def section(results: Results) -> list[str]:
 def _samples(results: Results) -> list[str]:
     """How many questions stand behind a figure."""
     found = []
-    for evaluation in dict.fromkeys(cell.spec.evaluation for cell in results.experiment.cells):
+    for evaluation in (cell.spec.evaluation for cell in results.experiment.cells):
         text = f"{evaluation.samples} samples at each of {len(evaluation.depths)} depths"
         if evaluation.lm_eval:
             limit = evaluation.lm_eval_limit

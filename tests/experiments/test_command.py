@@ -48,6 +48,9 @@ def test_gpus_are_numbers_among_those_that_are_visible(write, monkeypatch):
     assert shared_out(plan, None) == ["GPU-a", "5"] and shared_out(plan, [1]) == ["5"]
     with pytest.raises(HydraError, match="--gpus 2: this process sees 2 GPUs"):
         shared_out(plan, [0, 2])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("megatron_hydra.parallel.platform.device_count", lambda: 1)
+    assert shared_out(plan, None) == ["0"] and shared_out(plan, [0]) == ["0"]
     many = "variants: {a: {stages: {align: {processes: 4}}}}"
     plan = make_plan(load_experiment(write(many)).cells)
     assert shared_out(plan, None) == []  # its ranks take one each
