@@ -197,7 +197,7 @@ class HeadProjections(torch.nn.Module):
             found = self._key_values("fa.", own, shared)
             assert found is not None
             kv = found
-        return FullAttentionInputs(rows["fa.q"], *kv, gate=rows.get("fa.gate"))
+        return FullAttentionInputs(rows["fa.q"], *kv, *_named(FullAttentionInputs, rows, "fa."))
 
     def _of_gdn(
         self, own: Rows, both: KeyValues | None, shared: Rows
@@ -213,10 +213,7 @@ class HeadProjections(torch.nn.Module):
             )
             assert kv is not None
             qkv = torch.cat((own["gdn.q"], *kv), dim=1)
-        rest: dict[str, Any] = {
-            name: own.get(f"gdn.{name}") for name in GatedDeltaNetInputs._fields[1:]
-        }
-        return GatedDeltaNetInputs(qkv, **rest)
+        return GatedDeltaNetInputs(qkv, *_named(GatedDeltaNetInputs, own, "gdn."))
 
     def _key_values(self, prefix: str, own: Rows, shared: Rows) -> KeyValues | None:
         """Keys and values that are read over the whole sequence: of KV groups that only this rank reads, then
@@ -272,6 +269,12 @@ class HeadProjections(torch.nn.Module):
             output = added if output is None else output + added
         assert output is not None
         return output
+
+
+def _named(inputs: Any, rows: Rows, prefix: str) -> list[Any]:
+    """A branch's gates and logits, each by its field's name; ``None`` for what the model lacks."""
+    fields = [name for name in inputs._fields if name not in ("q", "k", "v", "qkv")]
+    return [rows.get(prefix + name) for name in fields]
 
 
 def _split(
