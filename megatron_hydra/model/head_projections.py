@@ -19,7 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hydra.model.full_attention import FullAttentionInputs
 from megatron_hydra.model.gated_delta_net import GatedDeltaNetInputs
-from megatron_hydra.model.local_heads import LocalHeads, declare
+from megatron_hydra.model.local_heads import LocalHeads
+from megatron_hydra.model.local_parameters import declare
 from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.parallel.context_parallel import gather_sequence, keep_in_graph
 from megatron_hydra.parallel.head_weights import Segment, joined, split_segments
@@ -90,7 +91,9 @@ class HeadProjections(torch.nn.Module):
         self.in_proj = self.out_proj = None
         if heads.num_sharded_padded:
             self._build_linears(submodules)
-        declare(self, heads, "projections.", config.params_dtype, config.sequence_parallel)
+        declare(
+            self, heads.parameters, "projections.", config.params_dtype, config.sequence_parallel
+        )
         self.in_segments, self.bias_segments = heads.in_segments, heads.in_bias_segments
         if not (heads.tied or "gdn.k" in heads.shared_kv_used):
             # One convolution for the three, without a copy.
