@@ -16,7 +16,7 @@ from megatron_hydra.checkpoint.canonical import Shape, canonical_shapes
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.hf_identity import DEFAULT_HEAD_DIM, DEFAULT_KV_HEADS
-from megatron_hydra.model.parameters import PARAMETERS
+from megatron_hydra.model.parameters import parameters_by_key
 
 if TYPE_CHECKING:
     import torch
@@ -115,22 +115,6 @@ BLOCK = _rows(
 FORMS = {"same": SAME, "heads": HEADS, "columns": HEAD_COLUMNS, "channels": CHANNELS}
 
 
-def _attention_rows(*, dense: bool) -> tuple[Row, ...]:
-    """The name map of the attention, from the table of its parameters."""
-    return tuple(
-        Row(
-            f"self_attention.{row.key}",
-            FORMS[row.form],
-            (f"self_attn.{row.hf.removeprefix('fa_') if dense else row.hf}",),
-        )
-        for row in PARAMETERS
-    )
-
-
-HYBRID_ROWS = GLOBAL + BLOCK + _attention_rows(dense=False)
-DENSE_ROWS = GLOBAL + BLOCK + _attention_rows(dense=True)
-
-
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What distinguishes a dense family.
@@ -215,18 +199,31 @@ def _split_layer(key: str) -> tuple[str, str]:
     return layer, name
 
 
+def _attention_rows(model: ModelConfig) -> list[Row]:
+    """The name map of the attention, from the table of its parameters."""
+    rows = parameters_by_key(model)
+    if not model.is_hybrid:
+        family = FAMILIES[model.family]
+        without = [] if family.qk_norm else ["fa.q_norm", "fa.k_norm"]
+        without += ["out_bias"] if family.out_bias is False else []
+        rows = {key: row for key, row in rows.items() if key not in without}
+    return [
+        Row(
+            f"self_attention.{key}",
+            FORMS[row.form],
+            (f"self_attn.{row.hf if model.is_hybrid else row.hf.removeprefix('fa_')}",),
+        )
+        for key, row in rows.items()
+    ]
+
+
 def name_map(model: ModelConfig) -> list[Mapping]:
     """Every canonical tensor of ``model`` with its Hugging Face counterparts.
 
     Raises:
         HydraError: the family's table has no name for a tensor of this model.
     """
-    rows = {row.canonical: row for row in (HYBRID_ROWS if model.is_hybrid else DENSE_ROWS)}
-    if not model.is_hybrid:
-        family = FAMILIES[model.family]
-        without = [] if family.qk_norm else ["fa.q_norm", "fa.k_norm"]
-        without += ["out_bias"] if family.out_bias is False else []
-        rows = {name: row for name, row in rows.items() if name.partition(".")[2] not in without}
+    rows = {row.canonical: row for row in (*GLOBAL, *BLOCK, *_attention_rows(model))}
     mappings = []
     for key, shape in canonical_shapes(model).items():
         layer, name = _split_layer(key)

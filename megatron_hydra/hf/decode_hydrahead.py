@@ -546,6 +546,13 @@ def _supported(config: Any) -> bool:
     )
 
 
+def _complete(attention: Any) -> bool:
+    """Whether the kernels compute with every part of the attention that has parameters."""
+    parts = {name.partition(".")[0] for name, _ in attention.named_parameters()}
+    known = {*projections(attention), "o_proj", "gamma", "gdn_A_log", "gdn_dt_bias"}
+    return all(part in known or part.endswith(("_norm", "_conv")) for part in parts)
+
+
 def _plain(layer: Any, x: torch.Tensor) -> bool:
     """Whether the layer's parts are as they were made (no adapters, hooks, other dtypes, other devices)."""
     attention = layer.self_attn
@@ -580,6 +587,7 @@ def prepare(layer: Any, x: torch.Tensor) -> None:
         and (x.is_cuda or INTERPRETED)
         and x.dtype in DTYPES
         and _supported(layer.self_attn.config)
+        and _complete(layer.self_attn)
         and _plain(layer, x)
     ):
         layer.fused = FusedLayer(layer)

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_hydra.config.model import ModelConfig
-from megatron_hydra.model.local_heads import LocalHeads, declare
+from megatron_hydra.model.local_heads import LocalHeads
+from megatron_hydra.model.local_parameters import declare
 from megatron_hydra.model.norm import QkNorms
 from megatron_hydra.model.rotary import Rotary
 from megatron_hydra.ops.backends import Kernels
@@ -59,7 +60,7 @@ class FullAttention(torch.nn.Module):
         self.kernels = kernels
         self.groups_of_heads = heads.fa_kv_of_heads
         self.rotary = Rotary(model.rope_parameters, model.head_dim, model.max_position_embeddings)
-        declare(self, heads, "fa.", dtype)
+        declare(self, heads.parameters, "fa.", dtype)
 
     def forward(
         self,

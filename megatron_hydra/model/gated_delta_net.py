@@ -9,7 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_hydra.config.model import ModelConfig
-from megatron_hydra.model.local_heads import LocalHeads, declare
+from megatron_hydra.model.local_heads import LocalHeads
+from megatron_hydra.model.local_parameters import declare
 from megatron_hydra.model.norm import QkNorms
 from megatron_hydra.model.rotary import Rotary
 from megatron_hydra.ops.backends import Kernels
@@ -71,7 +72,7 @@ class GatedDeltaNet(torch.nn.Module):
         self.switches = model.switches
         self.kernels, self.cp_group = kernels, cp_group
         self.rotary = Rotary(model.rope_parameters, model.head_dim, model.max_position_embeddings)
-        declare(self, heads, "gdn.", dtype)
+        declare(self, heads.parameters, "gdn.", dtype)
 
     def forward(
         self,

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_hydra.model.local_heads import LocalHeads, declare
+from megatron_hydra.model.local_heads import LocalHeads
+from megatron_hydra.model.local_parameters import declare
 from megatron_hydra.model.recomputation import Recomputation
 from megatron_hydra.ops.backends import Kernels
 from megatron_hydra.ops.device_cache import int_tensor
@@ -48,7 +49,7 @@ class HeadFusion(torch.nn.Module):
         )
         self.model = heads.model
         self.eps = self.model.norm_eps if self.model.switches.fusion_norm == "rms" else None
-        declare(self, heads, "fusion.", dtype)
+        declare(self, heads.parameters, "fusion.", dtype)
 
     def shares(self, x_slice: torch.Tensor | None) -> torch.Tensor | None:
         """Gated competition: H · softmax over all heads of W_f x, ``[T_local, H]`` on every rank.

@@ -19,7 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hydra.model.full_attention import FullAttentionInputs
 from megatron_hydra.model.gated_delta_net import GatedDeltaNetInputs
-from megatron_hydra.model.local_heads import LocalHeads, declare
+from megatron_hydra.model.local_heads import LocalHeads
+from megatron_hydra.model.local_parameters import declare
 from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.parallel.context_parallel import gather_sequence, keep_in_graph
 from megatron_hydra.parallel.head_weights import Segment, joined, split_segments
@@ -90,7 +91,9 @@ class HeadProjections(torch.nn.Module):
         self.in_proj = self.out_proj = None
         if heads.num_sharded_padded:
             self._build_linears(submodules)
-        declare(self, heads, "projections.", config.params_dtype, config.sequence_parallel)
+        declare(
+            self, heads.parameters, "projections.", config.params_dtype, config.sequence_parallel
+        )
         self.in_segments, self.bias_segments = heads.in_segments, heads.in_bias_segments
         if not (heads.tied or "gdn.k" in heads.shared_kv_used):
             # One convolution for the three, without a copy.
@@ -197,7 +200,7 @@ class HeadProjections(torch.nn.Module):
             found = self._key_values("fa.", own, shared)
             assert found is not None
             kv = found
-        return FullAttentionInputs(rows["fa.q"], *kv, gate=rows.get("fa.gate"))
+        return FullAttentionInputs(rows["fa.q"], *kv, *_named(FullAttentionInputs, rows, "fa."))
 
     def _of_gdn(
         self, own: Rows, both: KeyValues | None, shared: Rows
@@ -213,10 +216,7 @@ class HeadProjections(torch.nn.Module):
             )
             assert kv is not None
             qkv = torch.cat((own["gdn.q"], *kv), dim=1)
-        rest: dict[str, Any] = {
-            name: own.get(f"gdn.{name}") for name in GatedDeltaNetInputs._fields[1:]
-        }
-        return GatedDeltaNetInputs(qkv, **rest)
+        return GatedDeltaNetInputs(qkv, *_named(GatedDeltaNetInputs, own, "gdn."))
 
     def _key_values(self, prefix: str, own: Rows, shared: Rows) -> KeyValues | None:
         """Keys and values that are read over the whole sequence: of KV groups that only this rank reads, then
@@ -272,6 +272,12 @@ class HeadProjections(torch.nn.Module):
             output = added if output is None else output + added
         assert output is not None
         return output
+
+
+def _named(inputs: Any, rows: Rows, prefix: str) -> list[Any]:
+    """A branch's gates and logits, each by its field's name; ``None`` for what the model lacks."""
+    fields = [name for name in inputs._fields if name not in ("q", "k", "v", "qkv")]
+    return [rows.get(prefix + name) for name in fields]
 
 
 def _split(

@@ -28,7 +28,8 @@ from megatron_hydra.model.head_projections import (
     HeadProjections,
     HydraAttentionSubmodules,
 )
-from megatron_hydra.model.local_heads import LocalHeads, declare
+from megatron_hydra.model.local_heads import LocalHeads
+from megatron_hydra.model.local_parameters import declare
 from megatron_hydra.model.recomputation import Recomputation
 from megatron_hydra.ops.backends import Kernels
 from megatron_hydra.ops.streams import side_by_side
@@ -81,7 +82,7 @@ class HydraAttention(MegatronModule):
         self.heads = heads = LocalHeads(model, partitions[layer_number - 1], self.tp_rank)
         dtype = config.params_dtype
         self.projections = HeadProjections(config, submodules, heads, self.tp_group)
-        declare(self, heads, "", dtype)
+        declare(self, heads.parameters, "", dtype)
         self.fa = self.gdn = None
         if heads.layer_has_fa:
             self.fa = FullAttention(model, heads, dtype, kernels)

@@ -265,6 +265,14 @@ def parameters_of(model: ModelConfig, has_fa: bool, has_gdn: bool) -> tuple[Head
     return tuple(row for row in PARAMETERS if branches[row.branch] and row.when(model))
 
 
+def parameters_by_key(model: ModelConfig) -> dict[str, HeadParameter]:
+    """Rows of a model by canonical key. Rows of models that exclude each other may have one key."""
+    rows = parameters_of(model, has_fa=True, has_gdn=True)
+    found = {row.key: row for row in rows}
+    assert len(found) == len(rows), "two rows of one model have the same key"
+    return found
+
+
 def parameters_of_layer(model: ModelConfig, layer: int) -> tuple[HeadParameter, ...]:
     """Rows of ``layer`` (0-based)."""
     return parameters_of(model, bool(model.fa_heads(layer)), bool(model.gdn_heads(layer)))

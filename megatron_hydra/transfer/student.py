@@ -22,7 +22,13 @@ from megatron_hydra.checkpoint.canonical import (
 )
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.errors import HydraError
-from megatron_hydra.model.parameters import INPUT, INPUT_BIAS, PARAMETERS, HeadParameter, entries
+from megatron_hydra.model.parameters import (
+    INPUT,
+    INPUT_BIAS,
+    HeadParameter,
+    entries,
+    parameters_by_key,
+)
 from megatron_hydra.transfer.teacher_statistics import HeadStatistics
 
 
@@ -156,8 +162,6 @@ def initialise_student(
 
 _OUT = "self_attention.out"
 
-_ROWS = {f"self_attention.{row.key}": row for row in PARAMETERS}
-
 
 def _source(row: HeadParameter) -> str:
     """The dense model's tensor that a tensor of the student comes from: that of its FA heads."""
@@ -176,10 +180,16 @@ class _Context:
     init: StudentInit
     statistics: HeadStatistics | None
 
+    @functools.cached_property
+    def rows(self) -> dict[str, HeadParameter]:
+        """What the tensors of the attention are, by name in a layer."""
+        by_key = parameters_by_key(self.student)
+        return {f"self_attention.{key}": row for key, row in by_key.items()}
+
     def dtype(self, key: str) -> torch.dtype:
         """Of the dense counterpart, or of the output projection where there is none."""
         prefix, _, name = _split(key)
-        row = _ROWS.get(name)
+        row = self.rows.get(name)
         if row is not None:
             if row.fp32:
                 return torch.float32
@@ -194,7 +204,7 @@ class _Context:
 
     def _make(self, key: str, shape: Shape) -> torch.Tensor:
         prefix, layer, name = _split(key)
-        row = _ROWS.get(name)
+        row = self.rows.get(name)
         if row is None:  # not of the attention
             return self.dense[key]
         dtype, start = self.dtype(key), row.start

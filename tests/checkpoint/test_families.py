@@ -15,6 +15,7 @@ from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
 from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM
+from megatron_hydra.model.parameters import PARAMETERS
 from tests.checkpoint.models import VARIANTS, hybrid_config
 
 
@@ -106,3 +107,8 @@ def test_a_tensor_that_the_family_does_not_have_is_refused(family, changes, key)
     model = hybrid_config(family, **changes).dense()
     with pytest.raises(HydraError, match=rf"'{family}' has no Hugging Face name for '.*{key}'"):
         families.name_map(model)
+
+
+def test_an_export_keeps_in_fp32_what_the_table_says():
+    fp32 = {row.hf for row in PARAMETERS if row.fp32}
+    assert fp32 == set(HydraHeadForCausalLM._keep_in_fp32_modules_strict)

@@ -201,3 +201,10 @@ def test_compiled_and_captured_steps_are_fused_and_equal_eager_ones(how):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_without_room_is_no_number_on_a_gpu(dtype):
     decode_cases.check_full(torch.device("cuda"), dtype)
+
+
+def test_a_layer_with_a_part_that_the_kernels_do_not_know_is_not_fused(as_on_a_gpu):
+    layer = make_model().model.layers[0]
+    layer.self_attn.gdn_u_proj = torch.nn.Linear(40, 2, bias=False)
+    decode.prepare(layer, X)
+    assert layer.fused is None

@@ -2,9 +2,11 @@
 
 ``recorded_parameters.json`` holds hashes of a spread of models: the canonical keys, the tensors of a new
 student, the tensors of its export, and the parameters of every tensor-parallel rank. They hold checkpoints
-and exports to what earlier versions wrote. Record again only where a format changes on purpose:
+and exports to what earlier versions wrote. Record a new model with the first command; record all of them
+again, with the second, only where a format changes on purpose:
 
     python -m tests.model.test_parameters
+    python -m tests.model.test_parameters again
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -225,7 +228,10 @@ def _possible(layout: str) -> dict[str, ModelConfig]:
 
 @functools.cache
 def _recorded() -> dict[str, dict[str, str]]:
-    return json.loads(RECORDED.read_text())
+    recorded = json.loads(RECORDED.read_text())
+    missing = MODELS.keys() - recorded.keys()
+    assert not missing, f"no record of {missing}: run python -m tests.model.test_parameters"
+    return recorded
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -246,14 +252,17 @@ def test_every_rank_holds_and_stores_what_was_recorded(layout: str) -> None:
     assert planned == {name: _recorded()[name][f"planned-{layout}"] for name in models}
 
 
-def _record() -> None:
-    recorded = {name: _of_model(model) for name, model in MODELS.items()}
+def _record(again: bool) -> None:
+    recorded = {} if again else json.loads(RECORDED.read_text())
+    new = {name: model for name, model in MODELS.items() if name not in recorded}
+    recorded |= {name: _of_model(model) for name, model in new.items()}
     for layout in LAYOUTS:
-        for name, value in _of_ranks(layout, _possible(layout)).items():
+        possible = {name: new[name] for name in _possible(layout) if name in new}
+        for name, value in _of_ranks(layout, possible).items():
             recorded[name][layout] = value
-            recorded[name][f"planned-{layout}"] = _hash(_planned(layout, MODELS[name]))
+            recorded[name][f"planned-{layout}"] = _hash(_planned(layout, new[name]))
     RECORDED.write_text(json.dumps(recorded, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    _record()
+    _record(again=sys.argv[1:] == ["again"])

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_hydra.errors import HydraError
-from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
+from megatron_hydra.hf.configuration_hydrahead import SWITCHES, HydraHeadConfig
+
+COMPUTED = (
+    "mixer", "window", "fusion", "fusion_norm", "fa_position", "fa_gate", "fa_gate_bias", "gdn_position", "qkv",
+    "gdn_kv", "gdn_gate", "short_conv", "conv_width", "log_scale", "log_scale_a", "granularity",
+)  # fmt: skip
+"""Switches of the layer that the plug-in computes, but for the values that :func:`check_model` refuses. A new
+switch is refused until it stands here."""
 
 KV_DTYPES = ("auto", "float16", "bfloat16", "float32")
 """Values of ``--kv-cache-dtype`` that store keys and values as the model computes them."""
@@ -55,6 +62,12 @@ def check_model(config: HydraHeadConfig) -> None:
     Raises:
         HydraError: naming the key of the export's ``config.json``.
     """
+    for name, (absent, _) in SWITCHES.items():
+        if name not in COMPUTED and config.hydra[name] != absent:
+            raise HydraError(
+                f"hydra.{name}={config.hydra[name]!r} in config.json is not supported under vLLM: the plug-in "
+                "does not compute it. Run this export with transformers"
+            )
     mixer = config.hydra["mixer"]
     if mixer != "head":
         raise HydraError(

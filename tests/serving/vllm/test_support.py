@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_hydra.errors import HydraError
-from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
+from megatron_hydra.hf.configuration_hydrahead import SWITCHES, HydraHeadConfig
 from megatron_hydra.serving.vllm import support
 
 OPTIONS = {
@@ -36,6 +36,13 @@ def config(**changes):
 def test_models(changes, named):
     with pytest.raises(HydraError, match=named):
         support.check_model(config(**changes))
+
+
+def test_a_switch_that_the_plug_in_does_not_know_is_refused(monkeypatch):
+    monkeypatch.setitem(SWITCHES, "gdn_input_gate", (False, (True, False)))
+    support.check_model(config())
+    with pytest.raises(HydraError, match=r"hydra\.gdn_input_gate=True in config\.json"):
+        support.check_model(config(hydra={"gdn_input_gate": True}))
 
 
 def test_supported():
