@@ -68,7 +68,7 @@ def filled(model, name, padding, device, length=9, room=8):
         cache = StaticCache(config=model.config, max_cache_len=length + room)
     else:
         cache = DynamicCache(config=model.config)
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.object(modeling, "prompt_usable", return_value=False):
         model(ids, attention_mask=mask, past_key_values=cache)
     return cache
 
@@ -111,6 +111,39 @@ def check(kind, name, padding, steps, device, dtype):
             close(a, b, dtype, f"{what}, {part}")
 
 
+def check_prompt(kind, name, padding, device, dtype):
+    """A prompt in two calls by the fused kernels, and by the layers: all logits and all that is kept."""
+    model = model_of(kind, device, dtype)
+    length = 700 if kind == "wide" else 21
+    ids = tokens(2, length).to(device)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    results = []
+    for fused in (True, False):
+        if name == "static":
+            cache = StaticCache(config=model.config, max_cache_len=length)
+        else:
+            cache = DynamicCache(config=model.config)
+        patch = {"wraps": modeling.prompt_usable} if fused else {"return_value": False}
+        with (
+            torch.no_grad(),
+            mock.patch.object(modeling, "prompt_usable", **patch),
+            mock.patch.object(modeling, "read", wraps=modeling.read) as ran,
+        ):
+            logits = [
+                model(ids[:, part], attention_mask=mask[:, part], past_key_values=cache).logits
+                for part in (slice(0, 17), slice(17, length))
+            ]
+        assert bool(ran.call_count) == (fused and not model.model.layers[0].self_attn.tied)
+        results.append((torch.cat(logits, 1), cache))
+    (got, fused_cache), (want, plain_cache) = results
+    what = f"prompt of {kind}, {name}, {padding=}"
+    real = mask.bool()
+    close(got[real], want[real], dtype, what)
+    for (part, a), (_, b) in zip(memories(fused_cache), memories(plain_cache), strict=True):
+        close(a, b, dtype, f"{what}, {part}")
+
+
 QUICK = [("without-fa-or-gdn", "static", 3, 1)]
 CASES = [
     (kind, name, padding, 2)
@@ -142,6 +175,7 @@ if __name__ == "__main__":
     for dtype in (torch.float32, torch.bfloat16) if everything else (torch.float32,):
         for case in CASES if everything else QUICK:
             check(*case, torch.device("cpu"), dtype)
+            check_prompt(*case[:3], torch.device("cpu"), dtype)
             print(dtype, *case, flush=True)
     if everything:
         check_full(torch.device("cpu"), torch.float32)

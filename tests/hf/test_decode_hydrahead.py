@@ -137,7 +137,7 @@ def test_when_a_step_is_fused(as_on_a_gpu, kind):
     hydra = {"fusion": "gated"} if kind == "gated" else {}
     model = make_model(hydra=hydra, gdn_kernel="torch" if kind == "torch" else "auto")
     ids = tokens(2, 9)
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.object(modeling, "prompt_usable", return_value=False):
         cache = model(ids).past_key_values
         if kind == "recording":
             for layer in cache.layers:
@@ -149,6 +149,7 @@ def test_when_a_step_is_fused(as_on_a_gpu, kind):
         mask[0] = 0
     with (
         torch.set_grad_enabled(kind == "grad"),
+        mock.patch.object(modeling, "prompt_usable", return_value=False),
         mock.patch.object(modeling, "decode", side_effect=lambda layer, x, *_: x) as ran,
     ):
         model(new, attention_mask=mask, past_key_values=cache)
@@ -161,6 +162,7 @@ def test_when_a_step_is_fused(as_on_a_gpu, kind):
 @pytest.mark.parametrize("case", decode_cases.ON_GPU)
 def test_fused_steps_equal_the_layers_on_a_gpu(case, dtype):
     decode_cases.check(*case, torch.device("cuda"), dtype)
+    decode_cases.check_prompt(*case[:3], torch.device("cuda"), dtype)
 
 
 @pytest.mark.gpu
