@@ -375,7 +375,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--chunk", type=int, default=0, help="prefill chunk (default 0: one call)")
     parser.add_argument("--prefill-repeats", type=int, default=3, help="prefills (default 3)")
     parser.add_argument("--single-operators", action="store_true",
-                        help="of hydra: without the fused kernels of a decode step")  # fmt: skip
+                        help="of hydra: without its fused kernels")  # fmt: skip
     parser.add_argument("--bf16", action="store_true", help="bf16 on the CPU too")
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the script out")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU (default 1)")

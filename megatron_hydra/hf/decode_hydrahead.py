@@ -412,7 +412,7 @@ def _convolved_half(
 
 
 @_jit_of_counts
-def _prompt_kernel(  # noqa: PLR0915  (five kinds of programs in one launch)
+def _prompt_kernel(  # noqa: C901, PLR0915  (five kinds of programs in one launch)
     projected, tail, out, table, taps, gdn_q_norm, gdn_k_norm, fa_q_norm, fa_k_norm,
     cos, sin, log_scale, tokens, width, channels, cos_b, scale_b, eps, N, KV, HEADS, GROUPS,
     D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, W: tl.constexpr,
