@@ -1,4 +1,4 @@
-"""A decode step of a HydraHead layer in a few launches (copied into every export; needs torch, uses triton).
+"""A HydraHead layer's inference in a few launches (copied into every export; needs torch, uses triton).
 
 By single operators a layer takes some 170 launches a token, and a GPU waits for the host that makes them.
 Here it takes eleven: the projections of all heads are one product, and these kernels do the rest.
@@ -8,6 +8,9 @@ Here it takes eleven: the projections of all heads are one product, and these ke
     attend     FA: softmax over a part of the keys (the parts side by side, as in FlashDecoding)
     fuse       FA: sum of the parts; all: gate, norm, γ, in the heads' original order; convolution's last inputs
     swiglu     SiLU(gate) · up
+
+A prompt goes through ``norm``, ``swiglu`` and two more, ``prompt`` before the delta rule and the softmax and
+``prompt_fuse`` after them, which are those of the plain layer.
 
 The twin of all of it is the layer in modeling_hydrahead.py, which rounds to the model's dtype at the same
 places; it runs wherever :func:`usable` says no.
@@ -20,6 +23,7 @@ B: batch, D: hidden size, d: head_dim, n: GDN heads, f: FA heads, g: KV groups o
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -711,8 +715,17 @@ def _plain(layer: Any, x: torch.Tensor) -> bool:
     attention = layer.self_attn
     linears = [*projections(attention).values(), attention.o_proj]
     linears += [layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
-    if any(type(module) is not nn.Linear for module in linears):
-        return False
+    for module in linears:
+        # Neither adapters or quantized weights, nor parameters that live in somebody else's storage (FSDP).
+        weight = module.weight
+        if (
+            type(module) is not nn.Linear
+            or type(weight) is not nn.Parameter
+            or weight.is_inference()
+        ):
+            return False
+        if weight.untyped_storage().nbytes() != weight.numel() * weight.element_size():
+            return False
     kept_wide = [attention.gdn_A_log, attention.gdn_dt_bias] if attention.gdn_heads else []
     if any(
         p.device != x.device or (p.dtype != x.dtype and all(p is not w for w in kept_wide))
@@ -791,8 +804,24 @@ def swiglu(gate_up: torch.Tensor, size: int) -> torch.Tensor:
     return out
 
 
+def _device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, wherever the tensors are."""
+    if x.is_cuda and not torch.compiler.is_compiling():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
 def _power(size: int) -> int:
     return 1 << (size - 1).bit_length()
+
+
+def _around(layer: Any, x: torch.Tensor, mix: Any, context: Any, cache: Any) -> torch.Tensor:
+    """What is the same for one token and for several: all of a layer around its heads."""
+    x, hidden = normed(x.contiguous(), layer.input_layernorm)
+    mixed = layer.self_attn.o_proj(mix(layer, hidden, context, cache))
+    x, hidden = normed(x, layer.post_attention_layernorm, mixed)
+    mlp = layer.mlp
+    return x + mlp.down_proj(swiglu(layer.fused.mlp(hidden), mlp.gate_proj.out_features))
 
 
 def decode(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor:
@@ -805,11 +834,8 @@ def decode(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tenso
     Returns:
         ``[B, 1, D]``.
     """
-    x, hidden = normed(x.contiguous(), layer.input_layernorm)
-    mixed = layer.self_attn.o_proj(heads(layer, hidden, context, cache))
-    x, hidden = normed(x, layer.post_attention_layernorm, mixed)
-    mlp = layer.mlp
-    return x + mlp.down_proj(swiglu(layer.fused.mlp(hidden), mlp.gate_proj.out_features))
+    with _device_of(x):
+        return _around(layer, x, heads, context, cache)
 
 
 def prompt_usable(layer: Any, x: torch.Tensor, context: Any) -> bool:
@@ -827,11 +853,8 @@ def prompt_usable(layer: Any, x: torch.Tensor, context: Any) -> bool:
 
 def read(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor:
     """Several tokens a row through a decoder layer; as the layer does it."""
-    x, hidden = normed(x.contiguous(), layer.input_layernorm)
-    mixed = layer.self_attn.o_proj(prompt_heads(layer, hidden, context, cache))
-    x, hidden = normed(x, layer.post_attention_layernorm, mixed)
-    mlp = layer.mlp
-    return x + mlp.down_proj(swiglu(layer.fused.mlp(hidden), mlp.gate_proj.out_features))
+    with _device_of(x):
+        return _around(layer, x, prompt_heads, context, cache)
 
 
 def prompt_heads(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor:

@@ -1037,8 +1037,10 @@ class HydraHeadDecoderLayer(GradientCheckpointingLayer):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """As for every module; parameters that move or change their type leave the storage they share."""
-        self.fused = None
-        return super()._apply(*args, **kwargs)
+        result = super()._apply(*args, **kwargs)
+        if self.fused is not None and not self.fused.holds():
+            self.fused = None
+        return result
 
 
 # -- the model ------------------------------------------------------------------------------------
