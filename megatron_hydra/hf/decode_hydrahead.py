@@ -40,8 +40,8 @@ except Exception:  # absent, or broken: the plain path always works
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD, LARGEST_HIDDEN = 256, 16384
-PROGRAMS, LARGEST_SPLIT = 512, 128
-"""Programs of an attention that fill a GPU, and parts of the keys at most."""
+PROGRAMS, LARGEST_SPLIT = 4096, 128
+"""Programs of an attention at most (some waves: the last one is not full), and parts of the keys."""
 
 
 def _jit(kernel: Any) -> Any:
@@ -576,6 +576,15 @@ class FusedLinear:
                 begin += size
         _stay(self.weight, self.bias)
 
+    def release(self) -> None:
+        """Give every parameter that is still in this storage one of its own."""
+        ours = [x.untyped_storage().data_ptr() for x in (self.weight, self.bias) if x is not None]
+        with torch.inference_mode(False), torch.no_grad():
+            for m in self.maps:
+                for parameter in (m.weight, m.bias):
+                    if parameter is not None and parameter.untyped_storage().data_ptr() in ours:
+                        parameter.data = parameter.data.clone()
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``[…, D]`` → ``[…, rows]``."""
         return F.linear(x, self.weight, self.bias)
@@ -620,6 +629,11 @@ class FusedLayer:
             if list(now.values()) != then:
                 return False
         return self._addresses() == self._places
+
+    def release(self) -> None:
+        """Leave the parameters as they were found."""
+        self.heads.release()
+        self.mlp.release()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -717,14 +731,11 @@ def _plain(layer: Any, x: torch.Tensor) -> bool:
     linears += [layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
     for module in linears:
         # Neither adapters or quantized weights, nor parameters that live in somebody else's storage (FSDP).
-        weight = module.weight
-        if (
-            type(module) is not nn.Linear
-            or type(weight) is not nn.Parameter
-            or weight.is_inference()
-        ):
+        if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
             return False
-        if weight.untyped_storage().nbytes() != weight.numel() * weight.element_size():
+        weight = module.weight
+        whole = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+        if weight.is_inference() or not whole:
             return False
     kept_wide = [attention.gdn_A_log, attention.gdn_dt_bias] if attention.gdn_heads else []
     if any(
@@ -739,15 +750,21 @@ def _plain(layer: Any, x: torch.Tensor) -> bool:
     )
 
 
+def keep_if_whole(layer: Any) -> bool:
+    """Whether a layer's weights are fused; where something has changed, they are so no longer."""
+    if layer.fused is not None and not layer.fused.holds():
+        layer.fused.release()
+        layer.fused = None
+    return layer.fused is not None
+
+
 def prepare(layer: Any, x: torch.Tensor) -> None:
-    """Fuse the weights of a layer that will decode, or forget it where something has changed.
+    """Fuse the weights of a layer, where its kernels can be used.
 
     Not in compiled or captured code, which takes what is there.
     """
-    if layer.fused is not None:
-        if layer.fused.holds():
-            return
-        layer.fused = None
+    if keep_if_whole(layer):
+        return
     if (
         triton is not None
         and (x.is_cuda or INTERPRETED)

@@ -67,7 +67,7 @@ from .cache_hydrahead import (
     record_past,
 )
 from .configuration_hydrahead import HydraHeadConfig
-from .decode_hydrahead import FusedLayer, decode, prompt_usable, read, usable
+from .decode_hydrahead import FusedLayer, decode, keep_if_whole, prompt_usable, read, usable
 from .window_hydrahead import beyond_window, extend, within_window
 
 logger = logging.get_logger(__name__)
@@ -1038,8 +1038,7 @@ class HydraHeadDecoderLayer(GradientCheckpointingLayer):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """As for every module; parameters that move or change their type leave the storage they share."""
         result = super()._apply(*args, **kwargs)
-        if self.fused is not None and not self.fused.holds():
-            self.fused = None
+        keep_if_whole(self)
         return result
 
 

@@ -113,6 +113,11 @@ def test_whatever_touches_a_layer_takes_the_plain_path(as_on_a_gpu):
         assert layer.fused is None
     model = prepared()
     layer = model.model.layers[0]
+    handle = layer.self_attn.o_proj.register_forward_hook(hook)
+    decode.prepare(layer, X)
+    handle.remove()
+    decode.prepare(layer, X)
+    assert layer.fused is not None  # as before
     for p in layer.parameters():
         p.data = p.data.clone()  # as load_state_dict(assign=True), say
     old = layer.fused
