@@ -24,6 +24,7 @@ B: batch, D: hidden size, d: head_dim, n: GDN heads, f: FA heads, g: KV groups o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from typing import Any
 
@@ -611,24 +612,26 @@ class FusedLayer:
                 for name, rows in _tables(attention, self.heads.columns).items()
             }
         _stay(*self.tables.values())
-        # The layer's own hooks run around its forward, whatever that does.
-        self._modules = [m for m in layer.modules() if m is not layer]
-        self._children = [(m._modules, list(m._modules.values())) for m in (*self._modules, layer)]
-        self._linears = [m for m in self._modules if isinstance(m, nn.Linear)]
-        self._places = self._addresses()
+        # Looked at before every call, so in lists. The layer's own hooks run around whatever its forward does.
+        inside = [m for m in layer.modules() if m is not layer]
+        self._hooks = [h for m in inside for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._attributes = [m.__dict__ for m in inside]
+        self._parts = [p for m in (*inside, layer) for p in (m._modules, m._parameters)]
+        self._found = self._present()
+        self._weights = [m.weight for m in inside if isinstance(m, nn.Linear)]
+        self._places = [weight.data_ptr() for weight in self._weights]
 
-    def _addresses(self) -> list[int]:
-        return [m.weight.data_ptr() for m in self._linears]
+    def _present(self) -> list[Any]:
+        return list(itertools.chain.from_iterable(part.values() for part in self._parts))
 
     def holds(self) -> bool:
         """Whether parts and weights are still those that were fused, and nothing watches them."""
-        for module in self._modules:
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-                return False
-        for now, then in self._children:
-            if list(now.values()) != then:
-                return False
-        return self._addresses() == self._places
+        return not (
+            any(self._hooks)
+            or any("forward" in attributes for attributes in self._attributes)
+            or [*map(id, self._present())] != [*map(id, self._found)]
+            or [weight.data_ptr() for weight in self._weights] != self._places
+        )
 
     def release(self) -> None:
         """Leave the parameters as they were found."""
