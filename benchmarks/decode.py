@@ -261,16 +261,22 @@ def measure_decode(
 
 
 def fits(model: Any, batch: int, length: int, mode: str, device: torch.device) -> bool:
-    """Whether a batch can be decoded: a little longer than it is timed at, so that timing fits as well."""
+    """Whether a batch can be decoded: a little longer than it is timed at, so that timing fits as well.
+
+    Nothing is captured here, where memory may run out: a graph has a pool of its own for what a step allocates,
+    so as much again has to be free.
+    """
     try:
-        step, _ = decode_step(model, batch, length + ROOM, mode)
-        for _ in range(3):
-            step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        cache = filled_cache(model, batch, length + ROOM, None if mode == "eager" else ROOM)
+        token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        step = decoder(model.forward, cache, token)
+        step()
+        torch.cuda.synchronize()
+        needed = harness.measured_memory(step, device)
     except torch.OutOfMemoryError:
         return False
-    return True
+    free(device)
+    return mode == "eager" or torch.cuda.mem_get_info(device)[0] > 1.1 * needed
 
 
 def largest_batch(

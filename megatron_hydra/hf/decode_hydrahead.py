@@ -259,7 +259,7 @@ def _attend_kernel(
     q, keys, values, members, key_mask, sums, parts, past, capacity, mask_b, softmax_scale,
     HEADS, GROUPS, D: tl.constexpr, BLOCK: tl.constexpr,
     MEMBERS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_MASK: tl.constexpr, PAST_IS_TENSOR: tl.constexpr,
+    HAS_MASK: tl.constexpr, PAST_IS_TENSOR: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program has all heads of one KV group and one part of the keys.
 
@@ -285,6 +285,8 @@ def _attend_kernel(
     query = tl.load(
         q + ((b * HEADS + head) * D)[:, None] + c[None, :], real[:, None] & inside[None, :], 0.0
     )
+    if WIDE:
+        query = query.to(tl.float32)
     largest = tl.full([MEMBERS], float("-inf"), tl.float32)
     total = tl.zeros([MEMBERS], tl.float32)
     weighted = tl.zeros([MEMBERS, BLOCK], tl.float32)
@@ -297,6 +299,8 @@ def _attend_kernel(
         k = tl.load(keys + at, mask, 0.0)
         if HAS_MASK:
             seen = seen & ((tl.load(key_mask + b * mask_b + t, seen, 0) != 0) | (t == last))
+        if WIDE:
+            k = k.to(tl.float32)
         logits = tl.dot(query, tl.trans(k), input_precision="ieee") * softmax_scale
         logits = tl.where(seen[None, :], logits, float("-inf"))
         highest = tl.maximum(largest, tl.max(logits, 1))
@@ -306,7 +310,10 @@ def _attend_kernel(
         shrink = tl.exp(largest - base)
         total = total * shrink + tl.sum(p, 1)
         v = tl.load(values + at, mask, 0.0)
-        weighted = weighted * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        p = p.to(v.dtype)
+        if WIDE:
+            p, v = p.to(tl.float32), v.to(tl.float32)
+        weighted = weighted * shrink[:, None] + tl.dot(p, v, input_precision="ieee")
         largest = highest
     place = (b * HEADS + head) * SPLITS + split
     tl.store(sums + place * 2, largest, real)
@@ -1023,7 +1030,9 @@ def heads(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor
             sums, parts, past, capacity, 0 if key_mask is None else key_mask.stride(0), scale,
             HEADS=f, GROUPS=groups, D=d, BLOCK=block, MEMBERS=tables["members"].shape[1],
             KEYS=32 if wide else 64, SPLITS=splits, HAS_MASK=key_mask is not None,
-            PAST_IS_TENSOR=tensor, num_warps=4, num_stages=1 if wide else 3,
+            PAST_IS_TENSOR=tensor,
+            WIDE=INTERPRETED,  # the interpreter multiplies bf16 wrongly
+            num_warps=4, num_stages=1 if wide else 3,
         )  # fmt: skip
     concat = switches["fusion"] == "concat"
     _fuse_kernel[(n + f, batch)](
