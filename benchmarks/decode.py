@@ -261,16 +261,22 @@ def measure_decode(
 
 
 def fits(model: Any, batch: int, length: int, mode: str, device: torch.device) -> bool:
-    """Whether a batch can be decoded: a little longer than it is timed at, so that timing fits as well."""
+    """Whether a batch can be decoded: a little longer than it is timed at, so that timing fits as well.
+
+    Nothing is captured here, where memory may run out: a graph has a pool of its own for what a step allocates,
+    so as much again has to be free.
+    """
     try:
-        step, _ = decode_step(model, batch, length + ROOM, mode)
-        for _ in range(3):
-            step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        cache = filled_cache(model, batch, length + ROOM, None if mode == "eager" else ROOM)
+        token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        step = decoder(model.forward, cache, token)
+        step()
+        torch.cuda.synchronize()
+        needed = harness.measured_memory(step, device)
     except torch.OutOfMemoryError:
         return False
-    return True
+    free(device)
+    return mode == "eager" or torch.cuda.mem_get_info(device)[0] > 1.1 * needed
 
 
 def largest_batch(
@@ -375,7 +381,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--chunk", type=int, default=0, help="prefill chunk (default 0: one call)")
     parser.add_argument("--prefill-repeats", type=int, default=3, help="prefills (default 3)")
     parser.add_argument("--single-operators", action="store_true",
-                        help="of hydra: without the fused kernels of a decode step")  # fmt: skip
+                        help="of hydra: without its fused kernels")  # fmt: skip
     parser.add_argument("--bf16", action="store_true", help="bf16 on the CPU too")
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the script out")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU (default 1)")

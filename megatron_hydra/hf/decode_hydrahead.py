@@ -1,4 +1,4 @@
-"""A decode step of a HydraHead layer in a few launches (copied into every export; needs torch, uses triton).
+"""A HydraHead layer's inference in a few launches (copied into every export; needs torch, uses triton).
 
 By single operators a layer takes some 170 launches a token, and a GPU waits for the host that makes them.
 Here it takes eleven: the projections of all heads are one product, and these kernels do the rest.
@@ -8,6 +8,9 @@ Here it takes eleven: the projections of all heads are one product, and these ke
     attend     FA: softmax over a part of the keys (the parts side by side, as in FlashDecoding)
     fuse       FA: sum of the parts; all: gate, norm, γ, in the heads' original order; convolution's last inputs
     swiglu     SiLU(gate) · up
+
+A prompt goes through ``norm``, ``swiglu`` and two more, ``prompt`` before the delta rule and the softmax and
+``prompt_fuse`` after them, which are those of the plain layer.
 
 The twin of all of it is the layer in modeling_hydrahead.py, which rounds to the model's dtype at the same
 places; it runs wherever :func:`usable` says no.
@@ -20,6 +23,8 @@ B: batch, D: hidden size, d: head_dim, n: GDN heads, f: FA heads, g: KV groups o
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 from typing import Any
 
@@ -36,8 +41,8 @@ except Exception:  # absent, or broken: the plain path always works
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD, LARGEST_HIDDEN = 256, 16384
-PROGRAMS, LARGEST_SPLIT = 512, 128
-"""Programs of an attention that fill a GPU, and parts of the keys at most."""
+PROGRAMS, LARGEST_SPLIT = 4096, 128
+"""Programs of an attention at most (some waves: the last one is not full), and parts of the keys."""
 
 
 def _jit(kernel: Any) -> Any:
@@ -254,7 +259,7 @@ def _attend_kernel(
     q, keys, values, members, key_mask, sums, parts, past, capacity, mask_b, softmax_scale,
     HEADS, GROUPS, D: tl.constexpr, BLOCK: tl.constexpr,
     MEMBERS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_MASK: tl.constexpr, PAST_IS_TENSOR: tl.constexpr,
+    HAS_MASK: tl.constexpr, PAST_IS_TENSOR: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A program has all heads of one KV group and one part of the keys.
 
@@ -280,6 +285,8 @@ def _attend_kernel(
     query = tl.load(
         q + ((b * HEADS + head) * D)[:, None] + c[None, :], real[:, None] & inside[None, :], 0.0
     )
+    if WIDE:
+        query = query.to(tl.float32)
     largest = tl.full([MEMBERS], float("-inf"), tl.float32)
     total = tl.zeros([MEMBERS], tl.float32)
     weighted = tl.zeros([MEMBERS, BLOCK], tl.float32)
@@ -292,6 +299,8 @@ def _attend_kernel(
         k = tl.load(keys + at, mask, 0.0)
         if HAS_MASK:
             seen = seen & ((tl.load(key_mask + b * mask_b + t, seen, 0) != 0) | (t == last))
+        if WIDE:
+            k = k.to(tl.float32)
         logits = tl.dot(query, tl.trans(k), input_precision="ieee") * softmax_scale
         logits = tl.where(seen[None, :], logits, float("-inf"))
         highest = tl.maximum(largest, tl.max(logits, 1))
@@ -301,7 +310,10 @@ def _attend_kernel(
         shrink = tl.exp(largest - base)
         total = total * shrink + tl.sum(p, 1)
         v = tl.load(values + at, mask, 0.0)
-        weighted = weighted * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        p = p.to(v.dtype)
+        if WIDE:
+            p, v = p.to(tl.float32), v.to(tl.float32)
+        weighted = weighted * shrink[:, None] + tl.dot(p, v, input_precision="ieee")
         largest = highest
     place = (b * HEADS + head) * SPLITS + split
     tl.store(sums + place * 2, largest, real)
@@ -385,6 +397,157 @@ def _moved(row, memory, c, inside, channels, W: tl.constexpr):
     tl.store(memory + (W - 2) * channels + c, tl.load(row + c, inside, 0.0), inside)
 
 
+@_jit
+def _convolved_half(
+    rows, tail, weight, t, column, channel, taps, c, tokens, width, channels, kind,
+    W: tl.constexpr, HAS_CONV: tl.constexpr, HAS_TAIL: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Half of a head's channels of a block of tokens, after the short convolution; see ``_convolved``."""
+    inside = (c < HALF)[None, :]
+    there = (t < tokens)[:, None] & inside
+    value = tl.load(rows + (t * width + column)[:, None] + c[None, :], there, 0.0).to(tl.float32)
+    if HAS_CONV:
+        value *= tl.load(weight + (taps + c) * W + W - 1, c < HALF, 0.0).to(tl.float32)[None, :]
+        for back in tl.static_range(1, W):
+            before = t - back
+            now = there & (before >= 0)[:, None]
+            x = tl.load(rows + (before * width + column)[:, None] + c[None, :], now, 0.0)
+            x = x.to(tl.float32)
+            if HAS_TAIL:
+                earlier = inside & (before < 0)[:, None]
+                at = tail + ((before + W - 1) * channels + channel)[:, None] + c[None, :]
+                x += tl.load(at, earlier, 0.0).to(tl.float32)
+            tap = tl.load(weight + (taps + c) * W + W - 1 - back, c < HALF, 0.0).to(tl.float32)
+            value += x * tap[None, :]
+        value = value.to(kind).to(tl.float32)
+    return value
+
+
+@_jit_of_counts
+def _prompt_kernel(  # noqa: C901, PLR0915  (five kinds of programs in one launch)
+    projected, tail, out, table, taps, gdn_q_norm, gdn_k_norm, fa_q_norm, fa_k_norm,
+    cos, sin, log_scale, tokens, width, channels, cos_b, scale_b, eps, N, KV, HEADS, GROUPS,
+    D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, W: tl.constexpr,
+    HAS_CONV: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_NORM: tl.constexpr,
+    GDN_ROTARY: tl.constexpr, FA_ROTARY: tl.constexpr, LOG_SCALE: tl.constexpr,
+):  # fmt: skip
+    """A program has a block of tokens of one head's q, k or v.
+
+    ``out`` has q, k, v of GDN heads, ``[B, T, N or KV, D]``, then q and k of FA heads, ``[B, HEADS or GROUPS,
+    T, D]``.
+    """
+    HALF: tl.constexpr = D // 2
+    b = tl.program_id(2).to(tl.int64)
+    batch = tl.num_programs(2).to(tl.int64)
+    kind = projected.dtype.element_ty
+    rows = projected + b * tokens * width
+    memory = tail + b * (W - 1) * channels
+    cos += b * cos_b
+    sin += b * cos_b
+    entry = table + tl.program_id(1) * 5
+    part, number, column = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    channel, tap = tl.load(entry + 3), tl.load(entry + 4)
+    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    c = tl.arange(0, BLOCK)
+    mask = (t < tokens)[:, None] & (c < HALF)[None, :]
+    size = batch * tokens * D
+    if part < 3:
+        x1 = _convolved_half(rows, memory, taps, t, column, channel, tap, c, tokens, width,
+                             channels, kind, W, HAS_CONV, HAS_TAIL, HALF)  # fmt: skip
+        x2 = _convolved_half(rows, memory, taps, t, column + HALF, channel + HALF, tap + HALF, c,
+                             tokens, width, channels, kind, W, HAS_CONV, HAS_TAIL, HALF)  # fmt: skip
+        heads = N
+        if part > 0:
+            heads = KV
+            out += size * N
+        if part > 1:
+            out += size * KV
+        out += (b * tokens * heads + number) * D
+        step = heads * D
+    else:
+        x1 = tl.load(rows + (t * width + column)[:, None] + c[None, :], mask, 0.0).to(tl.float32)
+        x2 = tl.load(rows + (t * width + column + HALF)[:, None] + c[None, :], mask, 0.0)
+        x2 = x2.to(tl.float32)
+        out += size * (N + 2 * KV)
+        heads = HEADS
+        if part > 3:
+            heads = GROUPS
+            out += size * HEADS
+        out += (b * heads + number) * tokens * D
+        step = heads * 0 + D
+    if part != 2:
+        if HAS_NORM:
+            norm = gdn_q_norm
+            if part == 1:
+                norm = gdn_k_norm
+            if part == 3:
+                norm = fa_q_norm
+            if part == 4:
+                norm = fa_k_norm
+            scale = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / D + eps)[:, None]
+            w1 = tl.load(norm + c, c < HALF, 0.0).to(tl.float32)[None, :]
+            w2 = tl.load(norm + HALF + c, c < HALF, 0.0).to(tl.float32)[None, :]
+            x1 = (w1 * (x1 * scale).to(kind).to(tl.float32)).to(kind).to(tl.float32)
+            x2 = (w2 * (x2 * scale).to(kind).to(tl.float32)).to(kind).to(tl.float32)
+        if GDN_ROTARY or FA_ROTARY:
+            turns = GDN_ROTARY
+            if part > 2:
+                turns = FA_ROTARY
+            if turns:
+                angle_cos = tl.load(cos + (t * D)[:, None] + c[None, :], mask, 0.0)
+                angle_sin = tl.load(sin + (t * D)[:, None] + c[None, :], mask, 0.0)
+                y1 = (x1 * angle_cos - x2 * angle_sin).to(kind).to(tl.float32)
+                x2 = (x2 * angle_cos + x1 * angle_sin).to(kind).to(tl.float32)
+                x1 = y1
+        if part < 2:
+            length = tl.rsqrt(tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1) + 1e-6)[:, None]
+            x1, x2 = x1 * length, x2 * length
+        if LOG_SCALE:  # noqa: SIM102  (known when compiled)
+            if part == 3:
+                s = tl.load(log_scale + b * scale_b + t, t < tokens, 0.0)[:, None]
+                x1, x2 = x1 * s, x2 * s
+    at = out + (t * step)[:, None] + c[None, :]
+    tl.store(at, x1.to(kind), mask)
+    tl.store(at + HALF, x2.to(kind), mask)
+
+
+@_jit_of_counts
+def _prompt_fuse_kernel(
+    projected, gdn_out, fa_out, table, gamma, out, tokens, width, fa_b, fa_h, fa_t, eps, N, HEADS,
+    D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, FA_GATE: tl.constexpr,
+    GDN_GATE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_GAMMA: tl.constexpr,
+):  # fmt: skip
+    """A program has a block of tokens of one head, as the model counts them: gate, norm, γ."""
+    b = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1)
+    kind = projected.dtype.element_ty
+    entry = table + head * 9
+    is_gdn, number, gate_column = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    c = tl.arange(0, BLOCK)
+    mask = (t < tokens)[:, None] & (c < D)[None, :]
+    if is_gdn == 0:
+        at = fa_out + b * fa_b + number * fa_h + (t * fa_t)[:, None] + c[None, :]
+        x = tl.load(at, mask, 0.0).to(tl.float32)
+    else:
+        at = gdn_out + ((b * tokens + t) * N + number)[:, None] * D + c[None, :]
+        x = tl.load(at, mask, 0.0).to(tl.float32)
+    if FA_GATE or GDN_GATE:
+        gated = GDN_GATE
+        if is_gdn == 0:
+            gated = FA_GATE
+        if gated:
+            at = projected + ((b * tokens + t) * width + gate_column)[:, None] + c[None, :]
+            gate = tl.load(at, mask, 0.0).to(tl.float32)
+            x = (x * (2.0 * tl.sigmoid(gate).to(kind).to(tl.float32))).to(kind).to(tl.float32)
+    if HAS_NORM:
+        x = x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+    if HAS_GAMMA:
+        x = x * tl.load(gamma + head).to(tl.float32)
+    at = out + ((b * tokens + t) * (N + HEADS) + head)[:, None] * D + c[None, :]
+    tl.store(at, x.to(kind), mask)
+
+
 # -- weights --------------------------------------------------------------------------------------
 
 
@@ -421,6 +584,15 @@ class FusedLinear:
                 begin += size
         _stay(self.weight, self.bias)
 
+    def release(self) -> None:
+        """Give every parameter that is still in this storage one of its own."""
+        ours = [x.untyped_storage().data_ptr() for x in (self.weight, self.bias) if x is not None]
+        with torch.inference_mode(False), torch.no_grad():
+            for m in self.maps:
+                for parameter in (m.weight, m.bias):
+                    if parameter is not None and parameter.untyped_storage().data_ptr() in ours:
+                        parameter.data = parameter.data.clone()
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``[…, D]`` → ``[…, rows]``."""
         return F.linear(x, self.weight, self.bias)
@@ -447,24 +619,31 @@ class FusedLayer:
                 for name, rows in _tables(attention, self.heads.columns).items()
             }
         _stay(*self.tables.values())
-        # The layer's own hooks run around its forward, whatever that does.
-        self._modules = [m for m in layer.modules() if m is not layer]
-        self._children = [(m._modules, list(m._modules.values())) for m in (*self._modules, layer)]
-        self._linears = [m for m in self._modules if isinstance(m, nn.Linear)]
-        self._places = self._addresses()
+        # Looked at before every call, so in lists. The layer's own hooks run around whatever its forward does.
+        inside = [m for m in layer.modules() if m is not layer]
+        self._hooks = [h for m in inside for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._attributes = [m.__dict__ for m in inside]
+        self._parts = [p for m in (*inside, layer) for p in (m._modules, m._parameters)]
+        self._found = self._present()
+        self._weights = [m.weight for m in inside if isinstance(m, nn.Linear)]
+        self._places = [weight.data_ptr() for weight in self._weights]
 
-    def _addresses(self) -> list[int]:
-        return [m.weight.data_ptr() for m in self._linears]
+    def _present(self) -> list[Any]:
+        return list(itertools.chain.from_iterable(part.values() for part in self._parts))
 
     def holds(self) -> bool:
         """Whether parts and weights are still those that were fused, and nothing watches them."""
-        for module in self._modules:
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-                return False
-        for now, then in self._children:
-            if list(now.values()) != then:
-                return False
-        return self._addresses() == self._places
+        return not (
+            any(self._hooks)
+            or any("forward" in attributes for attributes in self._attributes)
+            or [*map(id, self._present())] != [*map(id, self._found)]
+            or [weight.data_ptr() for weight in self._weights] != self._places
+        )
+
+    def release(self) -> None:
+        """Leave the parameters as they were found."""
+        self.heads.release()
+        self.mlp.release()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -520,7 +699,16 @@ def _tables(attention: Any, columns: dict[str, int]) -> dict[str, list[Any]]:
             1, i, columns.get("gdn_gate_proj", 0) + i * d, owner, q_column, i * d, k_channel,
             k_column, v_column,
         ]  # fmt: skip
+    units = [[0, i, e[0], e[3], e[6]] for i, e in enumerate(gdn)]
+    for part, column, channel in ((1, 1, 4), (2, 2, 5)):
+        for group in sorted(set(attention.gdn_groups)):
+            e = gdn[attention.gdn_groups.index(group)]
+            # The taps of q, k and v one after the other, like the channels.
+            units.append([part, group, e[column], e[channel], e[channel]])
+    units += [[3, i, columns["fa_q_proj"] + i * d, 0, 0] for i in range(len(attention.fa_heads))]
+    units += [[4, g, kv("fa", "k", g), 0, 0] for g in range(groups)]
     return {
+        "units": units,
         "gdn": gdn or [[0]],
         "fa": [columns["fa_q_proj"] + i * d for i in range(len(attention.fa_heads))] or [0],
         "kv": [[kv("fa", "k", g), kv("fa", "v", g)] for g in range(groups)] or [[0]],
@@ -558,8 +746,14 @@ def _plain(layer: Any, x: torch.Tensor) -> bool:
     attention = layer.self_attn
     linears = [*projections(attention).values(), attention.o_proj]
     linears += [layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
-    if any(type(module) is not nn.Linear for module in linears):
-        return False
+    for module in linears:
+        # Neither adapters or quantized weights, nor parameters that live in somebody else's storage (FSDP).
+        if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
+            return False
+        weight = module.weight
+        whole = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+        if weight.is_inference() or not whole:
+            return False
     kept_wide = [attention.gdn_A_log, attention.gdn_dt_bias] if attention.gdn_heads else []
     if any(
         p.device != x.device or (p.dtype != x.dtype and all(p is not w for w in kept_wide))
@@ -573,15 +767,21 @@ def _plain(layer: Any, x: torch.Tensor) -> bool:
     )
 
 
+def keep_if_whole(layer: Any) -> bool:
+    """Whether a layer's weights are fused; where something has changed, they are so no longer."""
+    if layer.fused is not None and not layer.fused.holds():
+        layer.fused.release()
+        layer.fused = None
+    return layer.fused is not None
+
+
 def prepare(layer: Any, x: torch.Tensor) -> None:
-    """Fuse the weights of a layer that will decode, or forget it where something has changed.
+    """Fuse the weights of a layer, where its kernels can be used.
 
     Not in compiled or captured code, which takes what is there.
     """
-    if layer.fused is not None:
-        if layer.fused.holds():
-            return
-        layer.fused = None
+    if keep_if_whole(layer):
+        return
     if (
         triton is not None
         and (x.is_cuda or INTERPRETED)
@@ -595,14 +795,16 @@ def prepare(layer: Any, x: torch.Tensor) -> None:
 
 def usable(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> bool:
     """Whether :func:`decode` does this call of a layer: one real token a row, after others, no gradient."""
-    if cache is None or torch.is_grad_enabled():
+    if torch.is_grad_enabled():
         return False
     if not torch.compiler.is_compiling():
         if torch.is_autocast_enabled(x.device.type):
             return False
         if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             prepare(layer, x)  # at the prompt already: what follows may be compiled
-    if layer.fused is None or x.shape[1] != 1 or not cache.begun or cache.record_past:
+    if layer.fused is None or cache is None or x.shape[1] != 1:
+        return False
+    if not cache.begun or cache.record_past:
         return False
     if context.valid is not None or context.documents is not None:
         return False
@@ -637,8 +839,24 @@ def swiglu(gate_up: torch.Tensor, size: int) -> torch.Tensor:
     return out
 
 
+def _device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, wherever the tensors are."""
+    if x.is_cuda and not torch.compiler.is_compiling():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
 def _power(size: int) -> int:
     return 1 << (size - 1).bit_length()
+
+
+def _around(layer: Any, x: torch.Tensor, mix: Any, context: Any, cache: Any) -> torch.Tensor:
+    """What is the same for one token and for several: all of a layer around its heads."""
+    x, hidden = normed(x.contiguous(), layer.input_layernorm)
+    mixed = layer.self_attn.o_proj(mix(layer, hidden, context, cache))
+    x, hidden = normed(x, layer.post_attention_layernorm, mixed)
+    mlp = layer.mlp
+    return x + mlp.down_proj(swiglu(layer.fused.mlp(hidden), mlp.gate_proj.out_features))
 
 
 def decode(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor:
@@ -651,11 +869,95 @@ def decode(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tenso
     Returns:
         ``[B, 1, D]``.
     """
-    x, hidden = normed(x.contiguous(), layer.input_layernorm)
-    mixed = layer.self_attn.o_proj(heads(layer, hidden, context, cache))
-    x, hidden = normed(x, layer.post_attention_layernorm, mixed)
-    mlp = layer.mlp
-    return x + mlp.down_proj(swiglu(layer.fused.mlp(hidden), mlp.gate_proj.out_features))
+    with _device_of(x):
+        return _around(layer, x, heads, context, cache)
+
+
+def prompt_usable(layer: Any, x: torch.Tensor, context: Any) -> bool:
+    """Whether :func:`read` does this call of a layer; after :func:`usable`, which has fused the weights."""
+    return (
+        layer.fused is not None
+        and x.shape[1] > 1
+        and context.documents is None
+        and not layer.self_attn.tied
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def read(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor:
+    """Several tokens a row through a decoder layer; as the layer does it."""
+    with _device_of(x):
+        return _around(layer, x, prompt_heads, context, cache)
+
+
+def prompt_heads(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor:
+    """All heads, fused and in their order; ``[B, T, D]`` → ``[B, T, H·d]``."""
+    attention, fused = layer.self_attn, layer.fused
+    config, switches, tables = attention.config, attention.switches, fused.tables
+    batch, length, d = *x.shape[:2], attention.head_dim
+    n, f = len(attention.gdn_heads), len(attention.fa_heads)
+    kv = max(attention.gdn_groups) + 1 if n else 0
+    groups = max(attention.fa_groups) + 1 if f else 0
+    projected, columns = fused.heads(x), fused.heads.columns
+    width = projected.shape[-1]
+    nothing = projected  # stands in for what a layer does not have
+    has_conv, w, channels = bool(n and switches["short_conv"]), 1, (n + 2 * kv) * d
+    taps, tail = nothing, None
+    if has_conv:
+        w = switches["conv_width"]
+        taps = torch.cat([getattr(attention, f"gdn_{p}_conv").weight for p in ("q", "k", "v")])
+        tail = None if cache is None else cache.tail
+    half, per_token = _power(d // 2), (n + 2 * kv + f + groups) * d
+    made = x.new_empty(batch * length * per_token)
+    position = switches["fa_position"]
+    _prompt_kernel[(-(-length // 16), n + 2 * kv + f + groups, batch)](
+        projected, nothing if tail is None else tail.contiguous(), made, tables["units"], taps,
+        *_norms(attention, nothing), context.cos, context.sin, context.log_scale,
+        length, width, channels,
+        length * d if context.cos.shape[0] > 1 else 0,
+        length if context.log_scale.shape[0] > 1 else 0,
+        config.rms_norm_eps, n, kv, f, groups,
+        D=d, BLOCK=half, TOKENS=16, W=w, HAS_CONV=has_conv, HAS_TAIL=tail is not None and w > 1,
+        HAS_NORM=bool(config.qk_norm), GDN_ROTARY=switches["gdn_position"] == "rope",
+        FA_ROTARY=position in ("rope", "both"), LOG_SCALE=position in ("log-scale", "both"),
+        num_warps=4,
+    )  # fmt: skip
+    q, k, v, fa_q, fa_k = made.split([batch * length * m * d for m in (n, kv, kv, f, groups)])
+    gdn_out = fa_out = nothing
+    if f:
+        fa_v = projected[..., columns["fa_v_proj"] :][..., : groups * d]
+        attended = attention.attend(
+            fa_q.view(batch, f, length, d),
+            fa_k.view(batch, groups, length, d),
+            fa_v.unflatten(-1, (groups, d)).transpose(1, 2),
+            context, cache,
+        )  # fmt: skip
+        fa_out = attended if attended.stride(-1) == 1 else attended.contiguous()
+    if n:
+        if has_conv and cache is not None:
+            begin = columns["gdn_q_proj"]
+            attention.remember_tail(projected[..., begin : begin + channels], context, cache)
+        log_alpha, beta = attention.gates(
+            projected[..., columns["gdn_a_proj"] :][..., :n],
+            projected[..., columns["gdn_b_proj"] :][..., :n],
+        )
+        shape = (batch, length, -1, d)
+        gdn_out = attention.recur(
+            q.view(shape), k.view(shape), v.view(shape), log_alpha, beta, context, cache
+        ).contiguous()
+    concat = switches["fusion"] == "concat"
+    out = x.new_empty(batch, length, (n + f) * d)
+    strides = fa_out.stride()[:3] if f else (0, 0, 0)
+    _prompt_fuse_kernel[(-(-length // 16), n + f, batch)](
+        projected, gdn_out, fa_out, tables["all"], nothing if concat else attention.gamma, out,
+        length, width, *strides, config.rms_norm_eps, n, f,
+        D=d, BLOCK=max(16, _power(d)), TOKENS=16, FA_GATE=bool(switches["fa_gate"]),
+        GDN_GATE=bool(switches["gdn_gate"]), HAS_NORM=switches["fusion_norm"] == "rms",
+        HAS_GAMMA=not concat, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def _norms(attention: Any, nothing: torch.Tensor) -> list[torch.Tensor]:
@@ -736,7 +1038,9 @@ def heads(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor
             sums, parts, past, capacity, 0 if key_mask is None else key_mask.stride(0), scale,
             HEADS=f, GROUPS=groups, D=d, BLOCK=block, MEMBERS=tables["members"].shape[1],
             KEYS=32 if wide else 64, SPLITS=splits, HAS_MASK=key_mask is not None,
-            PAST_IS_TENSOR=tensor, num_warps=4, num_stages=1 if wide else 3,
+            PAST_IS_TENSOR=tensor,
+            WIDE=INTERPRETED,  # the interpreter multiplies bf16 wrongly
+            num_warps=4, num_stages=1 if wide else 3,
         )  # fmt: skip
     concat = switches["fusion"] == "concat"
     _fuse_kernel[(n + f, batch)](

@@ -67,7 +67,7 @@ from .cache_hydrahead import (
     record_past,
 )
 from .configuration_hydrahead import HydraHeadConfig
-from .decode_hydrahead import FusedLayer, decode, usable
+from .decode_hydrahead import FusedLayer, decode, keep_if_whole, prompt_usable, read, usable
 from .window_hydrahead import beyond_window, extend, within_window
 
 logger = logging.get_logger(__name__)
@@ -803,19 +803,7 @@ class HydraHeadAttention(nn.Module):
             q = (q * context.log_scale).to(q.dtype)
         if self.window is None:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            if cache is not None:
-                k, v = cache.update(k, v)
-            outputs = [
-                full_attention(
-                    q[:, :, part],
-                    k[:, :, part],
-                    v[:, :, part],
-                    self.fa_groups,
-                    context.visible(part),
-                )
-                for part in context.parts
-            ]
-            out = _join(outputs, dim=2).transpose(1, 2)
+            out = self.attend(q, k, v, context, cache).transpose(1, 2)
         else:
             kept = None if cache is None else cache.window
             groups = _index(tuple(self.fa_groups), x.device)
@@ -830,6 +818,25 @@ class HydraHeadAttention(nn.Module):
         if self.switches["fa_gate"]:
             out = out * (2.0 * torch.sigmoid(self._heads(self.fa_gate_proj(x))))
         return out
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        context: TokenContext,
+        cache: HydraHeadCacheLayer | None,
+    ) -> torch.Tensor:
+        """Softmax attention of prepared q ``[B, n, T, d]`` over the cache's and these k, v ``[B, g, T, d]``."""
+        if cache is not None:
+            k, v = cache.update(k, v)
+        outputs = [
+            full_attention(
+                q[:, :, part], k[:, :, part], v[:, :, part], self.fa_groups, context.visible(part)
+            )
+            for part in context.parts
+        ]
+        return _join(outputs, dim=2)
 
     def _gated_delta_net(
         self,
@@ -847,9 +854,7 @@ class HydraHeadAttention(nn.Module):
             q = _rotate(q, context.cos, context.sin)
             k = _rotate(k, context.cos, context.sin)
         q, k = _l2(q), _l2(k)
-        beta = torch.sigmoid(self.gdn_b_proj(x).float())
-        step = F.softplus(self.gdn_a_proj(x).float() + self.gdn_dt_bias.float())
-        log_alpha = -self.gdn_A_log.float().exp() * step
+        log_alpha, beta = self.gates(self.gdn_a_proj(x), self.gdn_b_proj(x))
         if self.window is not None:
             waiting = (None, None) if cache is None else (cache.leaving, cache.leaving_gates)
             writes = []
@@ -861,16 +866,34 @@ class HydraHeadAttention(nn.Module):
             if cache is not None:
                 for name, kept in zip(("leaving", "leaving_gates"), rows, strict=True):
                     cache.remember(name, kept, self.window, context.valid)
+        out = self.recur(q, k, v, log_alpha, beta, context, cache)
+        if self.switches["gdn_gate"]:
+            out = out * (2.0 * torch.sigmoid(self._heads(self.gdn_gate_proj(x))))
+        return out
+
+    def gates(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The decay's log α and the strength β, fp32, from their projections ``[B, T, n]``."""
+        step = F.softplus(a.float() + self.gdn_dt_bias.float())
+        return -self.gdn_A_log.float().exp() * step, torch.sigmoid(b.float())
+
+    def recur(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        log_alpha: torch.Tensor,
+        beta: torch.Tensor,
+        context: TokenContext,
+        cache: HydraHeadCacheLayer | None,
+    ) -> torch.Tensor:
+        """The delta rule on prepared q ``[B, T, n, d]`` and k, v ``[B, T, m, d]``; padding writes nothing."""
         if self.gdn_groups != list(range(len(self.gdn_heads))):
-            index = _index(tuple(self.gdn_groups), x.device)
+            index = _index(tuple(self.gdn_groups), q.device)
             k, v = k.index_select(2, index), v.index_select(2, index)
         if context.valid is not None:
             beta = beta.masked_fill(~context.valid[..., None], 0.0)
             log_alpha = log_alpha.masked_fill(~context.valid[..., None], 0.0)
-        out = self._rule((q, k, v, log_alpha, beta), context, cache)
-        if self.switches["gdn_gate"]:
-            out = out * (2.0 * torch.sigmoid(self._heads(self.gdn_gate_proj(x))))
-        return out
+        return self._rule((q, k, v, log_alpha, beta), context, cache)
 
     def _rule(
         self,
@@ -915,6 +938,15 @@ class HydraHeadAttention(nn.Module):
                 tap = tap.masked_fill(~inside[..., None], 0.0)
             y = y + tap
         return y.to(x.dtype).split([p.shape[-1] for p in parts], dim=-1)
+
+    def remember_tail(
+        self, x: torch.Tensor, context: TokenContext, cache: HydraHeadCacheLayer
+    ) -> None:
+        """Keep the last inputs ``[B, T, channels]`` of the convolution."""
+        count = self.switches["conv_width"] - 1
+        if context.valid is None and not cache.record_past:
+            x = x[:, max(x.shape[1] - count, 0) :]  # no more of them is read
+        cache.remember("tail", extend(x, cache.tail, count), count, context.valid)
 
     def _weights(self, x: torch.Tensor) -> list[torch.Tensor | None]:
         """What the heads' outputs are multiplied by, ``[H]`` or ``[B, T, H]`` fp32: of all heads, or
@@ -990,10 +1022,13 @@ class HydraHeadDecoderLayer(GradientCheckpointingLayer):
         """``[B, T, D]`` → ``[B, T, D]``; ``memory`` is the model's cache."""
         cache = None if memory is None else layer_memory(memory, self.layer_idx, x.device)
         context = context.to(x.device)
-        fast = usable(self, x, context, cache)
-        if fast:
+        fast = True
+        if usable(self, x, context, cache):
             x = decode(self, x, context, cache)
+        elif prompt_usable(self, x, context):
+            x = read(self, x, context, cache)
         else:
+            fast = False
             x = x + self.self_attn(self.input_layernorm(x), context, cache)
         if cache is not None:
             cache.advance(x.shape[1], context.given, x.device)
@@ -1002,8 +1037,9 @@ class HydraHeadDecoderLayer(GradientCheckpointingLayer):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """As for every module; parameters that move or change their type leave the storage they share."""
-        self.fused = None
-        return super()._apply(*args, **kwargs)
+        result = super()._apply(*args, **kwargs)
+        keep_if_whole(self)
+        return result
 
 
 # -- the model ------------------------------------------------------------------------------------

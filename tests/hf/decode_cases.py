@@ -7,7 +7,6 @@ TRITON_INTERPRET=1 python -m tests.hf.decode_cases all      # minutes
 from __future__ import annotations
 
 import copy
-import itertools
 import sys
 from unittest import mock
 
@@ -17,7 +16,8 @@ from transformers import DynamicCache, StaticCache
 from megatron_hydra.hf import modeling_hydrahead as modeling
 from tests.hf.models import ALL, DENSE, HEADS, MIXED, make_model, tokens
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2}
+"""Relative. In bf16 the models' own rounding is as large; see :func:`no_worse`."""
 MODELS = {
     "head": (MIXED, {}, {}),
     "without-fa-or-gdn": (HEADS, {}, {}),
@@ -68,7 +68,7 @@ def filled(model, name, padding, device, length=9, room=8):
         cache = StaticCache(config=model.config, max_cache_len=length + room)
     else:
         cache = DynamicCache(config=model.config)
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.object(modeling, "prompt_usable", return_value=False):
         model(ids, attention_mask=mask, past_key_values=cache)
     return cache
 
@@ -90,6 +90,15 @@ def close(got, want, dtype, what):
     assert error < TOLERANCE[dtype], f"{what} is off by {error:.1e}"
 
 
+def no_worse(got, plain, want, what):
+    """As near to fp32 as the layers in the same dtype are; the interpreter rounds to bf16 by cutting off."""
+    errors = [
+        float((x.double() - want.double()).norm() / want.double().norm()) for x in (got, plain)
+    ]
+    factor = 1.5 if got.is_cuda else 3.0
+    assert errors[0] < factor * errors[1], f"{what}: {errors[0]:.1e}, by the layers {errors[1]:.1e}"
+
+
 def check(kind, name, padding, steps, device, dtype):
     """Some steps by the fused kernels, and by the layers, from the same cache."""
     model = model_of(kind, device, dtype)
@@ -97,6 +106,8 @@ def check(kind, name, padding, steps, device, dtype):
     length, room = (900, 3000) if kind == "wide" else (9, 8)
     fused = filled(model, name, padding, device, length, room)
     plain = copy.deepcopy(fused)
+    wide = copy.deepcopy(model).float()
+    truth = filled(wide, name, padding, device, length, room)
     for step in range(steps):
         token = tokens(2, 1, seed=step).to(device)
         with torch.no_grad():
@@ -105,19 +116,54 @@ def check(kind, name, padding, steps, device, dtype):
             assert ran.call_count == len(model.model.layers)
             with mock.patch.object(modeling, "usable", return_value=False):
                 want = model(token, past_key_values=plain).logits
+                if dtype != torch.float32:
+                    true = wide(token, past_key_values=truth).logits
         what = f"{kind}, {name}, {padding=}, step {step}"
         close(got, want, dtype, what)
+        if dtype != torch.float32:
+            no_worse(got, want, true, what)
         for (part, a), (_, b) in zip(memories(fused), memories(plain), strict=True):
             close(a, b, dtype, f"{what}, {part}")
 
 
+def check_prompt(kind, name, padding, device, dtype):
+    """A prompt in two calls by the fused kernels, and by the layers: all logits and all that is kept."""
+    model = model_of(kind, device, dtype)
+    length = 700 if kind == "wide" else 21
+    ids = tokens(2, length).to(device)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    results = []
+    for fused in (True, False):
+        if name == "static":
+            cache = StaticCache(config=model.config, max_cache_len=length)
+        else:
+            cache = DynamicCache(config=model.config)
+        patch = {"wraps": modeling.prompt_usable} if fused else {"return_value": False}
+        with (
+            torch.no_grad(),
+            mock.patch.object(modeling, "prompt_usable", **patch),
+            mock.patch.object(modeling, "read", wraps=modeling.read) as ran,
+        ):
+            logits = [
+                model(ids[:, part], attention_mask=mask[:, part], past_key_values=cache).logits
+                for part in (slice(0, 17), slice(17, length))
+            ]
+        assert bool(ran.call_count) == (fused and not model.model.layers[0].self_attn.tied)
+        results.append((torch.cat(logits, 1), cache))
+    (got, fused_cache), (want, plain_cache) = results
+    what = f"prompt of {kind}, {name}, {padding=}"
+    real = mask.bool()
+    close(got[real], want[real], dtype, what)
+    for (part, a), (_, b) in zip(memories(fused_cache), memories(plain_cache), strict=True):
+        close(a, b, dtype, f"{what}, {part}")
+
+
 QUICK = [("without-fa-or-gdn", "static", 3, 1)]
 CASES = [
-    (kind, name, padding, 2)
-    for kind, (name, padding) in itertools.product(
-        MODELS, (("dynamic", 0), ("dynamic", 3), ("static", 3))
-    )
-    if kind != "wide"
+    ("head", "dynamic", 0, 2),
+    ("head", "dynamic", 3, 2),
+    *((kind, "static", 3, 1) for kind in MODELS if kind != "wide"),  # the interpreter takes it long
 ]
 ON_GPU = [
     (kind, name, padding, 3)
@@ -139,10 +185,13 @@ def check_full(device, dtype):
 
 if __name__ == "__main__":
     everything = sys.argv[1] == "all"
-    for dtype in (torch.float32, torch.bfloat16) if everything else (torch.float32,):
-        for case in CASES if everything else QUICK:
-            check(*case, torch.device("cpu"), dtype)
-            print(dtype, *case, flush=True)
+    cases = [(torch.float32, *case) for case in (CASES if everything else QUICK)]
+    if everything:
+        cases += [(torch.bfloat16, *case) for case in CASES if case[0] == "head"]
+    for dtype, *case in cases:
+        check(*case, torch.device("cpu"), dtype)
+        check_prompt(*case[:3], torch.device("cpu"), dtype)
+        print(dtype, *case, flush=True)
     if everything:
         check_full(torch.device("cpu"), torch.float32)
         print("no room", flush=True)

@@ -5,6 +5,8 @@ As tests/ops/compiled.py does with the kernels of the package. Prints one line a
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from megatron_hydra.hf import decode_hydrahead as decode
@@ -22,12 +24,13 @@ def main() -> None:
         if name.endswith("_kernel"):
             setattr(decode, name, Recorder(name, value, compiled))
     decode.INTERPRETED = True
-    for kind in KINDS:
+    for kind in sys.argv[1:] or KINDS:
         for dtype in (torch.float32, torch.bfloat16):
             model = decode_cases.model_of(kind, torch.device("cpu"), dtype)
             for name, padding in (("dynamic", 0), ("static", 3)):
                 cache = decode_cases.filled(model, name, padding, torch.device("cpu"), 9, 3000)
                 with torch.no_grad():
+                    model(tokens(2, 5), past_key_values=cache)
                     model(tokens(2, 1), past_key_values=cache)
     for built in compiled.values():
         print(built["kernel"], built["bytes"])
