@@ -34,11 +34,11 @@ import transformers
 
 from megatron_hydra.arguments import path_argument
 from megatron_hydra.checkpoint import families
-from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.checkpoint.hf_config import hf_config_from_model, read_hf_config
 from megatron_hydra.checkpoint.hf_io import HfWeights, hf_to_canonical
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.errors import HydraError, command
+from megatron_hydra.files import write_json_atomic, write_text_atomic
 from megatron_hydra.head_map import HeadMap
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
 from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM
@@ -237,7 +237,7 @@ def train_teacher(seed: int, folder: Path, device: str, shorten: int) -> None:
                 if score >= phase.enough:
                     break
     model.cpu().save_pretrained(folder)
-    write_text_atomic(folder / "accuracy.json", json.dumps(accuracy(model, evaluation_batch())))
+    write_json_atomic(folder / "accuracy.json", accuracy(model, evaluation_batch()))
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -403,7 +403,7 @@ def run_job(job: Job) -> Path:
         "seconds": round(time.perf_counter() - begun, 1),
         "curve": curve,
     }
-    write_text_atomic(job.result, json.dumps(body))
+    write_json_atomic(job.result, body)
     return job.result
 
 

@@ -26,11 +26,11 @@ from megatron_hydra.data.inspection import (  # noqa: E402
     plot_lengths,
     show_pack,
 )
-from megatron_hydra.data.manifest import file_sha256  # noqa: E402
 from megatron_hydra.data.sources import IndexedSource  # noqa: E402
 from megatron_hydra.data.stream import PackedStream  # noqa: E402
 from megatron_hydra.data.tokenizer import load_tokenizer, vocabulary_size  # noqa: E402
 from megatron_hydra.errors import HydraError, command  # noqa: E402
+from megatron_hydra.files import sha256_of_file  # noqa: E402
 
 DESCRIPTION = """\
 Show what training will read: packed sequences decoded, with the bounds of their documents and what
@@ -88,7 +88,7 @@ def _verify(prefix: str) -> None:
     if manifest is None:
         raise HydraError(f"{prefix}.json does not exist: there is nothing to verify against")
     for suffix, record in ((".bin", manifest.bin), (".idx", manifest.idx)):
-        if file_sha256(prefix + suffix) != record.sha256:
+        if sha256_of_file(prefix + suffix) != record.sha256:
             raise HydraError(f"{prefix + suffix} is damaged: its SHA-256 is not {record.sha256}")
     print(f"{prefix}: SHA-256 of .bin and .idx are right")
 

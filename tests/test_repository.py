@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "stopping",
         "watchdog",
         "config",
+        "files",
         "head_map",
         "hf",
         "hf_identity",

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_hydra.arguments import path_argument, path_text, seed_argument
-from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.errors import HydraError, command
+from megatron_hydra.files import write_json_atomic
 from megatron_hydra.head_map import HeadMap, strategy_name
 from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
 from megatron_hydra.selection import (
@@ -159,7 +158,7 @@ def _knockout(args: argparse.Namespace) -> None:
     )
     if not is_first_rank():
         return
-    write_text_atomic(output, json.dumps(curve, indent=1) + "\n")
+    write_json_atomic(output, curve)
     print("heads out  by score         random (smallest to largest)")
     for point in curve["points"]:
         drawn = point["random"]["accuracy"]

@@ -15,7 +15,6 @@ import torch
 
 import megatron_hydra
 from megatron_hydra.checkpoint import parity, store
-from megatron_hydra.checkpoint.atomic import atomic_folder
 from megatron_hydra.checkpoint.canonical import LazyTensors, is_fp32
 from megatron_hydra.checkpoint.hf_config import (
     HEAD_MAP_FILE,
@@ -36,6 +35,7 @@ from megatron_hydra.checkpoint.hf_io import (
 from megatron_hydra.config.loading import to_dict
 from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import atomic_folder
 from megatron_hydra.head_map import HeadMap
 from megatron_hydra.transfer.calibration import calibration_batches, load_tokenizer
 from megatron_hydra.transfer.student import StudentInit, calibrate_gamma, initialise_student

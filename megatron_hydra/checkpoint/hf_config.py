@@ -7,7 +7,6 @@ What the model cannot represent is refused by key name; what it does not need is
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from megatron_hydra.checkpoint.families import FAMILIES
 from megatron_hydra.config.loading import from_dict, to_dict
 from megatron_hydra.config.model import HydraConfig, ModelConfig, stored_switches
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import read_json
 from megatron_hydra.head_map import HeadMap
 
 HYBRID_MODEL_TYPE = "hydrahead"
@@ -43,23 +43,6 @@ CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", 
 
 
 # -- reading -------------------------------------------------------------------------------------
-
-
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        HydraError: the file is missing, unreadable, or no JSON object.
-    """
-    try:
-        body = json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise HydraError(f"{path} cannot be read: {error}") from None
-    except ValueError as error:
-        raise HydraError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise HydraError(f"{path} must hold a JSON object")
-    return body
 
 
 def read_hf_config(folder: str | os.PathLike[str]) -> ModelConfig:

@@ -26,9 +26,9 @@ from megatron_hydra.checkpoint.canonical import (
     is_fp32,
     refuse_differences,
 )
-from megatron_hydra.checkpoint.hf_config import read_json
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

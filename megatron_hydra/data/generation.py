@@ -23,7 +23,6 @@ import torch
 
 from megatron_hydra.data.chat import ChatError, render_prompt
 from megatron_hydra.data.corpus import CorpusConfig, Row, input_identity, plan_units
-from megatron_hydra.data.manifest import write_json_atomically
 from megatron_hydra.data.rows import read_unit
 from megatron_hydra.data.sampling import derive_key
 from megatron_hydra.data.tokenizer import (
@@ -32,6 +31,7 @@ from megatron_hydra.data.tokenizer import (
     tokenizer_fingerprint,
 )
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import write_json_atomic
 from megatron_hydra.head_map import fingerprint_tensors
 from megatron_hydra.stopping import leave_if_stopped
 
@@ -211,7 +211,7 @@ class Generation:
         except BlockingIOError:
             lock.close()
             raise HydraError(f"{self.output} is being written by another process") from None
-        write_json_atomically(recipe, self.recipe)
+        write_json_atomic(recipe, self.recipe)
         return lock
 
     def _publish(self, counts: _Counts, report: Callable[[str], None]) -> dict[str, Any]:
@@ -221,7 +221,7 @@ class Generation:
             k: v for k, v in dataclasses.asdict(counts).items() if k not in ("batches", "bytes")
         }
         body = {**self.recipe, "counts": {**numbers, "bad_rows": len(self._bad)}}
-        write_json_atomically(self.manifest, body)
+        write_json_atomic(self.manifest, body)
         os.replace(self.work / "rows.jsonl", self.output)
         shutil.rmtree(self.work)
         for line in self._bad[:_SHOWN]:
@@ -257,7 +257,7 @@ class Generation:
                 stream.flush()
                 os.fsync(stream.fileno())
                 counts.batches, counts.bytes = number + 1, stream.tell()
-                write_json_atomically(state, dataclasses.asdict(counts))
+                write_json_atomic(state, dataclasses.asdict(counts))
                 if time.monotonic() - reported > _REPORT_SECONDS:
                     reported = time.monotonic()
                     report(f"{counts.texts:,} texts, {counts.tokens:,} tokens written")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,12 +18,12 @@ from megatron_hydra.evaluation.backend import Backend
 from megatron_hydra.evaluation.hf_backend import HfBackend
 from megatron_hydra.evaluation.lm_eval_suite import lm_eval_version, require_lm_eval, run_lm_eval
 from megatron_hydra.evaluation.scoring import Outcome, forecast, score_samples
-from megatron_hydra.evaluation.storage import CellStore, replace_file
+from megatron_hydra.evaluation.storage import CellStore
 from megatron_hydra.evaluation.tasks import RetrievalTask, Sample, SampleRequest, load_task
+from megatron_hydra.files import JsonFormat, write_json_atomic
 from megatron_hydra.stopping import Stopped, leave_if_stopped, stop_requested
 
-FORMAT = "hydra-evaluation"
-VERSION = 1
+FORMAT = JsonFormat("hydra-evaluation", 1, "evaluation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +114,7 @@ def evaluate(
     if output is not None:
         store = backend.on_main(lambda: CellStore(Path(output), identity, force))
     results: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
+        **FORMAT.add_header({}),
         "model": name,
         "settings": identity,
         "tasks": {task.name: {} for task in found},
@@ -172,8 +170,7 @@ def _lm_eval(
 
 
 def _write(results: dict[str, Any], output: Path) -> None:
-    with replace_file(output / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    write_json_atomic(output / "results.json", results)
     plots.draw(results, output)
 
 

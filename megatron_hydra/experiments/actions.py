@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.config.loading import from_dict, to_yaml
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments import fingerprint
 from megatron_hydra.experiments.plan import PREPARED, Step
+from megatron_hydra.files import write_text_atomic
 from megatron_hydra.head_map import HeadMap
 from megatron_hydra.stopping import REQUEUE_EXIT_CODE, Stopped
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import megatron_hydra
-from megatron_hydra.data.manifest import Manifest, file_sha256
+from megatron_hydra.data.manifest import Manifest
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import sha256_of_file
 
 _DIGITS = 32
 
@@ -39,7 +40,7 @@ def of_file(path: Path) -> str:
 
 @functools.cache
 def _digest(path: Path, size: int, mtime_ns: int) -> str:
-    return file_sha256(path)[:_DIGITS]
+    return sha256_of_file(path)[:_DIGITS]
 
 
 def of_folder(folder: Path) -> str:

@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hydra import __version__
-from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.config.loading import load_run_config
-from megatron_hydra.data.manifest import file_sha256
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import sha256_of_file, write_text_atomic
 from megatron_hydra.quickstart.progress import TrainingProgress
 from megatron_hydra.quickstart.student import evaluate_model, stage_arguments, stage_config
 from megatron_hydra.quickstart.workspace import STAGES, STUDENTS, Workspace, shipped_teacher
@@ -153,7 +152,9 @@ def fingerprints(configs: Path) -> dict[str, str]:
     """
     files = {f"{name}.yaml": configs / f"{name}.yaml" for name in ("common", *STAGES)}
     files["teacher"] = shipped_teacher() / "model.safetensors"
-    return {name: file_sha256(path)[:16] for name, path in files.items()} | {"version": __version__}
+    return {name: sha256_of_file(path)[:16] for name, path in files.items()} | {
+        "version": __version__
+    }
 
 
 # -- head selection and conversion ----------------------------------------------------------------
@@ -189,7 +190,9 @@ def _select(workspace: Workspace, settings: Settings) -> None:
     )
     drawn = select_heads(teacher, ratio=RATIO, strategy="global_random", seed=seed)
     drawn.save(workspace.head_map("random"))
-    select_heads(teacher, ratio="all-gdn", strategy="layer_random").save(workspace.head_map("all_gdn"))
+    select_heads(teacher, ratio="all-gdn", strategy="layer_random").save(
+        workspace.head_map("all_gdn")
+    )
 
 
 def _convert(workspace: Workspace, settings: Settings) -> None:

@@ -136,8 +136,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run one student; everything it does is in the workspace."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--student", required=True, choices=STUDENTS)
-    parser.add_argument("--output", required=True, type=path_argument, help="the quickstart's folder")
-    parser.add_argument("--configs", required=True, type=path_argument, help="folder of the stages' configs")
+    parser.add_argument(
+        "--output", required=True, type=path_argument, help="the quickstart's folder"
+    )
+    parser.add_argument(
+        "--configs", required=True, type=path_argument, help="folder of the stages' configs"
+    )
     args = parser.parse_args(argv)
     settings = json.loads((args.output / "settings.json").read_text())
     run_student(Workspace(args.output), args.student, args.configs, settings)
