@@ -28,9 +28,10 @@ from megatron_hydra.data.inspection import (  # noqa: E402
 )
 from megatron_hydra.data.sources import IndexedSource  # noqa: E402
 from megatron_hydra.data.stream import PackedStream  # noqa: E402
-from megatron_hydra.data.tokenizer import load_tokenizer, vocabulary_size  # noqa: E402
+from megatron_hydra.data.tokenizer import vocabulary_size  # noqa: E402
 from megatron_hydra.errors import HydraError, command  # noqa: E402
 from megatron_hydra.files import sha256_of_file  # noqa: E402
+from megatron_hydra.hf_loading import load_tokenizer  # noqa: E402
 
 DESCRIPTION = """\
 Show what training will read: packed sequences decoded, with the bounds of their documents and what

@@ -16,7 +16,7 @@ from megatron_hydra.arguments import path_text, real, seed_argument, whole  # no
 from megatron_hydra.data.corpus import CorpusConfig  # noqa: E402
 from megatron_hydra.data.generation import Generation, GenerationSettings  # noqa: E402
 from megatron_hydra.errors import HydraError, command  # noqa: E402
-from megatron_hydra.evaluation.loading import DTYPES, load_model, load_tokenizer  # noqa: E402
+from megatron_hydra.hf_loading import DTYPES, find_tokenizer, load_hf_model  # noqa: E402
 from megatron_hydra.stopping import StopRequest  # noqa: E402
 
 DESCRIPTION = """\
@@ -118,7 +118,7 @@ def generation(given: argparse.Namespace) -> Generation:
         chat=given.chat,
         tools_column=given.tools_column,
     )
-    tokenizer = load_tokenizer(
+    tokenizer = find_tokenizer(
         given.tokenizer or given.model,
         trust_remote_code=given.trust_remote_code,
         revision="" if given.tokenizer else given.revision,
@@ -127,7 +127,7 @@ def generation(given: argparse.Namespace) -> Generation:
         raise HydraError(f"{given.tokenizer or given.model} has no tokenizer; give --tokenizer")
     if given.chat and not getattr(tokenizer, "chat_template", None):
         raise HydraError("--chat: the tokenizer has no chat template; use the one of a chat model")
-    model = load_model(
+    model = load_hf_model(
         given.model,
         revision=given.revision,
         trust_remote_code=given.trust_remote_code,

@@ -175,7 +175,9 @@ class JsonFormat:
             HydraError: no object, or one of another format or version.
         """
         if not isinstance(body, Mapping) or body.get("format") != self.name:
-            raise HydraError(f"{source} is not a {self.title}: its key 'format' is not {self.name!r}")
+            raise HydraError(
+                f"{source} is not a {self.title}: its key 'format' is not {self.name!r}"
+            )
         if body.get("version") != self.version:
             advice = f"; {self.advice}" if self.advice else ""
             raise HydraError(

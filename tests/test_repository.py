@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("ops",),
     ("model", "parallel", "out_of_memory"),
-    ("transfer", "selection", "checkpoint", "data", "reporting"),
+    ("transfer", "selection", "checkpoint", "data", "hf_loading", "reporting"),
     ("training", "evaluation", "planning"),
     ("train", "warm", "quickstart"),
     ("experiments",),

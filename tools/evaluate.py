@@ -13,9 +13,9 @@ from typing import Any
 from megatron_hydra.arguments import path_text, seed_argument
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.evaluation.lm_eval_suite import require_lm_eval
-from megatron_hydra.evaluation.loading import DTYPES, load_model, load_tokenizer
 from megatron_hydra.evaluation.runner import EvaluationSettings, evaluate
 from megatron_hydra.evaluation.tasks import load_task, task_names
+from megatron_hydra.hf_loading import DTYPES, find_tokenizer, load_hf_model
 from megatron_hydra.out_of_memory import out_of_memory_names
 from megatron_hydra.stopping import StopRequest, leave_if_stopped
 
@@ -228,10 +228,10 @@ def _hugging_face(args: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
             raise HydraError(f"{flag} ({given}) is the layout of a --checkpoint, --model has none")
     trust = args.trust_remote_code
     revision = "" if args.tokenizer else args.revision
-    tokenizer = load_tokenizer(
+    tokenizer = find_tokenizer(
         args.tokenizer or args.model, trust_remote_code=trust, revision=revision
     )
-    model = load_model(
+    model = load_hf_model(
         args.model,
         revision=args.revision,
         trust_remote_code=trust,
@@ -265,7 +265,7 @@ def _megatron(args: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
     folder = args.tokenizer or tokenizer_folder(args.checkpoint)
     tokenizer = None
     if folder is not None:
-        tokenizer = load_tokenizer(folder, trust_remote_code=args.trust_remote_code)
+        tokenizer = find_tokenizer(folder, trust_remote_code=args.trust_remote_code)
     with open_checkpoint(args.checkpoint, run, args.dtype) as backend:
         yield backend, tokenizer
 

@@ -37,7 +37,8 @@ from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.files import atomic_folder
 from megatron_hydra.head_map import HeadMap
-from megatron_hydra.transfer.calibration import calibration_batches, load_tokenizer
+from megatron_hydra.hf_loading import find_tokenizer, load_hf_model
+from megatron_hydra.transfer.calibration import calibration_batches
 from megatron_hydra.transfer.student import StudentInit, calibrate_gamma, initialise_student
 from megatron_hydra.transfer.teacher_statistics import HeadStatistics, measure_heads
 
@@ -231,21 +232,12 @@ def _measured(
         return None, None
     from transformers import AutoModel
 
-    from megatron_hydra.parallel.platform import device
-
-    tokenizer = load_tokenizer(folder)
+    tokenizer = find_tokenizer(folder)
     batches = calibration_batches(
         tokenizer, dense.vocab_size, options.calibration_file, options.calibration_tokens
     )
     # The backbone without its LM head, in the dtype that the student will have.
-    backbone = AutoModel.from_pretrained(
-        folder,
-        dtype=dtype or "auto",
-        trust_remote_code=False,
-        use_safetensors=True,
-        local_files_only=True,
-    )
-    backbone = backbone.to(device()).eval()
+    backbone = load_hf_model(folder, dtype=dtype or "auto", model_class=AutoModel)
     gamma = calibrate_gamma(backbone, batches) if wants_gamma else None
     heads = measure_heads(backbone, batches, options.init.half_life) if wants_heads else None
     return gamma, heads

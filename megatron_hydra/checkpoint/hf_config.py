@@ -18,6 +18,7 @@ from megatron_hydra.config.model import HydraConfig, ModelConfig, stored_switche
 from megatron_hydra.errors import HydraError
 from megatron_hydra.files import read_json
 from megatron_hydra.head_map import HeadMap
+from megatron_hydra.hf_identity import read_config_json
 
 HYBRID_MODEL_TYPE = "hydrahead"
 HEAD_MAP_FILE = "head_map.json"
@@ -52,10 +53,7 @@ def read_hf_config(folder: str | os.PathLike[str]) -> ModelConfig:
         HydraError: an unknown ``model_type``, a setting that the model cannot represent, or a
             head map that is not this model's; the file and the key are named.
     """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise HydraError(f"{folder} holds no config.json: it is not a Hugging Face model folder")
-    model = model_from_hf_config(read_json(path), str(path))
+    model = model_from_hf_config(read_config_json(folder), str(Path(folder) / "config.json"))
     head_map = Path(folder) / HEAD_MAP_FILE
     if model.is_hybrid and head_map.is_file():
         model = dataclasses.replace(model, head_map=_read_head_map(head_map, model))

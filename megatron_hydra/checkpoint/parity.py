@@ -18,6 +18,7 @@ from megatron_hydra.checkpoint.hf_config import read_hf_config, same_architectur
 from megatron_hydra.checkpoint.hf_io import HfWeights, hf_to_canonical
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.hf_loading import load_hf_model
 
 LOGITS_TOLERANCE = 1e-4
 """Largest difference of fp32 logits, relative to the largest logit where that is above 1."""
@@ -143,16 +144,12 @@ def hf_logits(folder: str | os.PathLike[str], tokens: torch.Tensor) -> torch.Ten
         folder: a dense family's folder, or an export of ours.
         tokens: ``[T]`` int64.
     """
-    from transformers import AutoModelForCausalLM
-
-    loader: Any = AutoModelForCausalLM
+    loader: Any = None
     if read_hf_config(folder).is_hybrid:
         from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM
 
         loader = HydraHeadForCausalLM
-    model = loader.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True
-    ).eval()
+    model = load_hf_model(folder, dtype=torch.float32, device=None, model_class=loader)
     with torch.no_grad():
         return model(input_ids=tokens[None], use_cache=False).logits[0].float()
 

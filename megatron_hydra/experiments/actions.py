@@ -201,8 +201,8 @@ def evaluate(context: Context) -> None:
     """Score a model; finished (task, length) pairs of a stopped try are kept."""
     from megatron_hydra.evaluation import EvaluationSettings
     from megatron_hydra.evaluation import evaluate as run_evaluation
-    from megatron_hydra.evaluation.loading import load_model, load_tokenizer
     from megatron_hydra.hf.export_files import carries_our_code
+    from megatron_hydra.hf_loading import find_tokenizer, load_hf_model
 
     params, places = context.step.params, context.step.places
     body = params["evaluation"]
@@ -211,14 +211,14 @@ def evaluate(context: Context) -> None:
         _renew_code(folder)
     trust = body["trust_remote_code"] or carries_our_code(folder)
     run_evaluation(
-        load_model(
+        load_hf_model(
             folder,
             trust_remote_code=trust,
             dtype=body["dtype"],
             device=body["device"],
             changes=body.get("model_config"),
         ),
-        load_tokenizer(folder, trust_remote_code=trust),
+        find_tokenizer(folder, trust_remote_code=trust),
         [context.place(task) for task in places["tasks"]],
         body["lengths"],
         EvaluationSettings(

@@ -162,13 +162,13 @@ def fingerprints(configs: Path) -> dict[str, str]:
 
 def _select(workspace: Workspace, settings: Settings) -> None:
     """Head maps of the three students, and the pictures of the selected one."""
-    from megatron_hydra.evaluation.loading import load_tokenizer
+    from megatron_hydra.hf_loading import find_tokenizer
     from megatron_hydra.quickstart.tasks import write_calibration, write_selection_prompts
     from megatron_hydra.selection import SelectionOptions, select_heads
     from megatron_hydra.selection.plots import draw_head_map
 
     teacher, seed = shipped_teacher(), settings.seed
-    tokenizer = load_tokenizer(teacher)
+    tokenizer = find_tokenizer(teacher)
     write_selection_prompts(workspace.prompts, tokenizer, settings.prompts, seed)
     write_calibration(workspace.calibration, tokenizer, seed)
     chosen = select_heads(

@@ -110,12 +110,14 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """What ``tools/evaluate.py`` does, on the quickstart's task at all lengths."""
     from megatron_hydra.evaluation import EvaluationSettings, evaluate
-    from megatron_hydra.evaluation.loading import load_model, load_tokenizer
+    from megatron_hydra.hf_loading import find_tokenizer, load_hf_model
     from megatron_hydra.quickstart.tasks import TRAIN_LENGTH, retrieval
 
     return evaluate(
-        load_model(folder, trust_remote_code=carries_our_code(folder), dtype="fp32", device="cpu"),
-        load_tokenizer(shipped_teacher()),
+        load_hf_model(
+            folder, trust_remote_code=carries_our_code(folder), dtype="fp32", device="cpu"
+        ),
+        find_tokenizer(shipped_teacher()),
         [retrieval()],
         [TRAIN_LENGTH * factor for factor in LENGTH_FACTORS],
         EvaluationSettings(

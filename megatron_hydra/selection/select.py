@@ -26,6 +26,7 @@ from megatron_hydra.head_map import (
     strategy_name,
 )
 from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
+from megatron_hydra.hf_loading import find_tokenizer
 from megatron_hydra.selection.capabilities import Capability
 from megatron_hydra.selection.effects import EffectEngine, Solved
 from megatron_hydra.selection.learned_gates import TEXT_SHARE, orders_of
@@ -33,7 +34,6 @@ from megatron_hydra.selection.opening import (
     Placement,
     load_runner,
     native_length,
-    tokenizer_of,
     vocab_size_of,
 )
 from megatron_hydra.selection.prompts import PromptPair, prompts_fingerprint
@@ -117,7 +117,7 @@ def select_heads(
     try:
         if not chosen.stages(options):
             return _saved(_finish(context, strategy, chosen), output, ranks)
-        tokenizer = tokenizer or (folder and tokenizer_of(folder))
+        tokenizer = tokenizer or (folder and find_tokenizer(folder))
         vocab_size = vocab_size_of(model, folder)
         longest = 0
         if options.stability and "receivers" in chosen.stages(options):

@@ -23,23 +23,6 @@ ADVICE = (
 """What to do without a tokenizer."""
 
 
-def load_tokenizer(folder: str | os.PathLike[str]) -> Any | None:
-    """The tokenizer of a Hugging Face folder, or ``None`` if it has no tokenizer files.
-
-    Raises:
-        HydraError: the files cannot be read, or need code of their own to be.
-    """
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not any((Path(folder) / name).is_file() for name in names):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise HydraError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
-
-
 def calibration_batches(
     tokenizer: Any | None,
     vocab_size: int,

@@ -31,7 +31,6 @@ from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig
 from megatron_hydra.data import (
     PackedStream,
     indexed,
-    load_tokenizer,
     merging,
     part_worker,
     tokenization,
@@ -47,6 +46,7 @@ from megatron_hydra.data.tokenization import tokenize
 from megatron_hydra.data.tokenize_config import TokenizeConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.files import sha256_of_file
+from megatron_hydra.hf_loading import load_tokenizer
 from tests.data.corpora import write_jsonl
 
 SUFFIXES = (".bin", ".idx", ".json")
@@ -439,7 +439,7 @@ def test_an_input_that_may_not_be_read_is_named(corpus, qwen, tmp_path, monkeypa
         ({"eod_token": "<|none|>"}, r"--eod-token '<\|none\|>' is not in the vocabulary"),
         ({"shard": (3, 3)}, r"--shard 3/3: the first number must be 0\.\.2"),
         ({"shard": (0, 5000)}, "has only .* units to share out"),
-        ({"tokenizer": "no/such/folder"}, "cannot load the tokenizer 'no/such/folder'"),
+        ({"tokenizer": "no/such/folder"}, "tokenizer no/such/folder: no/such/folder is no folder"),
     ],
 )
 def test_wrong_options_are_named(corpus, qwen, tmp_path, options, message, monkeypatch):
