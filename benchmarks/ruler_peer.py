@@ -36,8 +36,9 @@ import yaml
 from megatron_hydra.arguments import path_argument
 from megatron_hydra.data.text import distinct_names, text_sentence
 from megatron_hydra.errors import HydraError, command
+from megatron_hydra.evaluation.finding import load_task
 from megatron_hydra.evaluation.scoring import text_score
-from megatron_hydra.evaluation.tasks import GenerationSample, SampleRequest, load_task
+from megatron_hydra.evaluation.tasks import GenerationSample, SampleRequest
 
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}"
 SEED = 7

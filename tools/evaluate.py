@@ -12,9 +12,9 @@ from typing import Any
 
 from megatron_hydra.arguments import path_text, seed_argument
 from megatron_hydra.errors import HydraError, command
+from megatron_hydra.evaluation.finding import load_task, task_names
 from megatron_hydra.evaluation.lm_eval_suite import require_lm_eval
 from megatron_hydra.evaluation.runner import EvaluationSettings, evaluate
-from megatron_hydra.evaluation.tasks import load_task, task_names
 from megatron_hydra.hf_loading import DTYPES, find_tokenizer, load_hf_model
 from megatron_hydra.out_of_memory import out_of_memory_names
 from megatron_hydra.stopping import StopRequest, leave_if_stopped

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from megatron_hydra.data.chat import ChatError, render_prompt
-from megatron_hydra.data.corpus import CorpusConfig, Row, input_identity, plan_units
+from megatron_hydra.data.corpus import CorpusConfig, Row, input_identity
 from megatron_hydra.data.rows import read_unit
 from megatron_hydra.data.sampling import derive_key
 from megatron_hydra.data.tokenizer import (
@@ -30,6 +30,7 @@ from megatron_hydra.data.tokenizer import (
     end_tokens_of,
     tokenizer_fingerprint,
 )
+from megatron_hydra.data.units import plan_units
 from megatron_hydra.errors import HydraError
 from megatron_hydra.files import write_json_atomic
 from megatron_hydra.head_map import fingerprint_tensors

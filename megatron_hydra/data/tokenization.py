@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from megatron_hydra.data.corpus import Unit, input_identity, plan_units
+from megatron_hydra.data.corpus import Unit, input_identity
 from megatron_hydra.data.hub import pin_revisions
 from megatron_hydra.data.manifest import Manifest
 from megatron_hydra.data.part_worker import Worker, finished_parts
@@ -35,6 +35,7 @@ from megatron_hydra.data.tokenizer import (
     tokenizer_fingerprint,
     vocabulary_size,
 )
+from megatron_hydra.data.units import plan_units
 from megatron_hydra.errors import HydraError
 from megatron_hydra.files import write_json_atomic
 

@@ -15,11 +15,12 @@ from tqdm import tqdm
 from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation import plots
 from megatron_hydra.evaluation.backend import Backend
+from megatron_hydra.evaluation.finding import load_task
 from megatron_hydra.evaluation.hf_backend import HfBackend
 from megatron_hydra.evaluation.lm_eval_suite import lm_eval_version, require_lm_eval, run_lm_eval
 from megatron_hydra.evaluation.scoring import Outcome, forecast, score_samples
 from megatron_hydra.evaluation.storage import CellStore
-from megatron_hydra.evaluation.tasks import RetrievalTask, Sample, SampleRequest, load_task
+from megatron_hydra.evaluation.tasks import RetrievalTask, Sample, SampleRequest
 from megatron_hydra.files import JsonFormat, write_json_atomic
 from megatron_hydra.stopping import Stopped, leave_if_stopped, stop_requested
 

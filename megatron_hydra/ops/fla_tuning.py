@@ -25,7 +25,7 @@ import torch
 
 from megatron_hydra.files import write_json_atomic
 from megatron_hydra.ops import kernel_cache
-from megatron_hydra.ops.backends import Case
+from megatron_hydra.ops.kernels import Case
 
 _log = logging.getLogger(__name__)
 

@@ -36,8 +36,8 @@ from megatron_hydra.hf.modeling_hydrahead import (
     Visibility,
 )
 from megatron_hydra.model.parameters import PARAMETERS
-from megatron_hydra.ops import backends
-from megatron_hydra.ops.backends import Case
+from megatron_hydra.ops import backends, packages
+from megatron_hydra.ops.kernels import Case
 from megatron_hydra.selection.runner import DecoderRunner
 from megatron_hydra.transfer.student import calibrate_gamma, initialise_student
 
@@ -265,11 +265,11 @@ def _delta_rule_kernel(runner: DecoderRunner) -> str:
     case = Case(weight.device, weight.dtype, runner.head_dim, gdn_heads=(runner.num_heads,))
     if weight.device.type != "cuda":
         return "torch"
-    if backends.needs_tilelang(case):
+    if packages.needs_tilelang(case):
         _log.warning(
             "the delta rule runs in plain torch, which is slow: flash-linear-attention's backward needs "
             "TileLang here (pip install %s)",
-            backends.TILELANG,
+            packages.TILELANG,
         )
         return "torch"
     wanted = BackendConfig(full_attention="torch", fused_kernels="torch")

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from megatron_hydra.evaluation.tasks import SampleRequest, load_task
+from megatron_hydra.evaluation.finding import load_task
+from megatron_hydra.evaluation.tasks import SampleRequest
 from megatron_hydra.experiments.tiny import write_inputs
 from megatron_hydra.hf_loading import find_tokenizer
 from megatron_hydra.quickstart.workspace import shipped_teacher
