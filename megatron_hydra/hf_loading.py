@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,12 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.files import read_json
 from megatron_hydra.hf_identity import read_config_json, resolve_hf_folder
 
-DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[str, str | torch.dtype] = {
+    "auto": "auto",
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 VOCABULARY_FILES = (
     "tokenizer.json",
@@ -29,7 +35,7 @@ VOCABULARY_FILES = (
 
 
 def load_hf_model(
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     *,
     revision: str = "",
     trust_remote_code: bool = False,
@@ -103,7 +109,9 @@ def _changed_config(path: Path, trust_remote_code: bool, changes: Mapping[str, A
     )
 
 
-def checked_folder(folder: str | Path, trust_remote_code: bool, revision: str = "") -> Path:
+def checked_folder(
+    folder: str | os.PathLike[str], trust_remote_code: bool, revision: str = ""
+) -> Path:
     """The folder (of a Hub name: its snapshot), if it is a model whose code may be run."""
     try:
         path = resolve_hf_folder(folder, revision, with_code=trust_remote_code)
@@ -126,7 +134,7 @@ def _needs_trust(kind: str, path: Path) -> HydraError:
 
 
 def find_tokenizer(
-    source: str | Path, *, revision: str = "", trust_remote_code: bool = False
+    source: str | os.PathLike[str], *, revision: str = "", trust_remote_code: bool = False
 ) -> Any | None:
     """The tokenizer of a folder, a ``tokenizer.json`` or a Hub name; ``None`` if a folder has none.
 

@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "head_map",
         "hf",
         "hf_identity",
+        "options",
     ),
     ("ops",),
     ("model", "parallel", "out_of_memory"),

@@ -13,6 +13,7 @@ from megatron_hydra.errors import HydraError, command
 from megatron_hydra.files import write_json_atomic
 from megatron_hydra.head_map import HeadMap, strategy_name
 from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
+from megatron_hydra.options import add_options, from_arguments
 from megatron_hydra.selection import (
     Constraints,
     Placement,
@@ -39,6 +40,9 @@ left of retrieval: MAP_knockout.json and .png. cut chooses by the scores that a 
 nothing; without constraints, the heads of a higher ratio are among those of a lower one. validate without
 --hf-path checks the file alone. diff exits with 1 if the maps differ.
 """
+
+
+_OF_KNOCKOUT = ("num_prompts", "probe_tokens", "tokens_per_batch")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,15 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     cut.add_argument("--granularity", choices=["query_head", "kv_group"],
                      help="default: that of the map")  # fmt: skip
-    cut.add_argument(
-        "--min-per-layer", type=int, default=0, help="FA heads in every layer, at least"
-    )
-    cut.add_argument("--max-per-layer", type=int, help="FA heads in every layer, at most")
+    add_options(cut, Constraints, only=("min_per_layer", "max_per_layer"))
     cut.add_argument("--force", action="store_true", help="overwrite an existing output")
     knockout = commands.add_parser(
         "knockout", help="retrieval accuracy as heads are taken out by score, and at random"
     )
-    defaults = SelectionOptions()
     knockout.add_argument("map")
     knockout.add_argument(
         "--hf-path", type=path_text, required=True, help="the model that the map was made for"
@@ -96,21 +96,13 @@ def _parser() -> argparse.ArgumentParser:
         "--tasks", nargs="+", default=["retrieval"], metavar="TASK",
         help="as of select_heads.py (default: retrieval)",
     )  # fmt: skip
-    knockout.add_argument(
-        "--num-prompts", type=int, default=defaults.num_prompts,
-        help="of each capability (default %(default)s)",
-    )  # fmt: skip
-    knockout.add_argument(
-        "--probe-tokens", type=int, default=defaults.probe_tokens,
-        help="length of needle prompts (default %(default)s)",
-    )  # fmt: skip
+    add_options(knockout, SelectionOptions, only=_OF_KNOCKOUT)
     knockout.add_argument(
         "--seed", type=seed_argument, default=1,
         help="of prompts and random orders (default 1: other prompts than a selection with seed 0)",
     )  # fmt: skip
     knockout.add_argument("--device", default="auto", help="auto, cpu, cuda:0, ...")
     knockout.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
-    knockout.add_argument("--tokens-per-batch", type=int, default=0, help="as of select_heads.py")
     knockout.add_argument(
         "--output", type=path_argument, help="JSON to write (default MAP_knockout.json)"
     )
@@ -123,9 +115,8 @@ def _cut(args: argparse.Namespace) -> None:
     if args.output.exists() and not args.force:
         raise HydraError(f"--output {args.output} exists; give --force to overwrite it")
     head_map = HeadMap.load(args.map)
-    constraints = Constraints(
-        args.granularity or head_map.granularity, args.min_per_layer, args.max_per_layer
-    )
+    granularity = args.granularity or head_map.granularity
+    constraints = from_arguments(Constraints, args, granularity=granularity)
     made = recut(head_map, args.ratio, constraints, args.map, strategy_name(args.strategy))
     made.save(args.output)
     print(f"{args.output}: {made.num_full_attention} full-attention heads")
@@ -144,12 +135,7 @@ def _knockout(args: argparse.Namespace) -> None:
         source=args.map,
         revision=args.revision,
         tasks=args.tasks,
-        options=SelectionOptions(
-            num_prompts=args.num_prompts,
-            min_prompts=1,
-            probe_tokens=args.probe_tokens,
-            tokens_per_batch=args.tokens_per_batch,
-        ),
+        options=from_arguments(SelectionOptions, args, min_prompts=1),
         counts=args.heads,
         draws=args.draws,
         seed=args.seed,

@@ -22,6 +22,7 @@ from megatron_hydra.data.folder import (
 )
 from megatron_hydra.data.manifest import file_probe
 from megatron_hydra.errors import HydraError
+from megatron_hydra.options import option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +47,35 @@ class CorpusConfig:
     """
 
     inputs: tuple[str, ...]
-    format: Format | None = None
-    column: str = "text"
-    chat: bool = False
-    tools_column: str | None = None
+    format: Format | None = option(
+        None,
+        "of --input; by suffix if left out. text: a file is a document; lines: a line is",
+        group="rows",
+    )
+    column: str = option("text", "field that holds the text (default: text)", group="rows")
+    chat: bool = option(False, "the field is a list of chat messages", group="rows")
+    tools_column: str | None = option(
+        None, "with --chat: field that holds the tools", metavar="NAME", group="rows"
+    )
     hub: bool = False
-    config_name: str | None = None
-    split: str = "train"
-    revision: str | None = None
+    config_name: str | None = option(
+        None,
+        "configuration of the data set",
+        flag="--config",
+        metavar="NAME",
+        group="with --dataset",
+    )
+    split: str = option("train", "default: train", group="with --dataset")
+    revision: str | None = option(
+        None, "git revision; its commit is recorded", metavar="COMMIT", group="with --dataset"
+    )
     commits: tuple[str | None, ...] = ()
-    streaming: bool = False
+    streaming: bool = option(False, "do not keep the data set on disk", group="with --dataset")
     unit_bytes: int = 8 << 20
+
+    def __post_init__(self) -> None:
+        if self.tools_column and not self.chat:
+            raise HydraError("--tools-column needs --chat: only conversations have tools")
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_hydra.config.selection import SelectionOptions
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import HeadMap
 from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
@@ -20,7 +21,6 @@ from megatron_hydra.selection.effects import EffectEngine, Solved
 from megatron_hydra.selection.opening import Placement, load_runner, vocab_size_of
 from megatron_hydra.selection.patching import Head
 from megatron_hydra.selection.runner import default_tokens_per_batch
-from megatron_hydra.selection.strategies import SelectionOptions
 from megatron_hydra.selection.tasks import Tasks
 from megatron_hydra.selection.work import Ranks, WorkBench
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_hydra.config.selection import Constraints, SelectionOptions
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import (
     DEFAULT_RATIO,
@@ -37,13 +38,12 @@ from megatron_hydra.selection.opening import (
     vocab_size_of,
 )
 from megatron_hydra.selection.prompts import PromptPair, prompts_fingerprint
-from megatron_hydra.selection.ranking import Constraints, budget, weighted_mean
+from megatron_hydra.selection.ranking import budget, weighted_mean
 from megatron_hydra.selection.runner import DecoderRunner, default_tokens_per_batch
 from megatron_hydra.selection.strategies import (
     STRATEGIES,
     Context,
     Scored,
-    SelectionOptions,
     Strategy,
     ranking_of,
 )
@@ -240,9 +240,8 @@ def _prompt_facts(solved: Solved) -> dict[str, Any]:
 
 def _options_dict(options: SelectionOptions) -> dict[str, Any]:
     body = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-    body["constraints"] = dataclasses.asdict(options.constraints)
     body["task_weights"] = dict(options.task_weights)
-    body["effects"] = list(options.effects)
+    body["effects"] = list(options.exact_effects)
     body["compare"] = list(options.compare)
     return body
 
@@ -323,7 +322,7 @@ def recut(
             f"--strategy {strategy}: {source} has the scores of {head_map.strategy}, which serve "
             f"{', '.join(alike)} only; select with tools/select_heads.py --strategy {strategy}"
         )
-    options = SelectionOptions(constraints=constraints or Constraints())
+    options = SelectionOptions(**dataclasses.asdict(constraints or Constraints()))
     context = Context(head_map.model, ratio, head_map.seed, options)
     chosen = STRATEGIES[strategy].choose(context, Scored({}, np.array(scores)))
     details = head_map.details | {"cut_from": head_map.fingerprint()}

@@ -127,7 +127,7 @@ def test_a_sliding_window_that_no_layer_uses_is_fine():
 
 
 def test_folder_without_or_with_broken_config(tmp_path):
-    with pytest.raises(HydraError, match=r"no config\.json"):
+    with pytest.raises(HydraError, match=r"config\.json does not exist"):
         read_hf_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(HydraError, match="not valid JSON"):

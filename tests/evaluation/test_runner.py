@@ -10,7 +10,7 @@ from megatron_hydra.evaluation import EvaluationSettings, ScoredSample, evaluate
 from megatron_hydra.evaluation.runner import FORMAT, summarise
 from megatron_hydra.evaluation.scoring import Outcome
 
-SETTINGS = EvaluationSettings(samples=2, depths=(0.0, 0.5, 1.0), progress=False)
+SETTINGS = EvaluationSettings(samples=2, depths=(0.0, 0.5, 1.0), cache_length=0, progress=False)
 TASKS = ("niah_single_1", "niah_multivalue")
 
 
