@@ -24,7 +24,6 @@ from megatron_hydra.checkpoint.hf_config import (
 from megatron_hydra.checkpoint.hf_io import (
     DEFAULT_SHARD_BYTES,
     HfWeights,
-    copy_tokenizer_files,
     dtype_name,
     hf_to_canonical,
     left_out,
@@ -32,6 +31,7 @@ from megatron_hydra.checkpoint.hf_io import (
     plan_shards,
     write_hf_weights,
 )
+from megatron_hydra.checkpoint.tokenizer_files import copy_tokenizer_files
 from megatron_hydra.config.loading import to_dict
 from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.errors import HydraError

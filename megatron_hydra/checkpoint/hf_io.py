@@ -9,7 +9,6 @@ import fnmatch
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from megatron_hydra.checkpoint.canonical import (
     is_fp32,
     refuse_differences,
 )
+from megatron_hydra.checkpoint.tokenizer_files import tokenizer_files
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.files import read_json
@@ -33,24 +33,6 @@ from megatron_hydra.files import read_json
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DEFAULT_SHARD_BYTES = 5 * 10**9
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
-"""What travels beside the weights, from the source to the checkpoint to the export."""
-
-NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
-"""Chat templates with a name of their own, such as ``tool_use``; they travel, too."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What ``--dtype`` can name."""
@@ -69,24 +51,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def copy_tokenizer_files(
-    source: str | os.PathLike[str], target: str | os.PathLike[str]
-) -> list[str]:
-    """Copy :data:`TOKENIZER_FILES` and :data:`NAMED_TEMPLATES` that ``source`` has; returns their names."""
-    names = _tokenizer_files(Path(source))
-    Path(target).mkdir(parents=True, exist_ok=True)
-    for name in names:
-        (Path(target) / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(Path(source) / name, Path(target) / name)
-    return names
-
-
-def _tokenizer_files(folder: Path) -> list[str]:
-    templates = [path for path in sorted(folder.glob(NAMED_TEMPLATES)) if path.is_file()]
-    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    return names + [path.relative_to(folder).as_posix() for path in templates]
-
-
 def left_out(folder: str | os.PathLike[str], known: Sequence[str]) -> list[str]:
     """What of a model folder no conversion carries, sorted; a folder's name ends in a slash.
 
@@ -97,7 +61,7 @@ def left_out(folder: str | os.PathLike[str], known: Sequence[str]) -> list[str]:
     Files that are hidden or hold the weights that are read are none of them.
     """
     folder = Path(folder)
-    carried = set(_tokenizer_files(folder))
+    carried = set(tokenizer_files(folder))
     known = (*known, "config.json", INDEX, "*.safetensors")
     names = []
     for path in folder.iterdir():

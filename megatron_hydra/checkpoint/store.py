@@ -35,6 +35,7 @@ from megatron_hydra.checkpoint.integrity import (
     verify_manifest,
     write_manifest,
 )
+from megatron_hydra.checkpoint.tokenizer_files import copy_tokenizer_files
 from megatron_hydra.config.loading import from_dict, to_dict
 from megatron_hydra.config.model import ModelConfig, stored_switches
 from megatron_hydra.errors import HydraError
@@ -143,8 +144,6 @@ def save_canonical(
     Raises:
         HydraError: the folder exists, or a key is missing, extra or misshapen.
     """
-    from megatron_hydra.checkpoint.hf_io import copy_tokenizer_files
-
     shapes = {key: canonical.describe(tensors, key).shape for key in tensors}
     canonical.check_shapes(shapes, model, "state dict")
     with atomic_folder(folder, force=force) as temporary:
