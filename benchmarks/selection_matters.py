@@ -33,10 +33,11 @@ import torch.nn.functional as F
 import transformers
 
 from megatron_hydra.arguments import path_argument
-from megatron_hydra.checkpoint import families
-from megatron_hydra.checkpoint.hf_config import hf_config_from_model, read_hf_config
-from megatron_hydra.checkpoint.hf_io import HfWeights, hf_to_canonical
 from megatron_hydra.config.model import HydraConfig
+from megatron_hydra.conversion import families
+from megatron_hydra.conversion.hf_config import hf_config_from_model, read_hf_config
+from megatron_hydra.conversion.hf_io import HfWeights, hf_to_canonical
+from megatron_hydra.conversion.student import calibrate_gamma, initialise_student
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.files import write_json_atomic, write_text_atomic
 from megatron_hydra.head_map import HeadMap
@@ -45,7 +46,6 @@ from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM
 from megatron_hydra.selection import PromptPair, SelectionOptions, select_heads
 from megatron_hydra.selection.capabilities import Induction
 from megatron_hydra.selection.prompts import pair_from_ids
-from megatron_hydra.transfer.student import calibrate_gamma, initialise_student
 
 NUM_NOISE, NUM_SYMBOLS = 48, 32
 KEYS, FIRSTS, SECONDS = (

@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.max_shard_size <= 0:
         raise HydraError(f"--max-shard-size is {arguments.max_shard_size}: it must be above 0")
-    from megatron_hydra.checkpoint import convert
-    from megatron_hydra.checkpoint.hf_io import DTYPES
+    from megatron_hydra.conversion import convert
+    from megatron_hydra.conversion.hf_io import DTYPES
 
     model = convert.megatron_to_hf(
         arguments.checkpoint,

@@ -76,7 +76,7 @@ def prepare(context: Context) -> None:
 
 def teacher(context: Context) -> None:
     """The dense model as a Megatron checkpoint."""
-    from megatron_hydra.checkpoint.convert import hf_to_megatron
+    from megatron_hydra.conversion.convert import hf_to_megatron
 
     hf_to_megatron(context.teacher_hf, context.out, force=True)
 
@@ -122,9 +122,9 @@ def _take_head_map(context: Context, source: Path) -> None:
 
 def convert(context: Context) -> None:
     """The student before training."""
-    from megatron_hydra.checkpoint.convert import StudentOptions, hf_to_megatron
     from megatron_hydra.config.model import HydraConfig, stored_switches
-    from megatron_hydra.transfer.student import StudentInit
+    from megatron_hydra.conversion.convert import StudentOptions, hf_to_megatron
+    from megatron_hydra.conversion.student import StudentInit
 
     params = context.step.params
     student = params["student"]
@@ -197,7 +197,7 @@ def stage(context: Context) -> None:
 
 def export(context: Context) -> None:
     """The trained student in Hugging Face format."""
-    from megatron_hydra.checkpoint.convert import megatron_to_hf
+    from megatron_hydra.conversion.convert import megatron_to_hf
 
     megatron_to_hf(_checkpoint(context, "student"), context.out, force=True)
 

@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 
 from megatron_hydra.checkpoint import store
-from megatron_hydra.checkpoint.hf_config import model_from_hf_config, read_hf_config
 from megatron_hydra.config.model import HydraConfig, ModelConfig
+from megatron_hydra.conversion.hf_config import model_from_hf_config, read_hf_config
 from megatron_hydra.errors import HydraError
 from megatron_hydra.files import read_json
 from megatron_hydra.head_map import HeadMap, num_full_attention_heads, whole_layers

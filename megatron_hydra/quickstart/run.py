@@ -197,7 +197,7 @@ def _select(workspace: Workspace, settings: Settings) -> None:
 
 def _convert(workspace: Workspace, settings: Settings) -> None:
     """What ``tools/hf_to_megatron.py`` does, four times."""
-    from megatron_hydra.checkpoint.convert import StudentOptions, hf_to_megatron
+    from megatron_hydra.conversion.convert import StudentOptions, hf_to_megatron
 
     teacher = shipped_teacher()
     hf_to_megatron(teacher, workspace.teacher, force=True)

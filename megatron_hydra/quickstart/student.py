@@ -56,7 +56,7 @@ def run_student(
     workspace: Workspace, student: str, configs: Path, settings: dict[str, Any]
 ) -> None:
     """Align, distill, finetune, export, evaluate; what is finished is skipped."""
-    from megatron_hydra.checkpoint.convert import megatron_to_hf
+    from megatron_hydra.conversion.convert import megatron_to_hf
 
     for stage in STAGES:
         with workspace.phase(f"{student}_{stage}") as todo:

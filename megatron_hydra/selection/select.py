@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from megatron_hydra.config.selection import Constraints, SelectionOptions
+from megatron_hydra.conversion.calibration import SEQUENCE_LENGTH, calibration_batches
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import (
     DEFAULT_RATIO,
@@ -49,7 +50,6 @@ from megatron_hydra.selection.strategies import (
 )
 from megatron_hydra.selection.tasks import Tasks, solved_tasks
 from megatron_hydra.selection.work import Ranks, WorkBench
-from megatron_hydra.transfer.calibration import SEQUENCE_LENGTH, calibration_batches
 
 _log = logging.getLogger(__name__)
 

@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_hydra.checkpoint import integrity, store
-from megatron_hydra.checkpoint.convert import megatron_to_hf
 from megatron_hydra.config import apply_overrides
+from megatron_hydra.conversion.convert import megatron_to_hf
 from megatron_hydra.errors import HydraError
 from megatron_hydra.hf_loading import find_tokenizer, load_hf_model
 from megatron_hydra.training.loop import run_training
@@ -258,7 +258,7 @@ def test_links_that_may_lead_outside_are_refused(what: str, student: Path, tmp_p
 
 
 def test_a_safetensors_index_names_files_of_its_folder_only(tmp_path: Path) -> None:
-    from megatron_hydra.checkpoint.hf_io import HfWeights
+    from megatron_hydra.conversion.hf_io import HfWeights
 
     index = {"weight_map": {"model.norm.weight": "../outside.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hydra.checkpoint.hf_config import hf_config_from_model
 from megatron_hydra.config.loading import from_dict, load_run_config
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import ParallelConfig, RecomputeConfig, RunConfig
+from megatron_hydra.conversion.hf_config import hf_config_from_model
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import HeadMap, num_full_attention_heads
 from megatron_hydra.model.layer_spec import build_gpt_model

@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_hydra.checkpoint import families
 from megatron_hydra.checkpoint.canonical import (
     LazyTensor,
     LazyTensors,
@@ -27,6 +26,7 @@ from megatron_hydra.checkpoint.canonical import (
 )
 from megatron_hydra.checkpoint.tokenizer_files import tokenizer_files
 from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.conversion import families
 from megatron_hydra.errors import HydraError
 from megatron_hydra.files import read_json
 
@@ -181,7 +181,7 @@ def hf_to_canonical(
 
     Args:
         weights: the folder's tensors.
-        model: its config, from :func:`~megatron_hydra.checkpoint.hf_config.read_hf_config`.
+        model: its config, from :func:`~megatron_hydra.conversion.hf_config.read_hf_config`.
         dtype: convert to it (all but the fp32 parameters); ``None`` keeps what the file has.
 
     Returns:

@@ -10,10 +10,10 @@ from torch.nn.functional import softplus
 
 from megatron_hydra.checkpoint.canonical import canonical_shapes, is_fp32
 from megatron_hydra.config.model import HydraConfig
+from megatron_hydra.conversion import student
+from megatron_hydra.conversion.calibration import calibration_batches
+from megatron_hydra.conversion.student import StudentInit, calibrate_gamma, initialise_student
 from megatron_hydra.errors import HydraError
-from megatron_hydra.transfer import student
-from megatron_hydra.transfer.calibration import calibration_batches
-from megatron_hydra.transfer.student import StudentInit, calibrate_gamma, initialise_student
 from tests.checkpoint.models import FULL_ATTENTION_HEADS, VARIANTS, hybrid_config, random_state
 
 FIRST, LAST = "decoder.layers.0.self_attention.", "decoder.layers.3.self_attention."

@@ -9,14 +9,14 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_hydra.checkpoint.canonical import canonical_shapes
-from megatron_hydra.errors import HydraError
-from megatron_hydra.transfer.student import StudentInit, initialise_student
-from megatron_hydra.transfer.teacher_statistics import (
+from megatron_hydra.conversion.student import StudentInit, initialise_student
+from megatron_hydra.conversion.teacher_statistics import (
     HeadStatistics,
     _Distances,
     mean_distances,
     measure_heads,
 )
+from megatron_hydra.errors import HydraError
 from tests.checkpoint.models import hybrid_config, random_state
 
 HEADS, D, HIDDEN, VOCABULARY = 4, 32, 48, 40

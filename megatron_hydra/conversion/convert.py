@@ -14,14 +14,19 @@ from typing import Any
 import torch
 
 import megatron_hydra
-from megatron_hydra.checkpoint import parity, store
+from megatron_hydra.checkpoint import store
 from megatron_hydra.checkpoint.canonical import LazyTensors, is_fp32
-from megatron_hydra.checkpoint.hf_config import (
+from megatron_hydra.checkpoint.tokenizer_files import copy_tokenizer_files
+from megatron_hydra.config.loading import to_dict
+from megatron_hydra.config.model import HydraConfig, ModelConfig
+from megatron_hydra.conversion import parity
+from megatron_hydra.conversion.calibration import calibration_batches
+from megatron_hydra.conversion.hf_config import (
     HEAD_MAP_FILE,
     hf_config_from_model,
     read_hf_config,
 )
-from megatron_hydra.checkpoint.hf_io import (
+from megatron_hydra.conversion.hf_io import (
     DEFAULT_SHARD_BYTES,
     HfWeights,
     dtype_name,
@@ -31,16 +36,12 @@ from megatron_hydra.checkpoint.hf_io import (
     plan_shards,
     write_hf_weights,
 )
-from megatron_hydra.checkpoint.tokenizer_files import copy_tokenizer_files
-from megatron_hydra.config.loading import to_dict
-from megatron_hydra.config.model import HydraConfig, ModelConfig
+from megatron_hydra.conversion.student import StudentInit, calibrate_gamma, initialise_student
+from megatron_hydra.conversion.teacher_statistics import HeadStatistics, measure_heads
 from megatron_hydra.errors import HydraError
 from megatron_hydra.files import atomic_folder
 from megatron_hydra.head_map import HeadMap
 from megatron_hydra.hf_loading import find_tokenizer, load_hf_model
-from megatron_hydra.transfer.calibration import calibration_batches
-from megatron_hydra.transfer.student import StudentInit, calibrate_gamma, initialise_student
-from megatron_hydra.transfer.teacher_statistics import HeadStatistics, measure_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class StudentOptions:
         seed: order of the decays over heads.
         calibrate: measure γ; otherwise it is 1.
         calibration_file: tokens to measure γ and statistics of heads on (see
-            :mod:`megatron_hydra.transfer.calibration`).
+            :mod:`megatron_hydra.conversion.calibration`).
         calibration_tokens: how many.
     """
 

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_hydra.checkpoint import convert, parity, store
+from megatron_hydra.checkpoint import store
 from megatron_hydra.checkpoint.canonical import is_fp32
-from megatron_hydra.checkpoint.convert import StudentOptions, hf_to_megatron, megatron_to_hf
-from megatron_hydra.checkpoint.hf_io import HfWeights
 from megatron_hydra.config.model import DENSE_ATTENTION, HydraConfig
+from megatron_hydra.conversion import convert, parity
+from megatron_hydra.conversion.convert import StudentOptions, hf_to_megatron, megatron_to_hf
+from megatron_hydra.conversion.hf_io import HfWeights
 from megatron_hydra.errors import HydraError
 from megatron_hydra.hf.export_files import hf_export_files
 from tests.checkpoint.models import VARIANTS, make_head_map, make_hf

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_hydra.checkpoint import families
 from megatron_hydra.checkpoint.canonical import canonical_shapes
-from megatron_hydra.checkpoint.hf_config import hf_config_from_model, read_hf_config
 from megatron_hydra.config.model import HydraConfig
+from megatron_hydra.conversion import families
+from megatron_hydra.conversion.hf_config import hf_config_from_model, read_hf_config
 from megatron_hydra.errors import HydraError
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
 from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM

@@ -21,9 +21,9 @@ from megatron_hydra.checkpoint.canonical import (
     describe,
 )
 from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.conversion.teacher_statistics import HeadStatistics
 from megatron_hydra.errors import HydraError
 from megatron_hydra.model.parameters import INPUT, INPUT_BIAS, PARAMETERS, HeadParameter, entries
-from megatron_hydra.transfer.teacher_statistics import HeadStatistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class StudentInit:
             half-lives evenly in the logarithm, in an order drawn from the seed, and β begins at 1/2
             [choice: slow decays, as the teacher's heads forget nothing; training makes them faster where
             that helps]. ``statistics``: both from the teacher's attention
-            (:mod:`~megatron_hydra.transfer.teacher_statistics`), half-lives within the range; ``decay``: the
+            (:mod:`~megatron_hydra.conversion.teacher_statistics`), half-lives within the range; ``decay``: the
             half-lives alone.
     """
 

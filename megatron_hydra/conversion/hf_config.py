@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra.checkpoint.families import FAMILIES
 from megatron_hydra.config.loading import from_dict, to_dict
 from megatron_hydra.config.model import HydraConfig, ModelConfig, stored_switches
+from megatron_hydra.conversion.families import FAMILIES
 from megatron_hydra.errors import HydraError
 from megatron_hydra.files import read_json
 from megatron_hydra.head_map import HeadMap

@@ -14,9 +14,9 @@ import torch
 
 from megatron_hydra.checkpoint import store
 from megatron_hydra.checkpoint.canonical import is_fp32
-from megatron_hydra.checkpoint.hf_config import read_hf_config, same_architecture
-from megatron_hydra.checkpoint.hf_io import HfWeights, hf_to_canonical
 from megatron_hydra.config.run import RunConfig
+from megatron_hydra.conversion.hf_config import read_hf_config, same_architecture
+from megatron_hydra.conversion.hf_io import HfWeights, hf_to_canonical
 from megatron_hydra.errors import HydraError
 from megatron_hydra.hf_loading import load_hf_model
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_hydra.checkpoint import families, hf_io
 from megatron_hydra.checkpoint.canonical import canonical_shapes, is_fp32
-from megatron_hydra.checkpoint.hf_config import read_hf_config
+from megatron_hydra.conversion import families, hf_io
+from megatron_hydra.conversion.hf_config import read_hf_config
 from megatron_hydra.errors import HydraError
 from tests.checkpoint.models import VARIANTS, hybrid_config, make_hf, random_state
 

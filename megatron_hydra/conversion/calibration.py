@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from megatron_hydra.conversion.calibration_text import TEXT
 from megatron_hydra.errors import HydraError
-from megatron_hydra.transfer.calibration_text import TEXT
 
 DEFAULT_TOKENS = 8192
 SEQUENCE_LENGTH = 1024

@@ -7,13 +7,13 @@ import json
 import pytest
 from transformers import AutoConfig
 
-from megatron_hydra.checkpoint.hf_config import (
+from megatron_hydra.config.model import HydraConfig
+from megatron_hydra.conversion.hf_config import (
     hf_config_from_model,
     model_from_hf_config,
     read_hf_config,
     same_architecture,
 )
-from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import HeadMap
 from tests.checkpoint.models import LLAMA3_ROPE, VARIANTS, hybrid_config
