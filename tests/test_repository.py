@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hydra.parallel import megatron_versions
+from megatron_hydra.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_hydra"
@@ -25,13 +26,13 @@ PACKAGE = ROOT / "megatron_hydra"
 # Imports go from a later entry to an earlier or the same one, never the other way.
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
-        "__init__",
         "arguments",
         "environment",
         "errors",
         "paths",
         "startup",
         "stopping",
+        "version",
         "watchdog",
         "config",
         "files",
@@ -48,7 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training", "evaluation", "planning"),
     ("train", "warm", "quickstart"),
     ("experiments",),
-    ("serving",),  # last: nothing may import it
+    ("serving", "__init__"),  # nothing may import the plug-in, nor the names at the package's root
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -116,13 +117,22 @@ def _shell_files() -> list[Path]:
         "megatron_hydra/config", "megatron_hydra/model",
         "megatron_hydra/ops", "megatron_hydra/parallel", "megatron_hydra/selection",
         "megatron_hydra/transfer", "megatron_hydra/training", "megatron_hydra/checkpoint",
-        "megatron_hydra/conversion",
+        "megatron_hydra/conversion", "examples", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff",
+        ".github/CODEOWNERS",
         "megatron_hydra/data", "megatron_hydra/hf", "megatron_hydra/evaluation", "tools",
         "data_prep", "launch", "configs", "benchmarks", "tests/parallel", "docs", "docs/LAB.md",
     ],
 )  # fmt: skip
 def test_top_level_layout(name: str) -> None:
     assert (ROOT / name).exists()
+
+
+def test_the_release_is_the_same_everywhere() -> None:
+    """The newest dated section of the changelog, and the citation, are of the package's version."""
+    dated = re.search(r"^## \[([\d.]+)\] - ([\d-]+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert dated and dated[1] == __version__
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {dated[1]}\ndate-released: {dated[2]}\n" in citation
 
 
 def test_no_package_is_outside_the_layers() -> None:

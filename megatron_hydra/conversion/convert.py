@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-import megatron_hydra
 from megatron_hydra.checkpoint import store
 from megatron_hydra.checkpoint.canonical import LazyTensors, is_fp32
 from megatron_hydra.checkpoint.tokenizer_files import copy_tokenizer_files
@@ -42,6 +41,7 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.files import atomic_folder
 from megatron_hydra.head_map import HeadMap
 from megatron_hydra.hf_loading import find_tokenizer, load_hf_model
+from megatron_hydra.version import __version__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def hf_to_megatron(
         model, tensors, made = _make_student(folder, model, tensors, student, dtype)
     provenance = {
         "stage": "hf_to_megatron",
-        "package_version": megatron_hydra.__version__,
+        "package_version": __version__,
         "source": model.source,
         "dtype": "as in the source" if dtype is None else dtype_name(dtype),
         **made,

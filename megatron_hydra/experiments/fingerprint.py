@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import megatron_hydra
 from megatron_hydra.data.manifest import Manifest
 from megatron_hydra.errors import HydraError
 from megatron_hydra.files import sha256_of_file
@@ -83,7 +82,7 @@ def of_data(prefix: str) -> dict[str, str]:
 @functools.cache
 def of_package() -> str:
     """Hash of the package's own Python: kept with every result, so that mixtures show."""
-    root = Path(megatron_hydra.__file__).parent
+    root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())

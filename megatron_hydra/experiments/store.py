@@ -24,11 +24,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import megatron_hydra
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments import fingerprint
 from megatron_hydra.experiments.plan import Step
 from megatron_hydra.files import write_json_atomic
+from megatron_hydra.version import __version__
 
 WITHOUT_WEIGHTS = "without_weights"
 _HEARTBEAT_SECONDS = 10.0
@@ -103,7 +103,7 @@ class StepStore:
             "cpu_seconds": round(cpu_seconds, 2),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "host": socket.gethostname(),
-            "package_version": megatron_hydra.__version__,
+            "package_version": __version__,
             "package_source": fingerprint.of_package(),
         }
         self.folder(step).mkdir(parents=True, exist_ok=True)

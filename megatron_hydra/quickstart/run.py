@@ -20,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra import __version__
 from megatron_hydra.config.loading import load_run_config
 from megatron_hydra.errors import HydraError
 from megatron_hydra.files import sha256_of_file, write_text_atomic
@@ -28,6 +27,7 @@ from megatron_hydra.quickstart.progress import TrainingProgress
 from megatron_hydra.quickstart.student import evaluate_model, stage_arguments, stage_config
 from megatron_hydra.quickstart.workspace import STAGES, STUDENTS, Workspace, shipped_teacher
 from megatron_hydra.stopping import leave_if_stopped
+from megatron_hydra.version import __version__
 
 RATIO = "7:1"
 _POLL_SECONDS = 0.5
