@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from megatron_hydra.arguments import path_argument
+from megatron_hydra.arguments import command_parser, path_argument
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.conversion import families
 from megatron_hydra.conversion.hf_config import hf_config_from_model, read_hf_config
@@ -566,9 +566,7 @@ def _parser() -> argparse.ArgumentParser:
     example = (
         "example:\n  python benchmarks/selection_matters.py --output runs/matters --workers 2\n"
     )
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(description=__doc__, epilog=example)
     add = parser.add_argument
     recipe = Recipe()
     add(

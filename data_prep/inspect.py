@@ -14,7 +14,7 @@ import argparse  # noqa: E402
 import dataclasses  # noqa: E402
 from typing import Any  # noqa: E402
 
-from megatron_hydra.arguments import path_text, whole  # noqa: E402
+from megatron_hydra.arguments import command_parser, path_text, whole  # noqa: E402
 from megatron_hydra.config.run import DataConfig  # noqa: E402
 from megatron_hydra.data.data_options import add_data_options, data_sections  # noqa: E402
 from megatron_hydra.data.indexed import IndexedDocuments  # noqa: E402
@@ -47,11 +47,7 @@ examples:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(description=DESCRIPTION, epilog=EXAMPLES)
     add_data_options(parser)
     parser.add_argument("--tokenizer", type=path_text, metavar="NAME",
                         help="default: data.tokenizer, or the one that the manifest names")  # fmt: skip

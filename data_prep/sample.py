@@ -12,7 +12,7 @@ sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
 
 import argparse  # noqa: E402
 
-from megatron_hydra.arguments import path_text  # noqa: E402
+from megatron_hydra.arguments import command_parser, path_text  # noqa: E402
 from megatron_hydra.data.corpus import CorpusConfig  # noqa: E402
 from megatron_hydra.data.generation import Generation, GenerationSettings  # noqa: E402
 from megatron_hydra.errors import HydraError, command  # noqa: E402
@@ -48,11 +48,7 @@ _OF_CORPUS = ("format", "column", "chat", "tools_column")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(description=DESCRIPTION, epilog=EXAMPLES)
     add = parser.add_argument_group("model").add_argument
     add("--model", type=path_text, required=True, metavar="HF", help="model folder, or a Hub name")
     add("--revision", default="", help="of a Hub name: branch, tag or commit")

@@ -12,7 +12,7 @@ sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
 
 import argparse  # noqa: E402
 
-from megatron_hydra.arguments import path_text, real, whole  # noqa: E402
+from megatron_hydra.arguments import command_parser, path_text, real, whole  # noqa: E402
 from megatron_hydra.data.corpus import CorpusConfig  # noqa: E402
 from megatron_hydra.data.preparation_plan import plan_preparation  # noqa: E402
 from megatron_hydra.data.tokenization import tokenize  # noqa: E402
@@ -51,11 +51,7 @@ examples:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(description=DESCRIPTION, epilog=EXAMPLES)
     where = parser.add_argument_group("input").add_mutually_exclusive_group(required=True)
     where.add_argument(
         "--input", type=path_text, nargs="+", metavar="PATH", help="files, folders or patterns"

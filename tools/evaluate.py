@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra.arguments import path_text, seed_argument
+from megatron_hydra.arguments import command_parser, path_text, seed_argument
 from megatron_hydra.config.evaluation import EvaluationOptions, listed
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.evaluation.finding import load_task, task_names
@@ -69,10 +69,8 @@ def _changes(text: str) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EPILOG.format(tasks=", ".join(task_names())),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        description=DESCRIPTION, epilog=EPILOG.format(tasks=", ".join(task_names()))
     )
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra.arguments import path_argument, path_text, seed_argument
+from megatron_hydra.arguments import command_parser, path_argument, path_text, seed_argument
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.files import write_json_atomic
 from megatron_hydra.head_map import HeadMap, strategy_name
@@ -46,9 +46,7 @@ _OF_KNOCKOUT = ("num_prompts", "probe_tokens", "tokens_per_batch")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(description=__doc__, epilog=EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     show = commands.add_parser("show", help="what a map holds, layer by layer")
     show.add_argument("map")

@@ -7,7 +7,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_hydra.arguments import path_text, real, seed_argument
+from megatron_hydra.arguments import command_parser, path_text, real, seed_argument
 from megatron_hydra.errors import HydraError, command
 
 if TYPE_CHECKING:
@@ -44,11 +44,7 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser(description=DESCRIPTION, epilog=EXAMPLES)
     p.add_argument(
         "--hf-path", type=path_text, required=True, metavar="P", help="model folder or Hub name"
     )

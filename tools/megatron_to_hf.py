@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_hydra.arguments import path_text, real
+from megatron_hydra.arguments import command_parser, path_text, real
 from megatron_hydra.errors import HydraError, command
 
 DESCRIPTION = """\
@@ -32,11 +32,7 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser(description=DESCRIPTION, epilog=EXAMPLES)
     p.add_argument(
         "--checkpoint",
         type=path_text,

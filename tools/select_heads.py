@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_hydra.arguments import path_argument, path_text, real, seed_argument
+from megatron_hydra.arguments import command_parser, path_argument, path_text, real, seed_argument
 from megatron_hydra.config.selection import GATES
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.head_map import DEFAULT_RATIO, DEFAULT_STRATEGY
@@ -56,9 +56,7 @@ ABOUT_GATES = (
 
 def _parser() -> argparse.ArgumentParser:
     strategies = "; ".join(f"{name}: {s.help}" for name, s in STRATEGIES.items())
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(description=__doc__, epilog=EXAMPLES)
     add = parser.add_argument
     add(
         "--hf-path",
