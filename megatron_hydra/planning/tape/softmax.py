@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_hydra.planning import operators as op
-from megatron_hydra.planning.rank import Program
-from megatron_hydra.planning.tape import Tensor
+from megatron_hydra.planning.tape import operators as op
+from megatron_hydra.planning.tape.rank import Program
+from megatron_hydra.planning.tape.tensors import Tensor
 
 
 def attend(

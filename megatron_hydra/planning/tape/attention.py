@@ -10,13 +10,18 @@ from collections.abc import Callable
 
 from megatron_hydra.model.local_heads import LocalHeads
 from megatron_hydra.parallel.head_weights import Segment, total_rows
-from megatron_hydra.planning import operators as op
-from megatron_hydra.planning.collectives import column_linear, gather_sequence, row_linear, swap
-from megatron_hydra.planning.delta_rule import delta_rule
-from megatron_hydra.planning.preparation import normed, prepare_heads
-from megatron_hydra.planning.rank import Program
-from megatron_hydra.planning.softmax import attend
-from megatron_hydra.planning.tape import Tensor
+from megatron_hydra.planning.tape import operators as op
+from megatron_hydra.planning.tape.collectives import (
+    column_linear,
+    gather_sequence,
+    row_linear,
+    swap,
+)
+from megatron_hydra.planning.tape.delta_rule import delta_rule
+from megatron_hydra.planning.tape.preparation import normed, prepare_heads
+from megatron_hydra.planning.tape.rank import Program
+from megatron_hydra.planning.tape.softmax import attend
+from megatron_hydra.planning.tape.tensors import Tensor
 
 Parts = dict[str, Tensor]
 

@@ -9,7 +9,7 @@ from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.config.validate import rounded_stream_length
 from megatron_hydra.parallel.packed_sequence import AttentionBlock, PackedSequence
-from megatron_hydra.planning.tape import Tape
+from megatron_hydra.planning.tape.tensors import Tape
 
 
 @dataclasses.dataclass(frozen=True)

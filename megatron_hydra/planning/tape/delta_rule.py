@@ -9,10 +9,10 @@ from __future__ import annotations
 from megatron_hydra.model.head_flops import GDN_CHUNK, gated_delta_net_flops
 from megatron_hydra.model.local_heads import LocalHeads
 from megatron_hydra.ops.gated_delta_rule import GROUP_ELEMENTS, MAX_CHUNK, MIN_CHUNK
-from megatron_hydra.planning import operators as op
-from megatron_hydra.planning.preparation import prepare_heads
-from megatron_hydra.planning.rank import Program
-from megatron_hydra.planning.tape import Storage, Tensor
+from megatron_hydra.planning.tape import operators as op
+from megatron_hydra.planning.tape.preparation import prepare_heads
+from megatron_hydra.planning.tape.rank import Program
+from megatron_hydra.planning.tape.tensors import Storage, Tensor
 
 MOST_GROUPS, MOST_STRIDES = 64, 64
 """More groups of chunks, or steps of a scan, than that are described in so many strides: the memory is

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from megatron_hydra.model.local_heads import LocalHeads
-from megatron_hydra.planning import operators as op
-from megatron_hydra.planning.attention import Attention
-from megatron_hydra.planning.collectives import (
+from megatron_hydra.planning.tape import operators as op
+from megatron_hydra.planning.tape.attention import Attention
+from megatron_hydra.planning.tape.collectives import (
     column_linear,
     gather_sequence,
     row_linear,
     summed_copy,
 )
-from megatron_hydra.planning.preparation import rms_norm
-from megatron_hydra.planning.rank import Program
-from megatron_hydra.planning.tape import Tensor
+from megatron_hydra.planning.tape.preparation import rms_norm
+from megatron_hydra.planning.tape.rank import Program
+from megatron_hydra.planning.tape.tensors import Tensor
 
 
 def norm(program: Program, x: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_hydra.planning import operators as op
-from megatron_hydra.planning.rank import Program
-from megatron_hydra.planning.tape import Storage, Tensor
+from megatron_hydra.planning.tape import operators as op
+from megatron_hydra.planning.tape.rank import Program
+from megatron_hydra.planning.tape.tensors import Storage, Tensor
 
 
 def summed_copy(program: Program, nbytes: int) -> Storage | None:

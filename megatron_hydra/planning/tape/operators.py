@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from megatron_hydra.planning.tape import Shape, Storage, Tape, Tensor
+from megatron_hydra.planning.tape.tensors import Shape, Storage, Tape, Tensor
 
 WIDE = 4
 """Bytes of fp32."""

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.model.local_heads import LocalHeads
 from megatron_hydra.parallel.head_partition import LayerPartition, plan_model
-from megatron_hydra.planning import decoder
-from megatron_hydra.planning import operators as op
-from megatron_hydra.planning.assembly import Assembly, Bytes, Piece, Stage
-from megatron_hydra.planning.rank import Program, Rank
-from megatron_hydra.planning.tape import Tape, Tensor
+from megatron_hydra.planning.tape import decoder
+from megatron_hydra.planning.tape import operators as op
+from megatron_hydra.planning.tape.assembly import Assembly, Bytes, Piece, Stage
+from megatron_hydra.planning.tape.rank import Program, Rank
+from megatron_hydra.planning.tape.tensors import Tape, Tensor
 
 
 def stage_layers(model: ModelConfig, rank: Rank) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
-from megatron_hydra.planning.tape import Sent, Work
+from megatron_hydra.planning.tape.tensors import Sent, Work
 
 Bytes = Counter[str]
 
