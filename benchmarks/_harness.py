@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from megatron_hydra.arguments import path_argument
+from megatron_hydra.arguments import command_parser, path_argument
 from megatron_hydra.errors import HydraError
 from megatron_hydra.parallel import platform
 
@@ -94,11 +94,7 @@ def parser(doc: str, example: str, *, sizes: str = "", what: str = "") -> argpar
         sizes: default of ``--sizes``; no such flag where empty.
         what: what a size is.
     """
-    made = argparse.ArgumentParser(
-        description=doc,
-        epilog=f"example:\n  {example}\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = command_parser(description=doc, epilog=f"example:\n  {example}\n")
     made.add_argument("--device", default="auto", help="cuda, cpu, or auto (default)")
     made.add_argument(
         "--output", type=path_argument, help="folder for the JSON and the plot; default: none"

@@ -19,7 +19,8 @@ from megatron_hydra.config.run import (
     RecomputeConfig,
     RunConfig,
 )
-from megatron_hydra.ops.backends import Case, choose_kernels
+from megatron_hydra.ops.backends import choose_kernels
+from megatron_hydra.ops.kernels import Case
 
 QWEN3_1_7B = ModelConfig(
     family="qwen3",

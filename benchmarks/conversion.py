@@ -22,9 +22,9 @@ import torch
 import transformers
 
 from benchmarks import _harness as harness
-from megatron_hydra.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from megatron_hydra.checkpoint.integrity import sha256_of_file
+from megatron_hydra.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_hydra.errors import HydraError, command
+from megatron_hydra.files import sha256_of_file
 
 EXAMPLE = "python -m benchmarks.conversion --megabytes 1000 --repeats 5"
 

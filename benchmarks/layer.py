@@ -34,7 +34,8 @@ from megatron_hydra.model.head_projections import HeadInputs
 from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.model.layer_spec import hydra_layer_spec, transformer_config
 from megatron_hydra.ops import gpu_attention
-from megatron_hydra.ops.backends import Case, Kernels, choose_kernels
+from megatron_hydra.ops.backends import choose_kernels
+from megatron_hydra.ops.kernels import Case, Kernels
 from megatron_hydra.parallel.head_weights import padded_rows, split_segments
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 from megatron_hydra.parallel.world import start_world, stop_world

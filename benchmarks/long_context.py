@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_hydra.arguments import path_argument
+from megatron_hydra.arguments import command_parser, path_argument
 
 from megatron_hydra.parallel import platform  # isort: skip  (before anything of Megatron-Core)
 
@@ -247,11 +247,7 @@ def _shown(number: float, how: str, unit: str = "") -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"example:\n  {EXAMPLE}\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(description=__doc__, epilog=f"example:\n  {EXAMPLE}\n")
     add = parser.add_argument
     add(
         "--output",

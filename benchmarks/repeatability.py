@@ -32,7 +32,8 @@ from megatron_hydra.config.run import BackendConfig, RunConfig
 from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.errors import command
 from megatron_hydra.model.rotary import rotary_tables
-from megatron_hydra.ops.backends import BACKENDS, Case, choose_kernels
+from megatron_hydra.ops.backends import BACKENDS, choose_kernels
+from megatron_hydra.ops.kernels import Case
 from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
 from megatron_hydra.ops.rms_norm import weighted_rms_norm
 from megatron_hydra.parallel.packed_sequence import PackedSequence

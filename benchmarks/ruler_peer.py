@@ -33,11 +33,12 @@ from typing import Any
 
 import yaml
 
-from megatron_hydra.arguments import path_argument
+from megatron_hydra.arguments import command_parser, path_argument
 from megatron_hydra.data.text import distinct_names, text_sentence
 from megatron_hydra.errors import HydraError, command
+from megatron_hydra.evaluation.finding import load_task
 from megatron_hydra.evaluation.scoring import text_score
-from megatron_hydra.evaluation.tasks import GenerationSample, SampleRequest, load_task
+from megatron_hydra.evaluation.tasks import GenerationSample, SampleRequest
 
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}"
 SEED = 7
@@ -378,10 +379,9 @@ def compare_scores(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         description=__doc__,
         epilog="example:\n  python benchmarks/ruler_peer.py --ruler peers/RULER --site peers/site\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--ruler", type=path_argument, default=os.environ.get("RULER"), help="checkout (or $RULER)")

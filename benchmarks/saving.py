@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_hydra.arguments import path_argument
+from megatron_hydra.arguments import command_parser, path_argument
 
 from megatron_hydra.parallel import platform  # isort: skip  (before anything of Megatron-Core)
 
@@ -191,11 +191,7 @@ def _shown(row: dict[str, Any]) -> str:
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"example:\n  {EXAMPLE}\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(description=__doc__, epilog=f"example:\n  {EXAMPLE}\n")
     add = parser.add_argument
     add("--shapes", default="smollm2_135m", help=f"comma-separated, of {', '.join(SHAPES)}")
     add("--layers", type=int, default=0, help="of every shape; 0: all it has")

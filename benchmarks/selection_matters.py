@@ -32,20 +32,20 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from megatron_hydra.arguments import path_argument
-from megatron_hydra.checkpoint import families
-from megatron_hydra.checkpoint.atomic import write_text_atomic
-from megatron_hydra.checkpoint.hf_config import hf_config_from_model, read_hf_config
-from megatron_hydra.checkpoint.hf_io import HfWeights, hf_to_canonical
+from megatron_hydra.arguments import command_parser, path_argument
 from megatron_hydra.config.model import HydraConfig
+from megatron_hydra.conversion import families
+from megatron_hydra.conversion.hf_config import hf_config_from_model, read_hf_config
+from megatron_hydra.conversion.hf_io import HfWeights, hf_to_canonical
+from megatron_hydra.conversion.student import calibrate_gamma, initialise_student
 from megatron_hydra.errors import HydraError, command
+from megatron_hydra.files import write_json_atomic, write_text_atomic
 from megatron_hydra.head_map import HeadMap
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
 from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM
 from megatron_hydra.selection import PromptPair, SelectionOptions, select_heads
 from megatron_hydra.selection.capabilities import Induction
 from megatron_hydra.selection.prompts import pair_from_ids
-from megatron_hydra.transfer.student import calibrate_gamma, initialise_student
 
 NUM_NOISE, NUM_SYMBOLS = 48, 32
 KEYS, FIRSTS, SECONDS = (
@@ -237,7 +237,7 @@ def train_teacher(seed: int, folder: Path, device: str, shorten: int) -> None:
                 if score >= phase.enough:
                     break
     model.cpu().save_pretrained(folder)
-    write_text_atomic(folder / "accuracy.json", json.dumps(accuracy(model, evaluation_batch())))
+    write_json_atomic(folder / "accuracy.json", accuracy(model, evaluation_batch()))
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -403,7 +403,7 @@ def run_job(job: Job) -> Path:
         "seconds": round(time.perf_counter() - begun, 1),
         "curve": curve,
     }
-    write_text_atomic(job.result, json.dumps(body))
+    write_json_atomic(job.result, body)
     return job.result
 
 
@@ -566,9 +566,7 @@ def _parser() -> argparse.ArgumentParser:
     example = (
         "example:\n  python benchmarks/selection_matters.py --output runs/matters --workers 2\n"
     )
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(description=__doc__, epilog=example)
     add = parser.add_argument
     recipe = Recipe()
     add(

@@ -14,7 +14,7 @@ import argparse  # noqa: E402
 import dataclasses  # noqa: E402
 from typing import Any  # noqa: E402
 
-from megatron_hydra.arguments import path_text, whole  # noqa: E402
+from megatron_hydra.arguments import command_parser, path_text, whole  # noqa: E402
 from megatron_hydra.config.run import DataConfig  # noqa: E402
 from megatron_hydra.data.data_options import add_data_options, data_sections  # noqa: E402
 from megatron_hydra.data.indexed import IndexedDocuments  # noqa: E402
@@ -26,11 +26,12 @@ from megatron_hydra.data.inspection import (  # noqa: E402
     plot_lengths,
     show_pack,
 )
-from megatron_hydra.data.manifest import file_sha256  # noqa: E402
 from megatron_hydra.data.sources import IndexedSource  # noqa: E402
 from megatron_hydra.data.stream import PackedStream  # noqa: E402
-from megatron_hydra.data.tokenizer import load_tokenizer, vocabulary_size  # noqa: E402
+from megatron_hydra.data.tokenizer import vocabulary_size  # noqa: E402
 from megatron_hydra.errors import HydraError, command  # noqa: E402
+from megatron_hydra.files import sha256_of_file  # noqa: E402
+from megatron_hydra.hf_loading import load_tokenizer  # noqa: E402
 
 DESCRIPTION = """\
 Show what training will read: packed sequences decoded, with the bounds of their documents and what
@@ -46,11 +47,7 @@ examples:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(description=DESCRIPTION, epilog=EXAMPLES)
     add_data_options(parser)
     parser.add_argument("--tokenizer", type=path_text, metavar="NAME",
                         help="default: data.tokenizer, or the one that the manifest names")  # fmt: skip
@@ -88,7 +85,7 @@ def _verify(prefix: str) -> None:
     if manifest is None:
         raise HydraError(f"{prefix}.json does not exist: there is nothing to verify against")
     for suffix, record in ((".bin", manifest.bin), (".idx", manifest.idx)):
-        if file_sha256(prefix + suffix) != record.sha256:
+        if sha256_of_file(prefix + suffix) != record.sha256:
             raise HydraError(f"{prefix + suffix} is damaged: its SHA-256 is not {record.sha256}")
     print(f"{prefix}: SHA-256 of .bin and .idx are right")
 

@@ -10,9 +10,8 @@ import sys
 _HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
 
-import argparse  # noqa: E402
 
-from megatron_hydra.arguments import path_text  # noqa: E402
+from megatron_hydra.arguments import command_parser, path_text  # noqa: E402
 from megatron_hydra.data.merging import find_shards, merge  # noqa: E402
 from megatron_hydra.errors import command  # noqa: E402
 
@@ -32,11 +31,7 @@ examples:
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(description=DESCRIPTION, epilog=EXAMPLES)
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument(
         "--shards", type=path_text, metavar="PREFIX", help="--output of the sharded preparation"

@@ -13,6 +13,7 @@ sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
 import argparse  # noqa: E402
 from typing import Any  # noqa: E402
 
+from megatron_hydra.arguments import command_parser  # noqa: E402
 from megatron_hydra.config.run import DataConfig, SourceConfig  # noqa: E402
 from megatron_hydra.data.data_options import add_data_options, data_sections  # noqa: E402
 from megatron_hydra.data.held_out import Side  # noqa: E402
@@ -35,11 +36,7 @@ examples:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(description=DESCRIPTION, epilog=EXAMPLES)
     add_data_options(parser)
     return parser.parse_args(arguments)
 

@@ -12,11 +12,12 @@ sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
 
 import argparse  # noqa: E402
 
-from megatron_hydra.arguments import path_text, real, seed_argument, whole  # noqa: E402
+from megatron_hydra.arguments import command_parser, path_text  # noqa: E402
 from megatron_hydra.data.corpus import CorpusConfig  # noqa: E402
 from megatron_hydra.data.generation import Generation, GenerationSettings  # noqa: E402
 from megatron_hydra.errors import HydraError, command  # noqa: E402
-from megatron_hydra.evaluation.loading import DTYPES, load_model, load_tokenizer  # noqa: E402
+from megatron_hydra.hf_loading import DTYPES, find_tokenizer, load_hf_model  # noqa: E402
+from megatron_hydra.options import add_options, from_arguments  # noqa: E402
 from megatron_hydra.stopping import StopRequest  # noqa: E402
 
 DESCRIPTION = """\
@@ -43,12 +44,11 @@ examples:
 """
 
 
+_OF_CORPUS = ("format", "column", "chat", "tools_column")
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(description=DESCRIPTION, epilog=EXAMPLES)
     add = parser.add_argument_group("model").add_argument
     add("--model", type=path_text, required=True, metavar="HF", help="model folder, or a Hub name")
     add("--revision", default="", help="of a Hub name: branch, tag or commit")
@@ -58,23 +58,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--trust-remote-code", action="store_true", help="run the code in the model's folder")
     add = parser.add_argument_group("prompts").add_argument
     add("--input", type=path_text, nargs="+", required=True, metavar="PATH", help="as tokenize.py")
-    add("--format", choices=["jsonl", "parquet", "arrow", "text", "lines"], help="as tokenize.py")
-    add("--column", default="text", help="field that holds the prompt (default: text)")
-    add("--chat", action="store_true", help="the field is a list of chat messages")
-    add("--tools-column", metavar="NAME", help="with --chat: field that holds the tools")
-    add("--max-bad-rows", type=whole(0), default=0, metavar="N", help="leave out so many rows")
-    defaults = GenerationSettings()
-    add = parser.add_argument_group("writing").add_argument
-    add("--samples", type=whole(1), default=defaults.samples, help="texts a prompt (%(default)s)")
-    add("--max-new-tokens", type=whole(1), default=defaults.max_new_tokens, metavar="N",
-        help="after which a text is cut off (%(default)s)")  # fmt: skip
-    add("--temperature", type=real(0), default=defaults.temperature, help="0: the likeliest token "
-        "(%(default)s)")  # fmt: skip
-    add("--top-p", type=real(0, above=True), default=defaults.top_p, help="(%(default)s: all)")
-    add("--top-k", type=whole(0), default=defaults.top_k, help="(%(default)s: all)")
-    add("--seed", type=seed_argument, default=defaults.seed, help="(%(default)s)")
-    add("--batch-size", type=whole(1), default=defaults.batch_size, help="texts at once (%(default)s); "
-        "another size draws other texts")  # fmt: skip
+    groups = add_options(parser, CorpusConfig, only=_OF_CORPUS)
+    add_options(parser, GenerationSettings, groups=groups)
     add = parser.add_argument_group("run").add_argument
     add("--output", type=path_text, required=True, metavar="FILE.jsonl", help="the file to write")
     add("--shard", default="0/1", metavar="I/N", help="every N-th batch, from batch I (from 0) on")
@@ -96,29 +81,9 @@ def generation(given: argparse.Namespace) -> Generation:
     Raises:
         HydraError: a model, tokenizer or option cannot be used.
     """
-    if given.top_p > 1:
-        raise HydraError(f"--top-p {given.top_p}: it is a probability, at most 1")
-    if given.tools_column and not given.chat:
-        raise HydraError("--tools-column needs --chat: only conversations have tools")
-    settings = GenerationSettings(
-        samples=given.samples,
-        max_new_tokens=given.max_new_tokens,
-        temperature=given.temperature,
-        top_p=given.top_p,
-        top_k=given.top_k,
-        seed=given.seed,
-        batch_size=given.batch_size,
-        max_bad_rows=given.max_bad_rows,
-        shard=_shard(given.shard),
-    )
-    corpus = CorpusConfig(
-        tuple(given.input),
-        format=given.format,
-        column=given.column,
-        chat=given.chat,
-        tools_column=given.tools_column,
-    )
-    tokenizer = load_tokenizer(
+    settings = from_arguments(GenerationSettings, given, shard=_shard(given.shard))
+    corpus = from_arguments(CorpusConfig, given, only=_OF_CORPUS, inputs=tuple(given.input))
+    tokenizer = find_tokenizer(
         given.tokenizer or given.model,
         trust_remote_code=given.trust_remote_code,
         revision="" if given.tokenizer else given.revision,
@@ -127,7 +92,7 @@ def generation(given: argparse.Namespace) -> Generation:
         raise HydraError(f"{given.tokenizer or given.model} has no tokenizer; give --tokenizer")
     if given.chat and not getattr(tokenizer, "chat_template", None):
         raise HydraError("--chat: the tokenizer has no chat template; use the one of a chat model")
-    model = load_model(
+    model = load_hf_model(
         given.model,
         revision=given.revision,
         trust_remote_code=given.trust_remote_code,

@@ -12,12 +12,13 @@ sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
 
 import argparse  # noqa: E402
 
-from megatron_hydra.arguments import path_text, real, whole  # noqa: E402
+from megatron_hydra.arguments import command_parser, path_text, real, whole  # noqa: E402
 from megatron_hydra.data.corpus import CorpusConfig  # noqa: E402
 from megatron_hydra.data.preparation_plan import plan_preparation  # noqa: E402
 from megatron_hydra.data.tokenization import tokenize  # noqa: E402
 from megatron_hydra.data.tokenize_config import TokenizeConfig  # noqa: E402
 from megatron_hydra.errors import HydraError, command  # noqa: E402
+from megatron_hydra.options import add_options, from_arguments  # noqa: E402
 
 DESCRIPTION = """\
 Tokenise a corpus into OUTPUT.bin and .idx (Megatron's IndexedDataset) and .json (manifest).
@@ -50,11 +51,7 @@ examples:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(description=DESCRIPTION, epilog=EXAMPLES)
     where = parser.add_argument_group("input").add_mutually_exclusive_group(required=True)
     where.add_argument(
         "--input", type=path_text, nargs="+", metavar="PATH", help="files, folders or patterns"
@@ -66,45 +63,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME",
         help="data set for datasets.load_dataset",
     )
-    rows = parser.add_argument_group("rows")
-    rows.add_argument(
-        "--format",
-        choices=["jsonl", "parquet", "arrow", "text", "lines"],
-        help="of --input; by suffix if left out. text: a file is a document; lines: a line is",
-    )
-    rows.add_argument("--column", default="text", help="field that holds the text (default: text)")
-    rows.add_argument("--chat", action="store_true", help="the field is a list of chat messages")
-    rows.add_argument(
-        "--tools-column", metavar="NAME", help="with --chat: field that holds the tools"
-    )
-    rows.add_argument(
-        "--max-bad-rows", type=whole(0), default=0, metavar="N", help="skip so many rows"
-    )
-    rows.add_argument("--keep-empty", action="store_true", help="keep rows without text as empty")
-    hub = parser.add_argument_group("with --dataset")
-    hub.add_argument("--config", metavar="NAME", help="configuration of the data set")
-    hub.add_argument("--split", default="train", help="default: train")
-    hub.add_argument("--revision", metavar="COMMIT", help="git revision; its commit is recorded")
-    hub.add_argument("--streaming", action="store_true", help="do not keep the data set on disk")
-    ids = parser.add_argument_group("tokens")
-    ids.add_argument(
+    groups = add_options(parser, CorpusConfig)
+    groups = add_options(parser, TokenizeConfig, groups=groups)
+    groups["tokens"].add_argument(
         "--tokenizer", type=path_text, required=True, metavar="NAME", help="folder or Hub name"
     )
-    ids.add_argument("--tokenizer-revision", metavar="COMMIT")
-    ids.add_argument("--trust-remote-code", action="store_true", help="run its own Python code")
-    ids.add_argument("--eod-token", metavar="TOKEN", help="default: the tokenizer's eos_token")
-    ids.add_argument("--no-eod", action="store_true", help="do not end documents with a token")
-    ids.add_argument("--no-special-tokens", action="store_true", help="leave out BOS and the like")
-    ids.add_argument("--exact", action="store_true", help="never use the fast path (slower)")
-    ids.add_argument(
-        "--max-tokens", type=whole(0), default=0, metavar="N", help="e.g. 5e9; of each shard"
-    )
-    run = parser.add_argument_group("run")
+    run = groups["run"]
     run.add_argument(
         "--output", type=path_text, required=True, metavar="PREFIX", help="folder/name of the files"
-    )
-    run.add_argument(
-        "--workers", type=whole(0), default=1, metavar="N", help="processes (default: 1)"
     )
     run.add_argument("--shard", default="0/1", metavar="I/N", help="prepare part I (from 0) of N")
     run.add_argument(
@@ -114,7 +80,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="MIB",
         help="size of a unit (default: 8)",
     )
-    run.add_argument("--force", action="store_true", help="replace an existing output")
     plan = parser.add_argument_group("plan")
     plan.add_argument(
         "--plan",
@@ -140,37 +105,20 @@ def _config(given: argparse.Namespace) -> TokenizeConfig:
         index, count = (int(number) for number in given.shard.split("/"))
     except ValueError as error:
         raise HydraError(f"--shard {given.shard} is not of the form 3/16") from error
-    if given.tools_column and not given.chat:
-        raise HydraError("--tools-column needs --chat: only conversations have tools")
-    corpus = CorpusConfig(
+    corpus = from_arguments(
+        CorpusConfig,
+        given,
         inputs=tuple(given.dataset or given.input),
-        format=given.format,
-        column=given.column,
-        chat=given.chat,
-        tools_column=given.tools_column,
         hub=given.dataset is not None,
-        config_name=given.config,
-        split=given.split,
-        revision=given.revision,
-        streaming=given.streaming,
         unit_bytes=max(1, int(given.unit_size * (1 << 20))),
     )
-    return TokenizeConfig(
+    return from_arguments(
+        TokenizeConfig,
+        given,
         corpus=corpus,
         output=given.output,
         tokenizer=given.tokenizer,
-        tokenizer_revision=given.tokenizer_revision,
-        workers=given.workers,
-        append_eod=not given.no_eod,
-        eod_token=given.eod_token,
-        add_special_tokens=not given.no_special_tokens,
-        keep_empty=given.keep_empty,
-        max_tokens=int(given.max_tokens),
-        max_bad_rows=given.max_bad_rows,
         shard=(index, count),
-        exact=given.exact,
-        trust_remote_code=given.trust_remote_code,
-        force=given.force,
     )
 
 

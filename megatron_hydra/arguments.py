@@ -1,4 +1,7 @@
-"""Types of the commands' options: ``parser.add_argument(…, type=…)``; a bad value is a usage error."""
+"""The parser of a command, and types of its options: ``parser.add_argument(…, type=…)``.
+
+A bad value is a usage error.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,18 @@ from pathlib import Path
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.paths import expanded
+
+
+def command_parser(
+    description: str | None, epilog: str, prog: str | None = None
+) -> argparse.ArgumentParser:
+    """A command's parser, which shows its description and its examples as they are written."""
+    return argparse.ArgumentParser(
+        prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def path_text(text: str) -> str:

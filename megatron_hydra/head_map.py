@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import JsonFormat, read_json, write_json_atomic
 
-FORMAT = "hydra-head-map"
-VERSION = 1
+FORMAT = JsonFormat("hydra-head-map", 1, "head map")
 
 DEFAULT_STRATEGY = "global_interp_c"
 """How heads are selected where nothing else is asked for."""
@@ -299,7 +299,7 @@ class HeadMap:
         body = dataclasses.asdict(self)
         body["full_attention_heads"] = [list(x) for x in self.full_attention_heads]
         body["ranking"] = [list(x) for x in self.ranking]
-        return {"format": FORMAT, "version": VERSION, **body}
+        return FORMAT.add_header(body)
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any], source: str = "head map") -> HeadMap:
@@ -308,14 +308,7 @@ class HeadMap:
         Raises:
             HydraError: another format or version, a missing or unknown key, an invalid head.
         """
-        if not isinstance(body, Mapping) or body.get("format") != FORMAT:
-            raise HydraError(f"{source} is not a head map: its key 'format' is not {FORMAT!r}")
-        if body.get("version") != VERSION:
-            raise HydraError(
-                f"{source}: head map version {body.get('version')!r} is not supported "
-                f"(this is version {VERSION})"
-            )
-        body = {k: v for k, v in body.items() if k not in ("format", "version")}
+        body = FORMAT.without_header(body, source)
         model_body = body.pop("model", None)
         known = {f.name for f in dataclasses.fields(cls)} - {"model"}
         _check_keys(body, known, ("full_attention_heads", "strategy", "ratio"), source)
@@ -336,15 +329,8 @@ class HeadMap:
         Raises:
             HydraError: it cannot be written.
         """
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_json_atomic(path, self.to_dict())
         except OSError as error:
             raise HydraError(f"head map {path} cannot be written: {error}") from None
 
@@ -355,17 +341,9 @@ class HeadMap:
         Raises:
             HydraError: no such file, no JSON, or not a valid head map; the file is named.
         """
-        try:
-            body = json.loads(Path(path).read_text())
-        except FileNotFoundError:
-            raise HydraError(
-                f"head map {path} does not exist; make one with tools/select_heads.py"
-            ) from None
-        except OSError as error:
-            raise HydraError(f"head map {path} cannot be read: {error}") from None
-        except ValueError as error:
-            raise HydraError(f"head map {path} is not valid JSON: {error}") from None
-        return cls.from_dict(body, source=str(path))
+        if not Path(path).exists():
+            raise HydraError(f"head map {path} does not exist; make one with tools/select_heads.py")
+        return cls.from_dict(read_json(path), source=str(path))
 
     def fingerprint(self) -> str:
         """Hash of what the map decides (the heads and the model), not of how it was made."""

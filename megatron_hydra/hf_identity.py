@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import read_json
 from megatron_hydra.head_map import ModelIdentity, fingerprint_tensors
 
 FAMILIES = ("qwen3", "qwen2", "llama")
@@ -29,7 +30,8 @@ DEFAULT_HEAD_DIM: dict[str, int | None] = {"qwen3": 128, "qwen2": None, "llama":
 DEFAULT_KV_HEADS: dict[str, int | None] = {"qwen3": 32, "qwen2": 32, "llama": None}
 """What transformers takes where the config has no ``num_key_value_heads``; ``None``: H."""
 
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+HUB_WEIGHTS = ("*.safetensors",)
 """What is fetched of a Hub model: nothing of it is code, nor a pickle."""
 
 HUB_CODE = ("*.py", "*.tiktoken")
@@ -78,7 +80,7 @@ def model_identity_from_hf(
     else:
         folder = Path(path_or_model)
         source = str(folder / "config.json")
-        body = read_config(folder) if config is None else _config_dict(config)
+        body = read_config_json(folder) if config is None else _config_dict(config)
         shape = identity_shape(body, source)
         tensors = read_tensors(folder, fingerprint_keys(shape["num_layers"]))
         name = name or str(path_or_model)
@@ -117,24 +119,19 @@ def identity_shape(config: Mapping[str, Any], source: str = "config.json") -> di
     }
 
 
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def read_config_json(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """``config.json`` of a Hugging Face folder.
 
     Raises:
         HydraError: no folder, no file, or not a JSON object.
     """
     path = Path(folder) / "config.json"
-    try:
-        body = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.is_file():
         raise HydraError(
-            f"{path} does not exist: {folder} is no Hugging Face model folder"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise HydraError(f"{path} cannot be read: {error}") from None
-    if not isinstance(body, dict):
-        raise HydraError(f"{path} holds no JSON object")
-    return body
+            f"{path} does not exist: {folder} is not a Hugging Face model folder; "
+            "tools/megatron_to_hf.py makes one from a checkpoint"
+        )
+    return read_json(path)
 
 
 def is_hub_name(text: str) -> bool:
@@ -147,6 +144,7 @@ def resolve_hf_folder(
     revision: str = "",
     *,
     with_code: bool = False,
+    with_weights: bool = True,
     fetch: bool = True,
 ) -> Path:
     """A local folder for a path or a Hub name (downloaded into the Hub's cache if need be).
@@ -155,6 +153,7 @@ def resolve_hf_folder(
         name_or_path: a folder, or ``owner/name``.
         revision: of a Hub name: branch, tag or commit.
         with_code: fetch the model's own Python as well, which whoever loads it may then run.
+        with_weights: fetch the weights.
         fetch: download; without, only what the Hub's cache has counts.
 
     Raises:
@@ -168,12 +167,17 @@ def resolve_hf_folder(
         raise HydraError(f"{text} is no folder")
     from huggingface_hub import snapshot_download
 
+    patterns = [
+        *HUB_FILES,
+        *(HUB_WEIGHTS if with_weights else ()),
+        *(HUB_CODE if with_code else ()),
+    ]
     try:
         return Path(
             snapshot_download(
                 text,
                 revision=revision or None,
-                allow_patterns=[*HUB_FILES, *(HUB_CODE if with_code else ())],
+                allow_patterns=patterns,
                 local_files_only=not fetch,
             )
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from megatron_hydra.arguments import path_text
+from megatron_hydra.arguments import command_parser, path_text
 from megatron_hydra.config.loading import load_run_config, to_yaml
 from megatron_hydra.environment import environment_number
 from megatron_hydra.errors import command
@@ -23,11 +23,10 @@ A run resumes by itself when started again with the same output. Exit status: 0 
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         prog="python -m megatron_hydra.train",
         description="Train: pretrain, align, distill or finetune, as the config's verb says.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from megatron_hydra.arguments import path_text
+from megatron_hydra.arguments import command_parser, path_text
 from megatron_hydra.config.loading import load_run_config
 from megatron_hydra.errors import HydraError, command
 
@@ -30,11 +30,8 @@ is no GPU, so that there is nothing to compile), 2 bad input, a wrong kernel, or
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_hydra.warm",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        prog="python -m megatron_hydra.warm", description=DESCRIPTION, epilog=EPILOG
     )
     parser.add_argument(
         "--config",

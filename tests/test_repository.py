@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from megatron_hydra.parallel import megatron_versions
+from megatron_hydra.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_hydra"
@@ -24,26 +26,30 @@ PACKAGE = ROOT / "megatron_hydra"
 # Imports go from a later entry to an earlier or the same one, never the other way.
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
-        "__init__",
         "arguments",
         "environment",
         "errors",
         "paths",
         "startup",
         "stopping",
+        "version",
         "watchdog",
         "config",
+        "files",
         "head_map",
         "hf",
         "hf_identity",
+        "options",
     ),
     ("ops",),
     ("model", "parallel", "out_of_memory"),
-    ("transfer", "selection", "checkpoint", "data", "reporting"),
+    ("checkpoint", "data", "hf_loading", "reporting"),
+    ("conversion",),
+    ("transfer", "selection"),
     ("training", "evaluation", "planning"),
     ("train", "warm", "quickstart"),
     ("experiments",),
-    ("serving",),  # last: nothing may import it
+    ("serving", "__init__"),  # nothing may import the plug-in, nor the names at the package's root
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -111,12 +117,22 @@ def _shell_files() -> list[Path]:
         "megatron_hydra/config", "megatron_hydra/model",
         "megatron_hydra/ops", "megatron_hydra/parallel", "megatron_hydra/selection",
         "megatron_hydra/transfer", "megatron_hydra/training", "megatron_hydra/checkpoint",
+        "megatron_hydra/conversion", "examples", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff",
+        ".github/CODEOWNERS",
         "megatron_hydra/data", "megatron_hydra/hf", "megatron_hydra/evaluation", "tools",
         "data_prep", "launch", "configs", "benchmarks", "tests/parallel", "docs", "docs/LAB.md",
     ],
 )  # fmt: skip
 def test_top_level_layout(name: str) -> None:
     assert (ROOT / name).exists()
+
+
+def test_the_release_is_the_same_everywhere() -> None:
+    """The newest dated section of the changelog, and the citation, are of the package's version."""
+    dated = re.search(r"^## \[([\d.]+)\] - ([\d-]+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert dated and dated[1] == __version__
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {dated[1]}\ndate-released: {dated[2]}\n" in citation
 
 
 def test_no_package_is_outside_the_layers() -> None:
@@ -129,24 +145,65 @@ def test_no_package_is_outside_the_layers() -> None:
 # -- imports --------------------------------------------------------------------------------------
 
 
-def _imported_parts(path: Path) -> set[str]:
-    """First components below ``megatron_hydra`` that a file imports, lazily or not."""
+@functools.cache
+def _imported(path: Path) -> frozenset[str]:
+    """All that a file of the package imports from the package, dotted, at its top or within a function.
+
+    A literal name given to ``importlib.import_module`` counts as well.
+    """
     package = ("megatron_hydra", *path.relative_to(PACKAGE).parent.parts)
-    parts: set[str] = set()
+    names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(x for x in (base, node.module or "") if x)
-            modules = [f"{module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for module in modules:
-            head, *rest = module.split(".")
-            if head == "megatron_hydra":
-                parts.add(rest[0] if rest and rest[0] in LEVEL else "__init__")
-    return parts
+            names += [f"{module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names += [x.value for x in node.args if isinstance(getattr(x, "value", None), str)]
+    return frozenset(name for name in names if name.split(".")[0] == "megatron_hydra")
+
+
+def _imported_parts(path: Path) -> set[str]:
+    """First components below ``megatron_hydra`` that a file imports, lazily or not."""
+    parts = [name.split(".")[1:2] for name in _imported(path)]
+    return {part[0] if part and part[0] in LEVEL else "__init__" for part in parts}
+
+
+def _module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _circles(graph: Mapping[str, set[str]]) -> list[str]:
+    """Nodes that can be reached from themselves, by leaving out again and again what leads nowhere."""
+    left = {node: set(others) for node, others in graph.items()}
+    while ends := [node for node, others in left.items() if not others & left.keys()]:
+        for node in ends:
+            del left[node]
+    while roots := left.keys() - {other for others in left.values() for other in others}:
+        for node in roots:
+            del left[node]
+    return sorted(left)
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Lazily neither. A package's ``__init__`` is a module like any other where a name is taken from it."""
+    modules = {_module_name(path): path for path in PACKAGE.rglob("*.py")}
+
+    def module_of(name: str) -> str:
+        while name not in modules:
+            name = name.rpartition(".")[0]
+        return name
+
+    graph = {
+        name: {module_of(other) for other in _imported(path)} - {name}
+        for name, path in modules.items()
+    }
+    assert sum(map(len, graph.values())) > len(graph)
+    assert not _circles(graph)
+    assert _circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == ["b", "c"]
 
 
 def test_imports_go_one_way() -> None:

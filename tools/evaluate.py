@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra.arguments import path_text, seed_argument
+from megatron_hydra.arguments import command_parser, path_text, seed_argument
+from megatron_hydra.config.evaluation import EvaluationOptions, listed
 from megatron_hydra.errors import HydraError, command
+from megatron_hydra.evaluation.finding import load_task, task_names
 from megatron_hydra.evaluation.lm_eval_suite import require_lm_eval
-from megatron_hydra.evaluation.loading import DTYPES, load_model, load_tokenizer
 from megatron_hydra.evaluation.runner import EvaluationSettings, evaluate
-from megatron_hydra.evaluation.tasks import load_task, task_names
+from megatron_hydra.hf_loading import DTYPES, find_tokenizer, load_hf_model
+from megatron_hydra.options import add_options, from_arguments
 from megatron_hydra.out_of_memory import out_of_memory_names
 from megatron_hydra.stopping import StopRequest, leave_if_stopped
 
@@ -56,15 +58,6 @@ def _length(text: str) -> int:
         ) from None
 
 
-def _depths(text: str) -> tuple[float, ...]:
-    try:
-        if "," not in text and text.isdecimal() and int(text) >= 2:
-            return tuple(i / (int(text) - 1) for i in range(int(text)))
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise HydraError(f"--depths: {text!r} is neither a number nor a list of 0 … 1") from None
-
-
 def _changes(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
@@ -76,10 +69,8 @@ def _changes(text: str) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EPILOG.format(tasks=", ".join(task_names())),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        description=DESCRIPTION, epilog=EPILOG.format(tasks=", ".join(task_names()))
     )
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
@@ -99,30 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--revision", default="", help="of a Hub name: branch, tag or commit")
     add("--tasks", default="", help="comma-separated, see below")
     add("--lengths", default="", help="context lengths in tokens, for example 512,4K,128K")
-    add(
-        "--lm-eval", default="", metavar="TASKS", help="tasks of lm-evaluation-harness, as arc_easy"
-    )
-    add(
-        "--lm-eval-include",
-        type=path_text,
-        default="",
-        metavar="DIR",
-        help="folder with lm-eval tasks of your own",
-    )
-    add(
-        "--lm-eval-limit",
-        type=int,
-        default=0,
-        metavar="N",
-        help="the first N questions of each of lm-eval's tasks (%(default)s: all)",
-    )
     add("--output", type=path_text, required=True, metavar="DIR", help="folder for the results")
-    add(
-        "--depths",
-        default="5",
-        help="how many, from start to end, or a list as 0,0.5,1 (%(default)s)",
-    )
-    add("--samples", type=int, default=10, help="for each task, length and depth (%(default)s)")
     add("--seed", type=seed_argument, default=1234, help="decides every sample (%(default)s)")
     add(
         "--tokenizer",
@@ -130,19 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder of the tokenizer, if not the model's",
     )
-    add(
-        "--haystack",
-        type=path_text,
-        metavar="FILE",
-        help="your own distractor text, one paragraph a line",
-    )
-    add("--batch-tokens", type=int, default=32768, help="tokens of a batch (%(default)s)")
-    add(
-        "--prefill-chunk",
-        type=int,
-        help="tokens of a prompt passed at a time, 0: all (default: 8192 where known to be exact)",
-    )
-    add("--cache-length", type=int, default=512, help="prompt that measures the cache; 0: do not")
+    add_options(parser, EvaluationOptions)
     add(
         "--model-config",
         type=_changes,
@@ -166,19 +122,13 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_intermixed_args(argv)
     # Everything cheap first: a wrong flag must not cost the loading of a model.
-    tasks = [load_task(spec) for spec in _listed(args.tasks)]
-    lengths = [_length(part) for part in _listed(args.lengths)]
-    settings = EvaluationSettings(
-        depths=_depths(args.depths),
-        samples=args.samples,
-        seed=args.seed,
-        batch_tokens=args.batch_tokens,
-        prefill_chunk=args.prefill_chunk,
+    tasks = [load_task(spec) for spec in listed(args.tasks)]
+    lengths = [_length(part) for part in listed(args.lengths)]
+    settings = from_arguments(
+        EvaluationSettings,
+        args,
         haystack=_read(args.haystack),
-        cache_length=args.cache_length,
-        lm_eval=_listed(args.lm_eval),
-        lm_eval_include=args.lm_eval_include,
-        lm_eval_limit=args.lm_eval_limit,
+        seed=args.seed,
         progress=not args.quiet,
     )
     if settings.lm_eval:
@@ -212,10 +162,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
 def _opened(args: argparse.Namespace) -> contextlib.AbstractContextManager[tuple[Any, Any]]:
     """The model or back end, and its tokenizer."""
     return _hugging_face(args) if args.model else _megatron(args)
@@ -228,10 +174,10 @@ def _hugging_face(args: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
             raise HydraError(f"{flag} ({given}) is the layout of a --checkpoint, --model has none")
     trust = args.trust_remote_code
     revision = "" if args.tokenizer else args.revision
-    tokenizer = load_tokenizer(
+    tokenizer = find_tokenizer(
         args.tokenizer or args.model, trust_remote_code=trust, revision=revision
     )
-    model = load_model(
+    model = load_hf_model(
         args.model,
         revision=args.revision,
         trust_remote_code=trust,
@@ -265,13 +211,13 @@ def _megatron(args: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
     folder = args.tokenizer or tokenizer_folder(args.checkpoint)
     tokenizer = None
     if folder is not None:
-        tokenizer = load_tokenizer(folder, trust_remote_code=args.trust_remote_code)
+        tokenizer = find_tokenizer(folder, trust_remote_code=args.trust_remote_code)
     with open_checkpoint(args.checkpoint, run, args.dtype) as backend:
         yield backend, tokenizer
 
 
-def _read(path: str | None) -> str:
-    if path is None:
+def _read(path: str) -> str:
+    if not path:
         return ""
     try:
         return Path(path).read_text(encoding="utf-8")

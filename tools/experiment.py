@@ -11,7 +11,7 @@ from pathlib import Path
 # Before torch is imported: this process plans, its workers compute with --threads each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from megatron_hydra.arguments import path_argument, real
+from megatron_hydra.arguments import command_parser, path_argument, real
 from megatron_hydra.errors import HydraError, command
 
 DESCRIPTION = """\
@@ -42,11 +42,7 @@ docs/experiments.md explains the experiment file.
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser(description=DESCRIPTION, epilog=EPILOG)
     p.add_argument("verb", choices=("run", "table", "plot", "pack"))
     p.add_argument("experiments", nargs="+", type=path_argument, metavar="EXPERIMENT.yaml")
     p.add_argument(

@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra.arguments import path_argument, path_text, seed_argument
-from megatron_hydra.checkpoint.atomic import write_text_atomic
+from megatron_hydra.arguments import command_parser, path_argument, path_text, seed_argument
 from megatron_hydra.errors import HydraError, command
+from megatron_hydra.files import write_json_atomic
 from megatron_hydra.head_map import HeadMap, strategy_name
 from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
+from megatron_hydra.options import add_options, from_arguments
 from megatron_hydra.selection import (
     Constraints,
     Placement,
@@ -42,10 +42,11 @@ nothing; without constraints, the heads of a higher ratio are among those of a l
 """
 
 
+_OF_KNOCKOUT = ("num_prompts", "probe_tokens", "tokens_per_batch")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(description=__doc__, epilog=EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     show = commands.add_parser("show", help="what a map holds, layer by layer")
     show.add_argument("map")
@@ -74,15 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     cut.add_argument("--granularity", choices=["query_head", "kv_group"],
                      help="default: that of the map")  # fmt: skip
-    cut.add_argument(
-        "--min-per-layer", type=int, default=0, help="FA heads in every layer, at least"
-    )
-    cut.add_argument("--max-per-layer", type=int, help="FA heads in every layer, at most")
+    add_options(cut, Constraints, only=("min_per_layer", "max_per_layer"))
     cut.add_argument("--force", action="store_true", help="overwrite an existing output")
     knockout = commands.add_parser(
         "knockout", help="retrieval accuracy as heads are taken out by score, and at random"
     )
-    defaults = SelectionOptions()
     knockout.add_argument("map")
     knockout.add_argument(
         "--hf-path", type=path_text, required=True, help="the model that the map was made for"
@@ -97,21 +94,13 @@ def _parser() -> argparse.ArgumentParser:
         "--tasks", nargs="+", default=["retrieval"], metavar="TASK",
         help="as of select_heads.py (default: retrieval)",
     )  # fmt: skip
-    knockout.add_argument(
-        "--num-prompts", type=int, default=defaults.num_prompts,
-        help="of each capability (default %(default)s)",
-    )  # fmt: skip
-    knockout.add_argument(
-        "--probe-tokens", type=int, default=defaults.probe_tokens,
-        help="length of needle prompts (default %(default)s)",
-    )  # fmt: skip
+    add_options(knockout, SelectionOptions, only=_OF_KNOCKOUT)
     knockout.add_argument(
         "--seed", type=seed_argument, default=1,
         help="of prompts and random orders (default 1: other prompts than a selection with seed 0)",
     )  # fmt: skip
     knockout.add_argument("--device", default="auto", help="auto, cpu, cuda:0, ...")
     knockout.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
-    knockout.add_argument("--tokens-per-batch", type=int, default=0, help="as of select_heads.py")
     knockout.add_argument(
         "--output", type=path_argument, help="JSON to write (default MAP_knockout.json)"
     )
@@ -124,9 +113,8 @@ def _cut(args: argparse.Namespace) -> None:
     if args.output.exists() and not args.force:
         raise HydraError(f"--output {args.output} exists; give --force to overwrite it")
     head_map = HeadMap.load(args.map)
-    constraints = Constraints(
-        args.granularity or head_map.granularity, args.min_per_layer, args.max_per_layer
-    )
+    granularity = args.granularity or head_map.granularity
+    constraints = from_arguments(Constraints, args, granularity=granularity)
     made = recut(head_map, args.ratio, constraints, args.map, strategy_name(args.strategy))
     made.save(args.output)
     print(f"{args.output}: {made.num_full_attention} full-attention heads")
@@ -145,12 +133,7 @@ def _knockout(args: argparse.Namespace) -> None:
         source=args.map,
         revision=args.revision,
         tasks=args.tasks,
-        options=SelectionOptions(
-            num_prompts=args.num_prompts,
-            min_prompts=1,
-            probe_tokens=args.probe_tokens,
-            tokens_per_batch=args.tokens_per_batch,
-        ),
+        options=from_arguments(SelectionOptions, args, min_prompts=1),
         counts=args.heads,
         draws=args.draws,
         seed=args.seed,
@@ -159,7 +142,7 @@ def _knockout(args: argparse.Namespace) -> None:
     )
     if not is_first_rank():
         return
-    write_text_atomic(output, json.dumps(curve, indent=1) + "\n")
+    write_json_atomic(output, curve)
     print("heads out  by score         random (smallest to largest)")
     for point in curve["points"]:
         drawn = point["random"]["accuracy"]

@@ -7,11 +7,11 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_hydra.arguments import path_text, real, seed_argument
+from megatron_hydra.arguments import command_parser, path_text, real, seed_argument
 from megatron_hydra.errors import HydraError, command
 
 if TYPE_CHECKING:
-    from megatron_hydra.checkpoint.convert import StudentOptions
+    from megatron_hydra.conversion.convert import StudentOptions
 
 DESCRIPTION = """\
 Convert a Hugging Face model (Qwen3, Qwen2, Llama, an exported HydraHead) to a Megatron checkpoint.
@@ -44,11 +44,7 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser(description=DESCRIPTION, epilog=EXAMPLES)
     p.add_argument(
         "--hf-path", type=path_text, required=True, metavar="P", help="model folder or Hub name"
     )
@@ -139,8 +135,8 @@ def main(argv: list[str] | None = None) -> int:
             f"{flags[0]} says how a student is made: it needs --head-map (or, for a baseline that runs "
             "both in every head, --set mixer=token or mixer=parallel)"
         )
-    from megatron_hydra.checkpoint import convert
-    from megatron_hydra.checkpoint.hf_io import DTYPES
+    from megatron_hydra.conversion import convert
+    from megatron_hydra.conversion.hf_io import DTYPES
 
     model = convert.hf_to_megatron(
         arguments.hf_path,
@@ -164,10 +160,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def student_options(arguments: argparse.Namespace) -> StudentOptions:
     """The student's options from the command line."""
-    from megatron_hydra.checkpoint.convert import StudentOptions
     from megatron_hydra.config.loading import apply_overrides, from_dict, parse_yaml
     from megatron_hydra.config.model import HydraConfig
-    from megatron_hydra.transfer.student import StudentInit
+    from megatron_hydra.conversion.convert import StudentOptions
+    from megatron_hydra.conversion.student import StudentInit
 
     hydra = HydraConfig()
     if arguments.hydra_config:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_hydra.arguments import path_text, real
+from megatron_hydra.arguments import command_parser, path_text, real
 from megatron_hydra.errors import HydraError, command
 
 DESCRIPTION = """\
@@ -32,11 +32,7 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser(description=DESCRIPTION, epilog=EXAMPLES)
     p.add_argument(
         "--checkpoint",
         type=path_text,
@@ -74,8 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.max_shard_size <= 0:
         raise HydraError(f"--max-shard-size is {arguments.max_shard_size}: it must be above 0")
-    from megatron_hydra.checkpoint import convert
-    from megatron_hydra.checkpoint.hf_io import DTYPES
+    from megatron_hydra.conversion import convert
+    from megatron_hydra.conversion.hf_io import DTYPES
 
     model = convert.megatron_to_hf(
         arguments.checkpoint,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from megatron_hydra.arguments import path_text
+from megatron_hydra.arguments import command_parser, path_text
 from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.errors import HydraError, command
 
@@ -16,12 +16,11 @@ _EPILOG = """examples:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         description="Lay the heads of a HydraHead model over tensor-parallel ranks and print, for "
         "every layer and rank, its FA and GDN heads and its forward FLOPs for one document, with the "
         "worst imbalance (slowest rank over the mean; 1 is even).",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=path_text, help="a Megatron checkpoint of the model")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import warnings
 
-from megatron_hydra.arguments import path_text, real
+from megatron_hydra.arguments import command_parser, path_text, real
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.head_map import DEFAULT_RATIO
 
@@ -34,11 +34,7 @@ docs/planning.md explains the figures and shows how far they were held against m
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser(description=DESCRIPTION, epilog=EPILOG)
     p.add_argument(
         "--model",
         type=path_text,

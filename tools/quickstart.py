@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from megatron_hydra.arguments import path_argument, seed_argument
+from megatron_hydra.arguments import command_parser, path_argument, seed_argument
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.quickstart.run import Settings, run_quickstart
 from megatron_hydra.stopping import StopRequest
@@ -34,11 +34,7 @@ example:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = command_parser(description=DESCRIPTION, epilog=EPILOG)
     configs = Path(__file__).resolve().parents[1] / "configs" / "quickstart"
     p.add_argument(
         "--output", type=path_argument, default=Path("quickstart"), help="folder (%(default)s)"

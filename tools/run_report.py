@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_hydra.arguments import path_argument
+from megatron_hydra.arguments import command_parser, path_argument
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.reporting.run_page import write_run_page
 
@@ -19,9 +19,7 @@ The page needs nothing else: no network, no server, no other file. A run may be 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(description=__doc__, epilog=EPILOG)
     parser.add_argument("run", metavar="RUN", type=path_argument, help="the output folder of a run")
     parser.add_argument(
         "--output", type=path_argument, metavar="FILE", help="the page (default RUN/report.html)"

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_hydra.arguments import path_argument, path_text, real, seed_argument
+from megatron_hydra.arguments import command_parser, path_argument, path_text, real, seed_argument
+from megatron_hydra.config.selection import GATES
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.head_map import DEFAULT_RATIO, DEFAULT_STRATEGY
+from megatron_hydra.options import add_options, from_arguments
 from megatron_hydra.out_of_memory import out_of_memory_names
 from megatron_hydra.selection import (
     DEFAULT_TASKS,
     STRATEGIES,
-    Constraints,
     Placement,
     SelectionOptions,
     select_heads,
@@ -44,12 +45,18 @@ A JSONL task has one object a line: clean, corrupted, answer, wrong_answer (stri
 """
 
 
+ABOUT_GATES = (
+    "Every head is the teacher's attention and a GDN branch, mixed by a gate. The branch is aligned on "
+    "text; then all weights are frozen, and the gates are learned on prompts and text while the budget "
+    "falls from all heads to none. One run ranks all heads and measures what every budget recovers on "
+    "held-out prompts; head_map.py cut makes maps of other ratios of it. Give many prompts "
+    "(--num-prompts 400), and text."
+)
+
+
 def _parser() -> argparse.ArgumentParser:
     strategies = "; ".join(f"{name}: {s.help}" for name, s in STRATEGIES.items())
-    defaults = SelectionOptions()
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(description=__doc__, epilog=EXAMPLES)
     add = parser.add_argument
     add(
         "--hf-path",
@@ -77,146 +84,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"name or name:key=value,...; names: {', '.join(task_names())}; retrieval and general are "
         f"capabilities of five tasks each (default: {' '.join(DEFAULT_TASKS)}, what the model solves of them)",
     )
-    add("--task-weight", nargs="+", default=[], metavar="NAME=W", help="weights of capabilities")
     add("--seed", type=seed_argument, default=0, help="of prompts and random choices (default 0)")
-    prompts = parser.add_argument_group("prompts").add_argument
-    prompts(
-        "--num-prompts",
-        type=int,
-        default=defaults.num_prompts,
-        help="pairs drawn for each capability, in equal parts for its tasks (default %(default)s)",
-    )
-    prompts(
-        "--min-prompts",
-        type=int,
-        default=defaults.min_prompts,
-        help="fewer solved ones: an error, or the task is left out (default %(default)s)",
-    )
-    prompts(
-        "--probe-tokens",
-        type=int,
-        default=defaults.probe_tokens,
-        help="length of needle prompts that do not say tokens=… (default %(default)s)",
-    )
-    prompts(
-        "--solved",
-        default=defaults.solved,
-        choices=["top1", "pair", "off"],
-        help="a prompt counts if every token of the answer is the likeliest (top1), or preferred to "
-        "the wrong one in the clean run and not in the corrupted one (pair), or if the corruption "
-        "lowers the answer at all (off)",
-    )
-    paper = parser.add_argument_group(
-        "the paper's scoring (global_interp_c, global_interp, layer_interp)"
-    ).add_argument
-    paper(
-        "--max-rounds",
-        type=int,
-        default=defaults.max_rounds,
-        help="rounds of path patching, at most: senders become receivers until nothing new is found; "
-        "0: receivers only (default %(default)s)",
-    )
-    paper(
-        "--no-control",
-        action="store_true",
-        help="do not knock out the best heads to see that the readout falls",
-    )
-    paper(
-        "--no-stability",
-        action="store_true",
-        help="do not compare with needles of a quarter, half and twice the length",
-    )
-    causal = parser.add_argument_group("our former scoring (interp_denoise)").add_argument
-    causal(
-        "--effects",
-        nargs="+",
-        default=[],
-        choices=["direct", "total"],
-        help="measured exactly (default: the receiver effect); total, reported beside, takes by far the "
-        "longest",
-    )
-    causal("--receiver-effect", default=defaults.receiver_effect, choices=["direct", "total"])
-    causal("--num-receivers", type=int, help="at most so many a task (default: the FA heads)")
-    causal("--no-senders", action="store_true", help="no path patching")
-    causal(
-        "--sender-weight", type=real(0), default=defaults.sender_weight, help="beside receivers' 1"
-    )
-    causal("--no-attribution", action="store_true", help="no first-order estimate beside")
-    parser.add_argument_group("attribution").add_argument(
-        "--check-heads",
-        type=int,
-        default=defaults.check_heads,
-        help="random heads that are measured exactly as well (default %(default)s)",
-    )
-    gates = parser.add_argument_group(
-        "learned_gates",
-        "Every head is the teacher's attention and a GDN branch, mixed by a gate. The branch is aligned on "
-        "text; then all weights are frozen, and the gates are learned on prompts and text while the budget "
-        "falls from all heads to none. One run ranks all heads and measures what every budget recovers on "
-        "held-out prompts; head_map.py cut makes maps of other ratios of it. Give many prompts "
-        "(--num-prompts 400), and text.",
-    ).add_argument
-    gates(
-        "--text",
-        type=path_text,
-        default=defaults.text,
-        metavar="FILE",
-        help="plain text, or .jsonl of {'text': …} or {'tokens': [ids]} lines (default: a bundled text, "
-        "too short for more than a try)",
-    )
-    gates(
-        "--align-tokens",
-        type=int,
-        default=defaults.align_tokens,
-        help="of text, that the GDN branch is aligned on (default %(default)s)",
-    )
-    gates(
-        "--gate-tokens",
-        type=int,
-        default=defaults.gate_tokens,
-        help="of prompts and text, that the gates are learned on (default %(default)s)",
-    )
-    gates(
-        "--gate-steps",
-        type=int,
-        default=defaults.gate_steps,
-        help="in which the budget falls; each has --gate-tokens / --gate-steps tokens (default %(default)s)",
-    )
-    gates(
-        "--head-cost",
-        type=float,
-        default=defaults.head_cost,
-        help="share of the cost that every open head has by itself; the rest is the cache of its KV group, "
-        "which heads share (0: the cache alone; default %(default)s)",
-    )
-    gates(
-        "--compare",
-        type=path_text,
-        nargs="+",
-        default=[],
-        metavar="MAP",
-        help="other head maps of this model: the curves of their rankings are measured beside",
-    )
-    limits = parser.add_argument_group("constraints").add_argument
-    limits("--granularity", default="query_head", choices=["query_head", "kv_group"])
-    limits("--min-per-layer", type=int, default=0, help="FA heads in every layer, at least")
-    limits("--max-per-layer", type=int, help="FA heads in every layer, at most")
-    limits(
-        "--kv-group-bonus",
-        type=real(0),
-        default=0.0,
-        help="added to heads whose KV group has an FA head already, in standard deviations",
-    )
-    machine = parser.add_argument_group("machine").add_argument
+    groups = add_options(parser, SelectionOptions, about={GATES: ABOUT_GATES})
+    machine = groups["machine"].add_argument
     machine("--device", default="auto", help="auto, cpu, cuda:0, ...")
     machine("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
     machine("--gpus-per-process", type=int, default=1, help="spread one copy over several GPUs")
-    machine(
-        "--tokens-per-batch",
-        type=int,
-        default=defaults.tokens_per_batch,
-        help="positions computed at a time (default 2048 on a CPU, 32768 on a GPU)",
-    )
     machine(
         "--timeout",
         type=real(0),
@@ -227,43 +100,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-pictures", action="store_true", help="write the map only")
     add("--force", action="store_true", help="overwrite an existing output")
     return parser
-
-
-def _options(args: argparse.Namespace) -> SelectionOptions:
-    weights = {}
-    for text in args.task_weight:
-        name, _, value = text.rpartition("=")
-        try:
-            weights[name] = float(value)
-        except ValueError:
-            raise HydraError(f"--task-weight {text}: write NAME=NUMBER") from None
-    return SelectionOptions(
-        num_prompts=args.num_prompts,
-        min_prompts=args.min_prompts,
-        probe_tokens=args.probe_tokens,
-        solved=args.solved,
-        max_rounds=args.max_rounds,
-        control=not args.no_control,
-        stability=not args.no_stability,
-        effects=tuple(dict.fromkeys(args.effects)),
-        receiver_effect=args.receiver_effect,
-        senders=not args.no_senders,
-        sender_weight=args.sender_weight,
-        num_receivers=args.num_receivers,
-        attribution=not args.no_attribution,
-        check_heads=args.check_heads,
-        task_weights=weights,
-        constraints=Constraints(
-            args.granularity, args.min_per_layer, args.max_per_layer, args.kv_group_bonus
-        ),
-        tokens_per_batch=args.tokens_per_batch,
-        text=args.text,
-        align_tokens=args.align_tokens,
-        gate_tokens=args.gate_tokens,
-        gate_steps=args.gate_steps,
-        head_cost=args.head_cost,
-        compare=tuple(args.compare),
-    )
 
 
 @command
@@ -291,7 +127,7 @@ def main() -> int:
             tasks=args.tasks,
             seed=args.seed,
             revision=args.revision,
-            options=_options(args),
+            options=from_arguments(SelectionOptions, args),
             placement=Placement(args.device, args.dtype, args.gpus_per_process),
             output=args.output,
             work_folder=args.output.with_name(args.output.name + ".work"),

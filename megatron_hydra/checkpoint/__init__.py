@@ -1,1 +1,1 @@
-"""Checkpoints: the canonical state dict, how it is stored, and how Hugging Face names map to it."""
+"""Checkpoints: the canonical state dict, and how it is stored and checked."""

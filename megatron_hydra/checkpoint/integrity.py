@@ -27,13 +27,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import JsonFormat, sha256_of_file, write_text_atomic
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
-MANIFEST_FORMAT, MANIFEST_VERSION = "megatron-hydra-manifest", 2
+MANIFEST = JsonFormat(
+    "megatron-hydra-manifest",
+    2,
+    "checkpoint manifest",
+    "make the checkpoint again with this release",
+)
 MANIFEST_FILE = "manifest.json"
 WEIGHTS = "weights"
 INDEX_FILE, COMMON_FILE = ".metadata", "common.pt"
@@ -67,12 +72,6 @@ guard, and checkpoints of ours hold tensors only.
 
 
 # -- manifest ------------------------------------------------------------------------------------
-
-
-def sha256_of_file(path: str | os.PathLike[str]) -> str:
-    """Hex digest of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hashes(paths: Iterable[Path]) -> list[str]:
@@ -117,8 +116,7 @@ def write_manifest(
     hashes.update(zip(unknown, _hashes(files[name] for name in unknown), strict=True))
     body = {
         "digest": _NO_DIGEST,
-        "format": MANIFEST_FORMAT,
-        "version": MANIFEST_VERSION,
+        **MANIFEST.add_header({}),
         "files": {
             name: {"sha256": hashes[name], "bytes": path.stat().st_size}
             for name, path in files.items()
@@ -147,13 +145,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise HydraError(f"{path} is damaged: {error}") from None
-    if not isinstance(body, dict) or body.get("format") != MANIFEST_FORMAT:
-        raise HydraError(f"{path} is not a version {MANIFEST_VERSION} checkpoint manifest")
-    if body.get("version") != MANIFEST_VERSION:
-        raise HydraError(
-            f"{path} is not a version {MANIFEST_VERSION} checkpoint manifest: make the checkpoint "
-            "again with this version"
-        )
+    MANIFEST.without_header(body, path)
     found = _DIGEST.search(text)
     blank = text.replace(found[1], _NO_DIGEST, 1) if found else text
     if not found or hashlib.sha256(blank.encode()).hexdigest() != found[1]:

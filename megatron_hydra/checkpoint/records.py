@@ -25,10 +25,10 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 
-from megatron_hydra.checkpoint.atomic import sync
 from megatron_hydra.checkpoint.canonical import Shape
 from megatron_hydra.checkpoint.integrity import COMMON_FILE, INDEX_FILE, read_index
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import atomic_file
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
@@ -220,10 +220,8 @@ def write_index(
             storage[parts.MetadataIndex(key, box.offset, number)] = _StorageInfo(
                 place.file, place.offset, place.length
             )
-    temporary = weights / f"{INDEX_FILE}.tmp"
-    temporary.write_bytes(pickle.dumps(parts.Metadata(entries, storage_data=storage)))  # type: ignore[arg-type]
-    sync(temporary)
-    temporary.rename(weights / INDEX_FILE)
+    with atomic_file(weights / INDEX_FILE) as temporary:
+        temporary.write_bytes(pickle.dumps(parts.Metadata(entries, storage_data=storage)))  # type: ignore[arg-type]
     (weights / _CONFIG_FILE).write_text(json.dumps(_CONFIG))
 
 

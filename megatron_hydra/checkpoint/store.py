@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,21 +26,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_hydra.checkpoint import canonical, records
-from megatron_hydra.checkpoint.atomic import atomic_folder, write_text_atomic
-from megatron_hydra.checkpoint.hf_config import read_json
 from megatron_hydra.checkpoint.integrity import (
     MANIFEST_FILE,
     WEIGHTS,
     read_index,
     read_manifest,
-    sha256_of_file,
     verify_checkpoint,
     verify_manifest,
     write_manifest,
 )
+from megatron_hydra.checkpoint.tokenizer_files import copy_tokenizer_files
 from megatron_hydra.config.loading import from_dict, to_dict
 from megatron_hydra.config.model import ModelConfig, stored_switches
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import JsonFormat, atomic_folder, write_json_atomic
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -53,13 +51,12 @@ __all__ = [
     "read_index",
     "read_manifest",
     "save_canonical",
-    "sha256_of_file",
     "verify_checkpoint",
     "verify_manifest",
     "write_manifest",
 ]
 
-MODEL_FORMAT, MODEL_VERSION = "megatron-hydra-model", 1
+MODEL = JsonFormat("megatron-hydra-model", 1, "checkpoint's model")
 MODEL_FILE, LATEST_FILE = "model.json", "latest"
 TOKENIZER = "tokenizer"
 _WEIGHTS_FILE = "__0_0.distcp"
@@ -95,8 +92,7 @@ def resolve_checkpoint(path: str | os.PathLike[str]) -> Path:
 
 def write_model_config(folder: str | os.PathLike[str], model: ModelConfig) -> None:
     """Write ``model.json``."""
-    body = {"format": MODEL_FORMAT, "version": MODEL_VERSION, **to_dict(model)}
-    write_text_atomic(Path(folder) / MODEL_FILE, json.dumps(body, indent=1) + "\n")
+    write_json_atomic(Path(folder) / MODEL_FILE, MODEL.add_header(to_dict(model)))
 
 
 def read_model_config(folder: str | os.PathLike[str]) -> ModelConfig:
@@ -106,12 +102,7 @@ def read_model_config(folder: str | os.PathLike[str]) -> ModelConfig:
         HydraError: no checkpoint, another format or version, or an invalid key.
     """
     path = resolve_checkpoint(folder) / MODEL_FILE
-    body = read_json(path)
-    if body.pop("format", None) != MODEL_FORMAT:
-        raise HydraError(f"{path}: key 'format' is not {MODEL_FORMAT!r}")
-    version = body.pop("version", None)
-    if version != MODEL_VERSION:
-        raise HydraError(f"{path}: version {version!r} is not supported (this is {MODEL_VERSION})")
+    body = MODEL.read(path)
     if isinstance(body.get("hydra"), dict):
         body["hydra"] = stored_switches(body["hydra"])
     return from_dict(ModelConfig, body, str(path))
@@ -153,8 +144,6 @@ def save_canonical(
     Raises:
         HydraError: the folder exists, or a key is missing, extra or misshapen.
     """
-    from megatron_hydra.checkpoint.hf_io import copy_tokenizer_files
-
     shapes = {key: canonical.describe(tensors, key).shape for key in tensors}
     canonical.check_shapes(shapes, model, "state dict")
     with atomic_folder(folder, force=force) as temporary:

@@ -3,7 +3,6 @@
 from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.data.document import Document
 from megatron_hydra.data.stream import PackedStream
-from megatron_hydra.data.synthetic import synthetic_task
-from megatron_hydra.data.tokenizer import load_tokenizer
+from megatron_hydra.data.synthetic_registry import synthetic_task
 
-__all__ = ["Document", "PackedBatch", "PackedStream", "load_tokenizer", "synthetic_task"]
+__all__ = ["Document", "PackedBatch", "PackedStream", "synthetic_task"]

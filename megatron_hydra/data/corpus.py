@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import glob
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,14 +18,11 @@ from megatron_hydra.data.folder import (
     SUFFIXES,
     Format,
     Listing,
-    compression_of,
-    format_of,
     list_folder,
-    refuse_compression,
-    repeated,
 )
 from megatron_hydra.data.manifest import file_probe
 from megatron_hydra.errors import HydraError
+from megatron_hydra.options import option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +47,35 @@ class CorpusConfig:
     """
 
     inputs: tuple[str, ...]
-    format: Format | None = None
-    column: str = "text"
-    chat: bool = False
-    tools_column: str | None = None
+    format: Format | None = option(
+        None,
+        "of --input; by suffix if left out. text: a file is a document; lines: a line is",
+        group="rows",
+    )
+    column: str = option("text", "field that holds the text (default: text)", group="rows")
+    chat: bool = option(False, "the field is a list of chat messages", group="rows")
+    tools_column: str | None = option(
+        None, "with --chat: field that holds the tools", metavar="NAME", group="rows"
+    )
     hub: bool = False
-    config_name: str | None = None
-    split: str = "train"
-    revision: str | None = None
+    config_name: str | None = option(
+        None,
+        "configuration of the data set",
+        flag="--config",
+        metavar="NAME",
+        group="with --dataset",
+    )
+    split: str = option("train", "default: train", group="with --dataset")
+    revision: str | None = option(
+        None, "git revision; its commit is recorded", metavar="COMMIT", group="with --dataset"
+    )
     commits: tuple[str | None, ...] = ()
-    streaming: bool = False
+    streaming: bool = option(False, "do not keep the data set on disk", group="with --dataset")
     unit_bytes: int = 8 << 20
+
+    def __post_init__(self) -> None:
+        if self.tools_column and not self.chat:
+            raise HydraError("--tools-column needs --chat: only conversations have tools")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -104,36 +118,6 @@ class Row:
     tools: list[Any] | None = None
 
 
-def plan_units(
-    corpus: CorpusConfig, report: Callable[[str], None] = lambda line: None
-) -> list[Unit]:
-    """All units of the corpus, in order.
-
-    Args:
-        corpus: where rows come from.
-        report: takes a line for each input that is not read whole, and for each file that is read twice.
-
-    Raises:
-        HydraError: an input is missing, empty, or of no known format.
-    """
-    if corpus.hub:
-        from megatron_hydra.data.hub import hub_units
-
-        return hub_units(corpus)
-    listings = _listings(corpus)
-    for line in _notes(corpus, listings):
-        report(line)
-    units: list[Unit] = []
-    for path in _all_files(listings):
-        if os.path.getsize(path) == 0:
-            raise HydraError(f"{path} is empty (0 bytes); leave it out or repair it")
-        own = _file_units(path, corpus)
-        if not own:
-            raise HydraError(f"{path} is empty (a table without rows); leave it out or repair it")
-        units += own
-    return units
-
-
 def input_identity(corpus: CorpusConfig) -> list[dict[str, Any]]:
     """What tells the inputs from others, for the manifest.
 
@@ -149,11 +133,11 @@ def input_identity(corpus: CorpusConfig) -> list[dict[str, Any]]:
         ]
     return [
         {"file": os.path.basename(p), "bytes": os.path.getsize(p), "probe": file_probe(p)}
-        for p in _all_files(_listings(corpus))
+        for p in all_files(list_inputs(corpus))
     ]
 
 
-def _listings(corpus: CorpusConfig) -> list[Listing]:
+def list_inputs(corpus: CorpusConfig) -> list[Listing]:
     """The files of each input, in the order given, folders and patterns sorted.
 
     Raises:
@@ -172,17 +156,9 @@ def _listings(corpus: CorpusConfig) -> list[Listing]:
     return listings
 
 
-def _all_files(listings: list[Listing]) -> list[str]:
+def all_files(listings: list[Listing]) -> list[str]:
+    """The paths of all inputs, in order."""
     return [path for listing in listings for path in listing.files]
-
-
-def _notes(corpus: CorpusConfig, listings: list[Listing]) -> Iterator[str]:
-    """What is not read of the inputs, and what is read twice: a line for each."""
-    for name, listing in zip(corpus.inputs, listings, strict=True):
-        if listing.left_out:
-            yield f"--input {name}: {len(listing.files)} files are read, not read are {listing}"
-    for first, again in repeated(_all_files(listings)):
-        yield f"{again} is the same file as {first}: it is read twice"
 
 
 def _files_of(name: str, corpus: CorpusConfig) -> Listing:
@@ -196,54 +172,3 @@ def _files_of(name: str, corpus: CorpusConfig) -> Listing:
             tuple((path, "folders") for path in found if os.path.isdir(path)),
         )
     return Listing((name,) if os.path.isfile(name) else ())
-
-
-def _file_units(path: str, corpus: CorpusConfig) -> list[Unit]:
-    refuse_compression(path)
-    if not os.access(path, os.R_OK):
-        raise HydraError(f"{path} cannot be read: no permission")
-    kind = corpus.format or format_of(path)
-    size = os.path.getsize(path)
-    if kind is None:
-        raise HydraError(f"{path}: unknown suffix; say what it is with --format")
-    if compression_of(path) and kind in ("jsonl", "lines"):
-        return [Unit(path, "compressed", 0, size, size)]
-    if kind == "text":
-        return [Unit(path, "text", 0, size, size)]
-    if kind in ("jsonl", "lines"):
-        starts = range(0, size, corpus.unit_bytes)
-        ends = [min(start + corpus.unit_bytes, size) for start in starts]
-        return [Unit(path, kind, a, b, b - a) for a, b in zip(starts, ends, strict=True)]
-    try:
-        return _parquet_units(path) if kind == "parquet" else arrow_units(path, corpus)
-    except (OSError, ValueError) as error:
-        raise HydraError(f"{path}: cannot be opened as {kind}: {error}") from error
-
-
-def _parquet_units(path: str) -> list[Unit]:
-    import pyarrow.parquet
-
-    metadata = pyarrow.parquet.ParquetFile(path).metadata
-    if metadata.num_rows == 0:
-        return []
-    sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-    return [Unit(path, "parquet", i, i + 1, size) for i, size in enumerate(sizes)]
-
-
-def arrow_table(path: str) -> Any:
-    """An Arrow file as a table that stays on disk, of the stream format (``datasets``) or the file format."""
-    import pyarrow as pa
-
-    source = pa.memory_map(path)
-    is_file_format = source.read(6) == b"ARROW1"
-    source.seek(0)
-    return (pa.ipc.open_file if is_file_format else pa.ipc.open_stream)(source).read_all()
-
-
-def arrow_units(path: str, corpus: CorpusConfig) -> list[Unit]:
-    """Units of an Arrow file; none if it has no rows."""
-    rows = arrow_table(path).num_rows
-    size = os.path.getsize(path)
-    step = max(1, rows * corpus.unit_bytes // max(size, 1))
-    spans = [(a, min(a + step, rows)) for a in range(0, rows, step)]
-    return [Unit(path, "arrow", a, b, size * (b - a) // rows) for a, b in spans]

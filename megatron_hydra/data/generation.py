@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
+from megatron_hydra.arguments import real, seed_argument, whole
 from megatron_hydra.data.chat import ChatError, render_prompt
-from megatron_hydra.data.corpus import CorpusConfig, Row, input_identity, plan_units
-from megatron_hydra.data.manifest import write_json_atomically
+from megatron_hydra.data.corpus import CorpusConfig, Row, input_identity
 from megatron_hydra.data.rows import read_unit
 from megatron_hydra.data.sampling import derive_key
 from megatron_hydra.data.tokenizer import (
@@ -31,8 +31,11 @@ from megatron_hydra.data.tokenizer import (
     end_tokens_of,
     tokenizer_fingerprint,
 )
+from megatron_hydra.data.units import plan_units
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import write_json_atomic
 from megatron_hydra.head_map import fingerprint_tensors
+from megatron_hydra.options import option
 from megatron_hydra.stopping import leave_if_stopped
 
 _SHOWN = 5
@@ -55,15 +58,34 @@ class GenerationSettings:
         shard: (i, n): the i-th of every n batches only.
     """
 
-    samples: int = 1
-    max_new_tokens: int = 1024
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 1234
-    batch_size: int = 16
-    max_bad_rows: int = 0
+    samples: int = option(1, "texts a prompt (%(default)s)", parse=whole(1), group="writing")
+    max_new_tokens: int = option(
+        1024,
+        "after which a text is cut off (%(default)s)",
+        parse=whole(1),
+        metavar="N",
+        group="writing",
+    )
+    temperature: float = option(
+        1.0, "0: the likeliest token (%(default)s)", parse=real(0), group="writing"
+    )
+    top_p: float = option(1.0, "(%(default)s: all)", parse=real(0, above=True), group="writing")
+    top_k: int = option(0, "(%(default)s: all)", parse=whole(0), group="writing")
+    seed: int = option(1234, "(%(default)s)", parse=seed_argument, group="writing")
+    batch_size: int = option(
+        16,
+        "texts at once (%(default)s); another size draws other texts",
+        parse=whole(1),
+        group="writing",
+    )
+    max_bad_rows: int = option(
+        0, "leave out so many rows", parse=whole(0), metavar="N", group="rows"
+    )
     shard: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        if self.top_p > 1:
+            raise HydraError(f"--top-p {self.top_p}: it is a probability, at most 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +233,7 @@ class Generation:
         except BlockingIOError:
             lock.close()
             raise HydraError(f"{self.output} is being written by another process") from None
-        write_json_atomically(recipe, self.recipe)
+        write_json_atomic(recipe, self.recipe)
         return lock
 
     def _publish(self, counts: _Counts, report: Callable[[str], None]) -> dict[str, Any]:
@@ -221,7 +243,7 @@ class Generation:
             k: v for k, v in dataclasses.asdict(counts).items() if k not in ("batches", "bytes")
         }
         body = {**self.recipe, "counts": {**numbers, "bad_rows": len(self._bad)}}
-        write_json_atomically(self.manifest, body)
+        write_json_atomic(self.manifest, body)
         os.replace(self.work / "rows.jsonl", self.output)
         shutil.rmtree(self.work)
         for line in self._bad[:_SHOWN]:
@@ -257,7 +279,7 @@ class Generation:
                 stream.flush()
                 os.fsync(stream.fileno())
                 counts.batches, counts.bytes = number + 1, stream.tell()
-                write_json_atomically(state, dataclasses.asdict(counts))
+                write_json_atomic(state, dataclasses.asdict(counts))
                 if time.monotonic() - reported > _REPORT_SECONDS:
                     reported = time.monotonic()
                     report(f"{counts.texts:,} texts, {counts.tokens:,} tokens written")

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from megatron_hydra.data.corpus import CorpusConfig, Unit, arrow_units
+from megatron_hydra.data.corpus import CorpusConfig
 from megatron_hydra.errors import HydraError
 
 
@@ -58,25 +58,3 @@ def load_hub(corpus: CorpusConfig, name: str, streaming: bool) -> Any:
         )
     except Exception as error:  # datasets raises many types; the reader needs the name
         raise HydraError(f"--dataset {name}: cannot load it: {error}") from error
-
-
-def hub_units(corpus: CorpusConfig) -> list[Unit]:
-    """Units of all data sets: shards of streamed ones, else stretches of their Arrow files.
-
-    Raises:
-        HydraError: a data set cannot be loaded, or ``split`` names a part of a split.
-    """
-    units: list[Unit] = []
-    for name in corpus.inputs:
-        data = load_hub(corpus, name, corpus.streaming)
-        if corpus.streaming:
-            units += [Unit(name, "stream", i, data.num_shards, 1) for i in range(data.num_shards)]
-            continue
-        own = [u for file in data.cache_files for u in arrow_units(file["filename"], corpus)]
-        if sum(unit.end - unit.begin for unit in own) != len(data):
-            raise HydraError(
-                f"--dataset {name} --split {corpus.split}: only whole splits can be read, not "
-                "slices of them; take the whole one, and limit it with --max-tokens"
-            )
-        units += own
-    return units

@@ -27,6 +27,7 @@ import numpy as np
 from megatron_hydra.data.document import Document
 from megatron_hydra.data.manifest import Manifest, file_probe
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import atomic_file
 
 HEADER = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34
@@ -266,8 +267,7 @@ def write_index(
         modes: ``[n]`` int8, or ``None``.
     """
     code = next(code for code, kind in DTYPE_CODES.items() if kind is dtype)
-    temporary = f"{path}.tmp-{os.getpid()}"
-    with open(temporary, "wb") as stream:
+    with atomic_file(path) as temporary, open(temporary, "wb") as stream:
         stream.write(HEADER + struct.pack("<QBQQ", 1, code, len(lengths), len(documents)))
         for block in _blocks(lengths):
             stream.write(block.astype("<i4").tobytes())
@@ -282,9 +282,6 @@ def write_index(
             stream.write(block.astype("<i8").tobytes())
         for block in _blocks(modes) if modes is not None else ():
             stream.write(block.astype("i1").tobytes())
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
 
 
 def _blocks(array: np.ndarray | OnDisk) -> Iterator[np.ndarray]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +10,7 @@ import numpy as np
 from megatron_hydra.data.document import Document
 from megatron_hydra.data.indexed import IndexedDocuments
 from megatron_hydra.data.sources import IndexedSource
+from megatron_hydra.files import atomic_file
 
 _SHOWN_DUPLICATES = 5
 _SHOWN_PACKS = 5
@@ -83,13 +82,11 @@ def plot_lengths(lengths: np.ndarray, sequence_length: int, title: str, path: st
     axis.text(sequence_length, axis.get_ylim()[1], f" {sequence_length:,}", va="top", fontsize=9)
     axis.set(xscale="log", xlabel="document length (tokens)", ylabel="% per bin", title=title)
     axis.legend(frameon=False, loc="upper left")
-    temporary = Path(f"{path}.tmp-{os.getpid()}.png")
     try:
-        figure.savefig(temporary, dpi=120)
-        os.replace(temporary, path)
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
     finally:
         plt.close(figure)
-        temporary.unlink(missing_ok=True)
 
 
 def find_duplicates(

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 from megatron_hydra.config.loading import from_dict
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import JsonFormat, sha256_of_file, write_json_atomic
 
-FORMAT = "megatron-hydra-tokens"
-VERSION = 1
+FORMAT = JsonFormat("megatron-hydra-tokens", 1, "data manifest", "prepare the data again")
 _PROBE_BLOCK = 4096
 _PROBE_COUNT = 64
 
@@ -73,8 +71,7 @@ class Manifest:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write atomically."""
-        body = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
-        write_json_atomically(path, body)
+        write_json_atomic(path, FORMAT.add_header(dataclasses.asdict(self)))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Manifest:
@@ -83,16 +80,7 @@ class Manifest:
         Raises:
             HydraError: it is missing, not JSON, of another format or version, or lacks a key.
         """
-        try:
-            body = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise HydraError(f"{path}: cannot read this manifest: {error}") from error
-        if not isinstance(body, dict) or body.get("format") != FORMAT:
-            raise HydraError(f"{path}: not a {FORMAT} manifest")
-        if body.get("version") != VERSION:
-            raise HydraError(
-                f"{path}: manifest version {body.get('version')}, this release reads {VERSION}"
-            )
+        body = FORMAT.read(path)
         known = {f.name: body[f.name] for f in dataclasses.fields(cls) if f.name in body}
         try:
             manifest = from_dict(cls, known, str(path))
@@ -145,23 +133,6 @@ def file_probe(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a whole file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def file_record(path: str | os.PathLike[str], sha256: str | None = None) -> FileRecord:
     """The identity of ``path``; ``sha256`` if it is already known."""
-    return FileRecord(os.path.getsize(path), sha256 or file_sha256(path), file_probe(path))
-
-
-def write_json_atomically(path: str | os.PathLike[str], body: dict[str, Any]) -> None:
-    """Write JSON such that a reader, or a crash, sees the old file or the new one."""
-    temporary = f"{os.fspath(path)}.tmp-{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(body, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    return FileRecord(os.path.getsize(path), sha256 or sha256_of_file(path), file_probe(path))

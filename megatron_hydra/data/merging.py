@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from megatron_hydra.data.indexed import IndexedDocuments, OnDisk, write_boundaries, write_index
-from megatron_hydra.data.manifest import FileRecord, Manifest, file_record, file_sha256
+from megatron_hydra.data.manifest import FileRecord, Manifest, file_record
 from megatron_hydra.data.parts import Counts, publish
 from megatron_hydra.data.tokenize_config import shard_prefix
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import sha256_of_file
 
 _COPY_BYTES = 16 << 20
 
@@ -210,7 +211,7 @@ def _join_indices(
         streams = {n: held.enter_context(open(file, "wb")) for n, file in columns.items()}
         for documents, manifest in zip(inputs, manifests, strict=True):
             prefix = documents.prefix
-            _check_sha256(prefix, ".idx", file_sha256(prefix + ".idx"), manifest.idx)
+            _check_sha256(prefix, ".idx", sha256_of_file(prefix + ".idx"), manifest.idx)
             streams["len"].write(documents.sequence_lengths().astype(np.int32).tobytes())
             counts = np.diff(documents.document_boundaries())
             streams["doc"].write(counts.astype(np.int32).tobytes())

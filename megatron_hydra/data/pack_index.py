@@ -23,9 +23,10 @@ import numpy as np
 
 from megatron_hydra.data.held_out import Side, documents_of_side
 from megatron_hydra.data.indexed import IndexedDocuments
-from megatron_hydra.data.manifest import file_probe, write_json_atomically
+from megatron_hydra.data.manifest import file_probe
 from megatron_hydra.data.packing import Packing, Packs, pack_documents, upsample
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import write_json_atomic
 
 VERSION = 2
 _ARRAYS = ("starts", "offsets", "lengths")
@@ -122,7 +123,7 @@ def _build(
             "max_token_id": source.max_token_id(),
             "report": report,
         }
-        write_json_atomically(temporary / "pack.json", description)
+        write_json_atomic(temporary / "pack.json", description)
         _put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

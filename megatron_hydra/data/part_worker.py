@@ -23,9 +23,10 @@ from megatron_hydra.data.corpus import Row, Unit
 from megatron_hydra.data.parts import Counts, PartWriter, part_path
 from megatron_hydra.data.rows import read_unit
 from megatron_hydra.data.tokenize_config import TokenizeConfig
-from megatron_hydra.data.tokenizer import encode_batch, load_tokenizer, token_dtype, vocabulary_size
+from megatron_hydra.data.tokenizer import encode_batch, token_dtype, vocabulary_size
 from megatron_hydra.data.word_encoder import WordEncoder
 from megatron_hydra.errors import HydraError
+from megatron_hydra.hf_loading import load_tokenizer
 
 UNITS_AHEAD = 4
 """Units in work or waiting for it, of each process."""

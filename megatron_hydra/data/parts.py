@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from megatron_hydra.data.indexed import OnDisk, write_boundaries, write_index
-from megatron_hydra.data.manifest import FileRecord, file_record, write_json_atomically
+from megatron_hydra.data.manifest import FileRecord, file_record
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import write_json_atomic
 
 SHOWN_ROWS = 5
 _SUFFIXES = ("bin", "len", "doc", "mode")
@@ -124,7 +125,7 @@ class PartWriter:
             self._temporary.write_bytes(values)
             os.replace(self._temporary, f"{self._path}.{suffix}")
         body = {"counts": dataclasses.asdict(self.counts), "bad": self._bad}
-        write_json_atomically(f"{self._path}.json", body)
+        write_json_atomic(f"{self._path}.json", body)
 
     def discard(self) -> None:
         """Remove what was written."""
@@ -183,7 +184,7 @@ class Assembler:
         self._sha256 = hashlib.sha256()
         self._merged: list[int] = []
         self._synced = time.monotonic()
-        for stale in work.glob("*.tmp-*"):
+        for stale in (*work.glob("*.tmp-*"), *work.glob(".*.tmp")):
             stale.unlink()
         for path in work.glob("part-*.*"):
             if _number_and_kind(path)[0] < self.state.parts:
@@ -277,7 +278,7 @@ class Assembler:
         for stream in self._streams.values():
             stream.flush()
             os.fsync(stream.fileno())
-        write_json_atomically(self.work / "state.json", dataclasses.asdict(self.state))
+        write_json_atomic(self.work / "state.json", dataclasses.asdict(self.state))
         for number in self._merged:
             for suffix in ("json", *_SUFFIXES):
                 os.unlink(f"{part_path(self.work, number)}.{suffix}")

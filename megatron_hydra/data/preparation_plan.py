@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hydra.config.run import DataConfig
-from megatron_hydra.data.corpus import Unit, plan_units
+from megatron_hydra.data.corpus import Unit
 from megatron_hydra.data.hub import pin_revisions
 from megatron_hydra.data.indexed import IndexedDocuments, write_index
 from megatron_hydra.data.pack_index import pack_source
@@ -31,6 +31,7 @@ from megatron_hydra.data.parts import Assembler, Counts, part_path
 from megatron_hydra.data.progress import Report
 from megatron_hydra.data.sampling import Permutation, derive_key
 from megatron_hydra.data.tokenize_config import TokenizeConfig
+from megatron_hydra.data.units import plan_units
 from megatron_hydra.errors import HydraError
 
 _PACKED = 100_000

@@ -8,9 +8,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from megatron_hydra.data.corpus import CorpusConfig, Row, Unit, arrow_table
+from megatron_hydra.data.corpus import CorpusConfig, Row, Unit
 from megatron_hydra.data.folder import compression_of, format_of
 from megatron_hydra.data.hub import load_hub
+from megatron_hydra.data.units import arrow_table
 from megatron_hydra.errors import HydraError
 
 _READ_ROWS = 512

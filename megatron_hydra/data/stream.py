@@ -32,8 +32,9 @@ from megatron_hydra.data.reading import (
 )
 from megatron_hydra.data.sampling import Blend, Draw, derive_key
 from megatron_hydra.data.sources import IndexedSource, Source, SyntheticSource
-from megatron_hydra.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_hydra.data.tokenizer import tokenizer_fingerprint
 from megatron_hydra.errors import HydraError
+from megatron_hydra.hf_loading import load_tokenizer
 
 _log = logging.getLogger(__name__)
 _PAD_TOKEN = 0

@@ -12,32 +12,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from megatron_hydra.data import synthetic_tasks  # noqa: F401  # registers the built-in tasks
 from megatron_hydra.data.document import Document
+from megatron_hydra.data.synthetic_registry import TASKS, Generator
 from megatron_hydra.errors import HydraError
-
-Generator = Callable[..., list[Document]]
-_TASKS: dict[str, Generator] = {}
-
-
-def synthetic_task(name: str) -> Callable[[Generator], Generator]:
-    """Register a generator under ``name``.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-
-    def register(generator: Generator) -> Generator:
-        if name in _TASKS:
-            raise ValueError(f"synthetic task {name!r} is registered already")
-        _TASKS[name] = generator
-        return generator
-
-    return register
 
 
 def find_task(name: str) -> Generator:
@@ -49,12 +31,11 @@ def find_task(name: str) -> Generator:
     Raises:
         HydraError: there is no such task.
     """
-    importlib.import_module("megatron_hydra.data.synthetic_tasks")  # registers the built-in tasks
-    if name in _TASKS:
-        return _TASKS[name]
+    if name in TASKS:
+        return TASKS[name]
     if ":" not in name:
         raise HydraError(
-            f"data.blend: unknown synthetic task {name!r}; known: {', '.join(sorted(_TASKS))}; or "
+            f"data.blend: unknown synthetic task {name!r}; known: {', '.join(sorted(TASKS))}; or "
             "name a function of an installed package as package.module:function"
         )
     module_name, function = name.split(":", 1)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_hydra.data.document import Document
-from megatron_hydra.data.synthetic import synthetic_task
+from megatron_hydra.data.synthetic_registry import synthetic_task
 from megatron_hydra.data.tokenizer import encode
 from megatron_hydra.errors import HydraError
 

@@ -22,9 +22,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from megatron_hydra.data.corpus import Unit, input_identity, plan_units
+from megatron_hydra.data.corpus import Unit, input_identity
 from megatron_hydra.data.hub import pin_revisions
-from megatron_hydra.data.manifest import Manifest, write_json_atomically
+from megatron_hydra.data.manifest import Manifest
 from megatron_hydra.data.part_worker import Worker, finished_parts
 from megatron_hydra.data.parts import Assembler, publish
 from megatron_hydra.data.progress import Progress, Report
@@ -35,7 +35,9 @@ from megatron_hydra.data.tokenizer import (
     tokenizer_fingerprint,
     vocabulary_size,
 )
+from megatron_hydra.data.units import plan_units
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import write_json_atomic
 
 _LOCK_PATIENCE = 5.0
 """Seconds to wait for an output's lock: workers of a run that was killed hold it until they have died."""
@@ -228,7 +230,7 @@ def _claim(config: TokenizeConfig, plan: dict[str, Any]) -> None:
             )
         shutil.rmtree(config.work)
     config.work.mkdir(parents=True, exist_ok=True)
-    write_json_atomically(path, plan)
+    write_json_atomic(path, plan)
 
 
 def _make_parts(

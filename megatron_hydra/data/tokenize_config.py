@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from megatron_hydra.arguments import whole
 from megatron_hydra.data.corpus import CorpusConfig
+from megatron_hydra.options import option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +35,28 @@ class TokenizeConfig:
     corpus: CorpusConfig
     output: str
     tokenizer: str
-    tokenizer_revision: str | None = None
-    workers: int = 1
-    append_eod: bool = True
-    eod_token: str | None = None
-    add_special_tokens: bool = True
-    keep_empty: bool = False
-    max_tokens: int = 0
-    max_bad_rows: int = 0
+    tokenizer_revision: str | None = option(
+        None, "of a Hub name: branch, tag or commit", metavar="COMMIT", group="tokens"
+    )
+    workers: int = option(1, "processes (default: 1)", parse=whole(0), metavar="N", group="run")
+    append_eod: bool = option(
+        True, "do not end documents with a token", flag="--no-eod", group="tokens"
+    )
+    eod_token: str | None = option(
+        None, "default: the tokenizer's eos_token", metavar="TOKEN", group="tokens"
+    )
+    add_special_tokens: bool = option(
+        True, "leave out BOS and the like", flag="--no-special-tokens", group="tokens"
+    )
+    keep_empty: bool = option(False, "keep rows without text as empty", group="rows")
+    max_tokens: int = option(
+        0, "e.g. 5e9; of each shard", parse=whole(0), metavar="N", group="tokens"
+    )
+    max_bad_rows: int = option(0, "skip so many rows", parse=whole(0), metavar="N", group="rows")
     shard: tuple[int, int] = (0, 1)
-    exact: bool = False
-    trust_remote_code: bool = False
-    force: bool = False
+    exact: bool = option(False, "never use the fast path (slower)", group="tokens")
+    trust_remote_code: bool = option(False, "run its own Python code", group="tokens")
+    force: bool = option(False, "replace an existing output", group="run")
 
     @property
     def prefix(self) -> str:

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,36 +13,6 @@ import numpy as np
 from megatron_hydra.errors import HydraError
 
 _PROBE = "Héllo,  world!\n\n\tdef f(x): return x**2  # 1234567 §¶ 你好 🙂 don't\u200b end"
-
-
-@functools.lru_cache(maxsize=8)
-def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Load an HF tokenizer from a folder, a ``tokenizer.json`` or the Hub.
-
-    Truncation and padding that its files ask for are turned off: documents are encoded whole.
-
-    Raises:
-        HydraError: it cannot be loaded.
-    """
-    if not name:
-        raise HydraError("data.tokenizer is empty: give the folder or Hub name of an HF tokenizer")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    try:
-        if Path(name).is_file():
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=name)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(
-                name, revision=revision, trust_remote_code=trust_remote_code
-            )
-        tokenizer("a")  # some settings of a wrong type are noticed only now
-    except Exception as error:  # transformers raises many types; the reader needs the name
-        raise HydraError(f"cannot load the tokenizer {name!r}: {error}") from error
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        backend.no_truncation()
-        backend.no_padding()
-    return tokenizer
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from megatron_hydra.data.tokenizer import token_ids
 from megatron_hydra.environment import world_size_from_environment
 from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation.backend import Continuation, T, cut, is_over
+from megatron_hydra.files import read_json
 from megatron_hydra.model.forward import final_hidden_states
 from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.packed_sequence import PackedSequence
@@ -167,7 +167,7 @@ class MegatronBackend:
         given = self.model.hf_config.get("eos_token_id")
         beside = store.tokenizer_folder(self.folder)
         if beside is not None and (beside / "generation_config.json").is_file():
-            body = json.loads((beside / "generation_config.json").read_text())
+            body = read_json(beside / "generation_config.json")
             given = body.get("eos_token_id", given)
         if given is None and tokenizer is not None:
             given = tokenizer.eos_token_id

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra.evaluation.storage import replace_file
+from megatron_hydra.files import atomic_file
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
@@ -83,6 +83,6 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    with replace_file(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=140, format="png")
     return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,61 +12,35 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_hydra.config.evaluation import EvaluationOptions
 from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation import plots
 from megatron_hydra.evaluation.backend import Backend
+from megatron_hydra.evaluation.finding import load_task
 from megatron_hydra.evaluation.hf_backend import HfBackend
 from megatron_hydra.evaluation.lm_eval_suite import lm_eval_version, require_lm_eval, run_lm_eval
 from megatron_hydra.evaluation.scoring import Outcome, forecast, score_samples
-from megatron_hydra.evaluation.storage import CellStore, replace_file
-from megatron_hydra.evaluation.tasks import RetrievalTask, Sample, SampleRequest, load_task
+from megatron_hydra.evaluation.storage import CellStore
+from megatron_hydra.evaluation.tasks import RetrievalTask, Sample, SampleRequest
+from megatron_hydra.files import JsonFormat, write_json_atomic
 from megatron_hydra.stopping import Stopped, leave_if_stopped, stop_requested
 
-FORMAT = "hydra-evaluation"
-VERSION = 1
+FORMAT = JsonFormat("hydra-evaluation", 1, "evaluation")
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationSettings:
+class EvaluationSettings(EvaluationOptions):
     """How an evaluation is done.
 
     Attributes:
-        depths: where facts are placed, 0 … 1; rows of the heatmap.
-        samples: samples of each (task, length, depth), or of each (task, length) without depths.
         seed: decides every sample.
-        batch_tokens: tokens of a batch, at most (one sample at least).
-        prefill_chunk: tokens of a prompt passed at a time, 0: all; ``None``: 8192 for models for
-            which that is known to be exact, else all.
-        haystack: distractor text for tasks that hide facts in text, or ``""``.
         keep_predictions: predictions of each cell that are kept for a person to read.
-        cache_length: measure the cache's bytes with a prompt of so many tokens; 0: do not. A back
-            end without a cache has nothing to measure.
-        lm_eval: tasks of lm-evaluation-harness, for a Hugging Face model (needs the extra ``eval``).
-        lm_eval_include: a folder with lm-eval tasks (YAML) of the user's own, or ``""``.
-        lm_eval_limit: the first so many questions of each of lm-eval's tasks; 0: all of them.
         progress: show a progress bar on stderr.
     """
 
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    samples: int = 10
     seed: int = 1234
-    batch_tokens: int = 32768
-    prefill_chunk: int | None = None
-    haystack: str = ""
     keep_predictions: int = 20
-    cache_length: int = 0
-    lm_eval: tuple[str, ...] = ()
-    lm_eval_include: str = ""
-    lm_eval_limit: int = 0
     progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.samples < 1 or self.batch_tokens < 1:
-            raise HydraError("samples and batch_tokens must be 1 or more")
-        if self.lm_eval_limit < 0:
-            raise HydraError("lm_eval_limit must be 0 (all questions) or more")
-        if not self.depths or any(not 0 <= d <= 1 for d in self.depths):
-            raise HydraError(f"depths {list(self.depths)} must lie in 0..1, and not be empty")
 
 
 def evaluate(
@@ -115,8 +88,7 @@ def evaluate(
     if output is not None:
         store = backend.on_main(lambda: CellStore(Path(output), identity, force))
     results: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
+        **FORMAT.add_header({}),
         "model": name,
         "settings": identity,
         "tasks": {task.name: {} for task in found},
@@ -172,8 +144,7 @@ def _lm_eval(
 
 
 def _write(results: dict[str, Any], output: Path) -> None:
-    with replace_file(output / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    write_json_atomic(output / "results.json", results)
     plots.draw(results, output)
 
 

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import write_json_atomic
 
 FORMAT = "hydra-evaluation-settings"
 """What ``settings.json`` says of a folder that ``--force`` may clear."""
-
-
-@contextlib.contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling that becomes ``path`` at the end, or nothing on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class CellStore:
@@ -53,8 +39,7 @@ class CellStore:
                 self._clear()
             else:
                 self._check(before, settings)
-        with replace_file(marker) as temporary:
-            temporary.write_text(json.dumps({"format": FORMAT, **settings}, indent=1) + "\n")
+        write_json_atomic(marker, {"format": FORMAT, **settings})
 
     def _kept_settings(self, marker: Path) -> dict[str, Any]:
         try:
@@ -102,8 +87,7 @@ class CellStore:
 
     def save(self, task: str, length: int, cell: dict[str, Any]) -> None:
         """Keep a finished cell."""
-        with replace_file(self.path(task, length)) as temporary:
-            temporary.write_text(json.dumps(cell, indent=1, ensure_ascii=False) + "\n")
+        write_json_atomic(self.path(task, length), cell)
 
 
 def _short(value: Any) -> str:

@@ -1,9 +1,8 @@
-"""What a retrieval task is, and how one is found: by name, as ``module:function``, or as JSONL."""
+"""What a retrieval task is, the registry of tasks, and tasks from a JSONL file."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -102,58 +101,13 @@ class RetrievalTask(Protocol):
         """The samples of one length, all of one kind, decided by the request alone."""
 
 
-_REGISTRY: dict[str, Callable[[], RetrievalTask]] = {}
+TASKS: dict[str, Callable[[], RetrievalTask]] = {}
+"""Filled by :func:`register_task`."""
 
 
 def register_task(name: str, make: Callable[[], RetrievalTask]) -> None:
-    """Make a task known by ``name``, for ``--tasks`` and :func:`load_task`."""
-    _REGISTRY[name] = make
-
-
-def task_names() -> list[str]:
-    """Names of the built-in and registered tasks."""
-    _import_built_in()
-    return sorted(_REGISTRY)
-
-
-def load_task(spec: str) -> RetrievalTask:
-    """Find a task.
-
-    Args:
-        spec: a registered name; or ``qa:FILE`` (see :mod:`megatron_hydra.evaluation.qa`); or
-            ``module:function``, whose call without arguments gives a task; or the path of a
-            ``.jsonl`` file (see :class:`JsonlTask`).
-
-    Raises:
-        HydraError: there is no such task.
-    """
-    _import_built_in()
-    if spec in _REGISTRY:
-        return _REGISTRY[spec]()
-    if spec.startswith("qa:"):
-        from megatron_hydra.evaluation.qa import QuestionAnswering
-
-        return QuestionAnswering(spec.removeprefix("qa:"))
-    if spec.endswith(".jsonl"):
-        return JsonlTask(spec)
-    module_name, colon, function = spec.partition(":")
-    if not colon:
-        raise HydraError(
-            f"task {spec!r} is unknown: use one of {', '.join(sorted(_REGISTRY))}, 'qa:FILE', "
-            "'module:function' or a .jsonl file"
-        )
-    try:
-        task = getattr(importlib.import_module(module_name), function)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise HydraError(f"task {spec!r} cannot be made: {error}") from error
-    if not callable(getattr(task, "samples", None)) or not hasattr(task, "name"):
-        raise HydraError(f"task {spec!r} is a {type(task).__name__} without name and samples()")
-    return task
-
-
-def _import_built_in() -> None:
-    for name in ("needles", "ruler"):
-        importlib.import_module(f"megatron_hydra.evaluation.{name}")
+    """Make a task known by ``name``, for ``--tasks`` and ``load_task``."""
+    TASKS[name] = make
 
 
 class JsonlTask:

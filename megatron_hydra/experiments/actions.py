@@ -12,12 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra.checkpoint.atomic import write_text_atomic
+from megatron_hydra.config.evaluation import EvaluationOptions
 from megatron_hydra.config.loading import from_dict, to_yaml
+from megatron_hydra.config.selection import SelectionOptions
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments import fingerprint
 from megatron_hydra.experiments.plan import PREPARED, Step
+from megatron_hydra.experiments.spec import EvaluationSpec, SelectionSpec
+from megatron_hydra.files import write_text_atomic
 from megatron_hydra.head_map import HeadMap
+from megatron_hydra.options import keys, values, worded
 from megatron_hydra.stopping import REQUEUE_EXIT_CODE, Stopped
 
 HEAD_MAP = "head_map.json"
@@ -72,37 +76,38 @@ def prepare(context: Context) -> None:
 
 def teacher(context: Context) -> None:
     """The dense model as a Megatron checkpoint."""
-    from megatron_hydra.checkpoint.convert import hf_to_megatron
+    from megatron_hydra.conversion.convert import hf_to_megatron
 
     hf_to_megatron(context.teacher_hf, context.out, force=True)
 
 
 def select(context: Context) -> None:
     """Head selection."""
-    from megatron_hydra.selection import Constraints, SelectionOptions, select_heads
+    from megatron_hydra.selection import select_heads
 
     params = context.step.params
     context.out.mkdir(parents=True, exist_ok=True)
     if "head_map" in params:
         _take_head_map(context, Path(context.step.places["head_map"]))
         return
-    body = dict(params["selection"])
-    body.pop("tasks", None)
-    body["text"] = context.place(context.step.places.get("text", ""))
-    strategy, ratio = body.pop("strategy"), body.pop("ratio")
-    limits = {f.name for f in dataclasses.fields(Constraints)}
-    constraints = Constraints(**{k: body.pop(k) for k in list(body) if k in limits})
-    tasks = [context.place(task) for task in context.step.places["tasks"]]
-    select_heads(
-        context.teacher_hf,
-        ratio=ratio,
-        strategy=strategy,
-        seed=params.get("seed", 0),
-        options=SelectionOptions(**body, constraints=constraints),
-        work_folder=context.out / "work",
-        tasks=tasks or None,
-        output=context.out / HEAD_MAP,
-    )
+    places = context.step.places
+    given = params["selection"] | {
+        "tasks": [context.place(task) for task in places["tasks"]],
+        "text": context.place(places.get("text", "")),
+        "compare": places.get("compare", []),
+    }
+    spec = from_dict(SelectionSpec, given, "selection")
+    with worded(keys(SelectionOptions, "selection")):
+        select_heads(
+            context.teacher_hf,
+            ratio=spec.ratio,
+            strategy=spec.strategy,
+            seed=params.get("seed", 0),
+            options=SelectionOptions(**values(SelectionOptions, spec)),
+            work_folder=context.out / "work",
+            tasks=spec.tasks or None,
+            output=context.out / HEAD_MAP,
+        )
 
 
 def _take_head_map(context: Context, source: Path) -> None:
@@ -117,9 +122,9 @@ def _take_head_map(context: Context, source: Path) -> None:
 
 def convert(context: Context) -> None:
     """The student before training."""
-    from megatron_hydra.checkpoint.convert import StudentOptions, hf_to_megatron
     from megatron_hydra.config.model import HydraConfig, stored_switches
-    from megatron_hydra.transfer.student import StudentInit
+    from megatron_hydra.conversion.convert import StudentOptions, hf_to_megatron
+    from megatron_hydra.conversion.student import StudentInit
 
     params = context.step.params
     student = params["student"]
@@ -192,7 +197,7 @@ def stage(context: Context) -> None:
 
 def export(context: Context) -> None:
     """The trained student in Hugging Face format."""
-    from megatron_hydra.checkpoint.convert import megatron_to_hf
+    from megatron_hydra.conversion.convert import megatron_to_hf
 
     megatron_to_hf(_checkpoint(context, "student"), context.out, force=True)
 
@@ -201,42 +206,38 @@ def evaluate(context: Context) -> None:
     """Score a model; finished (task, length) pairs of a stopped try are kept."""
     from megatron_hydra.evaluation import EvaluationSettings
     from megatron_hydra.evaluation import evaluate as run_evaluation
-    from megatron_hydra.evaluation.loading import load_model, load_tokenizer
     from megatron_hydra.hf.export_files import carries_our_code
+    from megatron_hydra.hf_loading import find_tokenizer, load_hf_model
 
     params, places = context.step.params, context.step.places
-    body = params["evaluation"]
+    given = params["evaluation"] | {
+        "tasks": [context.place(task) for task in places["tasks"]],
+        "haystack": Path(places["haystack"]).read_text() if places["haystack"] else "",
+        "lm_eval_include": places.get("lm_eval_include", ""),
+    }
+    spec = from_dict(EvaluationSpec, given, "evaluation")
     folder = context.inputs.get("model") or Path(places["model"])
     if "model" in context.inputs:
         _renew_code(folder)
-    trust = body["trust_remote_code"] or carries_our_code(folder)
-    run_evaluation(
-        load_model(
-            folder,
-            trust_remote_code=trust,
-            dtype=body["dtype"],
-            device=body["device"],
-            changes=body.get("model_config"),
-        ),
-        load_tokenizer(folder, trust_remote_code=trust),
-        [context.place(task) for task in places["tasks"]],
-        body["lengths"],
-        EvaluationSettings(
-            depths=tuple(body["depths"]),
-            samples=body["samples"],
-            seed=params["seed"],
-            batch_tokens=body["batch_tokens"],
-            prefill_chunk=body.get("prefill_chunk"),
-            haystack=Path(places["haystack"]).read_text() if places["haystack"] else "",
-            cache_length=body["cache_length"],
-            lm_eval=body.get("lm_eval", ()),
-            lm_eval_include=places.get("lm_eval_include", ""),
-            lm_eval_limit=body.get("lm_eval_limit", 0),
-            progress=False,
-        ),
-        output=context.out,
-        name=context.step.title,
-    )
+    trust = spec.trust_remote_code or carries_our_code(folder)
+    with worded(keys(EvaluationOptions, "evaluation")):
+        run_evaluation(
+            load_hf_model(
+                folder,
+                trust_remote_code=trust,
+                dtype=spec.dtype,
+                device=spec.device,
+                changes=spec.model_config,
+            ),
+            find_tokenizer(folder, trust_remote_code=trust),
+            spec.tasks,
+            spec.lengths,
+            EvaluationSettings(
+                **values(EvaluationOptions, spec), seed=params["seed"], progress=False
+            ),
+            output=context.out,
+            name=context.step.title,
+        )
 
 
 def _renew_code(folder: Path) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments.executor import run_plan
 from megatron_hydra.experiments.pack import pack as pack_results
@@ -20,6 +18,7 @@ from megatron_hydra.experiments.slurm import from_word, submit
 from megatron_hydra.experiments.spec import Cell, Experiment, load_experiment
 from megatron_hydra.experiments.store import StepStore
 from megatron_hydra.experiments.table import markdown
+from megatron_hydra.files import write_json_atomic, write_text_atomic
 from megatron_hydra.parallel import platform
 from megatron_hydra.stopping import REQUEUE_EXIT_CODE
 
@@ -188,7 +187,7 @@ def write_results(results: Results, store: StepStore, say: Say) -> None:
     """``table.md`` and ``results.json`` in the experiment's folder."""
     folder = store.root / results.experiment.name
     folder.mkdir(exist_ok=True)
-    write_text_atomic(folder / "results.json", json.dumps(results.to_dict(), indent=1) + "\n")
+    write_json_atomic(folder / "results.json", results.to_dict())
     write_text_atomic(folder / "table.md", markdown(results))
     say(str(folder / "table.md"))
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import megatron_hydra
-from megatron_hydra.data.manifest import Manifest, file_sha256
+from megatron_hydra.data.manifest import Manifest
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import sha256_of_file
 
 _DIGITS = 32
 
@@ -39,7 +39,7 @@ def of_file(path: Path) -> str:
 
 @functools.cache
 def _digest(path: Path, size: int, mtime_ns: int) -> str:
-    return file_sha256(path)[:_DIGITS]
+    return sha256_of_file(path)[:_DIGITS]
 
 
 def of_folder(folder: Path) -> str:
@@ -82,7 +82,7 @@ def of_data(prefix: str) -> dict[str, str]:
 @functools.cache
 def of_package() -> str:
     """Hash of the package's own Python: kept with every result, so that mixtures show."""
-    root = Path(megatron_hydra.__file__).parent
+    root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())

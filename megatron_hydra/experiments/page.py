@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments.results import Results, split_column
 from megatron_hydra.experiments.table import (
@@ -19,6 +18,7 @@ from megatron_hydra.experiments.table import (
     spread_text,
     training_table,
 )
+from megatron_hydra.files import write_text_atomic
 
 _END = "<!-- end -->"
 

@@ -216,7 +216,7 @@ class _CellPlanner:
         selection = self.spec.selection
         if selection.ratio in ("all-gdn", "dense"):  # nothing to choose
             selection = SelectionSpec(
-                "layer_random", ratio=selection.ratio, granularity=selection.granularity
+                strategy="layer_random", ratio=selection.ratio, granularity=selection.granularity
             )
         if given := self._given_map(selection):
             params, inputs, places = self._teacher_model()
@@ -228,9 +228,12 @@ class _CellPlanner:
         blind = seedless or selection.strategy in _DRAWN
         tasks = [] if blind else [self._task(task) for task in selection.tasks]
         text, text_place = self._file("" if blind else selection.text)
+        compared = [self._file(path) for path in selection.compare]
         body = as_plain(selection) | {"tasks": [hashed for hashed, _ in tasks]}
         if text:
             body |= {"text": text}
+        if compared:
+            body |= {"compare": [hashed for hashed, _ in compared]}
         if blind:  # options of prompts and effects decide nothing
             body = {key: body[key] for key in _BLIND_KEYS}
         params, inputs, places = self._teacher_model()
@@ -240,6 +243,7 @@ class _CellPlanner:
         if any(PREPARED in place for place in (text_place, *(place for _, place in tasks))):
             inputs |= {"prepare": self._prepare()}
         places |= {"tasks": [place for _, place in tasks], "text": text_place}
+        places["compare"] = [place for _, place in compared]
         return self._add("select", params, inputs, places)
 
     def _given_map(self, selection: SelectionSpec) -> str:

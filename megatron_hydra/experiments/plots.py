@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra.evaluation.storage import replace_file
 from megatron_hydra.experiments.results import Results, split_column
+from megatron_hydra.files import atomic_file
 
 _MARKERS = "os^Dv<>Pp*hX"
 
@@ -151,6 +151,6 @@ def _losses(results: Results, path: Path) -> Path:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    with replace_file(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     return path

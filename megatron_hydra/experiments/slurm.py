@@ -8,10 +8,10 @@ import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments.plan import Plan
 from megatron_hydra.experiments.store import StepStore
+from megatron_hydra.files import write_text_atomic
 
 
 def as_word(cell: str) -> str:

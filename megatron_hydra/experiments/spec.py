@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_hydra.config.evaluation import EvaluationOptions
 from megatron_hydra.config.loading import from_dict, parse_yaml
 from megatron_hydra.config.model import HydraConfig
+from megatron_hydra.config.selection import SelectionOptions
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import DEFAULT_RATIO, DEFAULT_STRATEGY, strategy_name
+from megatron_hydra.options import keys, worded
 
 TEACHER = "teacher"
 """As ``hf_model``: the row is the teacher itself."""
@@ -21,19 +24,26 @@ TEACHER = "teacher"
 SHIPPED = "quickstart"
 """As ``teacher.model``: the one that the package brings."""
 
-_LATER = {"later": True}
-"""Marks a key that specs had not at first: at its default it is left out of the hashes of steps, so that
-what was computed before there was such a key is still found."""
+_FIRST = {
+    "SelectionSpec": "strategy ratio tasks num_prompts min_prompts probe_tokens solved max_rounds control "
+    "stability receiver_effect senders sender_weight num_receivers attribution granularity min_per_layer "
+    "max_per_layer kv_group_bonus",
+    "StudentSpec": "half_life calibrate calibration_file calibration_tokens",
+    "EvaluationSpec": "tasks lengths depths samples batch_tokens haystack cache_length dtype device "
+    "trust_remote_code",
+}
+"""The keys that specs had at first. Any other is left out of the hashes of steps at its default, so that what
+was computed before there was such a key is still found."""
 
 
 def as_plain(spec: SelectionSpec | StudentSpec | EvaluationSpec) -> dict[str, Any]:
     """A spec as the plain data that steps are hashed by."""
-    default = type(spec)()
-    values = {field: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    default, first = type(spec)(), _FIRST[type(spec).__name__].split()
+    values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
     return {
-        field.name: value
-        for field, value in values.items()
-        if not (field.metadata.get("later") and value == getattr(default, field.name))
+        name: value
+        for name, value in values.items()
+        if name in first or value != getattr(default, name)
     }
 
 
@@ -67,8 +77,8 @@ class PrepareSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectionSpec:
-    """How heads are chosen: the options of ``tools/select_heads.py``.
+class SelectionSpec(SelectionOptions):
+    """How heads are chosen: what ``tools/select_heads.py`` is given.
 
     ``tasks`` may name the prepared folder as ``{prepare}``; none: the default ones that the teacher solves.
     ``text`` likewise (``learned_gates``). ``strategy`` may be a name from before; a step is hashed by today's.
@@ -79,34 +89,10 @@ class SelectionSpec:
     strategy: str = DEFAULT_STRATEGY
     ratio: str = DEFAULT_RATIO
     tasks: tuple[str, ...] = ()
-    num_prompts: int = 40
-    min_prompts: int = 8
-    probe_tokens: int = 4096
-    solved: str = "top1"
-    max_rounds: int = 2
-    control: bool = True
-    stability: bool = True
-    receiver_effect: str = "direct"
-    senders: bool = True
-    sender_weight: float = 0.5
-    num_receivers: int | None = None
-    attribution: bool = False
-    granularity: str = "query_head"
-    min_per_layer: int = 0
-    max_per_layer: int | None = None
-    kv_group_bonus: float = 0.0
-    effects: tuple[str, ...] = dataclasses.field(default=(), metadata=_LATER)
-    task_weights: dict = dataclasses.field(default_factory=dict, metadata=_LATER)
-    check_heads: int = dataclasses.field(default=24, metadata=_LATER)
-    tokens_per_batch: int = dataclasses.field(default=0, metadata=_LATER)
-    text: str = dataclasses.field(default="", metadata=_LATER)
-    align_tokens: int = dataclasses.field(default=4_000_000, metadata=_LATER)
-    gate_tokens: int = dataclasses.field(default=20_000_000, metadata=_LATER)
-    gate_steps: int = dataclasses.field(default=600, metadata=_LATER)
-    head_cost: float = dataclasses.field(default=0.5, metadata=_LATER)
-    head_maps: tuple[str, ...] = dataclasses.field(default=(), metadata=_LATER)
+    head_maps: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "strategy", strategy_name(self.strategy))
 
 
@@ -118,7 +104,7 @@ class StudentSpec:
     calibrate: bool = True
     calibration_file: str = ""
     calibration_tokens: int = 8192
-    init: str = dataclasses.field(default="spread", metadata=_LATER)
+    init: str = "spread"
 
     def __post_init__(self) -> None:
         if self.init not in ("spread", "decay", "statistics"):
@@ -157,29 +143,18 @@ class StageSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationSpec:
-    """How a model is scored: the options of ``tools/evaluate.py``.
+class EvaluationSpec(EvaluationOptions):
+    """How a model is scored: what ``tools/evaluate.py`` is given.
 
-    ``lm_eval`` lists tasks of lm-evaluation-harness, ``lm_eval_include`` is a folder with such tasks of
-    one's own, ``lm_eval_limit`` takes the first questions of each only. ``model_config``: keys of the model's
-    ``config.json`` with other values, in a row with ``hf_model``.
+    ``model_config``: keys of the model's ``config.json`` with other values, in a row with ``hf_model``.
     """
 
     tasks: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    samples: int = 10
-    batch_tokens: int = 32768
-    haystack: str = ""
-    cache_length: int = 512
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
-    prefill_chunk: int | None = dataclasses.field(default=None, metadata=_LATER)
-    lm_eval: tuple[str, ...] = dataclasses.field(default=(), metadata=_LATER)
-    lm_eval_include: str = dataclasses.field(default="", metadata=_LATER)
-    lm_eval_limit: int = dataclasses.field(default=0, metadata=_LATER)
-    model_config: dict = dataclasses.field(default_factory=dict, metadata=_LATER)
+    model_config: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,8 +356,8 @@ def _checked(body: dict[str, Any], constants: Mapping[str, Any], path: Path) -> 
 
 def _anchored(body: Any, folder: Path) -> Any:
     """A row's keys with their paths made absolute: they are relative to the file they stand in."""
-    for keys, absolute in _PATHS.items():
-        body = _applied(body, keys, functools.partial(absolute, folder))
+    for where, absolute in _PATHS.items():
+        body = _applied(body, where, functools.partial(absolute, folder))
     return body
 
 
@@ -422,6 +397,7 @@ _PATHS: dict[tuple[str, ...], Callable[[Path, str], str]] = {
     ("selection", "tasks"): _task_path,
     ("selection", "text"): _file_path,
     ("selection", "head_maps"): _file_path,
+    ("selection", "compare"): _file_path,
     ("student", "calibration_file"): _file_path,
     ("stages", "*", "configs"): _file_path,
     ("evaluation", "tasks"): _task_path,
@@ -500,7 +476,8 @@ def _axis(name: str, body: Any, path: Path) -> list[tuple[str, dict[str, Any]]]:
 def _cell_spec(
     body: dict[str, Any], where: str, tokens_scale: float
 ) -> tuple[CellSpec, tuple[tuple[str, StageSpec], ...]]:
-    spec = from_dict(CellSpec, body, where)
+    with worded(keys(SelectionOptions, "selection") | keys(EvaluationOptions, "evaluation")):
+        spec = from_dict(CellSpec, body, where)
     from_dict(HydraConfig, spec.hydra, f"{where}, hydra")
     stages = []
     for name, part in spec.stages.items():
@@ -533,8 +510,6 @@ def _check(spec: CellSpec, where: str) -> None:
         raise HydraError(f"{where}: evaluation needs tasks and lengths, or lm_eval")
     if evaluation.lm_eval_include and not evaluation.lm_eval:
         raise HydraError(f"{where}: evaluation.lm_eval_include is given, and no task of lm_eval")
-    if evaluation.lm_eval_limit < 0:
-        raise HydraError(f"{where}: evaluation.lm_eval_limit must be 0 (all questions) or more")
     if spec.hf_revision and spec.hf_model in ("", TEACHER):
         raise HydraError(f"{where}: hf_revision is of a Hub name in hf_model, which is not given")
     if evaluation.model_config and not spec.hf_model:

@@ -24,11 +24,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import megatron_hydra
-from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments import fingerprint
 from megatron_hydra.experiments.plan import Step
+from megatron_hydra.files import write_json_atomic
+from megatron_hydra.version import __version__
 
 WITHOUT_WEIGHTS = "without_weights"
 _HEARTBEAT_SECONDS = 10.0
@@ -57,7 +57,7 @@ class StepStore:
             if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
                 raise HydraError(f"--output {root} is not empty and holds no experiments")
             self.root.mkdir(parents=True, exist_ok=True)
-            write_text_atomic(marker, json.dumps({"format": "hydra-experiments"}) + "\n")
+            write_json_atomic(marker, {"format": "hydra-experiments"})
 
     def folder(self, step: Step) -> Path:
         """All files of a step."""
@@ -103,19 +103,19 @@ class StepStore:
             "cpu_seconds": round(cpu_seconds, 2),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "host": socket.gethostname(),
-            "package_version": megatron_hydra.__version__,
+            "package_version": __version__,
             "package_source": fingerprint.of_package(),
         }
         self.folder(step).mkdir(parents=True, exist_ok=True)
         (self.folder(step) / "failed.json").unlink(missing_ok=True)
-        write_text_atomic(self.folder(step) / "record.json", json.dumps(body, indent=1) + "\n")
+        write_json_atomic(self.folder(step) / "record.json", body)
 
     def fail(self, step: Step, message: str) -> None:
         """Note how a try ended."""
         folder = self.folder(step)
         folder.mkdir(parents=True, exist_ok=True)
         body = {"error": message, "log": str(self.log(step))}
-        write_text_atomic(folder / "failed.json", json.dumps(body, indent=1) + "\n")
+        write_json_atomic(folder / "failed.json", body)
 
     def seconds_by_kind(self) -> dict[str, float]:
         """Median seconds of the finished steps of each kind."""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_hydra.evaluation.loading import load_tokenizer
 from megatron_hydra.evaluation.tasks import SampleRequest, ScoredSample
+from megatron_hydra.hf_loading import find_tokenizer
 from megatron_hydra.quickstart.tasks import (
     Retrieval,
     TaskGenerator,
@@ -24,7 +24,7 @@ from megatron_hydra.quickstart.tasks import (
 
 def write_inputs(folder: Path, model: Path, seed: int, prompts: int = 32) -> None:
     """``selection.jsonl`` and ``calibration.jsonl``, as the quickstart makes them."""
-    tokenizer = load_tokenizer(model)
+    tokenizer = find_tokenizer(model)
     write_selection_prompts(folder / "selection.jsonl", tokenizer, prompts, seed)
     write_calibration(folder / "calibration.jsonl", tokenizer, seed)
 

@@ -24,7 +24,8 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.model.head_projections import HydraAttentionSubmodules
 from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.model.norm import RMSNorm
-from megatron_hydra.ops.backends import Case, Kernels, choose_kernels
+from megatron_hydra.ops.backends import choose_kernels
+from megatron_hydra.ops.kernels import Case, Kernels
 from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.head_partition import plan_model
 from megatron_hydra.parallel.megatron_versions import config_options, mlp_spec

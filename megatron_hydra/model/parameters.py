@@ -18,10 +18,10 @@ Axis = Literal["fa", "fa_kv", "gdn", "gdn_kv", "kv", "head", ""]
 of GDN (:func:`gdn_kv_sources`); all KV groups; all query heads. Empty: every rank has the whole tensor."""
 
 Form = Literal["same", "heads", "columns", "channels"]
-"""How it is rearranged in an export, see :mod:`megatron_hydra.checkpoint.families`."""
+"""How it is rearranged in an export, see :mod:`megatron_hydra.conversion.families`."""
 
 Start = Literal["teacher", "zeros", "gate_bias", "identity", "decay", "write", "gamma", "output"]
-"""How it begins in a student, see :mod:`megatron_hydra.transfer.student`."""
+"""How it begins in a student, see :mod:`megatron_hydra.conversion.student`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
-import importlib.util
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,68 +18,10 @@ import torch
 from megatron_hydra.config.run import BackendConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.ops import (
-    delta_rule_inputs,
-    fusion_tail,
-    gated_delta_rule,
     kernel_cache,
-    qk_preparation,
+    packages,
 )
-from megatron_hydra.ops.varlen_attention import varlen_attention
-
-Kernel = Callable[..., torch.Tensor]
-DeltaRuleInputs = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-DeltaRule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernels:
-    """The kernels that a model's layers call; the torch twins unless chosen otherwise.
-
-    Attributes:
-        attention: as :func:`~megatron_hydra.ops.varlen_attention.varlen_attention`.
-        delta_rule: as :func:`~megatron_hydra.ops.gated_delta_rule.chunked_gated_delta_rule`; may
-            return ``None`` for the final states.
-        prepare_heads: as :func:`~megatron_hydra.ops.qk_preparation.prepare_heads`.
-        delta_rule_inputs: as :func:`~megatron_hydra.ops.delta_rule_inputs.delta_rule_inputs`.
-        fusion_tail: as :func:`~megatron_hydra.ops.fusion_tail.fusion_tail`.
-        names: by key of the ``backend`` section, what was chosen; for logs and the self-check.
-    """
-
-    attention: Kernel = varlen_attention
-    delta_rule: DeltaRule = gated_delta_rule.chunked_gated_delta_rule
-    prepare_heads: Kernel = qk_preparation.prepare_heads
-    delta_rule_inputs: DeltaRuleInputs = delta_rule_inputs.delta_rule_inputs
-    fusion_tail: Kernel = fusion_tail.fusion_tail
-    names: dict[str, str] = dataclasses.field(
-        default_factory=lambda: {
-            "full_attention": "torch", "gated_delta_net": "torch", "fused_kernels": "torch"
-        }
-    )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What kernels are chosen for.
-
-    Attributes:
-        device: where the model runs.
-        dtype: of its activations.
-        head_dim: d.
-        windowed: whether attention is within a window of tokens.
-        gdn_heads: how many GDN heads its layers have on this rank, each number once: FLA compiles its
-            kernels for every one of them anew, so the start-up check goes by them too.
-        context_parallel: whether ranks share a sequence: FlashQLA does not compute that, so that its
-            kernels need not be compiled and checked.
-        gdn_rotary: whether q and k of GDN heads are rotated.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    head_dim: int
-    windowed: bool = False
-    gdn_heads: tuple[int, ...] = (2,)
-    context_parallel: bool = False
-    gdn_rotary: bool = True
+from megatron_hydra.ops.kernels import Case, Kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +48,7 @@ def _needs(*modules: str, low_precision: bool = True, head_dims: int = 256) -> C
     def missing(case: Case) -> str | None:
         if case.device.type != "cuda":
             return "it needs a GPU"
-        absent = [name for name in modules if not _installed(name)]
+        absent = [name for name in modules if not packages.is_installed(name)]
         if absent:
             return f"{' or '.join(absent)} is not installed"
         if low_precision and case.dtype not in (torch.bfloat16, torch.float16):
@@ -119,14 +58,6 @@ def _needs(*modules: str, low_precision: bool = True, head_dims: int = 256) -> C
         return None
 
     return missing
-
-
-def _installed(module: str) -> bool:
-    """Whether a module can be found, without importing it."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent package is absent
-        return False
 
 
 def _flash_attn_missing(case: Case) -> str | None:
@@ -166,7 +97,7 @@ of flash-attn, torch's own, version 2."""
 
 def _sdpa_missing(case: Case) -> str | None:
     reason: str | None = _needs()(case)
-    if reason is None and not any(_installed(module) for module in _PACKED):
+    if reason is None and not any(packages.is_installed(module) for module in _PACKED):
         return "packed documents need flash-attn or torch 2.10 beside it, and neither is installed"
     return reason
 
@@ -175,7 +106,9 @@ def _sdpa_missing(case: Case) -> str | None:
 def _load_sdpa() -> dict[str, Any]:
     from megatron_hydra.ops import gpu_attention
 
-    packed = next(load for module, load in _PACKED.items() if _installed(module))()["attention"]
+    packed = next(load for module, load in _PACKED.items() if packages.is_installed(module))()[
+        "attention"
+    ]
     dense = gpu_attention.sdpa_attention
     return {"attention": gpu_attention.dense_or_packed(dense, packed)}
 
@@ -210,12 +143,7 @@ _TORCH = Backend("torch", lambda case: None, dict)
 FLASH_ATTN = "--no-build-isolation flash-attn>=2.7"
 TRITON = "triton>=3.3"
 FLA = "fla-core==0.6.0 flash-linear-attention==0.6.0"
-TILELANG = "tilelang==0.1.15"
 """What ``pip install`` takes; the versions that were run. A test holds them to pyproject.toml."""
-
-_TILELANG_TRITON = ((3, 4), (3, 7, 1))
-"""On Hopper, FLA 0.6.0 refuses its backward with a Triton from the first version up to the second
-(excluded) unless TileLang is there (``fla/ops/common/chunk_o.py``)."""
 
 _SLOW = {
     "gated_delta_net": "the recurrence runs as thousands of small operations, most of a step's time, and "
@@ -324,9 +252,10 @@ def _remedy(backend: Backend, case: Case) -> str:
     if not backend.install or "installed" not in reason:
         return ""
     text = f"; pip install {_quoted(backend.install)}"
-    if backend.name == "fla" and needs_tilelang(case):
+    if backend.name == "fla" and packages.needs_tilelang(case):
+        version = packages.triton_version()
         text += (
-            f" {TILELANG} (Triton {_triton_version()} on Hopper needs TileLang for FLA's backward)"
+            f" {packages.TILELANG} (Triton {version} on Hopper needs TileLang for FLA's backward)"
         )
     return text
 
@@ -334,29 +263,6 @@ def _remedy(backend: Backend, case: Case) -> str:
 def _quoted(packages: str) -> str:
     """Words with ``>`` or ``[`` quoted for a shell."""
     return " ".join(f"'{word}'" if set(word) & set("<>[") else word for word in packages.split())
-
-
-def needs_tilelang(case: Case) -> bool:
-    """Whether FLA's backward runs here with TileLang only, and that is not installed."""
-    first, fixed = _TILELANG_TRITON
-    version = tuple(int(part) for part in re.findall(r"\d+", _triton_version())[:3])
-    return (
-        case.device.type == "cuda"
-        and _is_hopper(case.device)
-        and first <= version < fixed
-        and not _installed("tilelang")
-    )
-
-
-def _triton_version() -> str:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _select(key: str, name: str, candidates: tuple[Backend, ...], case: Case) -> Backend:

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
+from megatron_hydra.files import write_json_atomic
 from megatron_hydra.ops import kernel_cache
-from megatron_hydra.ops.backends import Case
+from megatron_hydra.ops.kernels import Case
 
 _log = logging.getLogger(__name__)
 
@@ -162,11 +163,8 @@ def _write(folder: Path, kernel: Any) -> int:
         )
     if len(entries) == before:
         return 0
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     body = {"kernel_name": kernel.kernel_name, "autotune_entries": entries}
-    temporary.write_text(json.dumps(body, indent=1))
-    os.replace(temporary, path)
+    write_json_atomic(path, body)
     return len(entries) - before
 
 

@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 
+from megatron_hydra.files import write_text_atomic
+
 _log = logging.getLogger(__name__)
 
 RECORDS = "megatron_hydra"
@@ -174,11 +176,8 @@ def record(key: str, facts: dict[str, Any]) -> None:
     """Note in every cache that the work of this name is done. Not being able to is no error."""
     for folder in cache_folders():
         try:
-            path = folder / RECORDS / key
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{key}.{os.getpid()}")
-            temporary.write_text(json.dumps(facts, indent=1, sort_keys=True, default=str))
-            os.replace(temporary, path)
+            text = json.dumps(facts, indent=1, sort_keys=True, default=str)
+            write_text_atomic(folder / RECORDS / key, text)
         except OSError as error:
             _log.warning("%s takes no record of what was compiled (%s)", folder, error)
 

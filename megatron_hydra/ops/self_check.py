@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from megatron_hydra.errors import HydraError
-from megatron_hydra.ops import backends, fla_tuning, kernel_cache
-from megatron_hydra.ops.backends import Case, Kernels
+from megatron_hydra.ops import fla_tuning, kernel_cache, packages
+from megatron_hydra.ops.kernels import Case, Kernels
 from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
 from megatron_hydra.startup import startup_phase
 from megatron_hydra.watchdog import PATIENCE, feed_watchdog
@@ -110,9 +110,9 @@ def _name_of(what: str, case: Case) -> str:
 def _refusal(key: str, name: str, what: str, problem: str, case: Case) -> str:
     others = "torch" if key != "full_attention" else "another one (varlen, torch)"
     remedy = "install other versions of its package and of triton"
-    if name == "fla" and backends.needs_tilelang(case):
+    if name == "fla" and packages.needs_tilelang(case):
         remedy = (
-            f"pip install {backends.TILELANG} (FLA's backward needs TileLang, or triton 3.7.1, with this "
+            f"pip install {packages.TILELANG} (FLA's backward needs TileLang, or triton 3.7.1, with this "
             "Triton on Hopper)"
         )
     return (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
-from megatron_hydra.planning.assembly import Bytes, Stage
 from megatron_hydra.planning.parameters import held_bytes, stage_parameters
-from megatron_hydra.planning.stage import StageBuilder, stage_layers
+from megatron_hydra.planning.tape.assembly import Bytes, Stage
+from megatron_hydra.planning.tape.stage import StageBuilder, stage_layers
 
 
 @dataclasses.dataclass(frozen=True)

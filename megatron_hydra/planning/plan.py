@@ -8,10 +8,10 @@ from collections import Counter
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.config.validate import accumulation_steps, check_layout, data_parallel_size
-from megatron_hydra.planning.assembly import Stage
 from megatron_hydra.planning.memory import Memory, rank_memory
-from megatron_hydra.planning.rank import Rank
-from megatron_hydra.planning.stage import StageBuilder
+from megatron_hydra.planning.tape.assembly import Stage
+from megatron_hydra.planning.tape.rank import Rank
+from megatron_hydra.planning.tape.stage import StageBuilder
 from megatron_hydra.planning.timing import Machine, StepTime, step_time
 
 

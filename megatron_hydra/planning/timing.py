@@ -6,9 +6,9 @@ import dataclasses
 from collections import defaultdict
 
 from megatron_hydra.config.run import RunConfig
-from megatron_hydra.planning.assembly import Stage
 from megatron_hydra.planning.hardware import GPUS_PER_NODE, Efficiency, Gpu
-from megatron_hydra.planning.tape import Work
+from megatron_hydra.planning.tape.assembly import Stage
+from megatron_hydra.planning.tape.tensors import Work
 
 UPDATE_BYTES = 30
 """Read and written per parameter by AdamW: gradient 4, weight and both moments 4 each, twice, and the

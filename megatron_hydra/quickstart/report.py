@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra.checkpoint.atomic import write_text_atomic
-from megatron_hydra.evaluation.storage import replace_file
+from megatron_hydra.files import atomic_file, write_json_atomic
 from megatron_hydra.head_map import HeadMap
 from megatron_hydra.quickstart.tasks import PAIRS, TRAIN_LENGTH
 from megatron_hydra.quickstart.workspace import STAGES, STUDENTS, Workspace
@@ -32,7 +31,7 @@ def write_report(
         What ``metrics.json`` holds.
     """
     metrics = collect_metrics(workspace, settings, ratio)
-    write_text_atomic(workspace.root / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    write_json_atomic(workspace.root / "metrics.json", metrics)
     pictures = [
         workspace.root / "head_importance.png",
         _draw_retrieval(metrics, workspace.root / "retrieval.png"),
@@ -100,7 +99,7 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    with replace_file(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
     return path
 

@@ -20,15 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra import __version__
-from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.config.loading import load_run_config
-from megatron_hydra.data.manifest import file_sha256
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import sha256_of_file, write_text_atomic
 from megatron_hydra.quickstart.progress import TrainingProgress
 from megatron_hydra.quickstart.student import evaluate_model, stage_arguments, stage_config
 from megatron_hydra.quickstart.workspace import STAGES, STUDENTS, Workspace, shipped_teacher
 from megatron_hydra.stopping import leave_if_stopped
+from megatron_hydra.version import __version__
 
 RATIO = "7:1"
 _POLL_SECONDS = 0.5
@@ -153,7 +152,9 @@ def fingerprints(configs: Path) -> dict[str, str]:
     """
     files = {f"{name}.yaml": configs / f"{name}.yaml" for name in ("common", *STAGES)}
     files["teacher"] = shipped_teacher() / "model.safetensors"
-    return {name: file_sha256(path)[:16] for name, path in files.items()} | {"version": __version__}
+    return {name: sha256_of_file(path)[:16] for name, path in files.items()} | {
+        "version": __version__
+    }
 
 
 # -- head selection and conversion ----------------------------------------------------------------
@@ -161,13 +162,13 @@ def fingerprints(configs: Path) -> dict[str, str]:
 
 def _select(workspace: Workspace, settings: Settings) -> None:
     """Head maps of the three students, and the pictures of the selected one."""
-    from megatron_hydra.evaluation.loading import load_tokenizer
+    from megatron_hydra.hf_loading import find_tokenizer
     from megatron_hydra.quickstart.tasks import write_calibration, write_selection_prompts
     from megatron_hydra.selection import SelectionOptions, select_heads
     from megatron_hydra.selection.plots import draw_head_map
 
     teacher, seed = shipped_teacher(), settings.seed
-    tokenizer = load_tokenizer(teacher)
+    tokenizer = find_tokenizer(teacher)
     write_selection_prompts(workspace.prompts, tokenizer, settings.prompts, seed)
     write_calibration(workspace.calibration, tokenizer, seed)
     chosen = select_heads(
@@ -189,12 +190,14 @@ def _select(workspace: Workspace, settings: Settings) -> None:
     )
     drawn = select_heads(teacher, ratio=RATIO, strategy="global_random", seed=seed)
     drawn.save(workspace.head_map("random"))
-    select_heads(teacher, ratio="all-gdn", strategy="layer_random").save(workspace.head_map("all_gdn"))
+    select_heads(teacher, ratio="all-gdn", strategy="layer_random").save(
+        workspace.head_map("all_gdn")
+    )
 
 
 def _convert(workspace: Workspace, settings: Settings) -> None:
     """What ``tools/hf_to_megatron.py`` does, four times."""
-    from megatron_hydra.checkpoint.convert import StudentOptions, hf_to_megatron
+    from megatron_hydra.conversion.convert import StudentOptions, hf_to_megatron
 
     teacher = shipped_teacher()
     hf_to_megatron(teacher, workspace.teacher, force=True)

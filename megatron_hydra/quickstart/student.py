@@ -56,7 +56,7 @@ def run_student(
     workspace: Workspace, student: str, configs: Path, settings: dict[str, Any]
 ) -> None:
     """Align, distill, finetune, export, evaluate; what is finished is skipped."""
-    from megatron_hydra.checkpoint.convert import megatron_to_hf
+    from megatron_hydra.conversion.convert import megatron_to_hf
 
     for stage in STAGES:
         with workspace.phase(f"{student}_{stage}") as todo:
@@ -110,12 +110,14 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """What ``tools/evaluate.py`` does, on the quickstart's task at all lengths."""
     from megatron_hydra.evaluation import EvaluationSettings, evaluate
-    from megatron_hydra.evaluation.loading import load_model, load_tokenizer
+    from megatron_hydra.hf_loading import find_tokenizer, load_hf_model
     from megatron_hydra.quickstart.tasks import TRAIN_LENGTH, retrieval
 
     return evaluate(
-        load_model(folder, trust_remote_code=carries_our_code(folder), dtype="fp32", device="cpu"),
-        load_tokenizer(shipped_teacher()),
+        load_hf_model(
+            folder, trust_remote_code=carries_our_code(folder), dtype="fp32", device="cpu"
+        ),
+        find_tokenizer(shipped_teacher()),
         [retrieval()],
         [TRAIN_LENGTH * factor for factor in LENGTH_FACTORS],
         EvaluationSettings(
@@ -136,8 +138,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run one student; everything it does is in the workspace."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--student", required=True, choices=STUDENTS)
-    parser.add_argument("--output", required=True, type=path_argument, help="the quickstart's folder")
-    parser.add_argument("--configs", required=True, type=path_argument, help="folder of the stages' configs")
+    parser.add_argument(
+        "--output", required=True, type=path_argument, help="the quickstart's folder"
+    )
+    parser.add_argument(
+        "--configs", required=True, type=path_argument, help="folder of the stages' configs"
+    )
     args = parser.parse_args(argv)
     settings = json.loads((args.output / "settings.json").read_text())
     run_student(Workspace(args.output), args.student, args.configs, settings)

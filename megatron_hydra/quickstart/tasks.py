@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.data.document import Document
 from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation.tasks import SampleRequest, ScoredSample
+from megatron_hydra.files import write_text_atomic
 from megatron_hydra.quickstart.vocabulary import Vocabulary
 
 TRAIN_LENGTH = 128

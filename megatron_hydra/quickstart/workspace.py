@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import write_json_atomic, write_text_atomic
 
 STUDENTS = ("hydra", "random", "all_gdn")
 """Selected heads; random heads at the same ratio; no full attention at all."""
@@ -97,7 +97,7 @@ class Workspace:
                 )
         for name in ("logs", "head_maps", "prompts"):
             (self.root / name).mkdir(exist_ok=True)
-        write_text_atomic(marker, json.dumps(settings, indent=1) + "\n")
+        write_json_atomic(marker, settings)
 
     def _kept_settings(self, marker: Path) -> dict[str, Any]:
         try:
@@ -177,7 +177,7 @@ class Workspace:
             write_text_atomic(stopped, f"{before + time.monotonic() - started:.2f}\n")
             raise
         seconds = round(before + time.monotonic() - started, 2)
-        write_text_atomic(path, json.dumps({"phase": name, "seconds": seconds}) + "\n")
+        write_json_atomic(path, {"phase": name, "seconds": seconds})
 
     def seconds(self) -> dict[str, float]:
         """Phase → wall seconds of all finished phases, tries that were stopped included."""

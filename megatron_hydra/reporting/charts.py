@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 Points = Sequence[tuple[float, float | None]]
 """(x, y) in the order of x; a missing y is a gap."""
+
+Place = Callable[[float, float], tuple[float, float]]
+"""(x, y) of the data → (x, y) of the picture."""
 
 _WIDTH, _HEIGHT = 560, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 34
@@ -94,7 +97,14 @@ def _ticks(low: float, high: float) -> list[float]:
     return [i * step for i in range(first, math.ceil(high / step - 1e-9) + 1)]
 
 
-def _axes(x_ticks, y_ticks, x_label, place, x_range, y_range) -> str:  # noqa: ANN001
+def _axes(
+    x_ticks: Sequence[float],
+    y_ticks: Sequence[float],
+    x_label: str,
+    place: Place,
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
+) -> str:
     parts = []
     for tick in y_ticks:
         if y_range[0] <= tick <= y_range[1]:
@@ -124,7 +134,7 @@ def _number(value: float) -> str:
     return f"{value:,.6g}"
 
 
-def _path(points: Sequence[tuple[float, float | None]], place) -> str:  # noqa: ANN001
+def _path(points: Sequence[tuple[float, float | None]], place: Place) -> str:
     words, pen_down = [], False
     for i, (x, y) in enumerate(points):
         if y is None:

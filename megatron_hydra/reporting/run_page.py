@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import write_text_atomic
 from megatron_hydra.reporting import EVENTS_FILE, METRICS_FILE, PHASES
 from megatron_hydra.reporting.charts import Points, line_chart
 
@@ -55,7 +56,7 @@ def write_run_page(run: Path, output: Path) -> None:
             f"({type(error).__name__}: {error}); is it damaged?"
         ) from error
     try:
-        output.write_text(page, encoding="utf-8")
+        write_text_atomic(output, page)
     except OSError as error:
         raise HydraError(f"{output} cannot be written: {error}") from None
 

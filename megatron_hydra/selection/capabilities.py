@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_hydra.config.selection import PROBE_TOKENS
 from megatron_hydra.data.text import NOISE, distinct_names, random_number, text_sentence
 from megatron_hydra.errors import HydraError
 from megatron_hydra.selection.prompts import (
@@ -522,9 +523,6 @@ _NUMBERS = {
 }  # fmt: skip
 _HAYSTACKS = ("noise", "filler", "text", "needles")
 _REGISTERED: dict[str, Factory] = {}
-
-PROBE_TOKENS = 4096
-"""Length of a needle prompt that does not say ``tokens``; as the paper's."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "retrieval": (

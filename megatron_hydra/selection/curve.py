@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from megatron_hydra.config.selection import SelectionOptions
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import HeadMap
 from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
+from megatron_hydra.hf_loading import find_tokenizer
 from megatron_hydra.selection.effects import EffectEngine, Solved
-from megatron_hydra.selection.opening import Placement, load_runner, tokenizer_of, vocab_size_of
+from megatron_hydra.selection.opening import Placement, load_runner, vocab_size_of
 from megatron_hydra.selection.patching import Head
 from megatron_hydra.selection.runner import default_tokens_per_batch
-from megatron_hydra.selection.strategies import SelectionOptions
 from megatron_hydra.selection.tasks import Tasks
 from megatron_hydra.selection.work import Ranks, WorkBench
 
@@ -78,7 +79,7 @@ def knockout_curve(
         raise HydraError(
             f"--heads {counts[-1]}: the model has {total} heads, none below 0 can be out"
         )
-    drawn = Tasks.draw(tasks, tokenizer_of(folder), vocab_size_of(None, folder), seed, options)
+    drawn = Tasks.draw(tasks, find_tokenizer(folder), vocab_size_of(None, folder), seed, options)
     ranks = Ranks()
     try:
         runner = load_runner(None, folder, placement or Placement(), ranks)

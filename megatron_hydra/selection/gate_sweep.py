@@ -30,9 +30,6 @@ MOMENTUM, SQUARES, EPSILON = 0.9, 0.98, 1e-8
 LONGEST_STEP = 1.0
 """How far a gate's logit moves at most in a step for the sake of the budget."""
 
-LEAST_STEPS = 50
-"""In fewer, gates could not get from one end to the other one after another."""
-
 Draw = Callable[[int], torch.Tensor]
 """A number n → n samples of all gates, ``[n, L, H]``, with a graph to their logits."""
 

@@ -3,7 +3,7 @@
     z_h = g_h · FA_h(x) + (1 − g_h) · γ_h · RMSNorm(GDN_h(x))        y = W_o [z_h]_h
 
 FA_h is the teacher's own head output, with its rotary embedding and without norm: with all gates at 1 the
-model *is* the teacher. GDN_h is the branch of the student that :func:`~megatron_hydra.transfer.student`
+model *is* the teacher. GDN_h is the branch of the student that :func:`~megatron_hydra.conversion.student`
 makes, with the norm and the scale γ_h that it has there. W_o is the teacher's, for both. All that is learned
 before the gates is the GDN branch, layer by layer (stage 1 of the transfer).
 
@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_hydra.checkpoint.families import name_map
-from megatron_hydra.checkpoint.hf_config import hf_config_from_model, model_from_hf_config
 from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.config.run import BackendConfig
+from megatron_hydra.conversion.families import name_map
+from megatron_hydra.conversion.hf_config import hf_config_from_model, model_from_hf_config
+from megatron_hydra.conversion.student import calibrate_gamma, initialise_student
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
 from megatron_hydra.hf.modeling_hydrahead import (
     Documents,
@@ -36,10 +37,9 @@ from megatron_hydra.hf.modeling_hydrahead import (
     Visibility,
 )
 from megatron_hydra.model.parameters import PARAMETERS
-from megatron_hydra.ops import backends
-from megatron_hydra.ops.backends import Case
+from megatron_hydra.ops import backends, packages
+from megatron_hydra.ops.kernels import Case
 from megatron_hydra.selection.runner import DecoderRunner
-from megatron_hydra.transfer.student import calibrate_gamma, initialise_student
 
 _log = logging.getLogger(__name__)
 
@@ -265,11 +265,11 @@ def _delta_rule_kernel(runner: DecoderRunner) -> str:
     case = Case(weight.device, weight.dtype, runner.head_dim, gdn_heads=(runner.num_heads,))
     if weight.device.type != "cuda":
         return "torch"
-    if backends.needs_tilelang(case):
+    if packages.needs_tilelang(case):
         _log.warning(
             "the delta rule runs in plain torch, which is slow: flash-linear-attention's backward needs "
             "TileLang here (pip install %s)",
-            backends.TILELANG,
+            packages.TILELANG,
         )
         return "torch"
     wanted = BackendConfig(full_attention="torch", fused_kernels="torch")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from megatron_hydra.errors import HydraError
-from megatron_hydra.hf_identity import read_config
+from megatron_hydra.hf_identity import read_config_json
+from megatron_hydra.hf_loading import load_hf_model
 from megatron_hydra.selection.runner import DecoderRunner
 from megatron_hydra.selection.work import Ranks
 
@@ -74,37 +75,18 @@ def load_runner(
     """
     if folder is None:
         return DecoderRunner(model)
-    import transformers
-
     devices = placement.devices(ranks.local_rank)
-    try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=placement.torch_dtype(devices), trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise HydraError(f"--hf-path {folder}: the model cannot be loaded: {error}") from None
+    loaded = load_hf_model(folder, dtype=placement.torch_dtype(devices), device=None)
     if len(devices) > 1:
         return DecoderRunner(loaded, devices)
     return DecoderRunner(loaded.to(devices[0]))
-
-
-def tokenizer_of(folder: Path) -> Any | None:
-    """The folder's tokenizer, if it has one."""
-    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise HydraError(f"{folder}: its tokenizer cannot be loaded: {error}") from None
 
 
 def native_length(model: Any, folder: Path | None) -> int:
     """Tokens that the model was trained for, or 0 where its config does not tell."""
     if folder is None:
         return int(getattr(model.config, "max_position_embeddings", 0) or 0)
-    length = read_config(folder).get("max_position_embeddings")
+    length = read_config_json(folder).get("max_position_embeddings")
     return length if isinstance(length, int) else 0
 
 
@@ -112,7 +94,7 @@ def vocab_size_of(model: Any, folder: Path | None) -> int:
     """Tokens that the model knows, from the folder's config or the loaded model's."""
     if folder is None:
         return int(model.config.vocab_size)
-    size = read_config(folder).get("vocab_size")
+    size = read_config_json(folder).get("vocab_size")
     if not isinstance(size, int):
         raise HydraError(f"{folder / 'config.json'}: key 'vocab_size' is missing or no integer")
     return size

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import atomic_file
 from megatron_hydra.head_map import HeadMap
 from megatron_hydra.selection.ranking import rank_heads
 
@@ -72,12 +73,8 @@ def draw_knockout(curve: dict[str, Any], path: Path) -> None:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

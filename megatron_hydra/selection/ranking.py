@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
 
 from megatron_hydra import head_map
+from megatron_hydra.config.selection import Constraints
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import ModelIdentity, num_full_attention_heads
 
@@ -67,36 +67,6 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2)[inverse]
-
-
-@dataclasses.dataclass(frozen=True)
-class Constraints:
-    """What a choice of heads must or should respect.
-
-    Attributes:
-        granularity: ``query_head``, or ``kv_group``: whole KV groups only.
-        min_per_layer, max_per_layer: FA heads in every layer; ``None``: no upper limit.
-        kv_group_bonus: added to the score of a head whose KV group already has a chosen head (its
-            keys and values are then in the cache anyway); in standard deviations of the score.
-    """
-
-    granularity: str = "query_head"
-    min_per_layer: int = 0
-    max_per_layer: int | None = None
-    kv_group_bonus: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.granularity not in ("query_head", "kv_group"):
-            raise HydraError(f"--granularity {self.granularity}: must be query_head or kv_group")
-        if self.min_per_layer < 0 or self.kv_group_bonus < 0:
-            raise HydraError("--min-per-layer and --kv-group-bonus must not be negative")
-        if self.granularity == "kv_group" and self.kv_group_bonus:
-            raise HydraError(
-                "--kv-group-bonus is for --granularity query_head: with kv_group, whole groups are "
-                "chosen anyway"
-            )
-        if self.max_per_layer is not None and self.max_per_layer < max(1, self.min_per_layer):
-            raise HydraError("--max-per-layer must be at least 1 and at least --min-per-layer")
 
 
 def budget(model: ModelIdentity, ratio: str, granularity: str = "query_head") -> int:

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_hydra.config.selection import Constraints, SelectionOptions
+from megatron_hydra.conversion.calibration import SEQUENCE_LENGTH, calibration_batches
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import (
     DEFAULT_RATIO,
@@ -26,6 +28,7 @@ from megatron_hydra.head_map import (
     strategy_name,
 )
 from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
+from megatron_hydra.hf_loading import find_tokenizer
 from megatron_hydra.selection.capabilities import Capability
 from megatron_hydra.selection.effects import EffectEngine, Solved
 from megatron_hydra.selection.learned_gates import TEXT_SHARE, orders_of
@@ -33,23 +36,20 @@ from megatron_hydra.selection.opening import (
     Placement,
     load_runner,
     native_length,
-    tokenizer_of,
     vocab_size_of,
 )
 from megatron_hydra.selection.prompts import PromptPair, prompts_fingerprint
-from megatron_hydra.selection.ranking import Constraints, budget, weighted_mean
+from megatron_hydra.selection.ranking import budget, weighted_mean
 from megatron_hydra.selection.runner import DecoderRunner, default_tokens_per_batch
 from megatron_hydra.selection.strategies import (
     STRATEGIES,
     Context,
     Scored,
-    SelectionOptions,
     Strategy,
     ranking_of,
 )
 from megatron_hydra.selection.tasks import Tasks, solved_tasks
 from megatron_hydra.selection.work import Ranks, WorkBench
-from megatron_hydra.transfer.calibration import SEQUENCE_LENGTH, calibration_batches
 
 _log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def select_heads(
     try:
         if not chosen.stages(options):
             return _saved(_finish(context, strategy, chosen), output, ranks)
-        tokenizer = tokenizer or (folder and tokenizer_of(folder))
+        tokenizer = tokenizer or (folder and find_tokenizer(folder))
         vocab_size = vocab_size_of(model, folder)
         longest = 0
         if options.stability and "receivers" in chosen.stages(options):
@@ -240,9 +240,8 @@ def _prompt_facts(solved: Solved) -> dict[str, Any]:
 
 def _options_dict(options: SelectionOptions) -> dict[str, Any]:
     body = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-    body["constraints"] = dataclasses.asdict(options.constraints)
     body["task_weights"] = dict(options.task_weights)
-    body["effects"] = list(options.effects)
+    body["effects"] = list(options.exact_effects)
     body["compare"] = list(options.compare)
     return body
 
@@ -323,7 +322,7 @@ def recut(
             f"--strategy {strategy}: {source} has the scores of {head_map.strategy}, which serve "
             f"{', '.join(alike)} only; select with tools/select_heads.py --strategy {strategy}"
         )
-    options = SelectionOptions(constraints=constraints or Constraints())
+    options = SelectionOptions(**dataclasses.asdict(constraints or Constraints()))
     context = Context(head_map.model, ratio, head_map.seed, options)
     chosen = STRATEGIES[strategy].choose(context, Scored({}, np.array(scores)))
     details = head_map.details | {"cut_from": head_map.fingerprint()}

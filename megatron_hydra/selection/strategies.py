@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_hydra.config.selection import Constraints, SelectionOptions
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import ModelIdentity
+from megatron_hydra.options import flags
 from megatron_hydra.selection import interp
-from megatron_hydra.selection.capabilities import PROBE_TOKENS
 from megatron_hydra.selection.effects import EffectEngine, Solved, senders_kind, top_heads
-from megatron_hydra.selection.gate_sweep import LEAST_STEPS
 from megatron_hydra.selection.importance import min_max
 from megatron_hydra.selection.patching import PATHS, Head
 from megatron_hydra.selection.prompts import PromptPair
 from megatron_hydra.selection.ranking import (
-    Constraints,
     budget,
     choose_heads,
     fuse,
@@ -35,109 +34,6 @@ RECEIVER_SHARE = 0.05
 """Heads with less than this share of the strongest receiver's effect are no receivers."""
 
 Heads = tuple[tuple[int, ...], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class SelectionOptions:
-    """Everything about a selection but the model, the ratio, the strategy, the tasks and the seed.
-
-    Attributes:
-        num_prompts: pairs drawn for each capability, in equal parts for its tasks.
-        min_prompts: fewer solved ones are an error; of a capability of several tasks, an equal part for each.
-        probe_tokens: length of needle prompts that do not say theirs.
-        solved: which prompts count as solved: ``top1``, ``pair`` or ``off``
-            (see :meth:`EffectEngine.solve`).
-        max_rounds: rounds of path patching, at most (the paper's scoring).
-        control: knock out the best heads of every capability: its readout must fall (the paper's scoring).
-        stability: compare with receiver effects on needles of a quarter, half and twice the length (the
-            paper's scoring).
-        effects: effects measured exactly by ``interp_denoise``: ``direct``, ``total`` or both;
-            empty: the receiver effect alone. What is not the receiver effect is reported, and decides
-            nothing; ``total`` takes most of the time.
-        receiver_effect: the one of them that makes a head a receiver and is its receiver score.
-        senders: ``interp_denoise`` measures path patching to the receivers.
-        sender_weight: weight of a head's sender effect beside its receiver effect there (both in units of
-            the readout, 0 corrupted … 1 clean).
-        num_receivers: at most this many receivers a task there; default: the number of FA heads.
-        attribution: ``interp_denoise`` also measures the first-order estimate of the total effects,
-            for the map and its rank correlation with the effects that were measured.
-        check_heads: ``attribution`` measures this many random heads exactly, for the same purpose.
-        task_weights: capability -> weight in the fusion; 1 where not named. The tasks of one share it.
-        text: a file of text or token ids that ``learned_gates`` aligns its GDN branch on (as
-            ``--calibration-file`` of ``tools/hf_to_megatron.py``); "": a short text of ours.
-        align_tokens, gate_tokens: tokens that the GDN branch and the gates are learned on there.
-        gate_steps: steps over which the gates' budget falls from all heads to none.
-        head_cost: share of a head's own work in a gate's cost there, 0 … 1; the rest is the cache of its KV
-            group.
-        compare: files of other head maps, whose rankings' curves are measured as well there.
-        constraints: on the choice.
-        tokens_per_batch: positions computed at a time; 0: 2048 on a CPU, 32768 on a GPU.
-    """
-
-    num_prompts: int = 40
-    min_prompts: int = 8
-    probe_tokens: int = PROBE_TOKENS
-    solved: str = "top1"
-    max_rounds: int = 2
-    control: bool = True
-    stability: bool = True
-    effects: tuple[str, ...] = ()
-    receiver_effect: str = "direct"
-    senders: bool = True
-    sender_weight: float = 0.5
-    num_receivers: int | None = None
-    attribution: bool = True
-    check_heads: int = 24
-    task_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    constraints: Constraints = dataclasses.field(default_factory=Constraints)
-    tokens_per_batch: int = 0
-    text: str = ""
-    align_tokens: int = 4_000_000
-    gate_tokens: int = 20_000_000
-    gate_steps: int = 600
-    head_cost: float = 0.5
-    compare: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.solved not in ("top1", "pair", "off"):
-            raise HydraError(f"--solved {self.solved}: must be top1, pair or off")
-        if self.receiver_effect not in ("direct", "total"):
-            raise HydraError(f"--receiver-effect {self.receiver_effect}: must be direct or total")
-        if not self.effects:
-            object.__setattr__(self, "effects", (self.receiver_effect,))
-        if not set(self.effects) <= {"direct", "total"}:
-            raise HydraError("--effects: must be direct, total or both")
-        if self.receiver_effect not in self.effects:
-            raise HydraError(
-                f"--receiver-effect {self.receiver_effect}: that effect is not among --effects "
-                f"{' '.join(self.effects)}"
-            )
-        if self.min_prompts < 1 or self.num_prompts < self.min_prompts:
-            raise HydraError(
-                f"--min-prompts {self.min_prompts} must be at least 1 and at most --num-prompts "
-                f"{self.num_prompts}"
-            )
-        if self.probe_tokens < 1 or self.max_rounds < 0:
-            raise HydraError("--probe-tokens must be at least 1, --max-rounds at least 0")
-        if self.tokens_per_batch < 0 or self.sender_weight < 0 or self.check_heads < 2:
-            raise HydraError(
-                "--tokens-per-batch must be at least 0, --sender-weight at least 0, "
-                "--check-heads at least 2"
-            )
-        if self.num_receivers is not None and self.num_receivers < 1:
-            raise HydraError(f"--num-receivers {self.num_receivers}: must be at least 1")
-        if self.align_tokens < 1 or not LEAST_STEPS <= self.gate_steps <= self.gate_tokens:
-            raise HydraError(
-                f"--align-tokens must be at least 1, --gate-steps at least {LEAST_STEPS}, or gates cannot all "
-                "close, and at most --gate-tokens"
-            )
-        if not 0 <= self.head_cost <= 1:
-            raise HydraError(f"--head-cost {self.head_cost:g}: must be from 0 to 1")
-
-    def changed(self, names: Sequence[str]) -> list[str]:
-        """Which of these options differ from their default."""
-        default = SelectionOptions()
-        return [name for name in names if getattr(self, name) != getattr(default, name)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +135,7 @@ class Strategy:
             for option in options.changed(foreign):
                 whose = [n for n, s in STRATEGIES.items() if option in s.takes]
                 raise HydraError(
-                    f"{_FLAGS[option]} has no meaning for --strategy {name}; it belongs to "
+                    f"{flags(SelectionOptions)[option]} has no meaning for --strategy {name}; it belongs to "
                     f"{', '.join(whose)}"
                 )
 
@@ -330,7 +226,7 @@ def _interp_denoise(context: Context) -> Scored:
     by_task, details = {}, {}
     for task, prompts in context.prompts.items():
         measured = effects[task]
-        for kind in options.effects:
+        for kind in options.exact_effects:
             if kind not in measured:
                 measured[kind] = _EFFECTS[kind](engine, task, prompts)
         by_task[task], details[task] = _denoise_task(
@@ -360,12 +256,13 @@ def _denoise_task(
     """
     options, engine = context.options, context.engine
     assert engine is not None
-    effects = {kind: effects[kind] for kind in options.effects}
+    effects = {kind: effects[kind] for kind in options.exact_effects}
     details: dict[str, Any] = {"receivers": [], "attribution_spearman": {}}
     if options.attribution:
         effects["attribution"] = engine.attribution(task, prompts)
         details["attribution_spearman"] = {
-            kind: _correlation(effects["attribution"], effects[kind]) for kind in options.effects
+            kind: _correlation(effects["attribution"], effects[kind])
+            for kind in options.exact_effects
         }
     score = effects[options.receiver_effect]
     if options.senders:
@@ -475,7 +372,7 @@ def _interp_stages(options: SelectionOptions) -> tuple[str, ...]:
 
 def _denoise_stages(options: SelectionOptions) -> tuple[str, ...]:
     extra = [("attribution", options.attribution), ("paths", options.senders)]
-    return ("baseline", *options.effects, *(stage for stage, wanted in extra if wanted))
+    return ("baseline", *options.exact_effects, *(stage for stage, wanted in extra if wanted))
 
 
 def _no_stages(_: SelectionOptions) -> tuple[str, ...]:
@@ -485,23 +382,6 @@ def _no_stages(_: SelectionOptions) -> tuple[str, ...]:
 _OF_INTERP = ("max_rounds", "control", "stability")
 _OF_DENOISE = ("effects", "receiver_effect", "senders", "sender_weight", "num_receivers")
 _OF_GATES = ("text", "align_tokens", "gate_tokens", "gate_steps", "head_cost", "compare")
-_FLAGS = {
-    "max_rounds": "--max-rounds",
-    "control": "--no-control",
-    "stability": "--no-stability",
-    "effects": "--effects",
-    "receiver_effect": "--receiver-effect",
-    "senders": "--no-senders",
-    "sender_weight": "--sender-weight",
-    "num_receivers": "--num-receivers",
-    "text": "--text",
-    "align_tokens": "--align-tokens",
-    "gate_tokens": "--gate-tokens",
-    "gate_steps": "--gate-steps",
-    "head_cost": "--head-cost",
-    "compare": "--compare",
-}
-
 STRATEGIES: dict[str, Strategy] = {
     "global_interp_c": Strategy(
         "the best heads of all layers by the paper's causal effects (receivers by activation patching, "

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_hydra.config.selection import SelectionOptions
 from megatron_hydra.errors import HydraError
 from megatron_hydra.selection.capabilities import (
     DEFAULT_TASKS,
@@ -18,7 +19,6 @@ from megatron_hydra.selection.capabilities import (
 )
 from megatron_hydra.selection.effects import SENDERS, EffectEngine, Solved, senders_kind
 from megatron_hydra.selection.prompts import PromptPair
-from megatron_hydra.selection.strategies import SelectionOptions
 from megatron_hydra.selection.time_left import in_words
 from megatron_hydra.selection.work import is_first_rank
 
@@ -309,7 +309,11 @@ def _duration(engine: EffectEngine, options: SelectionOptions, kinds: Sequence[s
     if whole < LONG:
         return text
     shorter: list[tuple[str, float]] = []
-    if "total" in options.effects and options.receiver_effect == "direct" and "total" in kinds:
+    if (
+        "total" in options.exact_effects
+        and options.receiver_effect == "direct"
+        and "total" in kinds
+    ):
         shorter.append(("--effects direct", whole - (left.seconds(kinds=("total",)) or 0.0)))
     if any(kind.startswith(SENDERS) for kind in kinds):
         shorter += _fewer_rounds(engine, options, whole)
@@ -323,7 +327,7 @@ def _duration(engine: EffectEngine, options: SelectionOptions, kinds: Sequence[s
         shorter.append((f"--num-prompts {fewer}", whole * fewer / options.num_prompts))
     if "attribution" in kinds and options.attribution:
         estimate = left.seconds(kinds=("attribution",)) or 0.0
-        shorter.append(("--no-attribution", whole - estimate))
+        shorter.append(("no --attribution", whole - estimate))
     listed = "; ".join(f"{option} makes it about {in_words(s)}" for option, s in shorter)
     return f"{text}; {listed}; --tasks with fewer tasks, as above" if listed else text
 

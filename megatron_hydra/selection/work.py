@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import re
 import shutil
 import sys
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from megatron_hydra.environment import environment_number, world_size_from_environment
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import atomic_file
 from megatron_hydra.selection.time_left import Stage, TimeLeft, in_words
 from megatron_hydra.stopping import Stopped, stop_requested
 from megatron_hydra.watchdog import PATIENCE, collective_timeout, feed_watchdog
@@ -301,7 +301,5 @@ class WorkBench:
     def _write(self, chunk: Chunk, result: Result) -> None:
         if self.folder is None:
             return
-        path = self._path(chunk)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file({k: v.contiguous() for k, v in result.items()}, temporary)
-        os.replace(temporary, path)
+        with atomic_file(self._path(chunk)) as temporary:
+            save_file({k: v.contiguous() for k, v in result.items()}, temporary)

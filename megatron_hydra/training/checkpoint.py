@@ -29,11 +29,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
 from megatron_hydra.checkpoint import store
-from megatron_hydra.checkpoint.atomic import sync, sync_tree, write_text_atomic
 from megatron_hydra.config.loading import to_dict
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import OptimizerConfig, RunConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import JsonFormat, sync, sync_tree, write_text_atomic
 from megatron_hydra.parallel.world import World
 from megatron_hydra.training.agreement import on_all, on_main
 from megatron_hydra.training.checkpoint_write import CheckpointWrite, WritePlan
@@ -61,7 +61,7 @@ from megatron_hydra.training.setup import apply_settings
 from megatron_hydra.training.snapshot import Snapshot
 
 TRAINING_FILE = "training.json"
-TRAINING_FORMAT, TRAINING_VERSION = "megatron-hydra-training", 2
+TRAINING = JsonFormat("megatron-hydra-training", 2, "training state")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +148,7 @@ class RunCheckpoints:
         with_optimizer = self._wants_optimizer(progress) and has_state(self.optimizer)
         snapshot, common = self._snapshot(with_optimizer)
         body = {
-            "format": TRAINING_FORMAT,
-            "version": TRAINING_VERSION,
+            **TRAINING.add_header({}),
             "verb": self.config.verb,
             **dataclasses.asdict(progress),
             "data": data_state,
@@ -393,10 +392,4 @@ def first_not_finite(tensors: dict[str, torch.Tensor]) -> str:
 
 def _read_training(folder: Path) -> dict[str, Any]:
     path = folder / TRAINING_FILE
-    try:
-        body = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise HydraError(f"{path} cannot be read: {error}") from None
-    if body.get("format") != TRAINING_FORMAT or body.get("version") != TRAINING_VERSION:
-        raise HydraError(f"{path} is no version {TRAINING_VERSION} training state")
-    return body
+    return TRAINING.read(path)

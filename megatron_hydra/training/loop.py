@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hydra.checkpoint import store
-from megatron_hydra.checkpoint.atomic import write_text_atomic
 from megatron_hydra.config.loading import to_dict, to_yaml
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.config.validate import check_layout
 from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.data.stream import PackedStream
+from megatron_hydra.files import write_text_atomic
 from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.world import World, start_world, stop_world
 from megatron_hydra.startup import StartupClock, startup_phase

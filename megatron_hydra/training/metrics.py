@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_hydra.config.run import LoggingConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import write_text_atomic
 from megatron_hydra.reporting import EVENTS_FILE, METRICS_FILE
 from megatron_hydra.training.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
 
@@ -47,9 +48,7 @@ def truncate_metrics(path: str | os.PathLike[str], last_step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_text_atomic(path, "".join(kept))
 
 
 class MetricsLog:

@@ -11,6 +11,7 @@ from megatron_hydra.config.loading import to_dict
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import sha256_of_file
 
 OTHER_RUN = "give the checkpoint that this run was started from, or choose another output"
 """What to do where a run is resumed with other inputs."""
@@ -20,7 +21,7 @@ _OF_VALIDATION = ("best", "best_step", "waited")
 
 def checkpoint_fingerprint(folder: Path) -> str:
     """Hash of a checkpoint's manifest, and through it of every file of the checkpoint."""
-    return "sha256:" + store.sha256_of_file(folder / store.MANIFEST_FILE)
+    return "sha256:" + sha256_of_file(folder / store.MANIFEST_FILE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,3 +1,3 @@
-"""The student's initialisation, and the verbs: forward step and loss of each stage."""
+"""The verbs: forward step and loss of each stage."""
 
 import megatron_hydra.parallel.platform  # noqa: F401  (before any module here imports megatron)

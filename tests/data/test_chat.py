@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from megatron_hydra.data import load_tokenizer
 from megatron_hydra.data.chat import ChatError, encode_chat, render_chat, runs
+from megatron_hydra.hf_loading import load_tokenizer
 from tests.data.chat_templates import ADDED, FAMILIES, PARTS_ONLY, SPECIAL
 from tests.data.corpora import CHATML, train_tokenizer
 

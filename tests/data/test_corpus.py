@@ -13,8 +13,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hydra.data.corpus import CorpusConfig, input_identity, plan_units
+from megatron_hydra.data.corpus import CorpusConfig, input_identity
 from megatron_hydra.data.rows import read_unit
+from megatron_hydra.data.units import plan_units
 from megatron_hydra.errors import HydraError
 
 TEXTS = [f"document number {i} " * (i % 5 + 1) for i in range(40)]

@@ -11,8 +11,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from megatron_hydra.data.corpus import CorpusConfig, plan_units
+from megatron_hydra.data.corpus import CorpusConfig
 from megatron_hydra.data.folder import list_folder
+from megatron_hydra.data.units import plan_units
 from megatron_hydra.errors import HydraError
 from tests.data.test_corpus import jsonl, rows
 

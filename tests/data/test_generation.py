@@ -12,12 +12,13 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from megatron_hydra.data import generation, load_tokenizer
+from megatron_hydra.data import generation
 from megatron_hydra.data.corpus import CorpusConfig
 from megatron_hydra.data.generation import Generation, GenerationSettings
 from megatron_hydra.data.tokenization import tokenize
 from megatron_hydra.data.tokenize_config import TokenizeConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.hf_loading import load_tokenizer
 from megatron_hydra.stopping import REQUEUE_EXIT_CODE, Stopped
 
 PROMPTS = ["the of", "it was on", "for", "they are as with his", "be this have from or one"]

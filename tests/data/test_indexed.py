@@ -124,7 +124,7 @@ def test_a_stale_manifest_is_named(pair, tmp_path):
     with pytest.raises(HydraError, match=r"books\.bin is truncated.*books\.json says"):
         IndexedDocuments(pair)
     Path(pair + ".json").write_text("{", encoding="utf-8")
-    with pytest.raises(HydraError, match=r"books\.json: cannot read this manifest"):
+    with pytest.raises(HydraError, match=r"books\.json is not valid JSON"):
         IndexedDocuments(pair)
 
 

@@ -30,9 +30,9 @@ from megatron_hydra.data.sources import IndexedSource
 from megatron_hydra.data.stream import PackedStream
 from megatron_hydra.data.tokenization import tokenize
 from megatron_hydra.data.tokenize_config import TokenizeConfig
-from megatron_hydra.data.tokenizer import load_tokenizer
 from megatron_hydra.data.validation import ValidationStream
 from megatron_hydra.errors import HydraError
+from megatron_hydra.hf_loading import load_tokenizer
 from tests.data.corpora import numbered_documents, write_indexed, write_jsonl
 
 

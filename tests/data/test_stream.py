@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig
-from megatron_hydra.data import PackedStream, load_tokenizer, pack_index, sampling
+from megatron_hydra.data import PackedStream, pack_index, sampling
 from megatron_hydra.data.document import Document
 from megatron_hydra.data.stream import pack_sequence
 from megatron_hydra.data.tokenizer import tokenizer_fingerprint
 from megatron_hydra.errors import HydraError
+from megatron_hydra.hf_loading import load_tokenizer
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 from tests.data.corpora import numbered_documents, write_indexed
 from tests.data.test_indexed import manifest_for

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig
-from megatron_hydra.data import Document, PackedStream, load_tokenizer, synthetic_task
+from megatron_hydra.data import Document, PackedStream, synthetic_task
 from megatron_hydra.data.synthetic import find_task, generate
 from megatron_hydra.errors import HydraError
+from megatron_hydra.hf_loading import load_tokenizer
 
 TASKS = {
     "needles": {"num_needles": 4, "num_queries": 2},

@@ -31,7 +31,6 @@ from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig
 from megatron_hydra.data import (
     PackedStream,
     indexed,
-    load_tokenizer,
     merging,
     part_worker,
     tokenization,
@@ -41,11 +40,13 @@ from megatron_hydra.data import corpus as corpus_module
 from megatron_hydra.data import parts as parts_module
 from megatron_hydra.data.corpus import CorpusConfig, Unit
 from megatron_hydra.data.indexed import IndexedDocuments
-from megatron_hydra.data.manifest import Manifest, file_sha256
+from megatron_hydra.data.manifest import Manifest
 from megatron_hydra.data.merging import find_shards, merge
 from megatron_hydra.data.tokenization import tokenize
 from megatron_hydra.data.tokenize_config import TokenizeConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import sha256_of_file
+from megatron_hydra.hf_loading import load_tokenizer
 from tests.data.corpora import write_jsonl
 
 SUFFIXES = (".bin", ".idx", ".json")
@@ -113,8 +114,8 @@ def test_the_manifest_says_what_was_made(reference, qwen):
     assert manifest.counts["tokens"] == documents.num_tokens == lengths.sum()
     assert manifest.counts["longest_document"] == lengths.max()
     assert manifest.counts["max_token_id"] == documents.read(0, documents.num_tokens).max()
-    assert manifest.bin.sha256 == file_sha256(f"{reference}.bin")
-    assert manifest.idx.sha256 == file_sha256(f"{reference}.idx")
+    assert manifest.bin.sha256 == sha256_of_file(f"{reference}.bin")
+    assert manifest.idx.sha256 == sha256_of_file(f"{reference}.idx")
     assert manifest.tokenizer["vocab_size"] == len(load_tokenizer(qwen))
 
 
@@ -438,7 +439,7 @@ def test_an_input_that_may_not_be_read_is_named(corpus, qwen, tmp_path, monkeypa
         ({"eod_token": "<|none|>"}, r"--eod-token '<\|none\|>' is not in the vocabulary"),
         ({"shard": (3, 3)}, r"--shard 3/3: the first number must be 0\.\.2"),
         ({"shard": (0, 5000)}, "has only .* units to share out"),
-        ({"tokenizer": "no/such/folder"}, "cannot load the tokenizer 'no/such/folder'"),
+        ({"tokenizer": "no/such/folder"}, "tokenizer no/such/folder: no/such/folder is no folder"),
     ],
 )
 def test_wrong_options_are_named(corpus, qwen, tmp_path, options, message, monkeypatch):
@@ -453,7 +454,7 @@ def test_a_full_disk_is_a_clean_error_and_the_run_goes_on_later(
     corpus, qwen, reference, tmp_path, monkeypatch
 ):
     settings = config(corpus, tmp_path / "out", qwen, unit_bytes=5_000)
-    original, calls = parts_module.write_json_atomically, []
+    original, calls = parts_module.write_json_atomic, []
 
     def full(path, body):
         calls.append(path)
@@ -461,7 +462,7 @@ def test_a_full_disk_is_a_clean_error_and_the_run_goes_on_later(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(path, body)
 
-    monkeypatch.setattr(parts_module, "write_json_atomically", full)
+    monkeypatch.setattr(parts_module, "write_json_atomic", full)
     with pytest.raises(HydraError, match=r"the disk is full while writing .*out\.work"):
         run(settings)
     assert not (tmp_path / "out.bin").exists()

@@ -14,12 +14,11 @@ from megatron_hydra.data.tokenizer import (
     chat_template_fingerprint,
     encode,
     encode_batch,
-    load_tokenizer,
     special_tokens_fingerprint,
     vocabulary_size,
 )
 from megatron_hydra.errors import HydraError
-from megatron_hydra.evaluation.loading import load_tokenizer as load_tokenizer_of_model
+from megatron_hydra.hf_loading import find_tokenizer, load_tokenizer
 
 
 @pytest.mark.parametrize("as_file", [False, True])
@@ -36,7 +35,7 @@ def test_documents_are_not_cut_or_padded_whatever_the_tokenizer_asks_for(qwen, t
     assert [encode(tokenizer, text) for text in texts] == [encode(whole, text) for text in texts]
 
 
-@pytest.mark.parametrize("load", [load_tokenizer, load_tokenizer_of_model])
+@pytest.mark.parametrize("load", [load_tokenizer, find_tokenizer])
 def test_settings_that_do_not_work_are_refused_with_the_folder(load, qwen, tmp_path):
     shutil.copytree(qwen, tmp_path / "damaged")
     path = tmp_path / "damaged" / "tokenizer_config.json"

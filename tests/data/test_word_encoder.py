@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hydra.data import word_encoder
-from megatron_hydra.data.tokenizer import load_tokenizer
 from megatron_hydra.data.word_encoder import WordEncoder
 from megatron_hydra.errors import HydraError
+from megatron_hydra.hf_loading import load_tokenizer
 
 KINDS = ("gpt2", "qwen", "llama")
 TRICKY = (

@@ -98,6 +98,6 @@ def test_accuracy_is_that_of_our_own_log_likelihoods(
 
 def test_without_lm_eval_the_extra_is_named(model, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    settings = EvaluationSettings(lm_eval=("arc_easy",), progress=False)
+    settings = EvaluationSettings(lm_eval=("arc_easy",), cache_length=0, progress=False)
     with pytest.raises(HydraError, match=r"'\.\[eval\]'"):
         evaluate(model, tokenizer, [], [], settings)

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_hydra.data.text import text_sentence
-from megatron_hydra.evaluation.tasks import SampleRequest, load_task, task_names
+from megatron_hydra.evaluation.finding import load_task, task_names
+from megatron_hydra.evaluation.tasks import SampleRequest
 
 LENGTH = 512 * 1024
 QA = "qa:questions.jsonl"

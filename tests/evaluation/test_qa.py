@@ -6,9 +6,10 @@ import re
 import pytest
 
 from megatron_hydra.errors import HydraError
+from megatron_hydra.evaluation.finding import load_task
 from megatron_hydra.evaluation.qa import NEW_TOKENS, read_questions
 from megatron_hydra.evaluation.scoring import text_score
-from megatron_hydra.evaluation.tasks import SampleRequest, load_task
+from megatron_hydra.evaluation.tasks import SampleRequest
 
 PARAGRAPHS = [f"Town {n} lies on river {n} and has {n} bridges." for n in range(40)]
 

@@ -10,14 +10,14 @@ from megatron_hydra.evaluation import EvaluationSettings, ScoredSample, evaluate
 from megatron_hydra.evaluation.runner import FORMAT, summarise
 from megatron_hydra.evaluation.scoring import Outcome
 
-SETTINGS = EvaluationSettings(samples=2, depths=(0.0, 0.5, 1.0), progress=False)
+SETTINGS = EvaluationSettings(samples=2, depths=(0.0, 0.5, 1.0), cache_length=0, progress=False)
 TASKS = ("niah_single_1", "niah_multivalue")
 
 
 def test_accuracy_by_length_and_depth_with_files(reader, tokenizer, tmp_path):
     out = tmp_path / "eval"
     results = evaluate(reader, tokenizer, TASKS, [2000, 1000], SETTINGS, output=out, name="reader")
-    assert results["format"] == FORMAT and results["model"] == "reader"
+    assert results["format"] == FORMAT.name and results["model"] == "reader"
     single = results["tasks"]["niah_single_1"]
     assert list(single) == ["1000", "2000"]
     assert single["1000"]["depths"] == {"0": 1.0, "0.5": 1.0, "1": 1.0}

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_hydra.data.text import distinct_names
 from megatron_hydra.errors import HydraError
+from megatron_hydra.evaluation.finding import load_task, task_names
 from megatron_hydra.evaluation.needles import NEW_TOKENS, TASKS, NeedleTask
 from megatron_hydra.evaluation.ruler import CommonWords, FrequentWords, VariableTracking
 from megatron_hydra.evaluation.tasks import (
@@ -14,9 +15,7 @@ from megatron_hydra.evaluation.tasks import (
     JsonlTask,
     SampleRequest,
     ScoredSample,
-    load_task,
     register_task,
-    task_names,
 )
 
 

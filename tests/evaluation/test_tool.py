@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from megatron_hydra.config.evaluation import depths_argument
 from megatron_hydra.hf.export_files import auto_map, hf_export_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,11 +98,11 @@ def test_plain_model_needs_no_flag(tool, tokenizer, tmp_path, capsys):
         (("--tasks", "nope"), "task 'nope' is unknown"),
         (("--lengths", "4X"), "'4X' is no length"),
         (("--depths", "a,b"), "--depths"),
-        (("--depths", "0,2"), "must lie in 0..1"),
+        (("--depths", "0,2"), "--depths [0.0, 2.0] must lie in 0..1"),
         (("--haystack", "/none"), "--haystack /none cannot be read"),
         (("--model-config", "[1]"), "--model-config [1] must be a JSON object"),
         (("--model-config", "x"), "--model-config is not JSON"),
-        (("--model", "/none"), "is not a Hugging Face model folder"),
+        (("--model", "/none"), "/none is no folder"),
     ],
 )
 def test_wrong_flags_are_named_before_a_model_is_loaded(tool, changes, message, tmp_path, capsys):
@@ -120,6 +121,6 @@ def test_depths_and_lengths():
     spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools" / "evaluate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module._depths("3") == (0.0, 0.5, 1.0)
-    assert module._depths("0.25") == (0.25,) and module._depths("0,1") == (0.0, 1.0)
+    assert depths_argument("3") == (0.0, 0.5, 1.0)
+    assert depths_argument("0.25") == (0.25,) and depths_argument("0,1") == (0.0, 1.0)
     assert [module._length(t) for t in ("512", "4K", "1m")] == [512, 4096, 1024**2]

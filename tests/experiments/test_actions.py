@@ -24,8 +24,8 @@ def test_the_packages_own_code_is_run_and_no_other(tmp_path, monkeypatch):
     def load(folder, trust_remote_code, **_):
         trusted.append(trust_remote_code and carries_our_code(folder))
 
-    monkeypatch.setattr("megatron_hydra.evaluation.loading.load_model", load)
-    monkeypatch.setattr("megatron_hydra.evaluation.loading.load_tokenizer", load)
+    monkeypatch.setattr("megatron_hydra.hf_loading.load_hf_model", load)
+    monkeypatch.setattr("megatron_hydra.hf_loading.find_tokenizer", load)
     monkeypatch.setattr("megatron_hydra.evaluation.evaluate", lambda *_, **__: None)
     evaluation = {
         "trust_remote_code": False, "dtype": "fp32", "device": "cpu", "lengths": [1],
@@ -142,7 +142,7 @@ def test_later_keys_reach_what_they_are_for(tmp_path, monkeypatch):
     assert given["options"].text == str(tmp_path / "made" / "text.jsonl")
 
     settings = []
-    for name in ("evaluation.loading.load_model", "evaluation.loading.load_tokenizer"):
+    for name in ("hf_loading.load_hf_model", "hf_loading.find_tokenizer"):
         monkeypatch.setattr(f"megatron_hydra.{name}", lambda *_, **__: None)
     monkeypatch.setattr(
         "megatron_hydra.evaluation.evaluate", lambda *words, **_: settings.append(words[4])

@@ -195,7 +195,7 @@ def test_a_change_between_the_ends_of_a_large_file_is_another_file(tmp_path):
 
 def test_a_file_is_read_once(tmp_path, monkeypatch):
     reads = []
-    monkeypatch.setattr(fingerprint, "file_sha256", lambda path: reads.append(path) or "0" * 64)
+    monkeypatch.setattr(fingerprint, "sha256_of_file", lambda path: reads.append(path) or "0" * 64)
     (tmp_path / "a").write_text("a")
     assert fingerprint.of_file(tmp_path / "a") == fingerprint.of_file(tmp_path / "a")
     assert reads == [tmp_path / "a"]

@@ -197,6 +197,10 @@ def test_the_shipped_experiments_expand_at_any_scale(base, model, seeds):
         ("variants: {a: {evaluation: {lm_eval_include: x}}}", ["row 'a'", "no task of lm_eval"]),
         ("variants: {a: {selection: {effects: direct}}}", ["row 'a'", "selection.effects"]),
         (
+            "variants: {a: {selection: {num_receivers: 0}}}",
+            ["row 'a'", "selection.num_receivers 0: must be at least 1"],
+        ),
+        (
             "variants: {a: {evaluation: {tasks: [], lm_eval: [arc_easy]}}}",
             ["row 'a'", "tasks and lengths, or lm_eval"],
         ),

@@ -5,15 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from megatron_hydra.evaluation.loading import load_tokenizer
-from megatron_hydra.evaluation.tasks import SampleRequest, load_task
+from megatron_hydra.evaluation.finding import load_task
+from megatron_hydra.evaluation.tasks import SampleRequest
 from megatron_hydra.experiments.tiny import write_inputs
+from megatron_hydra.hf_loading import find_tokenizer
 from megatron_hydra.quickstart.workspace import shipped_teacher
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(shipped_teacher())
+    return find_tokenizer(shipped_teacher())
 
 
 def samples(name, tokenizer, seed=0, length=256):

@@ -19,8 +19,8 @@ from megatron_hydra.checkpoint import store
 from megatron_hydra.checkpoint.store import save_canonical
 from megatron_hydra.config.loading import to_yaml
 from megatron_hydra.config.model import HydraConfig
+from megatron_hydra.conversion.student import initialise_student
 from megatron_hydra.training.run_folder import step_folders
-from megatron_hydra.transfer.student import initialise_student
 from tests.faults.forks import Forker
 from tests.faults.worker import Fault
 from tests.training import tiny

@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_hydra.checkpoint import integrity, store
-from megatron_hydra.checkpoint.convert import megatron_to_hf
 from megatron_hydra.config import apply_overrides
+from megatron_hydra.conversion.convert import megatron_to_hf
 from megatron_hydra.errors import HydraError
-from megatron_hydra.evaluation.loading import load_model, load_tokenizer
+from megatron_hydra.hf_loading import find_tokenizer, load_hf_model
 from megatron_hydra.training.loop import run_training
 from tests.checkpoint.models import make_head_map, make_hf
 from tests.faults.runs import start_run
@@ -258,7 +258,7 @@ def test_links_that_may_lead_outside_are_refused(what: str, student: Path, tmp_p
 
 
 def test_a_safetensors_index_names_files_of_its_folder_only(tmp_path: Path) -> None:
-    from megatron_hydra.checkpoint.hf_io import HfWeights
+    from megatron_hydra.conversion.hf_io import HfWeights
 
     index = {"weight_map": {"model.norm.weight": "../outside.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -316,9 +316,9 @@ def hf_folder(tmp_path: Path, sentinel: Path) -> Path:
 
 def test_evaluation_asks_before_it_runs_a_folders_code(hf_folder: Path, sentinel: Path) -> None:
     with pytest.raises(HydraError, match=_LACKS_TRUST):
-        load_model(hf_folder)
+        load_hf_model(hf_folder)
     with pytest.raises(HydraError, match=_LACKS_TRUST):
-        load_tokenizer(hf_folder)
+        find_tokenizer(hf_folder)
     assert not sentinel.exists()
 
 

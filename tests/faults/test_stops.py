@@ -150,8 +150,8 @@ def test_an_evaluation_that_is_stopped_while_it_loads_leaves_with_85(
     def not_listening(number: int, _frame: object) -> None:
         raise AssertionError("the signal would have ended the process")
 
-    monkeypatch.setitem(globals_of_tool, "load_model", load)
-    monkeypatch.setitem(globals_of_tool, "load_tokenizer", lambda *_args, **_settings: None)
+    monkeypatch.setitem(globals_of_tool, "load_hf_model", load)
+    monkeypatch.setitem(globals_of_tool, "find_tokenizer", lambda *_args, **_settings: None)
     before = signal.signal(signal.SIGTERM, not_listening)
     try:
         with pytest.raises(Stopped):

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 from megatron_hydra.checkpoint.store import save_canonical
-from megatron_hydra.evaluation.loading import load_tokenizer
+from megatron_hydra.conversion.student import initialise_student
+from megatron_hydra.hf_loading import find_tokenizer
 from megatron_hydra.quickstart.tasks import write_calibration, write_selection_prompts
 from megatron_hydra.quickstart.workspace import shipped_teacher
-from megatron_hydra.transfer.student import initialise_student
 from tests.gpu.teacher import HEAD_DIM, widen
 from tests.training import tiny
 
@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     """Write everything."""
     teacher = folder / "teacher_hf"
     widen(shipped_teacher(), teacher)
-    tokenizer = load_tokenizer(teacher)
+    tokenizer = find_tokenizer(teacher)
     write_selection_prompts(folder / "prompts.jsonl", tokenizer, PROMPTS, seed=0)
     write_calibration(folder / "calibration.jsonl", tokenizer, seed=0)
     weights = tiny.teacher_weights(RANDOM, scale=0.05)

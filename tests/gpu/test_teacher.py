@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_hydra.evaluation.loading import load_tokenizer
+from megatron_hydra.hf_loading import find_tokenizer
 from megatron_hydra.quickstart.tasks import TaskGenerator
 from megatron_hydra.quickstart.workspace import shipped_teacher
 from tests.gpu.teacher import HEAD_DIM, widen
@@ -32,7 +32,7 @@ def test_in_bf16_it_still_solves_the_task(tmp_path):
     import numpy as np
 
     widen(shipped_teacher(), tmp_path / "teacher")
-    tasks, rng = TaskGenerator.of(load_tokenizer(tmp_path / "teacher")), np.random.default_rng(0)
+    tasks, rng = TaskGenerator.of(find_tokenizer(tmp_path / "teacher")), np.random.default_rng(0)
     samples = [tasks.needles(rng, 128) for _ in range(8)]
     with torch.no_grad():
         logits = _load(tmp_path / "teacher")(

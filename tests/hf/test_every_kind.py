@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from megatron_hydra.checkpoint.canonical import canonical_shapes
-from megatron_hydra.checkpoint.convert import megatron_to_hf
 from megatron_hydra.checkpoint.store import save_canonical
 from megatron_hydra.config.model import HydraConfig, ModelConfig
+from megatron_hydra.conversion.convert import megatron_to_hf
 from megatron_hydra.evaluation.cache_bytes import measure_cache_bytes
 
 LAYERS, HEADS, GROUPS, D, WINDOW, CONV = 3, 6, 3, 16, 6, 4

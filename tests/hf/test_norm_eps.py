@@ -12,8 +12,8 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_hydra.checkpoint.convert import megatron_to_hf
 from megatron_hydra.checkpoint.store import save_canonical
+from megatron_hydra.conversion.convert import megatron_to_hf
 from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM
 from tests.hf import test_every_kind as every
 

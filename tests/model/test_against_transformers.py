@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_hydra.checkpoint import families
-from megatron_hydra.checkpoint.hf_config import hf_config_from_model, model_from_hf_config
 from megatron_hydra.config.model import DENSE_ATTENTION, HydraConfig, ModelConfig
 from megatron_hydra.config.run import RunConfig
+from megatron_hydra.conversion import families
+from megatron_hydra.conversion.hf_config import hf_config_from_model, model_from_hf_config
 from megatron_hydra.model.layer_spec import build_gpt_model
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 from tests import canonical_access

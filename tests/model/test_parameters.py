@@ -27,9 +27,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.transformer.spec_utils import build_module
 
 from megatron_hydra.checkpoint.canonical import canonical_shapes
-from megatron_hydra.checkpoint.families import name_map
 from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.config.run import RunConfig
+from megatron_hydra.conversion.families import name_map
+from megatron_hydra.conversion.student import StudentInit, initialise_student
+from megatron_hydra.conversion.teacher_statistics import HeadStatistics
 from megatron_hydra.model.layer_spec import hydra_layer_spec, kernel_case, transformer_config
 from megatron_hydra.model.local_heads import LocalHeads
 from megatron_hydra.ops.backends import choose_kernels
@@ -37,8 +39,6 @@ from megatron_hydra.parallel.head_partition import plan_model
 from megatron_hydra.parallel.world import rehearsed_world
 from megatron_hydra.planning.parameters import layer_parameters
 from megatron_hydra.training import setup
-from megatron_hydra.transfer.student import StudentInit, initialise_student
-from megatron_hydra.transfer.teacher_statistics import HeadStatistics
 from tests.parallel import layouts
 
 RECORDED = Path(__file__).with_name("recorded_parameters.json")

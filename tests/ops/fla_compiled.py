@@ -23,7 +23,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from megatron_hydra.ops import fla_tuning
-from megatron_hydra.ops.backends import Case
+from megatron_hydra.ops.kernels import Case
 
 PROPERTIES = types.SimpleNamespace(
     name="NVIDIA H100", major=9, minor=0, multi_processor_count=132,

@@ -321,7 +321,8 @@ def check_vocabulary_parallel_loss(device, dtype, size=2):
 
 def check_start_up(device, dtype):
     """The start-up check itself passes our kernels, at the head dimension of real models."""
-    from megatron_hydra.ops.backends import BACKENDS, Case, Kernels
+    from megatron_hydra.ops.backends import BACKENDS
+    from megatron_hydra.ops.kernels import Case, Kernels
     from megatron_hydra.ops.self_check import check_kernels
 
     (triton,) = (b for b in BACKENDS["fused_kernels"] if b.name == "triton")

@@ -9,8 +9,9 @@ import torch
 
 from megatron_hydra.config.run import BackendConfig
 from megatron_hydra.errors import HydraError
-from megatron_hydra.ops import backends, gpu_attention, varlen_attention
-from megatron_hydra.ops.backends import BACKENDS, Case, Kernels, choose_kernels
+from megatron_hydra.ops import backends, gpu_attention, packages, varlen_attention
+from megatron_hydra.ops.backends import BACKENDS, choose_kernels
+from megatron_hydra.ops.kernels import Case, Kernels
 
 CPU = Case(torch.device("cpu"), torch.float32, 64)
 GPU = Case(torch.device("cuda"), torch.bfloat16, 128)
@@ -37,7 +38,7 @@ def installed(monkeypatch):
     """Sets what is installed."""
 
     def pretend(*modules):
-        monkeypatch.setattr(backends, "_installed", lambda name: name in modules)
+        monkeypatch.setattr(packages, "is_installed", lambda name: name in modules)
 
     return pretend
 
@@ -168,9 +169,9 @@ def test_what_is_loaded_twice_is_the_same(installed, monkeypatch):
 
 
 def test_modules_are_found_without_importing_them():
-    assert backends._installed("torch.nn.attention.bias")
-    assert not backends._installed("torch.nn.no_such_module")
-    assert not backends._installed("no_such_package.module")
+    assert packages.is_installed("torch.nn.attention.bias")
+    assert not packages.is_installed("torch.nn.no_such_module")
+    assert not packages.is_installed("no_such_package.module")
 
 
 # -- what is slow, and what mends it ----------------------------------------------------------------
@@ -213,8 +214,8 @@ def test_a_reason_that_no_wheel_mends_names_none(installed):
 )  # fmt: skip
 def test_tilelang_is_named_where_fla_needs_it(installed, monkeypatch, triton, tilelang, needed):
     installed(*({"tilelang"} if tilelang else ()))
-    monkeypatch.setattr(backends, "_triton_version", lambda: triton)
-    monkeypatch.setattr(backends, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(packages, "triton_version", lambda: triton)
+    monkeypatch.setattr(packages, "is_hopper", lambda device: True)
     (gdn,) = [t for t in backends.slow_paths(BackendConfig(), GPU) if "gated_delta_net" in t]
     assert ("tilelang==0.1.15" in gdn) == needed
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_hydra.ops import fla_tuning, kernel_cache
-from megatron_hydra.ops.backends import Case
+from megatron_hydra.ops.kernels import Case
 
 pytest.importorskip("triton")
 

@@ -15,8 +15,9 @@ from torch._inductor.runtime import cache_dir_utils, triton_heuristics
 
 from megatron_hydra.config.run import BackendConfig
 from megatron_hydra.ops import kernel_cache
-from megatron_hydra.ops.backends import Case, choose_kernels
+from megatron_hydra.ops.backends import choose_kernels
 from megatron_hydra.ops.kernel_cache import alone_on_this_node, fingerprint, is_recorded, record
+from megatron_hydra.ops.kernels import Case
 
 CPU = torch.device("cpu")
 

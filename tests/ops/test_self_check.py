@@ -10,7 +10,7 @@ import torch
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.ops import fla_tuning, self_check
-from megatron_hydra.ops.backends import Case, Kernels
+from megatron_hydra.ops.kernels import Case, Kernels
 from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
 from megatron_hydra.ops.self_check import BOUNDARIES, TOLERANCE, all_checks, check_kernels
 

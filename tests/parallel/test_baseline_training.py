@@ -8,7 +8,7 @@ import pytest
 
 from megatron_hydra.checkpoint.store import save_canonical
 from megatron_hydra.config.model import HydraConfig
-from megatron_hydra.transfer.student import initialise_student
+from megatron_hydra.conversion.student import initialise_student
 from tests.parallel.test_training import _assert_equal_training, _case, _run
 from tests.training import tiny
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_hydra.checkpoint import parity
-from megatron_hydra.checkpoint.convert import StudentOptions, hf_to_megatron, megatron_to_hf
+from megatron_hydra.conversion import parity
+from megatron_hydra.conversion.convert import StudentOptions, hf_to_megatron, megatron_to_hf
 from tests.checkpoint.models import make_head_map, make_hf
 from tests.parallel.converted import LAYOUTS
 from tests.parallel.launch import forked

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_hydra.checkpoint.convert import megatron_to_hf
 from megatron_hydra.checkpoint.store import save_canonical
+from megatron_hydra.conversion.convert import megatron_to_hf
 from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM
 from tests.parallel.evaluation_task import VOCABULARY
 from tests.parallel.launch import ROOT, forked

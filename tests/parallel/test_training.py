@@ -17,11 +17,11 @@ import torch
 from megatron_hydra.checkpoint import store
 from megatron_hydra.config import apply_overrides
 from megatron_hydra.config.model import HydraConfig
+from megatron_hydra.conversion.student import initialise_student
 from megatron_hydra.training.checkpoint import TRAINING_FILE
 from megatron_hydra.training.loop import run_training
 from megatron_hydra.training.sinks import scalars
 from megatron_hydra.transfer.answers import AnswerCount
-from megatron_hydra.transfer.student import initialise_student
 from tests.parallel.launch import ROOT, forked, torchrun
 from tests.training import tiny
 from tests.training.test_loop import _everything

@@ -12,8 +12,8 @@ from megatron_hydra.config.loading import from_dict, to_dict
 from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.planning.memory import rank_memory
-from megatron_hydra.planning.rank import Rank
-from megatron_hydra.planning.stage import StageBuilder
+from megatron_hydra.planning.tape.rank import Rank
+from megatron_hydra.planning.tape.stage import StageBuilder
 from tests.parallel.launch import ROOT, torchrun
 
 DENSE = ModelConfig(

@@ -13,12 +13,12 @@ import pytest
 
 from megatron_hydra.config.loading import from_dict
 from megatron_hydra.config.run import RunConfig
-from megatron_hydra.planning import decoder
-from megatron_hydra.planning.delta_rule import _fla
 from megatron_hydra.planning.hardware import Efficiency, find_gpu
 from megatron_hydra.planning.models import read_model
-from megatron_hydra.planning.rank import Program, Rank
-from megatron_hydra.planning.tape import Tape, Tensor
+from megatron_hydra.planning.tape import decoder
+from megatron_hydra.planning.tape.delta_rule import _fla
+from megatron_hydra.planning.tape.rank import Program, Rank
+from megatron_hydra.planning.tape.tensors import Tape, Tensor
 from megatron_hydra.planning.timing import Machine
 from tests.parallel.launch import ROOT
 from tests.planning import cases

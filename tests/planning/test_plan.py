@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hydra.checkpoint.hf_config import hf_config_from_model
 from megatron_hydra.config.loading import from_dict, load_run_config
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import ParallelConfig, RecomputeConfig, RunConfig
+from megatron_hydra.conversion.hf_config import hf_config_from_model
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import HeadMap, num_full_attention_heads
 from megatron_hydra.model.layer_spec import build_gpt_model
@@ -20,11 +20,11 @@ from megatron_hydra.planning.hardware import GPUS, Efficiency, find_gpu
 from megatron_hydra.planning.models import hydrahead, layer_wise, model_kinds, read_model
 from megatron_hydra.planning.parameters import layer_parameters, stage_parameters
 from megatron_hydra.planning.plan import Plan, plan_run
-from megatron_hydra.planning.rank import Rank
 from megatron_hydra.planning.report import ranked
 from megatron_hydra.planning.search import Job, layouts, search
-from megatron_hydra.planning.stage import StageBuilder
 from megatron_hydra.planning.stages import STAGES, recipe_stages, stages_up_to
+from megatron_hydra.planning.tape.rank import Rank
+from megatron_hydra.planning.tape.stage import StageBuilder
 from megatron_hydra.planning.timing import Machine
 from tests.parallel.launch import ROOT
 from tests.planning import cases
@@ -77,7 +77,7 @@ def test_qwen_has_as_many_parameters_as_its_name_says() -> None:
 
 
 def test_a_model_is_found_by_name_file_or_folder(tmp_path: Path) -> None:
-    from megatron_hydra.planning.shapes import SHAPES
+    from megatron_hydra.planning.models import SHAPES
 
     (tmp_path / "config.json").write_text(json.dumps(SHAPES[QWEN]))
     by_name = read_model(QWEN)

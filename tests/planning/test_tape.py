@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_hydra.planning import operators as op
-from megatron_hydra.planning.tape import Tape, Tensor
+from megatron_hydra.planning.tape import operators as op
+from megatron_hydra.planning.tape.tensors import Tape, Tensor
 
 ROW = 100 * 8 * 4
 

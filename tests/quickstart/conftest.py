@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_hydra.evaluation.loading import load_tokenizer
+from megatron_hydra.hf_loading import find_tokenizer
 from megatron_hydra.quickstart.tasks import TaskGenerator
 from megatron_hydra.quickstart.workspace import shipped_teacher
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return load_tokenizer(shipped_teacher())
+    return find_tokenizer(shipped_teacher())
 
 
 @pytest.fixture(scope="session")

@@ -132,7 +132,7 @@ def test_an_export_with_older_code_is_made_anew(tmp_path, monkeypatch, is_ours):
             pass
     monkeypatch.setattr(one_student, "carries_our_code", lambda _: is_ours)
     monkeypatch.setattr(
-        "megatron_hydra.checkpoint.convert.megatron_to_hf",
+        "megatron_hydra.conversion.convert.megatron_to_hf",
         lambda *_, **__: calls.append("export"),
     )
     monkeypatch.setattr(one_student, "evaluate_model", lambda *_: calls.append("evaluate"))

@@ -8,7 +8,8 @@ import pytest
 from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig
 from megatron_hydra.data.stream import PackedStream
 from megatron_hydra.errors import HydraError
-from megatron_hydra.evaluation.tasks import SampleRequest, load_task
+from megatron_hydra.evaluation.finding import load_task
+from megatron_hydra.evaluation.tasks import SampleRequest
 from megatron_hydra.quickstart import tasks as module
 from megatron_hydra.quickstart.tasks import PAIRS, TRAIN_LENGTH
 from megatron_hydra.quickstart.vocabulary import Vocabulary, build_tokenizer

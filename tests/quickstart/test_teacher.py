@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_hydra.evaluation.loading import load_model
+from megatron_hydra.hf_loading import load_hf_model
 from megatron_hydra.quickstart import teacher
 from megatron_hydra.quickstart.tasks import TRAIN_LENGTH
 from megatron_hydra.quickstart.workspace import shipped_teacher
@@ -15,7 +15,7 @@ from megatron_hydra.quickstart.workspace import shipped_teacher
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(shipped_teacher(), dtype="fp32", device="cpu")
+    return load_hf_model(shipped_teacher(), dtype="fp32", device="cpu")
 
 
 def test_shipped_files():
@@ -55,6 +55,6 @@ def test_training_script_writes_a_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", arguments)
     assert teacher.main() == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["128"] == 0.0
-    made = load_model(tmp_path / "t", device="cpu")
+    made = load_hf_model(tmp_path / "t", device="cpu")
     assert torch.isfinite(made(torch.arange(8)[None]).logits).all()
     assert teacher.main() == 2

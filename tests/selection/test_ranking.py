@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megatron_hydra.config.selection import Constraints
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import ModelIdentity
 from megatron_hydra.selection.ranking import (
-    Constraints,
     budget,
     choose_heads,
     fuse,

@@ -16,7 +16,6 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import OLD_STRATEGY_NAMES, HeadMap, _tell_new_name
 from megatron_hydra.selection import (
     STRATEGIES,
-    Constraints,
     Placement,
     SelectionOptions,
     knockout,
@@ -33,7 +32,7 @@ from tools import select_heads as select_heads_tool
 OPTIONS = SelectionOptions(num_prompts=8, min_prompts=4)
 
 
-ONE_EACH = SelectionOptions(constraints=Constraints(min_per_layer=1))
+ONE_EACH = SelectionOptions(min_per_layer=1)
 TASK = Pairs("planted", induction_pairs(8, 0))
 
 
@@ -83,7 +82,7 @@ def test_interp_chooses_the_planted_circuit(planted: Planted) -> None:
 
 
 def test_our_former_scoring_is_there_by_its_own_name(planted: Planted) -> None:
-    options = dataclasses.replace(OPTIONS, effects=("direct", "total"))
+    options = dataclasses.replace(OPTIONS, effects=("direct", "total"), attribution=True)
     head_map = select_heads(
         planted.model, ratio="5:1", strategy="interp_denoise", tasks=[TASK], options=options
     )
@@ -125,7 +124,7 @@ def test_every_strategy_gives_a_reproducible_map(strategy: str, planted: Planted
             strategy=strategy,
             tasks=[TASK],
             seed=seed,
-            options=dataclasses.replace(OPTIONS, attribution=False),
+            options=OPTIONS,
         )
 
     first = run(1)
@@ -280,7 +279,7 @@ def test_nothing_measured_is_lost_when_the_map_cannot_be_saved(
     ("options", "message"),
     [
         ({"task_weights": {"other": 1.0}}, "--task-weight other: no such task"),
-        ({"constraints": Constraints(min_per_layer=3)}, "--min-per-layer 3 needs 15 FA"),
+        ({"min_per_layer": 3}, "--min-per-layer 3 needs 15 FA"),
     ],
 )
 @pytest.mark.parametrize("strategy", ["global_interp", "attention_mass"])
@@ -364,8 +363,8 @@ def test_answers_outside_the_context_give_no_attention_mass(planted: Planted) ->
 
 
 def test_the_receiver_effect_alone_is_measured_unless_more_is_asked_for() -> None:
-    assert SelectionOptions().effects == ("direct",)
-    assert SelectionOptions(receiver_effect="total").effects == ("total",)
+    assert SelectionOptions().exact_effects == ("direct",)
+    assert SelectionOptions(receiver_effect="total").exact_effects == ("total",)
 
 
 def test_sliding_window_models_are_refused() -> None:
@@ -433,7 +432,7 @@ def test_head_map_command(
     assert run(head_map_tool, monkeypatch, "show", maps[0]) == 0
     assert "5 layers, 6 query heads on 3 KV heads" in capsys.readouterr().out
     by_effects = tmp_path / "effects.json"
-    options = dataclasses.replace(OPTIONS, senders=False)
+    options = dataclasses.replace(OPTIONS, senders=False, attribution=True)
     former = {"strategy": "interp_denoise", "tasks": [TASK], "options": options}
     select_heads(folder, ratio="5:1", output=by_effects, **former)
     assert run(head_map_tool, monkeypatch, "show", by_effects) == 0

@@ -219,8 +219,10 @@ def test_what_it_will_take_is_said_with_what_makes_it_shorter(
     assert "if every prompt counts, in all about" in said
     for option in ("--max-rounds 1", "--max-rounds 0", "--num-prompts 8"):
         assert f"{option} makes it about" in said
-    former = SelectionOptions(num_prompts=32, effects=("direct", "total"), tokens_per_batch=440)
+    former = SelectionOptions(
+        num_prompts=32, effects=("direct", "total"), attribution=True, tokens_per_batch=440
+    )
     select(planted, former, strategy="interp_denoise", show_progress=True)
     said = capsys.readouterr().err
-    for option in ("--effects direct", "--num-prompts 8", "--no-attribution"):
+    for option in ("--effects direct", "--num-prompts 8", "no --attribution"):
         assert f"{option} makes it about" in said

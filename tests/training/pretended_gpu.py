@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_hydra.config.run import BackendConfig
 from megatron_hydra.model import hydra_attention, layer_spec
-from megatron_hydra.ops.backends import Case, Kernels, choose_kernels
+from megatron_hydra.ops.backends import choose_kernels
+from megatron_hydra.ops.kernels import Case, Kernels
 from megatron_hydra.parallel import platform
 from megatron_hydra.training import checkpoint_write
 

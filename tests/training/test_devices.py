@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_hydra.checkpoint.parity import megatron_logits
 from megatron_hydra.config import apply_overrides
+from megatron_hydra.conversion.parity import megatron_logits
 from megatron_hydra.evaluation.backend import Continuation
 from megatron_hydra.evaluation.megatron_backend import layout_config, open_checkpoint
 from megatron_hydra.training.checkpoint import first_not_finite

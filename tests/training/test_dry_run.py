@@ -11,9 +11,9 @@ from megatron_hydra import train
 from megatron_hydra.checkpoint.store import save_canonical
 from megatron_hydra.config import RunConfig, from_dict, to_yaml
 from megatron_hydra.config.model import HydraConfig
+from megatron_hydra.conversion.student import initialise_student
 from megatron_hydra.model.layer_spec import build_gpt_model
 from megatron_hydra.training.dry_run import describe_layout
-from megatron_hydra.transfer.student import initialise_student
 from tests.training import tiny
 
 

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from megatron_hydra.checkpoint import store
-from megatron_hydra.checkpoint.convert import hf_to_megatron
 from megatron_hydra.checkpoint.store import save_canonical
 from megatron_hydra.config import apply_overrides, load_run_config
 from megatron_hydra.config.run import RunConfig
+from megatron_hydra.conversion.convert import hf_to_megatron
+from megatron_hydra.conversion.student import initialise_student
 from megatron_hydra.errors import HydraError
 from megatron_hydra.stopping import REQUEUE_EXIT_CODE
 from megatron_hydra.training import loop
 from megatron_hydra.training.loop import run_training
 from megatron_hydra.training.run_folder import lock_output, step_folders
-from megatron_hydra.transfer.student import initialise_student
 from tests.training import tiny
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_hydra.model import layer_spec
-from megatron_hydra.ops.backends import Kernels
+from megatron_hydra.ops.kernels import Kernels
 from megatron_hydra.parallel.world import start_world, stop_world
 from megatron_hydra.training import rehearsal, setup
 from megatron_hydra.training.rehearsal import Scene, rehearse, scenes, streams

@@ -13,8 +13,8 @@ import pytest
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.model import layer_spec
-from megatron_hydra.ops.backends import Case
 from megatron_hydra.ops.compiler_output import COMPILE_LOG
+from megatron_hydra.ops.kernels import Case
 from megatron_hydra.parallel import platform
 from megatron_hydra.reporting import EVENTS_FILE
 from megatron_hydra.training import loop, start

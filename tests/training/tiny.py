@@ -16,13 +16,13 @@ from megatron_hydra.checkpoint.store import save_canonical
 from megatron_hydra.config.loading import from_dict
 from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.config.run import RunConfig
+from megatron_hydra.conversion.student import initialise_student
 from megatron_hydra.data.document import Document
 from megatron_hydra.data.indexed import write_index
-from megatron_hydra.data.synthetic import synthetic_task
+from megatron_hydra.data.synthetic_registry import synthetic_task
 from megatron_hydra.reporting import METRICS_FILE
 from megatron_hydra.transfer.answers import AnswerCount, likeliest_tokens
 from megatron_hydra.transfer.local_batch import LocalBatch
-from megatron_hydra.transfer.student import initialise_student
 
 VOCABULARY, SEQUENCE = 64, 48
 

@@ -9,6 +9,7 @@ import torch
 
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import LossConfig, RunConfig
+from megatron_hydra.conversion.student import initialise_student
 from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.model.forward import final_hidden_states
 from megatron_hydra.model.layer_spec import build_gpt_model
@@ -18,7 +19,6 @@ from megatron_hydra.transfer.align import Align
 from megatron_hydra.transfer.distill import Distill
 from megatron_hydra.transfer.finetune import NextToken
 from megatron_hydra.transfer.local_batch import LocalBatch, local_batch, pad_stream
-from megatron_hydra.transfer.student import initialise_student
 from megatron_hydra.transfer.verb import lm_head_weight
 from tests import canonical_access
 from tests.training import tiny

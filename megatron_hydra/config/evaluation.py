@@ -1,0 +1,77 @@
+"""The options of an evaluation: of ``tools/evaluate.py``, and of ``evaluation`` in an experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_hydra.arguments import path_text
+from megatron_hydra.errors import HydraError
+from megatron_hydra.options import option
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The parts of a list with commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def depths_argument(text: str) -> tuple[float, ...]:
+    """``5``: so many depths from start to end; ``0,0.5,1``: these."""
+    try:
+        if "," not in text and text.isdecimal() and int(text) >= 2:
+            return tuple(i / (int(text) - 1) for i in range(int(text)))
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise HydraError(f"--depths: {text!r} is neither a number nor a list of 0 … 1") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions:
+    """How a model is asked, but for the model, the tasks, the lengths and the seed.
+
+    Attributes:
+        depths: where facts are placed, 0 … 1; rows of the heatmap.
+        samples: samples of each (task, length, depth), or of each (task, length) without depths.
+        batch_tokens: tokens of a batch, at most (one sample at least).
+        prefill_chunk: tokens of a prompt passed at a time, 0: all; ``None``: 8192 for models for
+            which that is known to be exact, else all.
+        haystack: distractor text for tasks that hide facts in text, or ``""``; commands and experiments
+            name a file with it, one paragraph a line.
+        cache_length: measure the cache's bytes with a prompt of so many tokens; 0: do not. A back
+            end without a cache has nothing to measure.
+        lm_eval: tasks of lm-evaluation-harness, for a Hugging Face model (needs the extra ``eval``).
+        lm_eval_include: a folder with lm-eval tasks (YAML) of the user's own, or ``""``.
+        lm_eval_limit: the first so many questions of each of lm-eval's tasks; 0: all of them.
+    """
+
+    depths: tuple[float, ...] = option(
+        (0.0, 0.25, 0.5, 0.75, 1.0),
+        "how many, from start to end, or a list as 0,0.5,1 (default: 5)",
+        in_one=depths_argument,
+    )
+    samples: int = option(10, "for each task, length and depth (%(default)s)")
+    batch_tokens: int = option(32768, "tokens of a batch (%(default)s)")
+    prefill_chunk: int | None = option(
+        None,
+        "tokens of a prompt passed at a time, 0: all (default: 8192 where known to be exact)",
+    )
+    haystack: str = option(
+        "", "your own distractor text, one paragraph a line", parse=path_text, metavar="FILE"
+    )
+    cache_length: int = option(512, "prompt that measures the cache; 0: do not (%(default)s)")
+    lm_eval: tuple[str, ...] = option(
+        (), "tasks of lm-evaluation-harness, as arc_easy", in_one=listed, metavar="TASKS"
+    )
+    lm_eval_include: str = option(
+        "", "folder with lm-eval tasks of your own", parse=path_text, metavar="DIR"
+    )
+    lm_eval_limit: int = option(
+        0, "the first N questions of each of lm-eval's tasks (%(default)s: all)", metavar="N"
+    )
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.batch_tokens < 1:
+            raise HydraError("--samples and --batch-tokens must be 1 or more")
+        if self.lm_eval_limit < 0:
+            raise HydraError("--lm-eval-limit must be 0 (all questions) or more")
+        if not self.depths or any(not 0 <= d <= 1 for d in self.depths):
+            raise HydraError(f"--depths {list(self.depths)} must lie in 0..1, and not be empty")

@@ -1,0 +1,252 @@
+"""The options of a selection: of ``tools/select_heads.py``, and of ``selection`` in an experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from megatron_hydra.arguments import path_text, real
+from megatron_hydra.errors import HydraError
+from megatron_hydra.options import option
+
+Effect = Literal["direct", "total"]
+
+PROMPTS = "prompts"
+PAPER = "the paper's scoring (global_interp_c, global_interp, layer_interp)"
+FORMER = "our former scoring (interp_denoise)"
+GATES = "learned_gates"
+
+PROBE_TOKENS = 4096
+"""Length of a needle prompt that does not say ``tokens``; as the paper's."""
+
+LEAST_STEPS = 50
+"""In fewer steps, gates could not get from one end to the other one after another."""
+
+Granularity = Literal["query_head", "kv_group"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraints:
+    """What a choice of heads must or should respect.
+
+    Attributes:
+        granularity: ``query_head``, or ``kv_group``: whole KV groups only.
+        min_per_layer, max_per_layer: FA heads in every layer; ``None``: no upper limit.
+        kv_group_bonus: added to the score of a head whose KV group already has a chosen head (its
+            keys and values are then in the cache anyway); in standard deviations of the score.
+    """
+
+    granularity: Granularity = option(
+        "query_head", "heads, or whole KV groups", group="constraints"
+    )
+    min_per_layer: int = option(0, "FA heads in every layer, at least", group="constraints")
+    max_per_layer: int | None = option(
+        None, "FA heads in every layer, at most", group="constraints"
+    )
+    kv_group_bonus: float = option(
+        0.0,
+        "added to heads whose KV group has an FA head already, in standard deviations",
+        parse=real(0),
+        group="constraints",
+    )
+
+    def __post_init__(self) -> None:
+        if self.granularity not in ("query_head", "kv_group"):
+            raise HydraError(f"--granularity {self.granularity}: must be query_head or kv_group")
+        if self.min_per_layer < 0 or self.kv_group_bonus < 0:
+            raise HydraError("--min-per-layer and --kv-group-bonus must not be negative")
+        if self.granularity == "kv_group" and self.kv_group_bonus:
+            raise HydraError(
+                "--kv-group-bonus is for --granularity query_head: with kv_group, whole groups are "
+                "chosen anyway"
+            )
+        if self.max_per_layer is not None and self.max_per_layer < max(1, self.min_per_layer):
+            raise HydraError("--max-per-layer must be at least 1 and at least --min-per-layer")
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionOptions(Constraints):
+    """Everything about a selection but the model, the ratio, the strategy, the tasks and the seed.
+
+    Its constraints on the choice are those of :class:`Constraints`.
+
+    Attributes:
+        num_prompts: pairs drawn for each capability, in equal parts for its tasks.
+        min_prompts: fewer solved ones are an error; of a capability of several tasks, an equal part for each.
+        probe_tokens: length of needle prompts that do not say theirs.
+        solved: which prompts count as solved: ``top1``, ``pair`` or ``off``
+            (see :meth:`EffectEngine.solve`).
+        max_rounds: rounds of path patching, at most (the paper's scoring).
+        control: knock out the best heads of every capability: its readout must fall (the paper's scoring).
+        stability: compare with receiver effects on needles of a quarter, half and twice the length (the
+            paper's scoring).
+        effects: effects measured exactly by ``interp_denoise``: ``direct``, ``total`` or both;
+            empty: the receiver effect alone (:attr:`exact_effects`). What is not the receiver effect is
+            reported, and decides nothing; ``total`` takes most of the time.
+        receiver_effect: the one of them that makes a head a receiver and is its receiver score.
+        senders: ``interp_denoise`` measures path patching to the receivers.
+        sender_weight: weight of a head's sender effect beside its receiver effect there (both in units of
+            the readout, 0 corrupted … 1 clean).
+        num_receivers: at most this many receivers a task there; default: the number of FA heads.
+        attribution: ``interp_denoise`` also measures the first-order estimate of the total effects,
+            for the map and its rank correlation with the effects that were measured.
+        check_heads: ``attribution`` measures this many random heads exactly, for the same purpose.
+        task_weights: capability -> weight in the fusion; 1 where not named. The tasks of one share it.
+        text: a file of text or token ids that ``learned_gates`` aligns its GDN branch on (as
+            ``--calibration-file`` of ``tools/hf_to_megatron.py``); "": a short text of ours.
+        align_tokens, gate_tokens: tokens that the GDN branch and the gates are learned on there.
+        gate_steps: steps over which the gates' budget falls from all heads to none.
+        head_cost: share of a head's own work in a gate's cost there, 0 … 1; the rest is the cache of its KV
+            group.
+        compare: files of other head maps, whose rankings' curves are measured as well there.
+        tokens_per_batch: positions computed at a time; 0: 2048 on a CPU, 32768 on a GPU.
+    """
+
+    num_prompts: int = option(
+        40,
+        "pairs drawn for each capability, in equal parts for its tasks (default %(default)s)",
+        group=PROMPTS,
+    )
+    min_prompts: int = option(
+        8,
+        "fewer solved ones: an error, or the task is left out (default %(default)s)",
+        group=PROMPTS,
+    )
+    probe_tokens: int = option(
+        PROBE_TOKENS,
+        "length of needle prompts that do not say tokens=… (default %(default)s)",
+        group=PROMPTS,
+    )
+    solved: Literal["top1", "pair", "off"] = option(
+        "top1",
+        "a prompt counts if every token of the answer is the likeliest (top1), or preferred to the wrong "
+        "one in the clean run and not in the corrupted one (pair), or if the corruption lowers the answer "
+        "at all (off)",
+        group=PROMPTS,
+    )
+    max_rounds: int = option(
+        2,
+        "rounds of path patching, at most: senders become receivers until nothing new is found; "
+        "0: receivers only (default %(default)s)",
+        group=PAPER,
+    )
+    control: bool = option(
+        True, "do not knock out the best heads to see that the readout falls", group=PAPER
+    )
+    stability: bool = option(
+        True, "do not compare with needles of a quarter, half and twice the length", group=PAPER
+    )
+    effects: tuple[Effect, ...] = option(
+        (),
+        "measured exactly (default: the receiver effect); total, reported beside, takes by far the longest",
+        group=FORMER,
+    )
+    receiver_effect: Effect = option("direct", "which makes a head a receiver", group=FORMER)
+    senders: bool = option(True, "no path patching", group=FORMER)
+    sender_weight: float = option(0.5, "beside receivers' 1", parse=real(0), group=FORMER)
+    num_receivers: int | None = option(
+        None, "at most so many a task (default: the FA heads)", group=FORMER
+    )
+    attribution: bool = option(False, "the first-order estimate beside", group=FORMER)
+    check_heads: int = option(
+        24,
+        "random heads that are measured exactly as well (default %(default)s)",
+        group="attribution",
+    )
+    task_weights: dict = option(
+        {}, "weights of capabilities", flag="--task-weight", metavar="NAME=W"
+    )
+    tokens_per_batch: int = option(
+        0,
+        "positions computed at a time (default 2048 on a CPU, 32768 on a GPU)",
+        group="machine",
+    )
+    text: str = option(
+        "",
+        "plain text, or .jsonl of {'text': …} or {'tokens': [ids]} lines (default: a bundled text, too "
+        "short for more than a try)",
+        parse=path_text,
+        metavar="FILE",
+        group=GATES,
+    )
+    align_tokens: int = option(
+        4_000_000,
+        "of text, that the GDN branch is aligned on (default %(default)s)",
+        group=GATES,
+    )
+    gate_tokens: int = option(
+        20_000_000,
+        "of prompts and text, that the gates are learned on (default %(default)s)",
+        group=GATES,
+    )
+    gate_steps: int = option(
+        600,
+        "in which the budget falls; each has --gate-tokens / --gate-steps tokens (default %(default)s)",
+        group=GATES,
+    )
+    head_cost: float = option(
+        0.5,
+        "share of the cost that every open head has by itself; the rest is the cache of its KV group, "
+        "which heads share (0: the cache alone; default %(default)s)",
+        group=GATES,
+    )
+    compare: tuple[str, ...] = option(
+        (),
+        "other head maps of this model: the curves of their rankings are measured beside",
+        parse=path_text,
+        metavar="MAP",
+        group=GATES,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.solved not in ("top1", "pair", "off"):
+            raise HydraError(f"--solved {self.solved}: must be top1, pair or off")
+        if self.receiver_effect not in ("direct", "total"):
+            raise HydraError(f"--receiver-effect {self.receiver_effect}: must be direct or total")
+        if not set(self.effects) <= {"direct", "total"}:
+            raise HydraError("--effects: must be direct, total or both")
+        if self.receiver_effect not in self.exact_effects:
+            raise HydraError(
+                f"--receiver-effect {self.receiver_effect}: that effect is not among --effects "
+                f"{' '.join(self.effects)}"
+            )
+        if self.min_prompts < 1 or self.num_prompts < self.min_prompts:
+            raise HydraError(
+                f"--min-prompts {self.min_prompts} must be at least 1 and at most --num-prompts "
+                f"{self.num_prompts}"
+            )
+        if self.probe_tokens < 1 or self.max_rounds < 0:
+            raise HydraError("--probe-tokens must be at least 1, --max-rounds at least 0")
+        if self.tokens_per_batch < 0 or self.sender_weight < 0 or self.check_heads < 2:
+            raise HydraError(
+                "--tokens-per-batch must be at least 0, --sender-weight at least 0, "
+                "--check-heads at least 2"
+            )
+        if self.num_receivers is not None and self.num_receivers < 1:
+            raise HydraError(f"--num-receivers {self.num_receivers}: must be at least 1")
+        if self.align_tokens < 1 or not LEAST_STEPS <= self.gate_steps <= self.gate_tokens:
+            raise HydraError(
+                f"--align-tokens must be at least 1, --gate-steps at least {LEAST_STEPS}, or gates cannot all "
+                "close, and at most --gate-tokens"
+            )
+        if not 0 <= self.head_cost <= 1:
+            raise HydraError(f"--head-cost {self.head_cost:g}: must be from 0 to 1")
+
+    @property
+    def exact_effects(self) -> tuple[Effect, ...]:
+        """The effects that ``interp_denoise`` measures: those asked for, else the receiver effect."""
+        return self.effects or (self.receiver_effect,)
+
+    @property
+    def constraints(self) -> Constraints:
+        """Those of the options that are constraints."""
+        return Constraints(
+            *(getattr(self, field.name) for field in dataclasses.fields(Constraints))
+        )
+
+    def changed(self, names: Sequence[str]) -> list[str]:
+        """Which of these options differ from their default."""
+        default = SelectionOptions()
+        return [name for name in names if getattr(self, name) != getattr(default, name)]

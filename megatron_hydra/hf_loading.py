@@ -1,0 +1,205 @@
+"""Opening Hugging Face models and tokenizers: weights as safetensors only, foreign code only on request."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_hydra.errors import HydraError
+from megatron_hydra.files import read_json
+from megatron_hydra.hf_identity import read_config_json, resolve_hf_folder
+
+DTYPES: dict[str, str | torch.dtype] = {
+    "auto": "auto",
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
+"""A folder with one of these has a tokenizer."""
+
+
+# -- models --------------------------------------------------------------------------------------
+
+
+def load_hf_model(
+    folder: str | os.PathLike[str],
+    *,
+    revision: str = "",
+    trust_remote_code: bool = False,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = "auto",
+    model_class: Any = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Any:
+    """A model in eval mode, by default a causal one.
+
+    Args:
+        folder: a local Hugging Face model folder, or a Hub name (downloaded if need be).
+        revision: of a Hub name: branch, tag or commit.
+        trust_remote_code: run the modelling code that the folder carries.
+        dtype: a key of :data:`DTYPES` (``auto``: as stored) or a dtype of torch.
+        device: ``auto`` (the GPU where there is one), a device of torch, or ``None``: leave it on the CPU.
+        model_class: whose ``from_pretrained`` reads the folder; default: ``AutoModelForCausalLM``. One of
+            this package makes the folder's own code unnecessary.
+        changes: keys of the folder's ``config.json`` with other values, as ``rope_parameters`` of YaRN.
+
+    Raises:
+        HydraError: no such folder, no safetensors in it, its own code and no permission to run it, a
+            changed key that the model's config does not have.
+    """
+    from transformers import AutoModelForCausalLM
+
+    of_ours = model_class is not None and model_class.__module__.startswith("megatron_hydra.")
+    path = checked_folder(folder, trust_remote_code or of_ours, revision)
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise HydraError(f"dtype {dtype} is unknown: use one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    if device == "auto":
+        from megatron_hydra.parallel import platform
+
+        device = platform.device()
+    loader: Any = model_class or AutoModelForCausalLM
+    try:
+        changed = {"config": _changed_config(path, trust_remote_code, changes)} if changes else {}
+        model = loader.from_pretrained(
+            path,
+            **changed,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except HydraError:
+        raise
+    except Exception as error:  # of a damaged config, transformers raises what it likes
+        raise HydraError(f"model {path} cannot be loaded: {error}") from error
+    if device is None:
+        return model.eval()
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # no such device; torch without CUDA
+        problem = str(error).splitlines()[0]
+        raise HydraError(f"device {device}: the model cannot be put there: {problem}") from error
+
+
+def _changed_config(path: Path, trust_remote_code: bool, changes: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    known = AutoConfig.from_pretrained(
+        path, trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    if unknown := [key for key in changes if not hasattr(known, key)]:
+        raise HydraError(f"--model-config: the config of {path} has no key {', '.join(unknown)}")
+    return AutoConfig.from_pretrained(
+        path, trust_remote_code=trust_remote_code, local_files_only=True, **changes
+    )
+
+
+def checked_folder(
+    folder: str | os.PathLike[str], trust_remote_code: bool, revision: str = ""
+) -> Path:
+    """The folder (of a Hub name: its snapshot), if it is a model whose code may be run."""
+    try:
+        path = resolve_hf_folder(folder, revision, with_code=trust_remote_code)
+    except HydraError as error:
+        raise HydraError(f"model {folder} is not a Hugging Face model folder: {error}") from None
+    if read_config_json(path).get("auto_map") and not trust_remote_code:
+        raise _needs_trust("model", path)
+    return path
+
+
+def _needs_trust(kind: str, path: Path) -> HydraError:
+    files = ", ".join(sorted(p.name for p in path.glob("*.py"))) or "named in auto_map"
+    return HydraError(
+        f"{kind} {path} carries its own code ({files}), which is run only with "
+        "--trust-remote-code; look at the files first if you did not make them"
+    )
+
+
+# -- tokenizers ----------------------------------------------------------------------------------
+
+
+def find_tokenizer(
+    source: str | os.PathLike[str], *, revision: str = "", trust_remote_code: bool = False
+) -> Any | None:
+    """The tokenizer of a folder, a ``tokenizer.json`` or a Hub name; ``None`` if a folder has none.
+
+    It is tried on a character. Truncation and padding that its files ask for are turned off.
+
+    Args:
+        source: a folder with one of :data:`VOCABULARY_FILES`, of a model or not; a file; a Hub name, of
+            which no weights are fetched.
+        revision: of a Hub name: branch, tag or commit.
+        trust_remote_code: run the code that the folder's tokenizer needs.
+
+    Raises:
+        HydraError: no such source, or its files cannot be read, or need code that may not be run.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(source)
+    try:
+        if path.is_file():
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        else:
+            path = resolve_hf_folder(
+                source, revision, with_code=trust_remote_code, with_weights=False
+            )
+            if not any((path / name).is_file() for name in VOCABULARY_FILES):
+                return None
+            if not trust_remote_code and _has_tokenizer_code(path):
+                raise _needs_trust("folder", path)
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        tokenizer("a")  # some settings of a wrong type are noticed only now
+    except HydraError as error:
+        raise HydraError(f"tokenizer {source}: {error}") from None
+    except Exception as error:  # of a damaged file, its library raises a bare Exception
+        raise HydraError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return tokenizer
+
+
+def _has_tokenizer_code(folder: Path) -> bool:
+    """Whether a config names a class in a Python file as the tokenizer's."""
+    for name in ("tokenizer_config.json", "config.json"):
+        if (folder / name).is_file():
+            classes = read_json(folder / name).get("auto_map")
+            if isinstance(classes, dict) and "AutoTokenizer" in classes:
+                return True
+    return False
+
+
+@functools.lru_cache(maxsize=8)
+def load_tokenizer(
+    source: str, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """:func:`find_tokenizer`, once per process, where there has to be one.
+
+    Raises:
+        HydraError: also where there is none.
+    """
+    if not source:
+        raise HydraError("data.tokenizer is empty: give the folder or Hub name of an HF tokenizer")
+    tokenizer = find_tokenizer(source, revision=revision or "", trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        raise HydraError(f"{source} has no tokenizer (none of {', '.join(VOCABULARY_FILES)})")
+    return tokenizer

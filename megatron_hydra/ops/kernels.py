@@ -1,0 +1,66 @@
+"""The kernels that a model's layers call, and the case that they are chosen for (design §7)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from megatron_hydra.ops import delta_rule_inputs, fusion_tail, gated_delta_rule, qk_preparation
+from megatron_hydra.ops.varlen_attention import varlen_attention
+
+Kernel = Callable[..., torch.Tensor]
+DeltaRuleInputs = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+DeltaRule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """The kernels that a model's layers call; the torch twins unless chosen otherwise.
+
+    Attributes:
+        attention: as :func:`~megatron_hydra.ops.varlen_attention.varlen_attention`.
+        delta_rule: as :func:`~megatron_hydra.ops.gated_delta_rule.chunked_gated_delta_rule`; may
+            return ``None`` for the final states.
+        prepare_heads: as :func:`~megatron_hydra.ops.qk_preparation.prepare_heads`.
+        delta_rule_inputs: as :func:`~megatron_hydra.ops.delta_rule_inputs.delta_rule_inputs`.
+        fusion_tail: as :func:`~megatron_hydra.ops.fusion_tail.fusion_tail`.
+        names: by key of the ``backend`` section, what was chosen; for logs and the self-check.
+    """
+
+    attention: Kernel = varlen_attention
+    delta_rule: DeltaRule = gated_delta_rule.chunked_gated_delta_rule
+    prepare_heads: Kernel = qk_preparation.prepare_heads
+    delta_rule_inputs: DeltaRuleInputs = delta_rule_inputs.delta_rule_inputs
+    fusion_tail: Kernel = fusion_tail.fusion_tail
+    names: dict[str, str] = dataclasses.field(
+        default_factory=lambda: {
+            "full_attention": "torch", "gated_delta_net": "torch", "fused_kernels": "torch"
+        }
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What kernels are chosen for.
+
+    Attributes:
+        device: where the model runs.
+        dtype: of its activations.
+        head_dim: d.
+        windowed: whether attention is within a window of tokens.
+        gdn_heads: how many GDN heads its layers have on this rank, each number once: FLA compiles its
+            kernels for every one of them anew, so the start-up check goes by them too.
+        context_parallel: whether ranks share a sequence: FlashQLA does not compute that, so that its
+            kernels need not be compiled and checked.
+        gdn_rotary: whether q and k of GDN heads are rotated.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    windowed: bool = False
+    gdn_heads: tuple[int, ...] = (2,)
+    context_parallel: bool = False
+    gdn_rotary: bool = True

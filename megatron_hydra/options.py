@@ -1,0 +1,189 @@
+"""Options of a step, declared once: a dataclass whose fields a command line and a YAML section both read.
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        num_prompts: int = option(40, "pairs drawn for each capability")
+
+Messages of the library name an option by its flag. Where a file gave the values, :func:`worded` puts the
+file's keys in place of the flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from megatron_hydra.errors import HydraError
+
+_KEY = "option"
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    flag: str = "",
+    parse: Callable[[str], Any] | None = None,
+    in_one: Callable[[str], tuple[Any, ...]] | None = None,
+    metavar: str | None = None,
+    group: str = "",
+) -> Any:
+    """A field that is an option.
+
+    Args:
+        default: its value where nobody gives one.
+        help: of the flag; ``%(default)s`` stands for the default.
+        flag: default: the field's name with dashes, after ``no-`` for a truth value that is true.
+        parse: of a word on the command line; default: the field's type.
+        in_one: of a list that is one word there; default: it is several words.
+        metavar: in the help.
+        group: the title of the group of flags that it belongs to; empty: none.
+    """
+    facts = {
+        "help": help,
+        "flag": flag,
+        "parse": parse,
+        "in_one": in_one,
+        "metavar": metavar,
+        "group": group,
+    }
+    if isinstance(default, (dict, list)):
+        return dataclasses.field(
+            default_factory=lambda: type(default)(default), metadata={_KEY: facts}
+        )
+    return dataclasses.field(default=default, metadata={_KEY: facts})
+
+
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    """``--num-prompts`` of the field ``num_prompts``."""
+    given = field.metadata[_KEY]["flag"]
+    name = field.name.replace("_", "-")
+    return given or (f"--no-{name}" if field.default is True else f"--{name}")
+
+
+def flags(cls: type) -> dict[str, str]:
+    """Field → flag, of the fields that are options."""
+    return {field.name: flag_of(field) for field in _options(cls)}
+
+
+def _options(cls: type) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(cls) if _KEY in field.metadata]
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    cls: type,
+    *,
+    about: Mapping[str, str] | None = None,
+    only: tuple[str, ...] = (),
+    groups: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Give a parser a flag for every option of a dataclass, group by group.
+
+    Args:
+        parser: the command's.
+        cls: the dataclass.
+        about: title of a group → what its help says.
+        only: the fields that the command has a flag for; empty: all of them.
+        groups: those that an earlier call returned, for more options in them.
+
+    Returns:
+        The groups by title.
+    """
+    hints = typing.get_type_hints(cls)
+    groups = {"": parser} if groups is None else groups
+    for field in _options(cls):
+        if only and field.name not in only:
+            continue
+        facts = field.metadata[_KEY]
+        if facts["group"] not in groups:
+            title = facts["group"]
+            groups[title] = parser.add_argument_group(title, (about or {}).get(title))
+        settings: dict[str, Any] = {"dest": field.name, "help": facts["help"]}
+        settings |= _settings(hints[field.name], field.default, facts)
+        if facts["metavar"]:
+            settings["metavar"] = facts["metavar"]
+        groups[facts["group"]].add_argument(flag_of(field), **settings)
+    return groups
+
+
+def _settings(hint: Any, default: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What argparse is told of a field of this type."""
+    if hint is bool:
+        return {"action": "store_false" if default else "store_true"}
+    if hint is dict:
+        return {"nargs": "+", "type": _weight, "default": []}
+    settings: dict[str, Any] = {"default": None if default is dataclasses.MISSING else default}
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        if facts["in_one"]:
+            return settings | {"type": facts["in_one"]}
+        settings |= {"nargs": "+", "default": list(default)}
+        hint = arguments[0]
+    elif origin in (typing.Union, types.UnionType):
+        (hint,) = [argument for argument in arguments if argument is not type(None)]
+    if typing.get_origin(hint) is typing.Literal:
+        return settings | {"choices": list(typing.get_args(hint))}
+    return settings | {"type": facts["parse"] or hint}
+
+
+def _weight(text: str) -> tuple[str, float]:
+    name, _, value = text.rpartition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: write NAME=NUMBER") from None
+
+
+def from_arguments(
+    cls: type[Any], given: argparse.Namespace, *, only: tuple[str, ...] = (), **others: Any
+) -> Any:
+    """The dataclass with what a command line gave.
+
+    Args:
+        cls: with which :func:`add_options` was called.
+        given: the parsed command line.
+        only: as there.
+        others: further fields, over what the command line gave.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in _options(cls) if f.name in (only or given)]
+    found = {name: getattr(given, name) for name in names}
+    for name, value in found.items():
+        if hints[name] is dict:
+            found[name] = dict(value)
+        elif typing.get_origin(hints[name]) is tuple:
+            found[name] = tuple(dict.fromkeys(value))
+    return cls(**found | others)
+
+
+def values(cls: type, source: Any) -> dict[str, Any]:
+    """What an object of a subclass says of the options of ``cls``."""
+    return {field.name: getattr(source, field.name) for field in _options(cls)}
+
+
+def keys(cls: type, section: str) -> dict[str, str]:
+    """Flag → dotted key, for :func:`worded`."""
+    return {flag: f"{section}.{name}" for name, flag in flags(cls).items()}
+
+
+@contextlib.contextmanager
+def worded(names: Mapping[str, str]) -> Iterator[None]:
+    """Name options in errors as whoever gave them does.
+
+    Args:
+        names: flag → its name there.
+    """
+    try:
+        yield
+    except HydraError as error:
+        text = re.sub(r"--[a-z][a-z-]*", lambda match: names.get(match[0], match[0]), str(error))
+        if text == str(error):
+            raise
+        raise HydraError(text) from error

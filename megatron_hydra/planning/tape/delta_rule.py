@@ -1,0 +1,291 @@
+"""The Gated DeltaNet branch on a tape: convolution, preparation, the chunked rule.
+
+Reads like :mod:`megatron_hydra.model.gated_delta_net` and :mod:`megatron_hydra.ops.gated_delta_rule`
+(torch twin), or like what FLA's kernels keep (GPU).
+"""
+
+from __future__ import annotations
+
+from megatron_hydra.model.head_flops import GDN_CHUNK, gated_delta_net_flops
+from megatron_hydra.model.local_heads import LocalHeads
+from megatron_hydra.ops.gated_delta_rule import GROUP_ELEMENTS, MAX_CHUNK, MIN_CHUNK
+from megatron_hydra.planning.tape import operators as op
+from megatron_hydra.planning.tape.preparation import prepare_heads
+from megatron_hydra.planning.tape.rank import Program
+from megatron_hydra.planning.tape.tensors import Storage, Tensor
+
+MOST_GROUPS, MOST_STRIDES = 64, 64
+"""More groups of chunks, or steps of a scan, than that are described in so many strides: the memory is
+the same."""
+
+
+def delta_rule(program: Program, heads: LocalHeads, parts: dict[str, Tensor]) -> Tensor:
+    """Outputs ``[T, n, d]`` of this rank's GDN heads."""
+    tape, rank, d = program.tape, program.rank, program.model.head_dim
+    switches, tokens, n = program.model.switches, rank.tokens, len(heads.gdn)
+    q, k, v, b, a = (parts[f"gdn.{name}"] for name in "qkvba")
+    if switches.short_conv:
+        if rank.cp > 1:
+            channels = q.shape[1] + k.shape[1] + v.shape[1]
+            tape.send("halo", "context", (switches.conv_width - 1.0) * channels * rank.size)
+        q, k, v = (_convolved(program, x) for x in (q, k, v))
+    q, k, v = (op.view(tape, x, (tokens, x.shape[1] // d, d)) for x in (q, k, v))
+    rope = switches.gdn_position == "rope"
+    q = prepare_heads(program, q, rope, scaled=False, l2=True)
+    k = prepare_heads(program, k, rope, scaled=False, l2=True)
+    log_alpha, beta = _gates(program, a, n), op.unary(tape, op.cast(tape, b, op.WIDE), save="out")
+    if switches.fa_window is not None:
+        k, v = (_delayed(program, x) for x in (k, v))
+        log_alpha, beta = (_delayed(program, x) for x in (log_alpha, beta))
+    if heads.gdn_kv_of_heads != tuple(range(n)):
+        k, v = (op.copy(tape, op.narrow(tape, x, (tokens, n, d))) for x in (k, v))
+    if rank.fla:
+        return _fla(program, q, k, v, log_alpha, beta)
+    return _chunked(program, q, k, v, log_alpha, beta)
+
+
+def _gates(program: Program, a: Tensor, n: int) -> Tensor:
+    """Log α, ``[T, n]`` in fp32."""
+    tape = program.tape
+    bias, decay = (tape.weight((1, n), op.WIDE, program.trained) for _ in range(2))
+    dt = op.unary(tape, op.add(tape, op.cast(tape, a, op.WIDE), bias), save="in")
+    return op.multiply(tape, dt, decay)
+
+
+def _delayed(program: Program, x: Tensor) -> Tensor:
+    """What stood a window earlier: joined with zeros or a halo, shifted, masked."""
+    tape, window = program.tape, program.model.switches.window
+    before = tape.empty((window, *x.shape[1:]), x.size)
+    if program.rank.cp > 1:
+        tape.send("halo", "context", float(before.nbytes))
+    joined = op.cat(tape, [before, x], (window + x.shape[0], *x.shape[1:]))
+    return op.unary(tape, op.narrow(tape, joined, x.shape))
+
+
+def _convolved(program: Program, x: Tensor) -> Tensor:
+    """As ``ops.short_conv``: a masked, weighted copy of ``x`` for every tap."""
+    tape, width = program.tape, program.model.switches.conv_width
+    tokens, channels = x.shape
+    weight = tape.weight((channels, width), x.size, program.trained)
+    if program.rank.gpu:
+        return op.fused(tape, [x, weight], (x.shape, x.size), save=[x])
+    edge = tape.empty((width - 1, channels), x.size)
+    extended = op.cat(tape, [edge, x], (tokens + width - 1, channels))
+    y = op.multiply(tape, x, op.narrow(tape, weight, (1, channels)))
+    for _ in range(1, width):
+        shifted = op.unary(tape, op.narrow(tape, extended, x.shape))
+        y = op.add(tape, y, op.multiply(tape, shifted, op.narrow(tape, weight, (1, channels))))
+        del shifted
+    return y
+
+
+def _exchange_bytes(program: Program, n: int) -> float:
+    """What a rank sends for the states of one layer: every other shard gets its map (fp32)."""
+    d = program.model.head_dim
+    return (program.rank.cp - 1.0) * n * d * 2 * d * op.WIDE
+
+
+# -- GPU ------------------------------------------------------------------------------------------
+
+
+def _fla(
+    program: Program, q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor
+) -> Tensor:
+    """FLA's kernels: they keep q, k, v, gates and the inverse of (I + A); states are made again."""
+    tape, (tokens, n, d) = program.tape, q.shape
+    chunks = -(-tokens // GDN_CHUNK)
+    row, states = tokens * n * d * q.size, chunks * n * d * d * q.size
+    inverse, gate = tokens * n * GDN_CHUNK * q.size, tokens * n * op.WIDE
+    flops = float(n * gated_delta_net_flops(tokens, d))
+    if program.rank.cp > 1:
+        tape.send("state", "context", _exchange_bytes(program, n))
+    out = op.fused(
+        tape, [q, k, v, log_alpha, beta], (q.shape, q.size),
+        save=[q, k, v, beta], keep=inverse + gate,
+        forward_bytes={"gdn": 3 * row, "gdn states": states},  # W, U, the new values; the states
+        # W, U, new values, their gradients and the second one by k; states and theirs.
+        backward_bytes={"gdn": 6 * row, "gdn states": 2 * states},
+        work=[("delta_rule", flops, 2.5 * flops)],
+    )  # fmt: skip
+    if program.rank.cp > 1 and out.needs_grad:
+        _send_in_backward(program, out, _exchange_bytes(program, n))
+    return out
+
+
+def _send_in_backward(program: Program, out: Tensor, count: float) -> None:
+    assert out.edge is not None
+    node = out.edge[0]
+    inner, tape = node.backward, program.tape
+    assert inner is not None
+
+    def backward(grads: list[Tensor | None]) -> list[Tensor | None]:
+        tape.send("state", "context", count)
+        return inner(grads)
+
+    node.backward = backward
+
+
+# -- the torch twin -------------------------------------------------------------------------------
+
+
+def chunk_length(longest: int, d: int) -> int:
+    """As ``chunked_gated_delta_rule`` chooses it."""
+    chunk = min(MAX_CHUNK, max(MIN_CHUNK, 1 << (d - 1).bit_length()))
+    return min(chunk, max(MIN_CHUNK, 1 << (longest - 1).bit_length()))
+
+
+def _chunked(
+    program: Program, q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor
+) -> Tensor:
+    tape, (tokens, n, d), narrow = program.tape, q.shape, q.size
+    start = program.rank.cp_rank * tokens
+    cu = program.rank.block(start, start + tokens).cu_q
+    lengths = [b - a for a, b in zip(cu, cu[1:], strict=False)]
+    chunk = chunk_length(max(lengths), d)
+    count = sum(-(-length // chunk) for length in lengths)
+    chunks = [_to_chunks(program, x, (count, n, chunk)) for x in (q, k, v, log_alpha, beta)]
+    del q, k, v, log_alpha, beta
+    state = tape.empty((n, d, d), op.WIDE)
+    all_maps = None
+    steps = max(1, GROUP_ELEMENTS // (2 * n * chunk * d), -(-count // MOST_GROUPS))
+    if program.rank.cp > 1:  # the state that enters is known only once all maps are
+        all_maps, steps = _maps(program, chunks), count
+        state = _exchange(program, all_maps[0], all_maps[1], count, n)
+    sizes = [min(steps, count - done) for done in range(0, count, steps)]
+    parts = [op.split(tape, x, [(size * n, *x.shape[1:]) for size in sizes]) for x in chunks]
+    del chunks
+    outputs = []
+    for size, group in zip(sizes, zip(*parts, strict=True), strict=True):
+        transition, write, read, own = all_maps or _maps(program, list(group))
+        with tape.inside("gdn states"):
+            states, state = _scan(program, transition, write, state, size)
+        copied = op.copy(tape, read)
+        shape = (size * n, chunk, d)
+        outputs.append(op.matmul(tape, copied, states, shape, d, plus=own))
+        del copied, states, transition, write, read, own
+    output = op.cat(tape, outputs, (count * n, chunk, d))
+    del outputs, parts
+    return op.cast(tape, op.copy(tape, output, shape=(tokens, n, d)), narrow)
+
+
+def _maps(program: Program, chunks: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Every chunk as an affine map: transition and write ``[N·n, d, d]``, read and own ``[N·n, C, d]``."""
+    tape, (q, k, v, log_alpha, beta) = program.tape, chunks
+    count, chunk, d = q.shape
+    rows, square = (count, chunk), (count, chunk, chunk)
+
+    g = op.unary(tape, log_alpha)
+    gap = op.unary(tape, op.add(tape, g, Tensor(None, square, 0)))
+    decay = op.unary(tape, gap, save="out")
+    del gap
+    grown = op.unary(tape, g, save="out")
+
+    attention = op.multiply(tape, _copied_matmul(program, k, k, square, d), decay)
+    attention = op.multiply(tape, attention, beta)
+    both = op.multiply(tape, beta, grown)
+    right = op.cat(tape, [op.multiply(tape, k, both), op.multiply(tape, v, beta)], (*rows, 2 * d))
+    solved = _solve(program, attention, right)
+    del right
+
+    ends = op.unary(tape, op.unary(tape, g), save="out")
+    to_end = op.multiply(tape, k, ends)
+    copied = op.copy(tape, to_end, shape=(count, d, chunk))
+    pushed = op.matmul(tape, copied, solved, (count, d, 2 * d), chunk)
+    del copied
+    left, write = op.split(tape, pushed, [(count, d, d)] * 2)
+    last = op.narrow(tape, grown, (count, 1, 1))
+    kept = op.unary(tape, last, shape=(count, d, d), same_gradient=True)
+    transition = op.add(tape, kept, left)
+    del kept
+
+    scaled = op.unary(tape, q)
+    weights = op.multiply(tape, _copied_matmul(program, scaled, k, square, d), decay)
+    read_out = op.matmul(tape, weights, solved, (*rows, 2 * d), chunk)
+    left, own = op.split(tape, read_out, [(*rows, d)] * 2)
+    read = op.add(tape, op.multiply(tape, scaled, grown), left)
+    return transition, write, read, own
+
+
+def _to_chunks(program: Program, x: Tensor, head: tuple[int, int, int]) -> Tensor:
+    """``[T, n, c]`` → ``[N·n, C, c]``: a view where chunks are exactly the stream."""
+    tape, (count, n, chunk) = program.tape, head
+    channels = x.shape[2] if len(x.shape) == 3 else 1
+    x = op.cast(tape, x, op.WIDE)
+    if count * chunk != x.shape[0]:  # a zero row to pad with, then a gather
+        padded = op.copy(tape, x, shape=(x.shape[0] + 1, n, channels))
+        x = op.copy(tape, padded, shape=(count * chunk, n, channels))
+        del padded
+    return op.view(tape, x, (count * n, chunk, channels))
+
+
+def _copied_matmul(
+    program: Program, a: Tensor, b: Tensor, shape: tuple[int, ...], d: int
+) -> Tensor:
+    """``a @ bᵀ`` of permuted tensors, which a batched product copies first and then saves."""
+    tape = program.tape
+    first, second = op.copy(tape, a), op.copy(tape, b)
+    return op.matmul(tape, first, second, shape, d)
+
+
+def _solve(program: Program, attention: Tensor, right: Tensor) -> Tensor:
+    """``solve_triangular``: keeps matrix and solution."""
+    tape = program.tape
+    out = tape.empty(right.shape, right.size)
+    chunks, chunk, columns = right.shape
+    flops = float(chunks * chunk * chunk * columns)
+    tape.compute("solve", flops, float(attention.nbytes + 2 * out.nbytes))
+    saved = list(op.hold(attention, out))
+    a_shape, r_shape, moved = attention.shape, right.shape, attention.nbytes + 2.0 * out.nbytes
+
+    def backward(grads: list[Tensor | None]) -> list[Tensor | None]:
+        by_right = tape.empty(r_shape, op.WIDE)
+        tape.compute("solve", flops, moved)
+        product = tape.empty(a_shape, op.WIDE)
+        tape.compute("matmul", 2.0 * flops, moved)
+        negative = tape.empty(a_shape, op.WIDE)
+        by_matrix = tape.empty(a_shape, op.WIDE)
+        tape.touch(product, negative, negative, by_matrix)
+        del product, negative
+        saved.clear()
+        return [by_matrix, by_right]
+
+    tape.record([attention, right], [out], backward)
+    return out
+
+
+def _scan(
+    program: Program, transition: Tensor, write: Tensor, state: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """States that enter the chunks of a group ``[N·n, d, d]``, and the one that leaves it."""
+    tape, (n, d, _) = program.tape, state.shape
+    strides = min(count, MOST_STRIDES)
+    steps = [count * (i + 1) // strides - count * i // strides for i in range(strides)]
+    shapes = [(step * n, d, d) for step in steps]
+    transitions, writes = op.split(tape, transition, shapes), op.split(tape, write, shapes)
+    entering = []
+    for shape, map_, own in zip(shapes, transitions, writes, strict=True):
+        entering.append(Tensor(state.storage, shape, op.WIDE, state.edge))
+        state = op.matmul(tape, map_, entering[-1], shape, d, plus=own)
+    return op.cat(tape, entering, (count * n, d, d)), Tensor(
+        state.storage, (n, d, d), op.WIDE, state.edge
+    )
+
+
+def _exchange(program: Program, transition: Tensor, write: Tensor, count: int, n: int) -> Tensor:
+    """The state that enters the shard: its own map, chunk by chunk, and the gather of all shards' maps."""
+    tape, d = program.tape, transition.shape[-1]
+    maps, own = op.copy(tape, transition), op.copy(tape, write)
+    shape = ((count - 1) * n, d, d)
+    states = op.matmul(tape, maps, own, shape, d, plus=own)
+    products = op.matmul(tape, maps, maps, shape, d)
+    entering, sent = tape.empty((n, d, d), op.WIDE), _exchange_bytes(program, n)
+    tape.send("state", "context", sent)
+    gathered = [Storage(tape, 2 * program.rank.cp * entering.nbytes)]
+
+    def backward(grads: list[Tensor | None]) -> list[Tensor | None]:
+        gathered.clear()
+        tape.send("state", "context", sent)
+        return [Tensor(None, shape, op.WIDE), Tensor(None, shape, op.WIDE)]
+
+    tape.record([states, products], [entering], backward)
+    return entering
