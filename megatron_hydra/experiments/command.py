@@ -130,7 +130,9 @@ def shared_out(plan: Plan, wanted: Sequence[int] | None) -> list[str]:
             raise HydraError(f"--gpus gives each worker one GPU, and a stage has {ranks} processes")
         return []
     count = platform.device_count()
-    visible = [word for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word][:count]
+    visible = [word for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word][
+        :count
+    ]
     words = visible if len(visible) == count else [str(number) for number in range(count)]
     if wanted is None:
         return words
