@@ -2,7 +2,7 @@
 """Use an exported hybrid with transformers.
 
     python examples/use_export.py                          # makes one of the tiny teacher first
-    python examples/use_export.py --export exports/hydra --prompt "Once upon a time"
+    python examples/use_export.py --export exports/hydra --trust-remote-code --prompt "Once upon a time"
 
 An export carries its own modelling code, so that it works where megatron_hydra is not installed:
 AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True). Read the code first if it is not yours.
@@ -33,18 +33,22 @@ def main(argv: list[str] | None = None) -> str:
     """Continue a prompt greedily, and say what its cache takes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--export", type=Path, help="the folder; default: make a tiny one")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code in the export's folder"
+    )
     parser.add_argument("--prompt", default="the key of the box is")
     parser.add_argument("--new-tokens", type=int, default=16)
     args = parser.parse_args(argv)
 
     with tempfile.TemporaryDirectory() as folder:
-        export = args.export or make_export(Path(folder))
-        model = mh.load_hf_model(export, trust_remote_code=True)
+        made = args.export is None
+        export = make_export(Path(folder)) if made else args.export
+        model = mh.load_hf_model(export, trust_remote_code=made or args.trust_remote_code)
         tokenizer = mh.load_tokenizer(str(export))
     tokens = tokenizer(args.prompt, return_tensors="pt").to(model.device)
     with torch.no_grad():
-        made = model.generate(**tokens, max_new_tokens=args.new_tokens, do_sample=False)
-    text = tokenizer.decode(made[0], skip_special_tokens=True)
+        ids = model.generate(**tokens, max_new_tokens=args.new_tokens, do_sample=False)
+    text = tokenizer.decode(ids[0], skip_special_tokens=True)
     heads = sum(map(len, model.config.full_attention_heads))
     of_all = model.config.num_hidden_layers * model.config.num_attention_heads
     print(f"{heads} of {of_all} heads keep full attention; the others need no cache of past tokens")

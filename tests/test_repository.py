@@ -307,6 +307,28 @@ def test_the_platform_comes_before_megatron() -> None:
     assert not wrong
 
 
+_ONE_PLACE = {
+    # Those of data move files and folders that are synced.
+    r"os\.replace\(": {"files.py", "data/parts.py", "data/pack_index.py", "data/generation.py"},
+    r"file_digest\(": {"files.py"},
+    r"\.from_pretrained\(": {"hf_loading.py"},
+    r"RawDescriptionHelpFormatter": {"arguments.py"},
+}
+"""What one function does, and the files of the package that may do it."""
+
+
+def test_what_one_function_is_for_is_done_nowhere_else() -> None:
+    code = re.compile(r'#[^\n]*|"""(?:.|\n)*?"""')
+    found = {
+        (pattern, path.relative_to(PACKAGE).as_posix())
+        for path in PACKAGE.rglob("*.py")
+        for text in [code.sub("", path.read_text())]
+        for pattern in _ONE_PLACE
+        if re.search(pattern, text)
+    }
+    assert found == {(pattern, name) for pattern, names in _ONE_PLACE.items() for name in names}
+
+
 # -- documentation --------------------------------------------------------------------------------
 
 _LINK = re.compile(

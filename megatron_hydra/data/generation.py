@@ -33,7 +33,7 @@ from megatron_hydra.data.tokenizer import (
 )
 from megatron_hydra.data.units import plan_units
 from megatron_hydra.errors import HydraError
-from megatron_hydra.files import write_json_atomic
+from megatron_hydra.files import sync, write_json_atomic
 from megatron_hydra.head_map import fingerprint_tensors
 from megatron_hydra.options import option
 from megatron_hydra.stopping import leave_if_stopped
@@ -245,6 +245,7 @@ class Generation:
         body = {**self.recipe, "counts": {**numbers, "bad_rows": len(self._bad)}}
         write_json_atomic(self.manifest, body)
         os.replace(self.work / "rows.jsonl", self.output)
+        sync(self.output.resolve().parent)
         shutil.rmtree(self.work)
         for line in self._bad[:_SHOWN]:
             report(f"left out {line}")

@@ -26,7 +26,7 @@ from megatron_hydra.data.indexed import IndexedDocuments
 from megatron_hydra.data.manifest import file_probe
 from megatron_hydra.data.packing import Packing, Packs, pack_documents, upsample
 from megatron_hydra.errors import HydraError
-from megatron_hydra.files import write_json_atomic
+from megatron_hydra.files import sync_tree, write_json_atomic
 
 VERSION = 2
 _ARRAYS = ("starts", "offsets", "lengths")
@@ -124,6 +124,7 @@ def _build(
             "report": report,
         }
         write_json_atomic(temporary / "pack.json", description)
+        sync_tree(temporary)
         _put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

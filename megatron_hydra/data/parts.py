@@ -23,7 +23,7 @@ import numpy as np
 from megatron_hydra.data.indexed import OnDisk, write_boundaries, write_index
 from megatron_hydra.data.manifest import FileRecord, file_record
 from megatron_hydra.errors import HydraError
-from megatron_hydra.files import write_json_atomic
+from megatron_hydra.files import sync, write_json_atomic
 
 SHOWN_ROWS = 5
 _SUFFIXES = ("bin", "len", "doc", "mode")
@@ -317,5 +317,8 @@ def publish(work: Path, prefix: str) -> None:
     for source, suffix in (("all.idx", ".idx"), ("all.bin", ".bin"), ("manifest.json", ".json")):
         if (work / source).exists():
             os.replace(work / source, prefix + suffix)
+        sync(
+            Path(prefix).resolve().parent
+        )  # the manifest's name may not be on the disk before the others'
     (work / "plan.json").unlink(missing_ok=True)
     shutil.rmtree(work)

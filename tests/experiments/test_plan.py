@@ -377,9 +377,10 @@ def test_later_keys_count_where_they_differ_from_their_default(write, change, fi
 def test_text_of_a_selection_is_prepared_or_hashed(write, tmp_path):
     gates = "strategy: learned_gates, text:"
     (tmp_path / "text.jsonl").write_text("one")
+    (tmp_path / "map.json").write_text("{}")
     path = write(
         f"variants: {{made: {{selection: {{{gates} '{{prepare}}/calibration.jsonl'}}}}, "
-        f"given: {{selection: {{{gates} text.jsonl}}}}}}"
+        f"given: {{selection: {{{gates} text.jsonl, compare: [map.json]}}}}}}"
     )
 
     def select(name):
@@ -391,6 +392,8 @@ def test_text_of_a_selection_is_prepared_or_hashed(write, tmp_path):
     assert made.places["text"] == made.params["selection"]["text"] == "{prepare}/calibration.jsonl"
     assert given.places["text"] == str(tmp_path / "text.jsonl")
     assert given.params["selection"]["text"]["name"] == "text.jsonl"
+    assert given.places["compare"] == [str(tmp_path / "map.json")]
+    assert [file["name"] for file in given.params["selection"]["compare"]] == ["map.json"]
     (tmp_path / "text.jsonl").write_text("two")
     assert select("given").key != given.key
     assert select("made").key == made.key
