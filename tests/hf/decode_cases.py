@@ -17,8 +17,8 @@ from megatron_hydra.hf import modeling_hydrahead as modeling
 from tests.hf.models import ALL, DENSE, HEADS, MIXED, make_model, tokens
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1}
-"""Relative; on a GPU, where sums have another order, ten times as much in fp32. In bf16 the models' own rounding
-comes to some percent: see :func:`no_worse`.
+"""Relative; on a GPU, where sums have another order, ten times as much in fp32. In bf16 the models' own
+rounding comes to some percent: see :func:`no_worse`.
 """
 MODELS = {
     "head": (MIXED, {}, {}),
