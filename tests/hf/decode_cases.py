@@ -16,8 +16,10 @@ from transformers import DynamicCache, StaticCache
 from megatron_hydra.hf import modeling_hydrahead as modeling
 from tests.hf.models import ALL, DENSE, HEADS, MIXED, make_model, tokens
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2}
-"""Relative. In bf16 the models' own rounding is as large; see :func:`no_worse`."""
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1}
+"""Relative; on a GPU, where sums have another order, ten times as much in fp32. In bf16 the models' own
+rounding comes to some percent: see :func:`no_worse`.
+"""
 MODELS = {
     "head": (MIXED, {}, {}),
     "without-fa-or-gdn": (HEADS, {}, {}),
@@ -87,7 +89,8 @@ def close(got, want, dtype, what):
     assert got.shape == want.shape, what
     assert got.dtype == want.dtype, what
     error = float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-9))
-    assert error < TOLERANCE[dtype], f"{what} is off by {error:.1e}"
+    limit = TOLERANCE[dtype] * (10 if got.is_cuda and dtype == torch.float32 else 1)
+    assert error < limit, f"{what} is off by {error:.1e}"
 
 
 def no_worse(got, plain, want, what):
@@ -95,7 +98,7 @@ def no_worse(got, plain, want, what):
     errors = [
         float((x.double() - want.double()).norm() / want.double().norm()) for x in (got, plain)
     ]
-    factor = 1.5 if got.is_cuda else 3.0
+    factor = 2.0 if got.is_cuda else 3.0
     assert errors[0] < factor * errors[1], f"{what}: {errors[0]:.1e}, by the layers {errors[1]:.1e}"
 
 
