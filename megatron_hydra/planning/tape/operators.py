@@ -105,6 +105,7 @@ def unary(
     temporaries: int = 0,
     shape: Shape | None = None,
     same_gradient: bool = False,
+    launches: tuple[float, float] = (1, 1),
 ) -> Tensor:
     """An elementwise operator of one argument, or a reduction to ``shape``.
 
@@ -112,9 +113,10 @@ def unary(
         save: ``in``, ``out`` or nothing.
         temporaries: tensors of the gradient's size that its formula needs on the way.
         same_gradient: the gradient is passed on as it is.
+        launches: of forward and backward, temporaries left out.
     """
     out = tape.empty(shape or x.shape, x.size)
-    tape.touch(x, out)
+    tape.touch(x, out, launches=launches[0])
     saved = hold(x if save == "in" else out if save == "out" else None)
     x_shape, size = x.shape, x.size
 
@@ -123,7 +125,8 @@ def unary(
             return [_reshaped(grads[0], x_shape)]
         held = [tape.empty(x_shape, size) for _ in range(temporaries)]
         result = tape.empty(x_shape, size)
-        tape.touch(grads[0], result, *([result] if saved[0] is not None else []))
+        again = [result] if saved[0] is not None else []
+        tape.touch(grads[0], result, *again, launches=launches[1])
         for temporary in held:
             tape.touch(temporary, temporary)
         del held
@@ -131,6 +134,11 @@ def unary(
 
     tape.record([x], [out], backward)
     return out
+
+
+def rsqrt(tape: Tape, x: Tensor) -> Tensor:
+    """``(x + ε).rsqrt()``; its formula has a power and two products."""
+    return unary(tape, x, save="out", launches=(2, 3))
 
 
 def square(tape: Tape, x: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ def normed(program: Program, wide: Tensor) -> Tensor:
     tape = program.tape
     one = (*wide.shape[:-1], 1)
     mean = op.unary(tape, op.square(tape, wide), shape=one)
-    tape.launch(1)  # ε
-    return op.multiply(tape, wide, op.unary(tape, mean, save="out"))
+    return op.multiply(tape, wide, op.rsqrt(tape, mean))
 
 
 def rms_norm(program: Program, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -55,7 +54,7 @@ def prepare_heads(
         wide = op.cast(tape, x, op.WIDE)
         one = (*wide.shape[:-1], 1)
         total = op.unary(tape, op.square(tape, wide), shape=one, same_gradient=True)
-        x = op.cast(tape, op.multiply(tape, wide, op.unary(tape, total, save="out")), size)
+        x = op.cast(tape, op.multiply(tape, wide, op.rsqrt(tape, total)), size)
     return x
 
 
