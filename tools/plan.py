@@ -16,7 +16,9 @@ activations by part), what it computes and sends, how long a step and each stage
 cost, and which layouts fit, the fastest first; for the dense model, the layer-wise hybrid and HydraHead.
 
 Nothing is started and nothing is downloaded. Memory and FLOPs are derived and tested against
-measurements on the CPU; times are a roofline with assumed efficiencies, which the report repeats.
+measurements on the CPU; times are a roofline of the device, and the host's launches beside it, with
+assumed efficiencies, which the report repeats. Where a recipe's configs ask for validations, their time
+is in the stages' hours.
 """
 
 EPILOG = """\
@@ -97,9 +99,10 @@ def parser() -> argparse.ArgumentParser:
         "--efficiency",
         action="append",
         default=[],
-        metavar="NAME=SHARE",
-        help="another assumption: matmul, attention, attention_backward, delta_rule, bandwidth, "
-        "nvlink, network, usable, overlap (shares), latency (seconds a collective); repeatable",
+        metavar="NAME=VALUE",
+        help="another assumption: matmul, attention, attention_backward, varlen, delta_rule, flash_qla "
+        "(0.27 where FlashQLA is installed), bandwidth, nvlink, network, usable, overlap (shares); latency "
+        "(seconds a collective), launch, triton_launch (seconds of the host a kernel); repeatable",
     )
     p.add_argument("--top", type=int, default=5, help="layouts shown (%(default)s)")
     p.add_argument("--json", action="store_true", help="everything as JSON")

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -284,15 +285,15 @@ def _running_sum(x: torch.Tensor, causal: torch.Tensor) -> torch.Tensor:
     return x.cumsum(-2)
 
 
-def _step_groups(layout: ChunkLayout, elements: int) -> list[tuple[int, ...]]:
+def step_groups(widths: Sequence[int], elements: int) -> list[tuple[int, ...]]:
     """Widths of the scan's steps in groups of neighbours that stay small.
 
     Args:
-        layout: the chunks.
+        widths: of all steps.
         elements: of the widest tensor of one chunk.
     """
     groups: list[list[int]] = [[]]
-    for width in layout.widths:
+    for width in widths:
         if groups[-1] and (sum(groups[-1]) + width) * elements > GROUP_ELEMENTS:
             groups.append([])
         groups[-1].append(width)
@@ -320,7 +321,7 @@ def _outputs(
         state = _permuted(initial_state.to(q.dtype), layout.order)
     groups = [layout.widths]
     if all_maps is None:
-        groups = _step_groups(layout, q[0].numel() + v[0].numel())
+        groups = step_groups(layout.widths, q[0].numel() + v[0].numel())
     sizes = [sum(group) for group in groups]
     # split, not slices: the gradient of n slices is n tensors of full size.
     parts = zip(*(x.split(sizes) for x in chunks), strict=True)

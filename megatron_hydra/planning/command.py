@@ -166,11 +166,7 @@ def _only_stage(request: Request, job: Job, plan: report.Plan) -> report.StageCo
     budget = dataclasses.replace(
         budget, sequence_length=job.sequence_length, tokens_per_step=job.tokens_per_step
     )
-    hours = request.tokens / plan.tokens_per_second / report.HOUR
-    gpu_hours = hours * job.gpus
-    price = request.price_per_gpu_hour
-    paid = None if price is None else gpu_hours * price
-    return report.StageCost(budget, request.tokens, plan, hours, gpu_hours, paid)
+    return report.cost_of(budget, request.tokens, plan, request.price_per_gpu_hour)
 
 
 def _as_json(

@@ -51,39 +51,55 @@ same generation (200 Gbit/s a GPU for A100, 400 for the others)."""
 GPUS_PER_NODE = 8
 
 
+SECONDS = ("latency", "launch", "triton_launch")
+MAY_BE_ZERO = ("overlap", "flash_qla")
+"""Of the efficiencies: those that are no shares, and shares that may be 0."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
     """Shares of the data sheet that are reached: **assumptions** about a whole step.
 
-    Four are near what single kernels gave on one H200 (docs/PERFORMANCE.md; a test compares them);
-    two dense steps on an H200 were met within 5 % (docs/planning.md); nothing was timed across GPUs.
+    Those of kernels are near what they gave alone on one H200 (docs/PERFORMANCE.md; a test compares
+    them); docs/planning.md holds whole steps against measured ones.
 
     Attributes:
         matmul, attention, attention_backward: of the matrix peak.
-        delta_rule: likewise, of FLA's Triton kernels at 128K tokens; FlashQLA's reach 0.27.
+        varlen: share of that speed that flash attention of packed documents reaches, which runs where
+            blocks are not a dense batch (context parallelism, documents of unequal length).
+        delta_rule: of the matrix peak, of FLA's Triton kernels at 128K tokens.
+        flash_qla: likewise, of FlashQLA's (0.27) where they can run: heads of 128 without context
+            parallelism. 0: not installed, FLA's run.
         bandwidth: of the memory bandwidth.
         nvlink, network: of the links.
         usable: of the memory; the rest is CUDA's context, NCCL's buffers, fragmentation.
         overlap: share of data-parallel traffic that computation hides.
         latency: seconds that a collective takes however small it is.
+        launch: seconds of the host for a kernel that torch launches, what leads up to it included
+            (modules, autograd, dispatch).
+        triton_launch: seconds of the host for a kernel that Triton launches from Python.
     """
 
     matmul: float = 0.65
     attention: float = 0.60
     attention_backward: float = 0.45
+    varlen: float = 0.53
     delta_rule: float = 0.067
+    flash_qla: float = 0.0
     bandwidth: float = 0.75
     nvlink: float = 0.70
     network: float = 0.70
     usable: float = 0.90
     overlap: float = 0.0
     latency: float = 20e-6
+    launch: float = 49e-6
+    triton_launch: float = 177e-6
 
     def changed(self, settings: list[str]) -> Efficiency:
         """With some factors set, from ``name=value`` words.
 
         Raises:
-            HydraError: an unknown name, a value that is no share, a latency below 0.
+            HydraError: an unknown name, a value that is no share, seconds below 0.
         """
         known = [field.name for field in dataclasses.fields(self)]
         values = {}
@@ -95,11 +111,11 @@ class Efficiency:
                 values[name] = float(text)
             except ValueError:
                 raise HydraError(f"--efficiency {word}: {text!r} is not a number") from None
-            if name == "latency":
+            if name in SECONDS:
                 if not 0 <= values[name] < math.inf:
                     raise HydraError(f"--efficiency {word}: give seconds, 0 or more")
-            elif not 0 <= values[name] <= 1 or (values[name] == 0 and name != "overlap"):
-                least = "from 0" if name == "overlap" else "above 0 and"
+            elif not 0 <= values[name] <= 1 or (values[name] == 0 and name not in MAY_BE_ZERO):
+                least = "from 0" if name in MAY_BE_ZERO else "above 0 and"
                 raise HydraError(f"--efficiency {word}: give a share {least} up to 1")
         return dataclasses.replace(self, **values)
 

@@ -49,6 +49,11 @@ class Plan:
         """Of the whole job."""
         return self.tokens_per_step / self.time.total
 
+    def validation_seconds(self, sequences: int) -> float:
+        """Of one validation: the replicas share its sequences, micro-batch by micro-batch."""
+        at_a_time = self.run.batch.micro_batch_size * self.data_parallel
+        return -(-sequences // at_a_time) * self.time.forward_only
+
     @property
     def data_parallel(self) -> int:
         """Size of the data-parallel group."""

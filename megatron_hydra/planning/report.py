@@ -22,16 +22,17 @@ BASIS = {
     "three whole steps within 5 % (docs/planning.md)",
     "flops": "derived; held within 2 % of torch.utils.flop_counter on the CPU",
     "traffic": "derived: bytes that a rank sends",
-    "time": "ASSUMED: a roofline of the GPU's data sheet with the efficiencies below; single kernels were "
-    "timed on one H200 and two dense steps met within 5 % (docs/planning.md), nothing across GPUs",
+    "time": "ASSUMED: a roofline of the GPU's data sheet and the host's launches beside it, with the "
+    "efficiencies below; docs/planning.md holds measured steps of one to four GPUs against it",
+    "launches": "counted operator by operator; held within 15 % of the operators of a step on the CPU",
     "documents": "ASSUMED: every sequence is one document (the most attention there can be)",
 }
 """What each figure rests on."""
 
 TORCH_GDN = (
-    "torch: the plain twin, as a GPU without FLA runs it. Memory is that of its operators. Times are TOO "
-    "SHORT: launching them is not counted, and on an H200 it was 38,000 launches and 85 % of a step (a "
-    "135M model, align); install flash-linear-attention"
+    "torch: the plain twin, as a GPU without FLA runs it. Memory is that of its operators, and so are the "
+    "launches, which make up most of a small model's step (38,000 were measured in align of a 135M model on "
+    "an H200, 85 % of the step); install flash-linear-attention"
 )
 """Of a plan without FLA."""
 
@@ -44,7 +45,8 @@ class StageCost:
         budget: the stage.
         tokens: that it reads.
         plan: its layout.
-        hours: of wall-clock.
+        hours: of wall-clock, validations included.
+        validating: hours of these.
         gpu_hours: of all GPUs.
         price: of them, or ``None`` where no price was given.
     """
@@ -53,8 +55,21 @@ class StageCost:
     tokens: float
     plan: Plan
     hours: float
+    validating: float
     gpu_hours: float
     price: float | None
+
+
+def cost_of(budget: StageBudget, tokens: float, plan: Plan, price: float | None) -> StageCost:
+    """What a stage's tokens and validations take under a layout."""
+    wanted = budget.validation
+    validating = 0.0
+    if wanted is not None:
+        validating = wanted.times * plan.validation_seconds(wanted.sequences) / HOUR
+    hours = tokens / plan.tokens_per_second / HOUR + validating
+    gpu_hours = hours * plan.world
+    paid = None if price is None else gpu_hours * price
+    return StageCost(budget, tokens, plan, hours, validating, gpu_hours, paid)
 
 
 def stage_cost(
@@ -76,12 +91,7 @@ def stage_cost(
         sequence_length=budget.sequence_length,
         tokens_per_step=max(budget.tokens_per_step, budget.sequence_length),
     )
-    plan = search(model, ours, machine)[0]
-    hours = tokens / plan.tokens_per_second / HOUR
-    gpu_hours = hours * job.gpus
-    return StageCost(
-        budget, tokens, plan, hours, gpu_hours, None if price is None else gpu_hours * price
-    )
+    return cost_of(budget, tokens, search(model, ours, machine)[0], price)
 
 
 def all_stages(
@@ -117,10 +127,17 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "memory_bytes": {"total": plan.memory.total, **dict(plan.memory.peak.most_common())},
         "flops_per_rank_and_step": dict(plan.flops),
         "sent_bytes_per_rank_and_step": dict(plan.sent),
+        "launches_per_rank_and_step": {
+            "torch": plan.time.launches.torch,
+            "triton": plan.time.launches.triton,
+        },
+        "host_seconds_for_launches": plan.time.host,
+        "share_waiting_for_the_host": plan.time.waiting / plan.time.total,
         "seconds": {
             "step": plan.time.total,
             **{f"compute {phase}": s for phase, s in plan.time.compute.items()},
             **{f"communication {kind}": s for kind, s in plan.time.communication.items()},
+            "waiting for the host": plan.time.waiting,
             "pipeline bubble": plan.time.bubble,
             "optimizer": plan.time.update,
         },
@@ -133,7 +150,8 @@ def stage_as_dict(cost: StageCost) -> dict[str, Any]:
     return {
         "stage": cost.budget.name, "verb": cost.budget.verb,
         "sequence_length": cost.budget.sequence_length, "tokens": cost.tokens,
-        "hours": cost.hours, "gpu_hours": cost.gpu_hours, "price": cost.price,
+        "hours": cost.hours, "validation_hours": cost.validating,
+        "gpu_hours": cost.gpu_hours, "price": cost.price,
         "plan": plan_as_dict(cost.plan),
     }  # fmt: skip
 
@@ -203,6 +221,9 @@ def details(name: str, model: ModelConfig, plan: Plan) -> list[str]:
         _parts("seconds of computation", time.compute, 1, ".2f")
         + f"; optimizer {time.update:.3f}, pipeline bubble {time.bubble:.2f}",
         _parts("seconds of communication", time.communication, 1, ".2f"),
+        f"  {time.launches.total:,.0f} launches a step, {time.launches.triton:,.0f} of them by Triton: "
+        f"{time.host:.2f} s of the host; the device waits for it {time.waiting:.2f} s, "
+        f"{time.waiting / time.total:.0%} of a step",
         f"  {time.total:.2f} s a step, {plan.tokens_per_second:,.0f} tokens/s, "
         f"{total / time.total / 1e12:,.0f} TFLOP/s a GPU",
     ]
@@ -235,6 +256,14 @@ def stage_lines(costs: dict[str, list[StageCost]], refused: dict[str, dict[str, 
             ]
         )  # fmt: skip
     lines = _table(rows)
+    for name, stages in costs.items():
+        for cost in stages:
+            if cost.validating:
+                assert cost.budget.validation is not None
+                lines.append(
+                    f"  {name}, {cost.budget.name}: {cost.budget.validation.times:,} validations of "
+                    f"{cost.budget.validation.sequences:,} sequences take {cost.validating:,.2f} of its hours"
+                )
     for name, reasons in refused.items():
         lines += [f"  {name}, {stage}: {why}" for stage, why in reasons.items()]
     return lines

@@ -30,7 +30,7 @@ RECOMPUTE = (
 )
 """In order: the cheapest that fits is the fastest, so the search stops at the first."""
 
-MICRO_BATCHES = (1, 2, 4, 8)
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SHORTEST_SHARD = 1024
 """Tokens below which a sequence is not cut further."""
 

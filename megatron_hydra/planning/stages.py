@@ -7,10 +7,32 @@ import os
 from pathlib import Path
 
 from megatron_hydra.config.loading import load_run_config, read_config
-from megatron_hydra.config.run import Verb
+from megatron_hydra.config.run import RunConfig, Verb
 from megatron_hydra.errors import HydraError
 
 HOUR = 3600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationBudget:
+    """Validations of a run.
+
+    Attributes:
+        times: how many.
+        sequences: that each reads, its probes' included.
+    """
+
+    times: int
+    sequences: int
+
+
+def validation_budget(run: RunConfig) -> ValidationBudget | None:
+    """What a run's ``validation`` section asks for; ``None`` where it is off."""
+    wanted, steps = run.validation, run.schedule.steps
+    if not wanted.interval:
+        return None
+    sequences = wanted.sequences + wanted.probe_sequences * len(wanted.probes)
+    return ValidationBudget(-(-steps // wanted.interval), sequences)  # the last step is validated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +45,7 @@ class StageBudget:
         sequence_length: tokens of a sequence.
         tokens_per_step: of the global batch.
         share: of all tokens of the transfer.
+        validation: what is read beside the training, if anything.
     """
 
     name: str
@@ -30,6 +53,7 @@ class StageBudget:
     sequence_length: int
     tokens_per_step: int
     share: float
+    validation: ValidationBudget | None = None
 
 
 STAGES = (
@@ -65,7 +89,11 @@ def recipe_stages(folder: str | os.PathLike[str]) -> tuple[list[StageBudget], in
         before = before if overlay else file
         per_step = run.batch.global_batch_size * run.data.sequence_length
         tokens.append(run.schedule.steps * per_step)
-        budgets.append(StageBudget(file.stem, run.verb, run.data.sequence_length, per_step, 0.0))
+        budgets.append(
+            StageBudget(
+                file.stem, run.verb, run.data.sequence_length, per_step, 0.0, validation_budget(run)
+            )
+        )
     total = sum(tokens)
     shared = [
         dataclasses.replace(budget, share=count / total)

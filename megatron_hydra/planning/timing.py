@@ -1,21 +1,64 @@
-"""From work and traffic to seconds: a roofline with assumed efficiencies."""
+"""From work, traffic and launches to seconds: a roofline with assumed efficiencies, and the host beside it."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
+from collections.abc import Iterable
 
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.planning.hardware import GPUS_PER_NODE, Efficiency, Gpu
-from megatron_hydra.planning.tape.assembly import Stage
-from megatron_hydra.planning.tape.tensors import Work
+from megatron_hydra.planning.tape.assembly import Part, Stage
+from megatron_hydra.planning.tape.tensors import Sent, Work
 
-UPDATE_BYTES = 30
-"""Read and written per parameter by AdamW: gradient 4, weight and both moments 4 each, twice, and the
-bf16 weight 2."""
+UPDATE_BYTES = 102
+"""Read and written per parameter in an update. Torch's AdamW over lists makes a pass for each operation:
+decay of the weight 8 bytes, first moment 12, second 8 and 12, its root, correction and ε 8 each, the weight
+16. Beside it the gradient's norm 4, clipping 8, the bf16 copy 6, and the zeroed buffer 4."""
 
+FOREACH_ELEMENTS = 320 * 65_536
+"""Elements that one launch of torch's operators on lists of tensors covers (its blocks, their chunk)."""
+
+FOREACH_CALLS = 15
+"""Such operators in a step: 12 of AdamW, the gradient's norm, clipping, the copy to bf16 weights."""
+
+STEP_LAUNCHES, BATCH_LAUNCHES = 30, 20
+"""Of a step besides: zeroed buffers, what ranks agree on, its numbers. Of a micro-batch: its tensors'
+copies to the device, boundaries of documents, rotary tables."""
 
 Seconds = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Launches:
+    """Kernels, by who launches them.
+
+    Attributes:
+        torch: torch's operators, collectives included.
+        triton: Triton, from Python.
+    """
+
+    torch: float = 0.0
+    triton: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.torch + self.triton
+
+    def plus(self, other: Launches, times: float = 1.0) -> Launches:
+        """These, and the others so many times."""
+        return Launches(self.torch + times * other.torch, self.triton + times * other.triton)
+
+
+def count_launches(work: Iterable[Work], sent: Iterable[Sent]) -> Launches:
+    """Launches of operators and collectives."""
+    ours, collectives = list(work), sum(s.repeats for s in sent)
+    return Launches(
+        sum(w.launches * w.repeats for w in ours) + collectives,
+        sum(w.triton * w.repeats for w in ours),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,20 +74,28 @@ class Machine:
     efficiency: Efficiency
 
     def seconds(self, work: Work) -> float:
-        """One operator: the longer of its arithmetic and its memory traffic."""
+        """One operator on the device: the longer of its arithmetic and its memory traffic."""
         share = self.efficiency
+        attention = share.attention if work.phase != "backward" else share.attention_backward
         reached = {
             "matmul": share.matmul,
-            "attention": share.attention if work.phase != "backward" else share.attention_backward,
+            "attention": attention,
+            "varlen_attention": attention * share.varlen,
             "delta_rule": share.delta_rule,
+            "flash_qla": share.flash_qla or share.delta_rule,
             "solve": share.delta_rule,
             "memory": 1.0,
         }[work.unit]
         arithmetic = work.flops / (self.gpu.peak * reached)
         traffic = work.moved / (self.gpu.bandwidth * share.bandwidth)
-        if work.unit == "delta_rule":  # its share was measured, all its kernels' traffic included
+        if work.unit in ("delta_rule", "flash_qla"):  # measured with all its kernels' traffic
             traffic = 0.0
         return max(arithmetic, traffic) * work.repeats
+
+    def host(self, launches: Launches) -> float:
+        """The host's seconds for launches."""
+        share = self.efficiency
+        return launches.torch * share.launch + launches.triton * share.triton_launch
 
     def link(self, ranks_below: int) -> float:
         """Bytes/s between ranks of a group of that reach: inside a node or between nodes."""
@@ -58,16 +109,24 @@ class StepTime:
     """Seconds of one optimizer step on the slowest rank.
 
     Attributes:
-        compute: arithmetic and memory traffic, by phase.
+        compute: arithmetic and memory traffic on the device, by phase.
         communication: by kind, what is not hidden.
+        waiting: time in which the device waits for the host's launches.
         bubble: waiting for other pipeline stages.
         update: the optimizer.
+        host: seconds that the host needs for all launches; most of them pass while the device works.
+        launches: of the step.
+        forward_only: seconds of one micro-batch of a validation: a forward without a gradient.
     """
 
     compute: Seconds
     communication: Seconds
+    waiting: float
     bubble: float
     update: float
+    host: float
+    launches: Launches
+    forward_only: float
 
     @property
     def total(self) -> float:
@@ -75,6 +134,7 @@ class StepTime:
         return (
             sum(self.compute.values())
             + sum(self.communication.values())
+            + self.waiting
             + self.bubble
             + self.update
         )
@@ -91,6 +151,102 @@ def reach(axis: str, run: RunConfig, world: int) -> int:
         "data": world // parallel.pipeline,
         "pipeline": world,
     }[axis]
+
+
+class Clocks:
+    """The host, which launches ahead, and the device, which works in order.
+
+    A part's kernels cannot start before the host begins to launch them, nor end before it has launched
+    the last one. So where the host needs longer, the device waits; where it does not, it gets ahead, and
+    what it has gained is not lost before the two meet.
+    """
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+
+    def run(self, host: float, device: float) -> None:
+        """One part: seconds of the host's launches and of the device's work."""
+        begin = max(self.device, self.host)
+        self.host += host
+        self.device = max(begin + device, self.host)
+
+    @property
+    def end(self) -> float:
+        """When all that was launched is done."""
+        return max(self.host, self.device)
+
+
+def elapsed(parts: list[tuple[float, float]], micro_batches: int) -> float:
+    """Seconds of micro-batches one after the other, each of ``(host, device)`` parts."""
+    clocks, ends = Clocks(), [0.0]
+    simulated = min(micro_batches, 4)  # from then on each one adds the same
+    for _ in range(simulated):
+        for host, device in parts:
+            clocks.run(host, device)
+        ends.append(clocks.end)
+    return ends[-1] + (micro_batches - simulated) * (ends[-1] - ends[-2])
+
+
+def _seconds(
+    machine: Machine, run: RunConfig, world: int, part: Part
+) -> tuple[Seconds, Seconds, Launches]:
+    """Of a part: computation by phase, communication by kind, launches."""
+    compute: Seconds = defaultdict(float)
+    sent: Seconds = defaultdict(float)
+    for work in part.work:
+        compute[work.phase] += machine.seconds(work)
+    for item in part.sent:
+        link = machine.link(reach(item.axis, run, world))
+        sent[item.kind] += (item.sent / link + machine.efficiency.latency) * item.repeats
+    return compute, sent, count_launches(part.work, part.sent)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pace:
+    """Of one stage's micro-batches: device by phase and kind, launches of one, seconds of all, and of the
+    forward of one.
+    """
+
+    compute: Seconds
+    communication: Seconds
+    launches: Launches
+    elapsed: float
+    forward_only: float
+
+
+def _pace(
+    machine: Machine, run: RunConfig, world: int, order: list[Part], micro_batches: int
+) -> _Pace:
+    known: dict[int, tuple[Seconds, Seconds, Launches]] = {}
+    forwards: dict[int, tuple[float, float]] = {}
+    compute: Seconds = defaultdict(float)
+    sent: Seconds = defaultdict(float)
+    launches = Launches(BATCH_LAUNCHES)
+    pairs = [(machine.host(launches), 0.0)]
+    forward = list(pairs)
+    for part in order:  # parts of equal layers are one object
+        if id(part) not in known:
+            known[id(part)] = _seconds(machine, run, world, part)
+            by_phase, by_kind, count = _seconds(machine, run, world, part.forward())
+            device = sum(by_phase.values()) + sum(by_kind.values())
+            forwards[id(part)] = (machine.host(count), device)
+        by_phase, by_kind, count = known[id(part)]
+        for total, more in ((compute, by_phase), (sent, by_kind)):
+            for name, seconds in more.items():
+                total[name] += seconds * micro_batches
+        launches = launches.plus(count)
+        pairs.append((machine.host(count), sum(by_phase.values()) + sum(by_kind.values())))
+        forward.append(forwards[id(part)])
+    return _Pace(compute, sent, launches, elapsed(pairs, micro_batches), elapsed(forward, 1))
+
+
+def update_launches(trained: int) -> Launches:
+    """Of gradient norm, clipping and AdamW over lists of all tensors, and of the rest of a step.
+
+    Args:
+        trained: elements that the rank updates.
+    """
+    return Launches(FOREACH_CALLS * math.ceil(trained / FOREACH_ELEMENTS) + STEP_LAUNCHES)
 
 
 def step_time(
@@ -111,25 +267,24 @@ def step_time(
         trained: parameters that the rank updates.
     """
     efficiency, parallel = machine.efficiency, run.parallel
-    best: tuple[float, Seconds, Seconds] = (-1.0, {}, {})
-    for stage in stages:
-        compute: Seconds = defaultdict(float)
-        sent: Seconds = defaultdict(float)
-        for work in stage.work:
-            compute[work.phase] += machine.seconds(work) * micro_batches
-        for item in stage.sent:
-            link = machine.link(reach(item.axis, run, world))
-            seconds = (item.sent / link + efficiency.latency) * item.repeats
-            sent[item.kind] += seconds * micro_batches
-        total = sum(compute.values()) + sum(sent.values())
-        if total > best[0]:
-            best = (total, compute, sent)
-    total, compute, sent = best
+    paces = [_pace(machine, run, world, stage.order, micro_batches) for stage in stages]
+    slowest = max(paces, key=lambda pace: pace.elapsed)
+    compute, sent = dict(slowest.compute), defaultdict(float, slowest.communication)
+    busy = sum(compute.values()) + sum(sent.values())
     if traffic["pipeline"]:
         link = machine.link(reach("pipeline", run, world))
         sent["pipeline"] += (traffic["pipeline"] / link + efficiency.latency) * micro_batches
-    bubble = total * (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline)
+    bubble = slowest.elapsed * (parallel.pipeline - 1) / (micro_batches * parallel.virtual_pipeline)
     data = traffic["data"] / machine.link(reach("data", run, world))
     sent["data"] += data * (1 - efficiency.overlap)
+    once = update_launches(trained)
     update = trained * UPDATE_BYTES / (machine.gpu.bandwidth * efficiency.bandwidth)
-    return StepTime(compute, sent, bubble, update)
+    # An operator on a list is one call, however many kernels it launches.
+    calls = machine.host(Launches(FOREACH_CALLS + STEP_LAUNCHES))
+    waits = slowest.elapsed - busy + max(0.0, calls - update)
+    launches = once.plus(slowest.launches, micro_batches)
+    host = machine.host(slowest.launches) * micro_batches + calls
+    return StepTime(
+        compute, sent, waits, bubble, update, host, launches,
+        slowest.forward_only * parallel.pipeline,
+    )  # fmt: skip

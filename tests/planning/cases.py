@@ -14,6 +14,7 @@ from megatron_hydra.config.run import RunConfig
 from megatron_hydra.planning.memory import rank_memory
 from megatron_hydra.planning.tape.rank import Rank
 from megatron_hydra.planning.tape.stage import StageBuilder
+from megatron_hydra.planning.timing import BATCH_LAUNCHES, count_launches
 from tests.parallel.launch import ROOT, torchrun
 
 DENSE = ModelConfig(
@@ -75,8 +76,8 @@ def measure(cases: dict[str, tuple[ModelConfig, dict]], processes: int, folder: 
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
-def predict(model: ModelConfig, body: dict[str, Any], rank: int) -> tuple[int, float]:
-    """Bytes at the peak and what the counter should count, with the torch twins."""
+def predict(model: ModelConfig, body: dict[str, Any], rank: int) -> tuple[int, float, float]:
+    """Bytes at the peak, what the counter should count, and launches, with the torch twins."""
     run = from_dict(RunConfig, body)
     parallel = run.parallel
     place = Rank(
@@ -88,4 +89,5 @@ def predict(model: ModelConfig, body: dict[str, Any], rank: int) -> tuple[int, f
     micro_batches = run.batch.global_batch_size // run.batch.micro_batch_size
     memory = rank_memory(builder, stage, micro_batches)
     counted = sum(w.counted * w.repeats for w in stage.work) * micro_batches
-    return memory.total, counted
+    launches = BATCH_LAUNCHES + count_launches(stage.work, stage.sent).total
+    return memory.total, counted, launches * micro_batches

@@ -1,9 +1,10 @@
 """Worker: run a real training step and say what its memory peaked at and what it computed.
 
 ``python -m tests.planning.measure CASES.json`` (under torchrun for several ranks) prints one JSON line
-a case: for every rank the bytes held before a step, the highest bytes during the second step, and the
-FLOPs of its matrix products. Bytes are those of torch's own CPU allocator, every allocation and release
-counted, so temporaries inside operators are seen as well; on a GPU they are the caching allocator's.
+a case: for every rank the bytes held before a step, the highest bytes during the second step, the FLOPs
+of its matrix products, and the operators that computed something. Bytes are those of torch's own CPU
+allocator, every allocation and release counted, so temporaries inside operators are seen as well; on a
+GPU they are the caching allocator's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import (
     FlopCounterMode,
     sdpa_backward_flop_count,
@@ -36,7 +38,7 @@ from megatron_hydra.parallel.world import World, start_world, stop_world
 from megatron_hydra.training.faults import FaultKeeper
 from megatron_hydra.training.observe import PhaseTimers
 from megatron_hydra.training.setup import build_chunks, build_optimizer, freeze, wrap_for_training
-from megatron_hydra.training.step import Trainee, train_step
+from megatron_hydra.training.step import Trainee, _accumulate_gradients, train_step
 from megatron_hydra.transfer.verbs import VERBS
 
 _ATEN = torch.ops.aten
@@ -134,6 +136,30 @@ class CpuBytes:
         return out
 
 
+_NOTHING_COMPUTED = (
+    "alias", "chunk", "detach", "empty", "expand", "is_same_size", "lift_fresh", "_local_scalar_dense",
+    "new_empty", "_reshape_alias", "resize", "set_", "split", "unbind", "unsafe_split", "_unsafe_view",
+)  # fmt: skip
+"""How names of operators begin that neither read nor write numbers, besides views."""
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators that compute, collectives included: on a GPU each launches a kernel or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        schema = function._schema
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in schema.returns)
+        name = schema.name.split("::")[1]
+        self.count += not is_view and not name.startswith(_NOTHING_COMPUTED)
+        return function(*args, **(kwargs or {}))
+
+
 def measure(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
     """Peak bytes of the second step on this rank, what is held between steps, and FLOPs."""
     world = start_world(config)
@@ -148,14 +174,17 @@ def measure(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
         stop_world()
 
 
-def _stepper(config: RunConfig, model: ModelConfig, world: World) -> Callable[[], None]:
+def _stepper(
+    config: RunConfig, model: ModelConfig, world: World
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A whole step, and one without the update."""
     trainee = _trainee(config, model, world)
     batches = _batches(config, model, world)
 
     def step() -> None:
         train_step(trainee, batches, lambda: (False, False), PhaseTimers())
 
-    return step
+    return step, lambda: _accumulate_gradients(trainee, batches)
 
 
 def _on_cpu(config: RunConfig, model: ModelConfig, world: World) -> dict[str, Any]:
@@ -163,7 +192,7 @@ def _on_cpu(config: RunConfig, model: ModelConfig, world: World) -> dict[str, An
     gc.disable()
     marks = []
     with CpuBytes() as memory:
-        step = _stepper(config, model, world)
+        step, gradients = _stepper(config, model, world)
         step()
         gc.collect()
         marks.append(time.time_ns())
@@ -175,12 +204,17 @@ def _on_cpu(config: RunConfig, model: ModelConfig, world: World) -> dict[str, An
     peak = max(total for when, total in series if when >= marks[0])
     with FlopCounterMode(display=False, custom_mapping=NOT_COUNTED_BY_TORCH) as counter:
         step()
+    with Operators() as operators:
+        gradients()
     flops = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
-    return {"held": held, "peak": peak, "flops": sum(flops.values()), "flops_by_op": flops}
+    return {
+        "held": held, "peak": peak, "flops": sum(flops.values()), "flops_by_op": flops,
+        "operators": operators.count,
+    }  # fmt: skip
 
 
 def _on_gpu(config: RunConfig, model: ModelConfig, world: World) -> dict[str, Any]:
-    step = _stepper(config, model, world)
+    step, _ = _stepper(config, model, world)
     for _ in range(3):
         step()
     gc.collect()

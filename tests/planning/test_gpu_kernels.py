@@ -18,12 +18,13 @@ from megatron_hydra.planning.models import read_model
 from megatron_hydra.planning.tape import decoder
 from megatron_hydra.planning.tape.delta_rule import _fla
 from megatron_hydra.planning.tape.rank import Program, Rank
-from megatron_hydra.planning.tape.tensors import Tape, Tensor
+from megatron_hydra.planning.tape.tensors import Tape, Tensor, Work
 from megatron_hydra.planning.timing import Machine
 from tests.parallel.launch import ROOT
 from tests.planning import cases
 
 MEASURED = json.loads((ROOT / "docs/performance/2026-11-23_h200.json").read_text())
+LATER = json.loads((ROOT / "docs/performance/2026-11-26_h200.json").read_text())
 MACHINE = Machine(find_gpu("h200"), Efficiency())
 
 
@@ -85,9 +86,23 @@ def test_loss(row: dict[str, Any]) -> None:
 
 
 def test_flash_qla_is_a_setting() -> None:
-    """Its kernels reach the share that the help names."""
+    """Its kernels reach the share that the help names, where they can run."""
     (fla,) = (row for row in _rows("gdn", "FLA") if row["size"] == 131_072)
     (qla,) = (row for row in _rows("gdn", "FlashQLA") if row["size"] == 131_072)
     share = Efficiency().delta_rule * fla["median_seconds"] / qla["median_seconds"]
     assert share == pytest.approx(0.27, abs=0.01)
-    assert dataclasses.replace(MACHINE.efficiency, delta_rule=share).delta_rule < 1
+    with_it = Machine(MACHINE.gpu, dataclasses.replace(MACHINE.efficiency, flash_qla=0.27))
+    for unit, ratio in (("flash_qla", 0.067 / 0.27), ("delta_rule", 1.0)):
+        work = Work("forward", "gdn", unit, 1e12, 1e12, 0.0)
+        assert with_it.seconds(work) == pytest.approx(ratio * MACHINE.seconds(work))
+
+
+def test_attention_of_packed_documents_is_slower() -> None:
+    rows = LATER["layer, 8K and 32K"]["rows"]
+    dense, packed = (
+        row["median_seconds"]
+        for peer in ("all-FA (cuDNN)", "all-FA (varlen)")
+        for row in rows
+        if (row["size"], row["peer"]) == (32_768, peer)
+    )
+    assert Efficiency().varlen == pytest.approx(dense / packed, rel=0.03)

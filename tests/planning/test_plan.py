@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,9 @@ from megatron_hydra.planning.hardware import GPUS, Efficiency, find_gpu
 from megatron_hydra.planning.models import hydrahead, layer_wise, model_kinds, read_model
 from megatron_hydra.planning.parameters import layer_parameters, stage_parameters
 from megatron_hydra.planning.plan import Plan, plan_run
-from megatron_hydra.planning.report import ranked
+from megatron_hydra.planning.report import cost_of, ranked, stage_lines
 from megatron_hydra.planning.search import Job, layouts, search
-from megatron_hydra.planning.stages import STAGES, recipe_stages, stages_up_to
+from megatron_hydra.planning.stages import STAGES, ValidationBudget, recipe_stages, stages_up_to
 from megatron_hydra.planning.tape.rank import Rank
 from megatron_hydra.planning.tape.stage import StageBuilder
 from megatron_hydra.planning.timing import Machine
@@ -278,6 +279,29 @@ def test_a_recipe_is_a_folder_of_stages(recipe: str, tokens: float) -> None:
     assert sum(stage.share for stage in found) == pytest.approx(1)
 
 
+def test_validations_of_a_recipe_are_in_its_hours(tmp_path: Path) -> None:
+    shipped = (ROOT / "configs/smollm2_135m/finetune.yaml").read_text()
+    held_out = shipped.replace("packing:", "held_out: 0.001\n  packing:")
+    (tmp_path / "finetune.yaml").write_text(
+        held_out + "\nvalidation: {interval: 150, sequences: 64}\n"
+    )
+    (stage,), tokens = recipe_stages(tmp_path)
+    assert stage.validation == ValidationBudget(3, 64)  # of 400 steps: 150, 300, and the last
+    model = hydrahead(read_model(QWEN), "7:1")
+    run = _job(gpus=8, sequence_length=4096, tokens_per_step=8 * 4096).run(
+        ParallelConfig(), 1, RecomputeConfig()
+    )
+    found = plan_run(model, run, 8, H200)
+    with_them = cost_of(stage, tokens, found, None)
+    without = cost_of(dataclasses.replace(stage, validation=None), tokens, found, None)
+    # 8 micro-batches a validation on each of 8 replicas, a forward each.
+    assert with_them.validating * 3600 == pytest.approx(3 * 8 * found.time.forward_only)
+    assert with_them.hours == pytest.approx(without.hours + with_them.validating)
+    assert 0.2 < found.time.forward_only / found.time.total < 0.6
+    lines = "\n".join(stage_lines({"hydrahead": [with_them]}, {}))
+    assert "3 validations of 64 sequences" in lines
+
+
 def test_what_is_no_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(HydraError, match=r"--recipe .*gone: no folder with run configs"):
         recipe_stages(tmp_path / "gone")
@@ -335,6 +359,9 @@ def test_the_report_says_what_is_assumed() -> None:
     assert "time: ASSUMED" in text
     assert "three whole steps within 5 %" in text
     assert "GPU-hours" in text
+    assert re.search(
+        r"[\d,]+ launches a step, [\d,]+ of them by Triton: [\d.]+ s of the host", text
+    )
 
 
 def test_a_plan_for_gpus_without_fla_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,15 +374,17 @@ def test_a_plan_for_gpus_without_fla_says_so(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("megatron_hydra.planning.report.search", one_layout)
     text = _run(gated_delta_net="torch")
     assert "gated_delta_net: torch: the plain twin" in text
-    assert "TOO SHORT" in text
+    assert "so are the launches" in text
     assert "gated_delta_net" not in _run()
-    memory = {}
+    memory, launches = {}, {}
     for kind in ("fla", "torch"):
         body = json.loads(_run(gated_delta_net=kind, as_json=True))
-        assert ("TOO SHORT" in body["basis"].get("gated_delta_net", "")) == (kind == "torch")
+        assert ("gated_delta_net" in body["basis"]) == (kind == "torch")
+        launches[kind] = body["layouts"]["hydrahead"][0]["launches_per_rank_and_step"]["torch"]
         memory[kind] = {k: v[0]["memory_bytes"]["total"] for k, v in body["layouts"].items()}
     assert memory["torch"]["hydrahead"] > 1.3 * memory["fla"]["hydrahead"]
     assert memory["torch"]["dense"] == memory["fla"]["dense"]
+    assert launches["torch"] > 5 * launches["fla"]
 
 
 def test_a_stage_that_does_not_fit_leaves_the_rest_of_the_report(monkeypatch) -> None:
@@ -402,7 +431,7 @@ def test_json_adds_up() -> None:
         ({"efficiency": ("matmul=0",)}, "a share above 0 and up to 1"),
         ({"efficiency": ("overlap=-1",)}, "a share from 0 up to 1"),
         ({"efficiency": ("latency=-1",)}, "give seconds, 0 or more"),
-        ({"efficiency": ("latency=nan",)}, "give seconds, 0 or more"),
+        ({"efficiency": ("launch=nan",)}, "give seconds, 0 or more"),
         ({"tokens": -1.0}, "--tokens"),
     ],
 )

@@ -27,6 +27,23 @@ class Piece:
     sent: tuple[Sent, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Work of a piece that is done in one go: its forward, its backward (what is recomputed for it
+    included), or both where nothing lies between them.
+    """
+
+    work: tuple[Work, ...]
+    sent: tuple[Sent, ...]
+
+    def forward(self) -> Part:
+        """Its forward alone, as a validation runs it."""
+        return Part(
+            tuple(w for w in self.work if w.phase == "forward"),
+            tuple(s for s in self.sent if s.phase == "forward"),
+        )
+
+
 @dataclasses.dataclass
 class Stage:
     """What one micro-batch asks of a stage.
@@ -35,12 +52,14 @@ class Stage:
         kept: bytes from the end of its forward to its backward, by part.
         peak: bytes by part at the highest moment, what is kept included.
         work, sent: with how often each occurs.
+        order: the pieces' forwards and backwards as they follow one another.
     """
 
     kept: Bytes
     peak: Bytes
     work: list[Work]
     sent: list[Sent]
+    order: list[Part]
 
 
 class Assembly:
@@ -52,10 +71,12 @@ class Assembly:
         self.kept: Bytes = Counter()
         self._pieces: Counter[int] = Counter()
         self._by_id: dict[int, Piece] = {}
+        self._order: list[tuple[int, bool]] = []
 
     def _note(self, piece: Piece) -> None:
         self._pieces[id(piece)] += 1
         self._by_id[id(piece)] = piece
+        self._order.append((id(piece), True))
 
     def _reach(self, *parts: Bytes) -> None:
         total: Bytes = Counter(self.base)
@@ -97,6 +118,7 @@ class Assembly:
         """The backward of a piece whose forward was added."""
         self.base.subtract(piece.kept)
         self._reach(piece.backward, pending)
+        self._order.append((id(piece), False))
 
     def finished(self) -> Stage:
         """The sums."""
@@ -105,4 +127,18 @@ class Assembly:
             piece = self._by_id[key]
             work += [dataclasses.replace(w, repeats=count) for w in piece.work]
             sent += [dataclasses.replace(s, repeats=count) for s in piece.sent]
-        return Stage(self.kept, self.peak, work, sent)
+        return Stage(self.kept, self.peak, work, sent, self._parts())
+
+    def _parts(self) -> list[Part]:
+        halves: dict[tuple[int, bool], Part] = {}
+        later = {key for key, is_forward in self._order if not is_forward}
+        for key, piece in self._by_id.items():
+            work: dict[bool, list[Work]] = {True: [], False: []}
+            sent: dict[bool, list[Sent]] = {True: [], False: []}
+            for w in piece.work:  # without a backward of its own, everything is done at once
+                work[w.phase == "forward" or key not in later].append(w)
+            for s in piece.sent:
+                sent[s.phase == "forward" or key not in later].append(s)
+            for half in (True, False):
+                halves[key, half] = Part(tuple(work[half]), tuple(sent[half]))
+        return [halves[entry] for entry in self._order]

@@ -318,6 +318,7 @@ class Attention:
             return op.fused(
                 tape, [*flat, scale], ((tokens, count * d), self.size), save=[*flat, scale],
                 backward_bytes={"fusion": tokens * count * op.WIDE} if scale is not None else None,
+                launches=(0, 0 if scale is None else 2), triton=(1, 1),
             )  # fmt: skip
         joined = []
         for o, gate in branches:

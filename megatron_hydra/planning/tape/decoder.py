@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_hydra.model.local_heads import LocalHeads
 from megatron_hydra.planning.tape import operators as op
 from megatron_hydra.planning.tape.attention import Attention
@@ -15,6 +17,10 @@ from megatron_hydra.planning.tape.preparation import rms_norm
 from megatron_hydra.planning.tape.rank import Program
 from megatron_hydra.planning.tape.tensors import Tensor
 
+LOSS_LAUNCHES = {(True, 1): (17, 2), (True, 2): (33, 2), (False, 1): (24, 0), (False, 2): (43, 0)}
+"""By (GPU, models whose logits are read): kernels of torch and of Triton for a chunk of the loss, its
+products left out (``ops.linear_distillation_loss``)."""
+
 
 def norm(program: Program, x: Tensor) -> Tensor:
     """RMSNorm over the residual stream: torch's fused kernel on a GPU, else step by step."""
@@ -23,8 +29,9 @@ def norm(program: Program, x: Tensor) -> Tensor:
         weight = tape.weight((1, x.shape[-1]), x.size, program.trained)
         if program.rank.gpu:
             return op.fused(
-                tape, [x, weight], (x.shape, x.size), save=[x], keep=x.shape[0] * op.WIDE
-            )
+                tape, [x, weight], (x.shape, x.size), save=[x], keep=x.shape[0] * op.WIDE,
+                launches=(1, 2),
+            )  # fmt: skip
         return rms_norm(program, x, weight)
 
 
@@ -47,7 +54,9 @@ def mlp(program: Program, x: Tensor) -> Tensor:
         both = column_linear(program, x, tape.weight((2 * ffn, hidden), x.size, program.trained))
         half = (both.shape[0], ffn)
         if rank.gpu:
-            product = op.fused(tape, [both], (half, x.size), save=[both])
+            product = op.fused(  # compiled by torch into one Triton kernel each way
+                tape, [both], (half, x.size), save=[both], launches=(0, 0), triton=(1, 1)
+            )
         else:
             gate, up = op.split(tape, both, [half, half])
             # Megatron adds an offset of zero to the linear half.
@@ -84,6 +93,16 @@ def align_layer(
         normed = norm(teacher, x)
         target = Attention(teacher, heads)(normed)
     output = Attention(student, ours)(normed)
+    if student.rank.gpu:
+        with tape.inside(
+            "loss"
+        ):  # loss and gradient by one kernel; mask, sum, and what is added up
+            gradient = tape.like(output)
+            tape.compute("memory", 0.0, 3.0 * gradient.nbytes, 0.0, launches=3, triton=1)
+        roots = [(output, gradient)]
+        del output, gradient
+        tape.backward(roots)
+        return _after_attention(teacher, x, target)
     with tape.inside("loss"):
         wide = op.cast(tape, output, op.WIDE)
         del output
@@ -96,12 +115,16 @@ def align_layer(
         del squared
         gradient = tape.empty(loss.shape, op.WIDE)
     tape.backward([(loss, gradient)])
-    del loss, gradient
-    with tape.grad_mode(False):
+    del loss, gradient, normed
+    return _after_attention(teacher, x, target)
+
+
+def _after_attention(teacher: Program, x: Tensor, target: Tensor) -> Tensor:
+    """The rest of a layer of the frozen teacher."""
+    with teacher.tape.grad_mode(False):
         x = residual(teacher, x, target)
-        del target, normed
-        normed = norm(teacher, x)
-        return residual(teacher, x, mlp(teacher, normed))
+        del target
+        return residual(teacher, x, mlp(teacher, norm(teacher, x)))
 
 
 def embedding(program: Program, weight: Tensor) -> Tensor:
@@ -114,7 +137,8 @@ def embedding(program: Program, weight: Tensor) -> Tensor:
 
         def backward(grads: list[Tensor | None]) -> list[Tensor | None]:
             result = tape.empty(table, size)
-            tape.touch(grads[0], result)
+            # On a GPU the tokens are sorted first.
+            tape.touch(grads[0], result, launches=8 if rank.gpu else 2)
             return [result]
 
         tape.record([weight], [found], backward)
@@ -191,12 +215,20 @@ def token_loss(
         wide = logits if converts else 0
         tape.transient(logits, narrow, rows, models * rows)
         tape.transient(narrow or logits, wide, wide_rows, product, models * rows)
+    times = math.ceil(chunks)
     for _ in range(models):
-        tape.compute("matmul", flops * chunks, (rows + vocabulary * width * size + logits) * chunks)
+        moved = (rows + vocabulary * width * size + logits) * chunks
+        tape.compute("matmul", flops * chunks, moved, launches=times)
     with tape.during("backward"):
-        tape.compute("matmul", flops * chunks, (rows + logits + product) * chunks)
-        tape.compute("matmul", flops * chunks, (rows + logits + 2.0 * product) * chunks)
-    tape.compute("memory", 0.0, (2.0 if rank.gpu else 8.0) * models * logits * chunks)
+        moved = (rows + logits + product) * chunks
+        tape.compute("matmul", flops * chunks, moved, launches=times)
+        moved += product * chunks
+        tape.compute("matmul", flops * chunks, moved, launches=times)
+    small, triton = LOSS_LAUNCHES[rank.gpu, models]
+    tape.compute(
+        "memory", 0.0, (2.0 if rank.gpu else 8.0) * models * logits * chunks,
+        launches=small * times, triton=triton * times,
+    )  # fmt: skip
     if rank.tp > 1:
         tape.send("loss", "tensor", 7.0 * tokens * op.WIDE * 2 * (rank.tp - 1) / rank.tp)
     out = tape.empty((), op.WIDE)

@@ -8,11 +8,22 @@ from __future__ import annotations
 
 from megatron_hydra.model.head_flops import GDN_CHUNK, gated_delta_net_flops
 from megatron_hydra.model.local_heads import LocalHeads
-from megatron_hydra.ops.gated_delta_rule import GROUP_ELEMENTS, MAX_CHUNK, MIN_CHUNK
+from megatron_hydra.ops.gated_delta_rule import (
+    GROUP_ELEMENTS,
+    MAX_CHUNK,
+    MIN_CHUNK,
+    step_groups,
+)
 from megatron_hydra.planning.tape import operators as op
 from megatron_hydra.planning.tape.preparation import prepare_heads
 from megatron_hydra.planning.tape.rank import Program
 from megatron_hydra.planning.tape.tensors import Storage, Tensor
+
+FLA_LAUNCHES = (4, 7)
+"""Kernels of FLA 0.6.0 in forward and backward; under context parallelism three more each way."""
+
+FLASH_QLA_HEAD_DIM = 128
+"""As ``ops.fla_tuning`` has it: FLA hands heads of this size to FlashQLA, without context parallelism."""
 
 MOST_GROUPS, MOST_STRIDES = 64, 64
 """More groups of chunks, or steps of a scan, than that are described in so many strides: the memory is
@@ -28,11 +39,15 @@ def delta_rule(program: Program, heads: LocalHeads, parts: dict[str, Tensor]) ->
         if rank.cp > 1:
             channels = q.shape[1] + k.shape[1] + v.shape[1]
             tape.send("halo", "context", (switches.conv_width - 1.0) * channels * rank.size)
-        q, k, v = (_convolved(program, x) for x in (q, k, v))
+        # One convolution of all channels (their join is a launch), on a GPU by one kernel.
+        tape.launch(1)
+        q, k, v = (_convolved(program, x, calls) for x, calls in ((q, 1), (k, 0), (v, 0)))
     q, k, v = (op.view(tape, x, (tokens, x.shape[1] // d, d)) for x in (q, k, v))
     rope = switches.gdn_position == "rope"
     q = prepare_heads(program, q, rope, scaled=False, l2=True)
-    k = prepare_heads(program, k, rope, scaled=False, l2=True)
+    k = prepare_heads(
+        program, k, rope, scaled=False, l2=True, calls=0 if switches.short_conv else 1
+    )
     log_alpha, beta = _gates(program, a, n), op.unary(tape, op.cast(tape, b, op.WIDE), save="out")
     if switches.fa_window is not None:
         k, v = (_delayed(program, x) for x in (k, v))
@@ -47,7 +62,10 @@ def delta_rule(program: Program, heads: LocalHeads, parts: dict[str, Tensor]) ->
 def _gates(program: Program, a: Tensor, n: int) -> Tensor:
     """Log α, ``[T, n]`` in fp32."""
     tape = program.tape
-    bias, decay = (tape.weight((1, n), op.WIDE, program.trained) for _ in range(2))
+    bias, decay = (
+        op.narrow(tape, tape.weight((1, n), op.WIDE, program.trained), (1, n)) for _ in range(2)
+    )
+    decay = op.unary(tape, op.unary(tape, decay, save="out"))
     dt = op.unary(tape, op.add(tape, op.cast(tape, a, op.WIDE), bias), save="in")
     return op.multiply(tape, dt, decay)
 
@@ -62,13 +80,20 @@ def _delayed(program: Program, x: Tensor) -> Tensor:
     return op.unary(tape, op.narrow(tape, joined, x.shape))
 
 
-def _convolved(program: Program, x: Tensor) -> Tensor:
-    """As ``ops.short_conv``: a masked, weighted copy of ``x`` for every tap."""
+def _convolved(program: Program, x: Tensor, calls: int) -> Tensor:
+    """As ``ops.short_conv``: a masked, weighted copy of ``x`` for every tap.
+
+    Args:
+        calls: of the GPU's kernel; 0: the call for other channels convolves these as well.
+    """
     tape, width = program.tape, program.model.switches.conv_width
     tokens, channels = x.shape
     weight = tape.weight((channels, width), x.size, program.trained)
     if program.rank.gpu:
-        return op.fused(tape, [x, weight], (x.shape, x.size), save=[x])
+        return op.fused(
+            tape, [x, weight], (x.shape, x.size), save=[x], launches=(0, 2 * calls),
+            triton=(calls, calls),
+        )  # fmt: skip
     edge = tape.empty((width - 1, channels), x.size)
     extended = op.cat(tape, [edge, x], (tokens + width - 1, channels))
     y = op.multiply(tape, x, op.narrow(tape, weight, (1, channels)))
@@ -97,6 +122,8 @@ def _fla(
     row, states = tokens * n * d * q.size, chunks * n * d * d * q.size
     inverse, gate = tokens * n * GDN_CHUNK * q.size, tokens * n * op.WIDE
     flops = float(n * gated_delta_net_flops(tokens, d))
+    can_be_qla = d == FLASH_QLA_HEAD_DIM and program.rank.cp == 1
+    between = 3.0 if program.rank.cp > 1 else 0.0
     if program.rank.cp > 1:
         tape.send("state", "context", _exchange_bytes(program, n))
     out = op.fused(
@@ -105,7 +132,8 @@ def _fla(
         forward_bytes={"gdn": 3 * row, "gdn states": states},  # W, U, the new values; the states
         # W, U, new values, their gradients and the second one by k; states and theirs.
         backward_bytes={"gdn": 6 * row, "gdn states": 2 * states},
-        work=[("delta_rule", flops, 2.5 * flops)],
+        work=[("flash_qla" if can_be_qla else "delta_rule", flops, 2.5 * flops)],
+        launches=(0, 0), triton=(FLA_LAUNCHES[0] + between, FLA_LAUNCHES[1] + between),
     )  # fmt: skip
     if program.rank.cp > 1 and out.needs_grad:
         _send_in_backward(program, out, _exchange_bytes(program, n))
@@ -155,13 +183,20 @@ def _chunked(
     parts = [op.split(tape, x, [(size * n, *x.shape[1:]) for size in sizes]) for x in chunks]
     del chunks
     outputs = []
+    chunks_of = [-(-length // chunk) for length in lengths]
+    widths = [sum(c > step for c in chunks_of) for step in range(max(chunks_of))]
+    groups = 1 if all_maps else len(step_groups(widths, 2 * n * chunk * d))
+    times = groups / len(sizes)
     for size, group in zip(sizes, zip(*parts, strict=True), strict=True):
-        transition, write, read, own = all_maps or _maps(program, list(group))
-        with tape.inside("gdn states"):
+        with tape.standing_for(times):
+            transition, write, read, own = all_maps or _maps(program, list(group))
+        # A step of the scan has a chunk of every document.
+        with tape.inside("gdn states"), tape.standing_for(len(widths) / count):
             states, state = _scan(program, transition, write, state, size)
-        copied = op.copy(tape, read)
-        shape = (size * n, chunk, d)
-        outputs.append(op.matmul(tape, copied, states, shape, d, plus=own))
+        with tape.standing_for(times):
+            copied = op.copy(tape, read)
+            shape = (size * n, chunk, d)
+            outputs.append(op.matmul(tape, copied, states, shape, d, plus=own))
         del copied, states, transition, write, read, own
     output = op.cat(tape, outputs, (count * n, chunk, d))
     del outputs, parts
@@ -263,9 +298,9 @@ def _scan(
     shapes = [(step * n, d, d) for step in steps]
     transitions, writes = op.split(tape, transition, shapes), op.split(tape, write, shapes)
     entering = []
-    for shape, map_, own in zip(shapes, transitions, writes, strict=True):
+    for step, shape, map_, own in zip(steps, shapes, transitions, writes, strict=True):
         entering.append(Tensor(state.storage, shape, op.WIDE, state.edge))
-        state = op.matmul(tape, map_, entering[-1], shape, d, plus=own)
+        state = op.matmul(tape, map_, entering[-1], shape, d, plus=own, launches=step)
     return op.cat(tape, entering, (count * n, d, d)), Tensor(
         state.storage, (n, d, d), op.WIDE, state.edge
     )
@@ -276,8 +311,8 @@ def _exchange(program: Program, transition: Tensor, write: Tensor, count: int, n
     tape, d = program.tape, transition.shape[-1]
     maps, own = op.copy(tape, transition), op.copy(tape, write)
     shape = ((count - 1) * n, d, d)
-    states = op.matmul(tape, maps, own, shape, d, plus=own)
-    products = op.matmul(tape, maps, maps, shape, d)
+    states = op.matmul(tape, maps, own, shape, d, plus=own, launches=count - 1)
+    products = op.matmul(tape, maps, maps, shape, d, launches=count - 1)
     entering, sent = tape.empty((n, d, d), op.WIDE), _exchange_bytes(program, n)
     tape.send("state", "context", sent)
     gathered = [Storage(tape, 2 * program.rank.cp * entering.nbytes)]

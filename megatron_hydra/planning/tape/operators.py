@@ -38,7 +38,7 @@ def narrow(tape: Tape, x: Tensor, shape: Shape) -> Tensor:
 
     def backward(grads: list[Tensor | None]) -> list[Tensor | None]:
         out = tape.empty(whole, size)
-        tape.touch(out, grads[0])
+        tape.touch(out, grads[0], launches=2)  # filled with zeros, then written
         return [out]
 
     tape.record([x], [out], backward)
@@ -57,7 +57,7 @@ def split(tape: Tape, x: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
             if g is None and 0 not in shape
         ]
         out = tape.empty(whole, size)
-        tape.touch(out, *grads)
+        tape.touch(out, *grads, launches=1 + len(missing))
         del missing
         return [out]
 
@@ -105,6 +105,7 @@ def unary(
     temporaries: int = 0,
     shape: Shape | None = None,
     same_gradient: bool = False,
+    launches: tuple[float, float] = (1, 1),
 ) -> Tensor:
     """An elementwise operator of one argument, or a reduction to ``shape``.
 
@@ -112,9 +113,10 @@ def unary(
         save: ``in``, ``out`` or nothing.
         temporaries: tensors of the gradient's size that its formula needs on the way.
         same_gradient: the gradient is passed on as it is.
+        launches: of forward and backward, temporaries left out.
     """
     out = tape.empty(shape or x.shape, x.size)
-    tape.touch(x, out)
+    tape.touch(x, out, launches=launches[0])
     saved = hold(x if save == "in" else out if save == "out" else None)
     x_shape, size = x.shape, x.size
 
@@ -123,7 +125,8 @@ def unary(
             return [_reshaped(grads[0], x_shape)]
         held = [tape.empty(x_shape, size) for _ in range(temporaries)]
         result = tape.empty(x_shape, size)
-        tape.touch(grads[0], result, *([result] if saved[0] is not None else []))
+        again = [result] if saved[0] is not None else []
+        tape.touch(grads[0], result, *again, launches=launches[1])
         for temporary in held:
             tape.touch(temporary, temporary)
         del held
@@ -131,6 +134,11 @@ def unary(
 
     tape.record([x], [out], backward)
     return out
+
+
+def rsqrt(tape: Tape, x: Tensor) -> Tensor:
+    """``(x + ε).rsqrt()``; its formula has a power and two products."""
+    return unary(tape, x, save="out", launches=(2, 3))
 
 
 def square(tape: Tape, x: Tensor) -> Tensor:
@@ -204,11 +212,16 @@ def matmul(
     *,
     unit: str = "matmul",
     plus: Tensor | None = None,
+    launches: float = 1.0,
 ) -> Tensor:
-    """``a @ b`` (batched), or ``plus + a @ b``, as ``shape`` with ``inner`` products a number."""
+    """``a @ b`` (batched), or ``plus + a @ b``, as ``shape`` with ``inner`` products a number.
+
+    Args:
+        launches: products that this one stands for.
+    """
     out = tape.empty(shape, a.size)
     flops = 2.0 * out.numel * inner
-    tape.compute(unit, flops, a.nbytes + b.nbytes + out.nbytes)
+    tape.compute(unit, flops, a.nbytes + b.nbytes + out.nbytes, launches=launches)
     needs = (a.needs_grad, b.needs_grad)
     saved = (*hold(b if needs[0] else None), *hold(a if needs[1] else None))
     shapes, size, moved = (a.shape, b.shape), a.size, a.nbytes + b.nbytes + out.nbytes
@@ -219,7 +232,7 @@ def matmul(
         for wanted, shape in zip(needs, shapes, strict=True):
             results.append(tape.empty(shape, size) if wanted else None)
             if wanted:
-                tape.compute(unit, flops, moved)
+                tape.compute(unit, flops, moved, launches=launches)
         return results
 
     plus_shape = () if plus is None else plus.shape  # not the tensor: its values are not saved
@@ -271,6 +284,8 @@ def fused(
     forward_bytes: dict[str, int] | None = None,
     backward_bytes: dict[str, int] | None = None,
     work: Sequence[tuple[str, float, float]] = (),
+    launches: tuple[float, float] = (1, 1),
+    triton: tuple[float, float] = (0, 0),
 ) -> Tensor:
     """One kernel of many steps, with a backward of its own.
 
@@ -282,6 +297,7 @@ def fused(
         keep_output: the backward reads the result, too.
         forward_bytes, backward_bytes: that exist while the kernel runs, by part of the model.
         work: ``(unit, forward FLOPs, backward FLOPs)``.
+        launches, triton: kernels of forward and backward that torch and that Triton launches.
     """
     result = tape.empty(*out)
     inner, later_inner = sum((forward_bytes or {}).values()), sum((backward_bytes or {}).values())
@@ -289,7 +305,7 @@ def fused(
     del during
     read = sum(x.nbytes for x in inputs if x is not None)
     moved = read + result.nbytes + keep + 2.0 * inner
-    _note(tape, [(unit, flops) for unit, flops, _ in work], moved)
+    _note(tape, [(unit, flops) for unit, flops, _ in work], moved, launches[0], triton[0])
     kept = Storage(tape, keep) if keep and tape.recording else None
     saved = [*hold(*save, result if keep_output else None), kept]
     del kept
@@ -299,7 +315,7 @@ def fused(
     def backward(grads: list[Tensor | None]) -> list[Tensor | None]:
         inside = _inside(tape, backward_bytes)
         results = [None if want is None else tape.empty(*want) for want in wanted]
-        _note(tape, [(unit, flops) for unit, _, flops in work], later)
+        _note(tape, [(unit, flops) for unit, _, flops in work], later, launches[1], triton[1])
         del inside
         saved.clear()
         return list(results)
@@ -317,7 +333,12 @@ def _inside(tape: Tape, parts: dict[str, int] | None) -> list[Storage]:
     return held
 
 
-def _note(tape: Tape, work: list[tuple[str, float]], moved: float) -> None:
-    """A kernel's work by unit; its traffic goes with the first one."""
+def _note(
+    tape: Tape, work: list[tuple[str, float]], moved: float, launches: float, triton: float
+) -> None:
+    """A kernel's work by unit; its traffic and its launches go with the first one."""
     for position, (unit, flops) in enumerate(work or [("memory", 0.0)]):
-        tape.compute(unit, flops, 0.0 if position else moved)
+        if position:
+            tape.compute(unit, flops, 0.0, launches=0.0)
+        else:
+            tape.compute(unit, flops, moved, launches=launches, triton=triton)

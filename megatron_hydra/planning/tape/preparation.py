@@ -12,7 +12,7 @@ def normed(program: Program, wide: Tensor) -> Tensor:
     tape = program.tape
     one = (*wide.shape[:-1], 1)
     mean = op.unary(tape, op.square(tape, wide), shape=one)
-    return op.multiply(tape, wide, op.unary(tape, mean, save="out"))
+    return op.multiply(tape, wide, op.rsqrt(tape, mean))
 
 
 def rms_norm(program: Program, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -22,8 +22,14 @@ def rms_norm(program: Program, x: Tensor, weight: Tensor | None) -> Tensor:
     return result if weight is None else op.multiply(tape, result, weight)
 
 
-def prepare_heads(program: Program, x: Tensor, rope: bool, scaled: bool, l2: bool) -> Tensor:
-    """As ``qk_preparation.prepare_heads``, or its GPU kernel."""
+def prepare_heads(
+    program: Program, x: Tensor, rope: bool, scaled: bool, l2: bool, calls: int = 1
+) -> Tensor:
+    """As ``qk_preparation.prepare_heads``, or its GPU kernel.
+
+    Args:
+        calls: of that kernel; 0: the call for other heads prepares these as well.
+    """
     tape, model = program.tape, program.model
     weight = None
     if model.qk_norm:
@@ -31,7 +37,12 @@ def prepare_heads(program: Program, x: Tensor, rope: bool, scaled: bool, l2: boo
     if program.rank.gpu:
         if weight is None and not (rope or scaled or l2):
             return x
-        return op.fused(tape, [x, weight], (x.shape, x.size), save=[x])
+        # The weight's gradient is a sum of partial ones.
+        sums = 0 if weight is None else 2
+        return op.fused(
+            tape, [x, weight], (x.shape, x.size), save=[x], launches=(0, sums * calls),
+            triton=(calls, calls),
+        )  # fmt: skip
     if weight is not None:
         x = rms_norm(program, x, weight)
     if rope:
@@ -43,7 +54,7 @@ def prepare_heads(program: Program, x: Tensor, rope: bool, scaled: bool, l2: boo
         wide = op.cast(tape, x, op.WIDE)
         one = (*wide.shape[:-1], 1)
         total = op.unary(tape, op.square(tape, wide), shape=one, same_gradient=True)
-        x = op.cast(tape, op.multiply(tape, wide, op.unary(tape, total, save="out")), size)
+        x = op.cast(tape, op.multiply(tape, wide, op.rsqrt(tape, total)), size)
     return x
 
 

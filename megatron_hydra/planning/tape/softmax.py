@@ -26,12 +26,16 @@ def attend(
         needed, counted = needed + pairs, counted + dense
     forward = (4.0 * d * n * needed, 4.0 * d * n * counted)
     if program.rank.gpu:
+        # cuDNN through SDPA, or flash attention of packed documents behind a Python operator.
+        is_dense = window is None and len(set(lengths)) == 1 and lengths[0][0] == lengths[0][1]
+        unit = "attention" if is_dense else "varlen_attention"
         softmax = q.shape[0] * n * op.WIDE
         return op.fused(
             tape, [q, k, v], (q.shape, q.size), save=[q, k, v], keep=softmax, keep_output=True,
             # Row sums, and fp32 sums of the gradient by q.
             backward_bytes={"full attention": softmax + 2 * q.nbytes},
-            work=[("attention", forward[0], 2.5 * forward[0])],
+            work=[(unit, forward[0], 2.5 * forward[0])],
+            launches=(1, 3) if is_dense else (0, 3), triton=(0, 0) if is_dense else (1, 1),
         )  # fmt: skip
     return _torch_attention(program, q, k, v, lengths, forward)
 

@@ -29,11 +29,14 @@ class Work:
     Attributes:
         phase: ``forward``, ``backward`` or ``recompute``.
         part: of the model.
-        unit: ``matmul``, ``attention``, ``delta_rule`` (products in chunks), ``solve`` (triangular) or
-            ``memory`` (nothing is multiplied).
+        unit: ``matmul``, ``attention`` (documents of one length, each query with its key: a dense batch),
+            ``varlen_attention`` (any other block), ``delta_rule`` (products in chunks), ``flash_qla`` (the
+            same where FlashQLA can run), ``solve`` (triangular) or ``memory`` (nothing is multiplied).
         flops: needed; a multiplication and an addition count as two.
         counted: what ``torch.utils.flop_counter`` counts (attention without the causal half saved).
         moved: bytes read and written.
+        launches: kernels that torch launches.
+        triton: kernels that Triton launches, from Python.
         repeats: how often.
     """
 
@@ -43,6 +46,8 @@ class Work:
     flops: float
     counted: float
     moved: float
+    launches: float = 1.0
+    triton: float = 0.0
     repeats: int = 1
 
 
@@ -108,12 +113,18 @@ class Tensor:
 class Node:
     """One step of the backward: gradients by outputs in, gradients by inputs out."""
 
-    __slots__ = ("backward", "edges", "order", "outputs", "part")
+    __slots__ = ("backward", "edges", "order", "outputs", "part", "times")
 
     def __init__(
-        self, order: int, part: str, edges: list[Edge | None], outputs: int, backward: Backward
+        self,
+        order: int,
+        part: str,
+        edges: list[Edge | None],
+        outputs: int,
+        backward: Backward,
+        times: float = 1.0,
     ) -> None:
-        self.order, self.part, self.edges = order, part, edges
+        self.order, self.part, self.edges, self.times = order, part, edges, times
         self.outputs: int = outputs
         self.backward: Backward | None = backward
 
@@ -136,6 +147,7 @@ class Tape:
         self.sent: list[Sent] = []
         self.part, self.phase = "other", "forward"
         self.recording = True
+        self.times = 1.0
         self._is_peak = False
         self._order = 0
 
@@ -207,17 +219,43 @@ class Tape:
         finally:
             self.recording = before
 
+    @contextlib.contextmanager
+    def standing_for(self, times: float) -> Iterator[None]:
+        """Each launch in here, and in its backward, stands for so many of smaller operators."""
+        before, self.times = self.times, times
+        try:
+            yield
+        finally:
+            self.times = before
+
     # -- work ---------------------------------------------------------------------------------
 
-    def compute(self, unit: str, flops: float, moved: float, counted: float | None = None) -> None:
-        """Note an operator's work."""
-        self.work.append(
-            Work(self.phase, self.part, unit, flops, flops if counted is None else counted, moved)
+    def compute(
+        self,
+        unit: str,
+        flops: float,
+        moved: float,
+        counted: float | None = None,
+        *,
+        launches: float = 1.0,
+        triton: float = 0.0,
+    ) -> None:
+        """Note an operator's work, one launch by torch unless said."""
+        counted = flops if counted is None else counted
+        times = self.times
+        work = Work(
+            self.phase, self.part, unit, flops, counted, moved, launches * times, triton * times
         )
+        self.work.append(work)
 
-    def touch(self, *tensors: Tensor | None) -> None:
+    def touch(self, *tensors: Tensor | None, launches: float = 1.0) -> None:
         """Note a pass over memory that reads or writes these tensors."""
-        self.compute("memory", 0.0, float(sum(t.nbytes for t in tensors if t is not None)), 0.0)
+        moved = float(sum(t.nbytes for t in tensors if t is not None))
+        self.compute("memory", 0.0, moved, 0.0, launches=launches)
+
+    def launch(self, launches: float = 0.0, triton: float = 0.0) -> None:
+        """Note kernels whose own work is small: the host's time for them is not."""
+        self.compute("memory", 0.0, 0.0, 0.0, launches=launches, triton=triton)
 
     def send(self, kind: str, axis: str, sent: float) -> None:
         """Note a collective: the bytes that this rank sends."""
@@ -239,7 +277,7 @@ class Tape:
         if not self.recording or not any(edges):
             return
         self._order += 1
-        node = Node(self._order, self.part, edges, len(outputs), backward)
+        node = Node(self._order, self.part, edges, len(outputs), backward, self.times)
         for index, output in enumerate(outputs):
             output.edge = (node, index)
 
@@ -293,7 +331,8 @@ class Tape:
                 result, results[position] = results[position], None
                 if result is not None:
                     held = buffers.setdefault(after, [None] * after.outputs)
-                    self._accumulate(held, index, result)
+                    with self.standing_for(after.times):
+                        self._accumulate(held, index, result)
                     del result
                 waiting[after] -= 1
                 if not waiting[after]:
@@ -307,7 +346,10 @@ class Tape:
         if not any(g is not None for g in grads):
             return [None] * len(node.edges)
         part = node.part if node.order else "gradients"
-        with self.inside(part), self.during("backward"), self.grad_mode(False):
+        with (
+            self.inside(part), self.during("backward"), self.grad_mode(False),
+            self.standing_for(node.times),
+        ):  # fmt: skip
             return run(grads)
 
     def _accumulate(self, held: list[Tensor | None], index: int, gradient: Tensor) -> None:
