@@ -971,6 +971,11 @@ def _norms(attention: Any, nothing: torch.Tensor) -> list[torch.Tensor]:
     return weights
 
 
+def _bytes(mask: torch.Tensor) -> torch.Tensor:
+    """A bool mask as uint8; torch 2.11's inductor cannot lower a view of bool in another type."""
+    return mask.to(torch.uint8) if torch.compiler.is_compiling() else mask.view(torch.uint8)
+
+
 def heads(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor:
     """All heads of one token a row, fused and in their order; ``[B, 1, D]`` → ``[B, 1, H·d]``."""
     attention, fused = layer.self_attn, layer.fused
@@ -991,7 +996,7 @@ def heads(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor
         keys, values = cache.reserve(1)
         groups, capacity = keys.shape[1], keys.shape[2]
         if context.visibility.key_mask is not None:
-            key_mask = context.visibility.key_mask.view(torch.uint8)
+            key_mask = _bytes(context.visibility.key_mask)
         fa_q = x.new_empty(batch, f, d)
     tail = state = gdn_out = nothing
     taps = (nothing, nothing, nothing)

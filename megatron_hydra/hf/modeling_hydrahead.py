@@ -34,8 +34,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import itertools
 import math
+import os
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -203,6 +205,36 @@ def _fla_kernels() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     return chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
 
+_declined: set[int] = set()
+"""Numbers of heads that FlashQLA, to which FLA hands the rule where it is installed, cannot compute here."""
+
+
+def _by_fla(rule: Callable[..., Any], heads: int, inputs: dict[str, Any]) -> Any:
+    """FLA's chunked rule; by FLA's own kernels where FlashQLA fails, as TileLang does for 7, 13 or 15 heads.
+
+    A user who sets ``FLA_FLASH_QLA`` has decided: then a failure stays one.
+    """
+    if torch.compiler.is_compiling():
+        return rule(**inputs)
+    own = inspect.unwrap(rule)
+    if own is rule or "FLA_FLASH_QLA" in os.environ:
+        return rule(**inputs)
+    if heads in _declined:
+        return own(**inputs)
+    try:
+        return rule(**inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # TileLang raises what it likes
+        result = own(**inputs)  # a fault of the inputs shows here again
+        _declined.add(heads)
+        logger.warning(
+            f"FlashQLA cannot compute the gated delta rule of {heads} heads here ({error}): FLA's own kernels "
+            "do. FLA_FLASH_QLA=1 insists on FlashQLA, FLA_FLASH_QLA=0 never uses it"
+        )
+        return result
+
+
 def gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -220,18 +252,20 @@ def gated_delta_rule(
     supported = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
     kernels = _fla_kernels() if kernel == "auto" and supported else None
     if kernels is not None:
-        function = kernels[0] if q.shape[1] > 1 else kernels[1]
-        packed = {} if documents is None else {"cu_seqlens": documents.bounds}
-        return function(
-            q=q,
-            k=k,
-            v=v,
-            g=log_alpha.float(),
-            beta=beta.to(v.dtype) if q.shape[1] > 1 else beta.float(),
-            initial_state=state,
-            output_final_state=documents is None,
-            **packed,
-        )
+        inputs = {
+            "q": q,
+            "k": k,
+            "v": v,
+            "g": log_alpha.float(),
+            "beta": beta.to(v.dtype) if q.shape[1] > 1 else beta.float(),
+            "initial_state": state,
+            "output_final_state": documents is None,
+        }
+        if documents is not None:
+            inputs["cu_seqlens"] = documents.bounds
+        if q.shape[1] > 1:
+            return _by_fla(kernels[0], q.shape[2], inputs)
+        return kernels[1](**inputs)
     if documents is not None:
         parts = [
             gated_delta_rule(

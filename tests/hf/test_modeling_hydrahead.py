@@ -962,6 +962,36 @@ def test_config_reads_rope_theta_in_its_older_place():
 # -- on a GPU -------------------------------------------------------------------------------------
 
 
+def test_heads_that_flash_qla_cannot_compute_go_to_flas_own_kernels(monkeypatch):
+    """Once for each number of heads; inputs that both refuse, no memory, and a user's word end the call."""
+    calls = []
+
+    def own(heads, fault=None):
+        calls.append("own")
+        if fault:
+            raise fault
+        return heads
+
+    @functools.wraps(own)
+    def handed_on(heads, fault=None):
+        calls.append("handed on")
+        raise fault or RuntimeError("no available layout found")
+
+    monkeypatch.setattr(modeling, "_declined", set())
+    monkeypatch.delenv("FLA_FLASH_QLA", raising=False)
+    with pytest.raises(ValueError, match="wrong"):
+        modeling._by_fla(handed_on, 7, {"heads": 7, "fault": ValueError("wrong")})
+    with pytest.raises(torch.OutOfMemoryError):
+        modeling._by_fla(handed_on, 7, {"heads": 7, "fault": torch.OutOfMemoryError()})
+    assert calls == ["handed on", "own", "handed on"] and not modeling._declined
+    assert [modeling._by_fla(handed_on, n, {"heads": n}) for n in (7, 7, 13)] == [7, 7, 13]
+    assert calls[3:] == ["handed on", "own", "own", "handed on", "own"]
+    assert modeling._by_fla(own, 8, {"heads": 8}) == 8
+    monkeypatch.setenv("FLA_FLASH_QLA", "1")
+    with pytest.raises(RuntimeError, match="no available layout"):
+        modeling._by_fla(handed_on, 7, {"heads": 7})
+
+
 @pytest.mark.gpu
 def test_fla_kernels_agree_with_the_torch_path():
     """Prefill, decode and a padded batch in bf16, by FLA's kernels and by ours, against fp32."""
