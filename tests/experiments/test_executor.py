@@ -117,10 +117,9 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM]
-)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_goes_on(tmp_path, number):
     (tmp_path / "run.py").write_text(_RUN)
     command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path)]

@@ -12,6 +12,7 @@ from megatron_hydra.checkpoint import store
 from megatron_hydra.config import apply_overrides
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.files import sha256_of_file
 from megatron_hydra.training import loop
 from megatron_hydra.training.loop import run_training
 from tests.faults.runs import start_run
@@ -188,7 +189,7 @@ def test_a_wrong_path_never_means_random_weights(
 def test_another_checkpoint_than_the_pinned_one_is_refused(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = store.sha256_of_file(inputs / "student" / store.MANIFEST_FILE)
+    manifest = sha256_of_file(inputs / "student" / store.MANIFEST_FILE)
     run = start_run(inputs, tmp_path / "run", 1, verb="finetune")
     pinned = apply_overrides(run.config, [f"student.fingerprint=sha256:{manifest}"])
     other = apply_overrides(run.config, [f"student.fingerprint=sha256:{'0' * 64}"])

@@ -156,12 +156,12 @@ SIGNALS_IN_SAVES = [("planned", 1), ("written", 1), ("sealed", 0), ("pointed", 0
 """Points of a save, and the rank that gets the signal there."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("point", "rank", "asynchronous"),
     [
         pytest.param(
             point, rank, asynchronous,
-            marks=[] if (point, asynchronous) == ("written", True) else pytest.mark.slow,
             id=f"{point}-{'async' if asynchronous else 'sync'}",
         )
         for point, rank in SIGNALS_IN_SAVES

@@ -41,6 +41,7 @@ def test_kernels_equal_their_twins_on_the_gpu(check, dtype):
     check(torch.device("cuda"), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_kernels_compile_for_a_gpu_that_is_not_here():
     # The interpreter accepts what the compiler refuses.
