@@ -433,7 +433,7 @@ def profile(peer: Peer, title: str, calls: int = 3, rows: int = 30) -> str:
     return f"== {title}, {calls} calls\n{table}\n"
 
 
-def delta_rule_that_ran(name: str) -> str:
+def used_delta_rule(name: str) -> str:
     """The chosen delta rule; FLA's with the kernels that its own dispatch took in this process so far.
 
     Args:

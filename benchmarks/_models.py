@@ -117,12 +117,12 @@ def run_config(
     )
 
 
-def kernels_that_ran(run: RunConfig, model: ModelConfig, device: torch.device) -> dict[str, str]:
+def used_kernels(run: RunConfig, model: ModelConfig, device: torch.device) -> dict[str, str]:
     """By key of the ``backend`` section, what runs of this config took; to be asked after a run."""
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     case = Case(device, dtype, model.head_dim)
     names = choose_kernels(run.backend, case, check=False).names
-    return names | {"gated_delta_net": harness.delta_rule_that_ran(names["gated_delta_net"])}
+    return names | {"gated_delta_net": harness.used_delta_rule(names["gated_delta_net"])}
 
 
 @torch.no_grad()

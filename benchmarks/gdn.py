@@ -94,7 +94,7 @@ def check_agreement(rules: dict[str, Rule], inputs: list[torch.Tensor]) -> None:
         error = float((rule(*inputs).float() - reference).norm() / reference.norm())
         if not error < AGREEMENT[inputs[0].dtype]:
             raise HydraError(f"{name} differs from our torch rule by {error:.1e}")
-    if "FlashQLA" in rules and "flash_qla" not in harness.delta_rule_that_ran("fla"):
+    if "FlashQLA" in rules and "flash_qla" not in harness.used_delta_rule("fla"):
         raise HydraError(
             "FlashQLA is installed, but FLA's dispatch did not take it; --skip FlashQLA"
         )
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = harness.Report("gdn", args, device, ratios)
     report.note(f"{args.heads} heads, d = {args.head_dim}, forward + backward")
     if "FLA (Triton)" in rules:
-        report.ran(fla=harness.delta_rule_that_ran("fla"))
+        report.ran(fla=harness.used_delta_rule("fla"))
     steps: dict[str, dict[int, harness.Peer]] = {}
     for length in args.sizes:
         inputs = make_inputs(length, args, device)

@@ -229,7 +229,7 @@ def measure_size(
     if args.graph and device.type == "cuda" and tokens <= args.largest_slow:
         peers |= {f"{n} (graph)": harness.graphed(peers[n]) for n in ("hydra", *dense_peers)}
     samples = report.measure(tokens, peers)
-    report.ran(**models.kernels_that_ran(models.run_config(device), hybrid, device))
+    report.ran(**models.used_kernels(models.run_config(device), hybrid, device))
     best = fastest({name: samples[name] for name in dense_peers})
     _report_ratios(tokens, samples, best, report)
     if args.profile and device.type == "cuda" and report.output is not None:

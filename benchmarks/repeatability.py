@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from benchmarks import _harness as harness
 from benchmarks import _models as models
-from benchmarks.step import build_trainee
+from benchmarks.step import build_train_state
 from benchmarks.step_profile import packed_batches, profiled_config, training_steps
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import BackendConfig, RunConfig
@@ -38,7 +38,7 @@ from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
 from megatron_hydra.ops.rms_norm import weighted_rms_norm
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 from megatron_hydra.parallel.world import start_world, stop_world
-from megatron_hydra.training.step import Trainee, _accumulate_gradients
+from megatron_hydra.training.step import TrainState, _accumulate_gradients
 from megatron_hydra.transfer.verb import inner_model
 
 EXAMPLE = "python -m benchmarks.repeatability --output repeatability"
@@ -159,11 +159,11 @@ def kernel_cases(
     yield "linear", case(F.linear, stream, mixing)
 
 
-def gradients(trainee: Trainee, batch: PackedBatch) -> Tensors:
+def gradients(train_state: TrainState, batch: PackedBatch) -> Tensors:
     """Loss sums and every parameter's gradient of a step that is not made."""
-    _accumulate_gradients(trainee, [batch])
-    found = {"loss": trainee.verb.sums.clone()}
-    for chunk in trainee.chunks:
+    _accumulate_gradients(train_state, [batch])
+    found = {"loss": train_state.verb.sums.clone()}
+    for chunk in train_state.chunks:
         for name, parameter in inner_model(chunk).named_parameters():
             if parameter.requires_grad:
                 found[name] = parameter.main_grad.clone()
@@ -212,14 +212,14 @@ def variants(args: argparse.Namespace, twins: bool) -> Iterator[tuple[str, Backe
 def _ready(
     args: argparse.Namespace, verb: str, backend: BackendConfig,
     shape: ModelConfig, student: ModelConfig, device: torch.device,
-) -> tuple[Trainee, list[PackedBatch]]:  # fmt: skip
+) -> tuple[TrainState, list[PackedBatch]]:  # fmt: skip
     config = dataclasses.replace(
         profiled_config(args, verb, device), backend=backend, deterministic=args.deterministic
     )
     world = start_world(config)
-    trainee = build_trainee(student, shape, config, world)
+    train_state = build_train_state(student, shape, config, world)
     batches = packed_batches(config, shape.vocab_size, args.equal, args.seed)
-    return trainee, list(itertools.islice(batches, args.steps))
+    return train_state, list(itertools.islice(batches, args.steps))
 
 
 def _clear(device: torch.device) -> None:
@@ -258,16 +258,16 @@ def gradients_part(
     """The first step's gradients, several times."""
     device, reference = report.device, None
     for name, backend in variants(args, args.twins):
-        first = other = trainee = None
+        first = other = train_state = None
         try:
-            trainee, batches = _ready(args, verb, backend, shape, student, device)
-            first = gradients(trainee, batches[0])
+            train_state, batches = _ready(args, verb, backend, shape, student, device)
+            first = gradients(train_state, batches[0])
             report.note(
                 f"{verb}, {name}: loss sums {first['loss'].sum().item():.9e}, gradient norm "
                 f"{norm_of(first):.9e}"
             )
             for repeat in range(1, args.repeats):
-                other = gradients(trainee, batches[0])
+                other = gradients(train_state, batches[0])
                 text, _, number = compared(first, other)
                 report.note(f"  again ({repeat}): {number} of {len(first)} tensors differ: {text}")
             if reference is None:
@@ -279,7 +279,7 @@ def gradients_part(
             report.note(
                 f"{verb}, {name}: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
             )
-        first = other = trainee = None
+        first = other = train_state = None
         _clear(device)
 
 
@@ -293,11 +293,11 @@ def runs_part(
         results: list[list[tuple[float, float]]] = []
         try:
             for _ in range(2):
-                trainee, batches = _ready(args, verb, backend, shape, student, device)
+                train_state, batches = _ready(args, verb, backend, shape, student, device)
                 results.append(
-                    [(r.loss, r.grad_norm) for _, r in training_steps(trainee, iter(batches))]
+                    [(r.loss, r.grad_norm) for _, r in training_steps(train_state, iter(batches))]
                 )
-                trainee = None  # type: ignore[assignment]
+                train_state = None  # type: ignore[assignment]
                 _clear(device)
         except (RuntimeError, ValueError) as error:
             report.note(

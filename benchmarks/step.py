@@ -25,10 +25,10 @@ from megatron_hydra.config.run import RunConfig
 from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.errors import command
 from megatron_hydra.parallel.world import World, start_world, stop_world
-from megatron_hydra.training.faults import FaultKeeper
+from megatron_hydra.training.faults import FaultTracker
 from megatron_hydra.training.observe import PhaseTimers
 from megatron_hydra.training.setup import build_chunks, build_optimizer, freeze, wrap_for_training
-from megatron_hydra.training.step import Trainee, train_step
+from megatron_hydra.training.step import TrainState, train_step
 from megatron_hydra.transfer.verbs import VERBS
 
 EXAMPLE = "python -m benchmarks.step --sizes 8K,32K,128K --recompute none,mlp,full"
@@ -41,9 +41,9 @@ def random_batch(tokens: int, vocabulary: int, seed: int) -> PackedBatch:
     return PackedBatch(stream[:-1], stream[1:], torch.ones(tokens), (0, tokens), (0,))
 
 
-def build_trainee(
+def build_train_state(
     model: ModelConfig, teacher: ModelConfig, config: RunConfig, world: World
-) -> Trainee:
+) -> TrainState:
     """Model, optimizer and verb with random weights."""
     frozen = []
     if VERBS[config.verb].uses_teacher:
@@ -56,7 +56,7 @@ def build_trainee(
         models.randomise(chunk)
     wrapped = wrap_for_training(chunks, verb, config)
     optimizer = build_optimizer(wrapped, config)
-    return Trainee(config, world, verb, wrapped, optimizer, FaultKeeper(config.faults))
+    return TrainState(config, world, verb, wrapped, optimizer, FaultTracker(config.faults))
 
 
 def timed_steps(
@@ -73,12 +73,12 @@ def timed_steps(
     backend = dataclasses.replace(config.backend, streams=args.streams)
     config = dataclasses.replace(config, verb=args.verb, backend=backend)
     try:
-        trainee = build_trainee(model, teacher, config, world)
+        train_state = build_train_state(model, teacher, config, world)
         batch = random_batch(tokens, model.vocab_size, args.seed)
         timers = PhaseTimers()
 
         def peer() -> None:
-            result = train_step(trainee, [batch], lambda: (False, False), timers)
+            result = train_step(train_state, [batch], lambda: (False, False), timers)
             assert not result.fault, result
 
         if device.type == "cuda":
@@ -94,7 +94,7 @@ def timed_steps(
     except torch.OutOfMemoryError:
         sample = harness.Sample()
         sample.failure = "OOM"
-    trainee = peer = None  # type: ignore[assignment]
+    train_state = peer = None  # type: ignore[assignment]
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
                 ratio = harness.Ratio(samples["dense"].wall, samples["hydra"].wall)
                 with_settings = f"recompute {settings['hydra']} over {settings['dense']}"
                 report.ratio(tokens, f"speed-up of hydra over dense, {with_settings}", ratio)
-            report.ran(**models.kernels_that_ran(start, shape, device))
+            report.ran(**models.used_kernels(start, shape, device))
     finally:
         stop_world()
     report.finish()

@@ -33,7 +33,7 @@ import torch
 
 from benchmarks import _harness as harness
 from benchmarks import _models as models
-from benchmarks.step import build_trainee
+from benchmarks.step import build_train_state
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import (
     BatchConfig,
@@ -48,7 +48,7 @@ from megatron_hydra.errors import HydraError, command
 from megatron_hydra.parallel.world import start_world, stop_world
 from megatron_hydra.training.flops import attention_pairs, peak_tflops, step_flops
 from megatron_hydra.training.observe import PhaseTimers
-from megatron_hydra.training.step import StepResult, Trainee, train_step
+from megatron_hydra.training.step import StepResult, TrainState, train_step
 
 EXAMPLE = "python -m benchmarks.step_profile --verbs align,distill --output profile"
 
@@ -300,12 +300,12 @@ def _synchronize(device: torch.device) -> None:
 
 
 def training_steps(
-    trainee: Trainee, batches: Iterator[PackedBatch]
+    train_state: TrainState, batches: Iterator[PackedBatch]
 ) -> Iterator[tuple[PackedBatch, StepResult]]:
     """A step for every batch: the batch, and what came of it."""
     timers = PhaseTimers()
     for batch in batches:
-        result = train_step(trainee, [batch], lambda: (False, False), timers)
+        result = train_step(train_state, [batch], lambda: (False, False), timers)
         if result.fault:
             raise HydraError(f"a step on random weights went wrong: {result}")
         yield batch, result
@@ -319,11 +319,11 @@ def profile_verb(
     config = profiled_config(args, verb, device)
     world = start_world(config)
     try:
-        trainee = build_trainee(model, teacher, config, world)
+        train_state = build_train_state(model, teacher, config, world)
         endless = packed_batches(config, model.vocab_size, args.equal, args.seed)
         # Made before: a run reads its batches ahead in a thread of their own.
         batches = list(itertools.islice(endless, args.warmup + args.repeats + args.steps + 1))
-        steps = training_steps(trainee, iter(batches))
+        steps = training_steps(train_state, iter(batches))
         for _ in range(args.warmup):
             next(steps)
         if device.type == "cuda":
@@ -349,7 +349,7 @@ def profile_verb(
         waits = waits_of_a_step(steps) if device.type == "cuda" else {}
     finally:
         stop_world()
-    report.ran(**models.kernels_that_ran(config, model, device))
+    report.ran(**models.used_kernels(config, model, device))
     return as_text(verb, trace, waits, args.rows)
 
 

@@ -44,11 +44,13 @@ class StopForwarder:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.stopping = True
         forwarded = _HANDED_ON[signal.Signals(number)]
-        if not self._hand_on(forwarded):
+        if not self._forward_signal(forwarded):
             # The ranks are not there yet (the nodes still look for each other).
-            threading.Thread(target=self._hand_on_later, args=(forwarded,), daemon=True).start()
+            threading.Thread(
+                target=self._forward_signal_later, args=(forwarded,), daemon=True
+            ).start()
 
-    def _hand_on(self, forwarded: signal.Signals) -> bool:
+    def _forward_signal(self, forwarded: signal.Signals) -> bool:
         children = psutil.Process().children()
         for child in children:
             try:
@@ -57,8 +59,8 @@ class StopForwarder:
                 continue
         return bool(children)
 
-    def _hand_on_later(self, forwarded: signal.Signals) -> None:
-        while not self._hand_on(forwarded):
+    def _forward_signal_later(self, forwarded: signal.Signals) -> None:
+        while not self._forward_signal(forwarded):
             time.sleep(0.2)
 
 

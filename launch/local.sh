@@ -24,7 +24,7 @@ run_command() {
   local status seen
   show "${COMMAND[@]}"
   ((DRY_RUN)) && return
-  leave_if_stopped
+  exit_if_stopped
   "${COMMAND[@]}" &
   CHILD=$!
   [[ -z $STOP_SIGNAL ]] || hand_on "$STOP_SIGNAL" # it came while the child was being started
@@ -43,7 +43,7 @@ run_command() {
 }
 
 # A signal that came between two steps, or to a step that had nothing left to do, stops the chain.
-leave_if_stopped() {
+exit_if_stopped() {
   [[ -n $STOP_SIGNAL ]] || return 0
   echo "stopped by a signal between two steps; the same command goes on from there" >&2
   exit "$REQUEUE_STATUS"

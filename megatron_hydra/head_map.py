@@ -41,12 +41,12 @@ _log = logging.getLogger(__name__)
 def strategy_name(name: str) -> str:
     """A strategy's name as the paper has it; an old name is accepted with a word in the log."""
     if name in OLD_STRATEGY_NAMES:
-        _tell_new_name(name)
+        _warn_renamed(name)
     return OLD_STRATEGY_NAMES.get(name, name)
 
 
 @functools.cache
-def _tell_new_name(old: str) -> None:
+def _warn_renamed(old: str) -> None:
     """Once a process: an experiment names its strategy in every row."""
     _log.warning("strategy %s is called %s now, as in the paper", old, OLD_STRATEGY_NAMES[old])
 

@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 @contextlib.contextmanager
-def out_of_memory_becomes(message: Callable[[BaseException], str]) -> Iterator[None]:
+def convert_out_of_memory(message: Callable[[BaseException], str]) -> Iterator[None]:
     """Turn torch's error inside the block into ours.
 
     Args:
@@ -30,13 +30,13 @@ def out_of_memory_becomes(message: Callable[[BaseException], str]) -> Iterator[N
 
 
 def out_of_memory_names(what: str, *advice: str) -> AbstractContextManager[None]:
-    """As :func:`out_of_memory_becomes`, with a text that names what to change.
+    """As :func:`convert_out_of_memory`, with a text that names what to change.
 
     Args:
         what: was being done.
         advice: settings that make it smaller, the likeliest first.
     """
-    return out_of_memory_becomes(lambda error: explained(what, error, advice))
+    return convert_out_of_memory(lambda error: explained(what, error, advice))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ _running: list[StartupClock] = []
 _is_new_process = False
 
 
-def this_process_is_one_run() -> None:
+def process_is_one_run() -> None:
     """The next :class:`StartupClock` counts from this process's start on, imports included.
 
     Without it a clock counts from its own making: a process that did other things before (a worker of an

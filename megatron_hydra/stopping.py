@@ -28,9 +28,9 @@ _SAME_REQUEST_SECONDS = 3.0
 _listening: list[StopRequest] = []
 
 _helpers: set[int] = set()
-"""Process groups that end with this process (:func:`ending_with_us`)."""
+"""Process groups that end with this process (:func:`kill_group_on_exit`)."""
 
-_leaving_at_once = False
+_exits_on_stop_signal = False
 
 
 class Stopped(SystemExit):
@@ -88,7 +88,7 @@ class StopRequest:
             os._exit(128 + number)
         self._signalled = True
         self._requested_at = time.monotonic()
-        if not _leaving_at_once:
+        if not _exits_on_stop_signal:
             os.write(2, f"{name}: saving at the next boundary\n".encode())
 
 
@@ -97,7 +97,7 @@ def stop_requested() -> bool:
     return any(request.requested for request in _listening)
 
 
-def leave_if_stopped() -> None:
+def exit_if_stopped() -> None:
     """End the process with status 85 if it was asked to stop.
 
     For places where everything done so far is on disk, in work that no other rank waits for.
@@ -111,12 +111,12 @@ def leave_if_stopped() -> None:
 
 
 @contextlib.contextmanager
-def leaving_at_once(why: str) -> Iterator[None]:
+def exit_on_stop_signal(why: str) -> Iterator[None]:
     """Inside a :class:`StopRequest` block: a signal ends the process at once, with status 85.
 
     For work that leaves nothing to save and may take minutes inside compiled code, where no handler
     written in Python would be called: compilers, the meeting of ranks. A thread listens instead.
-    Process groups given to :func:`ending_with_us` are killed first.
+    Process groups given to :func:`kill_group_on_exit` are killed first.
 
     Args:
         why: said in the message, as ``kernels are being compiled``.
@@ -124,19 +124,19 @@ def leaving_at_once(why: str) -> Iterator[None]:
     Raises:
         Stopped: the signal came before.
     """
-    global _leaving_at_once
+    global _exits_on_stop_signal
     if any(request.reason == "signal" for request in _listening):
         raise Stopped
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
     previous = signal.set_wakeup_fd(writes)
-    listener = threading.Thread(target=_leave_on_signal, args=(reads, why), daemon=True)
-    _leaving_at_once = True
+    listener = threading.Thread(target=_exit_on_signal, args=(reads, why), daemon=True)
+    _exits_on_stop_signal = True
     listener.start()
     try:
         yield
     finally:
-        _leaving_at_once = False
+        _exits_on_stop_signal = False
         signal.set_wakeup_fd(previous)
         os.write(writes, b"\0")
         listener.join()
@@ -144,7 +144,7 @@ def leaving_at_once(why: str) -> Iterator[None]:
         os.close(writes)
 
 
-def _leave_on_signal(reads: int, why: str) -> None:
+def _exit_on_signal(reads: int, why: str) -> None:
     while (byte := os.read(reads, 1)) != b"\0":
         if not byte or byte[0] not in _SIGNALS:
             continue
@@ -157,7 +157,7 @@ def _leave_on_signal(reads: int, why: str) -> None:
 
 
 @contextlib.contextmanager
-def ending_with_us(group: int) -> Iterator[None]:
+def kill_group_on_exit(group: int) -> Iterator[None]:
     """While the block runs, a process group that does not outlive a stop or an error of this process."""
     _helpers.add(group)
     try:

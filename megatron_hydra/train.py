@@ -9,7 +9,7 @@ from megatron_hydra.arguments import command_parser, path_text
 from megatron_hydra.config.loading import load_run_config, to_yaml
 from megatron_hydra.environment import environment_number
 from megatron_hydra.errors import command
-from megatron_hydra.startup import this_process_is_one_run
+from megatron_hydra.startup import process_is_one_run
 
 _EPILOG = """examples:
   python -m megatron_hydra.train --config configs/tiny/finetune.yaml output=runs/finetune
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s %(message)s",
     )
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
-    this_process_is_one_run()
+    process_is_one_run()
     from megatron_hydra.training.loop import run_training
 
     return run_training(config)

@@ -20,7 +20,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_parts_add_up_to_the_whole(clock: list[float]) -> None:
-    startup.this_process_is_one_run()
+    startup.process_is_one_run()
     with StartupClock() as start:
         clock[0] += 1
         with startup_phase("model"):
@@ -42,7 +42,7 @@ def test_the_launcher_counts_under_torchrun(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    startup.this_process_is_one_run()
+    startup.process_is_one_run()
     start = StartupClock()
     assert start.seconds()["launcher"] >= 0
     assert sum(start.seconds().values()) == pytest.approx(start.total(), abs=0.01)
@@ -52,7 +52,7 @@ def test_a_second_run_of_a_process_does_not_count_the_first(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    startup.this_process_is_one_run()
+    startup.process_is_one_run()
     assert StartupClock().total() > 99
     with StartupClock() as again:
         clock[0] += 2

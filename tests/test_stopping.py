@@ -13,7 +13,7 @@ import pytest
 
 from megatron_hydra import stopping
 from megatron_hydra.errors import HydraError
-from megatron_hydra.stopping import Stopped, StopRequest, leave_if_stopped, stop_requested
+from megatron_hydra.stopping import Stopped, StopRequest, exit_if_stopped, stop_requested
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -21,13 +21,13 @@ def test_a_signal_is_noted_and_the_old_handler_comes_back(number: signal.Signals
     before = signal.getsignal(number)
     with StopRequest() as stop:
         assert not stop.requested
-        leave_if_stopped()
+        exit_if_stopped()
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)  # through the launcher as well: the same request
         assert stop.requested
         assert stop.reason == "signal"
         with pytest.raises(Stopped) as left:
-            leave_if_stopped()
+            exit_if_stopped()
         assert left.value.code == stopping.REQUEUE_EXIT_CODE == 85
     assert signal.getsignal(number) == before
     assert not stop_requested()
@@ -70,7 +70,7 @@ import os, signal, subprocess, sys, time
 from megatron_hydra import stopping
 helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
 print(helper.pid, flush=True)
-with stopping.StopRequest(), stopping.leaving_at_once("compiling"), stopping.ending_with_us(helper.pid):
+with stopping.StopRequest(), stopping.exit_on_stop_signal("compiling"), stopping.kill_group_on_exit(helper.pid):
     print("inside", flush=True)
     {work}
 """
@@ -108,12 +108,12 @@ def test_with_nothing_to_save_a_signal_ends_the_process_and_its_helpers(work: st
     raise AssertionError("the helper has outlived its process")
 
 
-def test_leaving_at_once_ends_with_its_block() -> None:
+def test_exit_on_stop_signal_ends_with_its_block() -> None:
     with StopRequest() as stop:
-        with stopping.leaving_at_once("starting"):
+        with stopping.exit_on_stop_signal("starting"):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
-        with pytest.raises(Stopped), stopping.leaving_at_once("starting"):
+        with pytest.raises(Stopped), stopping.exit_on_stop_signal("starting"):
             raise AssertionError("the signal came before")
     assert signal.set_wakeup_fd(-1) == -1

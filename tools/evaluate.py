@@ -19,7 +19,7 @@ from megatron_hydra.evaluation.runner import EvaluationSettings, evaluate
 from megatron_hydra.hf_loading import DTYPES, find_tokenizer, load_hf_model
 from megatron_hydra.options import add_options, from_arguments
 from megatron_hydra.out_of_memory import out_of_memory_names
-from megatron_hydra.stopping import StopRequest, leave_if_stopped
+from megatron_hydra.stopping import StopRequest, exit_if_stopped
 
 DESCRIPTION = """\
 Hide facts in long texts, ask for them, and count right answers: greedy, generated offline with the
@@ -185,7 +185,7 @@ def _hugging_face(args: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
         device=args.device,
         changes=args.model_config,
     )
-    leave_if_stopped()  # loading takes minutes where models are large
+    exit_if_stopped()  # loading takes minutes where models are large
     yield model, tokenizer
 
 

@@ -124,10 +124,10 @@ class _HashedFile:
 
 def write_record(file: _HashedFile, tensor: torch.Tensor) -> None:
     """Append one record: the tensor alone, also where its storage holds more."""
-    torch.save(_with_storage_of_its_own(tensor), file)  # type: ignore[arg-type]
+    torch.save(_compact_cpu_copy(tensor), file)  # type: ignore[arg-type]
 
 
-def _with_storage_of_its_own(tensor: torch.Tensor) -> torch.Tensor:
+def _compact_cpu_copy(tensor: torch.Tensor) -> torch.Tensor:
     """The same values on the CPU in a storage of just their size; copied only if not in a row."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.untyped_storage().nbytes() == tensor.nbytes or not tensor.numel():

@@ -46,7 +46,7 @@ def main_replicas(state: Any) -> list[ShardedTensor]:
     return [tensor for tensor in sharded_tensors(state) if is_main_replica(tensor.replica_id)]
 
 
-def _data_to_fill(state: Any, wanted: list[tuple[Box, torch.Tensor]]) -> Any:
+def _data_to_load(state: Any, wanted: list[tuple[Box, torch.Tensor]]) -> Any:
     """Nested state with the tensors that are to be filled, which are noted in ``wanted``."""
     if isinstance(state, ShardedTensor):
         if state.data is None:
@@ -56,8 +56,8 @@ def _data_to_fill(state: Any, wanted: list[tuple[Box, torch.Tensor]]) -> Any:
         wanted.append((box, state.data.detach().view(box.shape)))
         return state.data
     if isinstance(state, dict):
-        return {key: _data_to_fill(value, wanted) for key, value in state.items()}
-    return [_data_to_fill(value, wanted) for value in state]
+        return {key: _data_to_load(value, wanted) for key, value in state.items()}
+    return [_data_to_load(value, wanted) for value in state]
 
 
 def load_sharded(
@@ -85,7 +85,7 @@ def load_sharded(
     state, not_stored, factories = load_preprocess(state)
     sharded, _ = extract_sharded_base(state)
     wanted: list[tuple[Box, torch.Tensor]] = []
-    loaded = _data_to_fill(sharded, wanted)
+    loaded = _data_to_load(sharded, wanted)
     result: dict[str, Any] = {}
 
     def read() -> None:  # an error of one rank is an error of all

@@ -104,7 +104,7 @@ def hf_to_megatron(
     """
     from megatron_hydra.hf_identity import resolve_hf_folder
 
-    refuse_existing(output, force)
+    check_output_is_free(output, force)
     folder = resolve_hf_folder(hf_path, revision)
     model = read_hf_config(folder)
     weights = HfWeights(folder)
@@ -130,11 +130,11 @@ def hf_to_megatron(
     store.save_canonical(
         output, tensors, model, folder, provenance, force=force, progress=progress, check=check
     )
-    _say_left_out(folder)
+    _log_skipped_files(folder)
     return model
 
 
-def _say_left_out(folder: Path) -> None:
+def _log_skipped_files(folder: Path) -> None:
     """Name what a folder holds besides weights, config and tokenizer: none of it is carried."""
     from megatron_hydra.hf.export_files import hf_export_files
 
@@ -155,7 +155,7 @@ def _verify_logits(checkpoint: Path, hf_folder: Path, comparable: bool) -> None:
         print(f"verified: fp32 logits differ by at most {error:.1e}", file=sys.stderr)
 
 
-def refuse_existing(output: str | os.PathLike[str], force: bool) -> None:
+def check_output_is_free(output: str | os.PathLike[str], force: bool) -> None:
     """Fail before the work, not after it.
 
     Raises:
@@ -280,7 +280,7 @@ def megatron_to_hf(
     """
     from tqdm import tqdm
 
-    refuse_existing(output, force)
+    check_output_is_free(output, force)
     folder = store.resolve_checkpoint(checkpoint)
     store.verify_checkpoint(folder)
     model = store.read_model_config(folder).finished()
@@ -306,7 +306,7 @@ def megatron_to_hf(
             _verify_logits(folder, temporary, dtype is None)
     tokenizer = store.tokenizer_folder(checkpoint)
     if tokenizer is not None:
-        _say_left_out(tokenizer)
+        _log_skipped_files(tokenizer)
     return model
 
 

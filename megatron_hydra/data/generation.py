@@ -36,7 +36,7 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.files import sync, write_json_atomic
 from megatron_hydra.head_map import fingerprint_tensors
 from megatron_hydra.options import option
-from megatron_hydra.stopping import leave_if_stopped
+from megatron_hydra.stopping import exit_if_stopped
 
 _SHOWN = 5
 _REPORT_SECONDS = 30.0
@@ -270,7 +270,7 @@ class Generation:
             for number, batch in enumerate(_batched(self._prompts(), self.settings.batch_size)):
                 if number % shards != own or number < counts.batches:
                     continue
-                leave_if_stopped()
+                exit_if_stopped()
                 for line, tokens, finished in self._texts(number, batch):
                     stream.write(line)
                     counts.texts += 1

@@ -36,7 +36,7 @@ class Side:
                 f"data.held_out is {self.held_out}: it is a share, at least 0 and below 1"
             )
 
-    def refuse_nothing(self, name: str, found: int, documents: int) -> None:
+    def check_not_empty(self, name: str, found: int, documents: int) -> None:
         """Refuse a side without a document.
 
         Args:

@@ -12,7 +12,7 @@ _RESERVE = 256
 """For whatever else a process opens: sockets, libraries, checkpoints."""
 
 
-def make_room_for_files(count: int) -> None:
+def raise_open_file_limit(count: int) -> None:
     """Raise this process's own limit of open files, if ``count`` more would not fit.
 
     Raises:

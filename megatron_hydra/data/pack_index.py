@@ -125,12 +125,12 @@ def _build(
         }
         write_json_atomic(temporary / "pack.json", description)
         sync_tree(temporary)
-        _put_in_place(temporary, folder)
+        _publish_index(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _put_in_place(temporary: Path, folder: Path) -> None:
+def _publish_index(temporary: Path, folder: Path) -> None:
     """Rename, but keep an index that another node has finished (not all file systems lock)."""
     if not (folder / "pack.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -168,7 +168,7 @@ def pack_source(
         is_ours = is_ours[chosen]
     if side is not None:
         lengths = np.where(is_ours, lengths, 0)
-        side.refuse_nothing(source.prefix, int((lengths > 0).sum()), documents)
+        side.check_not_empty(source.prefix, int((lengths > 0).sum()), documents)
     name = f"{source.prefix}.bin"
     packs = pack_documents(offsets, lengths, sequence_length, packing, seed, name)
     report["documents_per_epoch"] = int((lengths > 0).sum())

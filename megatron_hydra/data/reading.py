@@ -198,7 +198,7 @@ class Reading:
         )
         return Reading(tuple(sources), (*self.spans[:-1], span))
 
-    def going_on(
+    def extended(
         self, sources: Sequence[SourceRecord], numbers: Sequence[int], weights: Sequence[float],
         span: Span, *, new_blend: bool,
     ) -> Reading:  # fmt: skip
@@ -345,14 +345,14 @@ def numbers_of(reading: Reading, parts: Sequence[Candidate]) -> list[int]:
         found = next((n for n in known if n in free), None)
         if found is None:
             if not known:
-                _refuse_read_otherwise(reading, part.name, part.files)
+                _raise_changed_reading(reading, part.name, part.files)
             found, added = added, added + 1
         free.discard(found)
         numbers.append(found)
     return numbers
 
 
-def _refuse_read_otherwise(reading: Reading, name: str, files: str) -> None:
+def _raise_changed_reading(reading: Reading, name: str, files: str) -> None:
     for source in reading.sources:
         if files and source.samples and (source.name == name or source.files == files):
             same = source.files == files

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_hydra.config.run import BatchConfig, DataConfig
 from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.data.document import Document
-from megatron_hydra.data.open_files import make_room_for_files
+from megatron_hydra.data.open_files import raise_open_file_limit
 from megatron_hydra.data.reading import (
     Candidate,
     PartRecord,
@@ -85,7 +85,7 @@ class PackedStream:
         if tokenizer is None and data.tokenizer:
             tokenizer = load_tokenizer(data.tokenizer)
         self._tokenizer_fingerprint = "" if tokenizer is None else tokenizer_fingerprint(tokenizer)
-        make_room_for_files(_FILES_A_PART * sum(part.kind == "indexed" for part in data.blend))
+        raise_open_file_limit(_FILES_A_PART * sum(part.kind == "indexed" for part in data.blend))
         names = [f"blend[{i}] {part.path or part.task}" for i, part in enumerate(data.blend)]
         self._blend = Blend([part.weight for part in data.blend], names)
         self.sources = [self._open(i, tokenizer) for i in range(len(data.blend))]
@@ -355,7 +355,7 @@ class PackedStream:
                 f"cannot resume: {change}; {advice}; if it is meant, data.phase={phase + 1} changes it from "
                 f"step {step + 1:,} on and keeps weights and optimizer"
             )
-        self._go_on(reading, numbers, bool(difference))
+        self._resume_reading(reading, numbers, bool(difference))
         self._next_step = step
         return step
 
@@ -387,7 +387,7 @@ class PackedStream:
             self._ordered[key] = self.sources[position].with_seed(self._seed_of(number))
         return self._ordered[key]
 
-    def _go_on(self, reading: Reading, numbers: list[int], has_new_blend: bool) -> None:
+    def _resume_reading(self, reading: Reading, numbers: list[int], has_new_blend: bool) -> None:
         """Read on from a checkpoint's reading, with this blend and batch."""
         if has_new_blend:
             parts = [
@@ -405,7 +405,7 @@ class PackedStream:
             records[number] = dataclasses.replace(
                 _record(source), samples=known.samples, pieces=known.pieces, tokens=known.tokens
             )
-        self.reading = reading.going_on(
+        self.reading = reading.extended(
             [records[number] for number in range(len(records))],
             numbers,
             [part.weight for part in self.data.blend],

@@ -79,9 +79,9 @@ class ValidationStream:
         if probes:
             self.counts = [validation.probe_sequences] * len(blend)
         names = {True: "validation.probes", False: "validation.blend" if blend else "data.blend"}
-        self._refuse_too_few(names[probes])
+        self._check_enough_documents(names[probes])
 
-    def _refuse_too_few(self, key: str) -> None:
+    def _check_enough_documents(self, key: str) -> None:
         for i, (source, count) in enumerate(zip(self._stream.sources, self.counts, strict=True)):
             there = source.samples_per_epoch
             if there is not None and count > there:

@@ -23,7 +23,7 @@ from megatron_hydra.evaluation.scoring import Outcome, forecast, score_samples
 from megatron_hydra.evaluation.storage import CellStore
 from megatron_hydra.evaluation.tasks import RetrievalTask, Sample, SampleRequest
 from megatron_hydra.files import JsonFormat, write_json_atomic
-from megatron_hydra.stopping import Stopped, leave_if_stopped, stop_requested
+from megatron_hydra.stopping import Stopped, exit_if_stopped, stop_requested
 
 FORMAT = JsonFormat("hydra-evaluation", 1, "evaluation")
 
@@ -135,7 +135,7 @@ def _lm_eval(
         )
         if store is not None:
             store.save(key, 0, found)
-        leave_if_stopped()  # what was scored is on disk
+        exit_if_stopped()  # what was scored is on disk
         metrics |= found
     body: dict[str, Any] = {"version": lm_eval_version(), "tasks": metrics}
     if settings.lm_eval_limit:
@@ -191,7 +191,7 @@ def _cell(
     samples = backend.on_main(lambda: task.samples(request))
     if not samples:
         return None
-    _say_how_long(backend, tokenizer, f"{task.name} at {length:,} tokens", samples)
+    _log_expected_duration(backend, tokenizer, f"{task.name} at {length:,} tokens", samples)
     started = time.monotonic()
     outcomes = list(
         _watched(
@@ -216,7 +216,9 @@ def _cell(
     return cell
 
 
-def _say_how_long(backend: Backend, tokenizer: Any, what: str, samples: Sequence[Sample]) -> None:
+def _log_expected_duration(
+    backend: Backend, tokenizer: Any, what: str, samples: Sequence[Sample]
+) -> None:
     """Where there is no cache: a line about how long a cell takes, before it begins."""
     least, most = forecast(backend, tokenizer, samples)
     if not most or not backend.is_main:

@@ -81,7 +81,7 @@ def run(request: Request, say: Say) -> int:
         return 0
     if request.slurm is not None:
         return submit(plan, store, _words(request), request.slurm, say)
-    gpus = shared_out(plan, request.gpus)
+    gpus = gpus_of_workers(plan, request.gpus)
     failures = run_plan(
         plan,
         store,
@@ -114,7 +114,7 @@ def run(request: Request, say: Say) -> int:
     return 0
 
 
-def shared_out(plan: Plan, wanted: Sequence[int] | None) -> list[str]:
+def gpus_of_workers(plan: Plan, wanted: Sequence[int] | None) -> list[str]:
     """The GPUs that workers share out, as words for ``CUDA_VISIBLE_DEVICES``; none: they see all.
 
     Args:

@@ -119,13 +119,13 @@ class _Schedule:
             if count == 0:
                 return
             step = self.waiting[key]
-            if all(self._is_there(other) for other in step.inputs.values()):
+            if all(self._has_result(other) for other in step.inputs.values()):
                 self.running[key] = self.waiting.pop(key)
                 self.started[key] = time.monotonic()
                 count -= 1
                 yield step
 
-    def _is_there(self, key: str) -> bool:
+    def _has_result(self, key: str) -> bool:
         blocked = key in self.waiting or key in self.running
         return not blocked and all(failure.step.key != key for failure in self.failures)
 

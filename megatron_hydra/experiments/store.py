@@ -79,7 +79,7 @@ class StepStore:
         """Whether it is finished and other steps can read all that it made."""
         return self.is_done(step) and not (self.folder(step) / WITHOUT_WEIGHTS).exists()
 
-    def discard_remains(self, step: Step) -> None:
+    def discard_leftovers(self, step: Step) -> None:
         """Throw away what is left of a step whose weights were left out."""
         marker = self.folder(step) / WITHOUT_WEIGHTS
         if marker.exists():
@@ -174,7 +174,7 @@ def _try_claim(path: Path) -> str | None:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         if (abandoned := _abandoned(path)) is not None:
-            _put_aside(path, abandoned)
+            _remove_abandoned_claim(path, abandoned)
         return None
     with os.fdopen(descriptor, "w") as file:
         file.write(mine)
@@ -197,7 +197,7 @@ def _abandoned(path: Path) -> str | None:
     return text if ended or age > _STALE_SECONDS else None
 
 
-def _put_aside(path: Path, abandoned: str) -> None:
+def _remove_abandoned_claim(path: Path, abandoned: str) -> None:
     """Remove an abandoned claim; of several processes that see it, one does, and all try again."""
     aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):

@@ -40,7 +40,7 @@ def compute(store: StepStore, step: Step, folders: dict[str, Path]) -> str:
             print(f"== {step.title} ({time.strftime('%Y-%m-%d %H:%M:%S')})", flush=True)
             try:
                 with StopRequest():
-                    store.discard_remains(step)
+                    store.discard_leftovers(step)
                     ACTIONS[step.action](Context(step, store.out(step), folders))
             except Stopped:
                 raise

@@ -193,7 +193,7 @@ class HeadProjections(torch.nn.Module):
         if heads.tied:
             if heads.replicated_fa:
                 both = KeyValues(shared_slice["k"], shared_slice["v"])
-            kv = self._handed_out(both, "fa")
+            kv = self._branch_keys_and_values(both, "fa")
         elif heads.replicated_fa:
             kv = KeyValues(rows["fa.k"], rows["fa.v"])
         else:
@@ -210,7 +210,7 @@ class HeadProjections(torch.nn.Module):
         qkv = own.get("gdn.qkv")
         if qkv is None:
             kv = (
-                self._handed_out(both, "gdn")
+                self._branch_keys_and_values(both, "gdn")
                 if self.heads.tied
                 else self._key_values("gdn.", own, shared)
             )
@@ -232,7 +232,7 @@ class HeadProjections(torch.nn.Module):
             found.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1))
         return KeyValues(*found)
 
-    def _handed_out(self, both: KeyValues | None, branch: str) -> KeyValues:
+    def _branch_keys_and_values(self, both: KeyValues | None, branch: str) -> KeyValues:
         """A branch's heads of the keys and values that both branches read (``hydra.qkv=shared``)."""
         assert both is not None
         places = self.heads.tied_kv_places[branch]

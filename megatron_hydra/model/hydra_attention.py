@@ -176,7 +176,7 @@ class HydraAttention(MegatronModule):
         if inputs.fa is None:
             return None, None if inputs.gdn is None else gated_delta_net()
         qkv = inputs.fa[:3]
-        if inputs.gdn is None or not self._branches_apart():
+        if inputs.gdn is None or not self._branches_are_independent():
             return full_attention(*qkv), None if inputs.gdn is None else gated_delta_net()
         return side_by_side(full_attention, qkv, gated_delta_net)
 
@@ -201,7 +201,7 @@ class HydraAttention(MegatronModule):
             x = scatter_to_sequence_parallel_region(x, group=self.tp_group)
         return x.squeeze(1)
 
-    def _branches_apart(self) -> bool:
+    def _branches_are_independent(self) -> bool:
         """Whether the branches share nothing while they run.
 
         Collectives of one group must not be in flight on two streams, and rotary tables are cached

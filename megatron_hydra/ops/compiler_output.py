@@ -33,25 +33,25 @@ LIBRARIES = (
 _FOLDERS = tuple(name.replace(".", "/") for name in LIBRARIES)
 
 
-class _Talk(logging.Handler):
+class _LibraryLogHandler(logging.Handler):
     """Writes the records of :data:`LIBRARIES` to the file."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
         self._descriptor = descriptor
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        self.addFilter(_is_talk)
+        self.addFilter(_is_library_log)
 
     def emit(self, record: logging.LogRecord) -> None:
         os.write(self._descriptor, f"{self.format(record)}\n".encode())
 
 
-def _is_talk(record: logging.LogRecord) -> bool:
+def _is_library_log(record: logging.LogRecord) -> bool:
     return any(record.name == name or record.name.startswith(f"{name}.") for name in LIBRARIES)
 
 
-def _is_not_talk(record: logging.LogRecord) -> bool:
-    return not _is_talk(record)
+def _is_other_log(record: logging.LogRecord) -> bool:
+    return not _is_library_log(record)
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ def compiler_output_to(path: Path, errors: bool = False) -> Iterator[None]:
     taken = (1, 2) if errors else (1,)
     _flush()
     before = {number: os.dup(number) for number in taken}
-    handler, root = _Talk(target), logging.getLogger()
+    handler, root = _LibraryLogHandler(target), logging.getLogger()
     others = list(root.handlers)
     shown = warnings.showwarning
 
@@ -98,7 +98,7 @@ def compiler_output_to(path: Path, errors: bool = False) -> Iterator[None]:
         for number in taken:
             os.dup2(target, number)
         for other in others:
-            other.addFilter(_is_not_talk)
+            other.addFilter(_is_other_log)
         root.addHandler(handler)
         warnings.showwarning = show
         yield
@@ -107,7 +107,7 @@ def compiler_output_to(path: Path, errors: bool = False) -> Iterator[None]:
         warnings.showwarning = shown
         root.removeHandler(handler)
         for other in others:
-            other.removeFilter(_is_not_talk)
+            other.removeFilter(_is_other_log)
         for number, descriptor in before.items():
             os.dup2(descriptor, number)
             os.close(descriptor)

@@ -75,7 +75,7 @@ def pin(autotuner: Any) -> None:
         return
     timed = autotuner._bench
 
-    def first_that_runs(self: Any, *args: Any, config: Any, **meta: Any) -> list[float]:
+    def first_runnable_config(self: Any, *args: Any, config: Any, **meta: Any) -> list[float]:
         # Triton makes a new dict of arguments for every call, and asks for all configurations in order.
         if getattr(self, "_hydra_settled", None) is self.nargs:
             return [float("inf")] * 3
@@ -88,6 +88,6 @@ def pin(autotuner: Any) -> None:
         benchmark()  # what is on the disk was chosen by its speed
         return False
 
-    autotuner._bench = first_that_runs
+    autotuner._bench = first_runnable_config
     autotuner.check_disk_cache = without_disk_cache
     autotuner._hydra_pinned = True

@@ -162,9 +162,9 @@ _EXPECTED: dict[str, str] = {
 def quiet() -> None:
     """Keep :data:`_EXPECTED` out of the logs. Other warnings of these modules stay."""
     for name, beginning in _EXPECTED.items():
-        logging.getLogger(name).addFilter(_not_beginning_with(beginning))
+        logging.getLogger(name).addFilter(_not_starting_with(beginning))
 
 
 @functools.cache  # the same object is added to a logger once
-def _not_beginning_with(text: str) -> Callable[[logging.LogRecord], bool]:
+def _not_starting_with(text: str) -> Callable[[logging.LogRecord], bool]:
     return lambda record: not record.getMessage().startswith(text)

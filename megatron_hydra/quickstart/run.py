@@ -26,7 +26,7 @@ from megatron_hydra.files import sha256_of_file, write_text_atomic
 from megatron_hydra.quickstart.progress import TrainingProgress
 from megatron_hydra.quickstart.student import evaluate_model, stage_arguments, stage_config
 from megatron_hydra.quickstart.workspace import STAGES, STUDENTS, Workspace, shipped_teacher
-from megatron_hydra.stopping import leave_if_stopped
+from megatron_hydra.stopping import exit_if_stopped
 from megatron_hydra.version import __version__
 
 RATIO = "7:1"
@@ -77,7 +77,7 @@ def run_quickstart(
         Stopped: inside a :class:`~megatron_hydra.stopping.StopRequest`, on a signal.
     """
     _check_configs(configs)
-    _keep_libraries_quiet()
+    _silence_libraries()
     workspace = Workspace(output)
     body = dataclasses.asdict(settings) | {"overrides": list(settings.overrides)}
     body |= fingerprints(configs)
@@ -107,7 +107,7 @@ def _run(
         ),
     ]
     for number, (name, title, action) in enumerate(steps, 1):
-        leave_if_stopped()
+        exit_if_stopped()
         head = f"[{number}/{len(steps)}] {title}"
         with workspace.phase(name) as todo:
             if not todo:
@@ -128,7 +128,7 @@ def _discard(_: Any) -> None:
     """For actions whose result is in a file."""
 
 
-def _keep_libraries_quiet() -> None:
+def _silence_libraries() -> None:
     """Hints about missing GPU libraries and loading bars hide what the user should see."""
     from transformers.utils import logging
 
@@ -231,7 +231,7 @@ def _train(
 
 def _check(workspace: Workspace, processes: dict[str, subprocess.Popen[bytes]]) -> None:
     """Leave if this process was asked to stop, or if a student has failed."""
-    leave_if_stopped()
+    exit_if_stopped()
     for student, process in processes.items():
         if process.poll():
             raise HydraError(_failure(workspace, student, process.returncode))

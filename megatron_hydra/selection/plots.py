@@ -121,11 +121,11 @@ def _capabilities(head_map: HeadMap) -> Any:
             ax.set_title(f"{task}\nsolved {facts['solved']} of {facts['drawn']}", fontsize=9)
     for ax in axes[len(head_map.scores) :]:
         ax.remove()
-    _say_what_is_left_out(figure, head_map)
+    _list_omitted_tasks(figure, head_map)
     return figure
 
 
-def _say_what_is_left_out(figure: Any, head_map: HeadMap) -> None:
+def _list_omitted_tasks(figure: Any, head_map: HeadMap) -> None:
     """A line below the picture for every default task that says nothing about this model."""
     lines = []
     for task, facts in head_map.details.get("left_out", {}).items():
@@ -148,7 +148,7 @@ def _unified(head_map: HeadMap) -> Any:
             ax.add_patch(
                 Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor="black", lw=2)
             )
-    _say_what_is_left_out(figure, head_map)
+    _list_omitted_tasks(figure, head_map)
     return figure
 
 

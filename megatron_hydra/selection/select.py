@@ -127,7 +127,7 @@ def select_heads(
                 context, tokenizer, vocab_size, native_length(model, folder), ranks
             )
         drawn = Tasks.draw(tasks, tokenizer, vocab_size, seed, options, longest)
-        _refuse_what_cannot_be_chosen(context, chosen, drawn.capabilities)
+        _validate_selection(context, chosen, drawn.capabilities)
         runner = load_runner(model, folder, placement or Placement(), ranks)
         options = _with_batch_size(options, runner)
         context = dataclasses.replace(context, options=options)
@@ -152,9 +152,7 @@ def _saved(head_map: HeadMap, output: str | os.PathLike[str] | None, ranks: Rank
     return head_map
 
 
-def _refuse_what_cannot_be_chosen(
-    context: Context, strategy: Strategy, capabilities: Iterable[str]
-) -> None:
+def _validate_selection(context: Context, strategy: Strategy, capabilities: Iterable[str]) -> None:
     """Find mistakes that would show after all the measuring only."""
     nothing = np.zeros(context.shape)
     weighted_mean(dict.fromkeys(capabilities, nothing), context.options.task_weights)
@@ -180,7 +178,7 @@ def _measure(context: Context, name: str, strategy: Strategy, drawn: Tasks) -> H
         for name, tasks in drawn.capabilities.items()
         if (present := [task for task in tasks if task in solved])
     }
-    _refuse_what_cannot_be_chosen(context, strategy, capabilities)
+    _validate_selection(context, strategy, capabilities)
     for task, prompts in solved.items():
         engine.plan(task, prompts, kinds, heads)
     context = dataclasses.replace(

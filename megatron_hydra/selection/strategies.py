@@ -156,14 +156,14 @@ class Strategy:
             return whole_layers(context.model, context.ratio, scores)
         assert scored is not None
         if self.in_every_layer:
-            self._refuse_fewer_than_layers(context)
+            self._check_one_head_per_layer(context)
             least = max(1, constraints.min_per_layer)
             constraints = dataclasses.replace(constraints, min_per_layer=least)
         return choose_heads(
             scored.unified, context.model, context.ratio, constraints, self.same_in_every_layer
         )
 
-    def _refuse_fewer_than_layers(self, context: Context) -> None:
+    def _check_one_head_per_layer(self, context: Context) -> None:
         granularity = context.options.constraints.granularity
         model = context.model
         unit = 1 if granularity == "query_head" else model.num_query_heads // model.num_kv_heads

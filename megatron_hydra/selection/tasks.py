@@ -138,7 +138,7 @@ class Tasks:
         """The capability that a task is a part of."""
         return next(name for name, tasks in self.capabilities.items() if task in tasks)
 
-    def must_be_solved(self, task: str) -> bool:
+    def is_required(self, task: str) -> bool:
         """Whether the selection has failed if this task is not solved: it was named by itself."""
         name = self.capability_of(task)
         return name in self.named and name == task
@@ -227,7 +227,7 @@ def solved_tasks(
             found[task] = prompts
             continue
         drawn, solved = len(prompts.pairs), len(prompts.keep)
-        if tasks.must_be_solved(task):
+        if tasks.is_required(task):
             raise HydraError(
                 f"--tasks {task}: {reason}; leave the task out, make it easier, give more prompts "
                 "(--num-prompts), or lower --min-prompts"
@@ -295,7 +295,7 @@ def _table(engine: EffectEngine, checked: dict[str, tuple[int, int]], tasks: Tas
     for task, (solved, run) in checked.items():
         seconds = engine.bench.time_left.seconds(task=task) or 0.0
         takes = f"about {in_words(seconds)}" if solved else "nothing if it is left out"
-        if not solved and tasks.must_be_solved(task):
+        if not solved and tasks.is_required(task):
             takes = "an error if it stays so"
         lines.append(f"{task:<{width}}  {f'{solved} of {run}':<8}  {takes}")
     return "\n".join(lines)

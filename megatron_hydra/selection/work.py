@@ -179,7 +179,7 @@ class WorkBench:
         left = self.time_left.cost(stage) - self._cost(todo)
         failure: BaseException | None = None
         try:
-            self._leave_if_stopped()
+            self._exit_if_stopped()
             feed_watchdog()
             started = self.clock()
             for batch, members in batches.items():
@@ -193,7 +193,7 @@ class WorkBench:
                     setup = 0.0
                     self._show(now)
                     started = now
-                    self._leave_if_stopped()
+                    self._exit_if_stopped()
         except (Exception, Stopped) as error:  # told to the other ranks, which would wait for ever
             failure = error
         feed_watchdog(PATIENCE)  # the other ranks may have longer chunks
@@ -241,7 +241,7 @@ class WorkBench:
         self._bar.n = self.time_left.share_done
         self._bar.set_postfix_str(f"about {in_words(left)} left")
 
-    def _leave_if_stopped(self) -> None:
+    def _exit_if_stopped(self) -> None:
         """Stop after a chunk if this rank was asked to, or another one: they tell by a file.
 
         Raises:

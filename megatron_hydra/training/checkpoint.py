@@ -71,7 +71,7 @@ class Progress:
     Attributes:
         step: steps done.
         tokens: tokens read, padding included.
-        faults: state of the :class:`~.faults.FaultKeeper`, JSON.
+        faults: state of the :class:`~.faults.FaultTracker`, JSON.
         validation: state of the :class:`~.validation.Validation`, JSON.
         ended: why the run is over; empty: it is not.
     """
@@ -143,7 +143,7 @@ class RunCheckpoints:
         self.finish()
         final = self.folder / checkpoint_name(progress.step)
         temporary = self.folder / f".{final.name}.tmp"
-        on_all(self._refuse_poison)
+        on_all(self._check_finite)
         on_main(lambda: self._make_room(temporary, final))
         with_optimizer = self._wants_optimizer(progress) and has_state(self.optimizer)
         snapshot, common = self._snapshot(with_optimizer)
@@ -161,7 +161,7 @@ class RunCheckpoints:
             {key: data_state[key] for key in ("sources", "spans")},
         )  # fmt: skip
         publish = functools.partial(self._publish, temporary, final, body, record)
-        with self._abandoned_on_failure(temporary):
+        with self._removed_on_failure(temporary):
             write = CheckpointWrite(snapshot, common, temporary / store.WEIGHTS, self._plan)
         self._plan = write.plan
         self._pending = _Pending(final, write, publish)
@@ -191,13 +191,13 @@ class RunCheckpoints:
         pending, self._pending = self._pending, None
         if pending is None:
             return None
-        with self._abandoned_on_failure(self.folder / f".{pending.final.name}.tmp"):
+        with self._removed_on_failure(self.folder / f".{pending.final.name}.tmp"):
             hashes = pending.write.finish()
             on_main(lambda: pending.publish(hashes))
         return pending.final
 
     @contextlib.contextmanager
-    def _abandoned_on_failure(self, temporary: Path) -> Iterator[None]:
+    def _removed_on_failure(self, temporary: Path) -> Iterator[None]:
         """Give the space of an unfinished checkpoint back (the disk may be full)."""
         try:
             yield
@@ -220,7 +220,7 @@ class RunCheckpoints:
                 f"checkpoint {final} cannot be written: {error}; earlier checkpoints are untouched"
             ) from None
 
-    def _refuse_poison(self) -> None:
+    def _check_finite(self) -> None:
         """Weights and optimizer state of this rank are finite, or there is no checkpoint."""
         assert isinstance(self.optimizer, ChainedOptimizer)
         tensors = {
@@ -233,7 +233,7 @@ class RunCheckpoints:
                 for key, value in state.items():
                     if isinstance(value, torch.Tensor):
                         tensors[f"optimizer {i}, parameter {j}, {key}"] = value
-        bad = first_not_finite(tensors)
+        bad = first_non_finite(tensors)
         if bad:
             raise HydraError(f"{bad} is not finite: no checkpoint is made of it")
 
@@ -368,7 +368,7 @@ def _holds(folder: Path, tensor: ShardedTensor) -> bool:
     return tensor.key in entries and tuple(entries[tensor.key].size) == tensor.global_shape
 
 
-def first_not_finite(tensors: dict[str, torch.Tensor]) -> str:
+def first_non_finite(tensors: dict[str, torch.Tensor]) -> str:
     """Name of the first tensor that holds NaN or an infinity, or an empty text.
 
     Tensors may be on several devices: an optimizer counts its steps on the host. Those of integers are

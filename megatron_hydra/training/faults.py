@@ -20,7 +20,7 @@ NOTHING_LEARNED = "no token of the global batch has a loss (all are masked)"
 """An update would be weight decay and old momentum, and a loss of 0 would make later steps spikes."""
 
 
-class FaultKeeper:
+class FaultTracker:
     """Judges steps and counts those that were left out.
 
     Attributes:
@@ -68,7 +68,7 @@ class FaultKeeper:
             self._losses.append(loss)
             self._norms.append(grad_norm)
 
-    def refuse_too_many(self, step: int, fault: str) -> None:
+    def check_skip_limit(self, step: int, fault: str) -> None:
         """End the run when steps keep being left out.
 
         Raises:

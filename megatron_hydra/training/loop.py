@@ -21,10 +21,10 @@ from megatron_hydra.files import write_text_atomic
 from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.world import World, start_world, stop_world
 from megatron_hydra.startup import StartupClock, startup_phase
-from megatron_hydra.stopping import REQUEUE_EXIT_CODE, StopRequest, leaving_at_once
+from megatron_hydra.stopping import REQUEUE_EXIT_CODE, StopRequest, exit_on_stop_signal
 from megatron_hydra.training.agreement import on_all, on_main, true_anywhere
 from megatron_hydra.training.checkpoint import Progress, RunCheckpoints
-from megatron_hydra.training.faults import FaultKeeper
+from megatron_hydra.training.faults import FaultTracker
 from megatron_hydra.training.metrics import MetricsLog, where_it_runs
 from megatron_hydra.training.model_state import load_model, verified_checkpoint
 from megatron_hydra.training.observe import PhaseTimers
@@ -43,7 +43,7 @@ from megatron_hydra.training.setup import (
     wrap_for_training,
 )
 from megatron_hydra.training.start import prepare_node, report_start
-from megatron_hydra.training.step import StepResult, Trainee, train_step
+from megatron_hydra.training.step import StepResult, TrainState, train_step
 from megatron_hydra.training.validation import Validation
 from megatron_hydra.transfer.verb import inner_model
 from megatron_hydra.transfer.verbs import VERBS
@@ -72,11 +72,11 @@ def run_training(config: RunConfig) -> int:
         contextlib.ExitStack() as starting,
     ):
         kernels = prepare_node(config, starting)
-        with leaving_at_once("the run is starting"):
+        with exit_on_stop_signal("the run is starting"):
             with startup_phase("process group"):
                 world = start_world(config)
                 held.callback(stop_world)
-                on_main(lambda: _hold(held, config))
+                on_main(lambda: _lock_output(held, config))
             run = _Run(config, world, watchdog, stop)
 
         def first_step_is_done(log: MetricsLog, step: int) -> None:
@@ -108,16 +108,16 @@ class _Run:
             self.stream = on_all(lambda: _open_stream(config, world, model))
             self.validation = on_all(lambda: Validation(config, world, model.vocab_size))
         self.model, self.teacher_model = model, teacher_model
-        self.faults = FaultKeeper(config.faults)
+        self.faults = FaultTracker(config.faults)
         self.timers = PhaseTimers()
 
-        self.trainee = self._build(model, teacher_model, student_folder, teacher_folder)
+        self.train_state = self._build(model, teacher_model, student_folder, teacher_folder)
         self.checkpoints = RunCheckpoints(
             config,
             world,
             trained_model_config(model),
-            [inner_model(chunk) for chunk in self.trainee.chunks],
-            self.trainee.optimizer,
+            [inner_model(chunk) for chunk in self.train_state.chunks],
+            self.train_state.optimizer,
             Provenance.of(student_folder, teacher_folder),
         )
         with startup_phase("resuming"):
@@ -132,7 +132,7 @@ class _Run:
         teacher_model: ModelConfig | None,
         student_folder: Path,
         teacher_folder: Path | None,
-    ) -> Trainee:
+    ) -> TrainState:
         config = self.config
         teacher = []
         if teacher_model is not None and teacher_folder is not None:
@@ -148,7 +148,7 @@ class _Run:
         with startup_phase("optimizer"):
             chunks = wrap_for_training(student, verb, config)
             optimizer = build_optimizer(chunks, config)
-        return Trainee(config, self.world, verb, chunks, optimizer, self.faults)
+        return TrainState(config, self.world, verb, chunks, optimizer, self.faults)
 
     def _resume(self) -> Progress:
         config = self.config
@@ -156,8 +156,8 @@ class _Run:
         if folder is None:
             progress = Progress(0, 0)
         else:
-            progress = self.checkpoints.resume(folder, self._take_up)
-            apply_settings(self.trainee.optimizer, config.optimizer)  # not the checkpoint's
+            progress = self.checkpoints.resume(folder, self._restore_data_state)
+            apply_settings(self.train_state.optimizer, config.optimizer)  # not the checkpoint's
             self.faults.restore(progress.faults)
             if self.world.is_main:
                 _log.info("resuming from %s", folder)
@@ -166,15 +166,15 @@ class _Run:
                 for line in self.stream.reading.about_change(config.schedule.steps):
                     _log.info("%s", line)
         reading = self.stream.reading
-        self.schedule = build_schedule(self.trainee.optimizer, config, reading)
+        self.schedule = build_schedule(self.train_state.optimizer, config, reading)
         self.schedule.step(reading.samples_before(progress.step) // reading.batch_unit)
         return progress
 
-    def _take_up(self, body: dict[str, Any]) -> tuple[int, dict[str, Any], str]:
+    def _restore_data_state(self, body: dict[str, Any]) -> tuple[int, dict[str, Any], str]:
         """Go on from a checkpoint's data and held-out losses; see :meth:`.RunCheckpoints.resume`."""
         step = self.stream.check_state(body["data"])
         self.stream.plan(self.config.schedule.steps)
-        self.validation.refuse_trained_on(self.stream.reading.sources)
+        self.validation.check_not_trained_on(self.stream.reading.sources)
         losses = body.get("validation", {})  # absent from checkpoints of before
         self.validation.restore(losses, has_new_blend=self.stream.has_new_blend)
         return step, self.validation.state(), self.validation.reason_to_end(step)
@@ -218,12 +218,16 @@ class _Run:
         first_step_is_done: Callable[[MetricsLog, int], None],
     ) -> int:
         first, unit = self.progress.step, self.stream.reading.batch_unit
-        report = StepReport(self.config, self.world, self.trainee, self.model, self.teacher_model)
+        report = StepReport(
+            self.config, self.world, self.train_state, self.model, self.teacher_model
+        )
         for step, micro_batches in self.timers.over("data", batches):
             self.watchdog.feed(PATIENCE if step == first + 1 else 1)
             self.schedule.step(self.config.batch.global_batch_size // unit)
             with startup_phase("first step") if step == first + 1 else contextlib.nullcontext():
-                result = train_step(self.trainee, micro_batches, self._notices, self.timers)
+                result = train_step(
+                    self.train_state, micro_batches, self._stop_and_saving, self.timers
+                )
             if step == first + 1:
                 first_step_is_done(log, step)
             tokens = self.progress.tokens + self.stream.tokens_per_step
@@ -236,8 +240,8 @@ class _Run:
             if entry is not None:
                 log.write(entry)
             log.advance(step, result.loss)
-            self._mind_faults(log, result, micro_batches)
-            is_stopped = self._mind_checkpoints(log, result)
+            self._handle_faults(log, result, micro_batches)
+            is_stopped = self._save_if_due(log, result)
             if ended:
                 break
             if is_stopped:
@@ -256,15 +260,17 @@ class _Run:
             return None
         with self.timers.phase("validation"):
             found = self.validation.measure(
-                self.trainee, step, lambda: self.watchdog.feed(PATIENCE)
+                self.train_state, step, lambda: self.watchdog.feed(PATIENCE)
             )
         self.watchdog.feed(PATIENCE)
         return found
 
-    def _notices(self) -> tuple[bool, bool]:
+    def _stop_and_saving(self) -> tuple[bool, bool]:
         return self.stop.requested, self.checkpoints.is_writing
 
-    def _mind_faults(self, log: MetricsLog, result: StepResult, batches: list[PackedBatch]) -> None:
+    def _handle_faults(
+        self, log: MetricsLog, result: StepResult, batches: list[PackedBatch]
+    ) -> None:
         """Say which samples a step that was left out had; end the run if there are too many."""
         if not result.fault:
             return
@@ -280,9 +286,9 @@ class _Run:
         log.event("skip", step, fault=result.fault, samples=sorted(ids))
         if self.faults.in_a_row > self.config.faults.max_skipped_steps:
             self._finish_save(log)
-        self.faults.refuse_too_many(step, result.fault)
+        self.faults.check_skip_limit(step, result.fault)
 
-    def _mind_checkpoints(self, log: MetricsLog, result: StepResult) -> bool:
+    def _save_if_due(self, log: MetricsLog, result: StepResult) -> bool:
         """Complete what was written in the background; save where it is time to.
 
         A stop writes once: whoever is asked to leave may have seconds. If a checkpoint is on its way to
@@ -314,7 +320,7 @@ class _Run:
             log.sync()
             if self.config.parallel.overlap_param_gather:
                 # Updated weights are otherwise collected during the next forward only.
-                for chunk in self.trainee.chunks:
+                for chunk in self.train_state.chunks:
                     chunk.start_param_sync(force_sync=True)
             started = time.perf_counter()
             folder = self.checkpoints.save(self.progress, self.stream.state(self.progress.step))
@@ -341,7 +347,7 @@ class _Run:
         self.watchdog.feed(PATIENCE)
 
 
-def _hold(held: contextlib.ExitStack, config: RunConfig) -> None:
+def _lock_output(held: contextlib.ExitStack, config: RunConfig) -> None:
     held.enter_context(lock_output(Path(config.output)))
 
 

@@ -13,7 +13,7 @@ from megatron_hydra.environment import world_size_from_environment
 from megatron_hydra.errors import HydraError
 from megatron_hydra.model.layer_spec import kernel_case
 from megatron_hydra.ops.backends import resolved_names
-from megatron_hydra.out_of_memory import GIB, explained, out_of_memory_becomes
+from megatron_hydra.out_of_memory import GIB, convert_out_of_memory, explained
 
 
 def out_of_memory_explained(config: RunConfig) -> AbstractContextManager[None]:
@@ -22,7 +22,7 @@ def out_of_memory_explained(config: RunConfig) -> AbstractContextManager[None]:
     Raises:
         HydraError: in place of ``torch.OutOfMemoryError``.
     """
-    return out_of_memory_becomes(lambda error: _explained(config, error))
+    return convert_out_of_memory(lambda error: _explained(config, error))
 
 
 def _explained(config: RunConfig, error: BaseException) -> str:

@@ -13,7 +13,7 @@ from megatron_hydra.reporting import PHASES
 from megatron_hydra.training.checkpoint import Progress
 from megatron_hydra.training.flops import peak_tflops, step_flops
 from megatron_hydra.training.observe import PhaseTimers, gamma_by_layer, slowest
-from megatron_hydra.training.step import StepResult, Trainee
+from megatron_hydra.training.step import StepResult, TrainState
 from megatron_hydra.transfer.verb import inner_model
 
 
@@ -28,11 +28,11 @@ class StepReport:
         self,
         config: RunConfig,
         world: World,
-        trainee: Trainee,
+        train_state: TrainState,
         model: ModelConfig,
         teacher: ModelConfig | None,
     ) -> None:
-        self._config, self._world, self._trainee = config, world, trainee
+        self._config, self._world, self._train_state = config, world, train_state
         self._model, self._teacher = model, teacher
         self._steps, self._tokens, self._flops = 0, 0, 0.0
         self._clock = time.perf_counter()
@@ -66,19 +66,19 @@ class StepReport:
         entry = {
             "step": step,
             "tokens": progress.tokens,
-            **self._trainee.verb.metrics(result.means),
+            **self._train_state.verb.metrics(result.means),
             "loss_tokens": result.num_loss_tokens,
             "grad_norm": result.grad_norm,
-            "lr": self._trainee.optimizer.param_groups[0]["lr"],
+            "lr": self._train_state.optimizer.param_groups[0]["lr"],
             **self._speed(timers),
         }
         every = config.logging.gamma_interval
         if every and (step % every == 0 or is_last):
-            chunks = [inner_model(chunk) for chunk in self._trainee.chunks]
+            chunks = [inner_model(chunk) for chunk in self._train_state.chunks]
             entry |= gamma_by_layer(chunks, self._world, self._model.num_layers)
         if validation is not None:
             entry["validation"] = validation
-        skipped = self._trainee.faults.skipped
+        skipped = self._train_state.faults.skipped
         if skipped:
             entry["skipped_steps"] = skipped
         if result.fault:

@@ -16,7 +16,7 @@ from megatron_hydra.ops.compiler_output import COMPILE_LOG, compiler_output_to
 from megatron_hydra.parallel import platform
 from megatron_hydra.startup import StartupClock, in_words, startup_phase
 from megatron_hydra.training.metrics import MetricsLog
-from megatron_hydra.training.warm_up import WarmUp, compile_once_a_node, warning_of
+from megatron_hydra.training.warm_up import WarmUp, compile_once_per_node, warning_of
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def kernels_of(config: RunConfig) -> WarmUp:
     if is_main:
         for text in slow_paths(config.backend, kernel_case(model, config)):
             _log.warning("%s", text)
-    return compile_once_a_node(
+    return compile_once_per_node(
         config, model, teacher, tell=lambda text: _say(text, is_main),
         local_rank=environment_number("LOCAL_RANK", 0),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.parallel.gradients import finalize_gradients
 from megatron_hydra.parallel.world import World
 from megatron_hydra.training import foreach  # noqa: F401  (replaces what Megatron-Core does one by one)
-from megatron_hydra.training.faults import NOT_FINITE, NOTHING_LEARNED, FaultKeeper
+from megatron_hydra.training.faults import NOT_FINITE, NOTHING_LEARNED, FaultTracker
 from megatron_hydra.training.flops import attention_pairs
 from megatron_hydra.training.observe import PhaseTimers
 from megatron_hydra.transfer.local_batch import LocalBatch, local_batch
@@ -52,7 +52,7 @@ class StepResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trainee:
+class TrainState:
     """What a step works on."""
 
     config: RunConfig
@@ -60,11 +60,11 @@ class Trainee:
     verb: Verb
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
-    faults: FaultKeeper
+    faults: FaultTracker
 
 
 def train_step(
-    trainee: Trainee,
+    train_state: TrainState,
     batches: list[PackedBatch],
     notices: Callable[[], tuple[bool, bool]],
     timers: PhaseTimers,
@@ -77,9 +77,9 @@ def train_step(
             rank's answer counts for all.
         timers: ``forward_backward`` and ``optimizer`` are measured.
     """
-    optimizer, verb, world = trainee.optimizer, trainee.verb, trainee.world
+    optimizer, verb, world = train_state.optimizer, train_state.verb, train_state.world
     with timers.phase("forward_backward"):
-        _accumulate_gradients(trainee, batches)
+        _accumulate_gradients(train_state, batches)
         optimizer.prepare_grads()
         grad_norm = float(optimizer.get_grad_norm())
         pairs = attention_pairs(batches) * world.dp_size
@@ -97,11 +97,11 @@ def train_step(
     elif bad_gradients:
         fault = NOT_FINITE
     else:
-        fault = trainee.faults.judge(loss, norm)
-    trainee.faults.count(loss, norm, fault)
+        fault = train_state.faults.judge(loss, norm)
+    train_state.faults.count(loss, norm, fault)
     if not fault:
         with timers.phase("optimizer"):
-            _update(trainee, grad_norm)
+            _update(train_state, grad_norm)
     return StepResult(
         means=means,
         loss=loss,
@@ -114,14 +114,14 @@ def train_step(
     )
 
 
-def _accumulate_gradients(trainee: Trainee, batches: list[PackedBatch]) -> None:
-    verb, chunks, config = trainee.verb, trainee.chunks, trainee.config
+def _accumulate_gradients(train_state: TrainState, batches: list[PackedBatch]) -> None:
+    verb, chunks, config = train_state.verb, train_state.chunks, train_state.config
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    trainee.optimizer.zero_grad()
+    train_state.optimizer.zero_grad()
     verb.sums.zero_()
     length = rounded_stream_length(config)
-    local = [local_batch(batch, trainee.world, length) for batch in batches]
+    local = [local_batch(batch, train_state.world, length) for batch in batches]
     run_micro_batches(
         verb,
         chunks,
@@ -162,9 +162,9 @@ def run_micro_batches(
     )
 
 
-def _update(trainee: Trainee, grad_norm: float) -> None:
-    clip = trainee.config.optimizer.clip_grad
-    parameters = trainee.optimizer.get_parameters()
+def _update(train_state: TrainState, grad_norm: float) -> None:
+    clip = train_state.config.optimizer.clip_grad
+    parameters = train_state.optimizer.get_parameters()
     if clip > 0 and parameters:
         clip_grad_by_total_norm_fp32(parameters, clip, grad_norm)
-    trainee.optimizer.step_with_ready_grads()
+    train_state.optimizer.step_with_ready_grads()

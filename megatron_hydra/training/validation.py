@@ -26,7 +26,7 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.parallel.world import World
 from megatron_hydra.training.patience import as_json, history_of, reason_to_end, standing
 from megatron_hydra.training.random_state import capture_random_state, restore_random_state
-from megatron_hydra.training.step import Trainee, run_micro_batches
+from megatron_hydra.training.step import TrainState, run_micro_batches
 from megatron_hydra.transfer.answers import AnswerCount
 from megatron_hydra.transfer.local_batch import local_batch
 from megatron_hydra.transfer.verb import Verb
@@ -92,7 +92,7 @@ class Validation:
             "waited": now.waited,
         }
 
-    def refuse_trained_on(self, sources: Sequence[SourceRecord]) -> None:
+    def check_not_trained_on(self, sources: Sequence[SourceRecord]) -> None:
         """Refuse to hold out what an earlier blend of the run has trained on.
 
         Args:
@@ -145,12 +145,12 @@ class Validation:
     # -- measuring ------------------------------------------------------------------------------
 
     def measure(
-        self, trainee: Trainee, step: int, still_alive: Callable[[], None]
+        self, train_state: TrainState, step: int, still_alive: Callable[[], None]
     ) -> dict[str, Any]:
         """Measure the loss of what is held out. Collective.
 
         Args:
-            trainee: what is trained; left as it was, bit for bit, and the random generators too.
+            train_state: what is trained; left as it was, bit for bit, and the random generators too.
             step: steps done.
             still_alive: called before every part of the blend.
 
@@ -159,18 +159,18 @@ class Validation:
             the same of each part, without lists. With probes ``probes``: of each the share
             ``accuracy`` of its ``documents`` that are answered right, and the same metrics.
         """
-        stream, verb = self._stream, trainee.verb
+        stream, verb = self._stream, train_state.verb
         assert stream is not None
         sums, answers = [], []
-        with _undisturbed(trainee):
+        with _evaluation_mode(train_state):
             for part in range(len(stream.counts)):
                 still_alive()
-                sums.append(self._sums(trainee, stream, part))
+                sums.append(self._sums(train_state, stream, part))
             if (probes := self._probes) is not None:
                 for part in range(len(probes.counts)):
                     still_alive()
                     verb.answers = AnswerCount(verb.sums.device)
-                    sums.append(self._sums(trainee, probes, part))
+                    sums.append(self._sums(train_state, probes, part))
                     answers.append(verb.answers.sums)
         total = torch.stack(sums)
         dist.all_reduce(total)
@@ -194,22 +194,22 @@ class Validation:
             }
         return found
 
-    def _sums(self, trainee: Trainee, stream: ValidationStream, part: int) -> torch.Tensor:
+    def _sums(self, train_state: TrainState, stream: ValidationStream, part: int) -> torch.Tensor:
         """This rank's loss sums and tokens of a part, ``[parts of the loss + 1]`` float64."""
-        config, verb = trainee.config, trainee.verb
+        config, verb = train_state.config, train_state.verb
         length = rounded_stream_length(config)
         # The interleaved schedule takes micro-batches in multiples of the pipeline's size.
         parallel = config.parallel
         multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
         batches = (
-            local_batch(batch, trainee.world, length)
+            local_batch(batch, train_state.world, length)
             for batch in stream.micro_batches(part, multiple)
         )
         verb.sums.zero_()
         run_micro_batches(
             verb,
-            trainee.chunks,
-            list(itertools.tee(batches, len(trainee.chunks))),
+            train_state.chunks,
+            list(itertools.tee(batches, len(train_state.chunks))),
             stream.num_micro_batches(part, multiple),
             forward_only=True,
         )
@@ -244,18 +244,18 @@ def _numbers(verb: Verb, sums: torch.Tensor) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _undisturbed(trainee: Trainee) -> Iterator[None]:
+def _evaluation_mode(train_state: TrainState) -> Iterator[None]:
     """Evaluation mode without a graph; afterwards everything is as it was."""
     generators = capture_random_state()
-    verb = trainee.verb
+    verb = train_state.verb
     verb.is_learning = False
-    for chunk in trainee.chunks:
+    for chunk in train_state.chunks:
         chunk.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for chunk in trainee.chunks:
+        for chunk in train_state.chunks:
             chunk.train()
         verb.is_learning = True
         verb.answers = None

@@ -29,7 +29,7 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.ops import kernel_cache
 from megatron_hydra.ops.compiler_output import COMPILE_LOG, last_lines
 from megatron_hydra.parallel import platform
-from megatron_hydra.stopping import ending_with_us, leaving_at_once
+from megatron_hydra.stopping import exit_on_stop_signal, kill_group_on_exit
 from megatron_hydra.training.rehearsal import scenes
 from megatron_hydra.watchdog import PATIENCE, feed_watchdog
 
@@ -66,7 +66,7 @@ class WarmUp:
     problem: str = ""
 
 
-def compile_once_a_node(
+def compile_once_per_node(
     config: RunConfig,
     model: ModelConfig,
     teacher: ModelConfig | None,
@@ -103,7 +103,7 @@ def compile_once_a_node(
         if int(seconds) % int(3 * PROGRESS_SECONDS) == 0:
             tell(f"another process compiles this run's kernels: waiting, {seconds:.0f} s so far")
 
-    with leaving_at_once("kernels are being compiled"):
+    with exit_on_stop_signal("kernels are being compiled"):
         if kernel_cache.is_recorded(key):
             return WarmUp(True, 0, time.monotonic() - started)
         with kernel_cache.alone_on_this_node(key, waiting):
@@ -198,7 +198,7 @@ class _Team:
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
             start_new_session=True, env=_alone(),
         )  # fmt: skip
-        with ending_with_us(process.pid):
+        with kill_group_on_exit(process.pid):
             member = _Member(process)
             member.give({**self.order, "device": device, "threads": threads})
             assert process.stdout is not None

@@ -139,7 +139,7 @@ def _lines(stream: Any) -> Iterator[dict[str, Any]]:
         yield json.loads(line)
 
 
-def _orders_until_the_end() -> Iterator[dict[str, Any]]:
+def _orders_until_stdin_closes() -> Iterator[dict[str, Any]]:
     """Orders from standard input; when it closes, this process group ends, whatever it is doing."""
     arrived: queue.Queue[dict[str, Any]] = queue.Queue()
 
@@ -162,7 +162,7 @@ def main() -> int:
     """Entry point."""
     from megatron_hydra.ops.compiler_output import compiler_output_to
 
-    orders = _orders_until_the_end()
+    orders = _orders_until_stdin_closes()
     first = next(orders)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
 

@@ -89,14 +89,14 @@ def test_the_best_peer_is_the_one_with_the_least_median():
 
 
 def test_the_delta_rule_that_ran_is_what_flas_dispatch_took(monkeypatch):
-    assert harness.delta_rule_that_ran("torch") == "torch"
+    assert harness.used_delta_rule("torch") == "torch"
     logged: set[str] = {"gated_delta_rule:chunk:triton_ascend:fail"}
     registry = {"gated_delta_rule": SimpleNamespace(_logged=logged)}
     backends = SimpleNamespace(_operation_registries=registry)
     monkeypatch.setitem(sys.modules, "fla.backends", backends)
-    assert harness.delta_rule_that_ran("fla") == "fla (Triton)"
+    assert harness.used_delta_rule("fla") == "fla (Triton)"
     logged.add("gated_delta_rule:chunk:flash_qla")
-    assert harness.delta_rule_that_ran("fla") == "fla (flash_qla)"
+    assert harness.used_delta_rule("fla") == "fla (flash_qla)"
 
 
 def test_another_device_is_refused_where_the_cpu_is_measured():

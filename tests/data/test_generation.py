@@ -148,7 +148,7 @@ def test_a_stop_signal_ends_it_between_batches(case, prompts, monkeypatch):
     def leave():
         raise Stopped
 
-    monkeypatch.setattr(generation, "leave_if_stopped", leave)
+    monkeypatch.setattr(generation, "exit_if_stopped", leave)
     with pytest.raises(SystemExit) as stopped:
         case.run(CorpusConfig((prompts,)))
     assert stopped.value.code == REQUEUE_EXIT_CODE

@@ -15,7 +15,7 @@ from megatron_hydra.config.run import BatchConfig, DataConfig, SourceConfig
 from megatron_hydra.data import PackedStream, indexed, manifest, merging, pack_index, sources
 from megatron_hydra.data.indexed import IndexedDocuments
 from megatron_hydra.data.merging import merge
-from megatron_hydra.data.open_files import make_room_for_files
+from megatron_hydra.data.open_files import raise_open_file_limit
 from megatron_hydra.errors import HydraError
 from tests.data.corpora import numbered_documents, write_indexed
 from tests.data.test_indexed import manifest_for
@@ -92,7 +92,7 @@ def test_a_limit_of_the_system_that_is_too_low_is_named(monkeypatch) -> None:
     with pytest.raises(
         HydraError, match=r"open files, and this process may have 4,096 .*merge\.py"
     ):
-        make_room_for_files(4000)
+        raise_open_file_limit(4000)
 
 
 def test_each_part_is_probed_once(shards, monkeypatch) -> None:

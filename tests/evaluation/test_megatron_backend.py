@@ -73,7 +73,7 @@ class Timed(Counting):
 def test_how_long_is_said_before_it_begins(capsys):
     samples = [GenerationSample(prompt=[3] * 95, answers=(4,), max_new_tokens=5)] * 60
     assert forecast(Timed(), None, samples) == (6000.0, 30000.0)
-    runner._say_how_long(Timed(), None, "niah at 95 tokens", samples)
+    runner._log_expected_duration(Timed(), None, "niah at 95 tokens", samples)
     said = capsys.readouterr().err
     assert "niah at 95 tokens: 60 samples take 1.7 h if all answers are right, up to 8.3 h" in said
     assert "tools/megatron_to_hf.py" in said
@@ -84,7 +84,7 @@ def test_how_long_is_said_before_it_begins(capsys):
 def test_with_a_cache_nothing_is_forecast(capsys):
     samples = [GenerationSample(prompt=[3] * 95, answers=(4,), max_new_tokens=5)]
     assert forecast(WithCache(), None, samples) == (0.0, 0.0)
-    runner._say_how_long(WithCache(), None, "niah", samples)
+    runner._log_expected_duration(WithCache(), None, "niah", samples)
     assert capsys.readouterr().err == ""
 
 

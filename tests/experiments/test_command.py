@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hydra.errors import HydraError
-from megatron_hydra.experiments.command import Request, draw, run, shared_out, show
+from megatron_hydra.experiments.command import Request, draw, gpus_of_workers, run, show
 from megatron_hydra.experiments.plan import make_plan
 from megatron_hydra.experiments.slurm import as_word
 from megatron_hydra.experiments.spec import load_experiment
@@ -43,19 +43,19 @@ def test_gpus_are_numbers_among_those_that_are_visible(write, monkeypatch):
     plan = make_plan(load_experiment(write(ROWS)).cells)
     monkeypatch.setattr("megatron_hydra.parallel.platform.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert shared_out(plan, None) == ["0", "1"] and shared_out(plan, [1]) == ["1"]
+    assert gpus_of_workers(plan, None) == ["0", "1"] and gpus_of_workers(plan, [1]) == ["1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,5")
-    assert shared_out(plan, None) == ["GPU-a", "5"] and shared_out(plan, [1]) == ["5"]
+    assert gpus_of_workers(plan, None) == ["GPU-a", "5"] and gpus_of_workers(plan, [1]) == ["5"]
     with pytest.raises(HydraError, match="--gpus 2: this process sees 2 GPUs"):
-        shared_out(plan, [0, 2])
+        gpus_of_workers(plan, [0, 2])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr("megatron_hydra.parallel.platform.device_count", lambda: 1)
-    assert shared_out(plan, None) == ["0"] and shared_out(plan, [0]) == ["0"]
+    assert gpus_of_workers(plan, None) == ["0"] and gpus_of_workers(plan, [0]) == ["0"]
     many = "variants: {a: {stages: {align: {processes: 4}}}}"
     plan = make_plan(load_experiment(write(many)).cells)
-    assert shared_out(plan, None) == []  # its ranks take one each
+    assert gpus_of_workers(plan, None) == []  # its ranks take one each
     with pytest.raises(HydraError, match="a stage has 4 processes"):
-        shared_out(plan, [0])
+        gpus_of_workers(plan, [0])
 
 
 def test_what_is_left_when_the_time_is_over_is_no_success(write, tmp_path):

@@ -105,9 +105,9 @@ def test_a_new_claim_is_not_taken_for_the_abandoned_one_before_it(tmp_path):
     """Another process was faster between the look at the old claim and its removal."""
     path = tmp_path / "claim.json"
     mine = module._try_claim(path)
-    module._put_aside(path, json.dumps({"host": "another-machine", "pid": 1}))
+    module._remove_abandoned_claim(path, json.dumps({"host": "another-machine", "pid": 1}))
     assert path.read_text() == mine and list(tmp_path.iterdir()) == [path]
-    module._put_aside(path, mine)
+    module._remove_abandoned_claim(path, mine)
     assert not list(tmp_path.iterdir())
 
 

@@ -138,7 +138,7 @@ def _in_save(fault: Fault, action: Callable[[Fault], None]) -> None:
 
         setattr(owner, name, patched)
 
-    begin = checkpoint.RunCheckpoints._refuse_poison
+    begin = checkpoint.RunCheckpoints._check_finite
 
     def counted(self: Any) -> None:
         saves[0] += 1
@@ -146,7 +146,7 @@ def _in_save(fault: Fault, action: Callable[[Fault], None]) -> None:
             action(fault)
         begin(self)
 
-    checkpoint.RunCheckpoints._refuse_poison = counted
+    checkpoint.RunCheckpoints._check_finite = counted
     always = lambda *_: True  # noqa: E731
     write = checkpoint_write.CheckpointWrite
     if fault.point == "planned":
@@ -209,13 +209,13 @@ def _count_and_record() -> None:
         _steps_done[0] = progress.step
         return progress
 
-    def recorded(trainee: Any, batches: Any, *rest: Any) -> Any:
+    def recorded(train_state: Any, batches: Any, *rest: Any) -> Any:
         if folder:
             samples = [sample for batch in batches for sample in batch.sample_ids]
             line = {"step": _steps_done[0] + 1, "samples": samples}
-            with open(Path(folder) / f"rank{trainee.world.rank}.jsonl", "a") as file:
+            with open(Path(folder) / f"rank{train_state.world.rank}.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-        result = original(trainee, batches, *rest)
+        result = original(train_state, batches, *rest)
         _steps_done[0] += 1
         return result
 

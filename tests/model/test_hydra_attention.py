@@ -91,12 +91,12 @@ def test_branches_run_side_by_side_where_their_own_groups_do_not_communicate() -
     """FA dealt by heads communicates over the context-parallel group only, by sequence over both."""
     layer = _layer()
     layer.tp_cp_group = mock.Mock(size=lambda: 4)
-    assert layer._branches_apart()
+    assert layer._branches_are_independent()
     layer.heads.replicated_fa = (1, 6)
-    assert not layer._branches_apart()
+    assert not layer._branches_are_independent()
     layer = _layer()
     layer.cp_group = mock.Mock(size=lambda: 2)
-    assert not layer._branches_apart()
+    assert not layer._branches_are_independent()
 
 
 def test_two_streams_by_name_need_a_gpu() -> None:

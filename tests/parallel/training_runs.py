@@ -25,7 +25,7 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.parallel import platform
 from megatron_hydra.training import loop, setup
 from megatron_hydra.training.loop import run_training
-from megatron_hydra.training.step import Trainee
+from megatron_hydra.training.step import TrainState
 from megatron_hydra.transfer import finetune
 from megatron_hydra.transfer.answers import AnswerCount
 from tests.training import tiny
@@ -71,14 +71,14 @@ def _buckets(size: int | None) -> contextlib.AbstractContextManager:
     return mock.patch.object(setup, "DistributedDataParallelConfig", small)
 
 
-def _digests(trainee: Trainee) -> dict[str, str]:
+def _digests(train_state: TrainState) -> dict[str, str]:
     """SHA-256 of every tensor that this rank trains or keeps for it."""
     tensors = {
         f"model {i} {name}": parameter
-        for i, chunk in enumerate(trainee.chunks)
+        for i, chunk in enumerate(train_state.chunks)
         for name, parameter in chunk.named_parameters()
     }
-    for i, part in enumerate(trainee.optimizer.chained_optimizers):  # type: ignore[attr-defined]
+    for i, part in enumerate(train_state.optimizer.chained_optimizers):  # type: ignore[attr-defined]
         for j, group in enumerate(part.optimizer.param_groups):
             for k, parameter in enumerate(group["params"]):
                 name = f"optimizer {i} {j} {k}"
@@ -94,13 +94,13 @@ def _note_digests(path: Path) -> None:
     """Write down what the ranks start the first step with."""
     original = loop.train_step
 
-    def noted(trainee: Trainee, *args):
+    def noted(train_state: TrainState, *args):
         loop.train_step = original
         everywhere: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, _digests(trainee))
+        dist.all_gather_object(everywhere, _digests(train_state))
         if dist.get_rank() == 0:
             path.write_text(json.dumps(everywhere))
-        return original(trainee, *args)
+        return original(train_state, *args)
 
     loop.train_step = noted
 

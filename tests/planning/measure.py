@@ -35,10 +35,10 @@ from megatron_hydra.config.validate import rounded_stream_length
 from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.world import World, start_world, stop_world
-from megatron_hydra.training.faults import FaultKeeper
+from megatron_hydra.training.faults import FaultTracker
 from megatron_hydra.training.observe import PhaseTimers
 from megatron_hydra.training.setup import build_chunks, build_optimizer, freeze, wrap_for_training
-from megatron_hydra.training.step import Trainee, _accumulate_gradients, train_step
+from megatron_hydra.training.step import TrainState, _accumulate_gradients, train_step
 from megatron_hydra.transfer.verbs import VERBS
 
 _ATEN = torch.ops.aten
@@ -74,14 +74,14 @@ def _filled(chunks: list[Any]) -> list[Any]:
     return chunks
 
 
-def _trainee(config: RunConfig, model: ModelConfig, world: World) -> Trainee:
+def _train_state(config: RunConfig, model: ModelConfig, world: World) -> TrainState:
     teacher = []
     if config.teacher.checkpoint:
         teacher = freeze(_filled(build_chunks(model.dense(), config)))
     verb = VERBS[config.verb](config, world, teacher)
     chunks = wrap_for_training(_filled(build_chunks(model, config)), verb, config)
     optimizer = build_optimizer(chunks, config)
-    return Trainee(config, world, verb, chunks, optimizer, FaultKeeper(config.faults))
+    return TrainState(config, world, verb, chunks, optimizer, FaultTracker(config.faults))
 
 
 def _batches(config: RunConfig, model: ModelConfig, world: World) -> list[PackedBatch]:
@@ -178,13 +178,13 @@ def _stepper(
     config: RunConfig, model: ModelConfig, world: World
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """A whole step, and one without the update."""
-    trainee = _trainee(config, model, world)
+    train_state = _train_state(config, model, world)
     batches = _batches(config, model, world)
 
     def step() -> None:
-        train_step(trainee, batches, lambda: (False, False), PhaseTimers())
+        train_step(train_state, batches, lambda: (False, False), PhaseTimers())
 
-    return step, lambda: _accumulate_gradients(trainee, batches)
+    return step, lambda: _accumulate_gradients(train_state, batches)
 
 
 def _on_cpu(config: RunConfig, model: ModelConfig, world: World) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_hydra.errors import HydraError
-from megatron_hydra.head_map import OLD_STRATEGY_NAMES, HeadMap, _tell_new_name
+from megatron_hydra.head_map import OLD_STRATEGY_NAMES, HeadMap, _warn_renamed
 from megatron_hydra.selection import (
     STRATEGIES,
     Placement,
@@ -178,7 +178,7 @@ def test_fewer_heads_than_layers_are_refused_with_the_way_out(
 def test_names_from_before_are_accepted_with_a_word(
     old: str, new: str, planted: Planted, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _tell_new_name.cache_clear()
+    _warn_renamed.cache_clear()
     options = dataclasses.replace(OPTIONS, max_rounds=0, control=False)
     options = options if "interp" in new else OPTIONS
     found = [

@@ -162,9 +162,9 @@ def _stop_after(step: int, patch: pytest.MonkeyPatch) -> None:
     """Have a run asked to stop while it makes a step."""
     made, original = [], loop.train_step
 
-    def counted(trainee, batches, notices, timers):
+    def counted(train_state, batches, notices, timers):
         made.append(1)
-        return original(trainee, batches, lambda: (len(made) >= step, notices()[1]), timers)
+        return original(train_state, batches, lambda: (len(made) >= step, notices()[1]), timers)
 
     patch.setattr(loop, "train_step", counted)
 

@@ -174,9 +174,9 @@ def test_weights_that_are_not_finite_are_not_saved(
     """Whatever made them so: the loss of the step may have been fine."""
     step = loop.train_step
 
-    def poisoned(trainee, *rest):
-        result = step(trainee, *rest)
-        next(trainee.chunks[0].parameters()).data.view(-1)[0] = float("nan")
+    def poisoned(train_state, *rest):
+        result = step(train_state, *rest)
+        next(train_state.chunks[0].parameters()).data.view(-1)[0] = float("nan")
         return result
 
     monkeypatch.setattr(loop, "train_step", poisoned)

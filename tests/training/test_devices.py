@@ -12,7 +12,7 @@ from megatron_hydra.config import apply_overrides
 from megatron_hydra.conversion.parity import megatron_logits
 from megatron_hydra.evaluation.backend import Continuation
 from megatron_hydra.evaluation.megatron_backend import layout_config, open_checkpoint
-from megatron_hydra.training.checkpoint import first_not_finite
+from megatron_hydra.training.checkpoint import first_non_finite
 from megatron_hydra.training.loop import run_training
 from tests.training import tiny
 from tests.training.optimizers import use_optimizer
@@ -109,10 +109,10 @@ def test_finite_is_asked_on_every_device(monkeypatch: pytest.MonkeyPatch) -> Non
             "count": torch.ones(2, dtype=torch.int64),
             "scaled": torch.ones(4, device=GPU).to(torch.float8_e4m3fn),
         }
-        assert first_not_finite(tensors) == ""
+        assert first_non_finite(tensors) == ""
         for name, value in (("step", float("nan")), ("moment", float("-inf"))):
             bad = tensors | {name: torch.full_like(tensors[name], value)}
-            assert first_not_finite(bad) == name
+            assert first_non_finite(bad) == name
 
 
 # -- the pretended GPU itself ----------------------------------------------------------------------

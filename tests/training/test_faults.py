@@ -8,13 +8,13 @@ import pytest
 
 from megatron_hydra.config.run import FaultsConfig
 from megatron_hydra.errors import HydraError
-from megatron_hydra.training.faults import NOT_FINITE, FaultKeeper
+from megatron_hydra.training.faults import NOT_FINITE, FaultTracker
 
 CONFIG = FaultsConfig(max_skipped_steps=2, spike_factor=3, spike_window=4)
 
 
-def _fed(losses: list[float], config: FaultsConfig = CONFIG) -> tuple[FaultKeeper, list[str]]:
-    keeper, faults = FaultKeeper(config), []
+def _fed(losses: list[float], config: FaultsConfig = CONFIG) -> tuple[FaultTracker, list[str]]:
+    keeper, faults = FaultTracker(config), []
     for loss in losses:
         faults.append(keeper.judge(loss, 1.0))
         keeper.count(loss, 1.0, faults[-1])
@@ -23,7 +23,7 @@ def _fed(losses: list[float], config: FaultsConfig = CONFIG) -> tuple[FaultKeepe
 
 @pytest.mark.parametrize("bad", [(float("nan"), 1.0), (1.0, float("inf")), (float("-inf"), 0.0)])
 def test_what_is_not_finite_is_a_fault(bad: tuple[float, float]) -> None:
-    assert FaultKeeper(FaultsConfig()).judge(*bad) == NOT_FINITE
+    assert FaultTracker(FaultsConfig()).judge(*bad) == NOT_FINITE
 
 
 def test_a_spike_is_far_above_the_median_of_good_steps() -> None:
@@ -41,15 +41,15 @@ def test_nothing_is_a_spike_before_the_window_is_full_or_without_a_factor() -> N
 
 def test_too_many_in_a_row_end_the_run() -> None:
     keeper, faults = _fed([float("nan")] * 2)
-    keeper.refuse_too_many(2, faults[-1])
+    keeper.check_skip_limit(2, faults[-1])
     keeper.count(0.0, 0.0, NOT_FINITE)
     with pytest.raises(HydraError, match=r"step 3: loss or gradient .* 3 steps in a row were left"):
-        keeper.refuse_too_many(3, NOT_FINITE)
+        keeper.check_skip_limit(3, NOT_FINITE)
 
 
 def test_the_state_survives_json() -> None:
     keeper, _ = _fed([1.0, 1.1, 1 / 3, 1.3, float("nan")])
-    again = FaultKeeper(CONFIG)
+    again = FaultTracker(CONFIG)
     again.restore(json.loads(json.dumps(keeper.state())))
     assert again.state() == keeper.state()
     assert again.judge(4.0, 1.0) == keeper.judge(4.0, 1.0) != ""

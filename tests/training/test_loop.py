@@ -246,14 +246,14 @@ def test_a_step_without_a_learned_token_changes_nothing(
     )  # fmt: skip
     original, steps = loop.train_step, [0]
 
-    def masked_in_step_two(trainee, batches, *rest):
+    def masked_in_step_two(train_state, batches, *rest):
         steps[0] += 1
         if steps[0] == 2:
             batches = [
                 dataclasses.replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
                 for batch in batches
             ]
-        return original(trainee, batches, *rest)
+        return original(train_state, batches, *rest)
 
     monkeypatch.setattr(loop, "train_step", masked_in_step_two)
     assert run_training(config) == 0
@@ -354,15 +354,15 @@ def test_the_gradient_that_reaches_the_optimizer_is_clipped(
 ) -> None:
     original, norms = loop.train_step, []
 
-    def patched(trainee, *rest):
-        optimizer = trainee.optimizer
+    def patched(train_state, *rest):
+        optimizer = train_state.optimizer
 
         def noted():
             norms.append(float(optimizer.get_grad_norm()))
             return type(optimizer).step_with_ready_grads(optimizer)
 
         optimizer.step_with_ready_grads = noted
-        return original(trainee, *rest)
+        return original(train_state, *rest)
 
     monkeypatch.setattr(loop, "train_step", patched)
     config = _config(

@@ -115,12 +115,12 @@ def test_every_setting_of_the_optimizer_given_anew_is_used(
     groups: list[dict[str, Any]] = []
     step = loop.train_step
 
-    def noted(trainee, *args):
+    def noted(train_state, *args):
         if not groups:
-            groups.extend(dict(group) for group in trainee.optimizer.param_groups)
-            clip = trainee.config.optimizer.clip_grad
+            groups.extend(dict(group) for group in train_state.optimizer.param_groups)
+            clip = train_state.config.optimizer.clip_grad
             groups.extend([]) if clip == _NEW.clip_grad else groups.clear()
-        return step(trainee, *args)
+        return step(train_state, *args)
 
     monkeypatch.setattr(loop, "train_step", noted)
     output = _copy(stopped, tmp_path / "run")

@@ -71,7 +71,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         options["tell"]("another process compiles this run's kernels: waiting")
         return WarmUp(False, 3, 2.0, "scene 1: OutOfResources")
 
-    monkeypatch.setattr(start, "compile_once_a_node", compile_)
+    monkeypatch.setattr(start, "compile_once_per_node", compile_)
     monkeypatch.setattr(start, "slow_paths", lambda backend, case: [f"slow with {case.gdn_heads}"])
     return calls
 
@@ -133,7 +133,7 @@ def test_the_command_without_a_gpu_and_with_one(
         (WarmUp(True, 0, 0.1), 0, "were ready"),
         (WarmUp(False, 3, 9.0, "scene 1: OutOfResources"), 2, "scene 1: OutOfResources"),
     ):
-        monkeypatch.setattr(start, "compile_once_a_node", lambda *a, r=result, **k: r)
+        monkeypatch.setattr(start, "compile_once_per_node", lambda *a, r=result, **k: r)
         assert warm(command) == status
         said = capsys.readouterr()
         assert words in said.out + said.err

@@ -23,7 +23,7 @@ from megatron_hydra.ops.compiler_output import COMPILE_LOG
 from megatron_hydra.stopping import REQUEUE_EXIT_CODE, StopRequest
 from megatron_hydra.training import warm_up
 from megatron_hydra.training.rehearsal import scenes
-from megatron_hydra.training.warm_up import WarmUp, compile_once_a_node, warning_of
+from megatron_hydra.training.warm_up import WarmUp, compile_once_per_node, warning_of
 from tests.training import tiny
 
 _WORKER = """
@@ -91,7 +91,7 @@ def _compile(folder: Path, *, config: Any = None, **options: Any) -> tuple[WarmU
     options = {"cards": 2, "local_rank": 1, "tell": lines.append, **options}
     options["worker"] = options.get("worker") or _worker(folder)
     with StopRequest():
-        return compile_once_a_node(config or _config(folder), MODEL, None, **options), lines
+        return compile_once_per_node(config or _config(folder), MODEL, None, **options), lines
 
 
 def test_all_scenes_once_the_first_alone_the_check_beside_the_others(
@@ -206,12 +206,12 @@ from tests.training import tiny
 from tests.training.test_warm_up import MODEL
 from megatron_hydra.config.loading import load_run_config
 from megatron_hydra.stopping import StopRequest
-from megatron_hydra.training.warm_up import compile_once_a_node
+from megatron_hydra.training.warm_up import compile_once_per_node
 from megatron_hydra.watchdog import Watchdog
 
 config = load_run_config([sys.argv[1]], [])
 with Watchdog(config.faults.timeout_seconds), StopRequest():
-    result = compile_once_a_node(
+    result = compile_once_per_node(
         config, MODEL, None, tell=lambda text: print(text, file=sys.stderr, flush=True),
         worker=(sys.executable, sys.argv[2]), cards=1,
     )
@@ -276,7 +276,7 @@ def test_the_real_worker_compiles_and_checks(tmp_path: Path) -> None:
     model = dataclasses.replace(MODEL, num_layers=2, full_attention_heads=tiny.HEADS[:2])
     lines: list[str] = []
     with StopRequest():
-        result = compile_once_a_node(config, model, None, tell=lines.append, cards=1)
+        result = compile_once_per_node(config, model, None, tell=lines.append, cards=1)
     assert (result.ready, result.problem) == (True, "")
     assert result.compiled == len(scenes(config, model))
     assert (tmp_path / "run" / COMPILE_LOG).is_file()
