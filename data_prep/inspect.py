@@ -34,8 +34,8 @@ from megatron_hydra.files import sha256_of_file  # noqa: E402
 from megatron_hydra.hf_loading import load_tokenizer  # noqa: E402
 
 DESCRIPTION = """\
-Show what training will read: packed sequences decoded, with the bounds of their documents and what
-is learned; lengths, padding waste, duplicates; and how often a run reads every part of its blend.
+Show the data that training will read: decoded packed sequences with document boundaries and loss
+mask; lengths, padding waste and duplicates; and how often a run reads each source of its blend.
 """
 EXAMPLES = """\
 examples:
@@ -50,21 +50,32 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser(description=DESCRIPTION, epilog=EXAMPLES)
     add_data_options(parser)
     parser.add_argument("--tokenizer", type=path_text, metavar="NAME",
-                        help="default: data.tokenizer, or the one that the manifest names")  # fmt: skip
+                        help="default: data.tokenizer, or the tokenizer in the manifest")  # fmt: skip
     parser.add_argument("--trust-remote-code", action="store_true", help="run the tokenizer's code")
-    parser.add_argument("--samples", type=whole(0), default=1, metavar="N", help="packs to show")
     parser.add_argument(
-        "--first", type=whole(0), default=0, metavar="N", help="number of the first"
+        "--samples", type=whole(0), default=1, metavar="N", help="number of packs to show"
     )
-    parser.add_argument("--characters", type=whole(0), default=400, help="shown of each document")
-    parser.add_argument("--steps", type=whole(0), default=0, help="report what so many steps read")
+    parser.add_argument(
+        "--first", type=whole(0), default=0, metavar="N", help="index of the first pack to show"
+    )
+    parser.add_argument(
+        "--characters", type=whole(0), default=400, help="characters to show of each document"
+    )
+    parser.add_argument(
+        "--steps", type=whole(0), default=0, help="report how much this many steps read"
+    )
     parser.add_argument("--histogram", type=path_text, metavar="PNG", help="write a histogram of "
-                        "lengths; of several parts, to PNG-0, PNG-1, ...")  # fmt: skip
+                        "lengths; for several sources, to PNG-0, PNG-1, ...")  # fmt: skip
     parser.add_argument("--duplicates", action="store_true", help="count exact duplicates")
     parser.add_argument(
-        "--most", type=whole(1), default=10_000_000, help="documents and packs compared (10^7)"
+        "--most",
+        type=whole(1),
+        default=10_000_000,
+        help="largest number of documents and packs to compare (10^7)",
     )
-    parser.add_argument("--verify", action="store_true", help="compare SHA-256 with the manifest")
+    parser.add_argument(
+        "--verify", action="store_true", help="verify SHA-256 sums against the manifest"
+    )
     return parser.parse_args(arguments)
 
 
@@ -77,17 +88,19 @@ def _load_tokenizer(data: DataConfig, trust_remote_code: bool) -> Any:
         if manifest is not None:
             name, revision = manifest.tokenizer["name"], manifest.tokenizer.get("revision")
             return load_tokenizer(name, revision, trust_remote_code)
-    raise HydraError("no manifest names a tokenizer; give one with --tokenizer")
+    raise HydraError("no manifest names a tokenizer; give --tokenizer")
 
 
 def _verify(prefix: str) -> None:
     manifest = IndexedDocuments(prefix).manifest
     if manifest is None:
-        raise HydraError(f"{prefix}.json does not exist: there is nothing to verify against")
+        raise HydraError(
+            f"{prefix}.json does not exist: without a manifest, nothing can be verified"
+        )
     for suffix, record in ((".bin", manifest.bin), (".idx", manifest.idx)):
         if sha256_of_file(prefix + suffix) != record.sha256:
             raise HydraError(f"{prefix + suffix} is damaged: its SHA-256 is not {record.sha256}")
-    print(f"{prefix}: SHA-256 of .bin and .idx are right")
+    print(f"{prefix}: SHA-256 of .bin and .idx match the manifest")
 
 
 def _picture(path: str, number: int, sources: int) -> str:

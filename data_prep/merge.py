@@ -16,11 +16,11 @@ from megatron_hydra.data.merging import find_shards, merge  # noqa: E402
 from megatron_hydra.errors import command  # noqa: E402
 
 DESCRIPTION = """\
-Join .bin/.idx pairs in order, by concatenation; SHA-256 sums of the inputs are checked on the way.
+Concatenate .bin/.idx pairs in order, and verify the SHA-256 sum of every input.
 
-The shards of one corpus (data_prep/tokenize.py --shard), merged, are byte for byte the files that
-one unsharded run writes; shards made with other inputs or options are refused. All inputs need the
-same tokenizer.
+Merged shards of one corpus (data_prep/tokenize.py --shard) are byte for byte the same files as from
+one unsharded run. Shards made with different inputs or options are rejected. All inputs must have
+the same tokenizer.
 """
 EXAMPLES = """\
 examples:
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = command_parser(description=DESCRIPTION, epilog=EXAMPLES)
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument(
-        "--shards", type=path_text, metavar="PREFIX", help="--output of the sharded preparation"
+        "--shards", type=path_text, metavar="PREFIX", help="the --output of the sharded runs"
     )
     inputs.add_argument(
         "--input", type=path_text, nargs="+", metavar="PREFIX", help="pairs to join, in order"

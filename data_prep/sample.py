@@ -1,4 +1,4 @@
-"""Let a model write text, as data: ``python data_prep/sample.py --help``."""
+"""Generate training text with a model: ``python data_prep/sample.py --help``."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from megatron_hydra.options import add_options, from_arguments  # noqa: E402
 from megatron_hydra.stopping import StopRequest  # noqa: E402
 
 DESCRIPTION = """\
-Let a Hugging Face model go on with prompts, or answer conversations, and keep what it writes as JSON lines
-that data_prep/tokenize.py reads: the text (prompt and continuation) in the prompts' own column, or, with
---chat, the conversation and its answer. An answer that ends a conversation already is written anew.
+Generate text with a Hugging Face model: continue prompts, or answer conversations (--chat). The output is
+JSON lines for data_prep/tokenize.py. A line holds the prompt and its continuation, in the column of the
+prompts; with --chat, it holds the conversation and its answer. If a conversation already ends with an
+answer, the model's answer replaces it.
 
-A run that was stopped in any way goes on when the same command is given again; the result is the same as
-without the stop. OUTPUT.manifest says how a file was made.
+The same command resumes a run that was stopped in any way. The result is the same as without the stop.
+OUTPUT.manifest records how the file was made.
 """
 EXAMPLES = """\
 examples:
@@ -51,18 +52,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser(description=DESCRIPTION, epilog=EXAMPLES)
     add = parser.add_argument_group("model").add_argument
     add("--model", type=path_text, required=True, metavar="HF", help="model folder, or a Hub name")
-    add("--revision", default="", help="of a Hub name: branch, tag or commit")
-    add("--tokenizer", type=path_text, metavar="DIR", help="its folder, if not the model's")
+    add("--revision", default="", help="branch, tag or commit of a Hub model")
+    add(
+        "--tokenizer", type=path_text, metavar="DIR", help="tokenizer folder (default: the model's)"
+    )
     add("--dtype", default="auto", choices=sorted(DTYPES), help="(%(default)s: as stored)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (%(default)s)")
     add("--trust-remote-code", action="store_true", help="run the code in the model's folder")
     add = parser.add_argument_group("prompts").add_argument
-    add("--input", type=path_text, nargs="+", required=True, metavar="PATH", help="as tokenize.py")
+    add(
+        "--input",
+        type=path_text,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="as for tokenize.py",
+    )
     groups = add_options(parser, CorpusConfig, only=_OF_CORPUS)
     add_options(parser, GenerationSettings, groups=groups)
     add = parser.add_argument_group("run").add_argument
     add("--output", type=path_text, required=True, metavar="FILE.jsonl", help="the file to write")
-    add("--shard", default="0/1", metavar="I/N", help="every N-th batch, from batch I (from 0) on")
+    add("--shard", default="0/1", metavar="I/N", help="generate batches I, I+N, … (I from 0)")
     add("--force", action="store_true", help="replace an existing output")
     return parser.parse_args(arguments)
 
@@ -110,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
         with StopRequest(seconds_before_limit=120):
             generation(given).run()
     except KeyboardInterrupt:
-        raise HydraError("interrupted; run the same command again to go on") from None
+        raise HydraError("interrupted; the same command resumes") from None
     return 0
 
 

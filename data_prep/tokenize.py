@@ -23,10 +23,10 @@ from megatron_hydra.options import add_options, from_arguments  # noqa: E402
 DESCRIPTION = """\
 Tokenise a corpus into OUTPUT.bin and .idx (Megatron's IndexedDataset) and .json (manifest).
 
-A run that was stopped in any way goes on when the same command is given again; the result is the
-same as without the stop. Unreadable rows end the run unless --max-bad-rows allows for them.
+The same command resumes a run that was stopped in any way. The result is the same as without the
+stop. The run fails if more rows are unreadable than --max-bad-rows allows.
 
---plan says first what it will take: CPU time, disk and memory, from a sample of the same corpus.
+--plan estimates CPU time, disk space and memory from a sample of the corpus, and writes nothing.
 """
 EXAMPLES = """\
 examples:
@@ -61,7 +61,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=path_text,
         nargs="+",
         metavar="NAME",
-        help="data set for datasets.load_dataset",
+        help="Hub data set (read with datasets.load_dataset)",
     )
     groups = add_options(parser, CorpusConfig)
     groups = add_options(parser, TokenizeConfig, groups=groups)
@@ -70,15 +70,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     run = groups["run"]
     run.add_argument(
-        "--output", type=path_text, required=True, metavar="PREFIX", help="folder/name of the files"
+        "--output",
+        type=path_text,
+        required=True,
+        metavar="PREFIX",
+        help="path of the output files, without suffix",
     )
-    run.add_argument("--shard", default="0/1", metavar="I/N", help="prepare part I (from 0) of N")
+    run.add_argument(
+        "--shard", default="0/1", metavar="I/N", help="prepare only shard I (from 0) of N"
+    )
     run.add_argument(
         "--unit-size",
         type=real(0, above=True),
         default=8,
         metavar="MIB",
-        help="size of a unit (default: 8)",
+        help="size of one unit of work (default: 8)",
     )
     plan = parser.add_argument_group("plan")
     plan.add_argument(
@@ -87,15 +93,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="?",
         const=0,
         metavar="TOKENS",
-        help="only say what so many tokens take in CPU hours, disk and memory with --workers (without a "
-        "number: what the whole input takes)",
+        help="estimate CPU hours, disk space and memory for this many tokens with --workers, and stop "
+        "(without a number: for the whole input)",
     )
     plan.add_argument(
         "--plan-seconds",
         type=real(0, above=True),
         default=20,
         metavar="S",
-        help="length of the sample that a plan is made from (default: 20)",
+        help="time to spend on the sample for --plan (default: 20)",
     )
     return parser.parse_args(arguments)
 
@@ -132,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             plan_preparation(config, given.plan, given.plan_seconds)
     except KeyboardInterrupt:
-        raise HydraError("interrupted; run the same command again to go on") from None
+        raise HydraError("interrupted; the same command resumes") from None
     return 0
 
 

@@ -22,11 +22,12 @@ from megatron_hydra.out_of_memory import out_of_memory_names
 from megatron_hydra.stopping import StopRequest, exit_if_stopped
 
 DESCRIPTION = """\
-Hide facts in long texts, ask for them, and count right answers: greedy, generated offline with the
-model's own tokenizer, decided by the seed. The model is a Hugging Face one, or a Megatron checkpoint
-under any layout of tensor, sequence, context and pipeline parallelism (under torchrun). Writes
-results.json, one picture of length × depth a task, and accuracy.png. A run that was stopped (SIGTERM,
-SIGUSR1: exit status 85) goes on where it was: every finished (task, length) is kept in OUTPUT/cells.
+Hide facts in long texts, ask for them, and count correct answers. Samples are generated offline with
+the model's own tokenizer; the seed determines them. Decoding is greedy. The model is a Hugging Face
+model, or a Megatron checkpoint under any layout of tensor, sequence, context and pipeline parallelism
+(start with torchrun). The tool writes results.json, one picture of length × depth for each task, and
+accuracy.png. Each finished (task, length) is saved in OUTPUT/cells: the same command resumes a stopped
+run (SIGTERM or SIGUSR1, exit status 85).
 """
 
 EPILOG = """\
@@ -54,7 +55,7 @@ def _length(text: str) -> int:
         return int(text[:-1] if scale > 1 else text) * scale
     except ValueError:
         raise HydraError(
-            f"--lengths: {text!r} is no length; write for example 512,4K,128K"
+            f"--lengths: {text!r} is not a length; write for example 512,4K,128K"
         ) from None
 
 
@@ -78,25 +79,33 @@ def _parser() -> argparse.ArgumentParser:
         "--model", type=path_text, metavar="HF", help="Hugging Face model folder, or a Hub name"
     )
     what.add_argument(
-        "--checkpoint", type=path_text, metavar="DIR", help="Megatron checkpoint, under torchrun"
+        "--checkpoint",
+        type=path_text,
+        metavar="DIR",
+        help="Megatron checkpoint (start with torchrun)",
     )
     add(
         "--config",
         type=path_text,
         metavar="YAML",
-        help="of a checkpoint: file with its layout (parallel, backend)",
+        help="with --checkpoint: file with its layout (sections parallel, backend)",
     )
-    add("overrides", nargs="*", metavar="parallel.key=value", help="of a checkpoint: its layout")
-    add("--revision", default="", help="of a Hub name: branch, tag or commit")
-    add("--tasks", default="", help="comma-separated, see below")
+    add(
+        "overrides",
+        nargs="*",
+        metavar="parallel.key=value",
+        help="with --checkpoint: layout overrides",
+    )
+    add("--revision", default="", help="branch, tag or commit of a Hub model")
+    add("--tasks", default="", help="comma-separated list of tasks, see below")
     add("--lengths", default="", help="context lengths in tokens, for example 512,4K,128K")
     add("--output", type=path_text, required=True, metavar="DIR", help="folder for the results")
-    add("--seed", type=seed_argument, default=1234, help="decides every sample (%(default)s)")
+    add("--seed", type=seed_argument, default=1234, help="seed of all samples (%(default)s)")
     add(
         "--tokenizer",
         type=path_text,
         metavar="DIR",
-        help="folder of the tokenizer, if not the model's",
+        help="tokenizer folder (default: the model's)",
     )
     add_options(parser, EvaluationOptions)
     add(
@@ -104,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_changes,
         default={},
         metavar="JSON",
-        help="of --model: keys of its config.json with other values, as YaRN in the examples",
+        help="with --model: keys of its config.json to override, for example YaRN (see below)",
     )
     add("--dtype", default="auto", choices=sorted(DTYPES), help="(%(default)s: as stored)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (%(default)s)")
@@ -113,8 +122,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run the modelling code in the model's folder (HydraHead exports carry theirs)",
     )
-    add("--force", action="store_true", help="throw away another evaluation in --output")
-    add("--quiet", action="store_true", help="no progress bar")
+    add("--force", action="store_true", help="delete a different evaluation in --output first")
+    add("--quiet", action="store_true", help="show no progress bar")
     return parser
 
 
@@ -171,7 +180,9 @@ def _opened(args: argparse.Namespace) -> contextlib.AbstractContextManager[tuple
 def _hugging_face(args: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
     for flag, given in (("--config", args.config), ("an override", args.overrides)):
         if given:
-            raise HydraError(f"{flag} ({given}) is the layout of a --checkpoint, --model has none")
+            raise HydraError(
+                f"{flag} ({given}) is the layout of a --checkpoint; --model has no layout"
+            )
     trust = args.trust_remote_code
     revision = "" if args.tokenizer else args.revision
     tokenizer = find_tokenizer(

@@ -16,13 +16,13 @@ from megatron_hydra.errors import HydraError, command
 
 DESCRIPTION = """\
 run:   compute every cell (variant × seed) of the experiment files: select heads, convert, train the
-       stages, export, evaluate. Steps are kept in OUTPUT/steps under a hash of their inputs, so what
-       cells or experiments share is computed once, and a run that was stopped goes on where it was.
-       A cell that fails is named with its log, all others go on; the exit status is then 1.
-table: write OUTPUT/<experiment>/table.md and results.json of what is finished, print the table.
-plot:  draw accuracy against length for every task, bars and losses, into OUTPUT/<experiment>/.
-pack:  copy records, logs, head maps, metrics and scores to another folder, without weights: small enough
-       to take along from a machine that is given back. All verbs accept that folder as --output.
+       stages, export, evaluate. Steps are saved in OUTPUT/steps under a hash of their inputs. Cells and
+       experiments share a step if its inputs are the same. The same command resumes a stopped run.
+       If a cell fails, its log is named and the other cells still run; the exit status is then 1.
+table: write OUTPUT/<experiment>/table.md and results.json from the finished cells, and print the table.
+plot:  plot accuracy against length for every task, bars and losses, into OUTPUT/<experiment>/.
+pack:  copy records, logs, head maps, metrics and scores to another folder. Weights are not copied, so the
+       folder is small enough to download. All verbs accept that folder as --output.
 """
 
 EPILOG = """\
@@ -49,54 +49,62 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         type=path_argument,
         default=Path("runs/experiments"),
-        help="folder of steps and results, shared by experiments (%(default)s)",
+        help="folder for steps and results; experiments share it (%(default)s)",
     )
     p.add_argument(
         "--base",
         type=path_argument,
         metavar="FILE",
-        help="include this file in place of the one that the experiments name: another model, other "
-        "stages and tasks under the same rows, as configs/experiments/shared/qwen3_1.7b.yaml",
+        help="replace the file that the experiments include, to run the same rows with another model, other "
+        "stages and tasks; for example configs/experiments/shared/qwen3_1.7b.yaml",
     )
     p.add_argument(
         "--tokens-scale",
         type=real(0),
         default=1.0,
         metavar="X",
-        help="multiply every stage's budget in tokens; a scale has steps of its own (%(default)s)",
+        help="multiply the token budget of every stage; each scale runs its own steps (%(default)s)",
     )
     run = p.add_argument_group("run")
-    run.add_argument("--workers", type=int, help="steps at a time (one a GPU; 2 without a GPU)")
-    run.add_argument("--threads", type=int, default=1, help="threads of a worker (%(default)s)")
+    run.add_argument(
+        "--workers",
+        type=int,
+        help="steps that run at the same time (default: one per GPU; 2 without a GPU)",
+    )
+    run.add_argument("--threads", type=int, default=1, help="CPU threads per worker (%(default)s)")
     run.add_argument(
         "--gpus",
         metavar="N,…",
-        help="share out these of the GPUs that are visible, one a worker, in turn: with --workers 4 "
-        "--gpus 0,1, two steps at a time run on each (all of them, unless stages have several processes)",
+        help="use only these of the visible GPUs. Workers get them in turn, one GPU each: with --workers 4 "
+        "--gpus 0,1, each GPU runs two steps at a time (default: all, unless stages have several processes)",
     )
     run.add_argument(
         "--stop-after",
         type=real(0),
         metavar="MINUTES",
-        help="begin no step after so many minutes; exit status 85 if cells are left",
+        help="start no step after this time; exit status is 85 if cells are not finished",
     )
-    run.add_argument("--dry-run", action="store_true", help="list the steps, compute nothing")
+    run.add_argument("--dry-run", action="store_true", help="print the steps without running them")
     run.add_argument(
-        "--only", action="append", default=[], metavar="VARIANT", help="this row only; repeatable"
+        "--only",
+        action="append",
+        default=[],
+        metavar="VARIANT",
+        help="run only this row; repeatable",
     )
     run.add_argument(
         "--slurm",
         metavar="OPTIONS",
-        help="submit the cells as an array through launch/slurm.sh, with these options",
+        help="submit the cells as a SLURM array with launch/slurm.sh and these options",
     )
     p.add_argument_group("table").add_argument(
         "--page",
         type=path_argument,
         metavar="FILE.md",
-        help="write the table into this file too, between its lines <!-- experiment NAME --> and <!-- end -->",
+        help="also write the table into this file, between its lines <!-- experiment NAME --> and <!-- end -->",
     )
     p.add_argument_group("pack").add_argument(
-        "--to", type=path_argument, metavar="FOLDER", help="where results are copied"
+        "--to", type=path_argument, metavar="FOLDER", help="folder that receives the copy"
     )
     run.add_argument("--cell", default="", help=argparse.SUPPRESS)  # one task of that array
     return p

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Look at head maps: show, compare, check, cut at another ratio, or see what their heads are worth."""
+"""Show, compare, validate or re-cut head maps, or measure the effect of knocking their heads out."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ examples:
   tools/head_map.py knockout map.json --hf-path Qwen/Qwen3-1.7B
   tools/head_map.py knockout map.json --hf-path models/tiny --probe-tokens 512 --heads 0 3 14 27
 
-knockout takes heads out of the model, the best by score first, and as many random ones, and writes what is
-left of retrieval: MAP_knockout.json and .png. cut chooses by the scores that a map holds, and measures
-nothing; without constraints, the heads of a higher ratio are among those of a lower one. validate without
---hf-path checks the file alone. diff exits with 1 if the maps differ.
+knockout removes heads from the model, highest score first, and measures the retrieval accuracy. It does the
+same with random heads, and writes both to MAP_knockout.json and .png. cut chooses heads by the scores that
+are stored in a map; it measures nothing. Without constraints, the heads of a higher ratio are a subset of
+the heads of a lower ratio. validate without --hf-path checks only the file. diff exits with 1 if the maps
+differ.
 """
 
 
@@ -48,21 +49,23 @@ _OF_KNOCKOUT = ("num_prompts", "probe_tokens", "tokens_per_batch")
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(description=__doc__, epilog=EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    show = commands.add_parser("show", help="what a map holds, layer by layer")
+    show = commands.add_parser("show", help="print a map, layer by layer")
     show.add_argument("map")
     show.add_argument(
-        "--top", type=int, default=10, help="heads of the ranking to list (default 10)"
+        "--top", type=int, default=10, help="number of top-ranked heads to list (default 10)"
     )
-    diff = commands.add_parser("diff", help="heads that only one of two maps keeps")
+    diff = commands.add_parser("diff", help="list the heads that only one of two maps keeps")
     diff.add_argument("first")
     diff.add_argument("second")
-    validate = commands.add_parser("validate", help="check the file, and that it is for a model")
+    validate = commands.add_parser("validate", help="validate the file, and that it fits a model")
     validate.add_argument("map")
     validate.add_argument(
-        "--hf-path", type=path_text, help="Hugging Face folder or Hub name the map must be for"
+        "--hf-path",
+        type=path_text,
+        help="Hugging Face folder or Hub name of the model that the map must fit",
     )
     validate.add_argument("--revision", default="", help="Hub revision")
-    cut = commands.add_parser("cut", help="the map that the same scores give at another ratio")
+    cut = commands.add_parser("cut", help="choose heads at another ratio by the scores in a map")
     cut.add_argument("map")
     cut.add_argument("--ratio", required=True, help="GDN:FA heads as r:1, or dense, or all-gdn")
     cut.add_argument(
@@ -70,15 +73,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     cut.add_argument(
         "--strategy", default="", metavar="NAME",
-        help="another strategy that chooses by the same scores, as global_interp and layer_interp for a "
-        "map of global_interp_c (default: that of the map)",
+        help="another strategy that uses the same scores: for a map of global_interp_c, global_interp or "
+        "layer_interp (default: the map's strategy)",
     )  # fmt: skip
     cut.add_argument("--granularity", choices=["query_head", "kv_group"],
-                     help="default: that of the map")  # fmt: skip
+                     help="default: the map's granularity")  # fmt: skip
     add_options(cut, Constraints, only=("min_per_layer", "max_per_layer"))
     cut.add_argument("--force", action="store_true", help="overwrite an existing output")
     knockout = commands.add_parser(
-        "knockout", help="retrieval accuracy as heads are taken out by score, and at random"
+        "knockout", help="measure retrieval accuracy with heads removed by score, and at random"
     )
     knockout.add_argument("map")
     knockout.add_argument(
@@ -87,17 +90,17 @@ def _parser() -> argparse.ArgumentParser:
     knockout.add_argument("--revision", default="", help="Hub revision")
     knockout.add_argument(
         "--heads", type=int, nargs="+", default=[], metavar="N",
-        help="how many heads are out (default: 0 to 40 %% of all)",
+        help="numbers of heads to remove (default: 0 to 40 %% of all)",
     )  # fmt: skip
     knockout.add_argument("--draws", type=int, default=3, help="random orders (default 3)")
     knockout.add_argument(
         "--tasks", nargs="+", default=["retrieval"], metavar="TASK",
-        help="as of select_heads.py (default: retrieval)",
+        help="tasks, as for select_heads.py (default: retrieval)",
     )  # fmt: skip
     add_options(knockout, SelectionOptions, only=_OF_KNOCKOUT)
     knockout.add_argument(
         "--seed", type=seed_argument, default=1,
-        help="of prompts and random orders (default 1: other prompts than a selection with seed 0)",
+        help="seed of prompts and random orders (default 1; a selection with seed 0 has other prompts)",
     )  # fmt: skip
     knockout.add_argument("--device", default="auto", help="auto, cpu, cuda:0, ...")
     knockout.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
@@ -175,7 +178,7 @@ def _show(path: str, top: int) -> None:
         lines = list(_details(head_map.details))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise HydraError(
-            f"{path}: what stands under 'details' is not what select_heads.py writes "
+            f"{path}: the content of 'details' was not written by select_heads.py "
             f"({type(error).__name__}: {error}); make the map again"
         ) from None
     for line in lines:

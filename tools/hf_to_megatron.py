@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Convert a Hugging Face model (Qwen3, Qwen2, Llama, an exported HydraHead) to a Megatron checkpoint.
 
-Without --head-map: the model as it is, bit for bit; this is the teacher of stages 1 and 2.
-With --head-map:    the HydraHead student that the map makes of it. All weights are the dense
-                    model's; key-value heads of Gated DeltaNet heads are copies; gates start as constants;
-                    the scale of every head is measured on a few thousand tokens.
-With --set mixer=token or mixer=parallel: the baseline that runs both in every head (no map).
+Without --head-map: convert the model bit for bit. This is the teacher of stages 1 and 2.
+With --head-map:    make a HydraHead student. Its weights are copied from the dense model. Gated DeltaNet
+                    heads get copies of their key-value heads. Gates start as constants. The scale of
+                    every head is measured on a few thousand tokens.
+With --set mixer=token or mixer=parallel: make a baseline that runs both branches in every head (no map).
 
-The output folder appears complete or not at all. Every tensor on both sides is accounted for: a
-missing, unknown or misshapen one is named, and nothing is written.
+The output folder is written completely or not at all. If a tensor is missing, unknown or has the wrong
+shape, the error names it and nothing is written.
 """
 
 EXAMPLES = """\
@@ -53,16 +53,16 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--revision", default="", metavar="R", help="Hub revision (branch, tag, commit)")
     p.add_argument(
-        "--dtype", choices=("fp32", "bf16"), help="dtype of the weights (default: that of the file)"
+        "--dtype", choices=("fp32", "bf16"), help="dtype of the weights (default: as stored)"
     )
     p.add_argument(
         "--verify",
         action="store_true",
-        help="before the folder takes its name, read it back and compare every tensor, and fp32 "
-        "logits with transformers' if the model is small and not a new student",
+        help="verify the output before it is renamed to D: read it back and compare every tensor; for a "
+        "small model that is not a new student, also compare fp32 logits with transformers",
     )
     p.add_argument("--force", action="store_true", help="replace an existing output")
-    p.add_argument("--quiet", action="store_true", help="no progress bars")
+    p.add_argument("--quiet", action="store_true", help="show no progress bars")
     student = p.add_argument_group("student (with --head-map, or --set mixer=token|parallel)")
     student.add_argument(
         "--head-map", type=path_text, metavar="MAP", help="head map from tools/select_heads.py"
@@ -70,33 +70,36 @@ def parser() -> argparse.ArgumentParser:
     student.add_argument(
         "--hydra-config",
         metavar="YAML",
-        help="file with switches of the layer (keys of HydraConfig)",
+        help="YAML file with layer options (keys of HydraConfig)",
     )
     student.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="one switch, e.g. fusion=gated; repeatable, over --hydra-config",
+        help="one layer option, e.g. fusion=gated; repeatable; overrides --hydra-config",
     )
     student.add_argument(
-        "--seed", type=seed_argument, default=0, help="order of decays over heads (default 0)"
+        "--seed",
+        type=seed_argument,
+        default=0,
+        help="seed of the order of decays over heads (default 0)",
     )
     student.add_argument(
         "--init",
         choices=("spread", "decay", "statistics"),
         default="spread",
-        help="decay and write strength of GDN heads: half-lives spread evenly over the range (default), or "
-        "from how far back (decay), or how far back and at what (statistics) the teacher's heads look on the "
-        "calibration text",
+        help="initial decay and write strength of GDN heads. spread: half-lives cover the range evenly "
+        "(default). decay: half-lives follow the attention distances of the teacher's heads on the calibration "
+        "text. statistics: as decay, and the write strength follows their attention too",
     )
     student.add_argument(
         "--half-life",
         type=real(0),
         nargs=2,
         metavar=("MIN", "MAX"),
-        help="range of initial half-lives of GDN heads, in tokens (default 32 16384; where they are "
-        "measured 1 16384)",
+        help="range of initial half-lives of GDN heads, in tokens (default 32 16384; 1 16384 for measured "
+        "half-lives)",
     )
     student.add_argument(
         "--calibration-file",
@@ -105,10 +108,16 @@ def parser() -> argparse.ArgumentParser:
         help="text, or .jsonl of {'text': …} or {'tokens': [ids]} lines (default: a bundled text)",
     )
     student.add_argument(
-        "--calibration-tokens", type=int, default=8192, metavar="N", help="default 8192"
+        "--calibration-tokens",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="tokens of the calibration text to use (default 8192)",
     )
     student.add_argument(
-        "--no-calibration", action="store_true", help="start every head's scale at 1 instead"
+        "--no-calibration",
+        action="store_true",
+        help="start the scale of every head at 1, without calibration",
     )
     return p
 

@@ -12,19 +12,19 @@ from megatron_hydra.errors import HydraError, command
 DESCRIPTION = """\
 Convert a Megatron checkpoint to a Hugging Face folder (safetensors, config, tokenizer files).
 
-A dense checkpoint becomes a plain Qwen3, Qwen2 or Llama folder, bit for bit what it was made from.
-A hybrid becomes a HydraHeadForCausalLM folder with its modelling code; it loads without Megatron:
+A dense checkpoint becomes a plain Qwen3, Qwen2 or Llama folder, with the original weights bit for bit.
+A hybrid becomes a HydraHeadForCausalLM folder with its modelling code. It loads without Megatron:
 
     AutoModelForCausalLM.from_pretrained(P, trust_remote_code=True)
 
-The output folder appears complete or not at all. The checkpoint's manifest is checked first.
+The output folder is written completely or not at all. The checkpoint's manifest is verified first.
 """
 
 EXAMPLES = """\
 examples:
   # the latest checkpoint of a run
   python tools/megatron_to_hf.py --checkpoint runs/finetune/checkpoints --output exports/hydra
-  # a certain one, in bf16, with a comparison of what was written
+  # one checkpoint, in bf16; verify the output
   python tools/megatron_to_hf.py --checkpoint runs/finetune/checkpoints/step_00000500 \\
       --output exports/hydra-500 --dtype bf16 --verify
 """
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         type=path_text,
         required=True,
         metavar="D",
-        help="checkpoint folder, or a run's checkpoints",
+        help="checkpoint folder, or the checkpoints folder of a run",
     )
     p.add_argument(
         "--output", type=path_text, required=True, metavar="P", help="Hugging Face folder to write"
@@ -51,16 +51,16 @@ def parser() -> argparse.ArgumentParser:
         type=real(0),
         default=5.0,
         metavar="GB",
-        help="of a weight file (default 5)",
+        help="largest size of one weight file (default 5)",
     )
     p.add_argument(
         "--verify",
         action="store_true",
-        help="before the folder takes its name, read it back and compare every tensor, and fp32 "
-        "logits of the Megatron model and of the export if the model is small",
+        help="verify the output before it is renamed to P: read it back and compare every tensor; for a "
+        "small model, also compare fp32 logits of the Megatron model and of the export",
     )
     p.add_argument("--force", action="store_true", help="replace an existing output")
-    p.add_argument("--quiet", action="store_true", help="no progress bars")
+    p.add_argument("--quiet", action="store_true", help="show no progress bars")
     return p
 
 

@@ -17,15 +17,15 @@ _EPILOG = """examples:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_parser(
-        description="Lay the heads of a HydraHead model over tensor-parallel ranks and print, for "
-        "every layer and rank, its FA and GDN heads and its forward FLOPs for one document, with the "
-        "worst imbalance (slowest rank over the mean; 1 is even).",
+        description="Place the heads of a HydraHead model on tensor-parallel ranks. Print the FA and GDN "
+        "heads of every layer and rank, their forward FLOPs for one document, and the worst "
+        "imbalance (slowest rank divided by the mean; 1 is even).",
         epilog=_EPILOG,
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=path_text, help="a Megatron checkpoint of the model")
     source.add_argument(
-        "--head-map", type=path_text, help="a head map (default switches are assumed)"
+        "--head-map", type=path_text, help="a head map (with default layer options)"
     )
     parser.add_argument("--tensor", type=int, required=True, help="tensor-parallel size")
     parser.add_argument(
@@ -35,9 +35,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="how FA heads are placed (default: show both)",
     )
     parser.add_argument(
-        "--sequence-length", type=int, default=32768, help="tokens (default: 32768)"
+        "--sequence-length",
+        type=int,
+        default=32768,
+        help="document length in tokens (default: 32768)",
     )
-    parser.add_argument("--summary", action="store_true", help="only the worst imbalance")
+    parser.add_argument("--summary", action="store_true", help="print only the worst imbalance")
     return parser.parse_args(arguments)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Plan a training run for machines one does not have. See --help."""
+"""Estimate memory, time and cost of a training run without GPUs. See --help."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megatron_hydra.errors import HydraError, command
 from megatron_hydra.head_map import DEFAULT_RATIO
 
 DESCRIPTION = """\
-For a model, a context length and a number of GPUs: what a rank holds (parameters, gradients, optimizer,
-activations by part), what it computes and sends, how long a step and each stage of the transfer take and
-cost, and which layouts fit, the fastest first; for the dense model, the layer-wise hybrid and HydraHead.
+For a model, a context length and a number of GPUs, estimate: the memory of a rank (parameters, gradients,
+optimizer, activations by part); its FLOPs and communication; the time and cost of a step and of each stage
+of the transfer; and the layouts that fit, fastest first. The report compares the dense model, the layer-wise
+hybrid and HydraHead.
 
-Nothing is started and nothing is downloaded. Memory and FLOPs are derived and tested against
-measurements on the CPU; times are a roofline of the device, and the host's launches beside it, with
-assumed efficiencies, which the report repeats. Where a recipe's configs ask for validations, their time
-is in the stages' hours.
+No job is started and nothing is downloaded. Memory and FLOPs are derived, and tested against measurements on
+the CPU. Times are a roofline of the device plus kernel launches of the host, with assumed efficiencies that
+the report lists. If the configs of a recipe set validations, the hours of a stage include them.
 """
 
 EPILOG = """\
@@ -30,7 +30,7 @@ examples:
   python tools/plan.py --model Qwen/Qwen3-1.7B --verb distill --seq 4096 --gpus 8 --gpu a100 --json \\
       --efficiency matmul=0.5 --efficiency delta_rule=0.1
 
-docs/planning.md explains the figures and shows how far they were held against measurements.
+docs/planning.md explains the figures and compares them with measurements.
 """
 
 
@@ -42,32 +42,38 @@ def parser() -> argparse.ArgumentParser:
         type=path_text,
         required=True,
         metavar="M",
-        help="Qwen/Qwen3-0.6B … 32B by name, a config.json or its folder, or a Megatron checkpoint",
+        help="Qwen/Qwen3-0.6B … Qwen/Qwen3-32B, a config.json or its folder, or a Megatron checkpoint",
     )
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--seq", type=int, default=0, metavar="T", help="tokens of a sequence")
+    what.add_argument("--seq", type=int, default=0, metavar="T", help="sequence length in tokens")
     what.add_argument(
         "--recipe",
         default="",
         metavar="D",
-        help="cost of a recipe instead: a folder of run configs, one a stage, such as "
+        help="estimate the cost of a recipe instead: a folder with one run config per stage, such as "
         "configs/qwen3_1.7b/paper",
     )
-    p.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the job")
-    p.add_argument("--gpu", required=True, metavar="G", help="a100, h100, h200 or b200")
+    p.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
+    p.add_argument("--gpu", required=True, metavar="G", help="GPU type: a100, h100, h200 or b200")
     p.add_argument(
         "--verb",
         choices=("align", "distill", "finetune"),
-        help="plan this stage alone, with all --tokens (default: layouts of finetune, cost of all stages)",
+        help="plan only this stage, with all --tokens (default: layouts of finetune, cost of all stages)",
     )
     which = p.add_mutually_exclusive_group()
     which.add_argument(
         "--ratio", default=DEFAULT_RATIO, help="GDN:FA heads, placed at random (%(default)s)"
     )
     which.add_argument(
-        "--head-map", type=path_text, default="", metavar="MAP", help="a head map instead"
+        "--head-map",
+        type=path_text,
+        default="",
+        metavar="MAP",
+        help="use a head map instead of --ratio",
     )
-    p.add_argument("--tokens", type=real(0), default=15e9, help="of all stages (%(default)g)")
+    p.add_argument(
+        "--tokens", type=real(0), default=15e9, help="total tokens of all stages (%(default)g)"
+    )
     p.add_argument(
         "--tokens-per-step",
         type=int,
@@ -75,37 +81,42 @@ def parser() -> argparse.ArgumentParser:
         metavar="B",
         help="global batch of the planned stage in tokens (%(default)s)",
     )
-    p.add_argument("--price-per-gpu-hour", type=real(0), metavar="X", help="in any currency")
+    p.add_argument(
+        "--price-per-gpu-hour",
+        type=real(0),
+        metavar="X",
+        help="price of one GPU hour, in any currency",
+    )
     p.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     p.add_argument(
         "--no-distributed-optimizer",
         action="store_true",
-        help="every data-parallel rank holds all optimizer states",
+        help="keep all optimizer states on every data-parallel rank",
     )
     p.add_argument(
         "--loss-chunk",
         type=int,
         default=2048,
         metavar="C",
-        help="tokens whose logits exist at a time (%(default)s)",
+        help="tokens per chunk of the loss; logits exist for one chunk at a time (%(default)s)",
     )
     p.add_argument(
         "--gated-delta-net",
         choices=("fla", "torch"),
         default="fla",
-        help="torch: plan for GPUs without FLA, where auto takes the plain twin; takes minutes (%(default)s)",
+        help="torch: plan for GPUs without FLA, with the torch implementation; takes minutes (%(default)s)",
     )
     p.add_argument(
         "--efficiency",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="another assumption: matmul, attention, attention_backward, varlen, delta_rule, flash_qla "
-        "(0.27 where FlashQLA is installed), bandwidth, nvlink, network, usable, overlap (shares); latency "
-        "(seconds a collective), launch, triton_launch (seconds of the host a kernel); repeatable",
+        help="change an assumed efficiency. Shares: matmul, attention, attention_backward, varlen, delta_rule, "
+        "flash_qla (0.27 where FlashQLA is installed), bandwidth, nvlink, network, usable, overlap. Seconds: "
+        "latency (per collective), launch and triton_launch (of the host, per kernel). Repeatable",
     )
-    p.add_argument("--top", type=int, default=5, help="layouts shown (%(default)s)")
-    p.add_argument("--json", action="store_true", help="everything as JSON")
+    p.add_argument("--top", type=int, default=5, help="number of layouts to show (%(default)s)")
+    p.add_argument("--json", action="store_true", help="print everything as JSON")
     return p
 
 

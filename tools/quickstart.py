@@ -19,9 +19,9 @@ from megatron_hydra.stopping import StopRequest
 DESCRIPTION = """\
 A tiny Qwen3 (4 layers, 32 query heads; shipped, with the script that trained it) becomes a
 HydraHead: head selection, conversion at 7:1, align, distill, finetune, export, evaluation at 1, 2,
-4 and 8 times the training length. Two controls go the same way: random heads, and no
-full-attention head at all. Ends with a table, OUTPUT/metrics.json and three pictures. A run that
-was stopped goes on where it was.
+4 and 8 times the training length. Two controls run the same pipeline: random heads, and no
+full-attention head at all. The results are a table, OUTPUT/metrics.json and three pictures. The
+same command resumes a stopped run.
 """
 
 EPILOG = """\
@@ -37,30 +37,36 @@ def parser() -> argparse.ArgumentParser:
     p = command_parser(description=DESCRIPTION, epilog=EPILOG)
     configs = Path(__file__).resolve().parents[1] / "configs" / "quickstart"
     p.add_argument(
-        "--output", type=path_argument, default=Path("quickstart"), help="folder (%(default)s)"
+        "--output",
+        type=path_argument,
+        default=Path("quickstart"),
+        help="output folder (%(default)s)",
     )
     p.add_argument(
         "--seed",
         type=seed_argument,
         default=0,
-        help="prompts, random heads, data order (%(default)s)",
+        help="seed of prompts, random heads and data order (%(default)s)",
     )
-    p.add_argument("--fresh", action="store_true", help="throw away an earlier run in OUTPUT")
+    p.add_argument("--fresh", action="store_true", help="delete an earlier run in OUTPUT first")
     p.add_argument(
-        "--samples", type=int, default=Settings.samples, help="sequences a length (%(default)s)"
+        "--samples",
+        type=int,
+        default=Settings.samples,
+        help="evaluation sequences per length (%(default)s)",
     )
     p.add_argument(
         "--configs",
         type=path_argument,
         default=configs,
-        help="the stages' configs (configs/quickstart)",
+        help="folder of the stage configs (configs/quickstart)",
     )
     p.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="override a key of every stage's config; repeatable",
+        help="override a key in the config of every stage; repeatable",
     )
     return p
 

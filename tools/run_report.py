@@ -22,7 +22,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(description=__doc__, epilog=EPILOG)
     parser.add_argument("run", metavar="RUN", type=path_argument, help="the output folder of a run")
     parser.add_argument(
-        "--output", type=path_argument, metavar="FILE", help="the page (default RUN/report.html)"
+        "--output",
+        type=path_argument,
+        metavar="FILE",
+        help="HTML page to write (default RUN/report.html)",
     )
     return parser
 
@@ -31,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if not args.run.is_dir():
-        raise HydraError(f"{args.run} is no folder: name the output folder of a run")
+        raise HydraError(f"{args.run} is not a folder; give the output folder of a run")
     output = args.output or args.run / "report.html"
     write_run_page(args.run, output)
     print(output)

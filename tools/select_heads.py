@@ -36,21 +36,21 @@ examples:
       --num-prompts 400 --text corpus.jsonl --compare map.json --output gates.json
   tools/head_map.py cut gates.json --ratio 7:1 --output gates-7.json
 
-Without --tasks, a default task that the model does not solve is left out, and the map says so; a task that
-is named has to be solved. It is said at the start what all will take, and again after a few prompts of every
-task. On a CPU: --probe-tokens 512 --max-rounds 1.
-A run that was stopped (SIGTERM, SIGUSR1: exit status 85) or killed continues where it was when it is
-started again with the same arguments; other ratios, weights and constraints use what it has measured.
-A JSONL task has one object a line: clean, corrupted, answer, wrong_answer (strings or token ids).
+Without --tasks, a default task that the model does not solve is skipped, and the map records it. A task that
+is given with --tasks must be solved. The tool prints an estimate of the time at the start, and a better one
+after a few prompts of every task. On a CPU, use --probe-tokens 512 --max-rounds 1.
+The same command resumes a run that was stopped (SIGTERM or SIGUSR1, exit status 85) or killed. Runs with
+other ratios, weights and constraints reuse its measurements.
+A JSONL task has one object per line: clean, corrupted, answer, wrong_answer (strings or token ids).
 """
 
 
 ABOUT_GATES = (
-    "Every head is the teacher's attention and a GDN branch, mixed by a gate. The branch is aligned on "
-    "text; then all weights are frozen, and the gates are learned on prompts and text while the budget "
-    "falls from all heads to none. One run ranks all heads and measures what every budget recovers on "
-    "held-out prompts; head_map.py cut makes maps of other ratios of it. Give many prompts "
-    "(--num-prompts 400), and text."
+    "Every head runs the teacher's attention and a GDN branch; a gate mixes them. First the branch is "
+    "aligned on text. Then all weights are frozen, and the gates are learned on prompts and text while "
+    "the budget decreases from all heads to none. One run ranks all heads, and measures for every budget "
+    "how much accuracy held-out prompts recover; head_map.py cut makes maps of other ratios from it. "
+    "Give many prompts (--num-prompts 400), and text."
 )
 
 
@@ -82,20 +82,27 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="TASK",
         help=f"name or name:key=value,...; names: {', '.join(task_names())}; retrieval and general are "
-        f"capabilities of five tasks each (default: {' '.join(DEFAULT_TASKS)}, what the model solves of them)",
+        f"capabilities of five tasks each (default: {' '.join(DEFAULT_TASKS)}, without unsolved tasks)",
     )
-    add("--seed", type=seed_argument, default=0, help="of prompts and random choices (default 0)")
+    add(
+        "--seed",
+        type=seed_argument,
+        default=0,
+        help="seed of prompts and random choices (default 0)",
+    )
     groups = add_options(parser, SelectionOptions, about={GATES: ABOUT_GATES})
     machine = groups["machine"].add_argument
     machine("--device", default="auto", help="auto, cpu, cuda:0, ...")
     machine("--dtype", default="auto", choices=["auto", "fp32", "bf16"])
-    machine("--gpus-per-process", type=int, default=1, help="spread one copy over several GPUs")
+    machine(
+        "--gpus-per-process", type=int, default=1, help="GPUs of one copy of the model (default 1)"
+    )
     machine(
         "--timeout",
         type=real(0),
         default=1800,
-        help="seconds after which a process that is not through a piece of work writes its stacks "
-        "and ends, and with it the job (default %(default)s; loading has five times that)",
+        help="time limit in seconds for one piece of work; a process that exceeds it prints its stacks "
+        "and ends the job (default %(default)s; loading has five times this limit)",
     )
     add("--no-pictures", action="store_true", help="write the map only")
     add("--force", action="store_true", help="overwrite an existing output")

@@ -15,7 +15,7 @@ def listed(text: str) -> tuple[str, ...]:
 
 
 def depths_argument(text: str) -> tuple[float, ...]:
-    """``5``: so many depths from start to end; ``0,0.5,1``: these."""
+    """Parse depths: ``5`` means five depths from start to end; ``0,0.5,1`` lists them."""
     try:
         if "," not in text and text.isdecimal() and int(text) >= 2:
             return tuple(i / (int(text) - 1) for i in range(int(text)))
@@ -26,7 +26,7 @@ def depths_argument(text: str) -> tuple[float, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationOptions:
-    """How a model is asked, but for the model, the tasks, the lengths and the seed.
+    """Options of an evaluation, apart from model, tasks, lengths and seed.
 
     Attributes:
         depths: where facts are placed, 0 … 1; rows of the heatmap.
@@ -45,27 +45,30 @@ class EvaluationOptions:
 
     depths: tuple[float, ...] = option(
         (0.0, 0.25, 0.5, 0.75, 1.0),
-        "how many, from start to end, or a list as 0,0.5,1 (default: 5)",
+        "number of depths from start to end, or a list such as 0,0.5,1 (default: 5)",
         in_one=depths_argument,
     )
-    samples: int = option(10, "for each task, length and depth (%(default)s)")
-    batch_tokens: int = option(32768, "tokens of a batch (%(default)s)")
+    samples: int = option(10, "samples per task, length and depth (%(default)s)")
+    batch_tokens: int = option(32768, "largest number of tokens in a batch (%(default)s)")
     prefill_chunk: int | None = option(
         None,
-        "tokens of a prompt passed at a time, 0: all (default: 8192 where known to be exact)",
+        "prompt tokens per forward pass; 0: all (default: 8192 for models where this is exact)",
     )
     haystack: str = option(
-        "", "your own distractor text, one paragraph a line", parse=path_text, metavar="FILE"
+        "",
+        "file with your own distractor text, one paragraph per line",
+        parse=path_text,
+        metavar="FILE",
     )
-    cache_length: int = option(512, "prompt that measures the cache; 0: do not (%(default)s)")
+    cache_length: int = option(512, "prompt length for measuring the cache; 0: skip (%(default)s)")
     lm_eval: tuple[str, ...] = option(
-        (), "tasks of lm-evaluation-harness, as arc_easy", in_one=listed, metavar="TASKS"
+        (), "tasks of lm-evaluation-harness, for example arc_easy", in_one=listed, metavar="TASKS"
     )
     lm_eval_include: str = option(
-        "", "folder with lm-eval tasks of your own", parse=path_text, metavar="DIR"
+        "", "folder with your own lm-eval tasks", parse=path_text, metavar="DIR"
     )
     lm_eval_limit: int = option(
-        0, "the first N questions of each of lm-eval's tasks (%(default)s: all)", metavar="N"
+        0, "use only the first N questions of each lm-eval task (%(default)s: all)", metavar="N"
     )
 
     def __post_init__(self) -> None:

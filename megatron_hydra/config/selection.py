@@ -38,15 +38,15 @@ class Constraints:
     """
 
     granularity: Granularity = option(
-        "query_head", "heads, or whole KV groups", group="constraints"
+        "query_head", "choose single query heads or whole KV groups", group="constraints"
     )
-    min_per_layer: int = option(0, "FA heads in every layer, at least", group="constraints")
+    min_per_layer: int = option(0, "smallest number of FA heads in a layer", group="constraints")
     max_per_layer: int | None = option(
-        None, "FA heads in every layer, at most", group="constraints"
+        None, "largest number of FA heads in a layer", group="constraints"
     )
     kv_group_bonus: float = option(
         0.0,
-        "added to heads whose KV group has an FA head already, in standard deviations",
+        "bonus for heads whose KV group already has an FA head, in standard deviations",
         parse=real(0),
         group="constraints",
     )
@@ -105,53 +105,61 @@ class SelectionOptions(Constraints):
 
     num_prompts: int = option(
         40,
-        "pairs drawn for each capability, in equal parts for its tasks (default %(default)s)",
+        "prompt pairs per capability, split equally between its tasks (default %(default)s)",
         group=PROMPTS,
     )
     min_prompts: int = option(
         8,
-        "fewer solved ones: an error, or the task is left out (default %(default)s)",
+        "smallest number of solved prompts; below it, the task fails or is skipped (default %(default)s)",
         group=PROMPTS,
     )
     probe_tokens: int = option(
         PROBE_TOKENS,
-        "length of needle prompts that do not say tokens=… (default %(default)s)",
+        "length of needle prompts without tokens=… (default %(default)s)",
         group=PROMPTS,
     )
     solved: Literal["top1", "pair", "off"] = option(
         "top1",
-        "a prompt counts if every token of the answer is the likeliest (top1), or preferred to the wrong "
-        "one in the clean run and not in the corrupted one (pair), or if the corruption lowers the answer "
-        "at all (off)",
+        "rule for a solved prompt. top1: every answer token is the likeliest. pair: the answer is preferred "
+        "to the wrong answer in the clean run, and not in the corrupted run. off: the corruption lowers the "
+        "answer at all",
         group=PROMPTS,
     )
     max_rounds: int = option(
         2,
-        "rounds of path patching, at most: senders become receivers until nothing new is found; "
-        "0: receivers only (default %(default)s)",
+        "largest number of rounds of path patching; senders become the receivers of the next round until no "
+        "new sender is found; 0: measure receivers only (default %(default)s)",
         group=PAPER,
     )
     control: bool = option(
-        True, "do not knock out the best heads to see that the readout falls", group=PAPER
+        True,
+        "skip the control that knocks out the best heads and checks that the readout falls",
+        group=PAPER,
     )
     stability: bool = option(
-        True, "do not compare with needles of a quarter, half and twice the length", group=PAPER
+        True,
+        "skip the comparison with needle prompts of a quarter, half and twice the length",
+        group=PAPER,
     )
     effects: tuple[Effect, ...] = option(
         (),
-        "measured exactly (default: the receiver effect); total, reported beside, takes by far the longest",
+        "effects to measure exactly (default: the receiver effect); total takes by far the longest",
         group=FORMER,
     )
-    receiver_effect: Effect = option("direct", "which makes a head a receiver", group=FORMER)
-    senders: bool = option(True, "no path patching", group=FORMER)
-    sender_weight: float = option(0.5, "beside receivers' 1", parse=real(0), group=FORMER)
-    num_receivers: int | None = option(
-        None, "at most so many a task (default: the FA heads)", group=FORMER
+    receiver_effect: Effect = option(
+        "direct", "effect that decides which heads are receivers", group=FORMER
     )
-    attribution: bool = option(False, "the first-order estimate beside", group=FORMER)
+    senders: bool = option(True, "skip path patching", group=FORMER)
+    sender_weight: float = option(
+        0.5, "weight of senders; receivers have weight 1", parse=real(0), group=FORMER
+    )
+    num_receivers: int | None = option(
+        None, "largest number of receivers per task (default: number of FA heads)", group=FORMER
+    )
+    attribution: bool = option(False, "also compute the first-order estimate", group=FORMER)
     check_heads: int = option(
         24,
-        "random heads that are measured exactly as well (default %(default)s)",
+        "number of random heads to also measure exactly (default %(default)s)",
         group="attribution",
     )
     task_weights: dict = option(
@@ -159,41 +167,41 @@ class SelectionOptions(Constraints):
     )
     tokens_per_batch: int = option(
         0,
-        "positions computed at a time (default 2048 on a CPU, 32768 on a GPU)",
+        "tokens per batch (default 2048 on a CPU, 32768 on a GPU)",
         group="machine",
     )
     text: str = option(
         "",
-        "plain text, or .jsonl of {'text': …} or {'tokens': [ids]} lines (default: a bundled text, too "
-        "short for more than a try)",
+        "plain text, or .jsonl of {'text': …} or {'tokens': [ids]} lines (default: a bundled text, which is "
+        "only long enough for a trial)",
         parse=path_text,
         metavar="FILE",
         group=GATES,
     )
     align_tokens: int = option(
         4_000_000,
-        "of text, that the GDN branch is aligned on (default %(default)s)",
+        "text tokens for aligning the GDN branch (default %(default)s)",
         group=GATES,
     )
     gate_tokens: int = option(
         20_000_000,
-        "of prompts and text, that the gates are learned on (default %(default)s)",
+        "prompt and text tokens for learning the gates (default %(default)s)",
         group=GATES,
     )
     gate_steps: int = option(
         600,
-        "in which the budget falls; each has --gate-tokens / --gate-steps tokens (default %(default)s)",
+        "steps while the budget decreases, of --gate-tokens / --gate-steps tokens each (default %(default)s)",
         group=GATES,
     )
     head_cost: float = option(
         0.5,
-        "share of the cost that every open head has by itself; the rest is the cache of its KV group, "
-        "which heads share (0: the cache alone; default %(default)s)",
+        "share of a head's own work in the cost of an open head; the rest is the cache of its KV group, "
+        "which its heads share (0: only the cache; default %(default)s)",
         group=GATES,
     )
     compare: tuple[str, ...] = option(
         (),
-        "other head maps of this model: the curves of their rankings are measured beside",
+        "other head maps of this model; the curves of their rankings are measured too",
         parse=path_text,
         metavar="MAP",
         group=GATES,
@@ -209,7 +217,7 @@ class SelectionOptions(Constraints):
             raise HydraError("--effects: must be direct, total or both")
         if self.receiver_effect not in self.exact_effects:
             raise HydraError(
-                f"--receiver-effect {self.receiver_effect}: that effect is not among --effects "
+                f"--receiver-effect {self.receiver_effect}: add this effect to --effects, which has "
                 f"{' '.join(self.effects)}"
             )
         if self.min_prompts < 1 or self.num_prompts < self.min_prompts:

@@ -49,13 +49,13 @@ class CorpusConfig:
     inputs: tuple[str, ...]
     format: Format | None = option(
         None,
-        "of --input; by suffix if left out. text: a file is a document; lines: a line is",
+        "format of --input (default: by suffix). text: one document per file; lines: one per line",
         group="rows",
     )
     column: str = option("text", "field that holds the text (default: text)", group="rows")
-    chat: bool = option(False, "the field is a list of chat messages", group="rows")
+    chat: bool = option(False, "treat the field as a list of chat messages", group="rows")
     tools_column: str | None = option(
-        None, "with --chat: field that holds the tools", metavar="NAME", group="rows"
+        None, "with --chat: field that holds the tool definitions", metavar="NAME", group="rows"
     )
     hub: bool = False
     config_name: str | None = option(
@@ -70,7 +70,9 @@ class CorpusConfig:
         None, "git revision; its commit is recorded", metavar="COMMIT", group="with --dataset"
     )
     commits: tuple[str | None, ...] = ()
-    streaming: bool = option(False, "do not keep the data set on disk", group="with --dataset")
+    streaming: bool = option(
+        False, "stream the data set without a copy on disk", group="with --dataset"
+    )
     unit_bytes: int = 8 << 20
 
     def __post_init__(self) -> None:

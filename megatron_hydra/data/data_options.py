@@ -32,17 +32,20 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that :func:`data_sections` reads."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--config", type=path_text, metavar="YAML", help="the blend of a run or of configs/data"
+        "--config",
+        type=path_text,
+        metavar="YAML",
+        help="config with a blend: a run's config, or one of configs/data",
     )
     what.add_argument(
-        "--input", type=path_text, nargs="+", metavar="PREFIX", help="these .bin/.idx pairs"
+        "--input", type=path_text, nargs="+", metavar="PREFIX", help=".bin/.idx pairs to read"
     )
-    given = parser.add_argument_group("packing", "each option replaces what --config says")
+    given = parser.add_argument_group("packing", "options here override --config")
     given.add_argument(
         "--sequence-length",
         type=whole(1),
         metavar="S",
-        help=f"default with --input: {DataConfig().sequence_length}",
+        help=f"tokens per sequence; default with --input: {DataConfig().sequence_length}",
     )
     given.add_argument(
         "--packing",
@@ -56,10 +59,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "--upsample",
         nargs="+",
         metavar="LENGTH=FACTOR",
-        help="documents of at least LENGTH tokens appear FACTOR times per epoch (0: not at all)",
+        help="use documents of at least LENGTH tokens FACTOR times per epoch (0: skip them)",
     )
     given.add_argument(
-        "--cache-dir", type=path_text, metavar="FOLDER", help="default: .packs beside the data"
+        "--cache-dir",
+        type=path_text,
+        metavar="FOLDER",
+        help="folder of the packing index (default: .packs beside the data)",
     )
 
 

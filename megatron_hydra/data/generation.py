@@ -58,28 +58,35 @@ class GenerationSettings:
         shard: (i, n): the i-th of every n batches only.
     """
 
-    samples: int = option(1, "texts a prompt (%(default)s)", parse=whole(1), group="writing")
+    samples: int = option(1, "texts per prompt (%(default)s)", parse=whole(1), group="writing")
     max_new_tokens: int = option(
         1024,
-        "after which a text is cut off (%(default)s)",
+        "largest number of generated tokens (%(default)s)",
         parse=whole(1),
         metavar="N",
         group="writing",
     )
     temperature: float = option(
-        1.0, "0: the likeliest token (%(default)s)", parse=real(0), group="writing"
+        1.0, "sampling temperature; 0: greedy (%(default)s)", parse=real(0), group="writing"
     )
-    top_p: float = option(1.0, "(%(default)s: all)", parse=real(0, above=True), group="writing")
-    top_k: int = option(0, "(%(default)s: all)", parse=whole(0), group="writing")
-    seed: int = option(1234, "(%(default)s)", parse=seed_argument, group="writing")
+    top_p: float = option(
+        1.0,
+        "nucleus sampling threshold (%(default)s: all)",
+        parse=real(0, above=True),
+        group="writing",
+    )
+    top_k: int = option(
+        0, "sample from the K likeliest tokens (%(default)s: all)", parse=whole(0), group="writing"
+    )
+    seed: int = option(1234, "sampling seed (%(default)s)", parse=seed_argument, group="writing")
     batch_size: int = option(
         16,
-        "texts at once (%(default)s); another size draws other texts",
+        "texts per batch (%(default)s); the size changes the sampled texts",
         parse=whole(1),
         group="writing",
     )
     max_bad_rows: int = option(
-        0, "leave out so many rows", parse=whole(0), metavar="N", group="rows"
+        0, "skip up to this many unusable rows", parse=whole(0), metavar="N", group="rows"
     )
     shard: tuple[int, int] = (0, 1)
 
@@ -188,14 +195,14 @@ class Generation:
                 return self._publish(counts, report)
         except OSError as error:
             raise HydraError(
-                f"cannot write {self.output}: {error}; once this is mended, the same command goes on"
+                f"cannot write {self.output}: {error}; fix this and run the same command again; it resumes"
             ) from error
 
     # -- the output -------------------------------------------------------------------------------
 
     def _is_done(self) -> bool:
         if self.output.is_dir():
-            raise HydraError(f"{self.output} is a folder: name a file to write")
+            raise HydraError(f"{self.output} is a folder; give a file name")
         if self.force or not self.output.exists():
             return False
         try:

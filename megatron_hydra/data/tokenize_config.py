@@ -36,26 +36,34 @@ class TokenizeConfig:
     output: str
     tokenizer: str
     tokenizer_revision: str | None = option(
-        None, "of a Hub name: branch, tag or commit", metavar="COMMIT", group="tokens"
+        None, "branch, tag or commit of a Hub tokenizer", metavar="COMMIT", group="tokens"
     )
-    workers: int = option(1, "processes (default: 1)", parse=whole(0), metavar="N", group="run")
+    workers: int = option(
+        1, "number of processes (default: 1)", parse=whole(0), metavar="N", group="run"
+    )
     append_eod: bool = option(
-        True, "do not end documents with a token", flag="--no-eod", group="tokens"
+        True, "do not append an end token to documents", flag="--no-eod", group="tokens"
     )
     eod_token: str | None = option(
-        None, "default: the tokenizer's eos_token", metavar="TOKEN", group="tokens"
+        None, "end token (default: the tokenizer's eos_token)", metavar="TOKEN", group="tokens"
     )
     add_special_tokens: bool = option(
-        True, "leave out BOS and the like", flag="--no-special-tokens", group="tokens"
+        True, "do not add special tokens such as BOS", flag="--no-special-tokens", group="tokens"
     )
-    keep_empty: bool = option(False, "keep rows without text as empty", group="rows")
+    keep_empty: bool = option(False, "keep rows without text as empty documents", group="rows")
     max_tokens: int = option(
-        0, "e.g. 5e9; of each shard", parse=whole(0), metavar="N", group="tokens"
+        0,
+        "stop each shard after this many tokens, e.g. 5e9",
+        parse=whole(0),
+        metavar="N",
+        group="tokens",
     )
-    max_bad_rows: int = option(0, "skip so many rows", parse=whole(0), metavar="N", group="rows")
+    max_bad_rows: int = option(
+        0, "skip up to this many unreadable rows", parse=whole(0), metavar="N", group="rows"
+    )
     shard: tuple[int, int] = (0, 1)
     exact: bool = option(False, "never use the fast path (slower)", group="tokens")
-    trust_remote_code: bool = option(False, "run its own Python code", group="tokens")
+    trust_remote_code: bool = option(False, "run the tokenizer's own Python code", group="tokens")
     force: bool = option(False, "replace an existing output", group="run")
 
     @property

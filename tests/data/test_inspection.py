@@ -147,7 +147,7 @@ def test_inspect_shows_everything(prepared, tmp_path, capsys):
         "80 documents",
         "padding waste",
         "duplicates: 40 documents",
-        "SHA-256 of .bin and .idx are right",
+        "SHA-256 of .bin and .idx match the manifest",
         "9 steps of 256 tokens read",
         "=== sample 1",
         "--- document 0: tokens 0..",
