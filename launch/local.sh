@@ -37,7 +37,7 @@ run_command() {
   done
   CHILD=''
   if ((status == REQUEUE_STATUS)); then
-    echo "stopped by a signal after saving; the same command goes on from there" >&2
+    echo "stopped by a signal after saving; the same command resumes from there" >&2
   fi
   ((status == 0)) || exit "$status"
 }
@@ -45,7 +45,7 @@ run_command() {
 # A signal that came between two steps, or to a step that had nothing left to do, stops the chain.
 exit_if_stopped() {
   [[ -n $STOP_SIGNAL ]] || return 0
-  echo "stopped by a signal between two steps; the same command goes on from there" >&2
+  echo "stopped by a signal between two steps; the same command resumes from there" >&2
   exit "$REQUEUE_STATUS"
 }
 

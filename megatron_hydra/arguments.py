@@ -45,7 +45,9 @@ def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
     def parse(text: str) -> int:
         number = real(least)(text)
         if number != int(number) or number > most:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number from {least} to {most}"
+            )
         return int(number) if not text.strip().isdecimal() else int(text)
 
     return parse
@@ -58,10 +60,10 @@ def real(least: float, above: bool = False) -> Callable[[str], float]:
         try:
             number = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
         if not math.isfinite(number) or number < least or (above and number == least):
             where = f"above {least:g}" if above else f"of {least:g} at least"
-            raise argparse.ArgumentTypeError(f"{text!r} is no number {where}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {where}")
         return number
 
     return parse

@@ -28,7 +28,7 @@ def world_size_from_environment() -> int:
     """Processes of this run, before anything is initialised: torchrun's ``WORLD_SIZE``, or 1.
 
     Raises:
-        HydraError: it is no number above 0, or ``RANK`` is not below it.
+        HydraError: it is not a number above 0, or ``RANK`` is not below it.
     """
     size, rank = environment_number("WORLD_SIZE", 1), environment_number("RANK", 0)
     if not rank < size:

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class HydraError(Exception):
-    """Bad input, described for the person who can mend it.
+    """Bad input, described for the person who can fix it.
 
     The message names the file, key or flag that is wrong and says what to do.
     Commands print it without a traceback and exit with status 2.

@@ -63,7 +63,7 @@ def model_identity_from_hf(
             or a ``PreTrainedModel``. Prefer the folder: a model loaded in a narrower dtype than its
             file has another fingerprint.
         config: its configuration as a dict or a transformers config; read from the folder or taken
-            from the model if left out.
+            from the model if omitted.
         name: what the identity is called; default: the folder, or the config's ``_name_or_path``.
         revision: Hub revision, informative.
 
@@ -164,7 +164,7 @@ def resolve_hf_folder(
         return path
     text = str(name_or_path)
     if not is_hub_name(text):
-        raise HydraError(f"{text} is no folder")
+        raise HydraError(f"{text} is not a folder")
     from huggingface_hub import snapshot_download
 
     patterns = [
@@ -228,7 +228,7 @@ def _locate(folder: Path, keys: list[str]) -> dict[str, Path]:
         weight_map = json.loads(index.read_text())["weight_map"]
         missing = [key for key in keys if key not in weight_map]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HydraError(f"{index} is no safetensors index: {error!r}") from None
+        raise HydraError(f"{index} is not a safetensors index: {error!r}") from None
     if missing:
         raise HydraError(f"{index}: tensor {missing[0]!r} is missing")
     return {key: folder / weight_map[key] for key in keys}

@@ -106,7 +106,7 @@ def exit_if_stopped() -> None:
         Stopped: it was.
     """
     if stop_requested():
-        print("stopped: the same command goes on from here", file=sys.stderr, flush=True)
+        print("stopped: the same command resumes from here", file=sys.stderr, flush=True)
         raise Stopped
 
 
@@ -175,7 +175,7 @@ def job_end_time() -> float | None:
         ``SLURM_JOB_END_TIME``, or ``None`` outside SLURM (or under one that does not tell).
 
     Raises:
-        HydraError: the variable is set and is no number.
+        HydraError: the variable is set and is not a number.
     """
     text = os.environ.get("SLURM_JOB_END_TIME", "")
     if not text:

@@ -90,5 +90,5 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
     with pytest.raises(HydraError, match=r"index\.json: tensor 'model\.layers\.0\.self_attn"):
         model_identity_from_hf(tmp_path)
-    with pytest.raises(HydraError, match="is no folder"):
+    with pytest.raises(HydraError, match="is not a folder"):
         resolve_hf_folder(tmp_path / "nowhere")

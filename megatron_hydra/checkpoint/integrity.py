@@ -3,7 +3,7 @@
 Three checks, each of which stands without the others:
 
 - the manifest: SHA-256 and size of every file, and a digest of the manifest itself, so that a change
-  of any byte of the folder is found. It is no signature: whoever can write the folder can write a
+  of any byte of the folder is found. It is not a signature: whoever can write the folder can write a
   matching manifest.
 - the index ``weights/.metadata``, a pickle that torch opens whatever ``weights_only`` says: read here
   first, by an unpickler that knows only the dozen classes that an index is made of. It may list
@@ -261,7 +261,9 @@ def read_index(weights: str | os.PathLike[str]) -> Metadata:
             index = _IndexUnpickler(file, path).load()
         _check_index(index, path)
     except FileNotFoundError:
-        raise HydraError(f"{path} is missing: {weights} is no dist_checkpointing folder") from None
+        raise HydraError(
+            f"{path} is missing: {weights} is not a dist_checkpointing folder"
+        ) from None
     except HydraError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
@@ -321,7 +323,7 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_common(weights: str | os.PathLike[str]) -> dict[str, Any]:
-    """``weights/common.pt``: what is no sharded tensor; tensors are on the host.
+    """``weights/common.pt``: what is not a sharded tensor; tensors are on the host.
 
     Raises:
         HydraError: it is missing, broken, or holds more than plain data.

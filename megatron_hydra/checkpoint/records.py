@@ -226,7 +226,7 @@ def write_index(
 
 
 def write_common(weights: Path, common: Mapping[str, Any]) -> None:
-    """Write ``common.pt``: what is no sharded tensor. Numbers that are tensors go to the CPU."""
+    """Write ``common.pt``: what is not a sharded tensor. Numbers that are tensors go to the CPU."""
     buffer = io.BytesIO()  # given a path, torch would hide what the operating system says of it
     torch.save(_on_the_host(common), buffer)
     (weights / COMMON_FILE).write_bytes(buffer.getbuffer())
@@ -257,7 +257,7 @@ def read_boxes(
 
     Raises:
         HydraError: a tensor that is not there, of another shape or not complete, or a record that
-            is no tensor of the shape that the index states.
+            is not a tensor of the shape that the index states.
     """
     index = index or read_index(weights)
     todo: dict[MetadataIndex, list[tuple[Box, Box, torch.Tensor]]] = {}

@@ -81,12 +81,12 @@ def resolve_checkpoint(path: str | os.PathLike[str]) -> Path:
     latest = path / LATEST_FILE
     if not latest.is_file():
         raise HydraError(
-            f"{path} is no checkpoint: it holds neither {MODEL_FILE} nor {LATEST_FILE}; make one "
+            f"{path} is not a checkpoint: it holds neither {MODEL_FILE} nor {LATEST_FILE}; make one "
             "with tools/hf_to_megatron.py"
         )
     name = latest.read_text(encoding="utf-8", errors="replace").strip()
     if not name or os.path.basename(name) != name or not (path / name / MODEL_FILE).is_file():
-        raise HydraError(f"{latest} names {name!r}, which is no checkpoint in {path}")
+        raise HydraError(f"{latest} names {name!r}, which is not a checkpoint in {path}")
     return path / name
 
 

@@ -245,7 +245,7 @@ class CheckpointConfig:
     Attributes:
         interval: steps between saves; the last step is always saved.
         keep: how many checkpoints stay (0: all).
-        resume: ``auto`` goes on from the newest checkpoint of this run and stops if that is damaged,
+        resume: ``auto`` resumes from the newest checkpoint of this run and stops if that is damaged,
             ``fallback`` takes the newest undamaged one, ``never`` refuses
             an output folder that already holds one.
         save_optimizer: without it the last checkpoint can start the next stage but not be trained

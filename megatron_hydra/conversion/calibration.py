@@ -46,7 +46,7 @@ def calibration_batches(
         int64 ``[1, S]`` tensors, S at most ``length``, each from one document.
 
     Raises:
-        HydraError: no tokenizer for text, a line that is neither, or a token id that is no token.
+        HydraError: no tokenizer for text, a line that is neither, or a token id that is not a token.
     """
     batches: list[torch.Tensor] = []
     left = max_tokens

@@ -56,7 +56,7 @@ def left_out(folder: str | os.PathLike[str], known: Sequence[str]) -> list[str]:
 
     Args:
         folder: of a model or of a tokenizer.
-        known: names that are read or made anew, and patterns of such.
+        known: names that are read or made again, and patterns of such.
 
     Files that are hidden or hold the weights that are read are none of them.
     """
@@ -94,7 +94,7 @@ class HfWeights(Mapping[str, torch.Tensor]):
         self._handles = {name: _open(self.folder / name) for name in self._shard_names()}
         self._file_of: dict[str, str] = {}
         for file_name, handle in self._handles.items():
-            for key in handle.keys():  # noqa: SIM118  (the handle is no mapping)
+            for key in handle.keys():  # noqa: SIM118  (the handle is not a mapping)
                 if key in self._file_of:
                     raise HydraError(
                         f"{self.folder / file_name}: tensor {key!r} is also in {self._file_of[key]}"

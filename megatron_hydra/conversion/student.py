@@ -134,7 +134,7 @@ def initialise_student(
         Lazy tensors (a read-only mapping; ``dict(...)`` makes them all).
 
     Raises:
-        HydraError: ``student`` is no hybrid, ``gamma`` has the wrong shape, or statistics are missing.
+        HydraError: ``student`` is not a hybrid, ``gamma`` has the wrong shape, or statistics are missing.
     """
     if not student.is_hybrid:
         raise HydraError("the student's config is that of a dense model: no head map was applied")

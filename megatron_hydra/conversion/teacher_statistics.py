@@ -12,7 +12,7 @@ Of every query head, on calibration text:
     W_b, so that β_t = σ(W_b x_t) writes more of what the head looks at, and 1/2 of what it treats as any
     other token.
 
-The first token is left out of both, as attention that has nowhere to go is parked there; a query counts
+The first token is omitted from both, because attention that has nowhere to go is parked there; a query counts
 by the attention that it spends elsewhere. Value scale and output gate have nothing to take from these
 statistics in this layer [choice]: γ has the teacher's RMS already (:func:`~.student.calibrate_gamma`), and a
 gate stands before a norm, which undoes whatever scales all channels of a head alike.

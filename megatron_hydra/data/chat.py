@@ -95,7 +95,7 @@ def _checked(message: Any) -> dict[str, Any]:
 
 def _check_calls(calls: Any, of_message: str) -> None:
     if not isinstance(calls, list):
-        raise ChatError(f"the tool_calls of {of_message} are no list")
+        raise ChatError(f"the tool_calls of {of_message} are not a list")
     for call in calls:
         if not isinstance(call, dict) or not isinstance(_function(call).get("name"), str):
             raise ChatError(f"a tool call of {of_message} has no name")

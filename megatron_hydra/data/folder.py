@@ -1,6 +1,6 @@
 """What a folder given as an input holds: the files that are data, and all others with the reason.
 
-Nothing under a folder is passed over in silence: a file is read, or it is left out for a reason that
+Nothing under a folder is skipped silently: a file is read, or it is skipped for a reason that
 can be told, or it is an error.
 """
 
@@ -51,7 +51,7 @@ class Listing:
     left_out: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        """The files that are left out, counted by reason, with a few of their names."""
+        """The files that are skipped, counted by reason, with a few of their names."""
         reasons: dict[str, list[str]] = {}
         for path, why in self.left_out:
             reasons.setdefault(why, []).append(path)
@@ -166,7 +166,7 @@ def _saved_files(parent: Path) -> set[str] | None:
 
 
 def _why_not(path: str, folder: Path, wanted: Format | None, saved: set[str] | None) -> str:
-    """Why a file is left out, or nothing.
+    """Why a file is skipped, or nothing.
 
     Raises:
         HydraError: a dangling link, or an unknown compression.

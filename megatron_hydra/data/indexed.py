@@ -293,7 +293,7 @@ class OnDisk:
     """A column in a file of its own, of which only what is asked for is in memory."""
 
     def __init__(self, path: str | os.PathLike[str], kind: type[np.generic]) -> None:
-        """Name the file; it is opened anew for every slice."""
+        """Name the file; it is opened again for every slice."""
         self.path, self.kind = path, kind
 
     def __len__(self) -> int:

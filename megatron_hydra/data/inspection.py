@@ -60,7 +60,7 @@ def plot_lengths(lengths: np.ndarray, sequence_length: int, title: str, path: st
     """Histogram of document lengths, by documents and by tokens, as PNG.
 
     Args:
-        lengths: tokens per document; empty ones are left out.
+        lengths: tokens per document; empty ones are omitted.
         sequence_length: S, marked by a line.
         title: above the picture.
         path: of the PNG; written at once or not at all.

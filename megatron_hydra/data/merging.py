@@ -1,4 +1,4 @@
-"""Several ``.bin/.idx`` pairs into one, by joining files: no token is decoded or written anew."""
+"""Several ``.bin/.idx`` pairs into one, by joining files: no token is decoded or rewritten."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def merge(
         full = "the disk is full; " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise HydraError(
             f"cannot write {output}: {full}{error}; the inputs are untouched: run the same "
-            "command again once this is mended"
+            "command again once this is fixed"
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -4,7 +4,7 @@ Three strategies. ``best_fit`` keeps every document whole (best-fit decreasing) 
 longer than S. ``split_long`` first cuts longer documents into pieces of S tokens and a rest, then
 packs pieces and whole documents by best fit. ``concat_chunk`` lays shuffled documents end to end
 and cuts every S tokens: no waste, but most cuts fall inside a document. A piece is a document of
-its own to the model: positions, state and loss start anew, and nothing crosses.
+its own to the model: positions, state and loss start again, and nothing crosses.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def pack_documents(
     """Pack documents.
 
     Args:
-        offsets, lengths: ``[documents]`` int64, in tokens; empty documents are left out.
+        offsets, lengths: ``[documents]`` int64, in tokens; empty documents are omitted.
         sequence_length: S.
         packing: the strategy.
         seed: of the order of documents (and of pieces within a pack).
@@ -208,7 +208,7 @@ def upsample_factors(given: dict[Any, Any], name: str) -> dict[int, float]:
     """``data.blend[].upsample`` with its types checked: smallest length of a bucket → factor.
 
     Raises:
-        HydraError: a key is no whole number ≥ 0, or a factor no number ≥ 0.
+        HydraError: a key is not a whole number ≥ 0, or a factor no number ≥ 0.
     """
     factors: dict[int, float] = {}
     try:

@@ -214,7 +214,7 @@ def finished_parts(
         complete = True
     except BrokenProcessPool as error:
         raise HydraError(
-            "a worker died (out of memory?); run the same command again to go on, with fewer "
+            "a worker died (out of memory?); run the same command again to resume, with fewer "
             "--workers if it happens again"
         ) from error
     finally:

@@ -206,7 +206,7 @@ class Assembler:
         path.touch()
         if path.stat().st_size < size:
             raise HydraError(
-                f"{path} is shorter than recorded; delete {self.work} and prepare anew"
+                f"{path} is shorter than recorded; delete {self.work} and prepare the data again"
             )
         stream = open(path, "r+b")  # noqa: SIM115
         stream.truncate(size)
@@ -267,7 +267,9 @@ class Assembler:
             while size > 0:
                 block = stream.read(min(_COPY_BYTES, size))
                 if not block:
-                    raise HydraError(f"{source} is truncated; delete {self.work} and prepare anew")
+                    raise HydraError(
+                        f"{source} is truncated; delete {self.work} and prepare the data again"
+                    )
                 self._streams[suffix].write(block)
                 if suffix == "bin":
                     self._sha256.update(block)

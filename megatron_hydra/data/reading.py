@@ -205,7 +205,7 @@ class Reading:
         """This reading and a span after it, or its last span going on if nothing differs.
 
         Args:
-            sources: those of this reading, perhaps told apart better, and new ones behind them.
+            sources: those of this reading, perhaps distinguished better, and new ones behind them.
             numbers, weights: of the parts of the blend from now on.
             span: what the new span is to be like, apart from where it begins and its parts.
             new_blend: whether the blend is another.

@@ -115,8 +115,8 @@ def _table_rows(unit: Unit, corpus: CorpusConfig) -> Iterator[Row]:
         raise
     except Exception as error:  # pyarrow, datasets and the network raise what they like
         raise HydraError(
-            f"{unit.path}: cannot be read ({type(error).__name__}: {error}); once this is mended, "
-            "run the same command again: it goes on where it stopped"
+            f"{unit.path}: cannot be read ({type(error).__name__}: {error}); once this is fixed, "
+            "run the same command again; it resumes"
         ) from error
 
 
@@ -194,7 +194,7 @@ def _row(where: str, values: Sequence[Any], corpus: CorpusConfig) -> Row:
     try:
         return Row(where, value, tools=_tools(values[1]))
     except ValueError:
-        error = f"field {corpus.tools_column!r} is no list of tools, and no JSON of one"
+        error = f"field {corpus.tools_column!r} is not a list of tools, and no JSON of one"
         return Row(where, None, error)
 
 

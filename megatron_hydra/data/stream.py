@@ -72,7 +72,7 @@ class PackedStream:
             dp_rank, dp_size: this rank's place; context-, tensor- and pipeline-parallel ranks of
                 one replica pass the same values and get the same batches.
             vocab_size: of the model; a larger token id is an error.
-            tokenizer: an HF tokenizer; loaded from ``data.tokenizer`` if left out.
+            tokenizer: an HF tokenizer; loaded from ``data.tokenizer`` if omitted.
             for_validation: read what ``data.held_out`` holds out from training.
 
         Raises:
@@ -317,7 +317,7 @@ class PackedStream:
         }
 
     def check_state(self, state: dict[str, Any]) -> int:
-        """Accept a checkpoint's state and return the step to go on with.
+        """Accept a checkpoint's state and return the step to resume from.
 
         Data-parallel size and micro-batch size may differ from those of the saved run. So may blend and
         global batch, if ``data.phase`` is above that of the saved run.

@@ -83,7 +83,7 @@ def tokenize(config: TokenizeConfig, report: Report = print) -> Manifest:
             raise HydraError(f"cannot prepare {config.prefix}: {error}") from error
         raise HydraError(
             f"the disk is full while writing {config.work}; make room and run the same command "
-            "again: it goes on where it stopped"
+            "again; it resumes"
         ) from error
 
 
@@ -112,7 +112,7 @@ def _recipe(config: TokenizeConfig, worker: Worker, planned: list[Unit]) -> dict
 
     Args:
         config, worker: the preparation.
-        planned: units of all shards, so that shards cut from other units are told apart.
+        planned: units of all shards, so that shards cut from other units are distinguished.
     """
     corpus, tokenizer = config.corpus, worker.tokenizer
     recipe: dict[str, Any] = {

@@ -50,7 +50,7 @@ class ValidationStream:
             micro_batch_size: sequences of a micro-batch.
             dp_rank, dp_size: this rank's place, as for :class:`~.stream.PackedStream`.
             vocab_size: of the model.
-            tokenizer: an HF tokenizer; loaded from ``data.tokenizer`` if left out.
+            tokenizer: an HF tokenizer; loaded from ``data.tokenizer`` if omitted.
             probes: read ``validation.probes`` and not what is held out.
 
         Raises:

@@ -154,7 +154,7 @@ class MegatronBackend:
         return torch.no_grad()
 
     def identity(self) -> dict[str, Any]:
-        """The whole checkpoint's fingerprint; the layout changes no result and is left out."""
+        """The whole checkpoint's fingerprint; the layout changes no result and is omitted."""
         return {
             "model_type": self.model.family,
             "weights": on_main(lambda: checkpoint_fingerprint(self.folder)),
@@ -190,7 +190,7 @@ class MegatronBackend:
     def generate(
         self, continuations: Sequence[Continuation], end_tokens: Sequence[int]
     ) -> list[list[int]]:
-        """See :class:`~.backend.Backend`: drafts verified, corrected and drafted anew."""
+        """See :class:`~.backend.Backend`: drafts verified, corrected and drafted again."""
         new: list[list[int]] = [[] for _ in continuations]
         active = list(range(len(continuations)))
         while active:

@@ -65,7 +65,7 @@ def evaluate(
         settings: the defaults when absent.
         output: a folder for ``results.json``, the cells and the pictures. Finished cells of the
             same evaluation found there are not run again.
-        force: throw away what the folder holds.
+        force: discard what the folder holds.
         name: the model's name in the results.
 
     Returns:
@@ -283,7 +283,7 @@ def _watched(outcomes: Iterator[Outcome], bar: Any, backend: Backend) -> Iterato
             if backend.anywhere(stop_requested()):  # finished cells are on disk
                 if backend.is_main:
                     print(
-                        "stopped: the same command goes on from here", file=sys.stderr, flush=True
+                        "stopped: the same command resumes from here", file=sys.stderr, flush=True
                     )
                 raise Stopped
             yield outcome

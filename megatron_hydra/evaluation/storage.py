@@ -63,7 +63,7 @@ class CellStore:
                 )
 
     def _clear(self) -> None:
-        """Remove what an evaluation writes, but the marker: it is written anew."""
+        """Remove what an evaluation writes, but the marker: it is rewritten."""
         for pattern in ("cells/*.json", "heatmap_*.png", "accuracy.png", "results.json"):
             for path in self.folder.glob(pattern):
                 path.unlink()

@@ -143,12 +143,12 @@ def convert(context: Context) -> None:
 
 
 def stage(context: Context) -> None:
-    """One stage of training; goes on from its own checkpoints if it was stopped."""
+    """One stage of training; resumes from its own checkpoints if it was stopped."""
     from megatron_hydra.config.run import RunConfig, SourceConfig
 
     config = from_dict(RunConfig, context.step.params["config"], context.step.kind)
     if not config.checkpoint.save_optimizer:
-        # What a stopped try has saved cannot be resumed: it begins anew.
+        # What a stopped try has saved cannot be resumed: it begins again.
         shutil.rmtree(context.out, ignore_errors=True)
     places = context.step.places
 

@@ -109,7 +109,7 @@ def run(request: Request, say: Say) -> int:
     left = sum(not store.is_done(plan.steps[key]) for key in plan.cells.values())
     if left and request.stop_after is not None:
         say(f"the time is over: {left} of {len(plan.cells)} cells are not finished")
-        say("the same command goes on from here")
+        say("the same command resumes from here")
         return REQUEUE_EXIT_CODE
     return 0
 

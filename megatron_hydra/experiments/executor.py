@@ -80,7 +80,7 @@ def run_plan(
 def missing_steps(plan: Plan, store: StepStore) -> dict[str, Step]:
     """What the cells that are not finished still need, in the order of the plan.
 
-    A finished step whose weights were left out (:mod:`~.pack`) is needed again only where an unfinished
+    A finished step whose weights were omitted (:mod:`~.pack`) is needed again only where an unfinished
     one reads it.
     """
     needed: set[str] = set()

@@ -46,10 +46,10 @@ def of_folder(folder: Path) -> str:
     """Hash of all files in a folder, and of theirs in it.
 
     Raises:
-        HydraError: it is no folder, or a file cannot be read.
+        HydraError: it is not a folder, or a file cannot be read.
     """
     if not folder.is_dir():
-        raise HydraError(f"{folder} is no folder")
+        raise HydraError(f"{folder} is not a folder")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return of_json({str(path.relative_to(folder)): of_file(path) for path in files})[:_DIGITS]
 

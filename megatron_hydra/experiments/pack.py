@@ -27,7 +27,7 @@ def pack(
 ) -> None:
     """Copy records, logs, head maps, metrics and scores of the plan's steps to another folder.
 
-    The copy is a folder of experiments of its own: ``table`` and ``plot`` read it, ``run`` goes on from
+    The copy is a folder of experiments of its own: ``table`` and ``plot`` read it, ``run`` resumes from
     it, computing again only those weights that an unfinished step reads. Packing into a folder that
     holds results already adds to them.
 

@@ -1,7 +1,7 @@
 """An experiment's tables inside a page that people write: the text between two marker lines.
 
 <!-- experiment NAME -->
-… written anew by ``tools/experiment.py table FILE --page PAGE`` …
+… rewritten by ``tools/experiment.py table FILE --page PAGE`` …
 <!-- end -->
 """
 

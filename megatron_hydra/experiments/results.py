@@ -172,7 +172,7 @@ def collect(experiment: Experiment, plan: Plan, store: StepStore) -> Results:
 
 
 def _accuracy(body: dict[str, Any]) -> dict[str, float]:
-    """Columns of an evaluation's ``results.json``; lm-eval's error bars are left out."""
+    """Columns of an evaluation's ``results.json``; lm-eval's error bars are omitted."""
     found = {
         f"{task}@{length}": part["accuracy"]
         for task, lengths in body["tasks"].items()

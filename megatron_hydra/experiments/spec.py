@@ -32,7 +32,7 @@ _FIRST = {
     "EvaluationSpec": "tasks lengths depths samples batch_tokens haystack cache_length dtype device "
     "trust_remote_code",
 }
-"""The keys that specs had at first. Any other is left out of the hashes of steps at its default, so that what
+"""The keys that specs had at first. Any other is omitted from the hashes of steps at its default, so that what
 was computed before there was such a key is still found."""
 
 

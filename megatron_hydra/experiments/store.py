@@ -80,7 +80,7 @@ class StepStore:
         return self.is_done(step) and not (self.folder(step) / WITHOUT_WEIGHTS).exists()
 
     def discard_leftovers(self, step: Step) -> None:
-        """Throw away what is left of a step whose weights were left out."""
+        """Throw away what is left of a step whose weights were omitted."""
         marker = self.folder(step) / WITHOUT_WEIGHTS
         if marker.exists():
             shutil.rmtree(self.out(step), ignore_errors=True)

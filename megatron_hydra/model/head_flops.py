@@ -1,6 +1,6 @@
 """Forward FLOPs of one head, for judging how evenly a head partition loads its ranks.
 
-A multiplication and an addition count as two. Norms, gates and rotary are left out: they are linear
+A multiplication and an addition count as two. Norms, gates and rotary are omitted: they are linear
 in the tokens and small beside the projections.
 """
 

@@ -221,7 +221,7 @@ def resolved_names(backend: BackendConfig, case: Case) -> dict[str, str]:
 
 
 def slow_paths(backend: BackendConfig, case: Case) -> list[str]:
-    """Of the keys that ``auto`` resolves to the torch twin on a GPU: what that costs, and what mends it.
+    """Of the keys that ``auto`` resolves to the torch twin on a GPU: what that costs, and what fixes it.
 
     Args:
         backend: the run's section.
@@ -285,12 +285,12 @@ def _select(key: str, name: str, candidates: tuple[Backend, ...], case: Case) ->
 
 
 def _loaded(key: str, backend: Backend) -> dict[str, Any]:
-    """Its kernels; a package that is there and cannot be imported is the user's to mend."""
+    """Its kernels; a package that is there and cannot be imported is the user's to fix."""
     try:
         return backend.load()
     except (ImportError, OSError) as error:  # OSError: a shared library that it needs
         raise HydraError(
-            f"backend.{key}={backend.name} is installed but cannot be imported: {error}; mend its "
+            f"backend.{key}={backend.name} is installed but cannot be imported: {error}; fix its "
             f"installation (pip install --force-reinstall --no-deps {_quoted(backend.install)}) or set "
             f"backend.{key} to another one"
         ) from error

@@ -1,6 +1,6 @@
 """How long FLA's kernels take to be ready: what is imported, what is tuned, what is compiled at once.
 
-FLA's Triton kernels are compiled anew for every number of heads, each in several configurations, which
+FLA's Triton kernels are compiled again for every number of heads, each in several configurations, which
 are timed; the fastest is kept. In a head-level hybrid the number differs from layer to layer, so that
 would be done ten times over. Here it is done once: the choice is written down in FLA's own format, and
 FLA takes it for other numbers of heads (``FLA_CACHE_MODE=fuzzy``), which then compile one configuration.

@@ -173,7 +173,7 @@ def is_recorded(key: str) -> bool:
 
 
 def record(key: str, facts: dict[str, Any]) -> None:
-    """Note in every cache that the work of this name is done. Not being able to is no error."""
+    """Note in every cache that the work of this name is done. Not being able to is not an error."""
     for folder in cache_folders():
         try:
             text = json.dumps(facts, indent=1, sort_keys=True, default=str)

@@ -19,7 +19,7 @@ since     upstream                                               here
           stream
 ========  =====================================================  ========================================
 
-What all of these releases get wrong is mended in :mod:`megatron_hydra.training.megatron_fixes`. Checkpoints
+What all of these releases get wrong is fixed in :mod:`megatron_hydra.training.megatron_fixes`. Checkpoints
 depend on none of the above: they are written and read by :mod:`megatron_hydra.checkpoint`.
 
 Nothing of Megatron-Core is imported before it is asked for: the version is known before anything breaks.

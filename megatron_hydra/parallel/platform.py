@@ -121,7 +121,7 @@ def free_cached_memory() -> None:
 def keep_freed_memory() -> None:
     """Let the C library keep what a CPU process frees, for a process that computes for a while.
 
-    By default glibc maps every large tensor anew and gives it back when it is freed, so that each
+    By default glibc maps every large tensor again and gives it back when it is freed, so that each
     operation's result is zeroed page by page by the kernel: a sixth of a small model's training step. The
     process then stays as large as it once was. Nothing with a GPU or another C library.
     """

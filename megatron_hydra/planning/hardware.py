@@ -99,7 +99,7 @@ class Efficiency:
         """With some factors set, from ``name=value`` words.
 
         Raises:
-            HydraError: an unknown name, a value that is no share, seconds below 0.
+            HydraError: an unknown name, a value that is not a share, seconds below 0.
         """
         known = [field.name for field in dataclasses.fields(self)]
         values = {}

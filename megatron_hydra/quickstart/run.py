@@ -65,7 +65,7 @@ def run_quickstart(
         output: the folder for everything.
         configs: the folder with ``common.yaml`` and one file a stage.
         settings: a run goes on only with the settings that it was begun with.
-        fresh: throw away an earlier run in ``output``.
+        fresh: discard an earlier run in ``output``.
         say: prints a line for the user.
 
     Returns:

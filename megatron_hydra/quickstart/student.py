@@ -91,7 +91,7 @@ def _train_stage(
 def can_be_resumed(run: Path) -> bool:
     """Whether training can start in a stage's folder: what a stopped try left is whole, or nothing.
 
-    What is damaged, or was saved without the optimizer, has to be begun anew.
+    What is damaged, or was saved without the optimizer, has to be started again.
     """
     from megatron_hydra.training.checkpoint import TRAINING_FILE
     from megatron_hydra.training.run_folder import CHECKPOINTS, find_resume_point

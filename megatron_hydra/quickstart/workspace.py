@@ -60,7 +60,7 @@ class Workspace:
 
         Args:
             settings: what decides the results; kept in ``settings.json``.
-            fresh: throw away an earlier run first. What else is in the folder stays.
+            fresh: discard an earlier run first. What else is in the folder stays.
 
         Raises:
             HydraError: the folder holds a run with other settings, or something else, or another

@@ -90,7 +90,7 @@ def _page(run: Path) -> str:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Entries of a JSON-lines file; a half-written last line is left out."""
+    """Entries of a JSON-lines file; a half-written last line is skipped."""
     if not path.is_file():
         return []
     found = []

@@ -175,7 +175,7 @@ class EffectEngine:
     def time_samples(self, tasks: Iterable[list[PromptPair]], kinds: Sequence[str]) -> None:
         """Time a little of every kind of work, that of plain forwards first.
 
-        The results are thrown away. On the first process only: others would do the same.
+        The results are discarded. On the first process only: others would do the same.
 
         A GPU's pace on a small batch is that of its launches, a hundredth of the one to come, and each kind
         of work loads kernels when it is first called. So there the largest batch is taken, and every kind

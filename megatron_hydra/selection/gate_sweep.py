@@ -127,7 +127,7 @@ class GateSweep:
         }
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from a :meth:`state`."""
+        """Resume from a :meth:`state`."""
         for name in self.TENSORS:
             setattr(self, name, state[name.strip("_")].clone())
         self.step = int(state["step"])

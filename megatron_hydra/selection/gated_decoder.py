@@ -74,7 +74,7 @@ class GatedDecoder:
         config, self.branches = recurrent_branches(runner, gamma, seed)
         self.rotary = HydraHeadRotaryEmbedding(config)
         self._log_scale_a = config.hydra["log_scale_a"]
-        # TileLang compiles FLA's backward for every number of rows anew, ten seconds each time.
+        # TileLang compiles FLA's backward for every number of rows again, ten seconds each time.
         self.in_one_row = config.gdn_kernel != "torch"
 
     # -- forward -----------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def learn(
     """Align the GDN branch, learn the gates, and measure the curve.
 
     Args:
-        engine: the teacher and the bench; states are kept there, so that a later start goes on from them.
+        engine: the teacher and the bench; states are kept there, so that a later start resumes from them.
         capabilities: capability → its tasks.
         prompts: task → its prompts; unsolved ones are not used.
         text: token sequences, int64 ``[1, S]``.
@@ -275,7 +275,7 @@ class _Learner:
         return self.materials.text[: int(np.searchsorted(lengths, TEXT_ASKED)) + 1]
 
     def _stopping(self) -> bool:
-        """Whether to leave: only where there is a later start that goes on from what is kept."""
+        """Whether to leave: only where there is a later start that resumes from what is kept."""
         return stop_requested() and self.bench.folder is not None
 
     # -- stage 1 -----------------------------------------------------------------------------------
@@ -581,7 +581,7 @@ class _Alignment:
         return {name: tensor.cpu() for name, tensor in state.items()}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from a :meth:`state`."""
+        """Resume from a :meth:`state`."""
         self.step, self.recent = int(state["step"]), state["recent"].clone()
         for number, master in enumerate(p for of_layer in self.masters for p in of_layer):
             master.copy_(state[f"{number}.weight"])

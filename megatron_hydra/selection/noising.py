@@ -108,7 +108,7 @@ def sender_falls(
 
     Yields:
         layer, its candidates (ascending), m(x) − m(x; patched) ``[n, P]``; layers ascending. Layers from which
-        no newest receiver can be reached are left out.
+        no newest receiver can be reached are omitted.
     """
     top = max((layer for layer, _ in newest), default=0)
     by_layer: dict[int, list[int]] = {}

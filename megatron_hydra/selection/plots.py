@@ -21,7 +21,7 @@ def draw_head_map(head_map: HeadMap, prefix: str | os.PathLike[str]) -> list[Pat
     """Write PNGs named ``<prefix>_<what>.png``: what the map's contents allow.
 
     ``capabilities``: a heatmap for each capability; ``unified``: the ranked score with the chosen
-    heads marked; both name the tasks that were left out. ``distribution``: sorted scores; ``overlap``:
+    heads marked; both name the tasks that were skipped. ``distribution``: sorted scores; ``overlap``:
     top heads that two capabilities share; ``trust``: how far the scores can be trusted; ``gates``: what
     learned gates recover at every budget; ``layers``: FA heads in each layer. Maps of strategies without
     scores get the last only.

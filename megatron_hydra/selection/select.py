@@ -97,7 +97,7 @@ def select_heads(
         show_progress: a bar with the remaining time, on standard error of rank 0.
 
     Raises:
-        HydraError: anything the user can mend.
+        HydraError: anything the user can fix.
     """
     options = options or SelectionOptions()
     strategy = strategy_name(strategy)

@@ -70,7 +70,7 @@ class Tasks:
         """Prompts of the capabilities that were named, or else of the default ones that there are any of.
 
         A capability with a weight has been named as well. Of a group that is named, a task that gives no
-        prompts is left out, as long as another one does.
+        prompts is skipped, as long as another one does.
 
         Args:
             longest: tokens that the model was trained for: longer needles are not compared with; 0: no
@@ -193,7 +193,7 @@ def solved_tasks(
             ``total_heads``).
 
     Returns:
-        The tasks that count, in their order, and those that were left out.
+        The tasks that count, in their order, and those that were skipped.
 
     Raises:
         HydraError: a named task has fewer than ``options.min_prompts`` solved prompts, or every task has.
@@ -266,7 +266,7 @@ def _why_not(prompts: Solved, minimum: int, looks_for_answer: bool) -> str:
 
 def _warn(task: str, facts: dict[str, Any]) -> None:
     if is_first_rank():
-        _log.warning("task %s is left out: %s", task, facts["reason"])
+        _log.warning("task %s is skipped: %s", task, facts["reason"])
 
 
 def _check(
@@ -294,7 +294,7 @@ def _table(engine: EffectEngine, checked: dict[str, tuple[int, int]], tasks: Tas
     lines = [f"{'solve check':<{width}}  solved    will take"]
     for task, (solved, run) in checked.items():
         seconds = engine.bench.time_left.seconds(task=task) or 0.0
-        takes = f"about {in_words(seconds)}" if solved else "nothing if it is left out"
+        takes = f"about {in_words(seconds)}" if solved else "nothing if it is skipped"
         if not solved and tasks.is_required(task):
             takes = "an error if it stays so"
         lines.append(f"{task:<{width}}  {f'{solved} of {run}':<8}  {takes}")

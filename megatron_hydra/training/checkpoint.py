@@ -238,7 +238,7 @@ class RunCheckpoints:
             raise HydraError(f"{bad} is not finite: no checkpoint is made of it")
 
     def _snapshot(self, with_optimizer: bool) -> tuple[Snapshot, dict[str, Any]]:
-        """What this rank writes, and what is no tensor. Collective."""
+        """What this rank writes, and what is not a tensor. Collective."""
         snapshot = Snapshot(self._memory, copying=self.config.checkpoint.asynchronous)
         model = model_state(self.chunks)
         snapshot.add(model)
@@ -279,7 +279,7 @@ class RunCheckpoints:
     # -- resuming -----------------------------------------------------------------------------
 
     def find(self) -> Path | None:
-        """The checkpoint to go on from, verified; ``None`` for a new run. Collective.
+        """The checkpoint to resume from, verified; ``None`` for a new run. Collective.
 
         Raises:
             HydraError: there is one and ``checkpoint.resume`` is ``never``, or it is damaged.

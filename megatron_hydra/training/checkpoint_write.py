@@ -1,7 +1,7 @@
 """One checkpoint's files on their way to the disk: planned and finished by all ranks together,
 written by each rank alone, at once or in threads while training goes on.
 
-Megatron's and torch's own writers plan every save anew and fork a process for it, which costs seconds,
+Megatron's and torch's own writers plan every save again and fork a process for it, which costs seconds,
 cannot be stopped by a signal, and (kept alive between saves) may write later weights than those of the
 save. Here the plan of a run's first save is kept for the others.
 """
@@ -49,7 +49,7 @@ class CheckpointWrite:
 
     Args:
         snapshot: what this rank writes.
-        common: what is no sharded tensor; rank 0's is written.
+        common: what is not a sharded tensor; rank 0's is written.
         folder: an empty folder for the files.
         last_plan: of an earlier save.
 

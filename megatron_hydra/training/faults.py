@@ -21,7 +21,7 @@ NOTHING_LEARNED = "no token of the global batch has a loss (all are masked)"
 
 
 class FaultTracker:
-    """Judges steps and counts those that were left out.
+    """Judges steps and counts those that were skipped.
 
     Attributes:
         skipped: steps left out since the run began.
@@ -77,7 +77,7 @@ class FaultTracker:
         limit = self._config.max_skipped_steps
         if fault and self.in_a_row > limit:
             raise HydraError(
-                f"step {step}: {fault}; {self.in_a_row} steps in a row were left out, "
+                f"step {step}: {fault}; {self.in_a_row} steps in a row were skipped, "
                 f"faults.max_skipped_steps is {limit}; the last checkpoint is good"
             )
 

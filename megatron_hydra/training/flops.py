@@ -1,7 +1,7 @@
 """Model FLOPs of a training step: what the maths asks for, whatever the layout or recomputation.
 
 A multiplication and an addition count as two; a backward counts as two forwards. Norms, gates, rotary
-and the short convolution are left out (linear in the tokens, small beside the projections).
+and the short convolution are omitted (linear in the tokens, small beside the projections).
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ class _Run:
         return progress
 
     def _restore_data_state(self, body: dict[str, Any]) -> tuple[int, dict[str, Any], str]:
-        """Go on from a checkpoint's data and held-out losses; see :meth:`.RunCheckpoints.resume`."""
+        """Resume from a checkpoint's data and held-out losses; see :meth:`.RunCheckpoints.resume`."""
         step = self.stream.check_state(body["data"])
         self.stream.plan(self.config.schedule.steps)
         self.validation.check_not_trained_on(self.stream.reading.sources)
@@ -271,7 +271,7 @@ class _Run:
     def _handle_faults(
         self, log: MetricsLog, result: StepResult, batches: list[PackedBatch]
     ) -> None:
-        """Say which samples a step that was left out had; end the run if there are too many."""
+        """Say which samples a step that was skipped had; end the run if there are too many."""
         if not result.fault:
             return
         step = self.progress.step
@@ -302,7 +302,7 @@ class _Run:
         if self.checkpoints.is_pending and not result.saving:
             self._finish_save(log)
         interval = config.checkpoint.interval
-        # Counted from the last save: what fell due at a step that was left out comes after the next.
+        # Counted from the last save: what fell due at a step that was skipped comes after the next.
         is_due = step // interval > self.saved_step // interval and not self.faults.in_a_row
         stop = result.stop
         if is_end or ((is_due or stop) and not (stop and self.checkpoints.is_pending)):

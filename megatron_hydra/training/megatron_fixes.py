@@ -1,6 +1,6 @@
 """What Megatron-Core's distributed optimizer needs to load a checkpoint correctly, in every supported release.
 
-Each mend is as needed in 0.19.2 as in 0.16.1: tests/training/test_megatron_fixes.py holds the installed release
+Each fix is as needed in 0.19.2 as in 0.16.1: tests/training/test_megatron_fixes.py holds the installed release
 to it, and fails when upstream is right. What differs between releases stands in
 :mod:`megatron_hydra.parallel.megatron_versions`. Applied once, on import of
 :mod:`megatron_hydra.training.checkpoint`.

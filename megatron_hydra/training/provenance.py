@@ -51,7 +51,7 @@ class Provenance:
         return cls(inputs, [*history, {k: v for k, v in earlier.items() if k != "history"}])
 
     def refuse_other_inputs(self, folder: Path) -> None:
-        """Refuse to go on from a checkpoint of a run that started from other checkpoints.
+        """Refuse to resume from a checkpoint of a run that started from other checkpoints.
 
         Raises:
             HydraError: naming the role, and both checkpoints.

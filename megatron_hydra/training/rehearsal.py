@@ -109,7 +109,7 @@ def rehearse(
     """Run a scene; before each part of it, says which.
 
     Args:
-        config: the run. Its pipeline and data parallelism change no shape and are left out.
+        config: the run. Its pipeline and data parallelism change no shape and are omitted.
         model, teacher: as in the run.
     """
     parallel = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is; its checkpoints, which one to go on from, which ones may go."""
+"""The folder of a run: whose it is; its checkpoints, which one to resume from, which ones may go."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def find_resume_point(folder: Path, resume: str) -> str | None:
-    """The checkpoint to go on from, checked; ``None`` for a new run.
+    """The checkpoint to resume from, checked; ``None`` for a new run.
 
     What a death while saving left behind is removed.
 
@@ -91,13 +91,13 @@ def find_resume_point(folder: Path, resume: str) -> str | None:
         store.verify_checkpoint(found)
     except HydraError as error:
         raise HydraError(
-            f"{error}; checkpoint.resume=fallback goes on from the newest undamaged checkpoint"
+            f"{error}; checkpoint.resume=fallback resumes from the newest undamaged checkpoint"
         ) from None
     return str(found)
 
 
 def _refuse_lost_checkpoints(folder: Path) -> None:
-    """A run whose checkpoints are gone (an unmounted disk) must not silently begin anew."""
+    """A run whose checkpoints are gone (an unmounted disk) must not silently start again."""
     events = folder.parent / EVENTS_FILE
     if not events.is_file():
         return
@@ -109,7 +109,7 @@ def _refuse_lost_checkpoints(folder: Path) -> None:
         if isinstance(event, dict) and event.get("event") == "save":
             raise HydraError(
                 f"{folder} holds no checkpoint, but {events} says that {event['checkpoint']} was "
-                "saved there: mount or restore the folder; to begin anew, choose another output or "
+                "saved there: mount or restore the folder; to start again, choose another output or "
                 f"remove {folder.parent}"
             )
 

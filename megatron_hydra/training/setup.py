@@ -145,7 +145,7 @@ def _param_groups() -> dict[ParamKey, ParamGroupOverride]:
     """What is not decayed; and a group of their own for parameters that stay fp32 in a bf16 model.
 
     Megatron's distributed optimizer saves and loads the wrong state where a group mixes dtypes.
-    Groups are told apart by a few fixed keys; ``is_decoupled_lr`` is one that changes nothing else.
+    Groups are distinguished by a few fixed keys; ``is_decoupled_lr`` is one that changes nothing else.
     """
 
     def matching(name: str, test: Callable[[torch.nn.Parameter, str], bool]) -> ParamKey:

@@ -116,7 +116,7 @@ class Validation:
         Args:
             state: of a checkpoint.
             has_new_blend: the run goes on with another ``data.blend``: what that holds out is other data,
-                so that best loss and patience begin anew.
+                so that best loss and patience start again.
 
         Raises:
             HydraError: the losses are of other sequences.
@@ -124,7 +124,7 @@ class Validation:
         if has_new_blend and not self._config.validation.blend:
             if state and self._world.is_main:
                 _log.info(
-                    "data.blend holds out other data now: best held-out loss and patience begin anew"
+                    "data.blend holds out other data now: best held-out loss and patience start again"
                 )
             state = {}
         self._kept = state

@@ -4,7 +4,7 @@ The first rank of a node that comes here takes a lock, starts workers (:mod:`.wa
 the run's scenes (:mod:`.rehearsal`): the first one alone, as it also tunes the kernels; then all others and
 the start-up check side by side. When all is done, that is recorded beside the compilers'
 caches, and neither the other ranks nor the next run with these shapes do any of it again. A scene that
-fails is no error: a warning says so, and each rank compiles that part in its first step.
+fails is not an error: a warning says so, and each rank compiles that part in its first step.
 """
 
 from __future__ import annotations

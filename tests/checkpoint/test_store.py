@@ -236,7 +236,7 @@ def test_a_checkpoint_from_before_a_switch_is_the_model_that_it_was(tmp_path):
 def test_a_runs_folder_means_its_latest_checkpoint(saved, tmp_path, model):
     with pytest.raises(HydraError, match="does not exist"):
         store.resolve_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(HydraError, match="is no checkpoint"):
+    with pytest.raises(HydraError, match="is not a checkpoint"):
         store.resolve_checkpoint(tmp_path)
     shutil.copytree(saved, tmp_path / "step_00000010")
     (tmp_path / "latest").write_text("step_00000010\n")

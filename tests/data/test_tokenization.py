@@ -337,7 +337,7 @@ def test_tools_that_are_no_list_make_a_bad_row(qwen, tmp_path):
     corpus = CorpusConfig(
         (str(tmp_path / "chat.jsonl"),), column="messages", chat=True, tools_column="tools"
     )
-    with pytest.raises(HydraError, match="field 'tools' is no list of tools"):
+    with pytest.raises(HydraError, match="field 'tools' is not a list of tools"):
         run(TokenizeConfig(corpus, str(tmp_path / "out"), qwen, workers=0))
 
 
@@ -439,7 +439,10 @@ def test_an_input_that_may_not_be_read_is_named(corpus, qwen, tmp_path, monkeypa
         ({"eod_token": "<|none|>"}, r"--eod-token '<\|none\|>' is not in the vocabulary"),
         ({"shard": (3, 3)}, r"--shard 3/3: the first number must be 0\.\.2"),
         ({"shard": (0, 5000)}, "has only .* units to share out"),
-        ({"tokenizer": "no/such/folder"}, "tokenizer no/such/folder: no/such/folder is no folder"),
+        (
+            {"tokenizer": "no/such/folder"},
+            "tokenizer no/such/folder: no/such/folder is not a folder",
+        ),
     ],
 )
 def test_wrong_options_are_named(corpus, qwen, tmp_path, options, message, monkeypatch):

@@ -102,7 +102,7 @@ def test_plain_model_needs_no_flag(tool, tokenizer, tmp_path, capsys):
         (("--haystack", "/none"), "--haystack /none cannot be read"),
         (("--model-config", "[1]"), "--model-config [1] must be a JSON object"),
         (("--model-config", "x"), "--model-config is not JSON"),
-        (("--model", "/none"), "/none is no folder"),
+        (("--model", "/none"), "/none is not a folder"),
     ],
 )
 def test_wrong_flags_are_named_before_a_model_is_loaded(tool, changes, message, tmp_path, capsys):

@@ -251,7 +251,7 @@ def test_a_folder_of_tasks_counts_by_content(write, tmp_path):
         plan = make_plan(load_experiment(write(rest)).cells, fetch=False)
         return steps(plan, "/ a / seed 0")["evaluate"]
 
-    with pytest.raises(HydraError, match="tasks is no folder"):
+    with pytest.raises(HydraError, match="tasks is not a folder"):
         key()
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "x.yaml").write_text("task: x\n")

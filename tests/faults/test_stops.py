@@ -128,7 +128,7 @@ def test_evaluation_stops_and_goes_on(tmp_path: Path, table) -> None:
     ]  # fmt: skip
     cells = tmp_path / "out/cells"
     error = _stopped(command, lambda: bool(list(cells.glob("*.json"))), lambda pid: pid)
-    assert "the same command goes on from here" in error
+    assert "the same command resumes from here" in error
     assert not (tmp_path / "out/results.json").exists()
     first = sorted(cells.glob("*.json"))[0]
     before = first.stat().st_mtime_ns

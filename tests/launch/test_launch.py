@@ -193,7 +193,7 @@ def test_local_stop_and_resume_equals_an_undisturbed_run(folder: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 85, output
-    assert "the same command goes on from there" in output
+    assert "the same command resumes from there" in output
     assert not (folder / "align" / "final.json").exists()
     resumed = start_payload(*step)
     assert resumed.wait(240) == 0, resumed.communicate()[0]
@@ -224,7 +224,7 @@ def test_a_signal_between_two_steps_stops_the_chain(folder: Path) -> None:
         LOCAL, "--procs-per-node", "1", "--python", sys.executable, "last_moment.py",
         "--then", "tool.py", "two", cwd=folder, check=False,
     )  # fmt: skip
-    assert "stopped by a signal between two steps; the same command goes on from there" in lines
+    assert "stopped by a signal between two steps; the same command resumes from there" in lines
     assert not any("tool got" in line for line in lines)
 
 

@@ -81,7 +81,7 @@ def test_default_tasks_that_are_not_solved_are_left_out(
         "facts": (0, 0), "bad": (32, 0), "some": (32, 4),
     }  # fmt: skip
     assert "needs text" in left_out["facts"]["reason"]
-    assert "task some is left out: the model solves 4 of 32 prompts, at least 8" in caplog.text
+    assert "task some is skipped: the model solves 4 of 32 prompts, at least 8" in caplog.text
     assert sum(baselines) == 4 * 32  # each prompt once, though some came in the solve check
     assert HeadMap.load(tmp_path / "map.json").to_dict() == found.to_dict()
 
@@ -210,7 +210,7 @@ def test_what_it_will_take_is_said_with_what_makes_it_shorter(
     said = capsys.readouterr().err
     # Two tasks: twelve prompts of each, in batches of four.
     assert "good  12 of 12  about" in said
-    assert "bad   0 of 12   nothing if it is left out" in said
+    assert "bad   0 of 12   nothing if it is skipped" in said
     assert "in all about" in said
     assert "--num-prompts" not in said
     monkeypatch.setattr(tasks, "LONG", 0.0)

@@ -185,7 +185,7 @@ def test_another_blend_begins_the_held_out_losses_anew(
         _run(inputs, output, blends["AB"], *common)
     _run(inputs, output, blends["AB"], *common, "data.phase=2")
     assert _data(output)["step"] == 4
-    assert "best held-out loss and patience begin anew" in caplog.text
+    assert "best held-out loss and patience start again" in caplog.text
     held = [entry["validation"]["sources"].keys() for entry in tiny.read_metrics(output)]
     assert [len(sources) for sources in held] == [1, 1, 2, 2]
 

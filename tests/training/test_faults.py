@@ -43,7 +43,9 @@ def test_too_many_in_a_row_end_the_run() -> None:
     keeper, faults = _fed([float("nan")] * 2)
     keeper.check_skip_limit(2, faults[-1])
     keeper.count(0.0, 0.0, NOT_FINITE)
-    with pytest.raises(HydraError, match=r"step 3: loss or gradient .* 3 steps in a row were left"):
+    with pytest.raises(
+        HydraError, match=r"step 3: loss or gradient .* 3 steps in a row were skipped"
+    ):
         keeper.check_skip_limit(3, NOT_FINITE)
 
 

@@ -282,7 +282,7 @@ def test_too_many_bad_steps_end_the_run(
     )
     _poison(monkeypatch, {2, 3, 4, 5, 6})
     with pytest.raises(
-        HydraError, match=r"2 steps in a row were left out, faults\.max_skipped_steps is 1"
+        HydraError, match=r"2 steps in a row were skipped, faults\.max_skipped_steps is 1"
     ):
         run_training(config)
     assert (tmp_path / "checkpoints/latest").read_text() == "step_00000001\n"

@@ -23,7 +23,7 @@ class SupportCheck:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Refuse models that are not supported, and say of one without GDN heads that it is no hybrid.
+        """Refuse models that are not supported, and say of one without GDN heads that it is not a hybrid.
 
         Raises:
             HydraError: what is not supported, and what to do.
