@@ -1,7 +1,7 @@
-"""Stop requests: noted at once, acted upon at the next boundary by all ranks together.
+"""Stop requests: recorded at once, handled by all ranks together at the next step boundary.
 
-A request is a SIGTERM or SIGUSR1 to any rank, or the end of the job's time limit coming near. Training,
-selection and evaluation listen in the same way, save once, and leave with the same status.
+A request is a SIGTERM or SIGUSR1 to any rank, or a job time limit that is close. Training, selection and
+evaluation handle it in the same way: they save once and exit with the same status.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from types import FrameType
 from megatron_hydra.errors import HydraError
 
 REQUEUE_EXIT_CODE = 85
-"""Exit status after a stop: the work is saved and wants to be started again."""
+"""Exit status after a stop: the work is saved, and the same command resumes it."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -34,21 +34,21 @@ _exits_on_stop_signal = False
 
 
 class Stopped(SystemExit):
-    """Raised where work that was asked to stop has saved what it has: ends the process with 85."""
+    """Raised after a requested stop, when all work is saved; ends the process with status 85."""
 
     def __init__(self) -> None:
         super().__init__(REQUEUE_EXIT_CODE)
 
 
 class StopRequest:
-    """Listens for SIGTERM and SIGUSR1 while its block runs, and watches the clock.
+    """Listens for SIGTERM and SIGUSR1 while its block runs, and checks the time limit.
 
-    The first signal sets :attr:`requested`; whoever runs the loop asks all ranks (one may have got
-    the signal alone) and saves. A second signal, seconds later, ends the process at once.
+    The first signal sets :attr:`requested`. The loop combines this flag over all ranks, because one rank
+    alone may have received the signal, and saves. A second signal, seconds later, ends the process at once.
 
     Args:
-        seconds_before_limit: act as if a signal came so long before the end of the SLURM job that
-            this process belongs to (:func:`job_end_time`); 0: leave that to the scheduler.
+        seconds_before_limit: request a stop this many seconds before the end of this process's SLURM
+            job (:func:`job_end_time`); 0: wait for a signal of the scheduler.
     """
 
     def __init__(self, seconds_before_limit: float = 0) -> None:
@@ -65,7 +65,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str:
-        """What asked for it."""
+        """Source of the request."""
         return "signal" if self._signalled else "time limit" if self.requested else ""
 
     def __enter__(self) -> StopRequest:
@@ -84,7 +84,7 @@ class StopRequest:
         if self._signalled:
             if time.monotonic() - self._requested_at < _SAME_REQUEST_SECONDS:
                 return
-            os.write(2, f"second signal ({name}): leaving at once\n".encode())
+            os.write(2, f"second signal ({name}): exiting at once\n".encode())
             os._exit(128 + number)
         self._signalled = True
         self._requested_at = time.monotonic()
@@ -100,10 +100,10 @@ def stop_requested() -> bool:
 def exit_if_stopped() -> None:
     """End the process with status 85 if it was asked to stop.
 
-    For places where everything done so far is on disk, in work that no other rank waits for.
+    Call it only where all finished work is on disk and no other rank waits for this one.
 
     Raises:
-        Stopped: it was.
+        Stopped: a stop was requested.
     """
     if stop_requested():
         print("stopped: the same command resumes from here", file=sys.stderr, flush=True)
@@ -114,15 +114,15 @@ def exit_if_stopped() -> None:
 def exit_on_stop_signal(why: str) -> Iterator[None]:
     """Inside a :class:`StopRequest` block: a signal ends the process at once, with status 85.
 
-    For work that leaves nothing to save and may take minutes inside compiled code, where no handler
-    written in Python would be called: compilers, the meeting of ranks. A thread listens instead.
-    Process groups given to :func:`kill_group_on_exit` are killed first.
+    Use it for work that has nothing to save and may take minutes inside compiled code, for example
+    compilers or process group initialisation. Python signal handlers do not run there, so a thread
+    listens. Process groups given to :func:`kill_group_on_exit` are killed first.
 
     Args:
-        why: said in the message, as ``kernels are being compiled``.
+        why: reason for the message, for example ``kernels are being compiled``.
 
     Raises:
-        Stopped: the signal came before.
+        Stopped: the signal arrived before this block.
     """
     global _exits_on_stop_signal
     if any(request.reason == "signal" for request in _listening):
@@ -149,7 +149,7 @@ def _exit_on_signal(reads: int, why: str) -> None:
         if not byte or byte[0] not in _SIGNALS:
             continue
         name = signal.Signals(byte[0]).name
-        os.write(2, f"{name}: nothing to save yet ({why}): leaving\n".encode())
+        os.write(2, f"{name}: nothing to save yet ({why}): exiting\n".encode())
         for group in _helpers:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
@@ -158,7 +158,7 @@ def _exit_on_signal(reads: int, why: str) -> None:
 
 @contextlib.contextmanager
 def kill_group_on_exit(group: int) -> Iterator[None]:
-    """While the block runs, a process group that does not outlive a stop or an error of this process."""
+    """Kill a process group when the block ends, or when a stop or an error ends this process."""
     _helpers.add(group)
     try:
         yield
@@ -169,10 +169,10 @@ def kill_group_on_exit(group: int) -> Iterator[None]:
 
 
 def job_end_time() -> float | None:
-    """When the SLURM job of this process reaches its time limit, in seconds since the epoch.
+    """End of the time limit of this process's SLURM job, in seconds since the epoch.
 
     Returns:
-        ``SLURM_JOB_END_TIME``, or ``None`` outside SLURM (or under one that does not tell).
+        ``SLURM_JOB_END_TIME``, or ``None`` if it is not set.
 
     Raises:
         HydraError: the variable is set and is not a number.
@@ -184,6 +184,6 @@ def job_end_time() -> float | None:
         return float(text)
     except ValueError:
         raise HydraError(
-            f"SLURM_JOB_END_TIME is {text!r}: seconds since the epoch are wanted; unset it to run "
+            f"SLURM_JOB_END_TIME is {text!r}: it must be seconds since the epoch; unset it to run "
             "without a time limit"
         ) from None

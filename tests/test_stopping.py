@@ -48,7 +48,7 @@ def test_a_second_signal_ends_the_process() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=240
     )
     assert done.returncode == 128 + signal.SIGUSR1
-    assert "second signal (SIGUSR1): leaving at once" in done.stderr
+    assert "second signal (SIGUSR1): exiting at once" in done.stderr
 
 
 def test_the_time_limit_of_a_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_with_nothing_to_save_a_signal_ends_the_process_and_its_helpers(work: st
     process.terminate()
     _, errors = process.communicate(timeout=30)
     assert process.returncode == stopping.REQUEUE_EXIT_CODE
-    assert "SIGTERM: nothing to save yet (compiling): leaving" in errors
+    assert "SIGTERM: nothing to save yet (compiling): exiting" in errors
     assert "saving at the next boundary" not in errors
     for _ in range(100):
         state = Path(f"/proc/{helper}/stat")

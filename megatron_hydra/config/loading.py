@@ -1,4 +1,4 @@
-"""From files to typed configs and back: nothing unknown is accepted, nothing wrong is converted.
+"""Load typed configs from files and write them; unknown keys and wrong types are rejected.
 
 Works for any tree of frozen dataclasses with ``bool``, ``int``, ``float``, ``str``, ``Literal``,
 ``dict``, ``tuple[X, ...]``, nested dataclasses and optionals of these.
@@ -110,7 +110,7 @@ def _wrong(source: str, path: Sequence[str], expected: str, value: Any) -> Hydra
 
 
 def unknown_key(source: str, path: Sequence[str], known: Sequence[str]) -> HydraError:
-    """The error for a key that does not exist, with the nearest one that does."""
+    """Error for an unknown key, with the most similar known key."""
     near = difflib.get_close_matches(path[-1], known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
     return HydraError(f"{source}: unknown key {'.'.join(path)!r}; {hint}")

@@ -1,4 +1,4 @@
-"""What a model is. Stored as ``model.json`` in every checkpoint; nothing is guessed from a path."""
+"""Config of a model, stored as ``model.json`` in every checkpoint."""
 
 from __future__ import annotations
 
@@ -12,41 +12,40 @@ from megatron_hydra.head_map import HeadMap, ModelIdentity
 
 @dataclasses.dataclass(frozen=True)
 class HydraConfig:
-    """The switches of a HydraHead layer (design §2); each is a row of the paper's ablations.
+    """Options of a HydraHead layer (design §2); each is a row of the paper's ablations.
 
     Attributes:
-        mixer: where full attention and Gated DeltaNet meet. ``head``: a head is one or the other, as
+        mixer: how full attention and Gated DeltaNet are combined. ``head``: a head runs one of them, as
             the head map says (HydraHead; the layer-wise hybrid; all GDN). The baselines run both in
-            every head and add what each gives, normalised and scaled on its own: ``parallel`` over
-            the whole context, ``token`` by distance (softmax over the last ``window`` tokens, the
-            linear state over what lies beyond them).
-        window: tokens that a query of ``mixer=token`` sees by softmax, itself included.
-        fusion: how head outputs are joined: ``scale`` (a learned scalar γ per head), ``gated`` (a
-            learned, input-dependent competition between heads; between the two outputs of each head
-            where ``mixer`` is not ``head``), ``concat`` (as they are).
+            every head, normalise and scale each output, and add them. ``parallel``: both read the
+            whole context. ``token``: softmax reads the last ``window`` tokens, the linear state reads
+            all earlier tokens.
+        window: for ``mixer=token``, tokens in the softmax of a query, itself included.
+        fusion: how head outputs are combined. ``scale``: a learned scalar γ per head. ``gated``: learned,
+            input-dependent weights that compete between heads, or between the two outputs of each
+            head if ``mixer`` is not ``head``. ``concat``: unchanged.
         fusion_norm: ``rms`` normalises every head's output over its channels in fp32; ``none``.
         fa_position: position information of FA heads: ``log-scale`` (no rotary, queries scaled by
             ln(t+a)/ln(a)), ``rope``, ``both``, or ``none``.
         fa_gate: the per-channel output gate 2σ(W_g x + b_g) of FA heads.
-        fa_gate_bias: whether it has a bias, which begins at 1 (the paper's start); without: 2σ(W_g x),
-            which begins at exactly 1.
+        fa_gate_bias: whether this gate has a bias, which starts at 1 (as in the paper). Without it the gate
+            is 2σ(W_g x), which starts at exactly 1.
         gdn_position: position information of GDN heads: ``rope``, or ``none``.
-        qkv: ``decoupled``: FA and GDN heads have their own W_K, W_V and their own QK-norms (the paper's
-            query decomposition); ``shared``: heads of one KV group read the same W_K and W_V, be they
-            FA or GDN, and all heads of a layer the same QK-norms. W_Q is a head's own either way.
+        qkv: ``decoupled``: FA and GDN heads have separate W_K, W_V and QK-norms (the paper's query
+            decomposition). ``shared``: FA and GDN heads of one KV group share W_K and W_V, and all
+            heads of a layer share the QK-norms. Every head always has its own W_Q.
         gdn_kv: ``mha``: every GDN head has its own k and v; ``gqa``: heads of a KV group share them.
-            With ``qkv=shared`` the projections are the group's in both cases: ``mha`` repeats k and v
-            for every head before the short convolution, whose kernels are then the head's own.
+            With ``qkv=shared`` the group shares the projections in both cases: ``mha`` repeats k and v
+            for every head before the short convolution, which then has separate kernels per head.
         gdn_gate: the per-channel output gate of GDN heads.
         short_conv: causal depthwise convolution on q, k, v of GDN heads.
-        conv_width: its width in tokens.
-        log_scale: where ``fa_position`` asks for the log scale, when it is on: ``train``, from the start;
-            ``final``, not before the finished model, as HALO has it: training runs without it, an
-            export and the evaluation of a checkpoint with it (:meth:`ModelConfig.finished`).
+        conv_width: width of the short convolution in tokens.
+        log_scale: when the log scale of ``fa_position`` is applied. ``train``: always. ``final``: not in
+            training, only in exports and evaluations, as in HALO (:meth:`ModelConfig.finished`).
         log_scale_a: a of the log scale; t is counted from the start of the document.
         granularity: the unit of the FA/GDN assignment, ``query_head`` or ``kv_group``. With
-            ``kv_group`` a head map of single query heads is refused; a map of whole groups fits
-            both, and its own granularity is what the model then says.
+            ``kv_group`` a head map of single query heads is rejected. A map of whole groups fits both;
+            the model then has the granularity of the map.
     """
 
     mixer: Literal["head", "token", "parallel"] = "head"
@@ -76,7 +75,7 @@ class HydraConfig:
 
     @property
     def mixes_in_every_head(self) -> bool:
-        """Whether every head runs full attention and Gated DeltaNet: there is nothing to select."""
+        """Whether every head runs both full attention and Gated DeltaNet, without a head map."""
         return self.mixer != "head"
 
     @property
@@ -106,11 +105,11 @@ _SIZES = (
 )  # fmt: skip
 
 BEFORE_THE_SWITCH = {"fa_gate_bias": False}
-"""What a stored model was whose ``hydra`` lacks a switch, where that is not the default of today."""
+"""Values of options that older stored models lack, if they differ from today's defaults."""
 
 
 def stored_switches(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The switches of a stored model, with those that it was written too early to name."""
+    """Layer options of a stored model; options newer than the file get the value that it was made with."""
     return {**BEFORE_THE_SWITCH, **body}
 
 
@@ -215,7 +214,7 @@ class ModelConfig:
 
     @property
     def switches(self) -> HydraConfig:
-        """The layer's switches; for the dense model those that make it the teacher's attention."""
+        """Layer options; for a dense model, the options that give the teacher's attention."""
         return self.hydra or DENSE_ATTENTION
 
     def fa_heads(self, layer: int) -> tuple[int, ...]:
@@ -249,7 +248,7 @@ class ModelConfig:
             )
 
     def identity(self) -> ModelIdentity:
-        """What a head map is checked against."""
+        """Identity of the dense model, which a head map must match."""
         return ModelIdentity(
             name=self.source.get("name", ""),
             revision=self.source.get("revision", ""),

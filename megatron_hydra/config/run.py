@@ -1,7 +1,7 @@
-"""What a run does: one YAML file per run, one section per concern.
+"""Config of a run: one YAML file per run, one section per topic.
 
 Units: tokens, steps, bytes or seconds as each key says. ``loading.load_run_config`` builds it from
-YAML plus ``section.key=value`` overrides and refuses unknown keys by name. In paths, ``~`` and
+YAML plus ``section.key=value`` overrides, and rejects unknown keys by name. In paths, ``~`` and
 ``$VARIABLE`` are expanded.
 """
 
@@ -39,18 +39,18 @@ class TeacherConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One part of a blend.
+    """One source of a blend.
 
     Attributes:
         kind: ``indexed`` (Megatron ``.bin/.idx``) or ``synthetic`` (generated on the fly).
         path: prefix of the ``.bin/.idx`` pair, for ``indexed``.
         task: generator name, for ``synthetic``.
         options: the generator's keyword arguments.
-        weight: share of the *tokens* drawn from this part, relative to the others.
+        weight: share of the *tokens* from this source, relative to the other sources.
         upsample: for ``indexed``, smallest document length in tokens → how often such a document
-            appears in an epoch, e.g. ``{0: 0.5, 32768: 2, 131072: 4}``; 0 drops the bucket. A
-            document belongs to the largest key that is not above its length; below all keys: once.
-        max_epochs: refuse a run that would read this part more often; 0: no limit (but logged).
+            appears in an epoch, e.g. ``{0: 0.5, 32768: 2, 131072: 4}``; 0 drops the bucket. The bucket
+            of a document is the largest key not above its length. Shorter documents appear once.
+        max_epochs: reject a run that would read this source more often; 0: no limit, only a log line.
     """
 
     kind: Literal["indexed", "synthetic"] = "indexed"
@@ -64,23 +64,23 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read.
+    """Training data.
 
     Attributes:
-        blend: the parts and their weights.
+        blend: the sources and their weights.
         sequence_length: tokens of one packed sequence.
         tokenizer: path or Hub name of an HF tokenizer (needed by ``synthetic`` sources).
         packing: ``best_fit`` | ``split_long`` | ``concat_chunk``.
         seed: seed of shuffling and of generators.
-        cache_dir: where packing indices are kept; empty: in ``.packs`` beside the data.
-        token_budget: most tokens (padding included) that this stage may read; 0: no limit. A run
-            whose steps need more is refused before it starts.
-        held_out: share of the documents of every ``indexed`` part that training never reads, for
-            ``validation``. Which ones depends on their numbers in the file alone, so that stages of
-            one share hold out the same documents.
+        cache_dir: folder of the packing indices; empty: ``.packs`` beside the data.
+        token_budget: largest number of tokens (padding included) of this stage; 0: no limit. A run
+            whose steps need more is rejected before it starts.
+        held_out: share of the documents of every ``indexed`` source that is reserved for
+            ``validation``; training never reads them. The choice depends only on the document's index
+            in its file, so stages with the same share hold out the same documents.
         phase: raise it by one to change ``blend`` or ``batch.global_batch_size`` when a run is resumed:
-            every source that stays goes on where it is, and the optimizer is kept. Without it such a
-            change is refused.
+            sources that stay continue at their position, and the optimizer is kept. Without a new
+            phase, such a change is rejected.
     """
 
     blend: tuple[SourceConfig, ...] = ()
@@ -123,11 +123,11 @@ class ScheduleConfig:
     """``cosine`` decays from lr to min_lr; both kinds warm up linearly over warmup_steps.
 
     Attributes:
-        kind: what the learning rate does after the warm-up.
-        steps: of the run, and of the decay.
-        warmup_steps: steps until the rate is lr.
-        patience: validations in a row without an improvement that end the run; 0: none do.
-        min_improvement: by how much the held-out loss has to fall to be an improvement.
+        kind: shape of the learning rate after the warm-up.
+        steps: number of steps of the run and of the decay.
+        warmup_steps: steps until the learning rate reaches lr.
+        patience: end the run after this many validations in a row without improvement; 0: never.
+        min_improvement: smallest decrease of the held-out loss that counts as an improvement.
     """
 
     kind: Literal["cosine", "constant"] = "cosine"
@@ -139,16 +139,16 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ValidationConfig:
-    """The loss on data that training does not read, measured while it runs.
+    """Validation: the loss on data that training does not read, measured during the run.
 
     Attributes:
-        interval: steps between validations; the last step is validated, too. 0: none at all.
-        blend: what is read, as ``data.blend``; empty: the documents of ``data.blend`` that
-            ``data.held_out`` holds out, and other samples of its generated parts.
-        sequences: packed sequences of ``data.sequence_length`` tokens that a validation reads, the
-            same each time, dealt to the parts by their weights; at least one a part.
-        probes: generated tasks whose answers are looked at beside the loss: the share of documents all
-            of whose learned tokens are the likeliest ones (needles, say). Not in ``align``.
+        interval: steps between validations; the last step is validated too. 0: no validation.
+        blend: validation data, as ``data.blend``; empty: the held-out documents of ``data.blend``
+            (``data.held_out``), and other samples of its generated sources.
+        sequences: packed sequences of ``data.sequence_length`` tokens per validation, the same each
+            time. They are split between the sources by weight, at least one per source.
+        probes: generated tasks whose accuracy is measured too: the share of documents in which every
+            loss token is the likeliest one. For example needles. Not available in ``align``.
         probe_sequences: packed sequences of each probe.
     """
 
@@ -161,12 +161,12 @@ class ValidationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of stage 2 and the chunk of every linear-cross-entropy.
+    """Loss weights of stage 2, and the chunk size of every linear-cross-entropy.
 
     Attributes:
         kl_weight: λ of λ·τ²·KL(teacher ‖ student) + (1−λ)·CE.
         temperature: τ.
-        chunk_tokens: tokens whose logits exist at a time.
+        chunk_tokens: tokens per chunk; logits exist for one chunk at a time.
     """
 
     kl_weight: float = 0.9
@@ -176,10 +176,10 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """The layout. Data parallel is what is left of the world.
+    """The parallel layout. Data parallelism uses the remaining ranks.
 
     Attributes:
-        tensor, context, pipeline: sizes.
+        tensor, context, pipeline: sizes of these parallelisms.
         virtual_pipeline: model chunks per pipeline stage (interleaved schedule), or 1.
         sequence: Megatron's sequence parallelism over the tensor-parallel group.
         fa_partition: ``heads`` | ``sequence`` (design §6).
@@ -202,10 +202,10 @@ class ParallelConfig:
 class RecomputeConfig:
     """Activation recomputation, as in Megatron-Core: ``none`` | ``selective`` | ``full``.
 
-    ``selective`` recomputes ``modules``: of the attention's parts between the projections ``fa``,
-    ``gdn`` and ``tail`` (gates, norm and scale), each from its own inputs; ``attention``, all three as
-    one; ``mlp``. At long context ``fa`` is most of the work and keeps little, ``gdn`` and ``tail`` are
-    little work and keep much.
+    ``selective`` recomputes ``modules``. ``fa``, ``gdn`` and ``tail`` (gates, norm and scale) are parts of
+    the attention between its projections, each recomputed from its own inputs. ``attention`` is all three
+    as one. ``mlp`` is the MLP. At long context ``fa`` needs most of the compute and little memory; ``gdn``
+    and ``tail`` need little compute and much memory.
     """
 
     granularity: Literal["none", "selective", "full"] = "none"
@@ -215,7 +215,7 @@ class RecomputeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BackendConfig:
-    """Kernels: ``auto`` takes the fastest that is installed and supports the case.
+    """Kernels: ``auto`` selects the fastest installed kernel that supports the case.
 
     Attributes:
         gated_delta_net: ``fla`` | ``torch``.
@@ -224,9 +224,9 @@ class BackendConfig:
         fused_kernels: our own fused kernels (q/k preparation, convolution, fusion tail):
             ``triton`` | ``torch``.
         transformer_impl: linears and norms.
-        streams: whether a layer's FA and GDN heads run side by side on a GPU: ``auto``: where neither
-            communicates and FA has no rotary embedding, ``one``: never, ``two``: as ``auto``, and a run
-            where that cannot be is refused.
+        streams: whether FA and GDN heads of a layer run concurrently on a GPU. ``auto``: if neither
+            communicates and FA has no rotary embedding. ``one``: never. ``two``: as ``auto``, but a run
+            that cannot do it is rejected.
     """
 
     gated_delta_net: Literal["auto", "fla", "torch"] = "auto"
@@ -240,18 +240,19 @@ class BackendConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When and how the run is saved (always under ``<output>/checkpoints``).
+    """When and how checkpoints are saved (always under ``<output>/checkpoints``).
 
     Attributes:
         interval: steps between saves; the last step is always saved.
-        keep: how many checkpoints stay (0: all).
-        resume: ``auto`` resumes from the newest checkpoint of this run and stops if that is damaged,
-            ``fallback`` takes the newest undamaged one, ``never`` refuses
-            an output folder that already holds one.
-        save_optimizer: without it the last checkpoint can start the next stage but not be trained
-            on; those before it, and that of a stop, hold the optimizer all the same.
-        asynchronous: copy the state to the host, then write it while training goes on; costs host
-            memory of one checkpoint, which ranks share.
+        keep: number of newest checkpoints to keep (0: all).
+        resume: ``auto`` resumes from the newest checkpoint of this run, and fails if it is damaged.
+            ``fallback`` resumes from the newest undamaged checkpoint. ``never`` rejects an output
+            folder that already has a checkpoint.
+        save_optimizer: if false, the last checkpoint has no optimizer state: it can start the next
+            stage, but this run cannot be continued. Earlier checkpoints, and the checkpoint of a stop,
+            always include the optimizer.
+        asynchronous: copy the state to host memory, then write it while training continues. It needs
+            host memory for one checkpoint, shared between the ranks.
     """
 
     interval: int = 1000
@@ -263,16 +264,16 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """``metrics.jsonl`` is always written.
+    """Logging. ``metrics.jsonl`` is always written.
 
     Attributes:
         interval: steps between entries.
-        gamma_interval: steps between entries that hold the heads' scales γ by layer; 0: never.
-        tensorboard: write ``tensorboard/`` as well.
+        gamma_interval: steps between entries with the head scales γ of every layer; 0: never.
+        tensorboard: also write ``tensorboard/``.
         wandb: ``none`` | ``offline`` (kept in the run's folder) | ``online``.
-        wandb_project: its project.
-        progress: a bar on stderr.
-        peak_tflops: a device's peak in TFLOP/s, for the utilisation; 0: known GPUs only.
+        wandb_project: project name for wandb.
+        progress: show a progress bar on stderr.
+        peak_tflops: peak of a device in TFLOP/s, for the utilisation; 0: use the table of known GPUs.
     """
 
     interval: int = 1
@@ -286,18 +287,18 @@ class LoggingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FaultsConfig:
-    """What a run does when something breaks.
+    """Fault handling.
 
     Attributes:
-        timeout_seconds: no collective and no step may take longer: then the stacks are written and
-            the process exits, which ends the job. The first step and every save get five times that.
-        max_skipped_steps: steps in a row with a loss or gradient that is not finite, or a spike,
-            which are skipped (on all ranks); one more ends the run. 0: the first ends it.
-        spike_factor: skip a step whose loss or gradient norm is more than so many times the median
+        timeout_seconds: time limit of a collective and of a step. After it, the process prints its
+            stacks and exits, which ends the job. The first step and every save get five times this.
+        max_skipped_steps: largest number of skipped steps in a row; one more ends the run. A step is
+            skipped on all ranks if its loss or gradient is not finite, or is a spike.
+        spike_factor: skip a step if its loss or gradient norm is more than this many times the median
             of the last good steps; 0: never.
-        spike_window: how many good steps; before there are so many, nothing is a spike.
-        stop_seconds_before_limit: save and leave so long before the end of the SLURM job, even if
-            SLURM sends no signal; 0: only when signalled.
+        spike_window: number of good steps in the median; with fewer, no step is a spike.
+        stop_seconds_before_limit: save and exit this long before the time limit of the SLURM job, even
+            without a signal; 0: only after a signal.
     """
 
     timeout_seconds: int = 1800
@@ -311,8 +312,8 @@ class FaultsConfig:
 class RunConfig:
     """One run of one verb.
 
-    ``deterministic``: equal runs give equal bits on GPUs, too (slower there: attention without atomics,
-    kernels that are not tuned); the CPU has no other kernels.
+    ``deterministic``: equal runs give equal bits on GPUs too. It is slower there: attention without atomics,
+    and kernels without autotuning. CPU kernels are always deterministic.
     """
 
     verb: Verb = "pretrain"

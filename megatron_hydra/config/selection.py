@@ -28,7 +28,7 @@ Granularity = Literal["query_head", "kv_group"]
 
 @dataclasses.dataclass(frozen=True)
 class Constraints:
-    """What a choice of heads must or should respect.
+    """Constraints on the choice of heads.
 
     Attributes:
         granularity: ``query_head``, or ``kv_group``: whole KV groups only.
@@ -67,17 +67,17 @@ class Constraints:
 
 @dataclasses.dataclass(frozen=True)
 class SelectionOptions(Constraints):
-    """Everything about a selection but the model, the ratio, the strategy, the tasks and the seed.
+    """Options of a selection, apart from model, ratio, strategy, tasks and seed.
 
-    Its constraints on the choice are those of :class:`Constraints`.
+    :class:`Constraints` has the constraints on the choice.
 
     Attributes:
-        num_prompts: pairs drawn for each capability, in equal parts for its tasks.
-        min_prompts: fewer solved ones are an error; of a capability of several tasks, an equal part for each.
-        probe_tokens: length of needle prompts that do not say theirs.
+        num_prompts: prompt pairs per capability, split equally between its tasks.
+        min_prompts: smallest number of solved prompts per capability, split equally between its tasks.
+        probe_tokens: length of needle prompts without an own length.
         solved: which prompts count as solved: ``top1``, ``pair`` or ``off``
             (see :meth:`EffectEngine.solve`).
-        max_rounds: rounds of path patching, at most (the paper's scoring).
+        max_rounds: largest number of rounds of path patching (the paper's scoring).
         control: knock out the best heads of every capability: its readout must fall (the paper's scoring).
         stability: compare with receiver effects on needles of a quarter, half and twice the length (the
             paper's scoring).
@@ -255,6 +255,6 @@ class SelectionOptions(Constraints):
         )
 
     def changed(self, names: Sequence[str]) -> list[str]:
-        """Which of these options differ from their default."""
+        """Names of the options that differ from their defaults."""
         default = SelectionOptions()
         return [name for name in names if getattr(self, name) != getattr(default, name)]

@@ -1,4 +1,4 @@
-"""Checks across keys, made when a config is read: what cannot work is refused before it starts.
+"""Validate a config across keys when it is read, so that a run that cannot work never starts.
 
 :func:`check_run` needs the config alone, :func:`check_layout` also the world size and the models'
 shapes. Every message names the key to change.
@@ -24,7 +24,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def check_run(config: RunConfig) -> None:
-    """Refuse keys that contradict each other.
+    """Check that keys do not contradict each other.
 
     Raises:
         HydraError: naming the key.
@@ -36,7 +36,7 @@ def check_run(config: RunConfig) -> None:
 
 
 def check_seeds(config: RunConfig) -> None:
-    """Refuse seeds that generators cannot take.
+    """Check that seeds are in the range of the generators.
 
     Raises:
         HydraError: naming the key.
@@ -243,7 +243,7 @@ def _check_switches(config: RunConfig) -> None:
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
-    """What is left of the world for data parallelism.
+    """Data-parallel size: the world size divided by the model-parallel size.
 
     Raises:
         HydraError: the world is no multiple of the model-parallel size.
@@ -284,7 +284,7 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
 def check_layout(
     config: RunConfig, world_size: int, student: ModelConfig, teacher: ModelConfig | None = None
 ) -> None:
-    """Refuse a layout that the world, the batch or a model's shape does not allow.
+    """Check the layout against world size, batch size and model shapes.
 
     Raises:
         HydraError: naming the key or the layer.
@@ -347,7 +347,7 @@ def _check_convolution(config: RunConfig, model: ModelConfig, name: str) -> None
 
 
 def check_teacher(student: ModelConfig, teacher: ModelConfig) -> None:
-    """Refuse a teacher that is hybrid, of another shape, or not the one the student was made from.
+    """Check that the teacher is dense, has the student's shape, and is the model it was made from.
 
     Raises:
         HydraError: naming what differs.

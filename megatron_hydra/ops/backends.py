@@ -221,7 +221,7 @@ def resolved_names(backend: BackendConfig, case: Case) -> dict[str, str]:
 
 
 def slow_paths(backend: BackendConfig, case: Case) -> list[str]:
-    """Of the keys that ``auto`` resolves to the torch twin on a GPU: what that costs, and what fixes it.
+    """Describe the keys that ``auto`` resolves to the slow torch twin on a GPU, and how to fix them.
 
     Args:
         backend: the run's section.
@@ -279,13 +279,17 @@ def _select(key: str, name: str, candidates: tuple[Backend, ...], case: Case) ->
                 )
             return candidate
     raise HydraError(
-        f"backend.{key}={name!r} does not exist; here there are "
+        f"backend.{key}={name!r} does not exist; available: "
         f"{', '.join(_available(candidates, case))}, and auto"
     )
 
 
 def _loaded(key: str, backend: Backend) -> dict[str, Any]:
-    """Its kernels; a package that is there and cannot be imported is the user's to fix."""
+    """Load the kernels of a backend.
+
+    Raises:
+        HydraError: an installed package fails to import.
+    """
     try:
         return backend.load()
     except (ImportError, OSError) as error:  # OSError: a shared library that it needs

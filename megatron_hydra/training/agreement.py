@@ -1,4 +1,4 @@
-"""What one rank does or learns for all of them; an error of one is an error of all."""
+"""Run an action on rank 0 or on all ranks; an error on one rank is raised on all ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def on_main(action: Callable[[], T]) -> T:
 
 
 def on_all(action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; if it fails anywhere, it fails everywhere.
+    """Run ``action`` on every rank; if it fails on one rank, it raises on all ranks.
 
     For actions without collectives inside (or whose collectives fail together).
 
@@ -54,12 +54,12 @@ def on_all(action: Callable[[], T]) -> T:
 
 
 def true_everywhere(flag: bool) -> bool:
-    """Whether every rank says so, told to all. Collective."""
+    """Whether the flag is true on every rank. Collective."""
     return _agreed(flag, dist.ReduceOp.MIN)
 
 
 def true_anywhere(flag: bool) -> bool:
-    """Whether some rank says so, told to all. Collective."""
+    """Whether the flag is true on any rank. Collective."""
     return _agreed(flag, dist.ReduceOp.MAX)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: complete or invisible, free of the layout, enough to go on bit-exactly.
+"""Checkpoints of a run: atomic, independent of the layout, and sufficient for a bit-exact resume.
 
 ::
 
@@ -7,9 +7,8 @@
                                            checkpoint; weights/ also holds optimizer and generators
         training.json                      step, tokens, data position, faults, layout, config
 
-A checkpoint is written beside its final place, hashed, made durable, renamed, and only then does
-``latest`` move. Saving in the background (``checkpoint.asynchronous``) differs in when this happens,
-not in what happens.
+A checkpoint is written to a temporary folder, hashed, synced to disk and renamed. Then ``latest`` is
+updated. A background save (``checkpoint.asynchronous``) does the same steps, only later.
 """
 
 from __future__ import annotations
@@ -66,14 +65,14 @@ TRAINING = JsonFormat("megatron-hydra-training", 2, "training state")
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a run has come.
+    """Progress of a run.
 
     Attributes:
         step: steps done.
         tokens: tokens read, padding included.
         faults: state of the :class:`~.faults.FaultTracker`, JSON.
         validation: state of the :class:`~.validation.Validation`, JSON.
-        ended: why the run is over; empty: it is not.
+        ended: why the run has ended; empty: it has not.
     """
 
     step: int
@@ -88,7 +87,7 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class _Pending:
-    """A checkpoint that has been begun: its name, its files, and rank 0's last steps."""
+    """A save in progress: final folder, file writer, and the last steps of rank 0."""
 
     final: Path
     write: CheckpointWrite
@@ -131,7 +130,7 @@ class RunCheckpoints:
     # -- saving -------------------------------------------------------------------------------
 
     def save(self, progress: Progress, data_state: dict[str, Any]) -> Path:
-        """Write the checkpoint of a step, or begin to; returns its folder. Collective.
+        """Save a checkpoint, or start a background save; returns its folder. Collective.
 
         With ``checkpoint.asynchronous`` the files are written by a thread, and the checkpoint exists
         when :meth:`finish` has returned: call it when :attr:`is_writing` is false on every rank.
@@ -174,7 +173,7 @@ class RunCheckpoints:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a checkpoint was begun and is not complete (the same on every rank)."""
+        """Whether a background save is not complete (the same on every rank)."""
         return self._pending is not None
 
     @property
@@ -183,7 +182,7 @@ class RunCheckpoints:
         return self._pending is not None and self._pending.write.is_writing
 
     def finish(self) -> Path | None:
-        """Complete the checkpoint that was begun, if any; returns its folder. Collective; waits.
+        """Wait for a background save and complete it; returns its folder, if any. Collective.
 
         Raises:
             HydraError: on every rank, if it could not be written.
@@ -198,7 +197,7 @@ class RunCheckpoints:
 
     @contextlib.contextmanager
     def _removed_on_failure(self, temporary: Path) -> Iterator[None]:
-        """Give the space of an unfinished checkpoint back (the disk may be full)."""
+        """Delete an unfinished checkpoint on failure (the disk may be full)."""
         try:
             yield
         except HydraError as error:
@@ -207,7 +206,7 @@ class RunCheckpoints:
             raise HydraError(f"{error}; earlier checkpoints are untouched") from None
 
     def _wants_optimizer(self, progress: Progress) -> bool:
-        """The last checkpoint may go without; any other is there to be resumed, as after a stop."""
+        """Whether to save the optimizer; only the last checkpoint may omit it, others must be resumable."""
         return self.config.checkpoint.save_optimizer or not progress.ended
 
     def _make_room(self, temporary: Path, final: Path) -> None:
@@ -221,7 +220,7 @@ class RunCheckpoints:
             ) from None
 
     def _check_finite(self) -> None:
-        """Weights and optimizer state of this rank are finite, or there is no checkpoint."""
+        """Raise if weights or optimizer state of this rank are not finite: they are never saved."""
         assert isinstance(self.optimizer, ChainedOptimizer)
         tensors = {
             name: parameter.data
@@ -235,10 +234,10 @@ class RunCheckpoints:
                         tensors[f"optimizer {i}, parameter {j}, {key}"] = value
         bad = first_non_finite(tensors)
         if bad:
-            raise HydraError(f"{bad} is not finite: no checkpoint is made of it")
+            raise HydraError(f"{bad} is not finite: the checkpoint is not saved")
 
     def _snapshot(self, with_optimizer: bool) -> tuple[Snapshot, dict[str, Any]]:
-        """What this rank writes, and what is not a tensor. Collective."""
+        """Collect the tensors that this rank writes, and the non-tensor state. Collective."""
         snapshot = Snapshot(self._memory, copying=self.config.checkpoint.asynchronous)
         model = model_state(self.chunks)
         snapshot.add(model)
@@ -262,7 +261,7 @@ class RunCheckpoints:
         provenance: dict[str, Any],
         hashes: dict[str, str],
     ) -> None:
-        """Rank 0: the small files, the hashes, the name, the pointer, the retention, in order."""
+        """On rank 0: write small files and hashes, rename, update ``latest``, delete old checkpoints."""
         store.write_model_config(temporary, self.model)
         if self.tokenizer is not None:
             shutil.copytree(self.tokenizer, temporary / store.TOKENIZER)
@@ -279,7 +278,7 @@ class RunCheckpoints:
     # -- resuming -----------------------------------------------------------------------------
 
     def find(self) -> Path | None:
-        """The checkpoint to resume from, verified; ``None`` for a new run. Collective.
+        """Find and verify the checkpoint to resume from; ``None`` for a new run. Collective.
 
         Raises:
             HydraError: there is one and ``checkpoint.resume`` is ``never``, or it is damaged.
@@ -320,7 +319,7 @@ class RunCheckpoints:
         return Progress(step, body["tokens"], body["faults"], validation, ended)
 
     def _refuse_other_weights(self, folder: Path) -> None:
-        """The checkpoint holds this run's model, trained from this run's student and teacher."""
+        """Check that the checkpoint has this run's model, and was trained from this run's inputs."""
         saved = store.read_model_config(folder)
         for field in dataclasses.fields(ModelConfig):
             if getattr(saved, field.name) != getattr(self.model, field.name):
@@ -354,7 +353,7 @@ class RunCheckpoints:
 
 
 def _saved_settings(body: dict[str, Any]) -> OptimizerConfig:
-    """The optimizer's settings in a checkpoint's config; keys that are younger have their default."""
+    """Optimizer settings of a checkpoint's config; keys added later have their defaults."""
     saved = body["config"].get("optimizer", {})
     return dataclasses.replace(
         OptimizerConfig(),

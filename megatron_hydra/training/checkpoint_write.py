@@ -120,7 +120,7 @@ class CheckpointWrite:
 
     @property
     def is_writing(self) -> bool:
-        """Whether the threads are still at it."""
+        """Whether the threads are still writing."""
         return self._thread is not None and self._thread.is_alive()
 
     # -- finishing: collective ----------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Steps that must not count: a loss or gradient that is not finite, or far above the usual.
+"""Detect faulty steps, whose update is skipped: the loss or gradient is not finite, or a spike.
 
-Every number here is the same on all ranks, so all of them come to the same conclusion; the state goes
-into every checkpoint, so a resumed run comes to it as well.
+All numbers here are the same on all ranks, so all ranks make the same decision. The state is saved in
+every checkpoint, so a resumed run makes the same decision too.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ NOTHING_LEARNED = "no token of the global batch has a loss (all are masked)"
 
 
 class FaultTracker:
-    """Judges steps and counts those that were skipped.
+    """Classifies steps as good or faulty, and counts the skipped ones.
 
     Attributes:
-        skipped: steps left out since the run began.
-        in_a_row: those since the last good step.
+        skipped: steps skipped since the run began.
+        in_a_row: steps skipped since the last good step.
     """
 
     def __init__(self, config: FaultsConfig) -> None:
@@ -36,7 +36,7 @@ class FaultTracker:
         self._norms: collections.deque[float] = collections.deque(maxlen=window)
 
     def judge(self, loss: float, grad_norm: float) -> str:
-        """What is wrong with a step, or an empty text.
+        """Return the fault of a step, or an empty text for a good step.
 
         Args:
             loss: mean over the global batch.
@@ -59,7 +59,7 @@ class FaultTracker:
         return ""
 
     def count(self, loss: float, grad_norm: float, fault: str) -> None:
-        """Take note of a step that was judged."""
+        """Update the counters and the window of good steps after :meth:`judge`."""
         if fault:
             self.skipped += 1
             self.in_a_row += 1
@@ -69,7 +69,7 @@ class FaultTracker:
             self._norms.append(grad_norm)
 
     def check_skip_limit(self, step: int, fault: str) -> None:
-        """End the run when steps keep being left out.
+        """End the run if too many steps in a row were skipped.
 
         Raises:
             HydraError: more than ``faults.max_skipped_steps`` in a row.
@@ -82,7 +82,7 @@ class FaultTracker:
             )
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint, JSON."""
+        """State for the checkpoint, JSON."""
         return {
             "skipped": self.skipped,
             "in_a_row": self.in_a_row,
@@ -91,7 +91,7 @@ class FaultTracker:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`state`; a window that has become smaller keeps the newest."""
+        """Inverse of :meth:`state`. A smaller window keeps its newest values."""
         if not state:
             return
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]

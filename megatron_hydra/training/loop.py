@@ -53,13 +53,13 @@ _log = logging.getLogger(__name__)
 
 
 def run_training(config: RunConfig) -> int:
-    """Train from start, or from where the run was stopped, to the end.
+    """Start or resume a run, and train to the end.
 
     Returns:
         0 when the run is complete; :data:`~megatron_hydra.stopping.REQUEUE_EXIT_CODE` after a stop.
 
     Raises:
-        HydraError: bad input, or too many steps in a row that had to be left out.
+        HydraError: bad input, or too many skipped steps in a row.
     """
     platform.keep_freed_memory()
     stop_before = config.faults.stop_seconds_before_limit
@@ -87,7 +87,7 @@ def run_training(config: RunConfig) -> int:
 
 
 class _Run:
-    """Everything of one run on this rank."""
+    """State of one run on this rank."""
 
     def __init__(
         self, config: RunConfig, world: World, watchdog: Watchdog, stop: StopRequest
@@ -123,7 +123,7 @@ class _Run:
         with startup_phase("resuming"):
             self.progress = self._resume()
         self.saved_step = self.progress.step
-        # Not before: a start that is refused leaves the folder as it was.
+        # Only now: a start that fails leaves the folder unchanged.
         on_main(lambda: write_text_atomic(Path(config.output) / "config.yaml", to_yaml(config)))
 
     def _build(
@@ -171,7 +171,7 @@ class _Run:
         return progress
 
     def _restore_data_state(self, body: dict[str, Any]) -> tuple[int, dict[str, Any], str]:
-        """Resume from a checkpoint's data and held-out losses; see :meth:`.RunCheckpoints.resume`."""
+        """Restore data position and held-out losses; see :meth:`.RunCheckpoints.resume`."""
         step = self.stream.check_state(body["data"])
         self.stream.plan(self.config.schedule.steps)
         self.validation.check_not_trained_on(self.stream.reading.sources)
@@ -182,10 +182,10 @@ class _Run:
     # -- the loop -----------------------------------------------------------------------------
 
     def loop(self, first_step_is_done: Callable[[MetricsLog, int], None]) -> int:
-        """Run the steps that are left; returns the exit status.
+        """Run the remaining steps; returns the exit status.
 
         Args:
-            first_step_is_done: called once, after the first of them.
+            first_step_is_done: called once, after the first step.
         """
         config, first = self.config, self.progress.step
         with MetricsLog(
@@ -208,7 +208,7 @@ class _Run:
             with contextlib.closing(_prefetched(self.stream, first, end)) as batches:
                 status = self._steps(log, batches, first_step_is_done)
             self.watchdog.feed(PATIENCE)
-            on_main(log.close)  # no rank leaves while rank 0 still sends what it has logged
+            on_main(log.close)  # no rank exits while rank 0 still sends its logs
         return status
 
     def _steps(
@@ -255,7 +255,7 @@ class _Run:
         return 0
 
     def _validated(self, step: int) -> dict[str, Any] | None:
-        """What a validation after ``step`` has measured; ``None`` where none is due."""
+        """Run the validation after ``step``; ``None`` if none is due."""
         if not self.validation.is_due(step):
             return None
         with self.timers.phase("validation"):
@@ -271,7 +271,7 @@ class _Run:
     def _handle_faults(
         self, log: MetricsLog, result: StepResult, batches: list[PackedBatch]
     ) -> None:
-        """Say which samples a step that was skipped had; end the run if there are too many."""
+        """Log the samples of a skipped step; end the run if too many steps were skipped."""
         if not result.fault:
             return
         step = self.progress.step
@@ -289,25 +289,25 @@ class _Run:
         self.faults.check_skip_limit(step, result.fault)
 
     def _save_if_due(self, log: MetricsLog, result: StepResult) -> bool:
-        """Complete what was written in the background; save where it is time to.
+        """Complete a background save; save a checkpoint if one is due.
 
-        A stop writes once: whoever is asked to leave may have seconds. If a checkpoint is on its way to
-        the disk, that one is completed, and the few steps since are done again by the next attempt.
+        A stop saves only once, because the process may have only seconds. If a background save is running,
+        it is completed, and the next attempt repeats the few steps since then.
 
         Returns:
-            Whether to leave: everything is saved, and some rank was asked to.
+            Whether to exit: a stop was requested on some rank, and everything is saved.
         """
         config, step = self.config, self.progress.step
         is_end = bool(self.progress.ended)
         if self.checkpoints.is_pending and not result.saving:
             self._finish_save(log)
         interval = config.checkpoint.interval
-        # Counted from the last save: what fell due at a step that was skipped comes after the next.
+        # Counted from the last save: a save due on a skipped step happens after the next good step.
         is_due = step // interval > self.saved_step // interval and not self.faults.in_a_row
         stop = result.stop
         if is_end or ((is_due or stop) and not (stop and self.checkpoints.is_pending)):
             self._save(log)
-            # Asked again: a request that came during the save needs no step more, and no second save.
+            # A request during the save is handled here: without another step, and without a second save.
             stop = stop or true_anywhere(self.stop.requested)
         if is_end or stop:
             self._finish_save(log)
@@ -334,7 +334,7 @@ class _Run:
         self.watchdog.feed(PATIENCE)
 
     def _finish_save(self, log: MetricsLog) -> None:
-        """Complete the checkpoint that is being written in the background, if any."""
+        """Complete the background save, if any."""
         if not self.checkpoints.is_pending:
             return
         self.watchdog.feed(PATIENCE)
@@ -359,15 +359,17 @@ def _open_stream(config: RunConfig, world: World, model: ModelConfig) -> PackedS
         dp_size=world.dp_size,
         vocab_size=model.vocab_size,
     )
-    if not step_folders(Path(config.output) / CHECKPOINTS):  # else what was read is not known yet
-        stream.plan(config.schedule.steps)  # refuses what data.token_budget and max_epochs forbid
+    if not step_folders(
+        Path(config.output) / CHECKPOINTS
+    ):  # else the data read so far are not known yet
+        stream.plan(config.schedule.steps)  # checks data.token_budget and max_epochs
     return stream
 
 
 def _prefetched(
     stream: PackedStream, done: int, total: int
 ) -> Generator[tuple[int, list[PackedBatch]], None, None]:
-    """(number of the step, its micro-batches) from step ``done + 1`` on; one step is read ahead."""
+    """Yield (step number, micro-batches) from step ``done + 1``; one step is read ahead."""
     with concurrent.futures.ThreadPoolExecutor(1, "data") as pool:
         ahead = pool.submit(stream.micro_batches, done) if done < total else None
         for step in range(done, total):

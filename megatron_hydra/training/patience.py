@@ -1,7 +1,7 @@
-"""What the held-out losses of a run say: the best so far, and whether to go on.
+"""Early stopping: find the best held-out loss of a run, and decide whether the run ends.
 
-Everything follows from the list of losses, which a checkpoint keeps, and from the config; all ranks have
-the same, so all of them come to the same conclusion, and so does a resumed run.
+The decision depends only on the config and on the list of losses, which is saved in every checkpoint.
+Both are the same on all ranks and in a resumed run, so the decision is the same too.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 from megatron_hydra.config.run import ScheduleConfig
 
 ALL_STEPS = "schedule.steps"
-"""Why a run has ended that made all its steps."""
+"""Reason of a run that ended after all its steps."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """How a run stands after its validations.
+    """State of early stopping after the validations so far.
 
     Attributes:
         last, best: held-out losses; NaN without a validation (and where a loss was NaN).
-        best_step: of the best.
+        best_step: step of the best loss.
         waited: validations since the last improvement.
     """
 
@@ -34,11 +34,11 @@ class Standing:
 
 
 def standing(history: Sequence[tuple[int, float]], min_improvement: float) -> Standing:
-    """Go through the losses of a run.
+    """Compute the state of early stopping from the losses of a run.
 
     Args:
         history: (step, held-out loss), oldest first; a loss that is not finite never improves.
-        min_improvement: a loss has to be lower than that of the last improvement by more than this.
+        min_improvement: a loss is an improvement if it is lower than the last one by more than this.
     """
     now, improved = Standing(), math.inf
     for step, loss in history:
@@ -56,10 +56,10 @@ def standing(history: Sequence[tuple[int, float]], min_improvement: float) -> St
 
 
 def reason_to_end(schedule: ScheduleConfig, step: int, history: Sequence[tuple[int, float]]) -> str:
-    """Why a run is over after ``step`` steps; empty: it is not.
+    """Return why a run ends after ``step`` steps; empty: the run continues.
 
     Args:
-        schedule: of the run, as it is now: with more patience, a run that has ended goes on.
+        schedule: the current one; with more patience, a run that has ended continues.
         step: steps done.
         history: as for :func:`standing`.
     """

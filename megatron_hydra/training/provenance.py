@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: recorded in its manifest by every stage, checked by the next."""
+"""Provenance of a checkpoint: every stage records its inputs in the manifest; the next stage checks them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.files import sha256_of_file
 
 OTHER_RUN = "give the checkpoint that this run was started from, or choose another output"
-"""What to do where a run is resumed with other inputs."""
+"""Advice in the error for a run that is resumed with other inputs."""
 
 _OF_VALIDATION = ("best", "best_step", "waited")
 
@@ -26,7 +26,7 @@ def checkpoint_fingerprint(folder: Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """The inputs of a run, fixed when it starts.
+    """Inputs of a run, which are fixed when it starts.
 
     Attributes:
         inputs: role (``student``, ``teacher``) -> path and fingerprint of the checkpoint.
@@ -51,7 +51,7 @@ class Provenance:
         return cls(inputs, [*history, {k: v for k, v in earlier.items() if k != "history"}])
 
     def refuse_other_inputs(self, folder: Path) -> None:
-        """Refuse to resume from a checkpoint of a run that started from other checkpoints.
+        """Check that a checkpoint belongs to a run with the same input checkpoints.
 
         Raises:
             HydraError: naming the role, and both checkpoints.

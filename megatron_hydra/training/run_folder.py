@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is; its checkpoints, which one to resume from, which ones may go."""
+"""Output folder of a run: lock it, find the checkpoint to resume from, delete old checkpoints."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def lock_output(output: Path) -> Iterator[None]:
-    """Make a run's folder and keep it for this process: two runs would spoil each other's files.
+    """Create the output folder and lock it, so that no second run writes the same files.
 
-    The lock goes with the process, however that ends.
+    The lock is released when the process ends, for whatever reason.
 
     Raises:
-        HydraError: another process has it.
+        HydraError: another process holds the lock.
     """
     output.mkdir(parents=True, exist_ok=True)
     with open(output / _LOCK, "w") as file:
@@ -41,7 +41,7 @@ def lock_output(output: Path) -> Iterator[None]:
                 "end that run first"
             ) from None
         except OSError as error:  # some network file systems have no locks
-            _log.warning("%s cannot be locked (%s): start no second run there", output, error)
+            _log.warning("%s cannot be locked (%s): do not start a second run there", output, error)
         yield
 
 
@@ -57,7 +57,7 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def find_resume_point(folder: Path, resume: str) -> str | None:
-    """The checkpoint to resume from, checked; ``None`` for a new run.
+    """Find and verify the checkpoint to resume from; ``None`` for a new run.
 
     What a death while saving left behind is removed.
 
@@ -81,7 +81,7 @@ def find_resume_point(folder: Path, resume: str) -> str | None:
     if resume == "never":
         raise HydraError(
             f"{folder} already holds checkpoints and checkpoint.resume is 'never': choose "
-            "another output, or checkpoint.resume=auto to go on"
+            "another output, or set checkpoint.resume=auto to resume"
         )
     if resume == "fallback":
         return str(_newest_good(folders))
@@ -97,7 +97,7 @@ def find_resume_point(folder: Path, resume: str) -> str | None:
 
 
 def _refuse_lost_checkpoints(folder: Path) -> None:
-    """A run whose checkpoints are gone (an unmounted disk) must not silently start again."""
+    """Fail if the checkpoints of a run are missing (unmounted disk), instead of a silent restart."""
     events = folder.parent / EVENTS_FILE
     if not events.is_file():
         return
@@ -115,7 +115,7 @@ def _refuse_lost_checkpoints(folder: Path) -> None:
 
 
 def _newest_good(folders: list[Path]) -> Path:
-    """The newest undamaged checkpoint; newer ones are set aside, out of the way of retention."""
+    """Find the newest undamaged checkpoint; newer, damaged ones are renamed, so that retention ignores them."""
     damaged = []
     for folder in reversed(folders):
         try:
@@ -128,9 +128,11 @@ def _newest_good(folders: list[Path]) -> Path:
             aside = path.with_name(_DAMAGED_PREFIX + path.name)
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            _log.warning("%s is set aside as %s: delete it when you have looked", path, aside.name)
+            _log.warning(
+                "%s is damaged and was renamed to %s; delete it after inspection", path, aside.name
+            )
         return folder
-    raise HydraError(f"none of the {len(folders)} checkpoints in this run's folder is undamaged")
+    raise HydraError(f"all {len(folders)} checkpoints of this run are damaged")
 
 
 def retain(folder: Path, newest: Path, keep: int) -> None:
@@ -141,7 +143,7 @@ def retain(folder: Path, newest: Path, keep: int) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a checkpoint, renamed first: a half-deleted folder must not look like one."""
+    """Rename a checkpoint, then delete it: a half-deleted folder must not look like a checkpoint."""
     doomed = path.with_name(f".{path.name}.old")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)

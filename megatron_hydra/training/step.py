@@ -35,7 +35,7 @@ class StepResult:
         loss: what the verb makes of them.
         num_loss_tokens: those tokens.
         grad_norm: before clipping.
-        fault: why the update was skipped; empty: it was made.
+        fault: why the update was skipped; empty: it was applied.
         attention_pairs: (query, key) pairs of the global batch, for its FLOPs.
         stop: some rank was asked to stop.
         saving: some rank is still writing the last checkpoint.

@@ -1,4 +1,4 @@
-"""The loss on held-out data while a run goes on. Training does not notice.
+"""Measure the loss on held-out data during a run, without any effect on training.
 
 The verb's own forward step and loss run over the held-out sequences, in evaluation mode and without a
 graph, micro-batch by micro-batch as in training. Sums are taken over all ranks, so that the value is the
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class Validation:
-    """What a run holds out, and what it has measured on it.
+    """Held-out data of a run, and the losses measured on it.
 
     Args:
         config: the run.
@@ -69,7 +69,7 @@ class Validation:
     # -- what was measured ----------------------------------------------------------------------
 
     def is_due(self, step: int) -> bool:
-        """Whether the loss is to be measured when ``step`` steps are done."""
+        """Whether a validation is due after ``step`` steps."""
         interval = self._config.validation.interval
         return bool(interval) and (step % interval == 0 or step == self._config.schedule.steps)
 
@@ -78,7 +78,7 @@ class Validation:
         return reason_to_end(self._config.schedule, step, self._history)
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint, JSON: what is read, every loss, and how the run stands."""
+        """State for the checkpoint, JSON: the data read, all losses, and the state of early stopping."""
         if self._stream is None:
             return self._kept
         if not self._history:
@@ -93,7 +93,7 @@ class Validation:
         }
 
     def check_not_trained_on(self, sources: Sequence[SourceRecord]) -> None:
-        """Refuse to hold out what an earlier blend of the run has trained on.
+        """Check that the run has not trained on its held-out data with an earlier blend.
 
         Args:
             sources: all that the run has read.
@@ -111,12 +111,12 @@ class Validation:
                     )
 
     def restore(self, state: dict[str, Any], *, has_new_blend: bool = False) -> None:
-        """Inverse of :meth:`state`. A run without a validation keeps what it finds.
+        """Inverse of :meth:`state`. A run without validation keeps the state unchanged.
 
         Args:
             state: of a checkpoint.
-            has_new_blend: the run goes on with another ``data.blend``: what that holds out is other data,
-                so that best loss and patience start again.
+            has_new_blend: whether the run continues with another ``data.blend``. Its held-out data differ,
+                so best loss and patience start again.
 
         Raises:
             HydraError: the losses are of other sequences.
@@ -147,7 +147,7 @@ class Validation:
     def measure(
         self, train_state: TrainState, step: int, still_alive: Callable[[], None]
     ) -> dict[str, Any]:
-        """Measure the loss of what is held out. Collective.
+        """Measure the held-out loss. Collective.
 
         Args:
             train_state: what is trained; left as it was, bit for bit, and the random generators too.
@@ -238,14 +238,14 @@ def _metrics(verb: Verb, sums: torch.Tensor) -> tuple[dict[str, Any], int]:
 
 
 def _numbers(verb: Verb, sums: torch.Tensor) -> dict[str, Any]:
-    """The metrics that are numbers, and ``tokens``."""
+    """Numeric metrics, and ``tokens``."""
     metrics, num_tokens = _metrics(verb, sums)
     return {k: v for k, v in metrics.items() if not isinstance(v, list)} | {"tokens": num_tokens}
 
 
 @contextlib.contextmanager
 def _evaluation_mode(train_state: TrainState) -> Iterator[None]:
-    """Evaluation mode without a graph; afterwards everything is as it was."""
+    """Switch to evaluation mode without gradients; restore the previous state at the end."""
     generators = capture_random_state()
     verb = train_state.verb
     verb.is_learning = False

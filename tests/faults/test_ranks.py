@@ -216,7 +216,7 @@ def test_a_second_signal_leaves_at_once(
     run = start_run(inputs, tmp_path, 40, checkpoint={"interval": 2})
     ended = run.attempt(Fault("signal_twice", 4, 1), forker=forker)
     assert ended.status == 138  # 128 + SIGUSR1
-    assert "second signal (SIGUSR1): leaving at once" in ended.output
+    assert "second signal (SIGUSR1): exiting at once" in ended.output
     assert ended.left_over == []
     assert "Timeout (" not in ended.output
     store.verify_checkpoint(store.resolve_checkpoint(run.checkpoints))
