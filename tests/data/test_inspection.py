@@ -180,7 +180,7 @@ def test_inspect_shows_the_blend_of_a_config(prepared, qwen, tmp_path, capsys):
 def test_inspect_asks_for_a_tokenizer_and_finds_damage(tmp_path, prepared, capsys):
     prefix, _ = write_indexed(tmp_path / "bare", numbered_documents([5]))
     assert command("inspect")(["--input", prefix]) == 2
-    assert "give one with --tokenizer" in capsys.readouterr().err
+    assert "give --tokenizer" in capsys.readouterr().err
     manifest = Path(prepared + ".json")
     text = manifest.read_text()
     sha256 = text.split('"sha256": "')[1][:64]
