@@ -1,4 +1,4 @@
-"""The tokens on which γ is calibrated: the user's, or a short text of ours."""
+"""Load calibration tokens: a file of the user, or a short bundled text."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def calibration_batches(
         int64 ``[1, S]`` tensors, S at most ``length``, each from one document.
 
     Raises:
-        HydraError: no tokenizer for text, a line that is neither, or a token id that is not a token.
+        HydraError: text without a tokenizer, a line of another form, or a token id outside the vocabulary.
     """
     batches: list[torch.Tensor] = []
     left = max_tokens

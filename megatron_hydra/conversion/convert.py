@@ -46,7 +46,7 @@ from megatron_hydra.version import __version__
 
 @dataclasses.dataclass(frozen=True)
 class StudentOptions:
-    """How the student is made from the dense model.
+    """Options for making the student from the dense model.
 
     Attributes:
         head_map: the map's file; ``None`` where every head is both FA and GDN (``hydra.mixer``).
@@ -82,7 +82,7 @@ def hf_to_megatron(
     force: bool = False,
     progress: bool = False,
 ) -> ModelConfig:
-    """Convert a Hugging Face model to a Megatron checkpoint: the dense model, or its student.
+    """Convert a Hugging Face model to a Megatron checkpoint: the dense model, or a student made from it.
 
     Args:
         hf_path: a folder, or a Hub name.
@@ -135,7 +135,7 @@ def hf_to_megatron(
 
 
 def _log_skipped_files(folder: Path) -> None:
-    """Name what a folder holds besides weights, config and tokenizer: none of it is carried."""
+    """Log the files of a folder that are not converted: all but weights, config and tokenizer."""
     from megatron_hydra.hf.export_files import hf_export_files
 
     names = left_out(folder, (HEAD_MAP_FILE, *hf_export_files()))
@@ -156,7 +156,7 @@ def _verify_logits(checkpoint: Path, hf_folder: Path, comparable: bool) -> None:
 
 
 def check_output_is_free(output: str | os.PathLike[str], force: bool) -> None:
-    """Fail before the work, not after it.
+    """Check that the output can be written, before the conversion starts.
 
     Raises:
         HydraError: ``output`` exists and ``force`` is not given.
@@ -168,7 +168,7 @@ def check_output_is_free(output: str | os.PathLike[str], force: bool) -> None:
 
 
 def _source(model: ModelConfig, weights: HfWeights, name: str, revision: str) -> dict[str, str]:
-    """Where the weights come from, with the fingerprint that head maps are checked against."""
+    """Source of the weights, with the fingerprint for head map checks."""
     from megatron_hydra.head_map import fingerprint_tensors
     from megatron_hydra.hf_identity import fingerprint_keys
 
@@ -227,7 +227,7 @@ def _measured(
     options: StudentOptions,
     dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor | None, HeadStatistics | None]:
-    """What the student takes from the teacher's run on calibration text: γ and statistics of heads."""
+    """Run the teacher on calibration text; returns γ and head statistics for the student."""
     wants_gamma, wants_heads = _needs_gamma(student, options), options.init.is_measured
     if not (wants_gamma or wants_heads):
         return None, None

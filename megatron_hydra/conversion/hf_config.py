@@ -1,6 +1,6 @@
 """``config.json`` of Hugging Face to and from :class:`~megatron_hydra.config.model.ModelConfig`.
 
-What the model cannot represent is refused by key name; what it does not need is kept in
+Keys that the model cannot represent raise an error by name; unused keys are kept in
 ``ModelConfig.hf_config`` and restored on export.
 """
 
@@ -61,13 +61,15 @@ def read_hf_config(folder: str | os.PathLike[str]) -> ModelConfig:
 
 
 def _read_head_map(path: Path, model: ModelConfig) -> dict[str, Any]:
-    """The head map beside an exported hybrid's ``config.json``, which must say the same."""
+    """Read the head map of an exported hybrid; it must agree with ``config.json``."""
     body = read_json(path)
     head_map = HeadMap.from_dict(body, source=str(path))
     identity = dataclasses.replace(model.identity(), name=str(path.parent))
     head_map.check_model(identity, source=str(path))
     if head_map.full_attention_heads != model.full_attention_heads:
-        raise HydraError(f"{path}: full_attention_heads is not that of the config.json beside it")
+        raise HydraError(
+            f"{path}: full_attention_heads differs from config.json in the same folder"
+        )
     return body
 
 
@@ -164,7 +166,7 @@ def _refuse_sliding_window(config: Mapping[str, Any], source: str) -> None:
 
 
 def read_rope(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Rotary settings from their new place (``rope_parameters``) or their old ones.
+    """Read rotary settings from ``rope_parameters`` (new form) or from the old keys.
 
     The old ones are ``rope_theta`` beside ``rope_scaling``. Where both places speak they must
     agree: taking either without a word would be wrong for somebody.

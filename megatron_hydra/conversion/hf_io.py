@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: safetensors, read lazily, written in shards, no key overlooked.
+"""Read and write Hugging Face folders: safetensors, lazy reads, sharded writes, all keys checked.
 
 Pickled weights (``.bin``) are never opened.
 """
@@ -233,7 +233,7 @@ def _account_for_all(
 
 
 def _check_tied_head(weights: HfWeights) -> None:
-    """A tied model's file may repeat the embedding as LM head; anything else is a contradiction."""
+    """Check the LM head of a tied model: if it is stored, it must equal the embedding."""
     head, embedding = weights["lm_head.weight"], weights["model.embed_tokens.weight"]
     if not torch.equal(head, embedding):
         raise HydraError(

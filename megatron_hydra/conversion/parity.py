@@ -1,6 +1,6 @@
-"""Does an export say the same as its checkpoint? Tensor by tensor, and in the logits.
+"""Verify that an export equals its checkpoint, by tensors and by logits.
 
-Both read the files that were written, not what was in memory when they were.
+Both checks read the written files, not the tensors in memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def num_parameters(checkpoint: str | os.PathLike[str]) -> int:
 
 
 def verify_stored(checkpoint: str | os.PathLike[str], expected: Mapping[str, torch.Tensor]) -> int:
-    """Compare what a checkpoint holds with what it was made from, bit for bit; returns the count.
+    """Compare a checkpoint with its source tensors, bit for bit; returns the number of tensors.
 
     Raises:
         HydraError: naming the first tensor that differs.
@@ -78,7 +78,7 @@ def _compare(
             wanted = wanted.to(dtype)
         found = written[key]
         if found.dtype != wanted.dtype or not _same_bits(found, wanted):
-            raise HydraError(f"{source}: {key!r} is not what it was made from")
+            raise HydraError(f"{source}: {key!r} differs from its source")
     return len(written)
 
 

@@ -1,4 +1,4 @@
-"""The student before training: a HydraHead made of the dense model's weights (design §5).
+"""Initialise the student: a HydraHead made from the dense model's weights (design §5).
 
 Works on canonical state dicts, so it knows nothing of Hugging Face, of Megatron or of parallelism.
 """
@@ -34,7 +34,7 @@ from megatron_hydra.model.parameters import (
 
 @dataclasses.dataclass(frozen=True)
 class StudentInit:
-    """How parameters that the dense model does not have begin.
+    """Initial values of parameters that the dense model does not have.
 
     The output gates begin with W_g = 0: those of GDN heads at 1, those of FA heads at 2σ(1), a constant
     that the norm behind takes away (at 1 without bias or norm: ``hydra.fa_gate_bias``). β begins at 1/2
@@ -111,7 +111,7 @@ def initialise_student(
     init: StudentInit | None = None,
     statistics: HeadStatistics | None = None,
 ) -> LazyTensors:
-    """The canonical state dict of the student, from that of the dense model.
+    """Make the student's canonical state dict from the dense model's.
 
     Query heads, QK-norms, MLPs, norms, embeddings and the output projection are the dense model's.
     A GDN head has a copy of its KV group's k and v (``mha``) or shares it (``gqa``). With
@@ -137,7 +137,7 @@ def initialise_student(
         HydraError: ``student`` is not a hybrid, ``gamma`` has the wrong shape, or statistics are missing.
     """
     if not student.is_hybrid:
-        raise HydraError("the student's config is that of a dense model: no head map was applied")
+        raise HydraError("the student's config is dense: apply a head map first")
     shape = (student.num_layers, student.num_query_heads)
     if gamma is None or student.switches.fusion_norm == "none":
         gamma = torch.ones(shape)
@@ -253,7 +253,7 @@ def _split(key: str) -> tuple[str, int, str]:
 
 @torch.no_grad()
 def calibrate_gamma(hf_model: Any, token_batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """RMS of every head's output in the dense model: with γ at it, the fusion norm costs nothing.
+    """Measure γ: the RMS of every head's output in the dense model, so that the fusion norm keeps its scale.
 
     Args:
         hf_model: a transformers model of any supported dense family, with or without LM head.

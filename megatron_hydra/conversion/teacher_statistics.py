@@ -1,4 +1,4 @@
-"""What the teacher's attention says about the Gated DeltaNet head that replaces it (``--init statistics``).
+"""Initial values of Gated DeltaNet heads from the teacher's attention (``--init statistics``).
 
 Of every query head, on calibration text:
 

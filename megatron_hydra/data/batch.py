@@ -1,4 +1,4 @@
-"""The one thing that data hands to training: a packed stream of tokens."""
+"""Interface between data and training: a packed stream of tokens."""
 
 from __future__ import annotations
 

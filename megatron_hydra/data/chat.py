@@ -1,4 +1,4 @@
-"""Conversations to tokens, with the assistant's turns marked as what is learned.
+"""Tokenise conversations, with loss only on the assistant's turns.
 
 The conversation is rendered once by the tokenizer's chat template. A turn of the assistant begins
 where the template, given all earlier messages and asked for a reply, ends; it ends where the template,
@@ -41,7 +41,7 @@ def render_chat(
     """
     messages = [_checked(message) for message in messages]
     if all(message["role"] != "assistant" for message in messages):
-        raise ChatError("no message of the assistant: nothing to learn")
+        raise ChatError("no message of the assistant, so no token has a loss")
     error: ChatError | None = None
     for variant in _variants(tokenizer, messages, tools):
         try:
@@ -53,7 +53,7 @@ def render_chat(
 
 
 def render_prompt(tokenizer: Any, messages: list[Any], tools: list[Any] | None = None) -> str:
-    """What a model is given to answer a conversation with.
+    """Prompt for the answer to a conversation.
 
     Args:
         tokenizer, messages, tools: see :func:`render_chat`.
@@ -95,7 +95,7 @@ def _checked(message: Any) -> dict[str, Any]:
 
 def _check_calls(calls: Any, of_message: str) -> None:
     if not isinstance(calls, list):
-        raise ChatError(f"the tool_calls of {of_message} are not a list")
+        raise ChatError(f"tool_calls of {of_message} is not a list")
     for call in calls:
         if not isinstance(call, dict) or not isinstance(_function(call).get("name"), str):
             raise ChatError(f"a tool call of {of_message} has no name")
@@ -158,7 +158,7 @@ def _apply(
         )
         return text
     except Exception as error:  # templates raise what they like
-        raise ChatError(f"the chat template refused it: {error}") from error
+        raise ChatError(f"the chat template failed: {error}") from error
 
 
 @functools.lru_cache(maxsize=8)

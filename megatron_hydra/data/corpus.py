@@ -1,4 +1,4 @@
-"""Inputs of tokenization: files and Hub data sets, cut into units that are read independently.
+"""Inputs of tokenization: files and Hub data sets, split into units that are read independently.
 
 A unit is a stretch of an input that one process reads from start to end: a byte range of a JSONL
 file, a row group of a Parquet file, rows of an Arrow file, one shard of a streamed data set. The
@@ -27,7 +27,7 @@ from megatron_hydra.options import option
 
 @dataclasses.dataclass(frozen=True)
 class CorpusConfig:
-    """Where rows come from.
+    """Source of the rows.
 
     Attributes:
         inputs: files, folders or glob patterns; or one Hub data set (or local folder) with ``hub``.
@@ -105,7 +105,7 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row: its text or messages, or what is wrong with it.
+    """One row: its text or messages, or its error.
 
     Attributes:
         where: file and byte, row or line, for messages.
@@ -121,7 +121,7 @@ class Row:
 
 
 def input_identity(corpus: CorpusConfig) -> list[dict[str, Any]]:
-    """What tells the inputs from others, for the manifest.
+    """Identity of the inputs, for the manifest.
 
     A file goes by name, size and a hash of 64 blocks; a Hub data set by name and commit (the
     revision that was asked for, if the commit could not be looked up).

@@ -1,4 +1,4 @@
-"""Options that ``data_prep/pack.py`` and ``inspect.py`` share: which blend, packed how."""
+"""Options that ``data_prep/pack.py`` and ``inspect.py`` share: blend and packing."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def data_sections(given: argparse.Namespace) -> tuple[DataConfig, BatchConfig]:
-    """What the options ask for: the config's sections, or the inputs in equal shares.
+    """Sections from the options: those of the config, or the inputs with equal weights.
 
     Raises:
         HydraError: the config cannot be read, or an option is malformed.

@@ -1,4 +1,4 @@
-"""The unit that sources hand to the packer: one document, or a piece of one."""
+"""Unit between sources and packer: one document, or a piece of a document."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """Tokens of one document and which of them are learned.
+    """Tokens of one document, and its loss mask.
 
     Attributes:
         tokens: ``[n]`` int64 token ids.

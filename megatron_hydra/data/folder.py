@@ -1,4 +1,4 @@
-"""What a folder given as an input holds: the files that are data, and all others with the reason.
+"""List an input folder: its data files, and the skipped files with their reasons.
 
 Nothing under a folder is skipped silently: a file is read, or it is skipped for a reason that
 can be told, or it is an error.
@@ -76,7 +76,7 @@ def compression_of(path: str) -> str | None:
 
 
 def refuse_compression(path: str) -> None:
-    """Refuse a file of a compression that cannot be read here.
+    """Check that the compression of a file can be read.
 
     Raises:
         HydraError: naming it and those that can.
@@ -166,7 +166,7 @@ def _saved_files(parent: Path) -> set[str] | None:
 
 
 def _why_not(path: str, folder: Path, wanted: Format | None, saved: set[str] | None) -> str:
-    """Why a file is skipped, or nothing.
+    """Reason for skipping a file; empty if it is data.
 
     Raises:
         HydraError: a dangling link, or an unknown compression.

@@ -1,4 +1,4 @@
-"""Text that a model writes, as data: a distilled student learns best what its teacher would say.
+"""Generate training text with a model: a student learns best from its teacher's own text.
 
 Prompts are the rows of a corpus, in any form that :mod:`megatron_hydra.data.corpus` reads; what comes out
 are JSON lines that ``data_prep/tokenize.py`` reads. Prompts go to the model in batches whose composition
@@ -44,7 +44,7 @@ _REPORT_SECONDS = 30.0
 
 @dataclasses.dataclass(frozen=True)
 class GenerationSettings:
-    """How a model writes.
+    """Settings of the generation.
 
     Attributes:
         samples: texts for each prompt.
@@ -92,7 +92,7 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         if self.top_p > 1:
-            raise HydraError(f"--top-p {self.top_p}: it is a probability, at most 1")
+            raise HydraError(f"--top-p {self.top_p}: it must be at most 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Generation:
         )  # fmt: skip
 
     def run(self, report: Callable[[str], None] = print) -> dict[str, Any]:
-        """Write everything, or what is left of it.
+        """Generate all texts, or resume with the remaining ones.
 
         Args:
             report: takes lines of progress.
@@ -328,7 +328,7 @@ class Generation:
         if self.corpus.chat:
             value = list(itertools.dropwhile(_is_answer, reversed(row.value)))[::-1]
             if not value:
-                raise ChatError("no message but the assistant's: there is nothing to answer")
+                raise ChatError("only messages of the assistant: there is no prompt")
             text = render_prompt(self.tokenizer, value, row.tools)
         encoded = self.tokenizer(text, add_special_tokens=not self.corpus.chat)
         ids = list(encoded["input_ids"])

@@ -1,4 +1,4 @@
-"""What the scorer asks of a model, whatever runs it: one Hugging Face process, or many of Megatron."""
+"""Interface between the scorer and a model: one Hugging Face process, or many Megatron processes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Backend(Protocol):
     """Token ids are below it."""
 
     def inference(self) -> AbstractContextManager[Any]:
-        """What a whole evaluation runs in: evaluation mode, no gradients."""
+        """Context of an evaluation: evaluation mode, no gradients."""
 
     def identity(self) -> dict[str, Any]:
         """``model_type``, ``weights`` (a fingerprint), ``dtype``, ``prefill_chunk``; JSON."""
@@ -61,10 +61,10 @@ class Backend(Protocol):
         """New tokens of each, up to its limit, until settled or an end token (included)."""
 
     def cache_bytes(self, length: int) -> dict[str, float] | None:
-        """What :func:`~.cache_bytes.measure_cache_bytes` finds; ``None``: there is no cache."""
+        """Result of :func:`~.cache_bytes.measure_cache_bytes`; ``None`` without a cache."""
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """The result of ``action``, which only the main process runs, on every process."""
+        """Run ``action`` on the main process; returns its result on every process."""
 
     def anywhere(self, flag: bool) -> bool:
         """Whether ``flag`` is set in any process."""
@@ -75,11 +75,11 @@ class Uncached(Protocol):
     """A back end that computes a whole prompt again for each token that no draft has guessed."""
 
     def seconds_of_forward(self, tokens: int) -> float:
-        """How long one prompt of so many tokens takes, measured now. Called by every process."""
+        """Measure the time of one prompt of this length. Called by every process."""
 
 
 def is_over(tokens: list[int], continuation: Continuation, end_tokens: Sequence[int]) -> bool:
-    """Whether nothing comes after these new tokens, of which the last one has not been asked about."""
+    """Whether the continuation ends with these new tokens; the last one is new."""
     full = len(tokens) >= continuation.max_new_tokens or tokens[-1] in end_tokens
     return full or continuation.settled(tokens)
 

@@ -1,4 +1,4 @@
-"""How much a model's cache holds: measured on real tensors, for any Hugging Face causal model."""
+"""Measure the bytes of a model's cache on real tensors, for any Hugging Face causal model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
 def measure_cache_bytes(model: Any, length: int = 512) -> dict[str, float]:
-    """Bytes that one sequence's cache grows by per token, and what does not grow.
+    """Measure the cache of one sequence: bytes per token, and bytes of constant size.
 
     Runs prompts of ``length`` and ``length // 2`` tokens, both longer by the model's window where it has
     one (until that is full, it grows too), and adds up the storage of every tensor that the returned

@@ -1,4 +1,4 @@
-"""Tasks are found by name, as ``qa:FILE``, as ``module:function``, or as JSONL."""
+"""Load tasks by name, ``qa:FILE``, ``module:function``, or from JSONL."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load_task(spec: str) -> RetrievalTask:
     try:
         task = getattr(importlib.import_module(module_name), function)()
     except (ImportError, AttributeError, TypeError) as error:
-        raise HydraError(f"task {spec!r} cannot be made: {error}") from error
+        raise HydraError(f"task {spec!r} cannot be created: {error}") from error
     if not callable(getattr(task, "samples", None)) or not hasattr(task, "name"):
         raise HydraError(f"task {spec!r} is a {type(task).__name__} without name and samples()")
     return task

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness on a model that is loaded already; optional (the extra ``eval``)."""
+"""Run EleutherAI's lm-evaluation-harness on a loaded model; optional (extra ``eval``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TOKENS_OF_A_REQUEST = 4096
 
 
 def require_lm_eval() -> None:
-    """Refuse where lm-eval is not installed.
+    """Check that lm-eval is installed.
 
     Raises:
         HydraError: naming the extra that brings it.
@@ -99,5 +99,5 @@ def _tasks_with(task: str, include: str) -> Any:
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers only: an error bar that was not computed is the text ``N/A``."""
+    """Keep numbers only; a missing error bar is the text ``N/A``."""
     return {key: v for key, v in values.items() if isinstance(v, int | float)}

@@ -1,4 +1,4 @@
-"""Going over tasks and lengths: progress, resuming, results."""
+"""Run an evaluation over tasks and lengths: progress, resume, results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FORMAT = JsonFormat("hydra-evaluation", 1, "evaluation")
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSettings(EvaluationOptions):
-    """How an evaluation is done.
+    """Settings of an evaluation.
 
     Attributes:
         seed: decides every sample.
@@ -157,7 +157,7 @@ def _check(
         raise HydraError(f"task {min(twice)!r} is given twice")
     if not (tasks and lengths) and not (settings.lm_eval and not tasks and not lengths):
         raise HydraError(
-            "an evaluation needs a task and a length at least, or lm-eval's tasks alone"
+            "an evaluation needs at least one task and one length, or only tasks of lm-eval"
         )
     if lengths and min(lengths) < 2:
         raise HydraError(f"length {min(lengths)} is too short: use 2 tokens or more")
@@ -172,7 +172,7 @@ def _cell(
     settings: EvaluationSettings,
     store: CellStore | None,
 ) -> dict[str, Any] | None:
-    """One (task, length); ``None`` where the task has no sample of that length."""
+    """Score one (task, length); ``None`` if the task has no sample of that length."""
     task_key = _task_fingerprint(task)
     kept = None
     if store is not None:
@@ -273,7 +273,7 @@ def _public(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def _watched(outcomes: Iterator[Outcome], bar: Any, backend: Backend) -> Iterator[Outcome]:
-    """Show progress, and leave with status 85 where a process was asked to stop."""
+    """Show progress; exit with status 85 after a stop request."""
     right, count = 0.0, 0
     with bar:
         for outcome in outcomes:
@@ -290,7 +290,7 @@ def _watched(outcomes: Iterator[Outcome], bar: Any, backend: Backend) -> Iterato
 
 
 def _identity(backend: Backend, settings: EvaluationSettings) -> dict[str, Any]:
-    """What decides the results: kept beside them, compared when a run is resumed."""
+    """Everything that determines the results; it is saved with them and compared on resume."""
     return backend.identity() | {
         "samples": settings.samples,
         "depths": list(settings.depths),

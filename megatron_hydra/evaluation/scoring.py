@@ -1,4 +1,4 @@
-"""Running a model on samples: greedy continuations, and answers inside a given sequence."""
+"""Score a model on samples: greedy continuations, and answers inside a given sequence."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _encoded(sample: Sample, tokenizer: Any, vocabulary: int) -> _Prompt | _Sequ
         item = _Sequence(sample, [int(t) for t in sample.tokens])
     elif isinstance(sample.prompt, str):
         if tokenizer is None:
-            raise HydraError("a task made of text needs the model's tokenizer, none was given")
+            raise HydraError("a text task needs the model's tokenizer: give one")
         item = _Prompt(sample, tokenizer(sample.prompt)["input_ids"])
     else:
         item = _Prompt(sample, list(sample.prompt))

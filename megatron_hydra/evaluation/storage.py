@@ -1,4 +1,4 @@
-"""The output folder of an evaluation: finished cells, found again when the run is resumed."""
+"""Output folder of an evaluation: saves finished cells, and loads them on resume."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class CellStore:
             before = None
         if not isinstance(before, dict) or before.pop("format", None) != FORMAT:
             raise HydraError(
-                f"output {self.folder} is not empty and no evaluation (of this version): give another "
+                f"output {self.folder} is not empty and not an evaluation of this version: give another "
                 "folder, or delete it yourself"
             )
         return before
@@ -59,11 +59,11 @@ class CellStore:
                 raise HydraError(
                     f"output {self.folder} holds an evaluation with another {key} "
                     f"({_short(before.get(key))}, now {_short(settings.get(key))}): give another "
-                    "folder, or --force to throw it away"
+                    "folder, or --force to delete it"
                 )
 
     def _clear(self) -> None:
-        """Remove what an evaluation writes, but the marker: it is rewritten."""
+        """Delete the files of an evaluation, except the marker, which is rewritten."""
         for pattern in ("cells/*.json", "heatmap_*.png", "accuracy.png", "results.json"):
             for path in self.folder.glob(pattern):
                 path.unlink()
@@ -86,7 +86,7 @@ class CellStore:
             raise HydraError(f"{path} cannot be read ({error}): delete it and run again") from None
 
     def save(self, task: str, length: int, cell: dict[str, Any]) -> None:
-        """Keep a finished cell."""
+        """Save a finished cell."""
         write_json_atomic(self.path(task, length), cell)
 
 

@@ -1,4 +1,4 @@
-"""What a retrieval task is, the registry of tasks, and tasks from a JSONL file."""
+"""Interface of a retrieval task, the registry of tasks, and tasks from a JSONL file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_NEW_TOKENS = 32
 
 @dataclasses.dataclass(frozen=True)
 class SampleRequest:
-    """What the runner asks a task for.
+    """Request of the runner to a task.
 
     Attributes:
         length: the context length in tokens, answer included: no sample may be longer.
@@ -106,7 +106,7 @@ TASKS: dict[str, Callable[[], RetrievalTask]] = {}
 
 
 def register_task(name: str, make: Callable[[], RetrievalTask]) -> None:
-    """Make a task known by ``name``, for ``--tasks`` and ``load_task``."""
+    """Register a task under ``name``, for ``--tasks`` and ``load_task``."""
     TASKS[name] = make
 
 

@@ -1,4 +1,4 @@
-"""Doing one step: every action is the call that the command of the same purpose makes."""
+"""Actions of the steps: each one makes the same call as the corresponding command."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEAD_MAP = "head_map.json"
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What an action is given.
+    """Arguments of an action.
 
     Attributes:
         step: what to do.
@@ -111,11 +111,11 @@ def select(context: Context) -> None:
 
 
 def _take_head_map(context: Context, source: Path) -> None:
-    """A map that was made before, if it is for this teacher and still what the plan has read."""
+    """Load an existing head map; check that it fits the teacher and has not changed since planning."""
     from megatron_hydra.hf_identity import model_identity_from_hf
 
     if fingerprint.of_file(source) != context.step.params["head_map"]:
-        raise HydraError(f"{source} has changed since this run was planned: start it again")
+        raise HydraError(f"{source} has changed since this run was planned; run the command again")
     HeadMap.load(source).check_model(model_identity_from_hf(context.teacher_hf), str(source))
     shutil.copyfile(source, context.out / HEAD_MAP)
 
@@ -241,7 +241,7 @@ def evaluate(context: Context) -> None:
 
 
 def _renew_code(folder: Path) -> None:
-    """Give a student that a step has exported the package's code of today.
+    """Replace the model code of an exported student by the package's current code.
 
     What lies there was written by an earlier version, or by somebody else: neither is run.
     """

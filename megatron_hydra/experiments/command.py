@@ -67,7 +67,7 @@ class Request:
 
 
 def run(request: Request, say: Say) -> int:
-    """Compute what is missing.
+    """Run the missing steps.
 
     Returns:
         0; 1 if a cell failed; 85 if none has, and some are not finished because the time was over.
@@ -115,7 +115,7 @@ def run(request: Request, say: Say) -> int:
 
 
 def gpus_of_workers(plan: Plan, wanted: Sequence[int] | None) -> list[str]:
-    """The GPUs that workers share out, as words for ``CUDA_VISIBLE_DEVICES``; none: they see all.
+    """GPUs for the workers, as values of ``CUDA_VISIBLE_DEVICES``; empty: every worker sees all GPUs.
 
     Args:
         wanted: numbers among the GPUs that this process sees; ``None``: all of them, unless a stage has
@@ -143,7 +143,7 @@ def gpus_of_workers(plan: Plan, wanted: Sequence[int] | None) -> list[str]:
 
 
 def show(request: Request, say: Say) -> int:
-    """Tables of what is finished; 1 if cells are missing."""
+    """Write tables of the finished cells; returns 1 if cells are missing."""
     store = StepStore(request.output)
     missing = 0
     for path in request.files:
@@ -159,7 +159,7 @@ def show(request: Request, say: Say) -> int:
 
 
 def draw(request: Request, say: Say) -> int:
-    """Pictures of what is finished."""
+    """Plot the finished cells."""
     from megatron_hydra.experiments.plots import draw as draw_results
 
     store = StepStore(request.output)

@@ -1,4 +1,4 @@
-"""Running what is missing of a plan with a few worker processes."""
+"""Run the missing steps of a plan with worker processes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_plan(
     gpus: Sequence[str] = (),
     begin_until: float | None = None,
 ) -> list[Failure]:
-    """Compute the missing steps; those that need a failed one are left, all others go on.
+    """Run the missing steps; steps that depend on a failed step are skipped, all others still run.
 
     Args:
         workers: steps at a time.
@@ -78,7 +78,7 @@ def run_plan(
 
 
 def missing_steps(plan: Plan, store: StepStore) -> dict[str, Step]:
-    """What the cells that are not finished still need, in the order of the plan.
+    """Missing steps of the unfinished cells, in the order of the plan.
 
     A finished step whose weights were omitted (:mod:`~.pack`) is needed again only where an unfinished
     one reads it.
@@ -100,7 +100,7 @@ def missing_steps(plan: Plan, store: StepStore) -> dict[str, Step]:
 
 
 class _Schedule:
-    """Which steps may run, in the order of the plan, and how much is left."""
+    """Scheduler: which steps are ready, in the order of the plan, and the remaining time."""
 
     def __init__(self, plan: Plan, store: StepStore, todo: dict[str, Step]) -> None:
         self.plan, self.store = plan, store
@@ -165,7 +165,7 @@ class _Schedule:
 
 
 class _Pool:
-    """Worker processes; one that dies takes only its step with it."""
+    """Worker processes; if one dies, only its step fails."""
 
     def __init__(self, store: StepStore, count: int, threads: int, gpus: Sequence[str]) -> None:
         self.store, self.count, self.threads = store, count, threads

@@ -1,4 +1,4 @@
-"""Taking results along without the weights: the same folder, small enough to send or to keep."""
+"""Copy results without weights: the same folder layout, small enough to send or to archive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From cells to steps: a step's key is the hash of all that decides its result.
+"""Turn cells into steps: the key of a step is the hash of everything that determines its result.
 
     teacher ─ prepare ─ select ─ convert ─ stage … stage ─ export ─ evaluate
 
@@ -58,7 +58,7 @@ _BLIND_KEYS = ("strategy", "ratio", "granularity", "min_per_layer", "max_per_lay
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One thing to compute, once.
+    """A step, which is computed once.
 
     Attributes:
         key: hash of ``action``, ``params`` and ``inputs``.
@@ -369,7 +369,7 @@ class _CellPlanner:
 
 
 def _changed_switches(hydra: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs from the defaults: a default written out is not another student.
+    """Options that differ from the defaults; an explicit default does not change the key.
 
     From the first defaults: where a default has changed since, an old step's student is not today's.
     """
@@ -384,7 +384,7 @@ def _yaml(value: Any) -> str:
 
 
 def _without_paths(config: RunConfig) -> RunConfig:
-    """The same wherever its data and their packs lie: the content of data is hashed apart."""
+    """Remove data paths: the content of the data is hashed separately."""
 
     def nowhere(blend: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
         return tuple(dataclasses.replace(part, path=PLACE) if part.path else part for part in blend)
@@ -395,7 +395,7 @@ def _without_paths(config: RunConfig) -> RunConfig:
 
 
 def _without_new_defaults(body: dict[str, Any]) -> dict[str, Any]:
-    """A config as it was before there was a validation, where it has none: its steps are still theirs."""
+    """Remove keys of new features at their defaults, so that existing steps keep their hashes."""
     default = to_dict(RunConfig())
     shortened = dict(body)
     for section, keys in _NEW_KEYS.items():

@@ -1,4 +1,4 @@
-"""What came out of an experiment: every cell with its state, and means with spread over seeds."""
+"""Results of an experiment: the state of every cell, and mean and spread over seeds."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def split_column(column: str) -> tuple[str, int | None]:
 
 
 def collect(experiment: Experiment, plan: Plan, store: StepStore) -> Results:
-    """Read the finished cells; the others say why they are not there."""
+    """Read the finished cells; for other cells, record why they are missing."""
     return Results(experiment, tuple(_cell(cell, plan, store) for cell in experiment.cells))
 
 

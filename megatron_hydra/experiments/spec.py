@@ -1,4 +1,4 @@
-"""The experiment file: what a cell is made of, typed; axes and variants that expand into cells."""
+"""The experiment file: typed specs of a cell, and axes and variants that expand into cells."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class PrepareSpec:
 
 @dataclasses.dataclass(frozen=True)
 class SelectionSpec(SelectionOptions):
-    """How heads are chosen: what ``tools/select_heads.py`` is given.
+    """Options of the head selection (``tools/select_heads.py``).
 
     ``tasks`` may name the prepared folder as ``{prepare}``; none: the default ones that the teacher solves.
     ``text`` likewise (``learned_gates``). ``strategy`` may be a name from before; a step is hashed by today's.
@@ -98,7 +98,7 @@ class SelectionSpec(SelectionOptions):
 
 @dataclasses.dataclass(frozen=True)
 class StudentSpec:
-    """How the student is made of the teacher: the options of ``tools/hf_to_megatron.py``."""
+    """How the student is made from the teacher: options of ``tools/hf_to_megatron.py``."""
 
     half_life: tuple[float, ...] = ()
     calibrate: bool = True
@@ -144,7 +144,7 @@ class StageSpec:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSpec(EvaluationOptions):
-    """How a model is scored: what ``tools/evaluate.py`` is given.
+    """Options of the evaluation (``tools/evaluate.py``).
 
     ``model_config``: keys of the model's ``config.json`` with other values, in a row with ``hf_model``.
     """
@@ -159,7 +159,7 @@ class EvaluationSpec(EvaluationOptions):
 
 @dataclasses.dataclass(frozen=True)
 class CellSpec:
-    """Everything about a row of the table but the seed.
+    """Spec of a table row, without the seed.
 
     Attributes:
         hf_model: score this Hugging Face model (folder or Hub name) instead of a student;

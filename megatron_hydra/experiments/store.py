@@ -1,4 +1,4 @@
-"""Where finished steps are kept, and who is computing one now.
+"""Store of finished steps, with claims of the processes that compute a step.
 
 <root>/steps/<kind>-<key>/out/         what the step made
                          record.json   that it is finished, with its inputs and seconds
@@ -55,7 +55,7 @@ class StepStore:
         marker = self.root / MARKER
         if not marker.is_file():
             if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
-                raise HydraError(f"--output {root} is not empty and holds no experiments")
+                raise HydraError(f"--output {root} is not empty and has no experiments")
             self.root.mkdir(parents=True, exist_ok=True)
             write_json_atomic(marker, {"format": "hydra-experiments"})
 
@@ -80,7 +80,7 @@ class StepStore:
         return self.is_done(step) and not (self.folder(step) / WITHOUT_WEIGHTS).exists()
 
     def discard_leftovers(self, step: Step) -> None:
-        """Throw away what is left of a step whose weights were omitted."""
+        """Delete the remains of a step that was copied without weights."""
         marker = self.folder(step) / WITHOUT_WEIGHTS
         if marker.exists():
             shutil.rmtree(self.out(step), ignore_errors=True)
@@ -96,7 +96,7 @@ class StepStore:
         return None if self.is_done(step) else _json(self.folder(step) / "failed.json")
 
     def finish(self, step: Step, seconds: float, cpu_seconds: float = 0.0) -> None:
-        """Note that a step is finished, and its time: on the clock, and of the process's CPUs."""
+        """Record that a step is finished, with its wall-clock and CPU seconds."""
         body = {
             **{k: v for k, v in dataclasses.asdict(step).items() if k != "places"},
             "seconds": round(seconds, 2),
@@ -111,7 +111,7 @@ class StepStore:
         write_json_atomic(self.folder(step) / "record.json", body)
 
     def fail(self, step: Step, message: str) -> None:
-        """Note how a try ended."""
+        """Record how a failed attempt ended."""
         folder = self.folder(step)
         folder.mkdir(parents=True, exist_ok=True)
         body = {"error": message, "log": str(self.log(step))}
@@ -128,7 +128,7 @@ class StepStore:
 
     @contextlib.contextmanager
     def claimed(self, step: Step, say: Callable[[str], None] = _say) -> Iterator[bool]:
-        """Be the only one to compute a step.
+        """Claim a step, so that no other process computes it.
 
         Waits while another process does, which ``say`` tells once; yields whether there is anything
         left to do.

@@ -1,4 +1,4 @@
-"""A process that computes steps one after another: importing torch costs more than a short step."""
+"""Worker process: runs several steps, because importing torch takes longer than a short step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_hydra.stopping import Stopped, StopRequest
 
 
 def compute(store: StepStore, step: Step, folders: dict[str, Path]) -> str:
-    """Compute one step if nobody has; its output goes to the step's log.
+    """Compute one step if it is missing; its output goes to the step's log.
 
     Args:
         folders: name of an input → its ``out`` folder.

@@ -227,7 +227,7 @@ def test_content_as_parts(tokenizer, template):
         ([{"role": "assistant", "content": 3}], "no text content"),
         ([{"role": "assistant", "content": [{"type": "image"}]}], "part of type 'image'"),
         ([{"role": "assistant", "content": ["x"]}], "part of type 'str'"),
-        ([{"role": "assistant", "tool_calls": "x"}], "are no list"),
+        ([{"role": "assistant", "tool_calls": "x"}], "is not a list"),
         ([{"role": "assistant", "tool_calls": ["x"]}], "a tool call of .* has no name"),
     ],
 )
@@ -239,7 +239,7 @@ def test_malformed_conversations_say_why(tokenizer, messages, reason):
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{{ raise_exception('no system role') }}", "refused it.*no system role"),
+        ("{{ raise_exception('no system role') }}", "failed.*no system role"),
         ("{% for m in messages %}{{ m.content | upper }};{% endfor %}", "cannot be told"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "cannot be told.*does not close it"),
         (

@@ -239,6 +239,6 @@ def test_the_command(model, qwen, prompts, tmp_path, capsys):
     assert "5 texts for 5 prompts" in capsys.readouterr().out
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 5
     assert module.main([*arguments, "--top-p", "2"]) == 2
-    assert "--top-p 2.0: it is a probability" in capsys.readouterr().err
+    assert "--top-p 2.0: it must be at most 1" in capsys.readouterr().err
     assert module.main([*arguments[:-6], "--output", str(tmp_path / "x"), "--shard", "3/2"]) == 2
     assert "the first number must be 0..1" in capsys.readouterr().err

@@ -65,7 +65,7 @@ def test_another_evaluation_is_not_mixed_in(reader, tokenizer, tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("keep me")
-    with pytest.raises(HydraError, match="not empty and no evaluation"):
+    with pytest.raises(HydraError, match="not empty and not an evaluation"):
         evaluate(reader, tokenizer, TASKS[:1], [1000], SETTINGS, output=foreign)
     assert (foreign / "thesis.txt").read_text() == "keep me"
 

@@ -37,7 +37,7 @@ def test_the_folders_of_others_are_left_alone(tmp_path, settings, force):
     files |= {} if settings is None else {"settings.json": settings}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(HydraError, match="not empty and no evaluation"):
+    with pytest.raises(HydraError, match="not empty and not an evaluation"):
         CellStore(tmp_path, {"seed": 1}, force=force)
     assert {name: (tmp_path / name).read_text() for name in files} == files
 

@@ -157,8 +157,8 @@ def test_tasks_are_found_by_name_by_function_and_by_file(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert load_task("my_tasks:T").name == "mine"
     for spec, message in (
-        ("my_tasks:nothing", "cannot be made"),
-        ("no_such_module:x", "cannot be made"),
+        ("my_tasks:nothing", "cannot be created"),
+        ("no_such_module:x", "cannot be created"),
         ("my_tasks:number", "without name and samples"),
         ("niah", "task 'niah' is unknown: use one of"),
         (str(tmp_path / "none.jsonl"), "cannot be read"),

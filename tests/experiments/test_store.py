@@ -16,7 +16,7 @@ from tests.experiments.helpers import step
 
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(HydraError, match="holds no experiments"):
+    with pytest.raises(HydraError, match="has no experiments"):
         StepStore(tmp_path)
     assert StepStore(tmp_path / "new").root == StepStore(tmp_path / "new").root
 
