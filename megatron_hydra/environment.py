@@ -18,7 +18,7 @@ def environment_number(name: str, default: int) -> int:
         return default
     if not text.isascii() or not text.isdecimal():
         raise HydraError(
-            f"the environment has {name}={text}: a whole number is wanted; torchrun and launch/*.sh set it, "
+            f"the environment has {name}={text}: it must be a whole number; torchrun and launch/*.sh set it, "
             "unset it to run one process"
         )
     return int(text)

@@ -1,4 +1,4 @@
-"""Which documents of a source training reads, and which are held out from it for validation.
+"""Split the documents of a source between training and validation (held-out data).
 
 Whole documents are held out, before they are cut, repeated or packed, so that no piece and no copy of one
 is on both sides. A document's side is a hash of its number in the file: it depends on no seed, no order, no
@@ -37,7 +37,7 @@ class Side:
             )
 
     def check_not_empty(self, name: str, found: int, documents: int) -> None:
-        """Refuse a side without a document.
+        """Check that this side has at least one document.
 
         Args:
             name: the source.
@@ -45,7 +45,7 @@ class Side:
             documents: all its documents that hold one.
 
         Raises:
-            HydraError: there is none on this side.
+            HydraError: this side has no document.
         """
         if not found:
             what, advice = ("held out", "raise") if self.is_validation else ("trained on", "lower")

@@ -1,4 +1,4 @@
-"""Looking at data: packs as text, lengths as a picture, duplicates, what a run will read."""
+"""Inspect data: packs as text, a histogram of lengths, duplicates, and what a run will read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifest beside a ``.bin/.idx`` pair: where its tokens come from, and that they are whole.
+"""Manifest of a ``.bin/.idx`` pair: the source of its tokens, and checks of its files.
 
 ``<prefix>.json`` is written by ``data_prep/tokenize.py`` and ``data_prep/merge.py``. Files made by
 Megatron-LM have none and are read without it.
@@ -86,7 +86,7 @@ class Manifest:
             manifest = from_dict(cls, known, str(path))
             _check_counts(manifest)
         except HydraError as error:
-            raise HydraError(f"{error}; a damaged manifest: prepare the data again") from None
+            raise HydraError(f"{error}; the manifest is damaged: prepare the data again") from None
         return manifest
 
     def check_files(self, prefix: str) -> dict[str, str]:

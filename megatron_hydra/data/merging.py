@@ -1,4 +1,4 @@
-"""Several ``.bin/.idx`` pairs into one, by joining files: no token is decoded or rewritten."""
+"""Merge ``.bin/.idx`` pairs by concatenating files, without decoding tokens."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _manifest_of(documents: IndexedDocuments, first: IndexedDocuments) -> Manife
 
 
 def _check_shards(prefixes: list[str], manifests: list[Manifest]) -> None:
-    """Refuse shards that were not cut from the same units with the same options."""
+    """Check that shards come from the same units and options."""
     for index, key, own, wanted in _misfits(manifests):
         raise HydraError(
             f"{prefixes[index]}.json: {key} is {own!r}, but {wanted!r} would fit "

@@ -1,4 +1,4 @@
-"""Room for the files that a blend of many parts keeps open."""
+"""Raise the limit of open files for blends of many sources."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RESERVE = 256
 
 
 def raise_open_file_limit(count: int) -> None:
-    """Raise this process's own limit of open files, if ``count`` more would not fit.
+    """Raise this process's soft limit of open files, if ``count`` more would exceed it.
 
     Raises:
         HydraError: the system's limit is lower.

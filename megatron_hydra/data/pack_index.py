@@ -131,7 +131,7 @@ def _build(
 
 
 def _publish_index(temporary: Path, folder: Path) -> None:
-    """Rename, but keep an index that another node has finished (not all file systems lock)."""
+    """Rename the new index, unless another node has finished one (not all file systems can lock)."""
     if not (folder / "pack.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         try:

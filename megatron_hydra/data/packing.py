@@ -79,7 +79,7 @@ def pack_documents(
         name: the source, for messages.
 
     Raises:
-        HydraError: ``best_fit`` met a document longer than S, or there is no token at all.
+        HydraError: a document is longer than S with ``best_fit``, or no document has a token.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
     order = rng.permutation(len(lengths))
@@ -208,7 +208,7 @@ def upsample_factors(given: dict[Any, Any], name: str) -> dict[int, float]:
     """``data.blend[].upsample`` with its types checked: smallest length of a bucket → factor.
 
     Raises:
-        HydraError: a key is not a whole number ≥ 0, or a factor no number ≥ 0.
+        HydraError: a key is not a whole number ≥ 0, or a factor is not a number ≥ 0.
     """
     factors: dict[int, float] = {}
     try:

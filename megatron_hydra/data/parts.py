@@ -33,7 +33,7 @@ _SYNC_SECONDS = 5.0
 
 @dataclasses.dataclass
 class Counts:
-    """What became of the rows.
+    """Counts of rows, documents and tokens.
 
     Attributes:
         rows: read; ``empty_rows`` without text and ``bad_rows`` unreadable are among them.
@@ -136,7 +136,7 @@ class PartWriter:
 
 @dataclasses.dataclass
 class State:
-    """How far the growing files go.
+    """State of the growing files.
 
     Attributes:
         parts: parts taken in.
@@ -217,7 +217,7 @@ class Assembler:
         return stream
 
     def append(self, number: int) -> None:
-        """Take in part ``number``, which must be the next one."""
+        """Append part ``number``, which must be the next one."""
         path = part_path(self.work, number)
         body = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
         counts = Counts(**body["counts"])

@@ -1,4 +1,4 @@
-"""What a preparation would take, from a timed sample of its own corpus: CPU time, disk, memory.
+"""Estimate CPU time, disk space and memory of a preparation from a timed sample of its corpus.
 
 Units spread over the corpus are tokenised for some seconds by one process as a worker would do it, and
 everything else is proportion: tokens a CPU-second, bytes a token, documents a token. Nothing is written but a
@@ -112,7 +112,7 @@ class PreparationPlan:
 def plan_preparation(
     config: TokenizeConfig, tokens: int, seconds: float, report: Report = print
 ) -> PreparationPlan:
-    """Take a sample and say what ``tokens`` would take.
+    """Take a sample, and estimate the resources for ``tokens``.
 
     Args:
         config: the preparation.
@@ -125,9 +125,7 @@ def plan_preparation(
             be told from it.
     """
     if config.shard[1] > 1:
-        raise HydraError(
-            "--plan looks at the whole input: leave --shard out, and divide what it says"
-        )
+        raise HydraError("--plan estimates the whole input: remove --shard, and divide the result")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     config = dataclasses.replace(config, corpus=pin_revisions(config.corpus, report))
     units = plan_units(config.corpus, report)

@@ -1,4 +1,4 @@
-"""How far a preparation is: lines with share done, tokens/s, time left."""
+"""Progress of a preparation: share done, tokens/s, time left."""
 
 from __future__ import annotations
 

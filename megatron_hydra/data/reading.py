@@ -1,8 +1,8 @@
-"""What a run has read, source by source and span by span, and where it goes on when its data change.
+"""Record what a run has read, by source and span, so that it can continue when its data change.
 
 A span is a row of steps that read one blend, in batches of one size, on one number of replicas. Every source
 that some blend of the run held has a number, which fixes its order of samples, and a count of samples read: a
-source that stays in the blend, or comes back, goes on there; a new one begins at its first sample.
+source that stays in the blend, or comes back, continues there; a new one starts at its first sample.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """All sources and spans of a run; the last span is the one that goes on."""
+    """All sources and spans of a run; the last span is the current one."""
 
     sources: tuple[SourceRecord, ...]
     spans: tuple[Span, ...]
@@ -202,12 +202,12 @@ class Reading:
         self, sources: Sequence[SourceRecord], numbers: Sequence[int], weights: Sequence[float],
         span: Span, *, new_blend: bool,
     ) -> Reading:  # fmt: skip
-        """This reading and a span after it, or its last span going on if nothing differs.
+        """Add a span to this reading, or continue its last span if nothing differs.
 
         Args:
-            sources: those of this reading, perhaps distinguished better, and new ones behind them.
+            sources: the sources of this reading, perhaps with better identities, then the new ones.
             numbers, weights: of the parts of the blend from now on.
-            span: what the new span is to be like, apart from where it begins and its parts.
+            span: settings of the new span, without its first step and its parts.
             new_blend: whether the blend is another.
         """
         last = self.span
@@ -294,11 +294,11 @@ def _about_source(source: dict[str, Any]) -> str:
     read = f"{samples:,} sequences read"
     if after is None:
         return (
-            f"{source['name']}: no longer in the blend; {read}, it goes on there if it comes back"
+            f"{source['name']}: no longer in the blend; {read}; it continues there if it comes back"
         )
     if before is None:
         return f"{source['name']}: in the blend with weight {after}, {read} before"
-    return f"{source['name']}: weight {before} -> {after}; goes on after {read}"
+    return f"{source['name']}: weight {before} -> {after}; it continues after {read}"
 
 
 def _sum(first: int | None, second: int | None) -> int | None:
@@ -321,7 +321,7 @@ class Candidate:
 
 
 def numbers_of(reading: Reading, parts: Sequence[Candidate]) -> list[int]:
-    """The number of every part of another blend: that of the source it goes on with, or a new one.
+    """Number of every part of a new blend: that of the source it continues, or a new number.
 
     Raises:
         HydraError: the documents of a part have been read by other rules, so that what is left of them

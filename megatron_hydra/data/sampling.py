@@ -1,4 +1,4 @@
-"""Which sample comes when: seeded permutations and blends in O(1) memory.
+"""Order of samples: seeded permutations and blends in O(1) memory.
 
 Nothing here is materialised per document or per sample: a position is mapped to an item by
 arithmetic, so a stream opens at once, whatever its length, and any step can be asked for directly.

@@ -26,7 +26,7 @@ _COUNTED = 1 << 20
 
 
 class Source(Protocol):
-    """What a stream needs of a part.
+    """Interface between a stream and a source.
 
     Attributes:
         name: for logs and messages.

@@ -352,8 +352,8 @@ class PackedStream:
             change = f"batch.global_batch_size was {size} and is {now} now"
         if change and self.data.phase == phase:
             raise HydraError(
-                f"cannot resume: {change}; {advice}; if it is meant, data.phase={phase + 1} changes it from "
-                f"step {step + 1:,} on and keeps weights and optimizer"
+                f"cannot resume: {change}; {advice}; to allow the change, set data.phase={phase + 1}: it applies "
+                f"from step {step + 1:,} on, and weights and optimizer are kept"
             )
         self._resume_reading(reading, numbers, bool(difference))
         self._next_step = step
@@ -388,7 +388,7 @@ class PackedStream:
         return self._ordered[key]
 
     def _resume_reading(self, reading: Reading, numbers: list[int], has_new_blend: bool) -> None:
-        """Read on from a checkpoint's reading, with this blend and batch."""
+        """Continue a checkpoint's reading, with this blend and batch."""
         if has_new_blend:
             parts = [
                 Candidate(
@@ -478,7 +478,7 @@ def pack_sequence(
 
 
 def _check_one_tokenizer(sources: list[Source]) -> None:
-    """Refuse a blend of data of several tokenizers (as far as manifests tell)."""
+    """Check that all data of a blend have the same tokenizer, according to their manifests."""
     first: tuple[str, str] | None = None
     for source in sources:
         manifest = source.documents.manifest if isinstance(source, IndexedSource) else None

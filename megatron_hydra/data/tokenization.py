@@ -1,4 +1,4 @@
-"""Corpus to ``.bin/.idx`` on many processes, such that a run killed at any moment can go on.
+"""Tokenise a corpus to ``.bin/.idx`` on many processes; a run killed at any moment can be resumed.
 
 Workers turn units of the corpus into parts (see :mod:`megatron_hydra.data.parts`), each a pure
 function of its unit; this process assembles them in order in ``<output>.work/``. After a kill, what
@@ -44,7 +44,7 @@ _LOCK_PATIENCE = 5.0
 
 
 def tokenize(config: TokenizeConfig, report: Report = print) -> Manifest:
-    """Prepare a corpus, or go on with a preparation that was stopped.
+    """Prepare a corpus, or resume a stopped preparation.
 
     Args:
         config: what to do.
@@ -82,7 +82,7 @@ def tokenize(config: TokenizeConfig, report: Report = print) -> Manifest:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise HydraError(f"cannot prepare {config.prefix}: {error}") from error
         raise HydraError(
-            f"the disk is full while writing {config.work}; make room and run the same command "
+            f"the disk is full while writing {config.work}; free some space and run the same command "
             "again; it resumes"
         ) from error
 
@@ -94,7 +94,7 @@ def _shard_of(units: list[Unit], shard: tuple[int, int]) -> list[Unit]:
         raise HydraError(f"--shard {index}/{count}: the first number must be 0..{count - 1}")
     if len(units) < count:
         raise HydraError(
-            f"--shard {index}/{count}: the corpus has only {len(units)} units to share out; use "
+            f"--shard {index}/{count}: the corpus has only {len(units)} units; use "
             "fewer shards or a smaller --unit-size"
         )
     sizes = np.array([max(unit.size, 1) for unit in units])
@@ -225,7 +225,7 @@ def _claim(config: TokenizeConfig, plan: dict[str, Any]) -> None:
             before = [entry.get("revision") for entry in old.get("inputs", [])]
             commits = f"; --revision was {', '.join(map(str, before))}" if any(before) else ""
             raise HydraError(
-                f"{config.work} holds unfinished work of another preparation (different: "
+                f"{config.work} has unfinished work of another preparation (different: "
                 f"{', '.join(different)}{commits}); finish that one, or start over with --force"
             )
         shutil.rmtree(config.work)

@@ -64,7 +64,7 @@ def token_ids(given: Any) -> list[int]:
     ends = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
     if not all(isinstance(token, int) for token in ends):
         raise HydraError(
-            f"the model's eos_token_id is {given!r}: a token id, or a list of them, is wanted"
+            f"the model's eos_token_id is {given!r}: it must be a token id, or a list of token ids"
         )
     return ends
 

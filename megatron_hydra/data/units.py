@@ -62,7 +62,7 @@ def _file_units(path: str, corpus: CorpusConfig) -> list[Unit]:
     kind = corpus.format or format_of(path)
     size = os.path.getsize(path)
     if kind is None:
-        raise HydraError(f"{path}: unknown suffix; say what it is with --format")
+        raise HydraError(f"{path}: unknown suffix; give its format with --format")
     if compression_of(path) and kind in ("jsonl", "lines"):
         return [Unit(path, "compressed", 0, size, size)]
     if kind == "text":

@@ -86,13 +86,13 @@ class ValidationStream:
             there = source.samples_per_epoch
             if there is not None and count > there:
                 raise HydraError(
-                    f"validation.sequences is {self._sequences}: {key}.{i} ({source.name}) is to give "
-                    f"{count} of them and has {there}; ask for fewer, or hold out more"
+                    f"validation.sequences is {self._sequences}: {key}.{i} ({source.name}) must provide "
+                    f"{count} of them but has {there}; lower it, or hold out more data"
                 )
             if not any(_has_learned_token(self._documents(i, n)) for n in range(count)):
                 raise HydraError(
-                    f"{key}.{i} ({source.name}): no token of its {count} held-out sequences is learned, "
-                    "so that they have no loss; raise validation.sequences, or hold out other data"
+                    f"{key}.{i} ({source.name}): its {count} held-out sequences have no token with a "
+                    "loss; raise validation.sequences, or hold out other data"
                 )
 
     def _documents(self, part: int, number: int) -> list[Document]:

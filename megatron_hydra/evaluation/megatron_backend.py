@@ -71,7 +71,7 @@ def layout_config(config: str | os.PathLike[str] | None, overrides: Sequence[str
         section = override.partition("=")[0].partition(".")[0]
         if section not in SECTIONS:
             raise HydraError(
-                f"override {override!r}: an evaluation heeds {', '.join(SECTIONS)} only"
+                f"override {override!r}: an evaluation accepts only {', '.join(SECTIONS)}"
             )
     body = {} if config is None else read_config(config)
     taken = {section: body[section] for section in SECTIONS if section in body}

@@ -72,7 +72,7 @@ def compiler_output_to(path: Path, errors: bool = False) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError as error:
-        raise HydraError(f"{path}, for what compilers say, cannot be written: {error}") from None
+        raise HydraError(f"the compiler log {path} cannot be written: {error}") from None
     taken = (1, 2) if errors else (1,)
     _flush()
     before = {number: os.dup(number) for number in taken}

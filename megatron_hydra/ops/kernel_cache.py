@@ -179,7 +179,7 @@ def record(key: str, facts: dict[str, Any]) -> None:
             text = json.dumps(facts, indent=1, sort_keys=True, default=str)
             write_text_atomic(folder / RECORDS / key, text)
         except OSError as error:
-            _log.warning("%s takes no record of what was compiled (%s)", folder, error)
+            _log.warning("%s cannot record the compiled kernels (%s)", folder, error)
 
 
 @contextlib.contextmanager

@@ -106,7 +106,7 @@ class Efficiency:
         for word in settings:
             name, _, text = word.partition("=")
             if name not in known:
-                raise HydraError(f"--efficiency {word}: known are {', '.join(known)}")
+                raise HydraError(f"--efficiency {word}: unknown; known: {', '.join(known)}")
             try:
                 values[name] = float(text)
             except ValueError:
@@ -127,5 +127,5 @@ def find_gpu(name: str) -> Gpu:
         HydraError: it is not in the table.
     """
     if name not in GPUS:
-        raise HydraError(f"--gpu {name}: known are {', '.join(GPUS)}")
+        raise HydraError(f"--gpu {name}: unknown; known: {', '.join(GPUS)}")
     return GPUS[name]

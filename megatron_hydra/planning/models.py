@@ -100,8 +100,8 @@ def model_kinds(model: ModelConfig, ratio: str, head_map: str) -> dict[str, Mode
     dense = model.dense()
     if model.is_hybrid and head_map:
         raise HydraError(
-            f"--head-map {head_map}: --model is a hybrid, whose heads are chosen already; leave the "
-            "head map out, or give the dense model"
+            f"--head-map {head_map}: --model is a hybrid, which already has its heads; remove "
+            "--head-map, or give the dense model"
         )
     if model.is_hybrid:
         ours = model

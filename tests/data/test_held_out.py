@@ -198,6 +198,6 @@ def test_too_few_sequences_and_sequences_without_a_loss_are_refused(data, tmp_pa
         _validation(data, 500)
     short, _ = write_indexed(tmp_path / "short", numbered_documents([1] * 9))
     with pytest.raises(
-        HydraError, match=r"validation\.blend\.0 .*short\): no token of its 1 held-out"
+        HydraError, match=r"validation\.blend\.0 .*short\): its 1 held-out sequences have no"
     ):
         _validation(dataclasses.replace(data, held_out=0.0), 1, blend=(SourceConfig(path=short),))

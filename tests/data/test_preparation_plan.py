@@ -96,7 +96,7 @@ def test_a_unit_is_left_when_the_time_is_over(qwen, tmp_path, monkeypatch, suffi
 
 
 def test_what_cannot_be_planned_is_named(corpus, qwen, tmp_path) -> None:
-    with pytest.raises(HydraError, match="leave --shard out"):
+    with pytest.raises(HydraError, match="remove --shard"):
         plan_preparation(config(corpus, tmp_path / "out", qwen, shard=(0, 2)), 0, 1)
     (tmp_path / "other.jsonl").write_text('{"body": "a"}\n')
     with pytest.raises(

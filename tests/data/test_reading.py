@@ -228,7 +228,7 @@ def test_the_log_and_the_event_name_every_change(corpora) -> None:
     assert weights == {corpora[0]: [1.0, None], corpora[1]: [1.0, 3.0], corpora[2]: [None, 1.0]}
     text = "\n".join(opened.reading.about_change(10))
     assert f"{corpora[0]}: no longer in the blend; 10 sequences read" in text
-    assert f"{corpora[1]}: weight 1.0 -> 3.0; goes on after 10 sequences read" in text
+    assert f"{corpora[1]}: weight 1.0 -> 3.0; it continues after 10 sequences read" in text
     assert f"{corpora[2]}: in the blend with weight 1.0, 0 sequences read before" in text
     # 20 sequences in 5 steps; 5 more steps were to read 20, of 8 each they read 40.
     assert "schedule.steps=10 is now 60 of them, before 40; schedule.steps=8 reads as many" in text
@@ -283,7 +283,7 @@ def test_a_change_without_a_phase_is_refused_and_the_key_that_allows_it_named(co
         (_data(corpora, {0: 1.0, 1: 1.0}), (1, 8)),
     ):
         with pytest.raises(
-            HydraError, match=r"cannot resume: .* if it is meant, data\.phase=2 .*step 6"
+            HydraError, match=r"cannot resume: .* to allow the change, set data\.phase=2.*step 6"
         ):
             _resumed(state, data, batch)
     second = _resumed(state, _data(corpora, {1: 1.0}, 2)).state(7)
@@ -291,7 +291,7 @@ def test_a_change_without_a_phase_is_refused_and_the_key_that_allows_it_named(co
         HydraError, match=r"data\.phase was 2 and is 1 now: .* never falls; set it to 2"
     ):
         _resumed(second, _data(corpora, {1: 1.0}))
-    with pytest.raises(HydraError, match=r"if it is meant, data\.phase=3"):
+    with pytest.raises(HydraError, match=r"to allow the change, set data\.phase=3"):
         _resumed(second, _data(corpora, {2: 1.0}, 2))
     with pytest.raises(HydraError, match=r"data\.phase is 0"):
         _stream(_data(corpora, {1: 1.0}, 0))

@@ -124,7 +124,7 @@ def test_every_layout_says_what_the_export_says(case, layout, tmp_path):
             "parallel.tensor · context · pipeline = 2·1·1 = 2 processes, one a GPU, but this run has 1",
         ),
         (("parallel.tensr=2",), "did you mean 'tensor'"),
-        (("optimizer.lr=1",), "an evaluation heeds parallel"),
+        (("optimizer.lr=1",), "an evaluation accepts only parallel"),
         (("parallel.sequence=true",), "parallel.sequence is true, but parallel.tensor is 1"),
         (("parallel.virtual_pipeline=2",), "set parallel.virtual_pipeline=1"),
         (("parallel.context=0",), "parallel.context is 0"),

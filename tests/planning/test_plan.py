@@ -427,7 +427,7 @@ def test_json_adds_up() -> None:
         ({"gpu": "v100"}, "--gpu v100"),
         ({"gpus": 0}, "--gpus is 0"),
         ({"efficiency": ("matmul=2",)}, "--efficiency matmul=2"),
-        ({"efficiency": ("speed=1",)}, "known are matmul"),
+        ({"efficiency": ("speed=1",)}, "known: matmul"),
         ({"efficiency": ("matmul=0",)}, "a share above 0 and up to 1"),
         ({"efficiency": ("overlap=-1",)}, "a share from 0 up to 1"),
         ({"efficiency": ("latency=-1",)}, "give seconds, 0 or more"),

@@ -224,7 +224,7 @@ def test_a_stopped_quickstart_ends_its_students_and_goes_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == REQUEUE_EXIT_CODE, errors
-    assert "the same command goes on" in errors
+    assert "the same command resumes" in errors
     # Refused if a student were still alive, for it would hold the lock.
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
     assert done.returncode == 0, done.stderr

@@ -58,7 +58,7 @@ def test_a_chain_of_blends_and_batches_is_counted_logged_and_recorded(
     batch = "batch.global_batch_size=6"
     _run(inputs, output, blends["A"], "schedule.steps=2")
     with pytest.raises(
-        HydraError, match=r"if it is meant, data\.phase=2 changes it from step 3 on"
+        HydraError, match=r"to allow the change, set data\.phase=2: it applies from step 3 on"
     ):
         _run(inputs, output, blends["B"], batch, "schedule.steps=4")
     _run(inputs, output, blends["B"], batch, "schedule.steps=4", "data.phase=2")

@@ -76,7 +76,7 @@ def check_model(config: HydraHeadConfig) -> None:
         )
     if config.hidden_act not in ("silu", "swish"):
         raise HydraError(
-            f"hidden_act={config.hidden_act!r} in config.json is not supported under vLLM: only silu is"
+            f"hidden_act={config.hidden_act!r} in config.json is not supported under vLLM: use silu"
         )
 
 
