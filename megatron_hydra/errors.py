@@ -1,4 +1,4 @@
-"""The one exception that users are meant to see, and how a command turns it into an exit."""
+"""The exception for user errors, and how commands report it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class HydraError(Exception):
-    """Bad input, described for the person who can fix it.
+    """Invalid input; the message tells the user how to fix it.
 
     The message names the file, key or flag that is wrong and says what to do.
     Commands print it without a traceback and exit with status 2.
@@ -18,11 +18,12 @@ class HydraError(Exception):
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a command's ``main`` so that a :class:`HydraError` becomes one line and exit status 2. So does
-    too little memory. A file that cannot be read or written as asked becomes one line that names it, and
-    status 1.
+    """Wrap a command's ``main`` so that errors print one line instead of a traceback.
 
-    Set ``MEGATRON_HYDRA_TRACEBACK=1`` to see the traceback as well.
+    The exit status is 2 after a :class:`HydraError` or if memory is exhausted. It is 1 if a file cannot be
+    read or written; the line then names the file.
+
+    Set ``MEGATRON_HYDRA_TRACEBACK=1`` to also print the traceback.
     """
 
     @functools.wraps(main)

@@ -48,7 +48,7 @@ def strategy_name(name: str) -> str:
 @functools.cache
 def _warn_renamed(old: str) -> None:
     """Once a process: an experiment names its strategy in every row."""
-    _log.warning("strategy %s is called %s now, as in the paper", old, OLD_STRATEGY_NAMES[old])
+    _log.warning("strategy %s was renamed to %s, as in the paper", old, OLD_STRATEGY_NAMES[old])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +251,7 @@ class HeadMap:
                     f"{m.num_layers} layers of {m.num_query_heads} heads)"
                 )
         if len(set(self.ranking)) != len(self.ranking):
-            raise HydraError(f"{source}: ranking: a head is there twice")
+            raise HydraError(f"{source}: ranking: a head appears twice")
         for name, rows in self.scores.items():
             if [len(row) for row in rows] != [m.num_query_heads] * m.num_layers:
                 raise HydraError(
@@ -314,7 +314,7 @@ class HeadMap:
         _check_keys(body, known, ("full_attention_heads", "strategy", "ratio"), source)
         model_fields = [f.name for f in dataclasses.fields(ModelIdentity)]
         if not isinstance(model_body, Mapping):
-            raise HydraError(f"{source}: key 'model' is missing or no object")
+            raise HydraError(f"{source}: key 'model' is missing or not an object")
         _check_keys(model_body, set(model_fields), model_fields[:-1], f"{source}: model")
         try:
             return cls(model=ModelIdentity(**model_body), **body)

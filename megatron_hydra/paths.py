@@ -21,7 +21,7 @@ def expanded(text: str) -> str:
         HydraError: a variable is not set, there is no such user, or the text holds a NUL, which no path can.
     """
     if "\0" in text:
-        raise HydraError(f"{text!r} holds a NUL character, which no path can")
+        raise HydraError(f"{text!r} has a NUL character, which is not allowed in a path")
 
     def value(match: re.Match[str]) -> str:
         name = match.group(1) or match.group(2)
@@ -32,6 +32,6 @@ def expanded(text: str) -> str:
     path = os.path.expanduser(_VARIABLE.sub(value, text))
     if text.startswith("~") and path.startswith("~"):
         raise HydraError(
-            f"{text!r}: there is no home folder of that name; write ./{text} for a folder"
+            f"{text!r}: no user of that name has a home folder; write ./{text} for a folder"
         )
     return path

@@ -18,14 +18,14 @@ _EPILOG = """examples:
   python -m megatron_hydra.train --config configs/tiny/finetune.yaml --dry-run
 
 A run resumes by itself when started again with the same output. Exit status: 0 done, 2 bad input,
-85 stopped by SIGTERM or SIGUSR1 after saving (start it again to go on).
+85 stopped by SIGTERM or SIGUSR1 after saving (the same command resumes).
 """
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_parser(
         prog="python -m megatron_hydra.train",
-        description="Train: pretrain, align, distill or finetune, as the config's verb says.",
+        description="Train a model: the config's verb is pretrain, align, distill or finetune.",
         epilog=_EPILOG,
     )
     parser.add_argument(
@@ -33,12 +33,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         type=path_text,
         action="append",
         required=True,
-        help="YAML file; may be given several times, later files override earlier ones key by key",
+        help="YAML file; repeatable; later files override earlier ones key by key",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved config and what each rank would hold, then exit",
+        help="print the resolved config and the parameters of each rank, then exit",
     )
     parser.add_argument(
         "--world-size",

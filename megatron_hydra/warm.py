@@ -38,7 +38,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         type=path_text,
         action="append",
         required=True,
-        help="the run's YAML file; may be given several times, as for megatron_hydra.train",
+        help="YAML file of the run; repeatable, as for megatron_hydra.train",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config")
     return parser.parse_intermixed_args(arguments)
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_hydra.parallel import platform
 
     if not platform.device_count():
-        print("there is no GPU on this machine: nothing to compile ahead")
+        print("this machine has no GPU, so no kernel is compiled")
         return 0
     from megatron_hydra.stopping import StopRequest
     from megatron_hydra.training.start import kernels_of

@@ -44,7 +44,7 @@ def test_round_trip(tmp_path):
         ({"ratio": "7"}, "ratio '7'"),
         ({"ranking": ((2, 0),)}, r"ranking: \[2, 0\] does not exist"),
         ({"ranking": ((0, -1),)}, r"ranking: \[0, -1\] does not exist"),
-        ({"ranking": ((0, 1), (0, 1))}, "ranking: a head is there twice"),
+        ({"ranking": ((0, 1), (0, 1))}, "ranking: a head appears twice"),
         ({"scores": {"needles": [[0.0] * 4]}}, "'needles' are not 2 layers of 4 heads"),
         ({"scores": {"needles": [[0.0] * 4, [0.0]]}}, "'needles' are not 2 layers of 4 heads"),
     ],

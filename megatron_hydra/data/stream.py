@@ -352,8 +352,8 @@ class PackedStream:
             change = f"batch.global_batch_size was {size} and is {now} now"
         if change and self.data.phase == phase:
             raise HydraError(
-                f"cannot resume: {change}; {advice}; to allow the change, set data.phase={phase + 1}: it applies "
-                f"from step {step + 1:,} on, and weights and optimizer are kept"
+                f"cannot resume: {change}; {advice}; to allow the change, set data.phase={phase + 1}: "
+                f"it applies from step {step + 1:,} on, and weights and optimizer are kept"
             )
         self._resume_reading(reading, numbers, bool(difference))
         self._next_step = step

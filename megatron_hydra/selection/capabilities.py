@@ -39,7 +39,7 @@ ATTEMPTS_PER_PROMPT = 40
 
 
 class Capability(Protocol):
-    """Something that yields prompt pairs.
+    """A generator of prompt pairs.
 
     Attributes:
         name: unique among the capabilities of a map.

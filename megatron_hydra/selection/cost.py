@@ -1,4 +1,4 @@
-"""What the parts of a selection cost, in floating-point operations.
+"""Cost of the parts of a selection, in floating-point operations.
 
 A unit of work is worth what it computes, so that the time left of one kind of unit can be told from the
 time that another kind took: the prefix that clean and corrupted prompt share is computed once and counted

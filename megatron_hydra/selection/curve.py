@@ -1,4 +1,4 @@
-"""The knockout curve: what is left of retrieval as heads are knocked out, the best first or at random.
+"""Knockout curve: retrieval accuracy as heads are knocked out, best first or in random order.
 
 A ranking that says something makes the first curve fall early, and the second one late.
 """

@@ -91,7 +91,7 @@ class EffectEngine:
         kinds: Sequence[str],
         total_heads: Sequence[Head] | None = None,
     ) -> None:
-        """Announce what will be measured of a task, so that the time left counts it.
+        """Plan the measurements of a task, for the estimate of the time left.
 
         Args:
             kinds: of ``direct``, ``total``, ``attribution``, ``layers``, ``attention``; ``paths`` are

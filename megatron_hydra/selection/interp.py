@@ -37,7 +37,7 @@ LEAST_FALL = 0.1
 
 @dataclasses.dataclass
 class Measured:
-    """What was measured of one capability.
+    """Measurements of one capability.
 
     Attributes:
         prompts: its tasks, in order, with their solved pairs, P together.

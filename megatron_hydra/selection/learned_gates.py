@@ -95,7 +95,7 @@ class GateOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What was learned.
+    """Result of the learning.
 
     Attributes:
         openness: mean of P(g > 0) over the sweep, ``[L, H]``.
@@ -152,7 +152,7 @@ def learn(
 
 @dataclasses.dataclass(frozen=True)
 class _Materials:
-    """What is learned from, and what is asked afterwards.
+    """Training data of the gates, and held-out prompts and text.
 
     Attributes:
         learned: capability → task → pairs.

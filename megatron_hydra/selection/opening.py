@@ -1,4 +1,4 @@
-"""Opening a model for selection: device and dtype, weights, tokenizer."""
+"""Open a model for selection: device and dtype, weights, tokenizer."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Placement:
 def load_runner(
     model: Any, folder: Path | None, placement: Placement, ranks: Ranks
 ) -> DecoderRunner:
-    """A model ready to be taken apart: loaded from a folder, or as it is given.
+    """A runner for a model, which is loaded from a folder or given.
 
     Raises:
         HydraError: it cannot be loaded.

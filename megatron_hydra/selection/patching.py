@@ -1,4 +1,4 @@
-"""Our own causal effects of query heads, clean into corrupted ("denoising"), batched over heads and prompts.
+"""Causal effects of query heads by denoising (clean into corrupted), batched over heads and prompts.
 
 The paper's, corrupted into clean, are in :mod:`megatron_hydra.selection.noising`. All functions take one
 batch of prompt pairs and return the span readout m *after* the intervention, in float64 on the CPU; how

@@ -82,7 +82,7 @@ def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tup
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise HydraError("pictures need matplotlib: install it, or give --no-pictures") from None
+        raise HydraError("plots need matplotlib: install it, or use --no-pictures") from None
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, np.array(figure.subplots(rows, columns)).reshape(-1)
 

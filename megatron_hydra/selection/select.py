@@ -153,7 +153,7 @@ def _saved(head_map: HeadMap, output: str | os.PathLike[str] | None, ranks: Rank
 
 
 def _validate_selection(context: Context, strategy: Strategy, capabilities: Iterable[str]) -> None:
-    """Find mistakes that would show after all the measuring only."""
+    """Validate options and heads before the measurements, which take long."""
     nothing = np.zeros(context.shape)
     weighted_mean(dict.fromkeys(capabilities, nothing), context.options.task_weights)
     strategy.choose(context, Scored({}, nothing))
@@ -271,7 +271,7 @@ def _with_text(
     )
     tokens = sum(piece.numel() for piece in text)
     if tokens < 2:
-        raise HydraError(f"--text {options.text}: one token is no text to learn from")
+        raise HydraError(f"--text {options.text}: one token is not enough text")
     times = (options.align_tokens + options.gate_tokens * TEXT_SHARE) / tokens
     if times > MOST_REPEATS:
         _log.warning(
@@ -309,7 +309,7 @@ def recut(
     scores = head_map.details.get("unified_score")
     if scores is None or head_map.strategy not in STRATEGIES:
         raise HydraError(
-            f"{source}: strategy {head_map.strategy} has left no scores to cut at another ratio; select again "
+            f"{source}: strategy {head_map.strategy} has no scores, which another ratio needs; select again "
             "with tools/select_heads.py --ratio"
         )
     strategy = strategy or head_map.strategy

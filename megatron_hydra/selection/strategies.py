@@ -123,7 +123,7 @@ class Strategy:
     learns: bool = False
 
     def refuse_options(self, name: str, options: SelectionOptions) -> None:
-        """Options that this strategy would pass over in silence.
+        """Check that no option is set that this strategy ignores.
 
         Raises:
             HydraError: one of them is set; the strategies that take it are named.

@@ -139,7 +139,7 @@ class Tasks:
         return next(name for name, tasks in self.capabilities.items() if task in tasks)
 
     def is_required(self, task: str) -> bool:
-        """Whether the selection has failed if this task is not solved: it was named by itself."""
+        """Whether an unsolved task is an error: it was given by name."""
         name = self.capability_of(task)
         return name in self.named and name == task
 
@@ -253,7 +253,7 @@ def solved_tasks(
 
 
 def _why_not(prompts: Solved, minimum: int, looks_for_answer: bool) -> str:
-    """Why a task cannot be used; empty if it can."""
+    """Reason why a task cannot be used; empty if it can be."""
     solved, drawn = len(prompts.keep), len(prompts.pairs)
     if solved < minimum:
         return f"the model solves {solved} of {drawn} prompts, at least {minimum} are needed"

@@ -168,7 +168,7 @@ def test_paths_are_expanded_wherever_a_config_takes_one(
     ("change", "message"),
     [
         ("output: $HYDRA_UNSET/x", "output: .*no variable HYDRA_UNSET"),
-        ("output: ~nobody-of-that-name/x", "output: .*no home folder"),
+        ("output: ~nobody-of-that-name/x", "output: .*no user of that name"),
         ('output: "a\\0b"', "output: .*NUL"),
         ("seed: -1", "seed is -1: it must be between 0"),
         ("data: {seed: -5}", "data.seed is -5: it must be between 0"),

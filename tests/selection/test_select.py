@@ -187,7 +187,7 @@ def test_names_from_before_are_accepted_with_a_word(
     ]
     assert found[0].to_dict() == found[2].to_dict()
     assert found[0].strategy == new
-    assert caplog.text.count(f"strategy {old} is called {new} now") == 1
+    assert caplog.text.count(f"strategy {old} was renamed to {new}") == 1
 
 
 def test_the_layer_whose_attention_decides_is_kept_whole(planted: Planted) -> None:

@@ -123,7 +123,7 @@ def test_the_command_without_a_gpu_and_with_one(
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     command = ["--config", str(tmp_path / "run.yaml")]
     assert warm(command) == 0
-    assert "there is no GPU on this machine: nothing to compile ahead" in capsys.readouterr().out
+    assert "this machine has no GPU, so no kernel is compiled" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
     monkeypatch.setattr(platform, "device_count", lambda: 1)
