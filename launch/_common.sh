@@ -5,7 +5,7 @@
 # shellcheck disable=SC2034  # the options are read by the scripts that source this file
 set -euo pipefail
 
-# The trainer's exit status after a stop by signal: it has saved and wants to be started again.
+# The trainer's exit status after a stop by signal: it has saved, and the same command resumes it.
 readonly REQUEUE_STATUS=85
 
 die() {
@@ -132,7 +132,7 @@ take_options() {
         option=${option%%=*}
         ;;
       *)
-        (($# > 1)) || die "$option wants a value"
+        (($# > 1)) || die "$option needs a value"
         value=$2 words=2
         ;;
     esac
@@ -146,7 +146,7 @@ set_option() {
   case $1 in
     --nodes | --gpus-per-node | --procs-per-node | --cpus-per-node | --array-limit | \
       --signal-before | --max-requeues)
-      is_count "$2" || [[ $1 == --gpus-per-node && $2 == 0 ]] || die "$1 $2: a number is wanted"
+      is_count "$2" || [[ $1 == --gpus-per-node && $2 == 0 ]] || die "$1 $2: it must be a number"
       ;;
   esac
   case $1 in
@@ -188,12 +188,12 @@ each_step() {
       STEP+=("$1")
       shift
     done
-    ((${#STEP[@]})) || die "options without a step: a CONFIG.yaml or a SCRIPT.py is wanted"
+    ((${#STEP[@]})) || die "options without a step: give a CONFIG.yaml or a SCRIPT.py"
     ((WARM)) && is_config "${STEP[0]}" && before_training "$callback"
     "$callback"
     if (($#)); then
       shift
-      (($#)) || die "--then wants another step"
+      (($#)) || die "--then needs another step"
     fi
   done
 }
@@ -208,16 +208,16 @@ before_training() {
   NODES=$nodes GPUS=$gpus PROCS=$procs MODULE=$module JOB_NAME=$name
 }
 
-# Refuses what would only fail later, perhaps after hours in a queue.
+# Checks the steps now, because a job may fail only after hours in a queue.
 check_step() {
   local word
   is_config "${STEP[0]}" || [[ ${STEP[0]} == *.py ]] ||
-    die "step ${STEP[0]}: a CONFIG.yaml or a SCRIPT.py is wanted"
+    die "step ${STEP[0]}: it must be a CONFIG.yaml or a SCRIPT.py"
   for word in "${STEP[@]}"; do
     [[ $word == "${STEP[0]}" ]] || { is_config "$word" && is_config "${STEP[0]}"; } || break
     [[ -f $word ]] || die "step $word: no such file (from $PWD)"
   done
-  [[ -z $MOUNTS || -n $CONTAINER ]] || die "--mounts wants --container"
+  [[ -z $MOUNTS || -n $CONTAINER ]] || die "--mounts needs --container"
   if [[ -n $ARRAY_FILE ]]; then
     [[ -f $ARRAY_FILE ]] || die "--array $ARRAY_FILE: no such file (from $PWD)"
     read_array_lines

@@ -71,5 +71,5 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
 fi
 PREVIOUS='' PREVIOUS_ARRAY=''
 each_step check_step "$@"
-((DRY_RUN)) || command -v sbatch > /dev/null || die "sbatch was not found: this is no SLURM machine"
+((DRY_RUN)) || command -v sbatch > /dev/null || die "sbatch was not found: run this on a SLURM machine"
 each_step submit_step "$@"

@@ -1,4 +1,4 @@
-"""A ``GPTModel`` without its LM head: the losses meet the head chunk by chunk, so logits need not exist."""
+"""Run a ``GPTModel`` without its LM head: losses apply the head per chunk, so full logits never exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a layer's input to each head's q, k, v and gates, and from head outputs to the layer's output.
+"""Project a layer's input to q, k, v and gates of each head, and head outputs to the layer's output.
 
 One GEMM projects for all heads of a rank. Two more do where tensor-parallel ranks hold something together: FA
 heads that every rank has work on its slice of the sequence, and KV groups that several ranks read are projected

@@ -1,4 +1,4 @@
-"""Which implementation of each kernel runs: chosen once per run, by name or by ``auto`` (design §7).
+"""Select the implementation of each kernel, once per run, by name or by ``auto`` (design §7).
 
 Every kernel has a torch twin that runs anywhere. On a GPU, ``auto`` takes the fastest that is
 installed and supports the model's shape and precision; a named one that cannot run here is an error

@@ -1,4 +1,4 @@
-"""What compilers say goes to a file of its own: PTX listings, ptxas, nvcc, and their libraries' loggers."""
+"""Redirect compiler output to a log file: PTX listings, ptxas, nvcc, and loggers of their libraries."""
 
 from __future__ import annotations
 

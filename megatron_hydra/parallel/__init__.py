@@ -1,3 +1,3 @@
-"""Which rank holds and does what: layouts of heads, tokens and gradients, and the CPU platform."""
+"""Parallelism: layouts of heads, tokens and gradients over ranks, and the CPU platform."""
 
 import megatron_hydra.parallel.platform  # noqa: F401  (before any module here imports megatron)

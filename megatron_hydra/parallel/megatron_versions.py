@@ -98,7 +98,7 @@ def numbers(version: str) -> Version:
 
 
 def check(version: str) -> None:
-    """Refuse a release that is not :data:`SUPPORTED`.
+    """Check that the installed release is :data:`SUPPORTED`.
 
     Raises:
         HydraError: naming it, and what to install.

@@ -87,7 +87,7 @@ def bind_process_to_device(local_rank: int) -> None:
 
 
 def check_gpus(processes: int, gpus: int) -> None:
-    """Refuse more processes on a node than it has GPUs.
+    """Check that a node has at least one GPU per process.
 
     Raises:
         HydraError: naming torchrun's option.

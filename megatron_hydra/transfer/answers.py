@@ -1,4 +1,4 @@
-"""Which tokens a model finds likeliest, and how many documents it answers right by them."""
+"""Likeliest tokens of a model, and the number of documents that it answers correctly."""
 
 from __future__ import annotations
 

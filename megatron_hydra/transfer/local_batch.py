@@ -1,4 +1,4 @@
-"""From the global packed stream to what one rank computes on."""
+"""Cut the part of one rank from the global packed stream."""
 
 from __future__ import annotations
 

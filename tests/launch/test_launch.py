@@ -142,15 +142,15 @@ def test_slurm_dry_run_arrays(folder: Path) -> None:
         (["--nodes", "0", "align.yaml"], "--nodes 0"),
         (["--nodes", "two", "align.yaml"], "--nodes two"),
         (["--node", "2", "align.yaml"], "--node is unknown"),
-        (["--nodes"], "--nodes wants a value"),
+        (["--nodes"], "--nodes needs a value"),
         (["missing.yaml"], "missing.yaml: no such file"),
         (["align"], "step align: a CONFIG.yaml or a SCRIPT.py"),
         (["align.yaml", "missing.yaml", "x=1"], "missing.yaml: no such file"),
-        (["align.yaml", "--then"], "--then wants another step"),
+        (["align.yaml", "--then"], "--then needs another step"),
         (["--then", "align.yaml"], "options without a step"),
         (["align.yaml", "--then", "missing.yaml"], "missing.yaml: no such file"),
         (["--array", "missing.txt", "align.yaml"], "missing.txt: no such file"),
-        (["--mounts", "/a:/b", "align.yaml"], "--mounts wants --container"),
+        (["--mounts", "/a:/b", "align.yaml"], "--mounts needs --container"),
     ],
 )
 @pytest.mark.parametrize("script", [LOCAL, SLURM])
