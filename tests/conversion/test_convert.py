@@ -334,7 +334,7 @@ def test_verification_finds_a_wrong_tensor_and_leaves_no_folder(hf_folders, tmp_
         write(folder, shards, load_wrong, on_shard)
 
     monkeypatch.setattr(convert, "write_hf_weights", wrong)
-    with pytest.raises(HydraError, match=r"'output_layer\.weight' is not what"):
+    with pytest.raises(HydraError, match=r"'output_layer\.weight' differs from its source"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "export", verify=True)
     assert not (tmp_path / "export").exists()
 

@@ -98,7 +98,7 @@ def test_depth_bins_are_the_nearest():
 def test_nonsense_is_refused(model, tokenizer):
     for tasks, lengths, message in (
         (["vt", "vt"], [2000], "given twice"),
-        ([], [2000], "a task and a length"),
+        ([], [2000], "one task and one length"),
         (["vt"], [1], "too short"),
     ):
         with pytest.raises(HydraError, match=message):

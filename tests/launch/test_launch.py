@@ -144,7 +144,7 @@ def test_slurm_dry_run_arrays(folder: Path) -> None:
         (["--node", "2", "align.yaml"], "--node is unknown"),
         (["--nodes"], "--nodes needs a value"),
         (["missing.yaml"], "missing.yaml: no such file"),
-        (["align"], "step align: a CONFIG.yaml or a SCRIPT.py"),
+        (["align"], "step align: it must be a CONFIG.yaml or a SCRIPT.py"),
         (["align.yaml", "missing.yaml", "x=1"], "missing.yaml: no such file"),
         (["align.yaml", "--then"], "--then needs another step"),
         (["--then", "align.yaml"], "options without a step"),
