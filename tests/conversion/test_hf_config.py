@@ -202,7 +202,7 @@ def test_the_head_map_of_an_export_is_read(export):
         ({"format": "x"}, "is not a head map"),
         ({"colour": 1}, "colour"),
         ({"model": {**vars(hybrid_config().identity()), "head_dim": 8}}, "head_dim is 8"),
-        ({"full_attention_heads": [[1], [], [0, 1, 2, 3], [0, 2, 3]]}, "beside it"),
+        ({"full_attention_heads": [[1], [], [0, 1, 2, 3], [0, 2, 3]]}, "in the same folder"),
     ],
 )
 def test_a_head_map_that_is_not_the_exports_is_refused(change, message, export):

@@ -477,7 +477,7 @@ def test_unfinished_work_of_another_preparation_is_not_mixed_in(corpus, qwen, tm
     settings = config(corpus, tmp_path / "out", qwen)
     (tmp_path / "out.work").mkdir()
     (tmp_path / "out.work" / "plan.json").write_text('{"column": "content"}')
-    with pytest.raises(HydraError, match=r"out\.work holds unfinished work.*column"):
+    with pytest.raises(HydraError, match=r"out\.work has unfinished work.*column"):
         run(settings)
     run(dataclasses.replace(settings, force=True))
     assert not (tmp_path / "out.work").exists()

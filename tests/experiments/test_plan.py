@@ -346,7 +346,7 @@ def test_a_table_downloads_no_model(write, tmp_path, hub):
     assert "4 of 4 cells are not there" in lines[2] and not hub
     planned(path)
     assert hub == [("owner/name", "v2", False)] * 2  # two seeds; the client has it cached by then
-    with pytest.raises(HydraError, match="no folder"):  # a path is no name of a model
+    with pytest.raises(HydraError, match="is not a folder"):  # a path is no name of a model
         make_plan(load_experiment(write("variants: {a: {hf_model: ./b}}")).cells, fetch=False)
 
 

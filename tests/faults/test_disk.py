@@ -60,6 +60,10 @@ def _after_first_checkpoint(
         if not done[0] and step_folders(checkpoints):
             done[0] = True
             action()
+        elif not done[0] and checkpoints.exists():
+            time.sleep(
+                0.5
+            )  # a save in the background must end before the last of these short steps
         return original(*args)
 
     monkeypatch.setattr(loop, "train_step", patched)
