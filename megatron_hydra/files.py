@@ -43,6 +43,13 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_figure_atomic(figure: Any, path: str | os.PathLike[str], dpi: int) -> Path:
+    """:func:`atomic_file` with a matplotlib figure as PNG; returns the path."""
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png")
+    return Path(path)
+
+
 def write_json_atomic(path: str | os.PathLike[str], body: Any) -> None:
     """:func:`atomic_file` with this object as indented JSON."""
     write_text_atomic(path, json.dumps(body, indent=1) + "\n")

@@ -14,12 +14,10 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.files import read_json
 from megatron_hydra.hf_identity import read_config_json, resolve_hf_folder
 
-DTYPES: dict[str, str | torch.dtype] = {
-    "auto": "auto",
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+COMPUTED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""In which this package converts and selects."""
+
+DTYPES: dict[str, str | torch.dtype] = {"auto": "auto", **COMPUTED_DTYPES, "fp16": torch.float16}
 
 VOCABULARY_FILES = (
     "tokenizer.json",
@@ -99,14 +97,16 @@ def load_hf_model(
 def _changed_config(path: Path, trust_remote_code: bool, changes: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    known = AutoConfig.from_pretrained(
-        path, trust_remote_code=trust_remote_code, local_files_only=True
+    config, unused = AutoConfig.from_pretrained(
+        path,
+        trust_remote_code=trust_remote_code,
+        local_files_only=True,
+        return_unused_kwargs=True,
+        **changes,
     )
-    if unknown := [key for key in changes if not hasattr(known, key)]:
+    if unknown := [key for key in changes if key in unused]:
         raise HydraError(f"--model-config: the config of {path} has no key {', '.join(unknown)}")
-    return AutoConfig.from_pretrained(
-        path, trust_remote_code=trust_remote_code, local_files_only=True, **changes
-    )
+    return config
 
 
 def checked_folder(

@@ -145,14 +145,14 @@ def main(argv: list[str] | None = None) -> int:
             "both in every head, --set mixer=token or mixer=parallel)"
         )
     from megatron_hydra.conversion import convert
-    from megatron_hydra.conversion.hf_io import DTYPES
+    from megatron_hydra.hf_loading import COMPUTED_DTYPES
 
     model = convert.hf_to_megatron(
         arguments.hf_path,
         arguments.output,
         student,
         revision=arguments.revision,
-        dtype=DTYPES.get(arguments.dtype),
+        dtype=COMPUTED_DTYPES.get(arguments.dtype),
         verify=arguments.verify,
         force=arguments.force,
         progress=not arguments.quiet,

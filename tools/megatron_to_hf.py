@@ -71,12 +71,12 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.max_shard_size <= 0:
         raise HydraError(f"--max-shard-size is {arguments.max_shard_size}: it must be above 0")
     from megatron_hydra.conversion import convert
-    from megatron_hydra.conversion.hf_io import DTYPES
+    from megatron_hydra.hf_loading import COMPUTED_DTYPES
 
     model = convert.megatron_to_hf(
         arguments.checkpoint,
         arguments.output,
-        dtype=DTYPES.get(arguments.dtype),
+        dtype=COMPUTED_DTYPES.get(arguments.dtype),
         max_shard_bytes=int(arguments.max_shard_size * 10**9),
         verify=arguments.verify,
         force=arguments.force,

@@ -94,7 +94,7 @@ class SelectionOptions(Constraints):
         check_heads: ``attribution`` measures this many random heads exactly, for the same purpose.
         task_weights: capability -> weight in the fusion; 1 where not named. The tasks of one share it.
         text: a file of text or token ids that ``learned_gates`` aligns its GDN branch on (as
-            ``--calibration-file`` of ``tools/hf_to_megatron.py``); "": a short text of ours.
+            ``--calibration-file`` of ``tools/hf_to_megatron.py``); "": a short bundled text.
         align_tokens, gate_tokens: tokens that the GDN branch and the gates are learned on there.
         gate_steps: steps over which the gates' budget falls from all heads to none.
         head_cost: share of a head's own work in a gate's cost there, 0 … 1; the rest is the cache of its KV

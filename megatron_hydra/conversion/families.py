@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from megatron_hydra.checkpoint.canonical import Shape, canonical_shapes
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.errors import HydraError
-from megatron_hydra.hf_identity import DEFAULT_HEAD_DIM, DEFAULT_KV_HEADS
 from megatron_hydra.model.parameters import parameters_by_key
 
 if TYPE_CHECKING:
@@ -125,16 +124,12 @@ class Family:
         qkv_bias: biases on q, k, v: ``True``, ``False``, or ``None`` for what ``attention_bias`` of
             the config says.
         out_bias: bias on the output projection, likewise.
-        head_dim: the default where the config does not say: a number, or ``None`` for D/H.
-        num_kv_heads: likewise; ``None`` for H.
     """
 
     architecture: str
     qk_norm: bool
     qkv_bias: bool | None
     out_bias: bool | None
-    head_dim: int | None
-    num_kv_heads: int | None
 
 
 FAMILIES = {
@@ -143,24 +138,18 @@ FAMILIES = {
         qk_norm=True,
         qkv_bias=None,
         out_bias=None,
-        head_dim=DEFAULT_HEAD_DIM["qwen3"],
-        num_kv_heads=DEFAULT_KV_HEADS["qwen3"],
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
         qk_norm=False,
         qkv_bias=True,
         out_bias=False,
-        head_dim=DEFAULT_HEAD_DIM["qwen2"],
-        num_kv_heads=DEFAULT_KV_HEADS["qwen2"],
     ),
     "llama": Family(
         architecture="LlamaForCausalLM",
         qk_norm=False,
         qkv_bias=None,
         out_bias=None,
-        head_dim=DEFAULT_HEAD_DIM["llama"],
-        num_kv_heads=DEFAULT_KV_HEADS["llama"],
     ),
 }
 

@@ -18,7 +18,7 @@ from megatron_hydra.conversion.families import FAMILIES
 from megatron_hydra.errors import HydraError
 from megatron_hydra.files import read_json
 from megatron_hydra.head_map import HeadMap
-from megatron_hydra.hf_identity import read_config_json
+from megatron_hydra.hf_identity import DEFAULT_HEAD_DIM, DEFAULT_KV_HEADS, read_config_json
 
 HYBRID_MODEL_TYPE = "hydrahead"
 HEAD_MAP_FILE = "head_map.json"
@@ -122,13 +122,15 @@ def _given(config: Mapping[str, Any], key: str, default: Any) -> Any:
 
 
 def _dense_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    family = FAMILIES[config["model_type"]]
+    name = config["model_type"]
+    family = FAMILIES[name]
     heads = _required(config, "num_attention_heads", source)
+    head_dim = DEFAULT_HEAD_DIM[name] or config["hidden_size"] // heads
     bias = bool(config.get("attention_bias", False))
     return {
-        "family": config["model_type"],
-        "num_kv_heads": _given(config, "num_key_value_heads", family.num_kv_heads or heads),
-        "head_dim": _given(config, "head_dim", family.head_dim or config["hidden_size"] // heads),
+        "family": name,
+        "num_kv_heads": _given(config, "num_key_value_heads", DEFAULT_KV_HEADS[name] or heads),
+        "head_dim": _given(config, "head_dim", head_dim),
         "qk_norm": family.qk_norm,
         "qkv_bias": bias if family.qkv_bias is None else family.qkv_bias,
         "out_bias": bias if family.out_bias is None else family.out_bias,

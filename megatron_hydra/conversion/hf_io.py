@@ -34,9 +34,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""What ``--dtype`` can name."""
-
 # Names of safetensors dtypes, as they stand in a file's header.
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,

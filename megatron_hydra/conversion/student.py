@@ -164,7 +164,7 @@ _OUT = "self_attention.out"
 
 
 def _source(row: HeadParameter) -> str:
-    """The dense model's tensor that a tensor of the student comes from: that of its FA heads."""
+    """The dense model's tensor from which a tensor of the student is made: the one of the FA heads."""
     parts = [part for part in row.key.split(".") if part not in ("fa", "gdn")]
     if row.branch or row.holder in (INPUT, INPUT_BIAS) or row.key.endswith("_norm"):
         parts.insert(len(parts) - 1, "fa")

@@ -10,7 +10,7 @@ import numpy as np
 from megatron_hydra.data.document import Document
 from megatron_hydra.data.indexed import IndexedDocuments
 from megatron_hydra.data.sources import IndexedSource
-from megatron_hydra.files import atomic_file
+from megatron_hydra.files import write_figure_atomic
 
 _SHOWN_DUPLICATES = 5
 _SHOWN_PACKS = 5
@@ -83,8 +83,7 @@ def plot_lengths(lengths: np.ndarray, sequence_length: int, title: str, path: st
     axis.set(xscale="log", xlabel="document length (tokens)", ylabel="% per bin", title=title)
     axis.legend(frameon=False, loc="upper left")
     try:
-        with atomic_file(path) as temporary:
-            figure.savefig(temporary, dpi=120, format="png")
+        write_figure_atomic(figure, path, dpi=120)
     finally:
         plt.close(figure)
 

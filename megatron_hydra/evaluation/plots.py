@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra.files import atomic_file
+from megatron_hydra.files import write_figure_atomic
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
@@ -46,7 +46,7 @@ def _heatmap(task: str, cells: dict[str, Any], path: Path) -> Path:
             text = f"{100 * values[row, column]:.0f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=8)
     figure.colorbar(image, ax=axes, label="accuracy")
-    return _save(figure, path)
+    return write_figure_atomic(figure, path, dpi=140)
 
 
 def _curves(tasks: dict[str, Any], path: Path) -> Path:
@@ -64,7 +64,7 @@ def _curves(tasks: dict[str, Any], path: Path) -> Path:
     axes.set_ylabel("accuracy")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return _save(figure, path)
+    return write_figure_atomic(figure, path, dpi=140)
 
 
 def _tokens(length: str | int) -> str:
@@ -80,9 +80,3 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots()
-
-
-def _save(figure: Any, path: Path) -> Path:
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=140, format="png")
-    return path

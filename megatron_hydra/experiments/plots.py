@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hydra.experiments.results import Results, split_column
-from megatron_hydra.files import atomic_file
+from megatron_hydra.files import write_figure_atomic
 
 _MARKERS = "os^Dv<>Pp*hX"
 
@@ -78,7 +78,7 @@ def _lengths(results: Results, task: str, lengths: list[int], path: Path) -> Pat
     figure.suptitle(f"{results.experiment.title}: {task}; mean and range over seeds", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return _save(figure, path)
+    return write_figure_atomic(figure, path, dpi=120)
 
 
 def _bars(results: Results, columns: list[tuple[str, int]], path: Path) -> Path:
@@ -116,7 +116,7 @@ def _bars(results: Results, columns: list[tuple[str, int]], path: Path) -> Path:
     figure.suptitle(f"{results.experiment.title}; bars: mean, lines: range over seeds", fontsize=10)
     axes.grid(alpha=0.3, axis="y")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return _save(figure, path)
+    return write_figure_atomic(figure, path, dpi=120)
 
 
 def _losses(results: Results, path: Path) -> Path:
@@ -147,10 +147,4 @@ def _losses(results: Results, path: Path) -> Path:
         list(drawn.values()), list(drawn), fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)
     )
     figure.suptitle(results.experiment.title, fontsize=10)
-    return _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> Path:
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    return path
+    return write_figure_atomic(figure, path, dpi=120)

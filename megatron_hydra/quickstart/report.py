@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra.files import atomic_file, write_json_atomic
+from megatron_hydra.files import write_figure_atomic, write_json_atomic
 from megatron_hydra.head_map import HeadMap
 from megatron_hydra.quickstart.tasks import PAIRS, TRAIN_LENGTH
 from megatron_hydra.quickstart.workspace import STAGES, STUDENTS, Workspace
@@ -98,12 +98,6 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def _save(figure: Any, path: Path) -> Path:
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    return path
-
-
 def _draw_retrieval(metrics: dict[str, Any], path: Path) -> Path:
     """Accuracy against length for the four models."""
     figure, (axes,) = _figure(6.4, 4.0)
@@ -130,7 +124,7 @@ def _draw_retrieval(metrics: dict[str, Any], path: Path) -> Path:
     axes.set_title(f"{metrics['facts']} facts, GDN:FA {metrics['ratio']}, seed {metrics['seed']}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return _save(figure, path)
+    return write_figure_atomic(figure, path, dpi=130)
 
 
 def _draw_losses(workspace: Workspace, path: Path) -> Path:
@@ -149,4 +143,4 @@ def _draw_losses(workspace: Workspace, path: Path) -> Path:
         axes.set(title=stage, xlabel="step", ylabel="loss")
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
-    return _save(figure, path)
+    return write_figure_atomic(figure, path, dpi=130)

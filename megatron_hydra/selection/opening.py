@@ -10,11 +10,9 @@ import torch
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.hf_identity import read_config_json
-from megatron_hydra.hf_loading import load_hf_model
+from megatron_hydra.hf_loading import COMPUTED_DTYPES, load_hf_model
 from megatron_hydra.selection.runner import DecoderRunner
 from megatron_hydra.selection.work import Ranks
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +58,9 @@ class Placement:
         """What ``from_pretrained`` is given."""
         if self.dtype == "auto":
             return torch.float32 if devices[0].type == "cpu" else "auto"
-        if self.dtype not in DTYPES:
-            raise HydraError(f"--dtype {self.dtype}: must be auto, {' or '.join(DTYPES)}")
-        return DTYPES[self.dtype]
+        if self.dtype not in COMPUTED_DTYPES:
+            raise HydraError(f"--dtype {self.dtype}: must be auto, {' or '.join(COMPUTED_DTYPES)}")
+        return COMPUTED_DTYPES[self.dtype]
 
 
 def load_runner(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_hydra.errors import HydraError
-from megatron_hydra.files import atomic_file
+from megatron_hydra.files import write_figure_atomic
 from megatron_hydra.head_map import HeadMap
 from megatron_hydra.selection.ranking import rank_heads
 
@@ -44,7 +44,9 @@ def draw_head_map(head_map: HeadMap, prefix: str | os.PathLike[str]) -> list[Pat
     pictures["layers"] = _layers
     written = []
     for what, draw in pictures.items():
-        written.append(_save(draw(head_map), Path(f"{os.fspath(prefix)}_{what}.png")))
+        written.append(
+            write_figure_atomic(draw(head_map), f"{os.fspath(prefix)}_{what}.png", dpi=120)
+        )
     return written
 
 
@@ -69,13 +71,7 @@ def draw_knockout(curve: dict[str, Any], path: Path) -> None:
         ax.set(xlabel=f"heads knocked out, of {curve['heads']}", ylabel=what)
     axes[0].set_ylim(-0.03, 1.03)
     axes[0].legend(frameon=False)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> Path:
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    return path
+    write_figure_atomic(figure, path, dpi=120)
 
 
 def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, np.ndarray]:

@@ -15,6 +15,7 @@ from megatron_hydra.conversion.hf_config import hf_config_from_model, read_hf_co
 from megatron_hydra.errors import HydraError
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
 from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM
+from megatron_hydra.hf_identity import DEFAULT_HEAD_DIM, DEFAULT_KV_HEADS
 from megatron_hydra.model.parameters import PARAMETERS
 from tests.checkpoint.models import VARIANTS, hybrid_config
 
@@ -91,11 +92,10 @@ def test_a_map_covers_every_canonical_key_once():
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_defaults_of_absent_keys_are_those_of_transformers(name):
     config = AutoConfig.for_model(name)
-    family = families.FAMILIES[name]
     heads = config.num_attention_heads
-    assert (family.num_kv_heads or heads) == config.num_key_value_heads
+    assert (DEFAULT_KV_HEADS[name] or heads) == config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    assert (family.head_dim or config.hidden_size // heads) == head_dim
+    assert (DEFAULT_HEAD_DIM[name] or config.hidden_size // heads) == head_dim
     assert config.tie_word_embeddings is False
 
 

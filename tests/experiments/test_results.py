@@ -125,11 +125,11 @@ def drawn(results, monkeypatch, folder):
     """The axes of every picture, by its file's name."""
     figures = {}
 
-    def save(figure, path):
+    def save(figure, path, dpi):
         figures[path.name] = figure.axes[0]
         return path
 
-    monkeypatch.setattr(plots, "_save", save)
+    monkeypatch.setattr(plots, "write_figure_atomic", save)
     draw(results, folder)
     return figures
 

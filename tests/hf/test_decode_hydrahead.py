@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -18,9 +13,8 @@ from megatron_hydra.hf import decode_hydrahead as decode
 from megatron_hydra.hf import modeling_hydrahead as modeling
 from tests.hf import decode_cases
 from tests.hf.models import make_model, tokens
+from tests.kernel_processes import needs_triton, output_lines
 
-ROOT = Path(__file__).resolve().parents[2]
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 X = torch.zeros(2, 1, 40)
 
 
@@ -28,14 +22,7 @@ X = torch.zeros(2, 1, 40)
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("which", ["quick", pytest.param("all", marks=pytest.mark.slow)])
 def test_fused_steps_equal_the_layers_in_the_interpreter(which):
-    # Triton reads the variable when it is first imported, so in a process of its own.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(  # noqa: PLW1510
-        [sys.executable, "-m", "tests.hf.decode_cases", which],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    ran = result.stdout.splitlines()
+    ran = output_lines("tests.hf.decode_cases", which, interpreted=True, timeout=3600)
     assert len(ran) >= len(decode_cases.CASES if which == "all" else decode_cases.QUICK)
     assert (ran[-1] == "no room") == (which == "all")
 
@@ -44,14 +31,8 @@ def test_fused_steps_equal_the_layers_in_the_interpreter(which):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_kernels_compile_for_a_gpu_that_is_not_here():
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    environment.pop("TRITON_INTERPRET", None)
-    result = subprocess.run(  # noqa: PLW1510
-        [sys.executable, "-m", "tests.hf.decode_compiled"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    kernels = {line.split()[0] for line in result.stdout.splitlines()}
+    printed = output_lines("tests.hf.decode_compiled", interpreted=False, timeout=800)
+    kernels = {line.split()[0] for line in printed}
     assert kernels == {name for name in vars(decode) if name.endswith("_kernel")}
 
 

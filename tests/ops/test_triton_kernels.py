@@ -5,32 +5,26 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.kernel_processes import needs_triton, output_lines
 from tests.ops import kernel_cases
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@needs_triton
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_kernels_equal_their_twins_in_the_interpreter(slow):
-    # Triton reads the variable when it is first imported, so in a process of its own.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(  # noqa: PLW1510
-        [sys.executable, "-m", "tests.ops.kernel_cases", *(["--slow"] if slow else [])],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500 if slow else 240,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
+    printed = output_lines(
+        "tests.ops.kernel_cases",
+        *(["--slow"] if slow else []),
+        interpreted=True,
+        timeout=500 if slow else 240,
+    )
     ran = [check for check in kernel_cases.CHECKS if (check in kernel_cases.SLOW) == slow]
-    assert result.stdout.split() == [check.__name__ for check in ran]
+    assert printed == [check.__name__ for check in ran]
 
 
 @pytest.mark.gpu
@@ -42,17 +36,12 @@ def test_kernels_equal_their_twins_on_the_gpu(check, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@needs_triton
 def test_kernels_compile_for_a_gpu_that_is_not_here():
-    # The interpreter accepts what the compiler refuses.
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    environment.pop("TRITON_INTERPRET", None)
-    result = subprocess.run(  # noqa: PLW1510
-        [sys.executable, "-m", "tests.ops.compiled"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    built = [json.loads(line) for line in result.stdout.splitlines()]
+    built = [
+        json.loads(line)
+        for line in output_lines("tests.ops.compiled", interpreted=False, timeout=280)
+    ]
     kernels = {tuple(b["kernel"].split(".")[-2:]) for b in built}
     assert kernels == {
         (f"triton_{module}", f"_{kernel}_kernel")
