@@ -12,6 +12,7 @@ B: sequences, T: positions, L: layers, H: query heads, d: head_dim, D: hidden si
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from megatron_hydra.config.model import HydraConfig, ModelConfig
@@ -45,6 +47,8 @@ _log = logging.getLogger(__name__)
 
 LOGIT_ROWS = 1024
 """Positions whose logits, ``[rows, V]`` of both models, are held at a time."""
+
+_ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 _NOT_A_CONFIG = ("architectures", "model_type", "auto_map", "dtype")
 
@@ -76,6 +80,7 @@ class GatedDecoder:
         self._log_scale_a = config.hydra["log_scale_a"]
         # TileLang compiles FLA's backward for every number of rows again, ten seconds each time.
         self.in_one_row = config.gdn_kernel != "torch"
+        self._kept: tuple[Any, TokenContext] | None = None
 
     # -- forward -----------------------------------------------------------------------------------
 
@@ -97,7 +102,9 @@ class GatedDecoder:
             x = x.to(self.runner.device_of(layer))
             own = None if gates is None else gates[:, layer].to(x.device)
             if recompute and own is not None:
-                x = checkpoint(self._layer, layer, x, own, use_reentrant=False)
+                x = checkpoint(
+                    self._layer, layer, x, own, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x = self._layer(layer, x, own)
         return x
@@ -113,22 +120,33 @@ class GatedDecoder:
     def full_attention(self, layer: int, normed: torch.Tensor) -> torch.Tensor:
         """The teacher's head outputs, ``[B, T, H, d]``."""
         runner = self.runner
-        positions = torch.arange(normed.shape[1], device=normed.device)
-        q = runner.queries(layer, normed, positions)
-        k, v = runner.keys(layer, normed, positions), runner.values(layer, normed)
-        return runner.attend(layer, q, k, v, positions)
+        q = runner.queries(layer, normed, None)
+        k, v = runner.keys(layer, normed, None), runner.values(layer, normed)
+        # cuDNN builds a plan for each shape, and most batches of prompts have a shape of their own.
+        with sdpa_kernel(_ANY_SHAPE) if normed.is_cuda else contextlib.nullcontext():
+            return runner.attend(layer, q, k, v, None)
 
     def recurrent(self, layer: int, normed: torch.Tensor) -> torch.Tensor:
         """The GDN branch's head outputs after norm and γ, ``[B, T, H, d]``."""
-        documents = _rows_as_documents(normed) if self.in_one_row else None
+        context = self._context(normed)
+        documents = context.documents
         if documents is None:
-            out = self.branches[layer](normed, self._context(normed))
+            out = self.branches[layer](normed, context)
         else:
-            out = self.branches[layer](documents.pack(normed), self._context(normed, documents))
+            out = self.branches[layer](documents.pack(normed), context)
             out = documents.unpack(out, normed.shape[0])
         return out.unflatten(-1, (self.runner.num_heads, -1))
 
-    def _context(self, x: torch.Tensor, documents: Documents | None = None) -> TokenContext:
+    def _context(self, x: torch.Tensor) -> TokenContext:
+        """The tables of a batch, made once for all layers on a device: FLA waits for the GPU at new bounds."""
+        key = (*x.shape[:2], x.device)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self._new_context(x)
+        return self._kept[1]
+
+    @torch.no_grad()
+    def _new_context(self, x: torch.Tensor) -> TokenContext:
+        documents = _rows_as_documents(x) if self.in_one_row else None
         positions = torch.arange(x.shape[1], device=x.device)[None]
         if documents is not None:
             positions = documents.positions
@@ -181,7 +199,7 @@ class GatedDecoder:
     def divergence(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """KL(teacher ‖ student) of the next token from last residual streams ``[N, D]``, ``[N]`` fp32."""
         rows = [
-            checkpoint(self._divergence, s, t, use_reentrant=False)
+            checkpoint(self._divergence, s, t, use_reentrant=False, preserve_rng_state=False)
             for s, t in zip(student.split(LOGIT_ROWS), teacher.split(LOGIT_ROWS), strict=True)
         ]
         return torch.cat(rows)

@@ -548,9 +548,12 @@ class _Alignment:
             branch.requires_grad_(True)
         try:
             for share, ids, real, keep in self.batches(self.step):
-                for layer, loss in enumerate(self.decoder.alignment_losses(ids, real, keep)):
+                of_layers = []
+                for loss in self.decoder.alignment_losses(ids, real, keep):
                     (share * loss).backward()
-                    losses[layer] += share * float(loss.detach())
+                    of_layers.append(loss.detach())
+                # Read after the last layer: at each one the host would wait for the GPU.
+                losses += share * torch.tensor([float(loss) for loss in of_layers])
         finally:
             for branch in self.decoder.branches:
                 branch.requires_grad_(False)

@@ -96,14 +96,15 @@ class DecoderRunner:
         self,
         layer: int,
         normed: torch.Tensor,
-        positions: torch.Tensor,
+        positions: torch.Tensor | None,
         heads: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Queries.
 
         Args:
             normed: ``[B, T, D]``.
-            positions: ``[T]``, or ``[B, T]`` where streams differ.
+            positions: ``[T]``, or ``[B, T]`` where streams differ; ``None``: 0 to T − 1, and then the host
+                does not wait for the GPU.
             heads: of these n heads only; default: all.
 
         Returns:
@@ -119,7 +120,7 @@ class DecoderRunner:
         self,
         layer: int,
         normed: torch.Tensor,
-        positions: torch.Tensor,
+        positions: torch.Tensor | None,
         kv_heads: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Keys of some or all KV heads, ``[B, T, G, d]``, normalised and rotated."""
@@ -153,7 +154,7 @@ class DecoderRunner:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        positions_q: torch.Tensor,
+        positions_q: torch.Tensor | None,
         grouped: bool = True,
     ) -> torch.Tensor:
         """Causal softmax attention; keys start at position 0.
@@ -161,7 +162,7 @@ class DecoderRunner:
         Args:
             q: ``[B, Tq, H, d]``.
             k, v: ``[B, Tk, G, d]``; ``[B, Tk, H, d]`` if not ``grouped``.
-            positions_q: positions of the queries, ``[Tq]`` or ``[B, Tq]``.
+            positions_q: positions of the queries, ``[Tq]`` or ``[B, Tq]``; not read if Tq = Tk.
             grouped: keys and values are those of KV heads; else every query head comes with its own.
 
         Returns:
@@ -169,6 +170,7 @@ class DecoderRunner:
         """
         mask = None  # as many queries as keys: plain causal attention, which kernels do faster
         if q.shape[1] != k.shape[1]:
+            assert positions_q is not None
             positions_k = torch.arange(k.shape[1], device=q.device)
             mask = positions_k <= positions_q.to(q.device)[..., None]
             if mask.dim() == 3:
@@ -230,9 +232,13 @@ class DecoderRunner:
 
     # -- positions ---------------------------------------------------------------------------------
 
-    def _rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        cos, sin = self._tables(int(positions.max()) + 1, x)
-        cos, sin = (t[positions.to(x.device)].unsqueeze(-2).to(x.dtype) for t in (cos, sin))
+    def _rotate(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        if positions is None:
+            cos, sin = (t[: x.shape[1]] for t in self._tables(x.shape[1], x))
+        else:
+            tables = self._tables(int(positions.max()) + 1, x)
+            cos, sin = (t[positions.to(x.device)] for t in tables)
+        cos, sin = (t.unsqueeze(-2).to(x.dtype) for t in (cos, sin))
         half = x.shape[-1] // 2
         rotated = x * cos
         # In place: the copies of the usual rotate-half cost as much as a projection does.
