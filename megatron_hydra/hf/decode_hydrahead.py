@@ -166,7 +166,8 @@ def _heads_kernel(  # noqa: PLR0915  (three kinds of programs in one launch)
     gdn_table, fa_table, kv_table,
     q_taps, k_taps, v_taps, gdn_q_norm, gdn_k_norm, fa_q_norm, fa_k_norm,
     a_log, dt_bias, cos, sin, log_scale,
-    width, channels, capacity, b_column, a_column, cos_b, scale_b, eps, softmax_scale,
+    width, channels, capacity, b_column, a_column, cos_b, scale_b,
+    eps: tl.constexpr, softmax_scale: tl.constexpr,
     N, HEADS, GROUPS,
     D: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, W: tl.constexpr,
     HAS_CONV: tl.constexpr, HAS_NORM: tl.constexpr, GDN_ROTARY: tl.constexpr,
@@ -256,7 +257,8 @@ def _heads_kernel(  # noqa: PLR0915  (three kinds of programs in one launch)
 
 @_jit_of_counts
 def _attend_kernel(
-    q, keys, values, members, key_mask, sums, parts, past, capacity, mask_b, softmax_scale,
+    q, keys, values, members, key_mask, sums, parts, past, capacity, mask_b,
+    softmax_scale: tl.constexpr,
     HEADS, GROUPS, D: tl.constexpr, BLOCK: tl.constexpr,
     MEMBERS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
     HAS_MASK: tl.constexpr, PAST_IS_TENSOR: tl.constexpr, WIDE: tl.constexpr,
@@ -323,7 +325,8 @@ def _attend_kernel(
 
 @_jit_of_counts
 def _fuse_kernel(  # noqa: PLR0915
-    projected, gdn_out, sums, parts, tail, table, gamma, out, past, width, channels, capacity, eps,
+    projected, gdn_out, sums, parts, tail, table, gamma, out, past, width, channels, capacity,
+    eps: tl.constexpr,
     N, HEADS, D: tl.constexpr, BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, CHUNK: tl.constexpr, W: tl.constexpr,
     HAS_FA: tl.constexpr, HAS_GDN: tl.constexpr, HAS_TAIL: tl.constexpr, FA_GATE: tl.constexpr,
@@ -426,7 +429,8 @@ def _convolved_half(
 @_jit_of_counts
 def _prompt_kernel(  # noqa: C901, PLR0915  (five kinds of programs in one launch)
     projected, tail, out, table, taps, gdn_q_norm, gdn_k_norm, fa_q_norm, fa_k_norm,
-    cos, sin, log_scale, tokens, width, channels, cos_b, scale_b, eps, N, KV, HEADS, GROUPS,
+    cos, sin, log_scale, tokens, width, channels, cos_b, scale_b,
+    eps: tl.constexpr, N, KV, HEADS, GROUPS,
     D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, W: tl.constexpr,
     HAS_CONV: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_NORM: tl.constexpr,
     GDN_ROTARY: tl.constexpr, FA_ROTARY: tl.constexpr, LOG_SCALE: tl.constexpr,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ from megatron_hydra.hf.modeling_hydrahead import (
 )
 from megatron_hydra.model.parameters import PARAMETERS
 from megatron_hydra.ops import backends, packages
-from megatron_hydra.ops.kernels import Case
+from megatron_hydra.ops.kernels import Case, Kernels
 from megatron_hydra.selection.runner import DecoderRunner
 
 _log = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ class GatedDecoder:
 
     Attributes:
         branches: for each layer the GDN branch: ``[B, T, D]`` normalised stream → ``[B, T, H·d]``.
-        in_one_row: the branches get the sequences end to end in one row, as packed documents.
+        kernels: fused ones of the branches, on a GPU: they get the sequences end to end in one row, as packed
+            documents. ``None``: the branches compute as the export does.
     """
 
     def __init__(
@@ -78,8 +80,7 @@ class GatedDecoder:
         config, self.branches = recurrent_branches(runner, gamma, seed)
         self.rotary = HydraHeadRotaryEmbedding(config)
         self._log_scale_a = config.hydra["log_scale_a"]
-        # TileLang compiles FLA's backward for every number of rows again, ten seconds each time.
-        self.in_one_row = config.gdn_kernel != "torch"
+        self.kernels = _fused_kernels(runner)
         self._kept: tuple[Any, TokenContext] | None = None
 
     # -- forward -----------------------------------------------------------------------------------
@@ -128,14 +129,15 @@ class GatedDecoder:
 
     def recurrent(self, layer: int, normed: torch.Tensor) -> torch.Tensor:
         """The GDN branch's head outputs after norm and γ, ``[B, T, H, d]``."""
-        context = self._context(normed)
-        documents = context.documents
-        if documents is None:
-            out = self.branches[layer](normed, context)
+        branch, context = self.branches[layer], self._context(normed)
+        if self.kernels is None:
+            out = branch(normed, context)
         else:
-            out = self.branches[layer](documents.pack(normed), context)
-            out = documents.unpack(out, normed.shape[0])
-        return out.unflatten(-1, (self.runner.num_heads, -1))
+            x = normed.flatten(0, 1)
+            # Triton launches on the current GPU, and layers may be spread over several.
+            with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+                out = _by_kernels(self.kernels, branch, x, context)
+        return out.view(*normed.shape[:2], self.runner.num_heads, -1)
 
     def _context(self, x: torch.Tensor) -> TokenContext:
         """The tables of a batch, made once for all layers on a device: FLA waits for the GPU at new bounds."""
@@ -146,7 +148,7 @@ class GatedDecoder:
 
     @torch.no_grad()
     def _new_context(self, x: torch.Tensor) -> TokenContext:
-        documents = _rows_as_documents(x) if self.in_one_row else None
+        documents = None if self.kernels is None else _rows_as_documents(x)
         positions = torch.arange(x.shape[1], device=x.device)[None]
         if documents is not None:
             positions = documents.positions
@@ -219,6 +221,48 @@ def _rows_as_documents(x: torch.Tensor) -> Documents:
     return Documents(bounds, [length] * batch, (places % length)[None], None, length)
 
 
+def _by_kernels(
+    kernels: Kernels, branch: HydraHeadAttention, x: torch.Tensor, context: TokenContext
+) -> torch.Tensor:
+    """The branch by fused kernels: ``[N, D]`` normalised streams, document by document → ``[N, H·d]``."""
+    documents, switches, d = context.documents, branch.switches, branch.head_dim
+    assert documents is not None
+    projections = [getattr(branch, f"gdn_{part}_proj") for part in ("q", "k", "v")]
+    heads = [p.out_features // d for p in projections]
+    biases = [p.bias for p in projections if p.bias is not None]
+    qkv = F.linear(
+        x, torch.cat([p.weight for p in projections]), torch.cat(biases) if biases else None
+    )
+    conv = gate = None
+    norms: Sequence[Any] = (None, None)
+    if switches["short_conv"]:
+        conv = torch.cat([getattr(branch, f"gdn_{part}_conv")() for part in ("q", "k", "v")])
+    if branch.config.qk_norm:
+        norms = [getattr(branch, f"gdn_{part}_norm").weight for part in ("q", "k")]
+    rotated = switches["gdn_position"] == "rope"
+    q, k, v = kernels.delta_rule_inputs(
+        qkv,
+        (heads[0], heads[1]),
+        conv,
+        documents.positions[0],
+        None,
+        norms,
+        branch.config.rms_norm_eps,
+        (context.cos[0], context.sin[0]) if rotated else None,
+    )
+    if heads[1] < heads[0]:
+        index = torch.tensor(branch.gdn_groups, device=x.device)
+        k, v = k.index_select(1, index), v.index_select(1, index)
+    log_alpha, beta = branch.gates(branch.gdn_a_proj(x), branch.gdn_b_proj(x))
+    bounds = tuple(itertools.accumulate(documents.lengths, initial=0))
+    out, _ = kernels.delta_rule(q, k, v, log_alpha, beta, bounds)
+    if switches["gdn_gate"]:
+        gate = branch.gdn_gate_proj(x).unflatten(-1, (-1, d))
+    scale = None if switches["fusion"] == "concat" else branch.gamma
+    eps = branch.config.rms_norm_eps if switches["fusion_norm"] == "rms" else None
+    return kernels.fusion_tail([(out, gate)], scale, eps)
+
+
 def mix(full_attention: torch.Tensor, recurrent: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """G · FA + (1 − g) · GDN, head by head.
 
@@ -250,7 +294,7 @@ def recurrent_branches(
     body = hf_config_from_model(student, "float32")
     config = HydraHeadConfig(
         **{k: v for k, v in body.items() if k not in _NOT_A_CONFIG},
-        gdn_kernel=_delta_rule_kernel(runner),
+        gdn_kernel="torch",
     )
     canonical = initialise_student(_canonical(runner.model, dense), student, gamma, seed)
     states: list[dict[str, torch.Tensor]] = [{} for _ in range(dense.num_layers)]
@@ -273,8 +317,8 @@ def recurrent_branches(
     return config, branches
 
 
-def _delta_rule_kernel(runner: DecoderRunner) -> str:
-    """``auto`` where flash-linear-attention's kernels run here, forward and backward, else ``torch``.
+def _fused_kernels(runner: DecoderRunner) -> Kernels | None:
+    """The training's kernels where flash-linear-attention runs here, forward and backward; else ``None``.
 
     Raises:
         HydraError: they run, and are wrong.
@@ -282,17 +326,16 @@ def _delta_rule_kernel(runner: DecoderRunner) -> str:
     weight = runner.layers[0].self_attn.o_proj.weight
     case = Case(weight.device, weight.dtype, runner.head_dim, gdn_heads=(runner.num_heads,))
     if weight.device.type != "cuda":
-        return "torch"
+        return None
     if packages.needs_tilelang(case):
         _log.warning(
             "the delta rule runs in plain torch, which is slow: flash-linear-attention's backward needs "
             "TileLang here (pip install %s)",
             packages.TILELANG,
         )
-        return "torch"
-    wanted = BackendConfig(full_attention="torch", fused_kernels="torch")
-    names = backends.choose_kernels(wanted, case).names
-    return "auto" if names["gated_delta_net"] == "fla" else "torch"
+        return None
+    kernels = backends.choose_kernels(BackendConfig(full_attention="torch"), case)
+    return kernels if kernels.names["gated_delta_net"] == "fla" else None
 
 
 def _canonical(model: Any, dense: ModelConfig) -> dict[str, torch.Tensor]:
