@@ -1,1 +1,1 @@
-"""Checkpoints: the canonical state dict, and how it is stored and checked."""
+"""Checkpoints: the canonical state dict, its storage and its verification."""

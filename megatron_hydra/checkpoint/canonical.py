@@ -1,9 +1,8 @@
-"""The canonical state dict: the keys and shapes of a model, whatever the parallel layout.
+"""The canonical state dict: the keys and shapes of a model, independent of the parallel layout.
 
 A canonical state dict is a mapping from key to tensor. Every attention head is one slice along the
-first axis of its tensor; which original heads those slices are follows from the
-:class:`~megatron_hydra.config.model.ModelConfig`. It is what a Megatron checkpoint holds on disk
-and what both converters speak.
+first axis of its tensor. The :class:`~megatron_hydra.config.model.ModelConfig` says which original head
+each slice belongs to. Megatron checkpoints store this state dict, and both converters read and write it.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def layer_shapes(model: ModelConfig, layer: int) -> dict[str, Shape]:
 def canonical_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Every canonical key of ``model`` with its global shape, in the order of the forward pass.
 
-    A key whose first axis would be empty (no FA heads in a layer, say) is absent.
+    A key whose first axis would be empty is absent (for example if a layer has no FA heads).
     """
     shapes: dict[str, Shape] = {
         "embedding.word_embeddings.weight": (model.vocab_size, model.hidden_size)
@@ -68,15 +67,15 @@ def canonical_shapes(model: ModelConfig) -> dict[str, Shape]:
 
 
 def check_shapes(found: Mapping[str, Sequence[int]], model: ModelConfig, source: str) -> None:
-    """Account for every key of a canonical state dict.
+    """Check every key and shape of a canonical state dict.
 
     Args:
         found: key -> shape.
-        model: what the keys should be for.
-        source: where they come from, for the message.
+        model: the config that the keys must match.
+        source: the origin of the keys, for the error message.
 
     Raises:
-        HydraError: naming the first missing, extra or misshapen key.
+        HydraError: a key is missing or extra, or has a wrong shape; names the first one.
     """
     expected = canonical_shapes(model)
     refuse_differences(expected, {key: tuple(shape) for key, shape in found.items()}, source)
@@ -88,10 +87,10 @@ def refuse_differences(
     """Raise unless two key -> shape mappings agree.
 
     Args:
-        source: where ``found`` comes from, or a function that tells it for a key.
+        source: the origin of ``found``, or a function from key to origin.
 
     Raises:
-        HydraError: naming the key, the file, and how many more are wrong.
+        HydraError: names the key, the file, and the number of other wrong keys.
     """
     where = source if callable(source) else lambda key: source
     missing = [key for key in expected if key not in found]
@@ -111,7 +110,7 @@ def refuse_differences(
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is made when it is asked for: its shape, its dtype, and how to make it."""
+    """A tensor that is made on access: its shape, its dtype, and the function that makes it."""
 
     shape: Shape
     dtype: torch.dtype
@@ -121,7 +120,7 @@ class LazyTensor:
 class LazyTensors(Mapping[str, "torch.Tensor"]):
     """A state dict whose tensors are made on access and not kept.
 
-    A conversion that goes through one of these holds one tensor at a time, not a whole model.
+    With it, a conversion holds one tensor at a time in memory instead of a whole model.
     """
 
     def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:

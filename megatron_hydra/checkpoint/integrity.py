@@ -1,15 +1,14 @@
-"""Whether a checkpoint folder is the one that was written, and safe to open.
+"""Check that a checkpoint folder is unchanged and safe to open.
 
-Three checks, each of which stands without the others:
+Three independent checks:
 
-- the manifest: SHA-256 and size of every file, and a digest of the manifest itself, so that a change
-  of any byte of the folder is found. It is not a signature: whoever can write the folder can write a
-  matching manifest.
-- the index ``weights/.metadata``, a pickle that torch opens whatever ``weights_only`` says: read here
-  first, by an unpickler that knows only the dozen classes that an index is made of. It may list
-  tensors only, which torch reads with ``weights_only=True``: what it calls an object, torch would
-  unpickle without. The files that it names must lie in the folder.
-- ``common.pt`` is read with ``weights_only=True``, and by nobody else.
+- The manifest holds SHA-256 and size of every file and a digest of itself. It shows a change of any byte of
+  the folder. It is not a signature: anyone who can write to the folder can write a matching manifest.
+- The index ``weights/.metadata`` is a pickle that torch always opens without ``weights_only``. We read it
+  first, with an unpickler that accepts only the dozen classes of an index. The index may list only tensors,
+  which torch reads with ``weights_only=True``; torch would unpickle objects without it. All files that the
+  index names must be in the folder.
+- ``common.pt`` is read only here, with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -64,10 +63,10 @@ ALLOWED_GLOBALS = {
     "pathlib": {"Path", "PosixPath"},
     "pathlib._local": {"Path", "PosixPath"},
 }
-"""What ``weights/.metadata`` may refer to; anything else is refused before it is imported.
+"""The only names that ``weights/.metadata`` may refer to. Other names are refused before their import.
 
-``BytesStorageMetadata`` is not among it: such an entry is an object that torch unpickles without a
-guard, and checkpoints of ours hold tensors only.
+``BytesStorageMetadata`` is not allowed: torch unpickles such an entry without a guard, and our checkpoints
+contain only tensors.
 """
 
 
@@ -75,16 +74,16 @@ guard, and checkpoints of ours hold tensors only.
 
 
 def _hashes(paths: Iterable[Path]) -> list[str]:
-    """Digests of several files; hashing releases the interpreter, so threads help."""
+    """Digests of several files, in threads: hashing releases the interpreter lock."""
     with concurrent.futures.ThreadPoolExecutor(_HASHING_THREADS, "hash") as pool:
         return list(pool.map(sha256_of_file, paths))
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Name in the manifest -> path, of all files of a checkpoint but the manifest.
+    """Name in the manifest -> path, for all files of a checkpoint except the manifest.
 
     Raises:
-        HydraError: a symbolic link, which may lead out of the folder.
+        HydraError: a file is a symbolic link, which could point outside the folder.
     """
     found = {}
     for path in sorted(folder.rglob("*")):
@@ -106,8 +105,8 @@ def write_manifest(
     """Write ``manifest.json`` over every file that ``folder`` now holds; returns its content.
 
     Args:
-        provenance: JSON-able facts about how the checkpoint came about.
-        known: name -> SHA-256 of files that were hashed already, by those who wrote them.
+        provenance: JSON-able facts about the origin of the checkpoint.
+        known: name -> SHA-256 of files that were hashed when they were written.
     """
     folder = Path(folder)
     files = _files(folder)
@@ -133,7 +132,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of a checkpoint folder.
 
     Raises:
-        HydraError: missing, damaged, or no manifest of this format and version.
+        HydraError: the manifest is missing, damaged, or of another format or version.
     """
     path = Path(folder) / MANIFEST_FILE
     try:
@@ -166,10 +165,10 @@ def _check_entry(path: Path, name: str, entry: Any) -> None:
 
 
 def verify_manifest(folder: str | os.PathLike[str], *, sizes_only: bool = False) -> dict[str, Any]:
-    """Check that a checkpoint is the one that was written; returns its manifest.
+    """Check that a checkpoint is unchanged; return its manifest.
 
     Args:
-        sizes_only: compare names and sizes, not content: quick, finds truncation, not tampering.
+        sizes_only: compare only names and sizes. This is quick; it finds truncation but not tampering.
 
     Raises:
         HydraError: naming the first file that is missing, unlisted, or changed.
@@ -202,9 +201,9 @@ def verify_manifest(folder: str | os.PathLike[str], *, sizes_only: bool = False)
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Resolves :data:`ALLOWED_GLOBALS` only, and notices if the pickle changes one of them.
+    """Resolves only :data:`ALLOWED_GLOBALS`, and detects if the pickle changes one of them.
 
-    It is the C unpickler, as torch's is: another parser might read the same bytes differently.
+    It is the C unpickler, like torch's: another parser could read the same bytes differently.
     """
 
     def __init__(self, file: Any, source: Path) -> None:
@@ -215,8 +214,8 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in ALLOWED_GLOBALS.get(module, ()):
             raise HydraError(
-                f"{self._source} refers to {module}.{name}, which no checkpoint of ours needs: it "
-                "is not opened"
+                f"{self._source} refers to {module}.{name}, which our checkpoints never use: the file is "
+                "not opened"
             )
         found = super().find_class(module, name)
         if isinstance(found, type):
@@ -230,7 +229,7 @@ class _IndexUnpickler(pickle.Unpickler):
             self._refuse_changed_classes()
 
     def _refuse_changed_classes(self) -> None:
-        """A pickle may set attributes of whatever it refers to, of a class for all its instances."""
+        """Raise if the pickle changed a class: a pickle can set attributes of anything that it refers to."""
         changed = [kind for kind, before in self._resolved.items() if dict(vars(kind)) != before]
         for kind in changed:
             before = self._resolved[kind]
@@ -266,17 +265,17 @@ def read_index(weights: str | os.PathLike[str]) -> Metadata:
         ) from None
     except HydraError:
         raise
-    except Exception as error:  # a damaged pickle raises nearly anything
+    except Exception as error:  # a damaged pickle can raise almost any error
         raise HydraError(f"{path} is damaged: {error}") from None
     return index
 
 
 def _check_index(index: Any, path: Path) -> None:
-    """The index is put together as torch does it, so that torch takes it for what it is here.
+    """Check that the index has exactly torch's classes, so that torch reads the same index as we do.
 
-    Torch tells tensors from objects by class; an attribute or a subclass proves nothing.
+    torch distinguishes tensors from objects by class. Attributes and subclasses could mislead this check.
     """
-    # Importing these costs seconds, and most commands open no checkpoint.
+    # These imports take seconds, and most commands open no checkpoint.
     from torch.distributed.checkpoint import metadata as parts
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
@@ -299,7 +298,7 @@ def _check_index(index: Any, path: Path) -> None:
 
 
 def _check_is(value: Any, kind: type, what: str, path: Path) -> None:
-    """``value`` is exactly of a dataclass and has no attribute but its fields."""
+    """Check that ``value`` has exactly this dataclass and no attributes besides its fields."""
     if type(value) is not kind:
         raise HydraError(
             f"{path}: {what} is a {type(value).__name__}, not a {kind.__name__}: it is not opened"
@@ -323,7 +322,7 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_common(weights: str | os.PathLike[str]) -> dict[str, Any]:
-    """``weights/common.pt``: what is not a sharded tensor; tensors are on the host.
+    """Read ``weights/common.pt``, all state except sharded tensors; tensors are on the host.
 
     Raises:
         HydraError: it is missing, broken, or holds more than plain data.

@@ -1,10 +1,10 @@
-"""The files below ``weights/``: boxes of global tensors, one record each, and the index over them.
+"""The files below ``weights/``: records of parts (boxes) of global tensors, and their index.
 
-The format is that of ``torch.distributed.checkpoint``, which Megatron calls ``torch_dist``, so that both
-can read it: a record is what ``torch.save`` makes of a tensor, a file is records one behind the other,
-``.metadata`` says where each one lies. Here are writing (which hashes as it goes), the index, and reading
-any boxes, whatever boxes were written. No process group is needed: who writes what, and that all ranks
-do, is the matter of those who call.
+The format is ``torch.distributed.checkpoint`` (``torch_dist`` in Megatron), so torch and Megatron can read
+the files. A record is the output of ``torch.save`` for one tensor. A file is a sequence of records.
+``.metadata`` holds the place of each record. This module writes and hashes files, writes the index, and
+reads any boxes, also if other boxes were written. It needs no process group: the caller assigns the boxes
+to ranks.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 RECORD_BYTES = 16 * 2**20
-"""About how large a record may be. It is read whole, by every rank that needs a part of it; and costs a
-fraction of a millisecond, however small it is."""
+"""Approximate maximum size of a record. A rank reads a whole record even if it needs only a part; but every
+record, however small, costs a fraction of a millisecond."""
 
 _CONFIG_FILE = "metadata.json"
 _CONFIG = {
@@ -53,9 +53,9 @@ class Box:
 
     Attributes:
         key: the tensor's name.
-        offset, shape: where the part lies, and how large it is.
-        global_shape: of the whole tensor.
-        dtype: as stored.
+        offset, shape: position and size of the part in the global tensor.
+        global_shape: shape of the whole tensor.
+        dtype: dtype in the file.
     """
 
     key: str
@@ -66,13 +66,13 @@ class Box:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its data."""
+        """Size of the data in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a record lies: file name, offset and length in bytes."""
+    """Place of a record: file name, offset and length in bytes."""
 
     file: str
     offset: int
@@ -99,14 +99,14 @@ def records_of(box: Box) -> list[Box]:
 
 
 class _HashedFile:
-    """What ``torch.save`` writes to: a file and its SHA-256 at once. Torch only ever appends."""
+    """A file for ``torch.save`` that computes its SHA-256 while writing. torch only appends."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._hash = file, hashlib.sha256()
         self.position = 0
 
     def write(self, data: Any) -> int:
-        """Append bytes, or whatever has a buffer of them."""
+        """Append bytes or an object with the buffer protocol."""
         self._file.write(data)
         self._hash.update(data)
         size = memoryview(data).nbytes
@@ -114,21 +114,21 @@ class _HashedFile:
         return size
 
     def flush(self) -> None:
-        """See :meth:`io.IOBase.flush`; torch asks for it behind every record."""
+        """See :meth:`io.IOBase.flush`; torch calls it after every record."""
         self._file.flush()
 
     def digest(self) -> str:
-        """Hex digest of what was written."""
+        """Hex digest of the written bytes."""
         return self._hash.hexdigest()
 
 
 def write_record(file: _HashedFile, tensor: torch.Tensor) -> None:
-    """Append one record: the tensor alone, also where its storage holds more."""
+    """Append one record: only the tensor, even if its storage is larger."""
     torch.save(_compact_cpu_copy(tensor), file)  # type: ignore[arg-type]
 
 
 def _compact_cpu_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values on the CPU in a storage of just their size; copied only if not in a row."""
+    """The same values on the CPU in a storage of exactly their size; copied only if needed."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.untyped_storage().nbytes() == tensor.nbytes or not tensor.numel():
         return tensor if tensor.numel() else tensor.clone()
@@ -137,7 +137,7 @@ def _compact_cpu_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def write_file(path: Path, tensors: Iterable[torch.Tensor]) -> tuple[list[Place], str]:
-    """Write one file of records, durably.
+    """Write one file of records and sync it to disk.
 
     Returns:
         The place of every record, and the file's SHA-256.
@@ -149,7 +149,8 @@ def write_file(path: Path, tensors: Iterable[torch.Tensor]) -> tuple[list[Place]
             start = hashed.position
             write_record(hashed, tensor)
             places.append(Place(path.name, start, hashed.position - start))
-            del tensor  # it may be the last view of a large one, and the next one is made now
+            # Free it before the next one is made; it may be the last view of a large tensor.
+            del tensor
         file.flush()
         os.fsync(file.fileno())
     return places, hashed.digest()
@@ -159,10 +160,10 @@ def write_file(path: Path, tensors: Iterable[torch.Tensor]) -> tuple[list[Place]
 
 
 def check_cover(boxes: Iterable[Box]) -> dict[str, list[Box]]:
-    """Boxes by key, in order, if those of every tensor make it whole and none overlaps.
+    """Return boxes by key, in order. Check that the boxes of every tensor cover it without overlap.
 
     Raises:
-        HydraError: naming the first key of which that is not so.
+        HydraError: names the first key whose boxes do not.
     """
     by_key: dict[str, list[Box]] = collections.defaultdict(list)
     for box in boxes:
@@ -176,13 +177,13 @@ def check_cover(boxes: Iterable[Box]) -> dict[str, list[Box]]:
             _common(one, other) is not None for one, other in itertools.combinations(parts, 2)
         ):
             raise HydraError(
-                f"the parts of {key!r} that ranks hold do not make the whole, each element once"
+                f"the parts of {key!r} on the ranks do not cover each element exactly once"
             )
     return dict(by_key)
 
 
 def _common(one: Box, other: Box) -> tuple[slice, ...] | None:
-    """What two boxes of a tensor share, in global coordinates; ``None``: nothing."""
+    """The overlap of two boxes of a tensor, in global coordinates; ``None`` if empty."""
     shared = []
     for a, n, b, m in zip(one.offset, one.shape, other.offset, other.shape, strict=True):
         start, end = max(a, b), min(a + n, b + m)
@@ -198,8 +199,8 @@ def write_index(
     """Write ``.metadata`` and ``metadata.json``.
 
     Args:
-        boxes: of every tensor, from :func:`check_cover`.
-        places: where each one was written.
+        boxes: the boxes of every tensor, from :func:`check_cover`.
+        places: the place of each box.
     """
     from torch.distributed.checkpoint import metadata as parts
     from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -226,8 +227,8 @@ def write_index(
 
 
 def write_common(weights: Path, common: Mapping[str, Any]) -> None:
-    """Write ``common.pt``: what is not a sharded tensor. Numbers that are tensors go to the CPU."""
-    buffer = io.BytesIO()  # given a path, torch would hide what the operating system says of it
+    """Write ``common.pt``: all state except sharded tensors. Plain tensors in it are moved to the CPU."""
+    buffer = io.BytesIO()  # not a path: torch would hide the error of the operating system
     torch.save(_on_the_host(common), buffer)
     (weights / COMMON_FILE).write_bytes(buffer.getbuffer())
 
@@ -248,16 +249,16 @@ def _on_the_host(value: Any) -> Any:
 def read_boxes(
     weights: Path, wanted: Sequence[tuple[Box, torch.Tensor]], index: Metadata | None = None
 ) -> None:
-    """Fill tensors from the records that hold their parts, each of which is read once.
+    """Fill tensors from the records. Each record is read once.
 
     Args:
-        weights: the folder; verified.
-        wanted: boxes, and a tensor of the box's shape for each, of any dtype and device.
-        index: of the folder, where it was read already.
+        weights: the folder, which must be verified.
+        wanted: boxes, and for each box a tensor of its shape, of any dtype and device.
+        index: the index of the folder, if it was read before.
 
     Raises:
-        HydraError: a tensor that is not there, of another shape or not complete, or a record that
-            is not a tensor of the shape that the index states.
+        HydraError: a tensor is missing, incomplete or of another shape; or a record is not a tensor
+            of the shape in the index.
     """
     index = index or read_index(weights)
     todo: dict[MetadataIndex, list[tuple[Box, Box, torch.Tensor]]] = {}
@@ -298,7 +299,7 @@ def _stored_boxes(index: Metadata, box: Box, weights: Path) -> Iterator[tuple[Me
     for chunk in entry.chunks:
         place = MetadataIndex(box.key, chunk.offsets)
         if place not in index.storage_data:
-            raise HydraError(f"{weights}: the index does not say where a part of {box.key!r} lies")
+            raise HydraError(f"{weights}: the index has no place for a part of {box.key!r}")
         stored = tuple(chunk.offsets), tuple(chunk.sizes)
         yield place, Box(box.key, *stored, shape, entry.properties.dtype)
 
@@ -318,7 +319,7 @@ def _read_record(weights: Path, info: Any, parts: list[tuple[Box, Box, torch.Ten
         view = cast(IO[bytes], _create_file_view(file, info.offset, info.length))
         try:
             record = torch.load(view, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged or forged pickle raises nearly anything
+        except Exception as error:  # a damaged or forged pickle can raise almost any error
             raise HydraError(f"{path}: {stored.key!r}: {error}") from None
     if not isinstance(record, torch.Tensor) or tuple(record.shape) != stored.shape:
         raise HydraError(f"{path}: {stored.key!r} is not a tensor of the shape in the index")

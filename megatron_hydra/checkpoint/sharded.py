@@ -1,4 +1,4 @@
-"""Between Megatron's sharded state dicts and the boxes of :mod:`megatron_hydra.checkpoint.records`."""
+"""Convert Megatron's sharded state dicts to boxes of :mod:`megatron_hydra.checkpoint.records` and back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_hydra.checkpoint.records import Box, read_boxes
 
 
 def sharded_tensors(state: Any) -> Iterator[ShardedTensor]:
-    """All ShardedTensors in nested state, factories expanded."""
+    """All ShardedTensors in a nested state; factories are expanded."""
     if isinstance(state, ShardedTensor):
         yield state
     elif isinstance(state, dict):
@@ -34,7 +34,7 @@ def sharded_tensors(state: Any) -> Iterator[ShardedTensor]:
 
 
 def box_of(tensor: ShardedTensor) -> Box:
-    """What part of its global tensor a ShardedTensor is."""
+    """The box of a ShardedTensor: its part of the global tensor."""
     shape = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
     return Box(
         tensor.key, tuple(tensor.global_offset), shape, tuple(tensor.global_shape), tensor.dtype
@@ -42,12 +42,12 @@ def box_of(tensor: ShardedTensor) -> Box:
 
 
 def main_replicas(state: Any) -> list[ShardedTensor]:
-    """Of nested state what this rank stands for: of every replicated tensor one copy counts."""
+    """The tensors of a nested state that this rank saves: one rank saves each replicated tensor."""
     return [tensor for tensor in sharded_tensors(state) if is_main_replica(tensor.replica_id)]
 
 
 def _data_to_load(state: Any, wanted: list[tuple[Box, torch.Tensor]]) -> Any:
-    """Nested state with the tensors that are to be filled, which are noted in ``wanted``."""
+    """Copy a nested state with empty tensors to fill, and append these to ``wanted``."""
     if isinstance(state, ShardedTensor):
         if state.data is None:
             state.init_data("cpu")
@@ -65,22 +65,22 @@ def load_sharded(
     weights: Path,
     together: Callable[[Callable[[], Any]], Any] = lambda action: action(),
 ) -> dict[str, Any]:
-    """Load what ranks ask for of a verified checkpoint's weights.
+    """Load a sharded state from the weights of a verified checkpoint.
 
-    As Megatron's ``dist_checkpointing.load``, but both pickles are read guarded, every record is read
-    once, and ranks do not wait for each other. Nothing here differs between Megatron-Core's releases;
-    their own ``load`` changes its readers' interface in every second one.
+    It replaces Megatron's ``dist_checkpointing.load``. It reads both pickles with a guard and every record
+    once, and ranks do not wait for each other. It works the same for all releases of Megatron-Core, whose
+    own reader interface changes often.
 
     Args:
         state: Megatron's sharded state dict.
         weights: the folder.
-        together: how ranks agree on an error; not needed in a single process.
+        together: runs a function so that an error on one rank raises on all; not needed in a single process.
 
     Returns:
-        The state dict with tensors, and what the checkpoint holds besides.
+        The state dict with tensors, and the checkpoint's other state (``common.pt``).
 
     Raises:
-        HydraError: something is missing, misshapen or damaged.
+        HydraError: a tensor is missing or damaged or has a wrong shape.
     """
     state, not_stored, factories = load_preprocess(state)
     sharded, _ = extract_sharded_base(state)
@@ -88,7 +88,7 @@ def load_sharded(
     loaded = _data_to_load(sharded, wanted)
     result: dict[str, Any] = {}
 
-    def read() -> None:  # an error of one rank is an error of all
+    def read() -> None:  # an error on one rank raises on all ranks
         result.update(read_common(weights))
         read_boxes(weights, wanted, read_index(weights))
 

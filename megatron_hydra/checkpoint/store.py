@@ -4,14 +4,14 @@
 
     <folder>/model.json      the ModelConfig
     <folder>/weights/        dist_checkpointing files; keys and shapes are the canonical ones
-    <folder>/tokenizer/      tokenizer files, where known
-    <folder>/manifest.json   SHA-256 of every file, and where the checkpoint comes from
+    <folder>/tokenizer/      tokenizer files, if known
+    <folder>/manifest.json   SHA-256 of every file, and the origin of the checkpoint
 
-Nothing here depends on a parallel layout: tensors are stored whole, in records of some heads each, so
-that a run under any layout reads little more than the heads it needs. Everything works in a single
-process without a launcher or a GPU. The files are the matter of :mod:`megatron_hydra.checkpoint.records`.
+The format does not depend on a parallel layout. Whole tensors are stored in records of a few heads each, so
+a run under any layout reads little more than the heads that it needs. All functions work in a single
+process without a launcher or a GPU. :mod:`megatron_hydra.checkpoint.records` reads and writes the files.
 
-What is checked before anything is opened is in :mod:`megatron_hydra.checkpoint.integrity`.
+:mod:`megatron_hydra.checkpoint.integrity` checks the files before they are opened.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ TOKENIZER = "tokenizer"
 _WEIGHTS_FILE = "__0_0.distcp"
 
 NON_MODEL_KEYS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state", "training.")
-"""Prefixes of what a training checkpoint holds besides the model."""
+"""Prefixes of the keys in a training checkpoint that are not the model's."""
 
 # -- folders -------------------------------------------------------------------------------------
 
 
 def resolve_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint folder that ``path`` means: itself, or the latest of a run's ``checkpoints``.
+    """Resolve ``path`` to a checkpoint folder: ``path`` itself, or the latest of a run's ``checkpoints``.
 
     Raises:
-        HydraError: no such folder, or neither of the two.
+        HydraError: the folder does not exist, or is neither of the two.
     """
     path = Path(path)
     if not path.is_dir():
@@ -99,7 +99,7 @@ def read_model_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """The :class:`ModelConfig` of a checkpoint (a folder, or a run's ``checkpoints``).
 
     Raises:
-        HydraError: no checkpoint, another format or version, or an invalid key.
+        HydraError: the folder is not a checkpoint, has another format or version, or has an invalid key.
     """
     path = resolve_checkpoint(folder) / MODEL_FILE
     body = MODEL.read(path)
@@ -128,21 +128,21 @@ def save_canonical(
     progress: bool = False,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a checkpoint folder, whole or not at all. Call it in a single process.
+    """Write a checkpoint folder atomically. Call it in a single process.
 
     Args:
-        folder: the folder to make.
+        folder: the folder to create.
         tensors: the canonical state dict; with :class:`~.canonical.LazyTensors`, one tensor is in
             memory at a time.
         model: its config.
-        tokenizer_dir: where to copy tokenizer files from.
+        tokenizer_dir: the folder to copy tokenizer files from.
         extra_manifest: JSON-able provenance for the manifest.
         force: replace an existing folder.
         progress: show a bar on stderr.
-        check: called with the complete folder before it takes its name; may refuse by raising.
+        check: called with the complete folder before the rename to its final name. It raises to reject it.
 
     Raises:
-        HydraError: the folder exists, or a key is missing, extra or misshapen.
+        HydraError: the folder exists, a key is missing or extra, or a shape is wrong.
     """
     shapes = {key: canonical.describe(tensors, key).shape for key in tensors}
     canonical.check_shapes(shapes, model, "state dict")
@@ -159,7 +159,7 @@ def save_canonical(
 def _save_weights(
     weights: Path, tensors: Mapping[str, torch.Tensor], model: ModelConfig, progress: bool
 ) -> dict[str, str]:
-    """Write everything below ``weights``; returns the hash of the file of records by its name."""
+    """Write everything below ``weights``. Return file name -> hash of the file of records."""
     from tqdm import tqdm
 
     weights.mkdir()
@@ -181,13 +181,13 @@ def _save_weights(
 def _cut_on_demand(
     boxes: Sequence[records.Box], tensors: Mapping[str, torch.Tensor], bar: Any
 ) -> Iterator[torch.Tensor]:
-    """The data of boxes, which stand tensor by tensor; one tensor is held at a time."""
+    """Yield the data of boxes. Boxes of one tensor follow each other, so only one tensor is in memory."""
     for key, parts in itertools.groupby(boxes, lambda box: box.key):
         tensor = tensors[key].detach().to("cpu").contiguous()
         for box in parts:
             yield tensor[box.offset[0] : box.offset[0] + box.shape[0]]
             bar.update(box.num_bytes)
-        del tensor  # before the next one is made
+        del tensor  # free it before the next one is made
 
 
 # -- loading -------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def stored_tensors(
     """Key -> (shape, dtype) of the model's tensors in a checkpoint, from its index.
 
     Raises:
-        HydraError: an index that cannot be trusted, or a key that is missing, extra or misshapen.
+        HydraError: the index is not safe to open, a key is missing or extra, or a shape is wrong.
     """
     folder = resolve_checkpoint(folder)
     return _described(folder, read_index(folder / WEIGHTS))
@@ -207,7 +207,7 @@ def stored_tensors(
 
 def _described(folder: Path, index: Metadata) -> dict[str, tuple[canonical.Shape, torch.dtype]]:
     model, weights = read_model_config(folder), folder / WEIGHTS
-    entries: dict[str, Any] = index.state_dict_metadata  # tensors, it has checked
+    entries: dict[str, Any] = index.state_dict_metadata  # read_index accepts only tensors
     found = {
         key: (tuple(entry.size), entry.properties.dtype)
         for key, entry in entries.items()
@@ -227,12 +227,12 @@ def load_canonical(
 
     Args:
         folder: a checkpoint, or a run's ``checkpoints``.
-        keys: which; ``None`` for all of the model's.
-        verify: check the folder first (reads every file once more). Pass ``False`` only after
+        keys: keys to read; ``None``: all keys of the model.
+        verify: check the folder first (reads every file twice). Pass ``False`` only after
             :func:`verify_checkpoint`.
 
     Raises:
-        HydraError: a damaged or foreign checkpoint, or a key it lacks.
+        HydraError: the checkpoint is damaged or not ours, or a key is missing.
     """
     folder = resolve_checkpoint(folder)
     if verify:
@@ -260,7 +260,7 @@ def _read_whole(
 
 
 def lazy_canonical(folder: str | os.PathLike[str]) -> canonical.LazyTensors:
-    """The model's tensors of a checkpoint, each read when asked for. Verify the checkpoint first."""
+    """The model's tensors of a checkpoint, each read on access. Verify the checkpoint first."""
     folder = resolve_checkpoint(folder)
     index = read_index(folder / WEIGHTS)
     stored = _described(folder, index)

@@ -1,4 +1,4 @@
-"""What travels beside the weights, from the source to the checkpoint to the export."""
+"""Files that are copied with the weights, from the source to the checkpoint to the export."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ TOKENIZER_FILES = (
 """The files of a tokenizer and of generation."""
 
 NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
-"""Chat templates with a name of their own, such as ``tool_use``; they travel, too."""
+"""Named chat templates, such as ``tool_use``; they are copied as well."""
 
 
 def copy_tokenizer_files(
     source: str | os.PathLike[str], target: str | os.PathLike[str]
 ) -> list[str]:
-    """Copy :data:`TOKENIZER_FILES` and :data:`NAMED_TEMPLATES` that ``source`` has; returns their names."""
+    """Copy the :data:`TOKENIZER_FILES` and :data:`NAMED_TEMPLATES` of ``source``. Return their names."""
     names = tokenizer_files(Path(source))
     Path(target).mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -38,7 +38,7 @@ def copy_tokenizer_files(
 
 
 def tokenizer_files(folder: Path) -> list[str]:
-    """Names of those that a folder has."""
+    """Names of the tokenizer files in a folder."""
     templates = [path for path in sorted(folder.glob(NAMED_TEMPLATES)) if path.is_file()]
     names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     return names + [path.relative_to(folder).as_posix() for path in templates]

@@ -10,7 +10,7 @@ from megatron_hydra.options import option
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """The parts of a list with commas."""
+    """Split a comma-separated list."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
@@ -32,15 +32,15 @@ class EvaluationOptions:
         depths: where facts are placed, 0 … 1; rows of the heatmap.
         samples: samples of each (task, length, depth), or of each (task, length) without depths.
         batch_tokens: tokens of a batch, at most (one sample at least).
-        prefill_chunk: tokens of a prompt passed at a time, 0: all; ``None``: 8192 for models for
-            which that is known to be exact, else all.
-        haystack: distractor text for tasks that hide facts in text, or ``""``; commands and experiments
-            name a file with it, one paragraph a line.
-        cache_length: measure the cache's bytes with a prompt of so many tokens; 0: do not. A back
-            end without a cache has nothing to measure.
+        prefill_chunk: prompt tokens per forward pass; 0: all; ``None``: 8192 for models for which this
+            is known to be exact, else all.
+        haystack: distractor text for tasks that hide facts in text, or ``""``. In commands and experiments
+            it is the path of a file with one paragraph per line.
+        cache_length: length of the prompt for measuring the cache's bytes, in tokens; 0: do not measure.
+            A back end without a cache measures nothing.
         lm_eval: tasks of lm-evaluation-harness, for a Hugging Face model (needs the extra ``eval``).
-        lm_eval_include: a folder with lm-eval tasks (YAML) of the user's own, or ``""``.
-        lm_eval_limit: the first so many questions of each of lm-eval's tasks; 0: all of them.
+        lm_eval_include: a folder with the user's own lm-eval tasks (YAML), or ``""``.
+        lm_eval_limit: number of questions of each lm-eval task, from the first; 0: all.
     """
 
     depths: tuple[float, ...] = option(
@@ -77,4 +77,4 @@ class EvaluationOptions:
         if self.lm_eval_limit < 0:
             raise HydraError("--lm-eval-limit must be 0 (all questions) or more")
         if not self.depths or any(not 0 <= d <= 1 for d in self.depths):
-            raise HydraError(f"--depths {list(self.depths)} must lie in 0..1, and not be empty")
+            raise HydraError(f"--depths {list(self.depths)} must be numbers in 0..1, at least one")

@@ -27,19 +27,20 @@ from megatron_hydra.paths import PathText, expanded
 T = TypeVar("T")
 
 _DEEPEST = 50
-"""Levels of free-form data; one that holds itself has no end."""
+"""Maximum depth of free-form data: data that contains itself would have no end."""
 _LARGEST = 2**63
 
 # -- YAML -------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML where ``1e-4`` is a number, not a string, and repeated keys are refused."""
+    """Safe YAML that reads ``1e-4`` as a number, not a string, and refuses repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # <<: *base, which given keys override
+            # <<: *base; keys of the mapping override it.
+            if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
@@ -74,7 +75,7 @@ def parse_yaml(text: str, source: str) -> Any:
     except RecursionError:
         raise HydraError(f"{source} is not valid YAML: it is nested too deeply") from None
     except (ValueError, TypeError, OverflowError, LookupError, AttributeError) as error:
-        # What PyYAML lets through of a value that only looks like a number, a date or base64.
+        # PyYAML raises these for a value that only looks like a number, a date or base64.
         raise HydraError(f"{source} is not valid YAML: {error}") from None
 
 
@@ -86,7 +87,7 @@ def from_dict(cls: type[T], body: Any, source: str = "config") -> T:
 
     Args:
         cls: a dataclass type.
-        body: what JSON or YAML gave; absent keys take their defaults.
+        body: data read from JSON or YAML; absent keys get their defaults.
         source: the file's name, for messages.
 
     Raises:
@@ -172,10 +173,10 @@ def _convert(hint: Any, value: Any, source: str, path: tuple[str, ...]) -> Any:
 
 
 def _check_plain(value: Any, source: str, path: tuple[str, ...], depth: int = 0) -> Any:
-    """Free-form data as it is, if JSON can hold it: it goes into manifests.
+    """Return free-form data unchanged if JSON can store it, because manifests contain it.
 
     Raises:
-        HydraError: naming the key that holds a date, a set, raw bytes, a number that is not finite, or itself.
+        HydraError: names the key that holds a date, a set, bytes, a number that is not finite, or itself.
     """
     if depth > _DEEPEST:
         raise HydraError(f"{_where(source, path)} is nested too deeply")
@@ -209,7 +210,7 @@ def _scalar(hint: type, value: Any, source: str, path: tuple[str, ...]) -> Any:
     raise _wrong(source, path, names.get(hint, getattr(hint, "__name__", str(hint))), value)
 
 
-# -- and back ---------------------------------------------------------------------------------
+# -- dataclasses to dicts ---------------------------------------------------------------------
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -274,7 +275,7 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
 
 
 def _merge(base: dict, update: Mapping) -> dict:
-    """``update`` over ``base``, section by section; lists and scalars are replaced."""
+    """Merge ``update`` into ``base``, section by section; lists and scalars are replaced."""
     merged = dict(base)
     for key, value in update.items():
         old = merged.get(key)
@@ -286,15 +287,15 @@ def _merge(base: dict, update: Mapping) -> dict:
 def read_config(path: str | os.PathLike[str], nested: bool = False) -> dict[str, Any]:
     """One YAML file of a run as plain data, its keys checked.
 
-    ``include: other.yaml`` (a path relative to the file) puts another file under this one: a
-    stage's data has a file of its own. Included files include no further ones.
+    ``include: other.yaml`` (a path relative to the file) reads another file first; this file overrides its
+    keys. For example, the data of a stage has its own file. An included file cannot include others.
 
     Raises:
         HydraError: an unreadable file, an unknown key or a value of the wrong type.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
+    except (OSError, ValueError) as error:  # a NUL in the name raises ValueError
         raise HydraError(f"config {path} cannot be read: {error}") from None
     body = parse_yaml(text, str(path))
     body = {} if body is None else body
@@ -315,8 +316,8 @@ def load_run_config(
     """Read a run's config.
 
     Args:
-        paths: one YAML file or several; later files override earlier ones key by key (a stage and
-            then a layout, say).
+        paths: one or several YAML files; later files override earlier ones key by key (for example a
+            stage, then a layout).
         overrides: ``section.key=value`` strings, applied last.
 
     Raises:

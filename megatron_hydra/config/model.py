@@ -85,7 +85,7 @@ class HydraConfig:
 
     @property
     def fa_gate_begins_at(self) -> float:
-        """Where the gate's bias begins: at 1, or at 0, gate 1, where no norm takes a constant away."""
+        """Initial value of the gate's bias: 1, or 0 (gate 1) if no norm removes a constant factor."""
         return 1.0 if self.fusion_norm == "rms" else 0.0
 
     @property
@@ -95,7 +95,7 @@ class HydraConfig:
 
     @property
     def fa_window(self) -> int | None:
-        """How many tokens a softmax query sees; ``None``: all before it."""
+        """Number of tokens that a softmax query sees; ``None``: all tokens before it."""
         return self.window if self.mixer == "token" else None
 
 
@@ -109,7 +109,7 @@ BEFORE_THE_SWITCH = {"fa_gate_bias": False}
 
 
 def stored_switches(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Layer options of a stored model; options newer than the file get the value that it was made with."""
+    """Layer options of a stored model. An option newer than the file gets the value that the model has."""
     return {**BEFORE_THE_SWITCH, **body}
 
 
@@ -122,7 +122,7 @@ DENSE_ATTENTION = HydraConfig(
     gdn_gate=False,
     short_conv=False,
 )
-"""With every head FA, these switches make the layer the teacher's own attention (design §2)."""
+"""If every head is FA, a layer with these switches is the teacher's attention (design §2)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,18 +134,18 @@ class ModelConfig:
         num_layers, hidden_size, ffn_hidden_size, vocab_size: as usual (L, D, F, V).
         num_query_heads, num_kv_heads, head_dim: H, G, d; d need not be D/H.
         norm_eps: epsilon of every RMSNorm.
-        rope_parameters: transformers 5's dict: ``rope_type``, ``rope_theta`` and what the type needs.
-        max_position_embeddings: the native context length (informative; nothing is cut there).
+        rope_parameters: the dict of transformers 5: ``rope_type``, ``rope_theta`` and the type's parameters.
+        max_position_embeddings: the native context length (informative; inputs are not truncated to it).
         tie_embeddings: the LM head is the embedding.
         qk_norm: RMSNorm over d on q and k (Qwen3).
         qkv_bias: biases on the q, k, v projections (Qwen2).
         out_bias: bias on the output projection (Llama with ``attention_bias``).
         hydra: the switches of a hybrid; ``None`` for the dense model.
-        full_attention_heads: for each layer the sorted FA heads; ``None`` for the dense model. All of
-            them where every head mixes both (``hydra.mixer``).
+        full_attention_heads: for each layer the sorted FA heads; ``None`` for the dense model. All heads
+            if every head mixes both (``hydra.mixer``).
         head_map: the whole head map as JSON (provenance), or ``None``.
-        source: where the weights come from: name, revision, fingerprint.
-        hf_config: the original ``config.json``, kept so that an export can restore what we do not read.
+        source: origin of the weights: name, revision, fingerprint.
+        hf_config: the original ``config.json``, so that an export can restore the keys that we do not read.
     """
 
     family: Literal["qwen3", "qwen2", "llama"]
@@ -182,7 +182,7 @@ class ModelConfig:
                 f"{self.num_kv_heads}"
             )
         if (self.hydra is None) != (self.full_attention_heads is None):
-            raise HydraError("hydra and full_attention_heads are given together or not at all")
+            raise HydraError("give both hydra and full_attention_heads, or neither")
         if self.full_attention_heads is not None:
             heads = tuple(tuple(int(h) for h in layer) for layer in self.full_attention_heads)
             object.__setattr__(self, "full_attention_heads", heads)
@@ -204,7 +204,7 @@ class ModelConfig:
         ):
             raise HydraError(
                 f"hydra.mixer={self.switches.mixer} runs full attention in every head, "
-                "full_attention_heads leaves some out: it has no head map"
+                "but full_attention_heads does not list every head: leave the head map out"
             )
 
     @property
@@ -235,10 +235,10 @@ class ModelConfig:
         return head // (self.num_query_heads // self.num_kv_heads)
 
     def check_fa_partition(self, partition: str) -> None:
-        """Refuse a partition of FA heads over tensor-parallel ranks that cannot hold this model.
+        """Check that a partition of FA heads over tensor-parallel ranks supports this model.
 
         Raises:
-            HydraError: naming the key to change.
+            HydraError: it does not; names the key to change.
         """
         if partition == "sequence" and self.switches.mixes_in_every_head:
             raise HydraError(
@@ -248,7 +248,7 @@ class ModelConfig:
             )
 
     def identity(self) -> ModelIdentity:
-        """Identity of the dense model, which a head map must match."""
+        """Identity of the dense model; a head map must have the same."""
         return ModelIdentity(
             name=self.source.get("name", ""),
             revision=self.source.get("revision", ""),
@@ -266,9 +266,10 @@ class ModelConfig:
         return dataclasses.replace(self, hydra=None, full_attention_heads=None, head_map=None)
 
     def finished(self) -> ModelConfig:
-        """This model as it is used, not trained: a log scale that waits for the end is on.
+        """This model after training: a log scale that is off during training (``final``) is on.
 
-        Weights are the same. An export is of the finished model; converted back, it keeps its log scale.
+        Weights are the same. An export holds the finished model. If it is converted back, the log scale
+        stays on.
         """
         if self.hydra is None or self.hydra.log_scale == "train":
             return self
@@ -278,8 +279,8 @@ class ModelConfig:
         """The hybrid that ``head_map`` makes of this dense model.
 
         Raises:
-            HydraError: the map is for another model, or of single heads where whole KV groups are
-                wanted.
+            HydraError: the map is for another model, or has single heads although ``hydra.granularity``
+                is ``kv_group``.
         """
         head_map.check_model(self.identity())
         if hydra.mixes_in_every_head:
@@ -303,11 +304,11 @@ class ModelConfig:
         """The token-wise or head-wise mixing baseline that ``hydra`` makes of this dense model.
 
         Raises:
-            HydraError: ``hydra.mixer`` is ``head``: which heads are FA then needs a head map.
+            HydraError: ``hydra.mixer`` is ``head``, which needs a head map.
         """
         if not hydra.mixes_in_every_head:
             raise HydraError(
-                "a head map is missing: hydra.mixer=head needs one to say which heads keep full "
+                "a head map is missing: hydra.mixer=head needs one, which lists the heads that keep full "
                 "attention"
             )
         every = (tuple(range(self.num_query_heads)),) * self.num_layers

@@ -17,9 +17,9 @@ Verb = Literal["pretrain", "align", "distill", "finetune"]
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
-    """The model being trained. ``checkpoint`` is a Megatron checkpoint made by ``tools/hf_to_megatron.py``
-    or by an earlier stage; training never starts from random weights because a path was wrong.
-    ``fingerprint`` (``sha256:`` and the hash of its manifest.json), if given, is what it must have.
+    """The model to train. ``checkpoint`` is a Megatron checkpoint made by ``tools/hf_to_megatron.py`` or
+    by an earlier stage. A wrong path is an error; training never starts from random weights instead.
+    If ``fingerprint`` (``sha256:`` and the hash of manifest.json) is given, the checkpoint must match it.
     """
 
     checkpoint: PathText = ""

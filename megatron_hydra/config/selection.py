@@ -18,10 +18,10 @@ FORMER = "our former scoring (interp_denoise)"
 GATES = "learned_gates"
 
 PROBE_TOKENS = 4096
-"""Length of a needle prompt that does not say ``tokens``; as the paper's."""
+"""Length of a needle prompt without an own ``tokens``; the paper's length."""
 
 LEAST_STEPS = 50
-"""In fewer steps, gates could not get from one end to the other one after another."""
+"""Minimum number of gate steps. With fewer steps, the gates cannot close one after another."""
 
 Granularity = Literal["query_head", "kv_group"]
 
@@ -82,25 +82,26 @@ class SelectionOptions(Constraints):
         stability: compare with receiver effects on needles of a quarter, half and twice the length (the
             paper's scoring).
         effects: effects measured exactly by ``interp_denoise``: ``direct``, ``total`` or both;
-            empty: the receiver effect alone (:attr:`exact_effects`). What is not the receiver effect is
-            reported, and decides nothing; ``total`` takes most of the time.
-        receiver_effect: the one of them that makes a head a receiver and is its receiver score.
+            empty: the receiver effect alone (:attr:`exact_effects`). The other effect is only reported
+            and does not change the choice; ``total`` takes most of the time.
+        receiver_effect: the effect that makes a head a receiver and is its receiver score.
         senders: ``interp_denoise`` measures path patching to the receivers.
-        sender_weight: weight of a head's sender effect beside its receiver effect there (both in units of
-            the readout, 0 corrupted … 1 clean).
-        num_receivers: at most this many receivers a task there; default: the number of FA heads.
-        attribution: ``interp_denoise`` also measures the first-order estimate of the total effects,
-            for the map and its rank correlation with the effects that were measured.
-        check_heads: ``attribution`` measures this many random heads exactly, for the same purpose.
-        task_weights: capability -> weight in the fusion; 1 where not named. The tasks of one share it.
-        text: a file of text or token ids that ``learned_gates`` aligns its GDN branch on (as
+        sender_weight: weight of a head's sender effect relative to its receiver effect in
+            ``interp_denoise`` (both in units of the readout, 0 corrupted … 1 clean).
+        num_receivers: largest number of receivers per task in ``interp_denoise``; default: the number of
+            FA heads.
+        attribution: ``interp_denoise`` also measures the first-order estimate of the total effects. The
+            map then holds it and its rank correlation with the measured effects.
+        check_heads: ``attribution`` measures this many random heads exactly, for the rank correlation.
+        task_weights: capability -> weight in the fusion; default 1. The tasks of a capability share it.
+        text: a file of text or token ids on which ``learned_gates`` aligns its GDN branch (like
             ``--calibration-file`` of ``tools/hf_to_megatron.py``); "": a short bundled text.
-        align_tokens, gate_tokens: tokens that the GDN branch and the gates are learned on there.
-        gate_steps: steps over which the gates' budget falls from all heads to none.
-        head_cost: share of a head's own work in a gate's cost there, 0 … 1; the rest is the cache of its KV
-            group.
-        compare: files of other head maps, whose rankings' curves are measured as well there.
-        tokens_per_batch: positions computed at a time; 0: 2048 on a CPU, 32768 on a GPU.
+        align_tokens, gate_tokens: tokens on which ``learned_gates`` learns the GDN branch and the gates.
+        gate_steps: steps in which the gates' budget decreases from all heads to none.
+        head_cost: share of a head's own work in the cost of a gate of ``learned_gates``, 0 … 1; the rest is
+            the cache of its KV group.
+        compare: files of other head maps; ``learned_gates`` measures the curves of their rankings as well.
+        tokens_per_batch: number of positions per forward; 0: 2048 on a CPU, 32768 on a GPU.
     """
 
     num_prompts: int = option(
@@ -236,20 +237,20 @@ class SelectionOptions(Constraints):
             raise HydraError(f"--num-receivers {self.num_receivers}: must be at least 1")
         if self.align_tokens < 1 or not LEAST_STEPS <= self.gate_steps <= self.gate_tokens:
             raise HydraError(
-                f"--align-tokens must be at least 1, --gate-steps at least {LEAST_STEPS}, or gates cannot all "
-                "close, and at most --gate-tokens"
+                f"--align-tokens must be at least 1. --gate-steps must be at least {LEAST_STEPS}, so that all "
+                "gates can close, and at most --gate-tokens"
             )
         if not 0 <= self.head_cost <= 1:
             raise HydraError(f"--head-cost {self.head_cost:g}: must be from 0 to 1")
 
     @property
     def exact_effects(self) -> tuple[Effect, ...]:
-        """The effects that ``interp_denoise`` measures: those asked for, else the receiver effect."""
+        """The effects that ``interp_denoise`` measures: ``effects``, or if empty the receiver effect."""
         return self.effects or (self.receiver_effect,)
 
     @property
     def constraints(self) -> Constraints:
-        """Those of the options that are constraints."""
+        """The options that are constraints."""
         return Constraints(
             *(getattr(self, field.name) for field in dataclasses.fields(Constraints))
         )

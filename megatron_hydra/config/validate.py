@@ -1,7 +1,7 @@
-"""Validate a config across keys when it is read, so that a run that cannot work never starts.
+"""Validate the keys of a config together when it is read, before a run starts.
 
-:func:`check_run` needs the config alone, :func:`check_layout` also the world size and the models'
-shapes. Every message names the key to change.
+:func:`check_run` needs only the config. :func:`check_layout` also needs the world size and the shapes of
+the models. Every message names the key to change.
 """
 
 from __future__ import annotations
@@ -154,18 +154,18 @@ def _check_validation(config: RunConfig) -> None:
     )
     _require(
         not schedule.patience or validation.interval > 0,
-        f"schedule.patience is {schedule.patience}, but validation.interval is 0: without a validation "
-        "no run can end by it",
+        f"schedule.patience is {schedule.patience}, but validation.interval is 0: set validation.interval, "
+        "because patience needs validations",
     )
     _require(
         not validation.interval or bool(validation.blend) or data.held_out > 0,
-        f"validation.interval is {validation.interval}, but nothing is held out: set data.held_out "
-        "(0.001, say) or name sources in validation.blend",
+        f"validation.interval is {validation.interval}, but nothing is held out: set data.held_out (for "
+        "example 0.001) or name sources in validation.blend",
     )
     _require(
         not (validation.blend and data.held_out),
-        f"validation.blend names sources and data.held_out is {data.held_out}: validation reads either "
-        "these sources or what is held out, remove one",
+        f"validation.blend names sources and data.held_out is {data.held_out}: validation reads only one of "
+        "the two, remove the other",
     )
     _check_blend("validation.blend", validation.blend)
     _check_blend("validation.probes", validation.probes)
@@ -176,8 +176,8 @@ def _check_validation(config: RunConfig) -> None:
         )
     _require(
         not validation.probes or config.verb != "align",
-        "validation.probes: align runs no whole student that could answer; remove them, or set them in "
-        "distill and finetune",
+        "validation.probes: align does not run the whole student, which must answer; remove them, or set "
+        "them in distill and finetune",
     )
     _require(
         not validation.probes or validation.interval > 0,
@@ -219,8 +219,8 @@ def _check_switches(config: RunConfig) -> None:
     )
     _require(
         config.verb != "align" or not parallel.overlap_grad_reduce,
-        "parallel.overlap_grad_reduce cannot be used by align: its gradients come layer by layer "
-        "inside the forward, there is no backward to overlap with",
+        "parallel.overlap_grad_reduce cannot be used by align: align computes gradients inside the forward, "
+        "so no backward can overlap with communication",
     )
     if recompute.granularity == "selective":
         unknown = [m for m in recompute.modules if m not in RECOMPUTE_MODULES]
@@ -231,13 +231,13 @@ def _check_switches(config: RunConfig) -> None:
         inside = [m for m in recompute.modules if m in ("fa", "gdn", "tail")]
         _require(
             not inside or "attention" not in recompute.modules,
-            f"recompute.modules names attention and {inside[:1]}: attention is all three of fa, gdn "
-            "and tail, remove one",
+            f"recompute.modules names attention and {inside[:1]}: attention includes fa, gdn and tail, "
+            "remove one",
         )
     by_sequence = parallel.fa_partition == "sequence" and parallel.tensor > 1
     _require(
         config.backend.streams != "two" or (parallel.context == 1 and not by_sequence),
-        "backend.streams=two cannot be where full attention communicates (parallel.context or, with "
+        "backend.streams=two is not possible if full attention communicates (parallel.context or, with "
         "parallel.fa_partition=sequence, parallel.tensor above 1): set it to auto",
     )
 
@@ -246,7 +246,7 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     """Data-parallel size: the world size divided by the model-parallel size.
 
     Raises:
-        HydraError: the world is no multiple of the model-parallel size.
+        HydraError: the world size is not a multiple of the model-parallel size.
     """
     parallel = config.parallel
     model_size = parallel.tensor * parallel.context * parallel.pipeline
@@ -269,7 +269,7 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     """Micro-batches that each data-parallel rank runs per step.
 
     Raises:
-        HydraError: the batch cannot be divided so.
+        HydraError: the batch size cannot be divided evenly.
     """
     replicas = data_parallel_size(config, world_size)
     per_round = config.batch.micro_batch_size * replicas
@@ -316,41 +316,41 @@ def check_layout(
         rows = -(-model.vocab_size // parallel.tensor)
         _require(
             rows * (parallel.tensor - 1) < model.vocab_size,
-            f"parallel.tensor is {parallel.tensor}: the {name}'s vocabulary of {model.vocab_size}, {rows} "
-            "entries a rank, leaves the last rank none",
+            f"parallel.tensor is {parallel.tensor}: with {rows} entries of the {name}'s vocabulary of "
+            f"{model.vocab_size} per rank, the last rank has none",
         )
     _require(
         config.backend.streams != "two" or student.switches.fa_position in ("log-scale", "none"),
-        "backend.streams=two cannot be with hydra.fa_position="
+        "backend.streams=two is not possible with hydra.fa_position="
         f"{student.switches.fa_position}: both branches share rotary tables; set it to auto",
     )
     _require(
         parallel.virtual_pipeline == 1 or micro_batches % parallel.pipeline == 0,
-        f"the interleaved schedule needs micro-batches per step in multiples of parallel.pipeline "
-        f"({parallel.pipeline}), there are {micro_batches}: change batch.global_batch_size",
+        f"the interleaved schedule needs a multiple of parallel.pipeline ({parallel.pipeline}) as number "
+        f"of micro-batches per step, this run has {micro_batches}: change batch.global_batch_size",
     )
     if teacher is not None:
         check_teacher(student, teacher)
 
 
 def _check_convolution(config: RunConfig, model: ModelConfig, name: str) -> None:
-    """A shard's halo comes from the one before it, so that has to hold all of it."""
+    """Check that every context-parallel shard is at least as long as the halo of the next shard."""
     context, switches = config.parallel.context, model.switches
     halo = switches.conv_width - 1 if model.is_hybrid and switches.short_conv else 0
     shard = rounded_stream_length(config) // context
     _require(
         context == 1 or shard >= halo,
-        f"parallel.context is {context}: its shards of {shard} tokens are shorter than the "
-        f"{halo} that the {name}'s short convolution reads back (hydra.conv_width); use fewer, or a "
+        f"parallel.context is {context}: its shards of {shard} tokens are shorter than the {halo} earlier "
+        f"tokens that the {name}'s short convolution reads (hydra.conv_width); use a smaller value, or a "
         "longer data.sequence_length",
     )
 
 
 def check_teacher(student: ModelConfig, teacher: ModelConfig) -> None:
-    """Check that the teacher is dense, has the student's shape, and is the model it was made from.
+    """Check that the teacher is dense, has the student's shape, and is the student's original model.
 
     Raises:
-        HydraError: naming what differs.
+        HydraError: names the first difference.
     """
     _require(
         not teacher.is_hybrid, "teacher.checkpoint holds a hybrid: the teacher is the dense model"
@@ -377,11 +377,11 @@ def check_teacher(student: ModelConfig, teacher: ModelConfig) -> None:
 
 
 def rounded_stream_length(config: RunConfig) -> int:
-    """Tokens of a micro-batch after padding to what the layout can cut evenly.
+    """Tokens of a micro-batch after padding to a length that the layout can shard evenly.
 
-    Context-parallel shards are mirrored in halves. Tensor-parallel ranks cut each shard again, under
-    sequence parallelism and wherever they share work that is not a head's: full attention by slices
-    of the sequence, KV groups that several ranks read, gated fusion.
+    Each context-parallel rank has two mirrored half shards. Tensor-parallel ranks cut each shard again under
+    sequence parallelism, and for work that they do not divide by heads: full attention by slices of the
+    sequence, KV groups shared between ranks, gated fusion.
     """
     parallel = config.parallel
     multiple = parallel.context * parallel.tensor

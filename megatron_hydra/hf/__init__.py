@@ -1,5 +1,5 @@
 """HydraHead in Hugging Face format. Nothing here imports the rest of the package or Megatron.
 
-Its ``*_hydrahead.py`` are copied into every export (see :mod:`megatron_hydra.hf.export_files`); import
-them by module to use the model without an export.
+Every export holds copies of the ``*_hydrahead.py`` files (see :mod:`megatron_hydra.hf.export_files`).
+Import these modules directly to use the model without an export.
 """

@@ -1,14 +1,16 @@
-"""What a HydraHead model remembers between calls (copied into every export; needs torch and transformers).
+"""The cache of a HydraHead model (copied into every export; needs torch and transformers).
 
-The containers are transformers' own, ``DynamicCache`` and ``StaticCache``: :func:`adopt` puts layers of this
-file in place of their empty ones. transformers' layer for a hybrid, ``LinearAttentionAndFullAttentionLayer``,
-does not exist in all releases that are supported, copies all keys at every token, has no place for a window
-of tokens or for padding, and cannot take back what a state has read.
+The containers are ``DynamicCache`` and ``StaticCache`` of transformers. :func:`adopt` replaces their empty
+layers by the layers of this file. transformers has a layer for hybrid models,
+``LinearAttentionAndFullAttentionLayer``. We do not use it for these reasons: some supported releases lack
+it; it copies all keys at every token; it cannot store a window of tokens or padding; and it cannot remove
+tokens from a state.
 
-Taking back. A state holds no history. While :meth:`HydraHeadCacheLayer.activate_past_recording` is on, a layer
-keeps, for its last tokens, the state before them and what each of them writes; ``crop`` runs the delta rule
-again over the tokens that stay. No projection, no other layer and no softmax is computed again. That is what
-assisted decoding needs.
+Removing tokens (``crop``). Assisted decoding removes rejected tokens from the cache, but a recurrent state
+holds no history. :meth:`HydraHeadCacheLayer.activate_past_recording` switches recording on. A layer then
+keeps the state before its last tokens, and the inputs that each of these tokens gave to the delta rule.
+``crop`` runs the delta rule again over the tokens that stay. It computes no projection, no softmax and no
+other layer again.
 
 B: batch, T: new tokens, n: heads, d: head_dim.
 """
@@ -25,7 +27,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from .window_hydrahead import latest
 
 UNDO = 512
-"""Tokens that can be taken back while a cache records."""
+"""Number of tokens that ``crop`` can remove while a cache records."""
 
 Rule = Callable[..., Any]
 """The delta rule: (q, k, v, log α, β, state) -> outputs, state."""
@@ -33,16 +35,16 @@ Rule = Callable[..., Any]
 
 @dataclasses.dataclass
 class Record:
-    """How to take back the tokens of one call, or its last :data:`UNDO`.
+    """The data that ``crop`` needs to remove tokens of one call (at most its last :data:`UNDO`).
 
     Attributes:
-        length: their number T.
-        given: ``[B, T]`` bool, which are real, as the caller has ordered them; ``None``: all.
-        rows: name -> ``[B, count + T, channels]``: the rows that a memory of ``count`` rows had before, then
-            one for each token, real ones first.
+        length: number of these tokens, T.
+        given: ``[B, T]`` bool, true for real tokens, in the caller's order; ``None``: all are real.
+        rows: name -> ``[B, count + T, channels]``: first the ``count`` rows that the memory held before the
+            call, then one row for each token, real tokens first.
         counts: name -> count.
-        state: ``[B, n, d, d]`` before the first one; ``None``: empty.
-        writes: k, v, log α, β that the delta rule was given, ``[B, T, n, …]``.
+        state: ``[B, n, d, d]`` before the first token; ``None``: empty.
+        writes: k, v, log α, β as given to the delta rule, ``[B, T, n, …]``.
         rule: the delta rule.
     """
 
@@ -55,7 +57,7 @@ class Record:
     rule: Rule | None = None
 
     def real(self, kept: int) -> torch.Tensor | None:
-        """``[B]`` int64, how many of the first ``kept`` tokens are real; ``None``: all of them."""
+        """``[B]`` int64: the number of real tokens among the first ``kept``; ``None``: all are real."""
         return None if self.given is None else self.given[:, :kept].sum(1)
 
     def row_memory(self, name: str, kept: int) -> torch.Tensor:
@@ -80,25 +82,25 @@ class Record:
 
 
 class HydraHeadCacheLayer(CacheLayerMixin):
-    """What one layer remembers; every tensor is absent where the layer has no such heads.
+    """The cache of one layer. A tensor is ``None`` if the layer has no heads that use it.
 
     Attributes:
         keys, values: ``[B, n_fa_kv, capacity, d]``: KV groups of the layer's FA heads only.
         length: columns in use (real tokens and padding of the batch).
-        begun: whether any token was seen.
+        begun: whether the layer has read any token.
         state: ``[B, n_gdn, d, d]`` fp32.
         tail: ``[B, W−1, channels]``: the last inputs of the convolution.
-        window: ``[B, w−1, 2·n_fa_kv·d]``: keys and values within the window (``mixer=token``), in place
-            of ``keys`` and ``values``.
-        leaving, leaving_gates: ``[B, w, 2·n_gdn_kv·d]`` and ``[B, w, 2·n_gdn]`` fp32: what the tokens
-            within the window write into the state when they leave it.
-        key_mask: ``[B, length]`` bool, which columns are real tokens; ``None``: all of them. Those of
-            one call stand as inside the model, real ones first.
-        given_mask: ``[B, length]`` bool, the same as the caller has ordered them.
-        lengths: ``[B]`` int64, real tokens of every sequence: its next position.
-        record_past: whether tokens can be taken back.
+        window: ``[B, w−1, 2·n_fa_kv·d]``: keys and values within the window. ``mixer=token`` uses it
+            instead of ``keys`` and ``values``.
+        leaving, leaving_gates: ``[B, w, 2·n_gdn_kv·d]`` and ``[B, w, 2·n_gdn]`` fp32: the values that the
+            tokens within the window write into the state when they leave the window.
+        key_mask: ``[B, length]`` bool, true for columns of real tokens; ``None``: all are real. The columns
+            of one call have the order of the model's layers, real tokens first.
+        given_mask: ``[B, length]`` bool, the same in the caller's order.
+        lengths: ``[B]`` int64, number of real tokens of every sequence, which is also its next position.
+        record_past: whether the layer records, so that ``crop`` can remove tokens.
 
-    The masks and ``lengths`` are the same for all layers; the first one holds them.
+        The masks and ``lengths`` are the same for all layers. Only the first layer stores them.
     """
 
     STORES = ("keys", "values")
@@ -135,19 +137,19 @@ class HydraHeadCacheLayer(CacheLayerMixin):
         """Forget everything."""
         self._clear()
 
-    # What the layer's attention writes, in this order, and then ``advance``.
+    # The layer's attention calls these methods in this order, and then ``advance``.
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store ``[B, n_fa_kv, T, d]`` and return all keys and values so far.
 
-        A prompt is stored exactly; decoding then grows the store by an eighth at a time, so that a
-        new token does not copy all earlier ones.
+        A prompt gets a store of exactly its size. Decoding then grows the store by an eighth each time, so
+        that a new token does not copy all earlier ones.
         """
         count = key_states.shape[2]
         if self.keys is None or self.values is None:
-            # Detached: the cache serves inference, gradients do not flow through earlier calls.
+            # Detached: the cache is for inference. No gradients flow through earlier calls.
             self.keys = key_states.detach().contiguous()
             self.values = value_states.detach().contiguous()
             return key_states, value_states
@@ -175,13 +177,13 @@ class HydraHeadCacheLayer(CacheLayerMixin):
     def remember(
         self, name: str, rows: torch.Tensor, count: int, valid: torch.Tensor | None
     ) -> None:
-        """Keep the last ``count`` real ones of ``rows``, see :func:`latest`."""
+        """Keep the last ``count`` real rows, see :func:`latest`."""
         rows = rows.detach()
         self._put(name, latest(rows, count, valid))
         if self.record_past:
             length = rows.shape[1] - count
             recorded = self.recorded(length, valid)
-            # A copy: a part of a long prompt would hold all of it.
+            # A copy, because a view would keep the whole long prompt in memory.
             self._record.rows[name] = (
                 rows if recorded == length else rows[:, length - recorded :].clone()
             )
@@ -194,7 +196,7 @@ class HydraHeadCacheLayer(CacheLayerMixin):
         writes: tuple[torch.Tensor, ...],
         rule: Rule,
     ) -> None:
-        """Keep the ``state`` after this call; of its last tokens, the one ``before`` and what they write."""
+        """Keep the ``state`` after this call. If the cache records, keep ``before`` and ``writes`` as well."""
         self._put("state", state.detach())
         if self.record_past:
             self._record.state = None if before is None else before.detach()
@@ -202,14 +204,14 @@ class HydraHeadCacheLayer(CacheLayerMixin):
             self._record.rule = rule
 
     def recorded(self, length: int, valid: torch.Tensor | None) -> int:
-        """How many of ``length`` new tokens are recorded: of padded ones all, as each row has its own."""
+        """Number of new tokens to record. A padded batch records all: its rows differ in real tokens."""
         return min(length, UNDO) if valid is None else length
 
     def _put(self, name: str, value: torch.Tensor) -> None:
         setattr(self, name, value)
 
     def advance(self, length: int, given: torch.Tensor | None, device: torch.device) -> None:
-        """Note that this layer has taken in ``length`` columns."""
+        """Count ``length`` columns that this layer has read."""
         self.length = self.length + length
         self.device = device
         self.begun = self.is_initialized = True
@@ -228,8 +230,11 @@ class HydraHeadCacheLayer(CacheLayerMixin):
         given: torch.Tensor | None,
         device: torch.device,
     ) -> None:
-        """Note ``length`` new columns, of which ``valid`` ``[B, length]`` are real (None: all); ``given``
-        says the same in the caller's order. Of the first layer, before any layer takes them in.
+        """Add ``length`` new columns to the masks, before any layer reads them. Only for the first layer.
+
+        Args:
+            valid: ``[B, length]`` bool, true for real tokens, real tokens first; ``None``: all are real.
+            given: the same in the caller's order.
         """
         self.key_mask = self._with(self.key_mask, valid, batch, length, device)
         self.given_mask = self._with(self.given_mask, given, batch, length, device)
@@ -247,7 +252,7 @@ class HydraHeadCacheLayer(CacheLayerMixin):
         length: int,
         device: torch.device,
     ) -> torch.Tensor | None:
-        """The mask of all columns; ``None`` as long as all are real."""
+        """The mask of all columns; ``None`` while all are real."""
         if past is None and new is None:
             return None
         if past is None:
@@ -256,48 +261,48 @@ class HydraHeadCacheLayer(CacheLayerMixin):
             new = torch.ones_like(past[:, :1]).expand(-1, length)
         return torch.cat((past, new), dim=1)
 
-    # What transformers calls.
+    # Methods that transformers calls.
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: shapes differ by layer, and come with the first token."""
+        """Do nothing: shapes differ by layer and are known at the first token."""
 
     def get_seq_length(self) -> Any:
-        """Columns so far, padding included."""
+        """Number of columns so far, padding included."""
         return self.length
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """Return −1: no limit."""
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """:meth:`get_max_length`, as transformers called it before."""
+        """Alias of :meth:`get_max_length`, its name in older transformers."""
         return self.get_max_length()
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """Columns after this call, and the first of them."""
+        """Number of columns after this call, and the index of the first one."""
         new = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.length + new, 0
 
     @property
     def batch_size(self) -> int:
-        """Sequences held, −1 before the first token."""
+        """Number of sequences, −1 before the first token."""
         tensors = (getattr(self, name) for name in (*self.STORES, *self.MEMORIES))
         return next((t.shape[0] for t in tensors if t is not None), -1)
 
     max_batch_size = batch_size
 
     def offload(self) -> None:
-        """Move what is held to the host's memory."""
+        """Move the tensors to host memory."""
         self._apply(lambda x: x.to("cpu", non_blocking=True), self.STORES + self.MEMORIES)
 
     def prefetch(self) -> None:
-        """Move it back."""
+        """Move the tensors back to the device."""
         if self.device is not None:
             device = self.device
             self._apply(lambda x: x.to(device, non_blocking=True), self.STORES + self.MEMORIES)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Take over the beams' sequences."""
+        """Select the sequences of the given beams."""
         self.records.clear()
         self._apply(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
@@ -319,11 +324,11 @@ class HydraHeadCacheLayer(CacheLayerMixin):
                 setattr(self, name, function(tensor))
 
     def activate_past_recording(self) -> None:
-        """From here on, tokens can be taken back."""
+        """Start recording, so that ``crop`` can remove the tokens that follow."""
         self.record_past = True
 
     def stop_recording(self) -> None:
-        """Keep no more than the next token needs."""
+        """Stop recording and drop all records."""
         self.record_past = False
         self.records.clear()
 
@@ -333,22 +338,23 @@ class HydraHeadCacheLayer(CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether tokens can be taken back."""
+        """Whether ``crop`` can remove tokens."""
         return self.record_past or (self.begun and not self._has_states)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last ``−tokens_to_remove`` columns; a positive number is, as in transformers 5.0, how
-        many stay.
+        """Remove the last ``−tokens_to_remove`` columns.
+
+        A positive number is the number of columns to keep, as in transformers 5.0.
 
         Raises:
-            ValueError: more than were recorded.
+            ValueError: the cache has not recorded that many columns.
         """
         removed = -tokens_to_remove if tokens_to_remove <= 0 else self.length - tokens_to_remove
         if removed <= 0:
             self.records.clear()
             return
         if removed > self.length:
-            raise ValueError(f"the cache holds {self.length} tokens, {removed} are to be removed")
+            raise ValueError(f"cannot remove {removed} tokens: the cache holds {self.length}")
         if self._has_states or self.key_mask is not None:
             self._rewind(removed)
         else:
@@ -365,9 +371,9 @@ class HydraHeadCacheLayer(CacheLayerMixin):
             removed = -kept
         if removed > 0:
             raise ValueError(
-                f"{removed} more tokens are to be removed from the cache than it has recorded; its states hold "
-                "no history. Call activate_past_recording() before the tokens that may have to be removed, at "
-                f"most {UNDO} of them"
+                f"cannot remove the tokens: {removed} of them were not recorded, and recurrent states hold no "
+                "history. Call activate_past_recording() before the model reads tokens that you may remove "
+                f"later (at most {UNDO} tokens)"
             )
         record = self.records[index]
         gone = sum(r.length for r in self.records[index + 1 :]) + record.length - kept
@@ -386,12 +392,12 @@ class HydraHeadCacheLayer(CacheLayerMixin):
 
 
 class HydraHeadStaticCacheLayer(HydraHeadCacheLayer):
-    """The same in tensors of fixed size and place, so that a compiled step stays valid.
+    """A cache layer whose tensors keep their size and address, so that a compiled step stays valid.
 
-    ``length`` is a tensor; keys, values, ``key_mask`` and ``given_mask`` have ``max_cache_len`` columns.
+    ``length`` is a tensor. Keys, values, ``key_mask`` and ``given_mask`` have ``max_cache_len`` columns.
 
     Args:
-        max_cache_len: columns that there is room for.
+        max_cache_len: capacity in columns.
     """
 
     is_compileable = True
@@ -401,7 +407,7 @@ class HydraHeadStaticCacheLayer(HydraHeadCacheLayer):
         super().__init__()
 
     def reset(self) -> None:
-        """Forget everything, and keep the room."""
+        """Forget everything, but keep the allocated tensors."""
         for name in (*self.STORES, *self.MEMORIES, "lengths"):
             tensor = getattr(self, name)
             if tensor is not None:
@@ -414,19 +420,19 @@ class HydraHeadStaticCacheLayer(HydraHeadCacheLayer):
         self.begun = False
 
     def _begin(self, device: torch.device) -> None:
-        """From here on ``length`` is a tensor."""
+        """Make ``length`` a tensor."""
         if not isinstance(self.length, torch.Tensor):
             self.length = _fixed(torch.zeros((), dtype=torch.int64, device=device))
 
     def _columns(self, length: int, device: torch.device) -> torch.Tensor:
-        """``[length]`` int64, where the next tokens go."""
+        """``[length]`` int64: the columns of the next tokens."""
         self._begin(device)
         return self.length + torch.arange(length, device=device)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store ``[B, n_fa_kv, T, d]``; return them where they are the first, else the whole store."""
+        """Store ``[B, n_fa_kv, T, d]``. Return these tensors in the first call, else the whole store."""
         batch, heads, count, channels = key_states.shape
         if self.keys is None or self.values is None:
             shape = (batch, heads, self.max_cache_len, channels)
@@ -438,7 +444,7 @@ class HydraHeadStaticCacheLayer(HydraHeadCacheLayer):
         return (self.keys, self.values) if self.begun else (key_states, value_states)
 
     def reserve(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stores as they are: they cannot grow."""
+        """Return the stores unchanged: they cannot grow."""
         assert self.keys is not None and self.values is not None
         return self.keys, self.values
 
@@ -450,7 +456,7 @@ class HydraHeadStaticCacheLayer(HydraHeadCacheLayer):
             kept.copy_(value)
 
     def advance(self, length: int, given: torch.Tensor | None, device: torch.device) -> None:
-        """Note that this layer has taken in ``length`` columns."""
+        """Count ``length`` columns that this layer has read."""
         self._begin(device)
         self.length.add_(length)
         self.device = device
@@ -464,10 +470,10 @@ class HydraHeadStaticCacheLayer(HydraHeadCacheLayer):
         given: torch.Tensor | None,
         device: torch.device,
     ) -> None:
-        """As the other kind of layer does, in place."""
+        """As in the base class, but in place."""
         if not self.begun and length > self.max_cache_len:
             raise ValueError(
-                f"the static cache has room for {self.max_cache_len} tokens, the input has {length}"
+                f"the static cache holds at most {self.max_cache_len} tokens, the input has {length}"
             )
         if self.lengths is None:
             ones = torch.ones(batch, self.max_cache_len, dtype=torch.bool, device=device)
@@ -483,11 +489,11 @@ class HydraHeadStaticCacheLayer(HydraHeadCacheLayer):
         self.lengths.add_(valid.sum(1))
 
     def get_max_length(self) -> int:
-        """Columns that there is room for."""
+        """Capacity in columns."""
         return self.max_cache_len
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """All columns, and the first of them."""
+        """Capacity in columns, and the index of the first one."""
         return self.max_cache_len, 0
 
     def _apply(
@@ -510,35 +516,37 @@ class HydraHeadStaticCacheLayer(HydraHeadCacheLayer):
                 setattr(self, name, _fixed(new))
 
     def activate_past_recording(self) -> None:
-        """Nothing: tokens cannot be taken back."""
+        """Do nothing: a static cache cannot remove tokens."""
 
     @property
     def is_croppable(self) -> bool:
-        """Never."""
+        """Return False: a static cache cannot remove tokens."""
         return False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused, but for nothing to remove."""
+        """Raise ValueError unless ``tokens_to_remove`` is 0."""
         if tokens_to_remove:
             raise ValueError(
-                "a static cache of a HydraHead model cannot be cropped: use a dynamic one "
+                "a static cache of a HydraHead model cannot be cropped: use a dynamic cache "
                 "(cache_implementation=None)"
             )
 
 
 def _fixed(tensor: torch.Tensor) -> torch.Tensor:
-    """Tell torch.compile that it stays where it is, so that CUDA graphs may be made of it."""
+    """Tell torch.compile that the tensor keeps its address, so that CUDA graphs can use it."""
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(tensor)
     return tensor
 
 
 class HydraHeadCache(DynamicCache):
-    """transformers' dynamic cache with a HydraHead model's layers: KV of FA heads only, states and
-    convolution tails of GDN heads; a window of tokens where softmax sees no more.
+    """transformers' dynamic cache with the layers of a HydraHead model.
+
+    It stores keys and values of FA heads, and states and convolution tails of GDN heads. If softmax sees a
+    window only, it stores the tokens of that window.
 
     Args:
-        config: the model's.
+        config: the model's config.
     """
 
     def __init__(self, config: Any, **kwargs: Any) -> None:
@@ -547,16 +555,16 @@ class HydraHeadCache(DynamicCache):
 
     @property
     def seen(self) -> int:
-        """Columns so far, padding included (what ``attention_mask`` is as wide as)."""
+        """Number of columns so far, padding included: the width of ``attention_mask``."""
         return self.layers[0].length
 
     @property
     def lengths(self) -> torch.Tensor | None:
-        """``[B]`` int64, real tokens of every sequence: its next position."""
+        """``[B]`` int64: number of real tokens of every sequence, which is also its next position."""
         return self.layers[0].lengths
 
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values held, summed over the real tensors of all layers."""
+        """Bytes of the stored keys and values, summed over all layers."""
         return sum(
             2 * layer.keys[:, :, : layer.length].numel() * layer.keys.element_size()
             for layer in self.layers
@@ -564,16 +572,16 @@ class HydraHeadCache(DynamicCache):
         )
 
     def state_bytes(self) -> int:
-        """Bytes of what does not grow: recurrent states, convolution tails, windows of tokens."""
+        """Bytes of the tensors that do not grow: recurrent states, convolution tails, windows of tokens."""
         tensors = [getattr(layer, n) for layer in self.layers for n in layer.MEMORIES]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def adopt(cache: Any, num_layers: int) -> Cache:
-    """Put a HydraHead model's layers in place of the empty ones of a dynamic or a static cache.
+    """Replace the empty layers of a dynamic or static cache by layers of a HydraHead model.
 
     Raises:
-        ValueError: a cache of another kind, or one that another model has filled.
+        ValueError: the cache is of another kind, or another model has filled it.
     """
     layers = getattr(cache, "layers", None)
     if not isinstance(cache, Cache) or layers is None:
@@ -585,7 +593,7 @@ def adopt(cache: Any, num_layers: int) -> Cache:
     for layer in layers:
         if type(layer) not in (DynamicLayer, StaticLayer):
             raise ValueError(
-                f"a {type(cache).__name__} of {type(layer).__name__} holds no states; {_WANTED}"
+                f"a {type(cache).__name__} of {type(layer).__name__} cannot store states; {_WANTED}"
             )
         if layer.is_initialized and int(layer.get_seq_length()):
             raise ValueError(f"the {type(cache).__name__} holds another model's tokens; {_WANTED}")
@@ -601,13 +609,13 @@ def adopt(cache: Any, num_layers: int) -> Cache:
 
 
 _WANTED = (
-    "a HydraHead model takes an empty DynamicCache or StaticCache of transformers, or its own HydraHeadCache: "
-    "give one of them, or none, and one is made"
+    "a HydraHead model needs an empty DynamicCache or StaticCache of transformers, or its own HydraHeadCache. "
+    "Without a cache the model makes one"
 )
 
 
 def record_past(cache: Cache, on: bool) -> None:
-    """Let every layer record, or stop it."""
+    """Start (``on``) or stop recording in every layer."""
     for layer in cache.layers:
         if on:
             layer.activate_past_recording()
@@ -616,12 +624,12 @@ def record_past(cache: Cache, on: bool) -> None:
 
 
 def layer_memory(cache: Cache, index: int, device: torch.device) -> HydraHeadCacheLayer:
-    """A layer's memory, on its device; of an offloaded cache, the next one is on its way there."""
+    """Return a layer's cache, on its device. If the cache is offloaded, prefetch the next layer's as well."""
     if cache.offloading:
         if device.type == "cuda":
             here = torch.cuda.default_stream(device)
             here.wait_stream(cache.prefetch_stream)
-            # It may still be copying to the host what it is about to fetch.
+            # The stream may still copy this layer to the host.
             cache.prefetch_stream.wait_stream(here)
             cache.layers[index].prefetch()
             cache.prefetch(index + 1, only_non_sliding=False)
@@ -631,7 +639,7 @@ def layer_memory(cache: Cache, index: int, device: torch.device) -> HydraHeadCac
 
 
 def put_back(cache: Cache, index: int) -> None:
-    """Move a layer's memory to the host again, where the cache is offloaded."""
+    """Move a layer's cache back to the host if the cache is offloaded."""
     if cache.offloading:
         cache.layers[index].offload()
 

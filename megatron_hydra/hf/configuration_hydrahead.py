@@ -28,32 +28,34 @@ SWITCHES: dict[str, tuple[Any, tuple[Any, ...] | None]] = {
     "log_scale_a": (500.0, None),
     "granularity": ("query_head", ("query_head", "kv_group")),
 }
-"""Switch of the layer -> (what it is where a config does not name it, allowed values). A config from
-before a switch is of a model without it."""
+"""Switch of the layer -> (default if a config does not name it, allowed values; ``None``: not a list).
+
+Configs written before a switch existed do not name it. Their models do not have the feature.
+"""
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Types whose frequencies do not depend on the input's length, so a cache never goes stale."""
+"""Types whose frequencies do not depend on the input's length, so that a cache stays valid."""
 
 
 class HydraHeadConfig(PreTrainedConfig):
     """Architecture of a HydraHead decoder with a Qwen3, Qwen2 or Llama backbone.
 
     Args:
-        family: ``qwen3``, ``qwen2`` or ``llama``: where the backbone comes from (informative).
+        family: ``qwen3``, ``qwen2`` or ``llama``, the family of the backbone (informative).
         head_dim: channels of a head; need not be hidden_size / num_attention_heads.
-        rope_parameters: transformers 5's dict; ``rope_theta`` and ``rope_scaling``, their older
-            places, are read as well.
+        rope_parameters: the dict of transformers 5. The older keys ``rope_theta`` and ``rope_scaling``
+            are read as well.
         qk_norm: RMSNorm over the channels of q and k.
         attention_bias: biases on the q, k, v projections.
         out_bias: bias on the output projection.
-        full_attention_heads: for each layer the sorted FA heads; absent: every head, as it must be
-            where every head is both FA and GDN (``hydra.mixer``).
-        hydra: the layer's switches, see ``SWITCHES``; absent ones have their defaults.
-        gdn_kernel: ``auto`` takes flash-linear-attention's kernels where they are installed and
-            support the case (CUDA, 16-bit), ``torch`` never does.
+        full_attention_heads: for each layer the sorted FA heads; default: every head. It must be every
+            head if every head is both FA and GDN (``hydra.mixer`` other than ``head``).
+        hydra: the layer's switches, see ``SWITCHES``, which has the defaults as well.
+        gdn_kernel: ``auto`` uses the kernels of flash-linear-attention if they are installed and
+            support the case (CUDA, 16-bit); ``torch`` never uses them.
 
     Raises:
-        ValueError: a switch, a head or a rope type that does not exist.
+        ValueError: a switch, a head or a rope type does not exist.
     """
 
     model_type = "hydrahead"
@@ -112,8 +114,8 @@ class HydraHeadConfig(PreTrainedConfig):
             len(layer) < num_attention_heads for layer in self.full_attention_heads
         ):
             raise ValueError(
-                f"hydra.mixer={self.hydra['mixer']} runs full attention in every head, "
-                "full_attention_heads leaves some out"
+                f"hydra.mixer={self.hydra['mixer']} runs full attention in every head, but "
+                "full_attention_heads does not list every head"
             )
         self.gdn_kernel = gdn_kernel
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
@@ -135,7 +137,7 @@ class HydraHeadConfig(PreTrainedConfig):
             raise ValueError(f"rope_type {kind!r} is not supported: use one of {ROPE_TYPES}")
         if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(
-                "partial_rotary_factor is not supported: rotary covers all of head_dim"
+                "partial_rotary_factor is not supported: rotary embedding covers all of head_dim"
             )
 
 

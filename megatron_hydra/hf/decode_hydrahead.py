@@ -1,22 +1,22 @@
-"""A HydraHead layer's inference in a few launches (copied into every export; needs torch, uses triton).
+"""Fused inference of a HydraHead layer (copied into every export; needs torch, uses triton).
 
-By single operators a layer takes some 170 launches a token, and a GPU waits for the host that makes them.
-Here it takes eleven: the projections of all heads are one product, and these kernels do the rest.
+With single operators, a layer needs about 170 kernel launches a token, and the GPU waits for the host. Here
+it needs eleven. The projections of all heads are one matrix product, and these kernels do the rest:
 
     norm       x ← x + y and its RMSNorm
     heads      GDN: convolution, norms, rotation, delta rule of one token; FA: norms, scale, into the cache
-    attend     FA: softmax over a part of the keys (the parts side by side, as in FlashDecoding)
-    fuse       FA: sum of the parts; all: gate, norm, γ, in the heads' original order; convolution's last inputs
+    attend     FA: softmax over a part of the keys (parts run in parallel, as in FlashDecoding)
+    fuse       FA: sum of the parts; all heads: gate, norm, γ, original order; last inputs of the convolution
     swiglu     SiLU(gate) · up
 
-A prompt goes through ``norm``, ``swiglu`` and two more, ``prompt`` before the delta rule and the softmax and
-``prompt_fuse`` after them, which are those of the plain layer.
+A prompt uses ``norm``, ``swiglu`` and two more kernels: ``prompt`` before the delta rule and the softmax, and
+``prompt_fuse`` after them. Delta rule and softmax of a prompt are the functions of the plain layer.
 
-The twin of all of it is the layer in modeling_hydrahead.py, which rounds to the model's dtype at the same
-places; it runs wherever :func:`usable` says no.
+The reference is the layer in modeling_hydrahead.py. It rounds to the model's dtype at the same places, and
+it runs whenever :func:`usable` returns False.
 
-One storage holds the weights of projections that share an input, and the parameters are views of it, under
-their own names: nothing is held twice.
+Projections with the same input share one storage. The parameters keep their names and are views of this
+storage, so no weight is stored twice.
 
 B: batch, D: hidden size, d: head_dim, n: GDN heads, f: FA heads, g: KV groups of FA heads, W: taps.
 """
@@ -35,14 +35,14 @@ from torch import nn
 try:
     import triton
     import triton.language as tl
-except Exception:  # absent, or broken: the plain path always works
+except Exception:  # not installed, or broken: the plain path always works
     triton = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD, LARGEST_HIDDEN = 256, 16384
 PROGRAMS, LARGEST_SPLIT = 4096, 128
-"""Programs of an attention at most (some waves: the last one is not full), and parts of the keys."""
+"""Maximum number of programs of an attention (some waves, the last one not full), and of parts of the keys."""
 
 
 def _jit(kernel: Any) -> Any:
@@ -61,7 +61,7 @@ COUNTS = (
     "b_column",
     "a_column",
 )
-"""Numbers that differ by token or by layer: no variant of a kernel for 1 and for multiples of 16."""
+"""Arguments that change by token or by layer. Triton must not specialise kernels on their values."""
 
 
 def _jit_of_counts(kernel: Any) -> Any:
@@ -111,9 +111,9 @@ def _convolved(row, tail, weight, column, channel, taps, inside, channels, kind,
     """Channels of a projection after the short convolution.
 
     Args:
-        row, tail: of one sequence.
+        row, tail: the current projection and the earlier inputs of one sequence.
         weight: ``[channels of the part, W]``.
-        column, channel, taps: where they are in ``row``, in ``tail`` and in ``weight``.
+        column, channel, taps: the channels' indices in ``row``, in ``tail`` and in ``weight``.
     """
     value = tl.load(row + column, inside, 0.0).to(tl.float32)
     if HAS_CONV:
@@ -129,7 +129,7 @@ def _convolved(row, tail, weight, column, channel, taps, inside, channels, kind,
 @_jit
 def _prepared(x, other, weight, cos, sin, c, partner, inside, eps, kind,
               D: tl.constexpr, HAS_NORM: tl.constexpr, HAS_ROTARY: tl.constexpr):  # fmt: skip
-    """RMSNorm and rotation of a head; ``other`` are its channels ``partner``, the other rotary half."""
+    """RMSNorm and rotation of a head. ``other`` holds its channels ``partner``, the other rotary half."""
     if HAS_NORM:
         scale = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
         w = tl.load(weight + c, inside, 0.0).to(tl.float32)
@@ -147,13 +147,13 @@ def _prepared(x, other, weight, cos, sin, c, partner, inside, eps, kind,
 
 @_jit
 def _unit(x, kind):
-    """The vector at length 1."""
+    """Scale the vector to length 1."""
     return (x * tl.rsqrt(tl.sum(x * x, 0) + 1e-6)).to(kind).to(tl.float32)
 
 
 @_jit
 def _softplus(x):
-    """log(1 + eˣ), exact to fp32 also where eˣ is far below 1."""
+    """log(1 + eˣ), exact to fp32 even if eˣ is much smaller than 1."""
     small = tl.exp(tl.minimum(x, 20.0))
     series = small * (1.0 - small * (0.5 - small * (0.3333333333 - small * 0.25)))
     value = tl.where(small < 0.03, series, tl.log(1.0 + small))
@@ -173,7 +173,7 @@ def _heads_kernel(  # noqa: PLR0915  (three kinds of programs in one launch)
     HAS_CONV: tl.constexpr, HAS_NORM: tl.constexpr, GDN_ROTARY: tl.constexpr,
     FA_ROTARY: tl.constexpr, LOG_SCALE: tl.constexpr, PAST_IS_TENSOR: tl.constexpr,
 ):  # fmt: skip
-    """A program has some columns of one GDN head's state, one FA head's query, or one group's key and value."""
+    """A program computes columns of one GDN head's state, one FA head's query, or one group's key and value."""
     b = tl.program_id(1).to(tl.int64)
     program = tl.program_id(0)
     parts: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
@@ -263,10 +263,10 @@ def _attend_kernel(
     MEMBERS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
     HAS_MASK: tl.constexpr, PAST_IS_TENSOR: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A program has all heads of one KV group and one part of the keys.
+    """A program computes all heads of one KV group for one part of the keys.
 
-    Leaves each head's largest logit and sum of exponentials in ``sums`` ``[B, f, SPLITS, 2]``, and the sum of
-    values that these weight in ``parts`` ``[B, f, SPLITS, D]``.
+    It writes each head's largest logit and sum of exponentials to ``sums`` ``[B, f, SPLITS, 2]``, and the sum
+    of values weighted by the exponentials to ``parts`` ``[B, f, SPLITS, D]``.
     """
     b = tl.program_id(0).to(tl.int64) // GROUPS
     group = tl.program_id(0) % GROUPS
@@ -306,7 +306,7 @@ def _attend_kernel(
         logits = tl.dot(query, tl.trans(k), input_precision="ieee") * softmax_scale
         logits = tl.where(seen[None, :], logits, float("-inf"))
         highest = tl.maximum(largest, tl.max(logits, 1))
-        # Where nothing was seen yet, −∞ − −∞ would be no number.
+        # Before the first visible key, −∞ − −∞ would be NaN.
         base = tl.where(highest == float("-inf"), 0.0, highest)
         p = tl.exp(logits - base[:, None])
         shrink = tl.exp(largest - base)
@@ -333,7 +333,7 @@ def _fuse_kernel(  # noqa: PLR0915
     GDN_GATE: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_GAMMA: tl.constexpr, PAST_IS_TENSOR: tl.constexpr,
 ):  # fmt: skip
-    """A program has one head, as the model counts them."""
+    """A program computes one head, in the model's order of heads."""
     b = tl.program_id(1).to(tl.int64)
     head = tl.program_id(0)
     kind = projected.dtype.element_ty
@@ -361,7 +361,7 @@ def _fuse_kernel(  # noqa: PLR0915
                 x += tl.sum(weight[:, None] * rows, 0)
             x = x / total
             if PAST_IS_TENSOR:
-                # A token for which a static cache has no room must not pass unnoticed.
+                # A token beyond the capacity of a static cache must cause an error.
                 x = tl.where(tl.load(past) < capacity, x, float("nan"))
             x = x.to(kind).to(tl.float32)
         if FA_GATE:
@@ -392,7 +392,7 @@ def _fuse_kernel(  # noqa: PLR0915
 
 @_jit
 def _moved(row, memory, c, inside, channels, W: tl.constexpr):
-    """The convolution's last inputs, one token on."""
+    """Shift the convolution's last inputs by one token."""
     for t in tl.static_range(W - 2):
         tl.store(
             memory + t * channels + c, tl.load(memory + (t + 1) * channels + c, inside, 0.0), inside
@@ -405,7 +405,7 @@ def _convolved_half(
     rows, tail, weight, t, column, channel, taps, c, tokens, width, channels, kind,
     W: tl.constexpr, HAS_CONV: tl.constexpr, HAS_TAIL: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Half of a head's channels of a block of tokens, after the short convolution; see ``_convolved``."""
+    """Half of a head's channels for a block of tokens, after the short convolution; see ``_convolved``."""
     inside = (c < HALF)[None, :]
     there = (t < tokens)[:, None] & inside
     value = tl.load(rows + (t * width + column)[:, None] + c[None, :], there, 0.0).to(tl.float32)
@@ -435,9 +435,9 @@ def _prompt_kernel(  # noqa: C901, PLR0915  (five kinds of programs in one launc
     HAS_CONV: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_NORM: tl.constexpr,
     GDN_ROTARY: tl.constexpr, FA_ROTARY: tl.constexpr, LOG_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """A program has a block of tokens of one head's q, k or v.
+    """A program computes q, k or v of one head for a block of tokens.
 
-    ``out`` has q, k, v of GDN heads, ``[B, T, N or KV, D]``, then q and k of FA heads, ``[B, HEADS or GROUPS,
+    ``out`` holds q, k, v of GDN heads, ``[B, T, N or KV, D]``, then q and k of FA heads, ``[B, HEADS or GROUPS,
     T, D]``.
     """
     HALF: tl.constexpr = D // 2
@@ -521,7 +521,7 @@ def _prompt_fuse_kernel(
     D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, FA_GATE: tl.constexpr,
     GDN_GATE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_GAMMA: tl.constexpr,
 ):  # fmt: skip
-    """A program has a block of tokens of one head, as the model counts them: gate, norm, γ."""
+    """A program applies gate, norm and γ to one head, in the model's order, for a block of tokens."""
     b = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1)
     kind = projected.dtype.element_ty
@@ -556,12 +556,12 @@ def _prompt_fuse_kernel(
 
 
 class FusedLinear:
-    """Linear maps of one input as one product: their parameters become views of one storage.
+    """Several linear maps of one input as one product. Their parameters become views of one storage.
 
     Attributes:
-        weight: ``[rows, D]``; rows are padded to a multiple of 16, as fast products want them.
-        bias: ``[rows]``, zero for maps without; ``None`` where none has one.
-        columns: name -> where its outputs begin.
+        weight: ``[rows, D]``; rows are padded to a multiple of 16, which fast products need.
+        bias: ``[rows]``, zero for maps without a bias; ``None`` if no map has one.
+        columns: name of a map -> its first output column.
     """
 
     def __init__(self, maps: dict[str, nn.Linear]) -> None:
@@ -570,7 +570,7 @@ class FusedLinear:
         first = self.maps[0].weight
         rows = -(-sum(sizes) // 16) * 16
         self.columns = {}
-        # Not an inference tensor: the parameters may be trained later.
+        # Must not be an inference tensor: the parameters may be trained later.
         with torch.inference_mode(False), torch.no_grad():
             self.weight = first.new_zeros(rows, first.shape[1])
             biased = any(m.bias is not None for m in self.maps)
@@ -589,7 +589,7 @@ class FusedLinear:
         _stay(self.weight, self.bias)
 
     def release(self) -> None:
-        """Give every parameter that is still in this storage one of its own."""
+        """Give every parameter that is still in this storage its own storage."""
         ours = [x.untyped_storage().data_ptr() for x in (self.weight, self.bias) if x is not None]
         with torch.inference_mode(False), torch.no_grad():
             for m in self.maps:
@@ -603,14 +603,14 @@ class FusedLinear:
 
 
 def _stay(*tensors: torch.Tensor | None) -> None:
-    """Tell torch.compile where its CUDA graphs find these, or every replay would copy them."""
+    """Tell torch.compile that these keep their address. Otherwise every replay of a CUDA graph copies them."""
     for tensor in tensors:
         if tensor is not None:
             torch._dynamo.mark_static_address(tensor)
 
 
 class FusedLayer:
-    """What a decoder layer's decode step needs besides its parameters. Never copied or saved with the layer."""
+    """Fused weights and tables of a decoder layer. Never copied or saved with the layer."""
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -623,7 +623,8 @@ class FusedLayer:
                 for name, rows in _tables(attention, self.heads.columns).items()
             }
         _stay(*self.tables.values())
-        # Looked at before every call, so in lists. The layer's own hooks run around whatever its forward does.
+        # Lists, because they are checked before every call. The layer's own hooks run in both paths, so they
+        # are not in the lists.
         inside = [m for m in layer.modules() if m is not layer]
         self._hooks = [h for m in inside for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._attributes = [m.__dict__ for m in inside]
@@ -636,7 +637,7 @@ class FusedLayer:
         return list(itertools.chain.from_iterable(part.values() for part in self._parts))
 
     def holds(self) -> bool:
-        """Whether parts and weights are still those that were fused, and nothing watches them."""
+        """Whether modules and weights are still the fused ones, and no hooks were added."""
         return not (
             any(self._hooks)
             or any("forward" in attributes for attributes in self._attributes)
@@ -645,7 +646,7 @@ class FusedLayer:
         )
 
     def release(self) -> None:
-        """Leave the parameters as they were found."""
+        """Give the parameters their own storage again."""
         self.heads.release()
         self.mlp.release()
 
@@ -669,7 +670,7 @@ def projections(attention: Any) -> dict[str, nn.Linear]:
 
 
 def _tables(attention: Any, columns: dict[str, int]) -> dict[str, list[Any]]:
-    """Where every head finds what, see the kernels; numbers of columns of ``projected``, channels, taps."""
+    """Index tables of every head for the kernels: columns of ``projected``, channels, taps."""
     d, n = attention.head_dim, len(attention.gdn_heads)
 
     def kv(branch: str, part: str, group: int) -> int:
@@ -707,7 +708,7 @@ def _tables(attention: Any, columns: dict[str, int]) -> dict[str, list[Any]]:
     for part, column, channel in ((1, 1, 4), (2, 2, 5)):
         for group in sorted(set(attention.gdn_groups)):
             e = gdn[attention.gdn_groups.index(group)]
-            # The taps of q, k and v one after the other, like the channels.
+            # The taps of q, k and v follow each other, like the channels.
             units.append([part, group, e[column], e[channel], e[channel]])
     units += [[3, i, columns["fa_q_proj"] + i * d, 0, 0] for i in range(len(attention.fa_heads))]
     units += [[4, g, kv("fa", "k", g), 0, 0] for g in range(groups)]
@@ -725,7 +726,7 @@ def _tables(attention: Any, columns: dict[str, int]) -> dict[str, list[Any]]:
 
 
 def _supported(config: Any) -> bool:
-    """Whether the kernels have what the model's switches ask for."""
+    """Whether the kernels support the model's switches."""
     switches = config.hydra
     return (
         config.gdn_kernel == "auto"
@@ -739,19 +740,19 @@ def _supported(config: Any) -> bool:
 
 
 def _complete(attention: Any) -> bool:
-    """Whether the kernels compute with every part of the attention that has parameters."""
+    """Whether the kernels use every part of the attention that has parameters."""
     parts = {name.partition(".")[0] for name, _ in attention.named_parameters()}
     known = {*projections(attention), "o_proj", "gamma", "gdn_A_log", "gdn_dt_bias"}
     return all(part in known or part.endswith(("_norm", "_conv")) for part in parts)
 
 
 def _plain(layer: Any, x: torch.Tensor) -> bool:
-    """Whether the layer's parts are as they were made (no adapters, hooks, other dtypes, other devices)."""
+    """Whether the layer's modules are unchanged (no adapters, hooks, other dtypes or other devices)."""
     attention = layer.self_attn
     linears = [*projections(attention).values(), attention.o_proj]
     linears += [layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
     for module in linears:
-        # Neither adapters or quantized weights, nor parameters that live in somebody else's storage (FSDP).
+        # No adapters, no quantized weights, no parameters in the storage of another owner (FSDP).
         if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
             return False
         weight = module.weight
@@ -772,7 +773,7 @@ def _plain(layer: Any, x: torch.Tensor) -> bool:
 
 
 def keep_if_whole(layer: Any) -> bool:
-    """Whether a layer's weights are fused; where something has changed, they are so no longer."""
+    """Return whether a layer's weights are fused. If the layer has changed, undo the fusion first."""
     if layer.fused is not None and not layer.fused.holds():
         layer.fused.release()
         layer.fused = None
@@ -780,9 +781,9 @@ def keep_if_whole(layer: Any) -> bool:
 
 
 def prepare(layer: Any, x: torch.Tensor) -> None:
-    """Fuse the weights of a layer, where its kernels can be used.
+    """Fuse the weights of a layer if the kernels support it.
 
-    Not in compiled or captured code, which takes what is there.
+    Not to be called in compiled or captured code, which uses the layer as it is.
     """
     if keep_if_whole(layer):
         return
@@ -798,14 +799,14 @@ def prepare(layer: Any, x: torch.Tensor) -> None:
 
 
 def usable(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> bool:
-    """Whether :func:`decode` does this call of a layer: one real token a row, after others, no gradient."""
+    """Whether :func:`decode` supports this call: one real token a row after earlier tokens, no gradient."""
     if torch.is_grad_enabled():
         return False
     if not torch.compiler.is_compiling():
         if torch.is_autocast_enabled(x.device.type):
             return False
         if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            prepare(layer, x)  # at the prompt already: what follows may be compiled
+            prepare(layer, x)  # fuse at the prompt: the decode steps may be compiled
     if layer.fused is None or cache is None or x.shape[1] != 1:
         return False
     if not cache.begun or cache.record_past:
@@ -824,7 +825,7 @@ def usable(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> bool:
 def normed(
     x: torch.Tensor, norm: Any, y: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """X + y (x itself without y), and its RMSNorm; ``[…, D]``."""
+    """X + y (x if y is None) and its RMSNorm; ``[…, D]``."""
     out = torch.empty_like(x)
     total = x if y is None else torch.empty_like(x)
     size = x.shape[-1]
@@ -844,7 +845,7 @@ def swiglu(gate_up: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, wherever the tensors are."""
+    """Make ``x``'s device current: Triton launches on the current device, not on the tensors' device."""
     if x.is_cuda and not torch.compiler.is_compiling():
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()
@@ -855,7 +856,7 @@ def _power(size: int) -> int:
 
 
 def _around(layer: Any, x: torch.Tensor, mix: Any, context: Any, cache: Any) -> torch.Tensor:
-    """What is the same for one token and for several: all of a layer around its heads."""
+    """All parts of a layer except its heads. One token and several tokens share them."""
     x, hidden = normed(x.contiguous(), layer.input_layernorm)
     mixed = layer.self_attn.o_proj(mix(layer, hidden, context, cache))
     x, hidden = normed(x, layer.post_attention_layernorm, mixed)
@@ -864,11 +865,11 @@ def _around(layer: Any, x: torch.Tensor, mix: Any, context: Any, cache: Any) -> 
 
 
 def decode(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor:
-    """One token a row through a decoder layer; the cache is written in place.
+    """Run a decoder layer on one token a row; update the cache in place.
 
     Args:
         x: ``[B, 1, D]``.
-        context, cache: as of the layer.
+        context, cache: the arguments of the layer.
 
     Returns:
         ``[B, 1, D]``.
@@ -878,7 +879,7 @@ def decode(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tenso
 
 
 def prompt_usable(layer: Any, x: torch.Tensor, context: Any) -> bool:
-    """Whether :func:`read` does this call of a layer; after :func:`usable`, which has fused the weights."""
+    """Whether :func:`read` supports this call. Call :func:`usable` first, which fuses the weights."""
     return (
         layer.fused is not None
         and x.shape[1] > 1
@@ -891,13 +892,13 @@ def prompt_usable(layer: Any, x: torch.Tensor, context: Any) -> bool:
 
 
 def read(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor:
-    """Several tokens a row through a decoder layer; as the layer does it."""
+    """Run a decoder layer on several tokens a row; same result as the layer."""
     with _device_of(x):
         return _around(layer, x, prompt_heads, context, cache)
 
 
 def prompt_heads(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor:
-    """All heads, fused and in their order; ``[B, T, D]`` → ``[B, T, H·d]``."""
+    """All heads, fused and in the model's order; ``[B, T, D]`` → ``[B, T, H·d]``."""
     attention, fused = layer.self_attn, layer.fused
     config, switches, tables = attention.config, attention.switches, fused.tables
     batch, length, d = *x.shape[:2], attention.head_dim
@@ -906,7 +907,7 @@ def prompt_heads(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch
     groups = max(attention.fa_groups) + 1 if f else 0
     projected, columns = fused.heads(x), fused.heads.columns
     width = projected.shape[-1]
-    nothing = projected  # stands in for what a layer does not have
+    nothing = projected  # placeholder for tensors that a layer does not have
     has_conv, w, channels = bool(n and switches["short_conv"]), 1, (n + 2 * kv) * d
     taps, tail = nothing, None
     if has_conv:
@@ -965,7 +966,7 @@ def prompt_heads(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch
 
 
 def _norms(attention: Any, nothing: torch.Tensor) -> list[torch.Tensor]:
-    """``[d]`` each: of GDN's q and k, of FA's q and k; ``nothing`` for those that there are not."""
+    """Norm weights ``[d]`` of GDN's q and k and of FA's q and k; ``nothing`` for a norm that does not exist."""
     weights = []
     for branch, there in (("gdn", attention.gdn_heads), ("fa", attention.fa_heads)):
         for part in ("q", "k"):
@@ -976,12 +977,12 @@ def _norms(attention: Any, nothing: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _bytes(mask: torch.Tensor) -> torch.Tensor:
-    """A bool mask as uint8; torch 2.11's inductor cannot lower a view of bool in another type."""
+    """A bool mask as uint8. The inductor of torch 2.11 cannot lower a view of bool as another dtype."""
     return mask.to(torch.uint8) if torch.compiler.is_compiling() else mask.view(torch.uint8)
 
 
 def heads(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor:
-    """All heads of one token a row, fused and in their order; ``[B, 1, D]`` → ``[B, 1, H·d]``."""
+    """All heads of one token a row, fused and in the model's order; ``[B, 1, D]`` → ``[B, 1, H·d]``."""
     attention, fused = layer.self_attn, layer.fused
     config, switches, tables = attention.config, attention.switches, fused.tables
     batch, d = x.shape[0], attention.head_dim
@@ -990,7 +991,7 @@ def heads(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor
     projected = fused.heads(x)
     width, columns = projected.shape[-1], fused.heads.columns
     out = x.new_empty(batch, 1, (n + f) * d)
-    nothing = projected  # stands in for what a layer does not have
+    nothing = projected  # placeholder for tensors that a layer does not have
 
     past: Any = cache.length
     tensor = isinstance(past, torch.Tensor)
@@ -1032,7 +1033,7 @@ def heads(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor
     )  # fmt: skip
     splits, sums, parts = 1, nothing, nothing
     if f:
-        # Powers of two: each number is a variant of the kernels. Capacity may be symbolic here.
+        # Powers of two, because each value compiles a variant of the kernels. Capacity may be symbolic.
         while (
             splits < LARGEST_SPLIT
             and splits * batch * groups * 2 <= PROGRAMS

@@ -1,4 +1,4 @@
-"""What an exported model folder carries so that it loads without this package."""
+"""The files of an exported model folder that let it load without this package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def hf_export_files() -> dict[str, Path]:
 
 
 def auto_map() -> dict[str, str]:
-    """The ``auto_map`` of an exported ``config.json``: which class in which file."""
+    """The ``auto_map`` of an exported ``config.json``: the file of every class."""
     return {
         "AutoConfig": "configuration_hydrahead.HydraHeadConfig",
         "AutoModel": "modeling_hydrahead.HydraHeadModel",
@@ -32,11 +32,11 @@ def auto_map() -> dict[str, str]:
 
 
 def carries_our_code(folder: Path) -> bool:
-    """Whether all code that a model folder may make transformers run is this package's own.
+    """Whether transformers would run only this package's own code from a model folder.
 
-    Its Python files are compared byte for byte (also below it: transformers runs
-    ``custom_generate/generate.py``), and its configs may name nothing but those: an ``auto_map``
-    may also point into another repository.
+    All Python files are compared byte for byte, those in subfolders as well: transformers runs
+    ``custom_generate/generate.py``. The configs may name only these files, because an ``auto_map`` can
+    point to another repository.
     """
     ours = hf_export_files()
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}

@@ -11,22 +11,22 @@ of every attention layer:
                o = S_tᵀ q_t / √d  ⊙  2σ(W_g x)
     fusion     y = W_o [γ_h · RMSNorm(o_h)]_h, heads in their original order
 
-Heads of one KV group share k and v; GDN heads have their own (``gdn_kv=mha``) or share them, too. With
-``qkv=shared`` all heads of a group, FA and GDN, read one W_k and W_v, and all heads one pair of norms N_q,
-N_k; each GDN head still has its own short convolution under ``gdn_kv=mha``.
+FA heads of one KV group share k and v. GDN heads have their own k and v (``gdn_kv=mha``) or share them as
+well (``gqa``). With ``qkv=shared`` all heads of a group, FA and GDN, use the same W_k and W_v, and all heads
+use the same norms N_q and N_k. With ``gdn_kv=mha`` each GDN head still has its own short convolution.
 
-Baselines of the same family run both in every head and add their outputs, each normalised and scaled on
-its own, ``y = W_o [γ_h · RMSNorm(o_h) + γ'_h · RMSNorm(o'_h)]_h``: over the whole context
-(``mixer=parallel``), or softmax within a window and the state beyond it (``mixer=token``).
+Two baselines run both mixers in every head. They normalise and scale each output separately and add them:
+``y = W_o [γ_h · RMSNorm(o_h) + γ'_h · RMSNorm(o'_h)]_h``. With ``mixer=parallel`` both mixers cover the whole
+context. With ``mixer=token`` softmax covers a window and the state covers all tokens before it.
 
-B: batch, T: new tokens, L: tokens seen in all, D: hidden size, H: query heads, d: head_dim.
+B: batch, T: new tokens, L: all tokens so far, D: hidden size, H: query heads, d: head_dim.
 
-Padding. A padded batch is turned into one with its real tokens first before the first layer, and
-turned back after the last one. So inside, padding only ever follows real tokens: it cannot enter a
-convolution or an earlier position; it is kept out of states (β = 0, α = 1) and keys (mask).
+Padding. Before the first layer, a padded batch is reordered so that every row has its real tokens first.
+The order is restored after the last layer. Inside the layers padding therefore follows the real tokens and
+cannot change a convolution or a position. It does not change states (β = 0, α = 1), and keys are masked.
 
-Packed documents (no padding between them) are laid end to end in one row before the first layer; softmax,
-convolution, state and positions of each begin anew.
+Packed documents (no padding between them) are joined to one row before the first layer. Softmax,
+convolution, state and positions start again in each document.
 """
 
 from __future__ import annotations
@@ -75,20 +75,20 @@ from .window_hydrahead import beyond_window, extend, within_window
 logger = logging.get_logger(__name__)
 
 CHUNK = 64
-"""Tokens whose states are updated together by the torch delta rule."""
+"""Chunk length of the torch delta rule, in tokens."""
 
 CACHE_NAME = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
-"""What transformers calls a cache, in outputs and in generate(): renamed in 5.24."""
+"""The names of a cache in transformers' outputs and in generate(), which changed in 5.24."""
 
 MASK_ELEMENTS = 1 << 26
-"""Largest attention mask that is built at once; longer inputs are attended to block by block."""
+"""Maximum size of an attention mask. Attention over longer inputs runs block by block."""
 
 
 # -- the gated delta rule -------------------------------------------------------------------------
 
 
 def _without_autocast(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast would run a rule's products in 16 bits, forward and backward, and so undo its fp32."""
+    """Run a rule without autocast, which would compute its fp32 products in 16 bits."""
 
     @functools.wraps(rule)
     def wrapped(q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -109,7 +109,7 @@ def recurrent_gated_delta_rule(
     beta: torch.Tensor,
     state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token at a time, as the definition reads: the decode step.
+    """The gated delta rule by its definition, one token at a time: the decode step.
 
     Args and results: as :func:`chunked_gated_delta_rule`.
     """
@@ -140,18 +140,18 @@ def chunked_gated_delta_rule(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gated delta rule by chunks of tokens (WY form of Gated DeltaNet, arXiv 2412.06464).
 
-    Inside a chunk, with g the running sum of log α and Γ_ij = exp(g_i − g_j), all corrected values
-    solve one triangular system, (I + strictly_lower(diag(β) K Kᵀ ∘ Γ)) [W U] = diag(β) [e^g K, V];
-    the chunk then writes U − W S into the state S that it found.
+    Inside a chunk, let g be the cumulative sum of log α and Γ_ij = exp(g_i − g_j). All corrected values
+    solve one triangular system, (I + strictly_lower(diag(β) K Kᵀ ∘ Γ)) [W U] = diag(β) [e^g K, V].
+    The chunk then writes U − W S, where S is the state before the chunk.
 
     Args:
         q, k: ``[B, T, n, d]``; v: ``[B, T, n, dv]``.
         log_alpha, beta: ``[B, T, n]``, log of the decay (≤ 0) and write strength.
-        state: ``[B, n, d, dv]`` fp32 before the first token; zero when absent.
-        chunk: tokens of a chunk.
+        state: ``[B, n, d, dv]`` fp32 before the first token; ``None``: zero.
+        chunk: length of a chunk in tokens.
 
     Returns:
-        ``[B, T, n, dv]`` in ``q``'s dtype and the state after the last token, fp32.
+        ``[B, T, n, dv]`` in ``q``'s dtype, and the state after the last token in fp32.
     """
     dtype, length = q.dtype, q.shape[1]
     chunk = min(chunk, length)
@@ -186,7 +186,7 @@ def chunked_gated_delta_rule(
 
 
 def _to_chunks(x: torch.Tensor, chunk: int) -> torch.Tensor:
-    """``[B, T, n, c]`` → ``[N, B, n, C, c]``; zeros fill the last chunk and change nothing."""
+    """``[B, T, n, c]`` → ``[N, B, n, C, c]``. Zeros pad the last chunk and do not change the result."""
     batch, length, heads, channels = x.shape
     x = F.pad(x, (0, 0, 0, 0, 0, -length % chunk))
     return x.view(batch, -1, chunk, heads, channels).permute(1, 0, 3, 2, 4).contiguous()
@@ -194,25 +194,25 @@ def _to_chunks(x: torch.Tensor, chunk: int) -> torch.Tensor:
 
 @functools.cache
 def _fla_kernels() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """flash-linear-attention's chunked and recurrent kernels, where installed."""
+    """The chunked and the recurrent kernel of flash-linear-attention; ``None`` if it does not import."""
     try:
         from fla.ops.gated_delta_rule import (
             chunk_gated_delta_rule,
             fused_recurrent_gated_delta_rule,
         )
-    except Exception:  # a broken triton raises anything; the torch path always works
+    except Exception:  # a broken triton can raise any error; the torch path always works
         return None
     return chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
 
 _declined: set[int] = set()
-"""Numbers of heads that FlashQLA, to which FLA hands the rule where it is installed, cannot compute here."""
+"""Head counts for which FlashQLA failed in this process. FLA uses FlashQLA if it is installed."""
 
 
 def _by_fla(rule: Callable[..., Any], heads: int, inputs: dict[str, Any]) -> Any:
-    """FLA's chunked rule; by FLA's own kernels where FlashQLA fails, as TileLang does for 7, 13 or 15 heads.
+    """FLA's chunked rule. If FlashQLA fails (TileLang fails for 7, 13 or 15 heads), use FLA's own kernels.
 
-    A user who sets ``FLA_FLASH_QLA`` has decided: then a failure stays one.
+    If the user sets ``FLA_FLASH_QLA``, a failure raises an error.
     """
     if torch.compiler.is_compiling():
         return rule(**inputs)
@@ -225,12 +225,12 @@ def _by_fla(rule: Callable[..., Any], heads: int, inputs: dict[str, Any]) -> Any
         return rule(**inputs)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # TileLang raises what it likes
-        result = own(**inputs)  # a fault of the inputs shows here again
+    except Exception as error:  # TileLang can raise any error
+        result = own(**inputs)  # wrong inputs raise their error here again
         _declined.add(heads)
         logger.warning(
-            f"FlashQLA cannot compute the gated delta rule of {heads} heads here ({error}): FLA's own kernels "
-            "do. FLA_FLASH_QLA=1 insists on FlashQLA, FLA_FLASH_QLA=0 never uses it"
+            f"FlashQLA cannot compute the gated delta rule of {heads} heads here ({error}). FLA's own kernels "
+            "compute it. FLA_FLASH_QLA=1 requires FlashQLA, FLA_FLASH_QLA=0 disables it"
         )
         return result
 
@@ -245,9 +245,10 @@ def gated_delta_rule(
     kernel: str = "auto",
     documents: Documents | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The delta rule by the fastest implementation that supports the case; see the chunked one.
+    """The delta rule by the fastest implementation that supports the case.
 
-    With ``documents``, each begins with an empty state, and none is returned.
+    Arguments and results are those of :func:`chunked_gated_delta_rule`. With ``documents``, each document
+    begins with an empty state, and no state is returned.
     """
     supported = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
     kernels = _fla_kernels() if kernel == "auto" and supported else None
@@ -283,13 +284,14 @@ def gated_delta_rule(
 
 @dataclasses.dataclass
 class Documents:
-    """Documents laid end to end in one row of N tokens.
+    """Documents joined to one row of N tokens.
 
     Attributes:
-        bounds: ``[documents + 1]`` int64, where each begins, and N.
-        lengths: tokens of each, ≥ 1.
-        positions: ``[1, N]`` int64, every token's number in its document.
-        real: ``[N]`` int64, which of the caller's B·T tokens they are; ``None``: all, in order.
+        bounds: ``[documents + 1]`` int64, the first token of each document, and N.
+        lengths: number of tokens of each document, ≥ 1.
+        positions: ``[1, N]`` int64, every token's position in its document.
+        real: ``[N]`` int64, the index of each token among the caller's B·T tokens; ``None``: all tokens in
+            the caller's order.
         width: T.
     """
 
@@ -301,7 +303,7 @@ class Documents:
 
     @property
     def parts(self) -> list[slice]:
-        """Where each document stands in the row."""
+        """The columns of each document in the row."""
         ends = list(itertools.accumulate(self.lengths))
         return [slice(end - n, end) for end, n in zip(ends, self.lengths, strict=True)]
 
@@ -327,11 +329,11 @@ class Documents:
 
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""By which names transformers' flattening collator says where documents begin."""
+"""Arguments by which transformers' flattening collator gives the bounds of documents."""
 
 
 LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
-"""What transformers' loss function takes besides logits and labels."""
+"""Arguments of transformers' loss function besides logits and labels."""
 
 
 def _documents(
@@ -340,14 +342,14 @@ def _documents(
     x: torch.Tensor,
     valid: torch.Tensor | None,
 ) -> Documents:
-    """Where the packed documents of ``x`` ``[B, T, D]`` begin; all that is given must say the same.
+    """Find the packed documents of ``x`` ``[B, T, D]``. All arguments given must agree.
 
     Raises:
-        ValueError: what is given contradicts itself or the input.
+        ValueError: the arguments contradict each other or the input.
     """
     batch, length = x.shape[:2]
     real = None if valid is None else valid.flatten().nonzero()[:, 0]
-    said: dict[str, torch.Tensor] = {}  # where a document begins, [N]
+    said: dict[str, torch.Tensor] = {}  # true where a document begins, [N]
 
     def kept(values: torch.Tensor) -> torch.Tensor:
         flat = values.to(x.device).expand(batch, length).reshape(-1)
@@ -358,7 +360,7 @@ def _documents(
 
     rows = changes(kept(torch.arange(batch, device=x.device)[:, None]))
     if rows.shape[0] == 0:
-        raise ValueError("the packed documents hold no real token")
+        raise ValueError("the packed documents contain no real token")
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         if given[name] is not None:
             said[name] = changes(kept(_numbers(name, given[name], batch, length)))
@@ -374,8 +376,8 @@ def _documents(
         follows = F.pad(numbers[1:] == numbers[:-1] + 1, (1, 0)) & ~rows
         if not bool((begins | follows).all()):
             raise ValueError(
-                "position_ids do not count every sequence's real tokens from 0: HydraHead counts them "
-                "itself (leave position_ids out); only packed documents, each from 0, may have their own"
+                "position_ids do not count every sequence's real tokens from 0. Leave position_ids out: "
+                "HydraHead counts positions itself. Only packed documents may have position_ids, each from 0"
             )
         said["position_ids"] = begins
     if not said:
@@ -383,7 +385,7 @@ def _documents(
     (first, begins), *others = said.items()
     for name, other in others:
         if not torch.equal(begins, other):
-            raise ValueError(f"{first} and {name} disagree on where the packed documents begin")
+            raise ValueError(f"{first} and {name} give different bounds of the packed documents")
     bounds = F.pad(begins.nonzero()[:, 0], (0, 1), value=begins.shape[0])
     counts = bounds.diff().tolist()
     for name in ("max_length_q", "max_length_k"):
@@ -397,19 +399,19 @@ def _documents(
 
 
 def _numbers(name: str, bounds: Any, batch: int, length: int) -> torch.Tensor:
-    """``[1, T]`` int64 from ``cu_seq_lens``: every token's document."""
+    """``[1, T]`` int64 from ``cu_seq_lens``: the index of every token's document."""
     bounds = torch.as_tensor(bounds).tolist()
     if batch != 1 or bounds[:1] != [0] or bounds[-1] != length or bounds != sorted(bounds):
         raise ValueError(
-            f"{name} is {bounds} for input of shape {[batch, length]}: it must rise from 0 to the "
-            "tokens of a single row"
+            f"{name} is {bounds} for input of shape {[batch, length]}: it must increase from 0 to the "
+            "number of tokens of a single row"
         )
     counts = torch.tensor(bounds).diff()
     return torch.arange(len(counts)).repeat_interleave(counts)[None]
 
 
 def _join(parts: list[torch.Tensor], dim: int = 1) -> torch.Tensor:
-    """Concatenated; a single one is not copied."""
+    """Concatenate; do not copy a single tensor."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
@@ -418,13 +420,13 @@ def _join(parts: list[torch.Tensor], dim: int = 1) -> torch.Tensor:
 
 @dataclasses.dataclass
 class Visibility:
-    """Which keys the queries of this call may see; shared by all layers.
+    """The keys that the queries of this call may see; shared by all layers.
 
     Attributes:
-        past: columns before the first query; of a static cache a tensor.
+        past: number of columns before the first query; a tensor for a static cache.
         queries: T.
-        key_mask: ``[B, keys]`` bool, real tokens; ``None``: all.
-        room: keys of a static cache, most of them not written yet; ``None``: past + T.
+        key_mask: ``[B, keys]`` bool, true for real tokens; ``None``: all are real.
+        room: capacity of a static cache in keys, some not written yet; ``None``: past + T.
     """
 
     past: int | torch.Tensor
@@ -441,16 +443,16 @@ class Visibility:
 
     @property
     def needs_mask(self) -> bool:
-        """Whether more is hidden than what comes later."""
+        """Whether a mask must hide more than the later tokens."""
         return self.key_mask is not None or self.room is not None
 
     def keys(self, end: int) -> Any:
-        """Columns that hold what queries up to ``end`` may see."""
+        """Number of columns that queries up to ``end`` may see."""
         return self.past + end if self.room is None else self.room
 
     @property
     def block(self) -> int:
-        """Queries for which a mask is built at a time."""
+        """Number of queries of one mask."""
         batch = 1 if self.key_mask is None else self.key_mask.shape[0]
         return max(1, MASK_ELEMENTS // (batch * self.keys(self.queries)))
 
@@ -472,7 +474,7 @@ class Visibility:
 
 @functools.lru_cache(maxsize=4096)
 def _index(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """An index tensor, made once: from a list it would be copied to the device at every token."""
+    """An index tensor, made once. Indexing with a list would copy it to the device at every token."""
     with torch.inference_mode(False):  # an inference tensor could not be used in training later
         return torch.tensor(values, device=device)
 
@@ -487,12 +489,12 @@ def full_attention(
     groups: list[int],
     visibility: Visibility,
 ) -> torch.Tensor:
-    """Causal softmax attention of heads that share keys unevenly.
+    """Causal softmax attention. KV groups may have different numbers of heads.
 
     Args:
         q: ``[B, n, T, d]``; k, v: ``[B, g, keys, d]``.
-        groups: for each of the n heads, ascending, the one of g that it reads.
-        visibility: what may be seen.
+        groups: the KV group of each of the n heads, ascending.
+        visibility: the keys that each query may see.
 
     Returns:
         ``[B, n, T, d]``.
@@ -532,16 +534,16 @@ def _decode_attention(
     groups: list[int],
     visibility: Visibility,
 ) -> torch.Tensor:
-    """One query a head: heads of a group stand in for queries, so no key is ever repeated."""
+    """Attention of one query a head. The heads of a group act as its queries, so no key is repeated."""
     members = [[i for i, g in enumerate(groups) if g == group] for group in range(k.shape[1])]
     widest = max(len(m) for m in members)
-    # Narrower groups repeat their last head; its extra rows are dropped again.
+    # Smaller groups repeat their last head. The extra rows are dropped afterwards.
     slots = [m[min(j, len(m) - 1)] for m in members for j in range(widest)]
     if slots != list(range(len(groups))):
         q = q.index_select(1, _index(tuple(slots), q.device))
     q = q.reshape(q.shape[0], k.shape[1], widest, q.shape[-1])
     mask = visibility.mask(0, 1, q.device) if visibility.needs_mask else None
-    # cuDNN builds a plan for each shape, and the number of keys is another one at every token.
+    # cuDNN would build a plan for each shape, and the number of keys changes with every token.
     with sdpa_kernel(_DECODING) if q.is_cuda else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     out = out.reshape(out.shape[0], -1, 1, out.shape[-1])
@@ -563,17 +565,18 @@ class HydraHeadRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise ``[…, size]``, in ``x``'s dtype: under autocast the weight has a wider one, and
-        the kernels that want 16 bits would be passed by.
+        """Normalise ``[…, size]`` and return ``x``'s dtype.
+
+        Under autocast the weight has a wider dtype. An output of that dtype could not use the 16-bit kernels.
         """
         return (self.weight * _rms(x, self.eps).to(x.dtype)).to(x.dtype)
 
 
 class HydraHeadShortConv(nn.Conv1d):
-    """Taps of a causal depthwise convolution; q, k and v are convolved in one go by the layer.
+    """Taps of a causal depthwise convolution. The layer convolves q, k and v together.
 
-    The taps are called for and not read: offloaded weights are there during the forward of their
-    own module only.
+    The layer calls this module to get the taps. It must not read ``weight`` directly: offloaded weights
+    are on the device only during the forward of their own module.
     """
 
     def __init__(self, channels: int, width: int) -> None:
@@ -607,7 +610,7 @@ class HydraHeadRotaryEmbedding(nn.Module):
         if self.rope_type != "default":
             make = ROPE_INIT_FUNCTIONS[self.rope_type]
         inv_freq, self.attention_scaling = make(config)
-        # Two buffers with these names: transformers refills them after loading on a meta device.
+        # Two buffers with these names: transformers recomputes them after loading on a meta device.
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
@@ -635,16 +638,16 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 @dataclasses.dataclass
 class TokenContext:
-    """What all layers of one call share.
+    """Data shared by all layers of one call.
 
     Attributes:
         cos, sin: rotary tables ``[B or 1, T, 1, d]`` fp32.
         log_scale: s_t ``[B or 1, T, 1, 1]`` fp32.
         first: ``[B or 1]`` int64, the position of the first token.
-        valid: ``[B, T]`` bool, real tokens, which come first; ``None``: all.
-        visibility: what FA heads may see.
-        given: ``[B, T]`` bool, the real ones in the caller's order.
-        documents: packed documents, of which none sees another; ``None``: the rows are sequences.
+        valid: ``[B, T]`` bool, true for real tokens, which come first; ``None``: all are real.
+        visibility: the keys that FA heads may see.
+        given: ``[B, T]`` bool, true for real tokens, in the caller's order.
+        documents: packed documents, which do not see each other; ``None``: the rows are sequences.
     """
 
     cos: torch.Tensor
@@ -658,8 +661,10 @@ class TokenContext:
     _elsewhere: dict[torch.device, TokenContext] = dataclasses.field(default_factory=dict)
 
     def to(self, device: torch.device) -> TokenContext:
-        """The same with its tensors on ``device``, copied once for all layers that run there: whatever
-        spreads a model over devices moves the tensors that it sees, and sees none in here.
+        """The same with its tensors on ``device``, copied once for all layers on that device.
+
+        Tools that place layers on several devices move only tensor arguments. They do not see the tensors
+        in this class.
         """
         if device == self.first.device:
             return self
@@ -679,21 +684,21 @@ class TokenContext:
 
     @property
     def parts(self) -> list[slice]:
-        """The columns that are attended to together."""
+        """The columns of each document, or all columns: attention runs on each separately."""
         return [slice(None)] if self.documents is None else self.documents.parts
 
     def visible(self, part: slice) -> Visibility:
-        """What may be seen of those columns."""
+        """The keys that queries of the columns ``part`` may see."""
         return self.visibility if self.documents is None else Visibility(0, part.stop - part.start)
 
 
 class HydraHeadAttention(nn.Module):
-    """FA heads and GDN heads side by side, fused and projected; rows are in original head order.
+    """FA heads and GDN heads, fused and projected; heads are in their original order.
 
-    Where ``mixer`` is not ``head``, every head is both.
+    If ``mixer`` is not ``head``, every head is both FA and GDN.
     """
 
-    # Which of them exist is a matter of the switches and of the layer's heads.
+    # The switches and the layer's heads decide which of these exist.
     fa_gate_proj: nn.Linear
     gdn_gate_proj: nn.Linear
     fusion_gate: nn.Linear
@@ -714,7 +719,7 @@ class HydraHeadAttention(nn.Module):
         own = self.switches["gdn_kv"] == "mha"
         self.gdn_groups = _ranks([h if own else h // group for h in self.gdn_heads])
         self.tied = self.switches["qkv"] == "shared"
-        # The KV groups that each branch takes from projections of all of them, where they are shared.
+        # With shared projections: the KV groups that each branch uses.
         kinds = {"fa": (self.fa_heads, False), "gdn": (self.gdn_heads, own)}
         self.tied_groups = {
             name: [h // group for h in heads_of] if each else sorted({h // group for h in heads_of})
@@ -750,7 +755,7 @@ class HydraHeadAttention(nn.Module):
             self._make_norms(f"{name}_")
 
     def _make_projections(self, prefix: str, counts: dict[str, int]) -> None:
-        """Projections of so many heads of each part."""
+        """Make the projections, ``counts`` heads of each part."""
         config = self.config
         for part, count in counts.items():
             size = count * self.head_dim
@@ -766,7 +771,7 @@ class HydraHeadAttention(nn.Module):
     def _qkv(
         self, name: str, x: torch.Tensor, tied: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Projections of one branch, ``[B, T, heads·d]``; k and v from ``tied`` where they are shared."""
+        """Projections of one branch, ``[B, T, heads·d]``; shared k and v come from ``tied``."""
         q = getattr(self, f"{name}_q_proj")(x)
         if not self.tied:
             return q, getattr(self, f"{name}_k_proj")(x), getattr(self, f"{name}_v_proj")(x)
@@ -861,7 +866,7 @@ class HydraHeadAttention(nn.Module):
         context: TokenContext,
         cache: HydraHeadCacheLayer | None,
     ) -> torch.Tensor:
-        """Softmax attention of prepared q ``[B, n, T, d]`` over the cache's and these k, v ``[B, g, T, d]``."""
+        """Softmax attention of q ``[B, n, T, d]`` over the cached and the new k, v ``[B, g, T, d]``."""
         if cache is not None:
             k, v = cache.update(k, v)
         outputs = [
@@ -906,7 +911,7 @@ class HydraHeadAttention(nn.Module):
         return out
 
     def gates(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The decay's log α and the strength β, fp32, from their projections ``[B, T, n]``."""
+        """Log decay log α and write strength β in fp32 from their projections ``[B, T, n]``."""
         step = F.softplus(a.float() + self.gdn_dt_bias.float())
         return -self.gdn_A_log.float().exp() * step, torch.sigmoid(b.float())
 
@@ -920,7 +925,7 @@ class HydraHeadAttention(nn.Module):
         context: TokenContext,
         cache: HydraHeadCacheLayer | None,
     ) -> torch.Tensor:
-        """The delta rule on prepared q ``[B, T, n, d]`` and k, v ``[B, T, m, d]``; padding writes nothing."""
+        """The delta rule on q ``[B, T, n, d]`` and k, v ``[B, T, m, d]``; padding writes nothing."""
         if self.gdn_groups != list(range(len(self.gdn_heads))):
             index = _index(tuple(self.gdn_groups), q.device)
             k, v = k.index_select(2, index), v.index_select(2, index)
@@ -942,7 +947,7 @@ class HydraHeadAttention(nn.Module):
         state, outputs = cache.state, []
         length = inputs[0].shape[1]
         unrecorded = length - cache.recorded(length, context.valid) if cache.record_past else 0
-        if unrecorded:  # of a long prompt, only the last tokens may have to be taken back
+        if unrecorded:  # crop removes only the last tokens of a long prompt
             out, state = rule(*(x[:, :unrecorded] for x in inputs), state)
             outputs.append(out)
             inputs = tuple(x[:, unrecorded:].clone() for x in inputs)
@@ -956,7 +961,7 @@ class HydraHeadAttention(nn.Module):
         context: TokenContext,
         cache: HydraHeadCacheLayer | None,
     ) -> tuple[torch.Tensor, ...]:
-        """Causal depthwise convolution of q, k, v ``[B, T, channels]``; the last tap is now."""
+        """Causal depthwise convolution of q, k, v ``[B, T, channels]``; the last tap is the current token."""
         x = torch.cat(parts, dim=-1)
         weight = torch.cat([getattr(self, f"gdn_{p}_conv")() for p in ("q", "k", "v")])
         width, length = weight.shape[1], x.shape[1]
@@ -967,7 +972,7 @@ class HydraHeadAttention(nn.Module):
         y = x.float() * weight[:, -1].float()
         for j in reversed(range(width - 1)):
             tap = extended[:, j : j + length].float() * weight[:, j].float()
-            if context.documents is not None:  # nothing from the document before
+            if context.documents is not None:  # reads nothing of the document before
                 inside = context.documents.positions >= width - 1 - j
                 tap = tap.masked_fill(~inside[..., None], 0.0)
             y = y + tap
@@ -979,12 +984,13 @@ class HydraHeadAttention(nn.Module):
         """Keep the last inputs ``[B, T, channels]`` of the convolution."""
         count = self.switches["conv_width"] - 1
         if context.valid is None and not cache.record_past:
-            x = x[:, max(x.shape[1] - count, 0) :]  # no more of them is read
+            x = x[:, max(x.shape[1] - count, 0) :]  # earlier inputs are not needed
         cache.remember("tail", extend(x, cache.tail, count), count, context.valid)
 
     def _weights(self, x: torch.Tensor) -> list[torch.Tensor | None]:
-        """What the heads' outputs are multiplied by, ``[H]`` or ``[B, T, H]`` fp32: of all heads, or
-        first of their softmax and then of their recurrent outputs where every head has both.
+        """Factors of the heads' outputs, ``[H]`` or ``[B, T, H]`` fp32.
+
+        If every head is both FA and GDN: the factors of the softmax outputs, then of the recurrent ones.
         """
         if self.switches["fusion"] == "concat":
             return [None for _ in self.gammas]
@@ -1015,7 +1021,7 @@ class HydraHeadAttention(nn.Module):
 
 
 def _ranks(groups: list[int]) -> list[int]:
-    """Every group's rank among those that occur."""
+    """The rank of each group among the groups that occur."""
     present = sorted(set(groups))
     return [present.index(g) for g in groups]
 
@@ -1070,7 +1076,7 @@ class HydraHeadDecoderLayer(GradientCheckpointingLayer):
         return x if fast else x + self.mlp(self.post_attention_layernorm(x))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """As for every module; parameters that move or change their type leave the storage they share."""
+        """As in every module; parameters that move or change dtype leave the storage that they share."""
         result = super()._apply(*args, **kwargs)
         keep_if_whole(self)
         return result
@@ -1100,7 +1106,7 @@ class HydraHeadPreTrainedModel(PreTrainedModel):
             if hasattr(module, name):
                 init.zeros_(getattr(module, name).weight)
         if module.fa_heads and module.switches["fa_gate"] and module.switches["fa_gate_bias"]:
-            # Without a norm behind it, the gate has to begin at 1 itself.
+            # No norm follows the gate, so the gate itself must start at 1.
             normed = module.switches["fusion_norm"] == "rms"
             init.constant_(module.fa_gate_proj.bias, 1.0 if normed else 0.0)
         for name in module.gammas:
@@ -1108,7 +1114,7 @@ class HydraHeadPreTrainedModel(PreTrainedModel):
                 init.ones_(getattr(module, name))
         if not module.gdn_heads:
             return
-        # Gated DeltaNet's own ranges: decay rates 1…16, step sizes 0.001…0.1.
+        # The ranges of Gated DeltaNet: decay rates 1…16, step sizes 0.001…0.1.
         rate = torch.empty_like(module.gdn_A_log).uniform_(1, 16)
         init.copy_(module.gdn_A_log, rate.log())
         step = 10 ** torch.empty_like(module.gdn_dt_bias).uniform_(-3, -1)
@@ -1122,10 +1128,10 @@ class HydraHeadPreTrainedModel(PreTrainedModel):
 
 
 def _given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache that was given by either of its names."""
+    """The cache, given by either of its two names."""
     if past_key_values is not None and cache is not None:
         raise ValueError(
-            "cache and past_key_values are two names of one argument: give one of them"
+            "cache and past_key_values are two names of one argument: give only one of them"
         )
     return past_key_values if cache is None else cache
 
@@ -1162,31 +1168,31 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
 
         Args:
             input_ids: ``[B, T]`` new tokens; or ``inputs_embeds`` ``[B, T, D]``.
-            attention_mask: ``[B, T]`` or ``[B, past + T]``, 0 for padding (at any side).
-            position_ids: not needed: positions are counted from each sequence's first real token;
-                given, they must say the same, or begin at 0 with every packed document.
+            attention_mask: ``[B, T]`` or ``[B, past + T]``, 0 for padding (on either side).
+            position_ids: not needed: HydraHead counts positions from each sequence's first real token. If
+                given, they must equal these positions, or start at 0 in every packed document.
             past_key_values, cache: the cache of an earlier call, by either of its names in transformers;
                 extended in place.
-            use_cache: make one if none is given; default: the config's, never in training.
-            output_hidden_states: return the L + 1 hidden states as well.
-            output_attentions: refused, there are none.
-            kwargs: where packed documents begin, as transformers' flattening collator says it:
+            use_cache: make a cache if none is given; default: the config's value, but never in training.
+            output_hidden_states: return the hidden states before, between and after the layers as well.
+            output_attentions: not supported.
+            kwargs: the bounds of packed documents, as given by transformers' flattening collator:
                 ``cu_seq_lens_q``, ``cu_seq_lens_k`` ``[documents + 1]`` of a single row,
-                ``max_length_q``, ``max_length_k``, ``seq_idx`` ``[B, T]``. No cache is made then.
+                ``max_length_q``, ``max_length_k``, ``seq_idx`` ``[B, T]``. No cache is made in this case.
 
         Raises:
-            TypeError: another keyword.
-            ValueError: a mask or positions of a form that is not supported, another cache class,
-                packed documents that contradict themselves or extend a cache.
+            TypeError: an unknown keyword.
+            ValueError: the form of the mask or positions is not supported; the cache is of another class;
+                or packed documents contradict each other or extend a cache.
         """
         _refuse_unknown(kwargs, PACKING, type(self).__name__)
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError(
-                "output_attentions is not supported: no attention weights are formed, and GDN heads have "
-                "none; leave it out"
+                "output_attentions is not supported: the kernels return no attention weights, and GDN heads "
+                "have none. Leave it out"
             )
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give input_ids or inputs_embeds, and not both")
+            raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, cache_given = x.shape[0], _given_cache(past_key_values, cache)
         cache = self._usable_cache(cache_given, use_cache)
@@ -1198,7 +1204,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         if documents is not None:
             if cache_given is not None or use_cache:
                 raise ValueError(
-                    "packed documents neither extend nor fill a cache: give none, and use_cache=False"
+                    "packed documents cannot use a cache: leave the cache out and set use_cache=False"
                 )
             x, cache, memory = documents.pack(x), None, None
             given = valid = None
@@ -1215,7 +1221,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         )
         states = [x]
         for layer in self.layers:
-            # Not by its usual name: transformers takes that away wherever layers are checkpointed.
+            # Not named past_key_values: transformers removes that argument of checkpointed layers.
             x = layer(x, context, memory=cache)
             states = [*states, x] if keep else [x]
         x = self.norm(x)
@@ -1236,14 +1242,14 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         if use_cache is None:
             use_cache = given is not None or (self.config.use_cache and not self.training)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            # The backward pass runs the layers again, which would extend the cache twice.
+            # The backward pass runs the layers again and would extend the cache twice.
             if given is not None:
                 raise ValueError(
-                    "a cache cannot be extended while gradient checkpointing wants gradients: call "
+                    "a cache cannot be extended while gradient checkpointing computes gradients: call "
                     "model.eval() or torch.no_grad() first, or leave the cache out"
                 )
             if asked:
-                logger.warning_once("use_cache=True makes no cache under gradient checkpointing")
+                logger.warning_once("use_cache=True is ignored under gradient checkpointing")
             return None
         if given is not None:
             return adopt(given, self.config.num_hidden_layers)
@@ -1258,12 +1264,12 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         memory: HydraHeadCacheLayer | None = None,
         documents: Documents | None = None,
     ) -> TokenContext:
-        """What the layers share; the new tokens are noted in ``memory``, the first layer's."""
+        """Make the data shared by all layers; count the new tokens in ``memory``, the first layer's cache."""
         visibility = Visibility(0, x.shape[1], valid)
         if memory is not None:
             past, begun = memory.length, memory.begun
             if isinstance(past, torch.Tensor):
-                past = past.clone()  # the layers will move it on
+                past = past.clone()  # the layers change it in place
             memory.note(x.shape[0], x.shape[1], valid, given, x.device)
             if begun or not memory.is_compileable:
                 room = memory.max_cache_len if memory.is_compileable else None
@@ -1271,7 +1277,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
         a = self.config.hydra["log_scale_a"]
         cos, sin = (table.to(x.device) for table in self.rotary_emb(positions))
         seen = positions
-        if self.config.hydra["mixer"] == "token":  # it makes up for the number of keys
+        if self.config.hydra["mixer"] == "token":  # the scale compensates for the number of keys
             seen = positions.clamp(max=self.config.hydra["window"] - 1)
         return TokenContext(
             cos=cos,
@@ -1288,17 +1294,17 @@ class HydraHeadModel(HydraHeadPreTrainedModel):
 def _real_tokens(
     mask: torch.Tensor | None, x: torch.Tensor, memory: HydraHeadCacheLayer | None
 ) -> torch.Tensor | None:
-    """``[B, T]`` bool: which of the new tokens are real; ``None`` when all are.
+    """``[B, T]`` bool: true for real new tokens; ``None`` if all are real.
 
     Raises:
-        ValueError: a mask of another form, or one that says of earlier columns what the cache does not.
+        ValueError: the mask has another form, or contradicts the cache on earlier columns.
     """
     batch, length = x.shape[:2]
     lengths = None if memory is None else memory.lengths
     if lengths is not None and lengths.shape[0] != batch:
         raise ValueError(
-            f"the cache holds {lengths.shape[0]} sequences and {batch} are given: give as many, or "
-            "begin without a cache"
+            f"the cache holds {lengths.shape[0]} sequences, the input has {batch}: give as many, or "
+            "start without a cache"
         )
     if mask is None:
         return None
@@ -1306,7 +1312,7 @@ def _real_tokens(
     if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] not in (length, past + length):
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}; it must be [{batch}, {past + length}] "
-            "with 0 for padding (masks of pairs of tokens are not supported)"
+            "with 0 for padding (masks over pairs of tokens are not supported)"
         )
     mask = mask.to(device=x.device, dtype=torch.bool)
     if memory is not None and mask.shape[1] == past + length:
@@ -1316,7 +1322,7 @@ def _real_tokens(
 
 
 def _check_past(mask: torch.Tensor, memory: HydraHeadCacheLayer) -> None:
-    """Refuse a mask ``[B, seen]`` of earlier columns that differs from the one they came with."""
+    """Raise ValueError if a mask ``[B, seen]`` of earlier columns differs from the cached mask."""
     given = memory.given_mask
     differs = ~mask if given is None else mask != given[:, : mask.shape[1]]
     if not bool(differs.any()):
@@ -1325,12 +1331,12 @@ def _check_past(mask: torch.Tensor, memory: HydraHeadCacheLayer) -> None:
     where = f"(first: row {row}, column {column})"
     if bool(mask[row, column]):
         raise ValueError(
-            f"attention_mask shows earlier columns that were padding when the cache saw them {where}: "
-            "the cache has not read them. Give the zeros again, or the mask of the new tokens only; "
-            "if they are real, run the whole text again without the cache"
+            f"attention_mask has 1 for earlier columns that were padding in earlier calls {where}: the "
+            "cache has not read them. Give their zeros again, or give a mask of the new tokens only. If "
+            "the columns are real tokens, run the whole text again without the cache"
         )
     raise ValueError(
-        f"attention_mask hides earlier columns that the cache has read as real tokens {where}: a "
+        f"attention_mask has 0 for earlier columns that the cache has read as real tokens {where}: a "
         "recurrent state cannot forget a token. Run the whole text again without the cache and with "
         "this mask, or keep one cache for each conversation"
     )
@@ -1343,7 +1349,7 @@ def _positions(
     valid: torch.Tensor | None,
     memory: HydraHeadCacheLayer | None,
 ) -> tuple[torch.Tensor, Documents | None]:
-    """Every real token's number in its own sequence, and the documents where such are packed.
+    """The position of every real token in its sequence, and the packed documents if any.
 
     Returns:
         ``[B or 1, T]`` int64, or ``[1, N]`` with documents.
@@ -1365,8 +1371,8 @@ def _positions(
         if bool((wrong if valid is None else wrong & valid).any()):
             if memory is not None and memory.begun:
                 raise ValueError(
-                    "position_ids do not follow on every sequence's real tokens in the cache: HydraHead "
-                    "counts them itself (leave position_ids out)"
+                    "position_ids do not continue the positions of the real tokens in the cache. Leave "
+                    "position_ids out: HydraHead counts positions itself"
                 )
             documents = _documents(packing, given, x, valid)
             return documents.positions, documents
@@ -1374,7 +1380,7 @@ def _positions(
 
 
 def _refuse_unknown(given: dict[str, Any], known: tuple[str, ...], model: str) -> None:
-    """What is not known would be ignored; an argument that asks for nothing may be."""
+    """Raise TypeError for unknown arguments that are not None."""
     unknown = sorted(k for k, value in given.items() if k not in known and value is not None)
     if unknown:
         raise TypeError(f"{model}.forward() got unexpected keywords: {', '.join(unknown)}")
@@ -1413,13 +1419,13 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss where ``labels`` are given; see :meth:`HydraHeadModel.forward`.
+        """Return logits, and the loss if ``labels`` are given; see :meth:`HydraHeadModel.forward`.
 
         Args:
-            labels: ``[B, T]``, −100 where nothing is learned; shifted here.
-            logits_to_keep: make logits of the last so many positions only (0: of all), or of the
-                positions listed.
-            kwargs: of packed documents, and of transformers' loss: ``num_items_in_batch``,
+            labels: ``[B, T]``, −100 for tokens without loss; shifted here.
+            logits_to_keep: number of last positions to compute logits of (0: all), or a list of
+                positions.
+            kwargs: arguments of packed documents, and of transformers' loss: ``num_items_in_batch``,
                 ``ignore_index``, ``shift_labels``.
         """
         _refuse_unknown(kwargs, (*PACKING, *LOSS_OPTIONS), type(self).__name__)
@@ -1462,20 +1468,21 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As for every model, but a token that generate() itself has appended comes alone.
+        """As in every model, but pass a token that generate() has appended without mask and position.
 
-        Such a token is real and the next one. Its mask and position would be read back at every step:
-        the host would wait for the device. The cache remembers which tokens of the prompt are padding.
+        Such a token is always real and always the next one. Checking its mask and position at every step
+        would make the host wait for the device. The cache knows which tokens of the prompt are padding.
 
         Args:
-            inputs_embeds: ``[B, T, D]``, a prompt in place of ``input_ids``; generate() looks for this
-                name here.
+            inputs_embeds: ``[B, T, D]``, a prompt instead of ``input_ids``. generate() checks that this
+                argument exists.
         """
         cache = _given_cache(past_key_values, cache)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **{CACHE_NAME: cache}, **kwargs
         )
-        inputs.pop("cache_position", None)  # of transformers 5.0: positions are counted here
+        # From transformers 5.0; the model counts positions itself.
+        inputs.pop("cache_position", None)
         appended = inputs["input_ids"] is not None and inputs["input_ids"].shape[1] == 1
         layers = [] if cache is None else cache.layers
         begun = bool(layers) and getattr(layers[0], "begun", False)
@@ -1488,14 +1495,15 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(
         *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor | None:
-        """The mask as it is: of a static cache, transformers would make one of pairs of tokens."""
+        """Return the mask unchanged. For a static cache transformers would make a mask over pairs of tokens."""
         return attention_mask
 
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        """As for every model, but a draft that is given no mask reads a text without padding: transformers
-        drops a mask of ones, and would then take every pad token that was generated for padding.
+        """As in every model, but without a mask a draft model reads all tokens as real.
+
+        transformers drops a mask of ones. It would then read every generated pad token as padding.
         """
         if getattr(generation_config, "is_assistant", False):
             return inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.int64)
@@ -1506,7 +1514,7 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Give generate() a cache of our layers in place of the one that it would make."""
+        """Give generate() a cache with our layers instead of its default cache."""
         plain = generation_config.cache_implementation in (None, "dynamic", "dynamic_full")
         wanted = generation_config.use_cache is not False
         if model_kwargs.get(CACHE_NAME) is None and plain and wanted:
@@ -1517,24 +1525,23 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
         if cache is None:
             return
         adopt(cache, self.config.num_hidden_layers)
-        if getattr(
-            generation_config, "is_assistant", False
-        ):  # the other model may refuse its tokens
+        # The main model may reject the draft's tokens.
+        if getattr(generation_config, "is_assistant", False):
             record_past(cache, True)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused by name, and with it ``generate_batch``.
+        """Not supported, and neither is ``generate_batch``.
 
         Raises:
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            "continuous batching (generate_batch) of transformers keeps pages of keys and values and has no "
-            "place for the recurrent states of a HydraHead model: call generate() with a padded batch"
+            "continuous batching (generate_batch) of transformers stores pages of keys and values. It cannot "
+            "store the recurrent states of a HydraHead model: call generate() with a padded batch"
         )
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        """As for every model; the cache records, so that refused tokens can be taken back."""
+        """As in every model, but the cache records, so that it can remove rejected tokens."""
         cache = kwargs.get(CACHE_NAME)
         if cache is None:
             return super()._assisted_decoding(*args, **kwargs)
@@ -1546,7 +1553,7 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):
 
 
 class HydraHeadForSequenceClassification(HydraHeadPreTrainedModel):
-    """The decoder with one score a label, read at every sequence's last real token."""
+    """The decoder with one score per label, computed from every sequence's last real token."""
 
     def __init__(self, config: HydraHeadConfig) -> None:
         super().__init__(config)
@@ -1570,16 +1577,16 @@ class HydraHeadForSequenceClassification(HydraHeadPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """Scores ``[B, labels]``, and the loss where ``labels`` are given; see :class:`HydraHeadModel`.
+        """Return scores ``[B, labels]``, and the loss if ``labels`` are given; see :class:`HydraHeadModel`.
 
         Args:
-            attention_mask: says which token is the last real one; without it, the config's
-                ``pad_token_id`` in ``input_ids`` does.
-            labels: ``[B]`` classes, ``[B]`` numbers where there is one label, or ``[B, labels]`` of 0 and 1.
-            kwargs: ``num_items_in_batch``, of which the loss makes no use.
+            attention_mask: shows the last real token. Without it, the config's ``pad_token_id`` in
+                ``input_ids`` marks padding.
+            labels: ``[B]`` classes; ``[B]`` numbers if the model has one label; or ``[B, labels]`` of 0 and 1.
+            kwargs: ``num_items_in_batch``, which the loss ignores.
 
         Raises:
-            ValueError: neither says where a row of several ends.
+            ValueError: the batch has several rows, and neither the mask nor the config shows their ends.
         """
         _refuse_unknown(kwargs, ("num_items_in_batch",), type(self).__name__)
         outputs = self.model(
@@ -1611,7 +1618,7 @@ class HydraHeadForSequenceClassification(HydraHeadPreTrainedModel):
     def _last_tokens(
         self, ids: torch.Tensor | None, mask: torch.Tensor | None, hidden: torch.Tensor
     ) -> torch.Tensor:
-        """``[B]`` int64, the column of every row's last real token among the new ones."""
+        """``[B]`` int64, the column of every row's last real token."""
         batch, length = hidden.shape[:2]
         if mask is not None:
             real = mask[:, -length:].to(hidden.device).bool()
@@ -1621,13 +1628,13 @@ class HydraHeadForSequenceClassification(HydraHeadPreTrainedModel):
             return torch.full((1,), length - 1, device=hidden.device)
         else:
             raise ValueError(
-                "where does every row end? Give attention_mask, or set pad_token_id in the config"
+                "the end of every row is unknown: give attention_mask, or set pad_token_id in the config"
             )
         return (torch.arange(length, device=hidden.device) * real).argmax(-1)
 
 
 class HydraHeadForTokenClassification(HydraHeadPreTrainedModel):
-    """The decoder with one score a label and token."""
+    """The decoder with one score per label and token."""
 
     def __init__(self, config: HydraHeadConfig) -> None:
         super().__init__(config)
@@ -1652,11 +1659,11 @@ class HydraHeadForTokenClassification(HydraHeadPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
-        """Scores ``[B, T, labels]``, and the loss where ``labels`` are given; see :class:`HydraHeadModel`.
+        """Return scores ``[B, T, labels]``, and the loss if ``labels`` are given; see :class:`HydraHeadModel`.
 
         Args:
-            labels: ``[B, T]`` classes, −100 where nothing is learned; not shifted.
-            kwargs: of packed documents; ``num_items_in_batch``, of which the loss makes no use.
+            labels: ``[B, T]`` classes, −100 for tokens without loss; not shifted.
+            kwargs: arguments of packed documents; ``num_items_in_batch``, which the loss ignores.
         """
         _refuse_unknown(kwargs, (*PACKING, "num_items_in_batch"), type(self).__name__)
         outputs = self.model(

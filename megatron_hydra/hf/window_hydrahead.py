@@ -1,8 +1,8 @@
 """The window of a token-wise HydraHead baseline (copied into every export; needs torch only).
 
-Softmax attention sees the last w tokens, the recurrent state what lies beyond them: a token is written
-into the state when it leaves the window. Both need the last real tokens of every sequence at hand,
-as the short convolution does; :func:`extend` keeps them.
+Softmax attention sees the last w tokens. The recurrent state holds all tokens before them: a token is
+written into the state when it leaves the window. Both need the last real tokens of every sequence, like
+the short convolution. :func:`extend` puts them before the new tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 BLOCK = 256
-"""Fewest queries that are attended to at once: a mask covers a block of queries and its window."""
+"""Minimum size of a block of queries. One mask covers a block of queries and its window."""
 
 
 def extend(x: torch.Tensor, tail: torch.Tensor | None, count: int) -> torch.Tensor:
@@ -19,8 +19,8 @@ def extend(x: torch.Tensor, tail: torch.Tensor | None, count: int) -> torch.Tens
 
     Args:
         x: ``[B, T, channels]``, new tokens, real ones first.
-        tail: ``[B, count, channels]`` of earlier calls (:func:`latest`); absent: zeros.
-        count: tokens that are kept.
+        tail: ``[B, count, channels]``, the last tokens of earlier calls (from :func:`latest`); ``None``: zeros.
+        count: number of earlier tokens.
 
     Returns:
         ``[B, count + T, channels]``.
@@ -31,10 +31,11 @@ def extend(x: torch.Tensor, tail: torch.Tensor | None, count: int) -> torch.Tens
 
 
 def latest(extended: torch.Tensor, count: int, valid: torch.Tensor | None) -> torch.Tensor:
-    """The last ``count`` real tokens of ``extended`` ``[B, count + T, channels]``: ``tail`` of the next call.
+    """The last ``count`` real tokens of ``extended``, which are ``tail`` of the next call.
 
     Args:
-        valid: ``[B, T]`` bool, which of the new tokens are real; ``None``: all.
+        extended: ``[B, count + T, channels]``, see :func:`extend`.
+        valid: ``[B, T]`` bool, true for real new tokens; ``None``: all are real.
     """
     if valid is None:
         return extended[:, extended.shape[1] - count :].clone()
@@ -45,14 +46,14 @@ def latest(extended: torch.Tensor, count: int, valid: torch.Tensor | None) -> to
 def window_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, first: torch.Tensor
 ) -> torch.Tensor:
-    """Softmax attention of every query to its own and the ``window − 1`` tokens before it.
+    """Softmax attention of every query to its own token and the ``window − 1`` tokens before it.
 
     Args:
         q: ``[B, n, T, d]``.
-        k, v: ``[B, n, window − 1 + T, d]``: those before the first query, then one for each query.
-        window: keys that a query sees.
-        first: ``[B or 1]``, the position of the first query in its sequence: what lies before
-            position 0 is no token.
+        k, v: ``[B, n, window − 1 + T, d]``: the tokens before the first query, then one for each query.
+        window: number of keys that a query sees.
+        first: ``[B or 1]``, the position of the first query in its sequence. Columns before position 0
+            are not tokens and are masked.
 
     Returns:
         ``[B, n, T, d]``.
@@ -82,16 +83,16 @@ def within_window(
     first: torch.Tensor,
     kept: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax over the last tokens, those of earlier calls included.
+    """Softmax attention over the last ``window`` tokens, tokens of earlier calls included.
 
     Args:
         q: ``[B, T, n, d]``; k, v: ``[B, T, g, d]``.
-        groups: ``[n]``, for each head the one of g that it reads.
+        groups: ``[n]``, for each head its KV group, one of g.
         window, first: see :func:`window_attention`.
-        kept: ``[B, window − 1, 2·g·d]`` of earlier calls; absent: none.
+        kept: ``[B, window − 1, 2·g·d]``, keys and values of earlier calls; ``None``: no earlier calls.
 
     Returns:
-        ``[B, T, n, d]``, and what ``kept`` of the next call is the :func:`latest` of.
+        ``[B, T, n, d]``, and a tensor whose :func:`latest` is ``kept`` of the next call.
     """
     rows = extend(torch.cat((k, v), dim=-1).flatten(2), kept, window - 1)
     kv = rows.unflatten(2, (-1, 2 * k.shape[-1])).transpose(1, 2).index_select(1, groups)
@@ -111,17 +112,19 @@ def beyond_window(
     window: int,
     waiting: Waiting,
 ) -> tuple[Writes, tuple[torch.Tensor, torch.Tensor]]:
-    """What every token writes into the state, moved to the token at which it leaves the window.
+    """Delay the inputs of the delta rule until their token leaves the window.
 
-    Before the first one leaves nothing is written (β = 0) or decays (log α = 0).
+    Until the first token leaves, nothing is written (β = 0) and nothing decays (log α = 0).
 
     Args:
         k, v: ``[B, T, m, d]``; log_alpha, beta: ``[B, T, n]`` fp32.
-        window: tokens to wait.
-        waiting: ``[B, window, 2·m·d]`` and ``[B, window, 2·n]`` of earlier calls; absent: none.
+        window: the delay in tokens.
+        waiting: ``[B, window, 2·m·d]`` and ``[B, window, 2·n]``, inputs of earlier calls; ``None``: no
+            earlier calls.
 
     Returns:
-        The four for each of the T tokens, and what ``waiting`` of the next call is the :func:`latest` of.
+        k, v, log_alpha and beta for the T tokens, and two tensors whose :func:`latest` are ``waiting`` of
+        the next call.
     """
     length, d = k.shape[1], k.shape[-1]
     kv = extend(torch.cat((k, v), dim=-1).flatten(2), waiting[0], window)

@@ -1,7 +1,7 @@
-"""What a run leaves for people to look at: file names, charts, a page. Imports nothing heavy."""
+"""Reports of a run: file names, charts, and an HTML page. Imports no heavy packages."""
 
 METRICS_FILE, EVENTS_FILE = "metrics.jsonl", "events.jsonl"
-"""In a run's output folder: an entry a step; and what happened to it, over all attempts."""
+"""Files in a run's output folder: one entry per step, and the events of all attempts."""
 
 PHASES = ("data", "forward_backward", "optimizer", "validation", "save")
-"""Parts of a step whose seconds are measured."""
+"""Phases of a step whose seconds are measured."""

@@ -1,4 +1,4 @@
-"""Line charts as SVG text: enough for a page that has to stand alone, with nothing to install."""
+"""Line charts as SVG text, for a page that works offline without other packages."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def line_chart(
     """A ``<figure>`` with one line for each entry.
 
     Args:
-        title: shown above; what is charted.
-        lines: name -> points. Up to six have colours of their own; more (layers) share a scale of
-            colours from the first to the last.
-        unit: of the y axis.
-        marks: places on the x axis to be marked by a dashed line (restarts).
+        title: shown above the chart.
+        lines: name -> points. Up to six lines have distinct colours; more lines (layers) have a colour
+            scale from first to last.
+        unit: unit of the y axis.
+        marks: x values to mark with a dashed line (restarts).
     """
     seen = {name: points for name, points in lines.items() if any(y is not None for _, y in points)}
     thinned = {name: _thin(points) for name, points in seen.items()}
@@ -73,7 +73,7 @@ def line_chart(
 
 
 def _thin(points: Points) -> list[tuple[float, float | None]]:
-    """At most :data:`_MAX_POINTS`, keeping the least and the greatest of every stretch."""
+    """At most :data:`_MAX_POINTS` points: the minimum and the maximum of every interval."""
     if len(points) <= _MAX_POINTS:
         return list(points)
     size = math.ceil(len(points) / (_MAX_POINTS // 2))
@@ -143,7 +143,7 @@ def _path(points: Sequence[tuple[float, float | None]], place: Place) -> str:
         px, py = place(x, y)
         words.append(f"{'L' if pen_down else 'M'}{px} {py}")
         alone = not pen_down and (i + 1 == len(points) or points[i + 1][1] is None)
-        if alone:  # a point without neighbours would not be seen
+        if alone:  # a point without neighbours would be invisible
             words.append("h.01")
         pen_down = True
     return "".join(words)

@@ -1,4 +1,4 @@
-"""One HTML page about a run: curves, restarts, throughput, config. It stands alone, offline."""
+"""One HTML page about a run: curves, restarts, throughput, config. It works offline."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def write_run_page(run: Path, output: Path) -> None:
         output: the HTML file.
 
     Raises:
-        HydraError: no such run, or nothing was logged yet.
+        HydraError: the run does not exist, or has no log entry yet.
     """
     try:
         page = _page(run)
     except (KeyError, TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
         raise HydraError(
-            f"{run}: {METRICS_FILE} or {EVENTS_FILE} holds an entry that no run writes "
-            f"({type(error).__name__}: {error}); is it damaged?"
+            f"{run}: {METRICS_FILE} or {EVENTS_FILE} has an invalid entry "
+            f"({type(error).__name__}: {error}); the file may be damaged"
         ) from error
     try:
         write_text_atomic(output, page)
@@ -65,7 +65,7 @@ def _page(run: Path) -> str:
     entries = _lines(run / METRICS_FILE)
     if not entries:
         raise HydraError(
-            f"{run} holds no {METRICS_FILE} with an entry: name a run's output folder, after its "
+            f"{run} has no {METRICS_FILE} with an entry: name the output folder of a run that has done its "
             "first step"
         )
     events = _lines(run / EVENTS_FILE)
@@ -142,7 +142,7 @@ def _tiles(entries: list[dict[str, Any]], events: list[dict[str, Any]]) -> str:
 
 
 def _median(entries: list[dict[str, Any]], key: str) -> float | None:
-    # The first entry of an attempt holds its warm-up; medians do not mind.
+    # The first entry of an attempt includes its warm-up, which hardly changes a median.
     values = [entry[key] for entry in entries if isinstance(entry.get(key), (int, float))]
     return statistics.median(values) if values else None
 
@@ -175,7 +175,7 @@ def _charts(entries: list[dict[str, Any]], events: list[dict[str, Any]]) -> list
 
     losses = {key: series(key) for key in ("loss", "kl", "ce") if any(key in e for e in entries)}
     if "kl" not in losses:
-        losses.pop("ce", None)  # it is the loss
+        losses.pop("ce", None)  # equal to the loss
     held_out_losses = {
         f"held-out {key}": held_out_points(key)
         for key in ("loss", "kl", "ce")
@@ -240,14 +240,14 @@ def _throughput(entries: list[dict[str, Any]]) -> str:
 
 
 def _data_read(run: Path) -> str:
-    """What each source gave in each span of steps, as the newest checkpoint records it; "" without one."""
+    """Data read from each source in each span of steps, by the newest checkpoint; "" without one."""
     folder = run / "checkpoints"
     try:
         latest = (folder / "latest").read_text(encoding="utf-8").strip()
         data = json.loads((folder / latest / "training.json").read_text(encoding="utf-8"))["data"]
-    except OSError:  # no checkpoint yet, or it was replaced just now
+    except OSError:  # no checkpoint yet, or it was replaced a moment ago
         return ""
-    if "spans" not in data:  # of a release that kept no record
+    if "spans" not in data:  # written by a release without this record
         return ""
     rows = []
     for span in data["spans"]:

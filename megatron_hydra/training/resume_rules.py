@@ -1,7 +1,7 @@
-"""What becomes of a key of the config that is given anew when a run is resumed.
+"""Rules for config keys that change when a run resumes.
 
-Every key has one rule. Nothing is accepted and then not used: a key is applied from the next step on, or
-it says only where and how the same is computed, or another value is refused.
+Every key has one rule. A new value is applied from the next step on, or it changes only where or how the
+same result is computed, or it is refused. No value is accepted and then ignored.
 """
 
 from __future__ import annotations
@@ -18,63 +18,66 @@ from megatron_hydra.errors import HydraError
 Rule = Literal["applied", "free", "same content", "new phase", "refused"]
 
 MEANINGS: dict[Rule, str] = {
-    "applied": "the new value holds from the next step on",
-    "free": "says where or how the same is computed",
-    "same content": "may name another place; other content is refused",
-    "new phase": "another value is refused, unless `data.phase` is raised",
-    "refused": "another value is refused",
+    "applied": "the new value is used from the next step on",
+    "free": "accepted: it changes where or how the run is computed, not the result",
+    "same content": "another path is accepted if the content is the same",
+    "new phase": "refused, unless `data.phase` is raised",
+    "refused": "refused",
 }
 
 RULES: dict[str, tuple[Rule, str]] = {
-    "verb": ("refused", "another verb is another stage"),
-    "output": ("free", "a run's folder may be moved"),
-    "seed": ("refused", "generators go on from the checkpoint"),
-    "precision": ("refused", "the optimizer's state is of the precision that it began with"),
+    "verb": ("refused", "each verb is its own stage"),
+    "output": ("free", "the run's folder may be moved"),
+    "seed": ("refused", "generators continue from the checkpoint"),
+    "precision": ("refused", "the optimizer's state has the precision of the first step"),
     "deterministic": ("free", ""),
     "student.checkpoint": ("same content", "compared by fingerprint"),
-    "student.fingerprint": ("applied", "the checkpoint has to have it"),
+    "student.fingerprint": ("applied", "the checkpoint must match it"),
     "teacher.checkpoint": ("same content", "compared by fingerprint"),
-    "teacher.fingerprint": ("applied", "the checkpoint has to have it"),
+    "teacher.fingerprint": ("applied", "the checkpoint must match it"),
     "data.blend": (
         "new phase",
-        "parts and weights; a file may be moved, its packing stays; `max_epochs` is applied",
+        "sources and weights; a file may be moved and keeps its packing; `max_epochs` is applied",
     ),
-    "data.sequence_length": ("refused", "it decides which sample comes when"),
+    "data.sequence_length": ("refused", "it decides the order of samples"),
     "data.tokenizer": ("same content", "compared by fingerprint"),
-    "data.packing": ("refused", "it decides which sample comes when"),
-    "data.seed": ("refused", "it decides which sample comes when"),
+    "data.packing": ("refused", "it decides the order of samples"),
+    "data.seed": ("refused", "it decides the order of samples"),
     "data.held_out": ("refused", "it decides which documents are trained on"),
     "data.cache_dir": ("free", ""),
-    "data.token_budget": ("applied", "over all phases"),
-    "data.phase": ("applied", "may be raised, which begins a phase; refused if lower"),
+    "data.token_budget": ("applied", "counts the tokens of all phases"),
+    "data.phase": ("applied", "a higher value begins a phase; a lower value is refused"),
     "batch.micro_batch_size": ("free", ""),
-    "batch.global_batch_size": ("new phase", "the schedule goes on by the sequences read"),
-    "optimizer": ("applied", "moments are kept"),
-    "schedule": ("applied", "as if the run had begun with it"),
+    "batch.global_batch_size": (
+        "new phase",
+        "the schedule continues by the number of sequences read",
+    ),
+    "optimizer": ("applied", "the moments are kept"),
+    "schedule": ("applied", "as if the run had started with it"),
     "loss": ("applied", ""),
     "parallel": ("free", "equal up to rounding"),
     "parallel.distributed_optimizer": (
         "refused",
-        "Megatron-Core stores the two optimizers' state in different ways",
+        "Megatron-Core stores the states of the two optimizers in different formats",
     ),
     "recompute": ("free", ""),
     "backend": ("free", "equal up to rounding"),
     "checkpoint": ("applied", ""),
     "logging": ("applied", ""),
     "validation": ("applied", ""),
-    "validation.blend": ("same content", "while validation is on"),
+    "validation.blend": ("same content", "only if validation is on"),
     "validation.sequences": (
         "same content",
-        "how much is measured; refused while validation is on",
+        "refused if validation is on",
     ),
     "faults": ("applied", "a smaller `spike_window` keeps the newest steps"),
 }
-"""Key, or section for those of its keys that have no rule of their own → rule and note."""
+"""Key → rule and note. The name of a section applies to all its keys without an own rule."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A key whose value in the checkpoint's config is another than in the run's."""
+    """A key whose values in the checkpoint's config and in the run's config differ."""
 
     key: str
     before: Any
@@ -94,21 +97,21 @@ def keys_of(body: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def rule_of(key: str) -> tuple[Rule, str]:
-    """The rule of a dotted key, and why.
+    """The rule of a dotted key, and its note.
 
     Raises:
-        KeyError: it has none, which a test excludes for all keys of a run.
+        KeyError: the key has no rule. A test checks that every key of a run has one.
     """
     section = key.partition(".")[0].partition(" ")[0]
     return RULES[key] if key in RULES else RULES[section]
 
 
 def changes(saved: Mapping[str, Any], config: RunConfig) -> list[Change]:
-    """Keys that differ from a checkpoint's config; one that it lacks (an older release's) had its default.
+    """Keys that differ from a checkpoint's config. A key that an older checkpoint lacks has its default.
 
     Args:
         saved: the ``config`` of a checkpoint's ``training.json``.
-        config: of the run that goes on.
+        config: the config of the resumed run.
     """
     before = dict(keys_of(_as_stored(RunConfig()))) | dict(keys_of(saved))
     return [
@@ -119,27 +122,27 @@ def changes(saved: Mapping[str, Any], config: RunConfig) -> list[Change]:
 
 
 def _as_stored(config: RunConfig) -> dict[str, Any]:
-    """As JSON gives it back: its keys are strings."""
+    """The config after a round trip through JSON, where all keys are strings."""
     return json.loads(json.dumps(to_dict(config)))
 
 
 def replicas_changed(before: int, after: int) -> list[Change]:
-    """The data-parallel size is no key: it is what the layout leaves of the world."""
+    """A change of the data-parallel size. It is not a key: it follows from world size and layout."""
     return [] if before == after else [Change("parallel (data-parallel size)", before, after)]
 
 
 def refuse_changes(saved: Mapping[str, Any], config: RunConfig) -> list[Change]:
-    """What changed, if all of it may. Contents of checkpoints and data are compared elsewhere.
+    """Return all changes, or raise if one is refused. Other code compares checkpoint and data contents.
 
     Raises:
-        HydraError: naming the first key that may not change, with both values.
+        HydraError: a key must not change; names the first such key with both values.
     """
     found = changes(saved, config)
     for change in found:
         rule, why = rule_of(change.key)
         if rule == "refused":
             raise HydraError(
-                f"cannot resume: {change}; {why}; resume with the old value, or start a new run (another "
+                f"cannot resume: {change}; {why}. Resume with the old value, or start a new run (with another "
                 "output) from the weights"
             )
     return found
@@ -152,5 +155,5 @@ def rules_as_table() -> str:
         others = any(other.startswith(f"{key}.") for other in RULES)
         is_section = isinstance(to_dict(RunConfig()).get(key), dict)
         name = f"`{key}.*`" if is_section else f"`{key}`"
-        lines.append(f"| {name}{', the others' if others else ''} | {rule} | {why} |")
+        lines.append(f"| {name}{', other keys' if others else ''} | {rule} | {why} |")
     return "\n".join(lines)

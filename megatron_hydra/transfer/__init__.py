@@ -1,3 +1,3 @@
-"""The verbs: forward step and loss of each stage."""
+"""The verbs (stages): forward step and loss of each."""
 
 import megatron_hydra.parallel.platform  # noqa: F401  (before any module here imports megatron)

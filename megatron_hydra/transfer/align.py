@@ -1,11 +1,11 @@
-"""Stage 1: every hybrid attention learns, alone, to answer as the teacher's attention does.
+"""Stage 1: every hybrid attention learns separately to give the outputs of the teacher's attention.
 
     L = Σ_ℓ mean over channels ‖A_teacher^ℓ(x_ℓ) − A_hybrid^ℓ(x_ℓ)‖²,   summed over unmasked tokens
 
-The input x_ℓ of each layer is the *teacher's* stream, so layers are independent: the gradient of a
-layer is taken as soon as the layer has run, its graph is freed at once, and no backward crosses
-layers or pipeline stages. The residual is the same on both sides and cancels, so comparing the
-attention's outputs compares the hidden states behind it. Only the hybrid attention is trained.
+The input x_ℓ of each layer is the *teacher's* hidden state, so layers are independent. The backward of a
+layer runs directly after its forward and frees its graph. No backward crosses layers or pipeline stages.
+The residual is equal on both sides and cancels. Comparing the attention outputs therefore compares the
+hidden states after the attention. Only the hybrid attention is trained.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Align(Verb):
     def _layers_compared(
         self, student: GPTModel, teacher: GPTModel, batch: LocalBatch
     ) -> Iterator[None]:
-        """Train the student's attention of every layer that the teacher runs inside this block."""
+        """While the block is open, train the student's attention in every layer that the teacher runs."""
         mask = self._mask_of_this_rank(batch)
         hooks = []
         for ours, theirs in zip(student.decoder.layers, teacher.decoder.layers, strict=True):
@@ -96,7 +96,7 @@ class Align(Verb):
         self._train_layer(layer, attention_input, _joined(output), mask, batch)
 
     def _mask_of_this_rank(self, batch: LocalBatch) -> Tensor:
-        """``[T_local(/TP)]`` bool, sliced as sequence parallelism slices the activations."""
+        """``[T_local(/TP)]`` bool, sliced like the activations under sequence parallelism."""
         mask = batch.loss_mask != 0
         if self.world.sequence_parallel:
             mask = mask.chunk(self.world.tp_size)[self.world.tp_rank]
@@ -121,6 +121,6 @@ class Align(Verb):
 
 
 def _joined(output: tuple[Tensor, Tensor | None]) -> Tensor:
-    """Megatron's attention returns its output projection's bias apart."""
+    """Add the bias of the output projection, which Megatron's attention returns separately."""
     result, bias = output
     return result if bias is None else result + bias

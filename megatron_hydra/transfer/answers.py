@@ -1,4 +1,4 @@
-"""Likeliest tokens of a model, and the number of documents that it answers correctly."""
+"""The most likely tokens of a model, and the number of documents that it answers correctly."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from megatron.core import parallel_state
 from megatron_hydra.transfer.local_batch import LocalBatch
 
 HEAD_ROWS = 1024
-"""Positions whose logits exist at a time."""
+"""Number of positions whose logits are in memory at a time."""
 
 
 def likeliest_tokens(hidden: torch.Tensor, weight: torch.Tensor, first: int) -> torch.Tensor:
-    """The best of all vocabulary shards, the first of equals.
+    """The most likely token of all vocabulary shards; of equal ones, the first.
 
     Args:
         hidden: ``[N, D]`` last hidden states, equal on all tensor-parallel ranks.
         weight: ``[V_local, D]`` this rank's rows of the LM head.
-        first: entry of the vocabulary that the first of them stands for.
+        first: vocabulary index of the first of these rows.
 
     Returns:
         ``[N]`` int64, equal on all tensor-parallel ranks.
@@ -28,7 +28,7 @@ def likeliest_tokens(hidden: torch.Tensor, weight: torch.Tensor, first: int) -> 
     tokens = [torch.empty(0, dtype=torch.int64, device=hidden.device)]
     for rows in hidden.split(HEAD_ROWS):
         best, token = (rows @ weight.T).float().max(dim=-1)
-        best = best.nan_to_num(nan=-torch.inf)  # a model that says NaN is wrong, not an error
+        best = best.nan_to_num(nan=-torch.inf)  # a NaN is a wrong answer, not an error
         top = best.clone()
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
         token = token + first
@@ -39,14 +39,14 @@ def likeliest_tokens(hidden: torch.Tensor, weight: torch.Tensor, first: int) -> 
 
 
 class AnswerCount:
-    """Documents that ask for something, and those of them that are answered right.
+    """Count documents with an answer, and those that the model answers correctly.
 
-    A document's answer is its learned tokens. It is right if each of them is the likeliest one after what
-    the document says before it, which is when greedy decoding would give this answer.
+    A document's answer is its tokens with a loss. It is correct if each of them is the most likely token
+    after the tokens before it. Greedy decoding would then give this answer.
 
     Attributes:
-        sums: ``[2]`` float64, documents asked and answered right on this rank; every document counts on
-            one rank.
+        sums: ``[2]`` float64, number of documents with an answer, and of correct answers, on this rank. Every
+            document is counted on one rank.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -67,7 +67,7 @@ class AnswerCount:
         said = likeliest_tokens(hidden[places], weight, first)
         bounds = torch.tensor(packed.cu_seqlens[1:], device=hidden.device)
         document = torch.searchsorted(bounds, places + packed.shard_start, right=True)
-        # [asked, wrong] of every document of the stream; one may be spread over several shards.
+        # [answer tokens, wrong ones] of every document of the stream; a document may span several shards.
         counts = torch.zeros(2, len(bounds), dtype=torch.float64, device=hidden.device)
         is_wrong = said != batch.labels[places]
         counts[0].index_add_(0, document, torch.ones_like(document, dtype=torch.float64))

@@ -2,9 +2,9 @@
 
     L = λ·τ²·KL(teacher ‖ student) + (1−λ)·CE
 
-Both models live on the same ranks under the same layout. Between pipeline stages their hidden
-states travel as one tensor, the student's first; the last stage meets the teacher's last hidden
-states, never its logits.
+Both models run on the same ranks with the same layout. Pipeline stages send the hidden states of both
+models as one tensor, the student's first. The last stage receives the teacher's last hidden states; the
+teacher's full logits are never computed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Distill(Verb):
         hidden = final_hidden_states(student, batch.tokens, batch.packed)
         with torch.no_grad():
             teacher_hidden = final_hidden_states(teacher, batch.tokens, batch.packed)
-        # One tensor is all that a schedule passes on, also to the loss function.
+        # A schedule passes on only one tensor, also to the loss function.
         both = torch.cat([hidden, teacher_hidden])
 
         def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -56,7 +56,7 @@ class Distill(Verb):
 
 
 def _split_input(student: GPTModel, teacher: GPTModel) -> None:
-    """Deal what came from the previous pipeline stage (set on the student) to the two models."""
+    """Split the input from the previous pipeline stage (set on the student) between the two models."""
     received = student.decoder.input_tensor
     if received is None:
         return

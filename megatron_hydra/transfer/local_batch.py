@@ -34,7 +34,7 @@ class LocalBatch:
 
 
 def pad_stream(batch: PackedBatch, length: int) -> PackedBatch:
-    """Lengthen a stream to ``length`` tokens by one more document that no loss sees."""
+    """Pad a stream to ``length`` tokens by one more document without loss."""
     missing = length - batch.tokens.numel()
     if missing == 0:
         return batch
@@ -48,8 +48,7 @@ def pad_stream(batch: PackedBatch, length: int) -> PackedBatch:
 
 
 def local_batch(batch: PackedBatch, world: World, stream_length: int) -> LocalBatch:
-    """This rank's part of a micro-batch, padded to ``stream_length`` tokens (global) and on the
-    device.
+    """This rank's part of a micro-batch, padded to ``stream_length`` tokens (global), on the device.
 
     All ranks of a data-parallel replica pass the same batch.
     """

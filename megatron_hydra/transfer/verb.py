@@ -1,8 +1,7 @@
-"""What a stage of the transfer is: forward step, loss, what is trained. The loop knows nothing
-else.
+"""The interface of a stage (verb): forward step, loss, and trained parameters.
 
-A verb adds its loss sums to one vector, :attr:`Verb.sums`; the loop clears it before a step and
-sums it over all ranks after, so every verb is logged, normalised and watched in the same way.
+A verb adds its loss sums to one vector, :attr:`Verb.sums`. The loop clears the vector before a step and
+sums it over all ranks after the step, so all verbs are logged, normalised and checked in the same way.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ def inner_model(model: torch.nn.Module) -> GPTModel:
 def lm_head_weight(model: GPTModel) -> Tensor:
     """This rank's rows ``[V_local, D]`` of the LM head, tied or not, without padding of the vocabulary.
 
-    Their first entry of the vocabulary is ``model.vocabulary_shard.first``.
+    ``model.vocabulary_shard.first`` is the vocabulary index of the first row.
 
-    The head's own forward is never called, so its hooks are run here: in one of them Megatron waits
-    for weights that ``overlap_param_gather`` is still collecting.
+    The head's own forward is never called, so this function runs its hooks. In one of them Megatron waits
+    for the weights that ``overlap_param_gather`` is gathering.
     """
     for hook in model.output_layer._forward_pre_hooks.values():
         hook(model.output_layer, ())
@@ -58,14 +57,14 @@ class Verb(abc.ABC):
 
     Attributes:
         loss_parts: names of the parts of the loss, in the order of ``sums``.
-        uses_teacher: a frozen dense model runs beside the student.
-        backward_inside_forward: the verb takes its gradients during the forward, so the schedule
-            runs forward only and nothing flows back between pipeline stages.
-        streams: hidden-state streams that travel between pipeline stages, stacked along the sequence.
+        uses_teacher: a frozen dense model runs together with the student.
+        backward_inside_forward: the verb computes its gradients during the forward. The schedule then
+            runs forward only, and pipeline stages send no gradients.
+        streams: number of hidden-state streams between pipeline stages, stacked along the sequence.
         sums: ``[num_parts + 1]`` float64: sums of each loss part over this rank's share of the tokens,
             then the number of those tokens.
-        is_learning: whether gradients are wanted; else only the sums are (validation).
-        answers: where answers are counted (validation's probes); ``None``: they are not looked at.
+        is_learning: whether to compute gradients, or only the sums (validation).
+        answers: counter of correct answers (probes of a validation); ``None``: do not count.
     """
 
     loss_parts: tuple[str, ...] = ()
@@ -91,7 +90,7 @@ class Verb(abc.ABC):
 
     @abc.abstractmethod
     def metrics(self, means: list[float]) -> dict[str, Any]:
-        """Log entries, ``loss`` among them, from each part's mean over unmasked tokens."""
+        """Log entries, including ``loss``, from each part's mean over unmasked tokens."""
 
     def is_trained(self, name: str) -> bool:
         """Whether the student's parameter ``name`` is trained."""
@@ -102,14 +101,13 @@ class Verb(abc.ABC):
         return self.teacher[student.vp_stage or 0]
 
     def add_sums(self, sums: list[Tensor], num_tokens: int) -> None:
-        """Account for a micro-batch on the last stage; TP ranks hold equal copies, one counts."""
+        """Add the sums of a micro-batch on the last stage. TP ranks hold equal copies; only one adds them."""
         if self.world.tp_rank == 0:
             self.sums += torch.stack([*sums, torch.full_like(sums[0], num_tokens)]).double()
 
 
 def replicate_sequence(hidden: Tensor, world: World, wants_gradient: bool) -> Tensor:
-    """Last hidden states ``[T_local(/TP), 1, D]`` as ``[T_local, D]`` on every tensor-parallel
-    rank.
+    """Gather last hidden states ``[T_local(/TP), 1, D]`` to ``[T_local, D]`` on every tensor-parallel rank.
 
     Its backward sums the partial gradients that the vocabulary-parallel loss returns.
     """
@@ -123,7 +121,7 @@ def replicate_sequence(hidden: Tensor, world: World, wants_gradient: bool) -> Te
 
 
 def token_count(batch: LocalBatch, device: torch.device) -> Tensor:
-    """The shard's unmasked tokens for Megatron: an int32 scalar, made without waiting for the device."""
+    """Number of unmasked tokens of the shard for Megatron: an int32 scalar, made without a device sync."""
     return torch.full((), batch.num_loss_tokens, dtype=torch.int, device=device)
 
 
@@ -135,7 +133,7 @@ def token_loss(
     teacher: GPTModel | None = None,
     teacher_hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """The chunked loss on the last stage, as Megatron wants it: (sum, number of tokens, nothing)."""
+    """The chunked loss on the last stage in Megatron's form: (sum, number of tokens, empty dict)."""
     settings = verb.config.loss
     if teacher is not None and teacher_hidden is not None:
         teacher_hidden = replicate_sequence(teacher_hidden, verb.world, wants_gradient=False)

@@ -135,7 +135,7 @@ def test_what_is_missing_or_misshapen_is_named(tmp_path: Path) -> None:
         records.read_boxes(tmp_path, [(boxes[0], torch.zeros(6))], index)
     index = records.read_index(tmp_path)
     index.storage_data.clear()
-    with pytest.raises(HydraError, match="does not say where a part of 'a' lies"):
+    with pytest.raises(HydraError, match="has no place for a part of 'a'"):
         records.read_boxes(tmp_path, [(boxes[0], torch.zeros(6))], index)
     records.write_file(tmp_path / "__0_0.distcp", [torch.zeros(5)])
     with pytest.raises(HydraError, match="not a tensor of the shape in the index"):

@@ -46,7 +46,7 @@ def test_a_map_and_a_mixer_that_has_none_exclude_each_other():
         DENSE.with_head_map(head_map(), HydraConfig(mixer="token"))
     with pytest.raises(HydraError, match="a head map is missing"):
         DENSE.with_every_head_mixed(HydraConfig())
-    with pytest.raises(HydraError, match=r"mixer=parallel .*leaves some out"):
+    with pytest.raises(HydraError, match=r"mixer=parallel .*does not list every head"):
         dataclasses.replace(
             DENSE, hydra=HydraConfig(mixer="parallel"), full_attention_heads=(EVERY, (0, 1, 2))
         )

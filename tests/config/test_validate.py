@@ -61,7 +61,7 @@ def test_a_good_config_passes() -> None:
         (["validation.probes=[{kind: synthetic, task: ''}]"], "validation.probes.0.task is empty"),
         (
             ["verb=align", "validation.probes=[{kind: synthetic, task: needles}]"],
-            "validation.probes: align runs no whole student",
+            "validation.probes: align does not run the whole student",
         ),
         (
             ["validation.probes=[{kind: synthetic, task: needles}]"],
@@ -77,11 +77,11 @@ def test_a_good_config_passes() -> None:
             ["validation.blend=[{path: ./p}]"],
             "validation.blend.0.path is ./p, which training reads",
         ),
-        (["validation.blend=[{path: q}]", "data.held_out=0.1"], "either these sources or what is"),
-        (["backend.streams=two", "parallel.context=2"], "backend.streams=two cannot be where"),
+        (["validation.blend=[{path: q}]", "data.held_out=0.1"], "validation reads only one of"),
+        (["backend.streams=two", "parallel.context=2"], "backend.streams=two is not possible if"),
         (
             ["backend.streams=two", "parallel.tensor=2", "parallel.fa_partition=sequence"],
-            "backend.streams=two cannot be where",
+            "backend.streams=two is not possible if",
         ),
         (["parallel.sequence=true"], "parallel.sequence is true, but parallel.tensor is 1"),
         (["parallel.virtual_pipeline=2"], "but parallel.pipeline is 1"),
@@ -126,7 +126,7 @@ def test_contradictions(overrides: list[str], message: str) -> None:
         (
             ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "batch.global_batch_size=3"],
             2,
-            "micro-batches per step in multiples of parallel.pipeline",
+            "needs a multiple of parallel.pipeline",
         ),
     ],
 )
@@ -148,7 +148,7 @@ def test_a_vocabulary_is_padded_unless_a_rank_would_have_none_of_it() -> None:
     model = dataclasses.replace(DENSE, vocab_size=65)
     check_layout(_config("parallel.tensor=2"), 2, model, model)
     few = dataclasses.replace(DENSE, vocab_size=5)  # 2 · 3 ranks are enough, the fourth has nothing
-    with pytest.raises(HydraError, match="vocabulary of 5, 2 entries a rank, leaves the last"):
+    with pytest.raises(HydraError, match="with 2 entries of the .*vocabulary of 5 per rank, the last"):
         check_layout(_config("parallel.tensor=4"), 4, few, few)
 
 
@@ -179,7 +179,7 @@ def test_two_streams_cannot_share_rotary_tables() -> None:
 
     config = _config("backend.streams=two")
     check_layout(config, 1, model("log-scale"))
-    with pytest.raises(HydraError, match=r"streams=two cannot be with hydra\.fa_position=rope"):
+    with pytest.raises(HydraError, match=r"streams=two is not possible with hydra\.fa_position=rope"):
         check_layout(config, 1, model("rope"))
 
 

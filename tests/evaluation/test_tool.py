@@ -98,7 +98,7 @@ def test_plain_model_needs_no_flag(tool, tokenizer, tmp_path, capsys):
         (("--tasks", "nope"), "task 'nope' is unknown"),
         (("--lengths", "4X"), "'4X' is not a length"),
         (("--depths", "a,b"), "--depths"),
-        (("--depths", "0,2"), "--depths [0.0, 2.0] must lie in 0..1"),
+        (("--depths", "0,2"), "--depths [0.0, 2.0] must be numbers in 0..1"),
         (("--haystack", "/none"), "--haystack /none cannot be read"),
         (("--model-config", "[1]"), "--model-config [1] must be a JSON object"),
         (("--model-config", "x"), "--model-config is not JSON"),

@@ -116,7 +116,7 @@ def test_packed_documents_have_labels_of_their_own_tokens(folder):
 def test_what_would_be_misread_is_refused(folder):
     model = load(folder, "sequence")
     model.config.pad_token_id = None
-    with pytest.raises(ValueError, match="Give attention_mask, or set pad_token_id"):
+    with pytest.raises(ValueError, match="give attention_mask, or set pad_token_id"):
         model(tokens(2, 5))
     with pytest.raises(TypeError, match=r"HydraHeadForSequenceClassification.*: seq_idx"):
         model(tokens(1, 5), seq_idx=torch.zeros(1, 5, dtype=torch.long))

@@ -597,8 +597,8 @@ def test_what_the_cache_has_read_can_neither_be_hidden_nor_shown(kind):
     mask[0, :3] = 0
     with torch.no_grad():
         for first, then, message in (
-            (torch.ones_like(mask), mask, r"hides earlier columns .*row 0, column 0"),
-            (mask, torch.ones_like(mask), r"shows earlier columns .*row 0, column 0"),
+            (torch.ones_like(mask), mask, r"has 0 for earlier columns .*row 0, column 0"),
+            (mask, torch.ones_like(mask), r"has 1 for earlier columns .*row 0, column 0"),
         ):
             for end in (8, 12):  # one new token, and several
                 cache = model(ids[:, :7], attention_mask=first[:, :7]).past_key_values
@@ -608,7 +608,7 @@ def test_what_the_cache_has_read_can_neither_be_hidden_nor_shown(kind):
                 out = model(ids[:, 7:end], attention_mask=first[:, :end], past_key_values=cache)
                 whole = model(ids[:, :end], attention_mask=first[:, :end]).logits
                 close(out.logits, whole[:, 7:])
-        with pytest.raises(ValueError, match="the cache holds 2 sequences and 1 are given"):
+        with pytest.raises(ValueError, match="the cache holds 2 sequences, the input has 1"):
             model(ids[:1], past_key_values=cache)
 
 
@@ -643,7 +643,7 @@ def test_positions_that_do_not_follow_are_refused(padding):
                 ids[:, :7], attention_mask=mask[:, :7], position_ids=right[:, :7]
             ).past_key_values
             wrong = torch.arange(end - 7).expand(2, -1)
-            with pytest.raises(ValueError, match="do not follow on every sequence"):
+            with pytest.raises(ValueError, match="do not continue the positions"):
                 model(ids[:, 7:end], position_ids=wrong, past_key_values=cache)
             out = model(ids[:, 7:end], position_ids=right[:, 7:end], past_key_values=cache)
             close(out.logits, model(ids[:, :end], attention_mask=mask[:, :end]).logits[:, 7:])
@@ -680,7 +680,7 @@ def test_cache_holds_the_kv_groups_of_full_attention_heads_only():
 
 def test_positions_and_masks_that_would_be_misread_are_refused():
     model, ids = make_model(), tokens(1, 8)
-    with pytest.raises(ValueError, match="only packed documents"):
+    with pytest.raises(ValueError, match="Only packed documents"):
         model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 5, 6, 7, 8]]))
     with pytest.raises(TypeError, match=r"HydraHeadForCausalLM.*: sequence_index"):
         model(ids, sequence_index=torch.zeros(1, 8))
@@ -750,13 +750,13 @@ def test_contradictions_of_packed_documents_are_refused():
     model = make_model()
     batch = flattened((5, 3), bounds=True, numbers=True)
     wrong = {
-        "cu_seq_lens_q and cu_seq_lens_k disagree": {"cu_seq_lens_k": torch.tensor([0, 4, 8])},
-        "cu_seq_lens_q and seq_idx disagree": {"seq_idx": torch.zeros(1, 8)},
-        "cu_seq_lens_q and position_ids disagree": {"position_ids": torch.arange(8)[None]},
-        "it must rise from 0": {"cu_seq_lens_q": torch.tensor([0, 5])},
+        "cu_seq_lens_q and cu_seq_lens_k give different bounds": {"cu_seq_lens_k": torch.tensor([0, 4, 8])},
+        "cu_seq_lens_q and seq_idx give different bounds": {"seq_idx": torch.zeros(1, 8)},
+        "cu_seq_lens_q and position_ids give different bounds": {"position_ids": torch.arange(8)[None]},
+        "it must increase from 0": {"cu_seq_lens_q": torch.tensor([0, 5])},
         "seq_idx has shape": {"seq_idx": torch.zeros(1, 7)},
         "max_length_q is 4, but a document has 5": {"max_length_q": 4},
-        "neither extend nor fill a cache": {"use_cache": True},
+        "cannot use a cache": {"use_cache": True},
     }
     for message, change in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -813,7 +813,7 @@ def test_a_checkpointed_model_in_training_generates_with_its_cache(kind, reentra
     out = model.generate(ids, return_dict_in_generate=True, **options)
     assert torch.equal(out.sequences, expected)
     assert out.past_key_values.seen == 12 + 5
-    with pytest.raises(ValueError, match="gradient checkpointing wants gradients"):
+    with pytest.raises(ValueError, match="gradient checkpointing computes gradients"):
         model(expected[:, -1:], past_key_values=out.past_key_values)
     assert model(ids, use_cache=True).past_key_values is None
 
@@ -936,7 +936,7 @@ def test_fresh_model_starts_with_neutral_gates():
         ({"hydra": {"mixer": "token", "window": 0}}, "hydra.window is 0"),
         (
             {"hydra": {"mixer": "token"}, "full_attention_heads": MIXED},
-            "hydra.mixer=token .*leaves some out",
+            "hydra.mixer=token .*does not list every head",
         ),
         ({"full_attention_heads": [[0]]}, "has 1 layers"),
         ({"full_attention_heads": [[1, 0], [], []]}, "layer 0"),

@@ -94,7 +94,7 @@ def test_the_page_holds_everything_and_needs_nothing(run: Path, tmp_path: Path) 
 
 
 def test_a_run_without_an_entry_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(HydraError, match=r"holds no metrics\.jsonl with an entry"):
+    with pytest.raises(HydraError, match=r"has no metrics\.jsonl with an entry"):
         write_run_page(tmp_path, tmp_path / "page.html")
 
 

@@ -479,7 +479,7 @@ def test_an_answers_divergence_is_the_mean_over_its_tokens(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gate_steps": 10}, "--gate-steps at least 50"),
+        ({"gate_steps": 10}, "--gate-steps must be at least 50"),
         ({"gate_tokens": 60, "gate_steps": 70}, "at most --gate-tokens"),
         ({"align_tokens": 0}, "--align-tokens must be at least 1"),
         ({"head_cost": 1.5}, "--head-cost 1.5: must be from 0 to 1"),
