@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -45,13 +46,19 @@ def _flat(built) -> list[ShardedTensor]:
 
 
 def gather(
-    model: torch.nn.Module, read: Callable[[torch.Tensor], torch.Tensor | None]
+    model: torch.nn.Module,
+    read: Callable[[torch.Tensor], torch.Tensor | None],
+    *,
+    of_the_world: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Full canonical tensors of what ``read`` gives for every parameter, from all ranks of the world.
+    """Full canonical tensors of what ``read`` gives for every parameter.
 
-    ``read`` maps a parameter to a tensor of its shape (``p``, ``p.grad``, ``p.main_grad``) or ``None``.
+    Args:
+        read: maps a parameter to a tensor of its shape (``p``, ``p.grad``, ``p.main_grad``) or ``None``.
+        of_the_world: from all ranks, which then all have to call; else from this one, which must have
+            the whole model.
     """
-    local: list[tuple[str, tuple, tuple, torch.Tensor]] = []
+    local: list[tuple[str, tuple, tuple, Packed]] = []
     for entry in _sharded(model).values():
         value = read(entry.data)
         if value is None:
@@ -62,17 +69,32 @@ def gather(
             shards = [entry]
         for shard in shards:
             data = shard.data if isinstance(entry, ShardedTensorFactory) else value
-            local.append(
-                (shard.key, shard.global_shape, _index(shard), data.detach().cpu().clone())
-            )
+            local.append((shard.key, shard.global_shape, _index(shard), pack(data)))
     everything: list = [local]
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if of_the_world and dist.is_initialized() and dist.get_world_size() > 1:
         everything = [None] * dist.get_world_size()
         dist.all_gather_object(everything, local)
     full: dict[str, torch.Tensor] = {}
     for part in everything:
-        for key, shape, index, data in part:
+        for key, shape, index, packed in part:
+            data = unpack(packed)
             if key not in full:
                 full[key] = torch.full(shape, float("nan"), dtype=data.dtype)
             full[key][index] = data.reshape(full[key][index].shape)
     return full
+
+
+Packed = tuple[np.ndarray, torch.dtype, tuple[int, ...]]
+"""A tensor's bytes, dtype and shape."""
+
+
+def pack(tensor: torch.Tensor) -> Packed:
+    """A copy that is quick to send: a tensor itself is pickled as a file of torch.save, 1 ms each."""
+    flat = tensor.detach().cpu().clone().reshape(-1)
+    return flat.view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape)
+
+
+def unpack(packed: Packed) -> torch.Tensor:
+    """The tensor of :func:`pack`."""
+    data, dtype, shape = packed
+    return torch.from_numpy(data).view(dtype).reshape(shape)

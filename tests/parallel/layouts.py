@@ -229,7 +229,7 @@ def run_case(
         replicas = parallel_state.get_data_parallel_world_size()
         grads = canonical_access.gather(gpt, lambda p: p.main_grad / replicas)
     else:
-        grads = canonical_access.gather(gpt, lambda p: p.grad)
+        grads = canonical_access.gather(gpt, lambda p: p.grad, of_the_world=False)
     return float(total / mask.sum()), grads
 
 
@@ -247,6 +247,23 @@ def groups(layout: ParallelConfig) -> Iterator[None]:
     model_parallel_cuda_manual_seed(1)
     yield
     parallel_state.destroy_model_parallel()
+
+
+def references(cases: list[str]) -> dict[tuple[str, str], tuple[float, dict]]:
+    """Loss and gradients of one rank by model and documents; each is the work of one of the ranks."""
+    needed = sorted({(case.split("/")[0], case.split("/")[2]) for case in cases})
+    mine = {}
+    with groups(ParallelConfig()):
+        for m, d in needed[dist.get_rank() :: dist.get_world_size()]:
+            loss, grads = run_case(MODELS[m], ParallelConfig(), DOCUMENTS[d], "none", ddp=False)
+            mine[m, d] = loss, {key: canonical_access.pack(grad) for key, grad in grads.items()}
+    everywhere: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, mine)
+    return {
+        case: (loss, {key: canonical_access.unpack(grad) for key, grad in grads.items()})
+        for part in everywhere
+        for case, (loss, grads) in part.items()
+    }
 
 
 def compare(name: str, recompute: str, reference: tuple[float, dict]) -> dict:
@@ -280,12 +297,7 @@ def main(arguments: list[str]) -> None:
         cases = ["/".join(case) for case in FAST]
     else:
         cases = arguments
-    needed = sorted({(case.split("/")[0], case.split("/")[2]) for case in cases})
-    with groups(ParallelConfig()):
-        references = {
-            (m, d): run_case(MODELS[m], ParallelConfig(), DOCUMENTS[d], "none", ddp=False)
-            for m, d in needed
-        }
+    expected = references(cases)
     for layout in LAYOUTS:
         chosen = [(i, case) for i, case in enumerate(cases) if case.split("/")[1] == layout]
         if not chosen:
@@ -294,7 +306,7 @@ def main(arguments: list[str]) -> None:
             for i, case in chosen:
                 model, _, documents = case.split("/")
                 recompute = list(RECOMPUTE)[i % len(RECOMPUTE)]
-                result = compare(case, recompute, references[model, documents])
+                result = compare(case, recompute, expected[model, documents])
                 if dist.get_rank() == 0:
                     print(json.dumps(result), flush=True)
     dist.destroy_process_group()

@@ -6,9 +6,12 @@ import ctypes
 import json
 import subprocess
 import sys
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.parallel import platform
@@ -60,6 +63,30 @@ def test_freed_memory_is_kept_if_asked_for() -> None:
     assert by_default["unmapped"] >= size
     assert kept["mapped"] < size
     assert kept["unmapped"] + kept["given_back"] < size
+
+
+def _threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a matter of machines without a GPU")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_all_groups_of_a_process_share_one_polling_thread() -> None:
+    """Another group has its working threads and no more; and the timeout that it was made with."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        before = _threads()
+        groups = [dist.new_group([0], timeout=timedelta(seconds=7)), dist.new_group([0])]
+        added = _threads() - before
+        options = [group._get_backend(torch.device("cpu")).options for group in groups]
+        assert added == sum(option._threads for option in options)
+        assert options[0]._timeout == timedelta(seconds=7)
+        for group in groups:
+            ones = torch.ones(2)
+            dist.all_reduce(ones, group=group)
+            assert torch.equal(ones, torch.ones(2))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
