@@ -17,7 +17,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -147,12 +149,67 @@ def on_one_stream(layer: HydraAttention, peer: harness.Peer) -> harness.Peer:
     return run
 
 
-def full_attention_kernels(device: torch.device) -> dict[str, gpu_attention.Attention]:
-    """Every full-attention kernel that can run here, by name."""
+def flash_attn_4() -> gpu_attention.Attention:
+    """flash-attn 4's kernels in CuTe (``pip install flash-attn-4``); whole streams, no windows.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    from flash_attn.cute import flash_attn_varlen_func
+
+    def attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: Any, cu_k: Any
+    ) -> torch.Tensor:
+        starts_q, starts_k, longest_q, longest_k = gpu_attention.device_boundaries(
+            cu_q, cu_k, q.device
+        )
+        out = flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, max_seqlen_q=longest_q,
+            max_seqlen_k=longest_k, causal=True,
+        )  # fmt: skip
+        return out[0] if isinstance(out, tuple) else out
+
+    return attention
+
+
+def flash_attn(module: str) -> gpu_attention.Attention:
+    """flash-attn of one version, 3 (``flash_attn_interface``) or 2 (``flash_attn``).
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    function = importlib.import_module(module).__dict__.get("flash_attn_varlen_func")
+    if function is None:  # flash-attn 4 has the package's name as well
+        raise ImportError(f"{module} has no flash_attn_varlen_func")
+
+    def attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: Any, cu_k: Any
+    ) -> torch.Tensor:
+        out = function(q, k, v, *gpu_attention.device_boundaries(cu_q, cu_k, q.device), causal=True)
+        return out[0] if isinstance(out, tuple) else out
+
+    return attention
+
+
+LIBRARIES: dict[str, Callable[[], gpu_attention.Attention]] = {
+    "varlen": gpu_attention.torch_varlen,
+    "flash-attn 2": functools.partial(flash_attn, "flash_attn"),
+    "flash-attn 3": functools.partial(flash_attn, "flash_attn_interface"),
+    "flash-attn 4": flash_attn_4,
+    "Transformer Engine": gpu_attention.transformer_engine_varlen,
+}
+"""Full-attention kernels beside SDPA's, by name."""
+
+
+def full_attention_kernels(
+    device: torch.device,
+) -> tuple[dict[str, gpu_attention.Attention], dict[str, str]]:
+    """Every full-attention kernel that can run here, and why the others cannot, by name."""
     if device.type != "cuda":
         from megatron_hydra.ops.varlen_attention import varlen_attention
 
-        return {"torch": varlen_attention}
+        names = ("cuDNN", "flash", *LIBRARIES)
+        return {"torch": varlen_attention}, dict.fromkeys(names, "it needs a GPU")
     made: dict[str, gpu_attention.Attention] = {
         "cuDNN": functools.partial(
             gpu_attention.sdpa_attention, kernels=[SDPBackend.CUDNN_ATTENTION]
@@ -161,15 +218,13 @@ def full_attention_kernels(device: torch.device) -> dict[str, gpu_attention.Atte
             gpu_attention.sdpa_attention, kernels=[SDPBackend.FLASH_ATTENTION]
         ),
     }
-    for name, load in (
-        ("varlen", gpu_attention.torch_varlen),
-        ("flash-attn", gpu_attention.flash_attn_varlen),
-    ):
+    missing = {}
+    for name, load in LIBRARIES.items():
         try:
             made[name] = load()
-        except ImportError:
-            continue
-    return made
+        except (ImportError, OSError, RuntimeError) as error:  # absent, or built for another torch
+            missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return made, missing
 
 
 def bare_kernels(
@@ -217,7 +272,10 @@ def measure_size(
     fa, gdn = (Core(mixed.layer, tokens, device, args.seed, branch) for branch in ("fa", "gdn"))
     peers |= {"FA alone": fa.step(fa.fa_alone), "GDN alone": gdn.step(gdn.gdn_alone)}
     dense_peers: list[str] = []
-    for name, attention in full_attention_kernels(device).items():
+    attentions, missing = full_attention_kernels(device)
+    for name, reason in missing.items():
+        report.note(f"no all-FA ({name}) at {harness.size_name(tokens)}: {reason}")
+    for name, attention in attentions.items():
         if name in SLOW_KERNELS and tokens > args.largest_slow:
             continue
         dense = dataclasses.replace(kernels, attention=attention)
@@ -231,6 +289,10 @@ def measure_size(
     samples = report.measure(tokens, peers)
     report.ran(**models.used_kernels(models.run_config(device), hybrid, device))
     best = fastest({name: samples[name] for name in dense_peers})
+    for name in dense_peers:
+        if samples[name].wall and name != best:
+            ratio = harness.Ratio(samples[name].wall, samples[best].wall)
+            report.ratio(tokens, f"time of {name} over {best}", ratio)
     _report_ratios(tokens, samples, best, report)
     if args.profile and device.type == "cuda" and report.output is not None:
         ran = [name for name in ("hydra", best) if name and samples[name].wall]

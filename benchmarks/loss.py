@@ -5,6 +5,12 @@
 cross-entropy, autograd. In ``materialised (compiled)`` torch.compile has fused what it can of it.
 Losses are compared before anything is timed.
 
+With ``--liger`` Liger-Kernel's fused losses are peers (``pip install liger-kernel==0.8.5``). They know no
+cross-entropy beside the divergence, so the weight of KL is then 1 for all; ours computes the cross-entropy
+all the same. ``FusedLinearKLDivLoss`` takes the teacher's probabilities of all tokens, which are made within
+its time, in the inputs' dtype. ``FusedLinearJSD`` takes the teacher's hidden states, as ours does; at β = 0
+it is KL.
+
 Peak memory is what torch's allocator hands out beyond the inputs. It is reported twice: as it is, with
 the gradients that every implementation returns (by the hidden states, N·D, and by the weight, V·D);
 and less the gradient by the hidden states, the one part that has to grow with the tokens.
@@ -13,6 +19,7 @@ and less the gradient by the hidden states, the one part that has to grow with t
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 
 import torch
@@ -23,9 +30,11 @@ from megatron_hydra.errors import HydraError, command
 from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
 
 EXAMPLE = """python -m benchmarks.loss --sizes 8K --hidden 2048 --vocabulary 151936
+  python -m benchmarks.loss --sizes 8K --liger
   python -m benchmarks.loss --device cpu --sizes 1K,2K,4K,8K --hidden 128 --vocabulary 16384 \\
       --only-ours --repeats 1 --warmup 1                # flat memory"""
 KL_WEIGHT = 0.9
+LIGER_KL, LIGER_JSD = "Liger FusedLinearKLDivLoss", "Liger FusedLinearJSD"
 Loss = Callable[..., torch.Tensor]
 
 
@@ -35,13 +44,41 @@ def materialised(
     labels: torch.Tensor,
     teacher_hidden: torch.Tensor,
     teacher_weight: torch.Tensor,
+    kl_weight: float = KL_WEIGHT,
 ) -> torch.Tensor:
     """λ·KL + (1−λ)·CE from full logits."""
     logits = F.linear(hidden, weight).float()
     with torch.no_grad():
         teacher = F.log_softmax(F.linear(teacher_hidden, teacher_weight).float(), dim=-1)
     kl = F.kl_div(F.log_softmax(logits, dim=-1), teacher, log_target=True, reduction="sum")
-    return KL_WEIGHT * kl + (1 - KL_WEIGHT) * F.cross_entropy(logits, labels, reduction="sum")
+    return kl_weight * kl + (1 - kl_weight) * F.cross_entropy(logits, labels, reduction="sum")
+
+
+def liger_losses() -> dict[str, Loss]:
+    """Liger-Kernel's fused losses of a linear layer, both KL(teacher ‖ student).
+
+    Raises:
+        HydraError: it is not installed, or too old to have both.
+    """
+    try:
+        from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+        from liger_kernel.transformers.fused_linear_kl_div import LigerFusedLinearKLDivLoss
+    except ImportError as error:
+        raise HydraError(f"--liger: {error}; pip install liger-kernel==0.8.5") from error
+    divergence = LigerFusedLinearKLDivLoss(reduction="sum")
+    jensen_shannon = LigerFusedLinearJSD(jsd_beta=0.0)
+
+    def kl(labels: torch.Tensor, **x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            target = F.linear(x["teacher_hidden"], x["teacher_weight"]).softmax(-1)
+        return divergence(x["hidden"], x["weight"], target)
+
+    def jsd(labels: torch.Tensor, **x: torch.Tensor) -> torch.Tensor:
+        return jensen_shannon(
+            x["hidden"], x["weight"], x["teacher_hidden"], x["teacher_weight"], labels
+        )
+
+    return {LIGER_KL: kl, LIGER_JSD: jsd}
 
 
 def make_inputs(tokens: int, args: argparse.Namespace, device: torch.device) -> dict:
@@ -65,6 +102,7 @@ def make_inputs(tokens: int, args: argparse.Namespace, device: torch.device) -> 
 def peers_of(inputs: dict, args: argparse.Namespace, device: torch.device) -> dict:
     """Name → loss of the inputs."""
     mask = torch.ones(inputs["labels"].shape, device=device)
+    kl_weight = 1.0 if args.liger else KL_WEIGHT
 
     def ours(fused: bool | None, chunk: int) -> Loss:
         def loss(labels: torch.Tensor, **x: torch.Tensor) -> torch.Tensor:
@@ -75,16 +113,19 @@ def peers_of(inputs: dict, args: argparse.Namespace, device: torch.device) -> di
                 mask,
                 teacher_hidden=x["teacher_hidden"],
                 teacher_weight=x["teacher_weight"],
-                kl_weight=KL_WEIGHT,
+                kl_weight=kl_weight,
                 chunk_tokens=chunk,
                 fused=fused,
             ).loss
 
         return loss
 
-    losses: dict[str, Loss] = {} if args.only_ours else {"materialised": materialised}
+    full = functools.partial(materialised, kl_weight=kl_weight)
+    losses: dict[str, Loss] = {} if args.only_ours else {"materialised": full}
     if args.compiled:
-        losses["materialised (compiled)"] = torch.compile(materialised, dynamic=False)
+        losses["materialised (compiled)"] = torch.compile(full, dynamic=False)
+    if args.liger:
+        losses |= liger_losses()
     losses["ours"] = ours(None, args.chunk)
     if device.type == "cuda":
         losses["ours (torch passes)"] = ours(False, args.chunk)
@@ -109,6 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only-ours", action="store_true", help="without full logits: memory against tokens"
     )
+    parser.add_argument("--liger", action="store_true", help="Liger-Kernel's losses; KL alone")
     args = parser.parse_args(arguments)
     device = harness.chosen_device(args)
     if device.type == "cpu":
@@ -116,11 +158,12 @@ def main(arguments: list[str] | None = None) -> int:
     ratios = {
         "time of ours / materialised": ("ours", "materialised"),
         "time of ours / materialised (compiled)": ("ours", "materialised (compiled)"),
+        f"time of ours / {LIGER_KL}": ("ours", LIGER_KL),
+        f"time of ours / {LIGER_JSD}": ("ours", LIGER_JSD),
     }
     report = harness.Report("loss", args, device, ratios)
-    report.note(
-        f"D = {args.hidden}, V = {args.vocabulary}, KL weight {KL_WEIGHT}, chunk {args.chunk}"
-    )
+    weight = 1.0 if args.liger else KL_WEIGHT
+    report.note(f"D = {args.hidden}, V = {args.vocabulary}, KL weight {weight}, chunk {args.chunk}")
     peaks: dict[str, list[int]] = {}
     for tokens in args.sizes:
         inputs = make_inputs(tokens, args, device)
@@ -145,6 +188,8 @@ def check_agreement(losses: dict[str, Loss], inputs: dict) -> None:
         HydraError: naming the one that does not.
     """
     values = {name: float(loss(**inputs)) for name, loss in losses.items()}
+    if LIGER_JSD in values:  # a mean; summed here, not where it is timed
+        values[LIGER_JSD] *= len(inputs["labels"])
     first, expected = next(iter(values.items()))
     for name, value in values.items():
         if not abs(value / expected - 1) < 1e-2:
@@ -157,6 +202,10 @@ def _report_memory(report: harness.Report, tokens: int, samples: dict[str, harne
         if name != "materialised" and most and sample.peak_bytes:
             share = harness.Ratio([sample.peak_bytes], [most])
             report.ratio(tokens, f"memory of {name} / materialised", share)
+    for peer in (LIGER_KL, LIGER_JSD):
+        if peer in samples and samples[peer].peak_bytes and samples["ours"].peak_bytes:
+            share = harness.Ratio([samples["ours"].peak_bytes], [samples[peer].peak_bytes])
+            report.ratio(tokens, f"memory of ours / {peer}", share)
 
 
 def _report_growth(

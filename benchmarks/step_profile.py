@@ -122,7 +122,7 @@ def profiled_config(args: argparse.Namespace, verb: str, device: torch.device) -
         batch=BatchConfig(args.documents, args.documents),
         optimizer=OptimizerConfig(lr=1e-5),
         loss=LossConfig(kl_weight=0.9, chunk_tokens=args.chunk),
-        backend=dataclasses.replace(config.backend, streams=args.streams),
+        backend=dataclasses.replace(config.backend, streams=args.streams, cuda_graphs=args.graphs),
     )
 
 
@@ -387,6 +387,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--equal", action="store_true", help="every document fills its sequence")
     parser.add_argument("--layers", type=int, help="fewer layers than the model's 30")
     parser.add_argument("--streams", choices=("auto", "one", "two"), default="auto")
+    parser.add_argument("--graphs", choices=("off", "attention"), default="off",
+                        help="backend.cuda_graphs (default off)")  # fmt: skip
     parser.add_argument("--steps", type=int, default=2, help="recorded steps (default 2)")
     parser.add_argument("--rows", type=int, default=50, help="of each table (default 50)")
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the script out")
@@ -399,7 +401,8 @@ def main(arguments: list[str] | None = None) -> int:
         shape, student = models.smaller(shape, args.layers), models.smaller(student, args.layers)
     report = harness.Report("step_profile", args, device)
     report.note(
-        f"{shape.num_layers} layers, hidden {shape.hidden_size}, {args.documents} x {args.length} tokens"
+        f"{shape.num_layers} layers, hidden {shape.hidden_size}, {args.documents} x {args.length} tokens, "
+        f"CUDA graphs {args.graphs}"
     )
     for verb in args.verbs.split(","):
         text = profile_verb(report, args, verb, student, shape, device)

@@ -112,6 +112,7 @@ class GatedDeltaNet(torch.nn.Module):
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         dt = F.softplus(a.to(wide) + self.dt_bias[:n].to(wide))
         log_alpha, beta = -self.A_log[:n].to(wide).exp() * dt, torch.sigmoid(b.to(wide))
+        log_alpha = packed.emptied(log_alpha)
         if self.switches.fa_window is not None:
             k, v, log_alpha, beta = self._beyond_window(k, v, log_alpha, beta, packed)
         if self.kv_of_heads != tuple(range(n)):

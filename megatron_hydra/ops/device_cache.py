@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 
+_keepers: list[list[torch.Tensor]] = []
 
-@functools.lru_cache(maxsize=256)
+
 def int_tensor(
     values: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
@@ -24,7 +27,41 @@ def int_tensor(
     Returns:
         ``[len(values)]``; shared, so never write to it.
     """
-    tensor = torch.tensor(values, dtype=dtype).to(device)
-    if tensor.is_cuda:
-        torch.cuda.current_stream(tensor.device).synchronize()  # once; any stream may read it now
+    tensor = _made(values, dtype, device)
+    for keeper in _keepers:
+        keeper.append(tensor)
     return tensor
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[list[torch.Tensor]]:
+    """All that :func:`int_tensor` returns inside the block, in a list: the cache keeps the last ones alone, and
+    who hands their addresses to the device for later must hold them.
+    """
+    tensors: list[torch.Tensor] = []
+    _keepers.append(tensors)
+    try:
+        yield tensors
+    finally:
+        _keepers.remove(tensors)
+
+
+@functools.lru_cache(maxsize=256)
+def _made(values: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    tensor, device = torch.tensor(values, dtype=dtype), torch.device(device)
+    if device.type != "cuda":
+        return tensor.to(device)
+    # On a stream of its own, the host waits for the copy (any stream may read it then) and for no
+    # work that it has launched before.
+    stream = _copies(device.index if device.index is not None else torch.cuda.current_device())
+    with torch.cuda.stream(stream):
+        copied = tensor.pin_memory().to(device, non_blocking=True)
+    stream.synchronize()
+    # Once the cache drops it, its memory waits for what the current stream still reads.
+    copied.record_stream(torch.cuda.current_stream(device))
+    return copied
+
+
+@functools.lru_cache(maxsize=16)
+def _copies(index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)

@@ -42,20 +42,38 @@ def fla_gated_delta_rule(
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     documents: dict[str, Any] = {}
+    rows = 1
     if exchange is not None:
         documents["cp_context"] = _context(exchange, q.device)
-    elif cu_seqlens is not None and len(cu_seqlens) > 2:
+    elif cu_seqlens is not None and len(cu_seqlens) == 2:
+        pass
+    elif cu_seqlens is not None and _is_dense_batch(cu_seqlens, q):
+        rows = len(cu_seqlens) - 1
+    elif cu_seqlens is not None:
         documents["cu_seqlens"] = int_tensor(cu_seqlens, torch.int64, q.device)
         documents["cu_seqlens_cpu"] = int_tensor(cu_seqlens, torch.int64, "cpu")
     rule = chunk_gated_delta_rule
     if fla_tuning.flash_qla_refuses(q.shape[1]):
         rule = inspect.unwrap(rule)  # FLA's own implementation, without its dispatch to FlashQLA
     output, _ = rule(
-        *(x.unsqueeze(0) for x in (q, k, v, log_alpha, beta)),
+        *(x.unflatten(0, (rows, -1)) for x in (q, k, v, log_alpha, beta)),
         initial_state=initial_state,
         **documents,
     )
-    return output.squeeze(0), None
+    return output.flatten(0, 1), None
+
+
+def _is_dense_batch(cu: tuple[int, ...], q: torch.Tensor) -> bool:
+    """Whether documents of one length are better given as rows of a batch.
+
+    FLA's own kernels are faster without boundaries, and make no indices of chunks, which FLA keeps for the last
+    few boundaries only: a CUDA graph would read them after they are gone. FlashQLA cuts a long document into
+    pieces that run side by side, and does so for streams with boundaries only.
+    """
+    if len({b - a for a, b in zip(cu, cu[1:], strict=False)}) != 1:
+        return False
+    heads, head_dim = q.shape[1:]
+    return head_dim != fla_tuning.FLASH_QLA_HEAD_DIM or fla_tuning.flash_qla_refuses(heads)
 
 
 def _context(exchange: StateExchange, device: torch.device) -> Any:

@@ -25,14 +25,20 @@ def calls(monkeypatch):
         q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
         use_qk_l2norm_in_kernel=False, cu_seqlens=None, cu_seqlens_cpu=None, cp_context=None,
     ):  # fmt: skip
-        assert len(q) == len(k) == len(v) == len(g) == len(beta) == 1
+        assert len(q) == len(k) == len(v) == len(g) == len(beta)
         assert scale is None  # the default is 1/√d
         assert not use_qk_l2norm_in_kernel
-        seen.append({"cu": cu_seqlens, "cu_cpu": cu_seqlens_cpu, "cp_context": cp_context})
-        cu = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-        inputs = (x[0] for x in (q, k, v, g, beta))
+        rows, length = q.shape[:2]
+        seen.append(
+            {"cu": cu_seqlens, "cu_cpu": cu_seqlens_cpu, "cp_context": cp_context, "rows": rows}
+        )
+        cu = tuple(range(0, rows * length + 1, length))
+        if cu_seqlens is not None:
+            assert rows == 1
+            cu = tuple(cu_seqlens.tolist())
+        inputs = (x.flatten(0, 1) for x in (q, k, v, g, beta))
         output, final = recurrent_gated_delta_rule(*inputs, cu, initial_state)
-        return output[None], final if output_final_state else None
+        return output.unflatten(0, (rows, -1)), final if output_final_state else None
 
     def build_cp_context(cu_seqlens, group, conv1d_kernel_size=None, cu_seqlens_cpu=None):
         return cu_seqlens, group, cu_seqlens_cpu
@@ -79,6 +85,21 @@ def test_equals_the_definition_with_gradients(calls, cu, with_state):
     else:  # given on the host as well, or FLA reads them back
         assert call["cu"].dtype == torch.int64
         assert call["cu_cpu"].tolist() == list(cu)
+
+
+@pytest.mark.parametrize("head_dim", [4, 128])
+def test_documents_of_one_length_are_rows_for_flas_own_kernels_only(calls, monkeypatch, head_dim):
+    tensors = [torch.randn(12, HEADS, head_dim, dtype=torch.float64) for _ in range(3)]
+    tensors += [
+        -torch.rand(12, HEADS, dtype=torch.float64),
+        torch.rand(12, HEADS, dtype=torch.float64),
+    ]
+    cu = (0, 4, 8, 12)
+    want, _ = recurrent_gated_delta_rule(*tensors, cu)
+    torch.testing.assert_close(fla_gated_delta_rule(*tensors, cu)[0], want)
+    monkeypatch.setattr(fla_tuning, "_refused", {HEADS})
+    torch.testing.assert_close(fla_gated_delta_rule(*tensors, cu)[0], want)
+    assert [call["rows"] for call in calls] == [3 if head_dim == 4 else 1, 3]
 
 
 def test_context_parallelism_gets_the_group_and_the_whole_streams_documents(calls):
