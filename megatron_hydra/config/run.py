@@ -218,7 +218,8 @@ class BackendConfig:
     """Kernels: ``auto`` selects the fastest installed kernel that supports the case.
 
     Attributes:
-        gated_delta_net: ``fla`` | ``torch``.
+        gated_delta_net: ``fla`` | ``fla_cp`` (as ``fla``, but with FLA's own context parallelism, without
+            FlashQLA) | ``torch``.
         full_attention: ``sdpa`` (cuDNN; varlen for unequal documents) | ``flash_attn`` | ``varlen`` |
             ``transformer_engine`` | ``torch``.
         fused_kernels: our own fused kernels (q/k preparation, convolution, fusion tail):
@@ -229,7 +230,7 @@ class BackendConfig:
             that cannot do it is rejected.
     """
 
-    gated_delta_net: Literal["auto", "fla", "torch"] = "auto"
+    gated_delta_net: Literal["auto", "fla", "fla_cp", "torch"] = "auto"
     full_attention: Literal[
         "auto", "sdpa", "flash_attn", "varlen", "transformer_engine", "torch"
     ] = "auto"
