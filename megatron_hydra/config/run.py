@@ -218,7 +218,8 @@ class BackendConfig:
     """Kernels: ``auto`` selects the fastest installed kernel that supports the case.
 
     Attributes:
-        gated_delta_net: ``fla`` | ``torch``.
+        gated_delta_net: ``fla`` | ``fla_cp`` (as ``fla``, but with FLA's own context parallelism, without
+            FlashQLA) | ``torch``.
         full_attention: ``sdpa`` (cuDNN; varlen for unequal documents) | ``flash_attn`` | ``varlen`` |
             ``transformer_engine`` | ``torch``.
         fused_kernels: our own fused kernels (q/k preparation, convolution, fusion tail):
@@ -233,7 +234,7 @@ class BackendConfig:
             no ``hydra.fa_window``. What the backward reads stays reserved between steps.
     """
 
-    gated_delta_net: Literal["auto", "fla", "torch"] = "auto"
+    gated_delta_net: Literal["auto", "fla", "fla_cp", "torch"] = "auto"
     full_attention: Literal[
         "auto", "sdpa", "flash_attn", "varlen", "transformer_engine", "torch"
     ] = "auto"

@@ -124,6 +124,16 @@ def _load_fla() -> dict[str, Any]:
 
 
 @functools.cache
+def _load_fla_cp() -> dict[str, Any]:
+    from megatron_hydra.ops import fla_tuning
+    from megatron_hydra.ops.fla_delta_rule import fla_own_context_parallel
+
+    fla_tuning.import_fla()
+
+    return {"delta_rule": fla_own_context_parallel}
+
+
+@functools.cache
 def _load_triton() -> dict[str, Any]:
     from megatron_hydra.ops import (
         triton_delta_rule_inputs,
@@ -167,7 +177,11 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         ),
         _TORCH,
     ),
-    "gated_delta_net": (Backend("fla", _needs("fla", "triton"), _load_fla, FLA), _TORCH),
+    "gated_delta_net": (
+        Backend("fla", _needs("fla", "triton"), _load_fla, FLA),
+        Backend("fla_cp", _needs("fla", "triton"), _load_fla_cp, FLA),
+        _TORCH,
+    ),
     "fused_kernels": (
         Backend("triton", _needs("triton", low_precision=False), _load_triton, TRITON),
         _TORCH,
@@ -194,10 +208,10 @@ def choose_kernels(backend: BackendConfig, case: Case, *, check: bool = True) ->
     names = {}
     for key, candidates in BACKENDS.items():
         selected = _select(key, getattr(backend, key), candidates, case)
-        if selected.name == "fla":
+        if selected.name in ("fla", "fla_cp"):
             from megatron_hydra.ops import fla_tuning
 
-            fla_tuning.use_choices(case)
+            fla_tuning.use_choices(case, flas_own_cp=selected.name == "fla_cp")
         chosen.update(_loaded(key, selected))
         names[key] = selected.name
     kernels = Kernels(**chosen, names=names)
@@ -252,7 +266,7 @@ def _remedy(backend: Backend, case: Case) -> str:
     if not backend.install or "installed" not in reason:
         return ""
     text = f"; pip install {_quoted(backend.install)}"
-    if backend.name == "fla" and packages.needs_tilelang(case):
+    if backend.name in ("fla", "fla_cp") and packages.needs_tilelang(case):
         version = packages.triton_version()
         text += (
             f" {packages.TILELANG} (Triton {version} on Hopper needs TileLang for FLA's backward)"

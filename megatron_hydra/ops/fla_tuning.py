@@ -55,7 +55,7 @@ def is_flash_qla(case: Case, heads: int) -> bool:
 
     A user who sets ``FLA_FLASH_QLA`` has decided; then a failure of FlashQLA stays one.
     """
-    if case.head_dim != FLASH_QLA_HEAD_DIM or case.context_parallel or _FLASH_QLA in os.environ:
+    if case.head_dim != FLASH_QLA_HEAD_DIM or _FLASH_QLA in os.environ:
         return False
     if case.dtype not in (torch.bfloat16, torch.float16) or heads in _refused:
         return False
@@ -83,21 +83,24 @@ def _refusal(case: Case, heads: int) -> str:
     return f"no-flash-qla-{kernel_cache.key_of([facts, str(case.dtype), heads])}"
 
 
-def use_choices(case: Case) -> None:
+def use_choices(case: Case, flas_own_cp: bool = False) -> None:
     """Point FLA to the configurations that were chosen for this card, dtype and head dimension.
 
     Numbers of heads that FlashQLA was found to fail on go to FLA's own kernels.
 
-    Under context parallelism FLA declines FlashQLA at every call; it is switched off there, so that the
-    start-up check does not compile it either. Call it before FLA is imported. Variables that the user
-    has set stay as they are.
+    Call it before FLA is imported. Variables that the user has set stay as they are.
+
+    Args:
+        case: the run's.
+        flas_own_cp: whether FLA passes states between ranks itself. It then declines FlashQLA at every call
+            under context parallelism, which is switched off, so that the start-up check does not compile it.
     """
     _refused.update(
         heads
         for heads in case.gdn_heads
         if is_flash_qla(case, heads) and kernel_cache.is_recorded(_refusal(case, heads))
     )
-    if case.context_parallel:
+    if case.context_parallel and flas_own_cp:
         kernel_cache.decide(_FLASH_QLA, "0")
     mine = kernel_cache.RECORDS in os.environ.get(_FOLDER, kernel_cache.RECORDS)
     if not mine or (_MODE in os.environ and _FOLDER not in os.environ):

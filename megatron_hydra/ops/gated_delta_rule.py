@@ -22,14 +22,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 
 from megatron_hydra.ops.determinism import is_deterministic
 from megatron_hydra.ops.device_cache import int_tensor
+from megatron_hydra.ops.sharded_delta_rule import StateExchange
 
 MIN_CHUNK, MAX_CHUNK = 16, 64
 """Bounds of the chunk length in tokens. Intra-chunk work grows with it and scan work shrinks; the two
@@ -38,31 +37,6 @@ meet near the head dimension, which is the default inside these bounds."""
 GROUP_ELEMENTS = 1 << 19
 """Elements of the widest tensor of a group of chunks whose maps are built together: 2 MB in fp32, so
 that what one operation writes is still in the cache for the next."""
-
-
-class StateExchange(Protocol):
-    """How a context-parallel shard learns the state that enters it (``parallel.context_parallel``).
-
-    Attributes:
-        group: the ranks that share the sequence, in the order of their shards.
-        cu_seqlens_global: document boundaries of the whole stream.
-    """
-
-    @property
-    def group(self) -> torch.distributed.ProcessGroup:
-        """The ranks that share the sequence."""
-        ...
-
-    @property
-    def cu_seqlens_global(self) -> tuple[int, ...]:
-        """Document boundaries of the whole stream."""
-        ...
-
-    def __call__(self, transition: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """Given the shard's transition ``[H, d, d]`` and state ``[H, d, dv]`` of its last fragment,
-        the state ``[H, d, dv]`` that enters its first fragment.
-        """
-        ...
 
 
 def recurrent_gated_delta_rule(

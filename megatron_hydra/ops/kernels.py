@@ -52,8 +52,7 @@ class Case:
         windowed: whether attention is within a window of tokens.
         gdn_heads: how many GDN heads its layers have on this rank, each number once: FLA compiles its
             kernels for every one of them again, so the start-up check goes by them too.
-        context_parallel: whether ranks share a sequence: FlashQLA does not compute that, so that its
-            kernels need not be compiled and checked.
+        context_parallel: whether ranks share a sequence: the start-up check then runs the delta rule's shards.
         gdn_rotary: whether q and k of GDN heads are rotated.
     """
 

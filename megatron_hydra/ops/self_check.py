@@ -18,6 +18,7 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.ops import fla_tuning, kernel_cache, packages
 from megatron_hydra.ops.kernels import Case, Kernels
 from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
+from megatron_hydra.ops.sharded_delta_rule import ShardsHere
 from megatron_hydra.startup import startup_phase
 from megatron_hydra.watchdog import PATIENCE, feed_watchdog
 
@@ -30,6 +31,19 @@ BOUNDARIES = (0, 70, 71, 200, 330)
 
 TAIL_BOUNDARIES = (0, 30, 31, 130, 195)
 """Of queries that are the last of each document, as a context-parallel shard has them."""
+
+SHARDS = 3
+"""Of a stream under context parallelism: one in the middle, which a document may go through."""
+
+SHARDED = {
+    "packed gated delta rule of {} heads over shards": (BOUNDARIES, -0.05, 1.0),
+    "long packed gated delta rule of {} heads over shards": (
+        (0, 1000, 3000, 3001, 6000, 6144), -0.05, 1.0,
+    ),
+    "one long document's gated delta rule of {} heads over shards": ((0, 6144), -0.001, 0.05),
+}  # fmt: skip
+"""Streams of so many shards, short ones and such as kernels cut into parts: boundaries, and the smallest
+log α and the largest β. The last forgets so slowly that its first shard is felt in its last one."""
 
 Run = Callable[[Kernels, list[torch.Tensor]], torch.Tensor]
 
@@ -87,7 +101,11 @@ def _check_all(kernels: Kernels, case: Case) -> None:
             _passed.add(check)
             continue
         problem = _difference(kernels, twins, inputs, run, TOLERANCE[case.dtype])
-        if problem and name == "fla" and fla_tuning.is_flash_qla(case, inputs["q"].shape[1]):
+        if (
+            problem
+            and name in ("fla", "fla_cp")
+            and fla_tuning.is_flash_qla(case, inputs["q"].shape[1])
+        ):
             fla_tuning.refuse_flash_qla(case, inputs["q"].shape[1], problem)
             problem = _difference(kernels, twins, inputs, run, TOLERANCE[case.dtype])
         if problem:
@@ -110,7 +128,7 @@ def _name_of(what: str, case: Case) -> str:
 def _refusal(key: str, name: str, what: str, problem: str, case: Case) -> str:
     others = "torch" if key != "full_attention" else "another one (varlen, torch)"
     remedy = "install other versions of its package and of triton"
-    if name == "fla" and packages.needs_tilelang(case):
+    if name in ("fla", "fla_cp") and packages.needs_tilelang(case):
         remedy = (
             f"pip install {packages.TILELANG} (FLA's backward needs TileLang, or triton 3.7.1, with this "
             "Triton on Hopper)"
@@ -214,6 +232,9 @@ def _attention_checks(case: Case) -> Iterator[Check]:
 
 def _delta_rule_checks(case: Case) -> Iterator[Check]:
     make, d, tokens = _Inputs(case, 1), case.head_dim, BOUNDARIES[-1]
+    if case.context_parallel:
+        yield from _sharded_delta_rule_checks(case)
+        return
     for heads, (cu, name) in itertools.product(
         case.gdn_heads, ((BOUNDARIES, "packed"), ((0, tokens), "one document's"))
     ):
@@ -230,6 +251,32 @@ def _delta_rule_checks(case: Case) -> Iterator[Check]:
             },
             lambda kernels, x, cu=cu: kernels.delta_rule(*x, cu)[0],  # type: ignore[misc]
         )
+
+
+def _sharded_delta_rule_checks(case: Case) -> Iterator[Check]:
+    """All shards in this process, one after the other, against the whole stream."""
+    make, d = _Inputs(case, 1), case.head_dim
+    for heads, (name, (cu, decay, strength)) in itertools.product(case.gdn_heads, SHARDED.items()):
+        tokens, shards = cu[-1], ShardsHere(cu, SHARDS)
+
+        def run(
+            kernels: Kernels,
+            x: list[torch.Tensor],
+            cu: tuple[int, ...] = cu,
+            shards: ShardsHere = shards,
+        ) -> torch.Tensor:
+            # The twin takes the whole stream; FLA's own context parallelism needs the run's ranks.
+            whole = kernels.names["gated_delta_net"] in ("torch", "fla_cp")
+            return kernels.delta_rule(*x, cu, exchange=None if whole else shards)[0]
+
+        inputs = {
+            "q": make.unit(tokens, heads, d),
+            "k": make.unit(tokens, heads, d),
+            "v": make.normal(tokens, heads, d),
+            "log alpha": decay * make.uniform(tokens, heads),
+            "beta": strength * make.uniform(tokens, heads),
+        }
+        yield "gated_delta_net", name.format(heads), inputs, run
 
 
 def _preparation_checks(case: Case) -> Iterator[Check]:

@@ -1,6 +1,6 @@
 """Context parallelism over contiguous shards: what each branch of a layer exchanges (design §6).
 
-GDN passes states: one ``[H, d, d + dv]`` map per shard, whatever the sequence length. The short
+GDN passes states: one ``[H, d, dv + d]`` map per shard, whatever the sequence length. The short
 convolution passes a halo of W−1 tokens. FA gathers keys and values and trades half of its queries
 with the mirror rank (r ↔ N−1−r), which makes causal work equal on all ranks without any zigzag
 layout outside the branch. What a window of tokens needs is in :mod:`.token_window`.
@@ -12,12 +12,19 @@ every rank whatever the documents look like, and reduce to local work for a grou
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_hydra.ops.sharded_delta_rule import (
+    Shard,
+    ShardMap,
+    entering_state,
+    leaving_gradient,
+    shards_of,
+)
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 
 Attention = Callable[..., torch.Tensor]
@@ -151,98 +158,102 @@ def convolution_halo(
 # -- Gated DeltaNet states ------------------------------------------------------------------------
 
 
-def _entering_state(
-    maps: torch.Tensor, rank: int, passes: tuple[bool, ...], whole: tuple[bool, ...]
-) -> torch.Tensor:
-    """Compose the maps ``[N, H, d, d + dv]`` of the shards before ``rank``: the state that enters it.
-
-    Args:
-        maps: for each shard, transition and own state of its last fragment.
-        rank: whose entering state is wanted.
-        passes: whether the shard's last fragment goes on in the next shard.
-        whole: whether the shard lies inside a single document begun before it.
-    """
-    d = maps.shape[2]
-    state = maps.new_zeros(*maps.shape[1:3], maps.shape[3] - d)
-    for shard in range(rank):
-        if not passes[shard]:
-            state = torch.zeros_like(state)
-            continue
-        transition, own = maps[shard, ..., :d], maps[shard, ..., d:]
-        state = torch.baddbmm(own, transition, state) if whole[shard] else own
-    return state
-
-
 class _PassStates(torch.autograd.Function):
-    """All-gather the shards' maps and compose those before this rank.
-
-    One function for both, so that every rank takes part in the backward collective even where a
-    document boundary cuts its own state off.
-    """
+    """The state that enters this rank's shard, from its own map; both ways a gather and a short scan."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        shard_map: torch.Tensor,
-        group: dist.ProcessGroup,
-        passes: tuple[bool, ...],
-        whole: tuple[bool, ...],
+        ctx: Any, states: ShardStates, transition: torch.Tensor, state: torch.Tensor
     ) -> torch.Tensor:
-        maps = shard_map.new_empty(group.size(), *shard_map.shape)
-        dist.all_gather_into_tensor(maps, shard_map[None].contiguous(), group=group)
-        ctx.save_for_backward(maps)
-        ctx.group, ctx.passes, ctx.whole = group, passes, whole
-        return _entering_state(maps, group.rank(), passes, whole)
+        (entering,), transitions = states.enter([ShardMap(state, transition)], state)
+        ctx.states = states
+        entering = torch.zeros_like(state) if entering is None else entering.clone()
+        ctx.save_for_backward(transitions, entering)
+        return entering
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (maps,) = ctx.saved_tensors
-        with torch.enable_grad():
-            leaf = maps.detach().requires_grad_()
-            state = _entering_state(leaf, ctx.group.rank(), ctx.passes, ctx.whole)
-            if state.requires_grad:
-                (grad,) = torch.autograd.grad(state, leaf, grads[0])
-            else:
-                grad = torch.zeros_like(maps)
-        return _reduce_scatter(grad, ctx.group).squeeze(0), None, None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
+        transitions, entering = ctx.saved_tensors
+        (leaving,) = ctx.states.leave([grads[0]], transitions, entering)
+        by_state = torch.zeros_like(entering) if leaving is None else leaving
+        by_transition = by_state @ entering.transpose(-1, -2)
+        if not ctx.states.held[0].through:
+            by_transition = torch.zeros_like(by_transition)
+        return None, by_transition, by_state
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardStates:
-    """Passes GDN states between the shards of one stream; an ``ops.gated_delta_rule.StateExchange``.
+    """Passes GDN states between the shards of one stream; an ``ops.sharded_delta_rule.StateExchange``.
+
+    Every rank gathers every shard's map and composes those that it needs itself: one collective each way.
 
     Attributes:
-        group: the context-parallel ranks.
+        group: the context-parallel ranks, which hold the shards in their order.
         cu_seqlens_global: document boundaries of the whole stream.
-        passes: for each shard, whether its last fragment goes on in the next one.
-        whole: for each shard, whether it lies inside a single document begun before it.
     """
 
     group: dist.ProcessGroup
     cu_seqlens_global: tuple[int, ...]
-    passes: tuple[bool, ...]
-    whole: tuple[bool, ...]
+
+    @property
+    def _shards(self) -> tuple[Shard, ...]:
+        return shards_of(self.cu_seqlens_global, self.group.size())
+
+    @property
+    def held(self) -> tuple[Shard, ...]:
+        """This rank's shard."""
+        return (self._shards[self.group.rank()],)
+
+    def enter(
+        self, maps: Sequence[ShardMap], like: torch.Tensor
+    ) -> tuple[list[torch.Tensor | None], torch.Tensor | None]:
+        """As :meth:`.StateExchange.enter`; sends nothing where no document crosses a shard's end, and no
+        transitions where no document goes through a whole shard.
+        """
+        ((state, transition),) = maps
+        parts = [torch.zeros_like(like) if state is None else state]
+        if any(shard.through for shard in self._shards):
+            if transition is None:
+                transition = like.new_zeros(*like.shape[:-1], like.shape[-2])
+            parts.append(transition)
+        gathered = self._gathered(torch.cat(parts, dim=-1))
+        if gathered is None:
+            return [None], None
+        states, *rest = gathered.split([part.shape[-1] for part in parts], dim=-1)
+        transitions = rest[0] if rest else None
+        return [entering_state(states, transitions, self._shards, self.group.rank())], transitions
+
+    def leave(
+        self,
+        gradients: Sequence[torch.Tensor | None],
+        transitions: torch.Tensor | None,
+        like: torch.Tensor,
+    ) -> list[torch.Tensor | None]:
+        """As :meth:`.StateExchange.leave`."""
+        (gradient,) = gradients
+        gathered = self._gathered(torch.zeros_like(like) if gradient is None else gradient)
+        if gathered is None:
+            return [None]
+        return [leaving_gradient(gathered, transitions, self._shards, self.group.rank())]
 
     def __call__(self, transition: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """This shard's map (of its last fragment, from a zero state) → the state that enters it."""
-        shard_map = torch.cat((transition, state), dim=-1)
-        entering: torch.Tensor = _PassStates.apply(shard_map, self.group, self.passes, self.whole)
+        """As :meth:`.StateExchange.__call__`."""
+        entering: torch.Tensor = _PassStates.apply(self, transition, state)
         return entering
+
+    def _gathered(self, x: torch.Tensor) -> torch.Tensor | None:
+        """All ranks' ``x``, stacked; ``None`` where no document crosses a shard's end."""
+        if not any(shard.goes_on for shard in self._shards):
+            return None
+        out = x.new_empty(self.group.size(), *x.shape)
+        dist.all_gather_into_tensor(out, x[None].contiguous(), group=self.group)
+        return out
 
 
 def state_exchange(packed: PackedSequence, group: dist.ProcessGroup) -> ShardStates | None:
     """How a shard learns the GDN state that enters it; ``None`` without context parallelism."""
-    size = group.size()
-    if size == 1:
-        return None
-    length = packed.length_local
-    boundaries = set(packed.cu_seqlens)
-    passes, whole = [], []
-    for shard in range(size):
-        block = packed.attention_block(shard * length, (shard + 1) * length)
-        passes.append((shard + 1) * length not in boundaries)
-        whole.append(len(block.cu_q) == 2 and block.k_start < block.q_start)
-    return ShardStates(group, packed.cu_seqlens, tuple(passes), tuple(whole))
+    return None if group.size() == 1 else ShardStates(group, packed.cu_seqlens)
 
 
 # -- full attention -------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -335,7 +336,11 @@ def _fused_kernels(runner: DecoderRunner) -> Kernels | None:
         )
         return None
     kernels = backends.choose_kernels(BackendConfig(full_attention="torch"), case)
-    return kernels if kernels.names["gated_delta_net"] == "fla" else None
+    if kernels.names["gated_delta_net"] != "fla":
+        return None
+    # Batches have different numbers of rows.
+    rule = functools.partial(kernels.delta_rule, dense_rows=False)
+    return dataclasses.replace(kernels, delta_rule=rule)
 
 
 def _canonical(model: Any, dense: ModelConfig) -> dict[str, torch.Tensor]:

@@ -9,8 +9,12 @@ import types
 import pytest
 import torch
 
-from megatron_hydra.ops import fla_tuning
-from megatron_hydra.ops.fla_delta_rule import fla_gated_delta_rule
+from megatron_hydra.ops import fla_delta_rule, fla_tuning
+from megatron_hydra.ops.fla_delta_rule import (
+    fla_gated_delta_rule,
+    fla_own_context_parallel,
+    shard_kernels,
+)
 from megatron_hydra.ops.gated_delta_rule import recurrent_gated_delta_rule
 
 T, HEADS, D = 11, 2, 4
@@ -99,17 +103,65 @@ def test_documents_of_one_length_are_rows_for_flas_own_kernels_only(calls, monke
     torch.testing.assert_close(fla_gated_delta_rule(*tensors, cu)[0], want)
     monkeypatch.setattr(fla_tuning, "_refused", {HEADS})
     torch.testing.assert_close(fla_gated_delta_rule(*tensors, cu)[0], want)
-    assert [call["rows"] for call in calls] == [3 if head_dim == 4 else 1, 3]
+    fla_gated_delta_rule(*tensors, cu, dense_rows=False)
+    assert [call["rows"] for call in calls] == [3 if head_dim == 4 else 1, 3, 1]
 
 
-def test_context_parallelism_gets_the_group_and_the_whole_streams_documents(calls):
+def test_flas_own_context_parallelism_gets_the_group_and_the_whole_streams_documents(calls):
     exchange = types.SimpleNamespace(group="the group", cu_seqlens_global=(0, 5, 22))
-    fla_gated_delta_rule(*inputs(), (0, 5, T), exchange=exchange)
+    fla_own_context_parallel(*inputs(), (0, 5, T), exchange=exchange)
     (call,) = calls
     boundaries, group, on_host = call["cp_context"]
     assert group == "the group"
     assert boundaries.tolist() == on_host.tolist() == [0, 5, 22]
     assert call["cu"] is None  # FLA cuts the shard's own from the whole stream's
+
+
+@pytest.mark.parametrize(
+    ("available", "enabled", "accepted", "joins", "refused", "kernels"),
+    [
+        (True, True, True, True, set(), "FlashQlaShardKernels"),
+        (False, True, True, True, set(), "FlaShardKernels"),
+        (True, False, True, True, set(), "FlaShardKernels"),
+        (True, True, False, True, set(), "FlaShardKernels"),
+        (True, True, True, False, set(), "FlaShardKernels"),
+        (True, True, True, True, {HEADS}, "FlaShardKernels"),
+        (True, True, True, True, {HEADS + 1}, "FlashQlaShardKernels"),
+    ],
+)
+def test_shards_take_flash_qla_where_fla_would(
+    monkeypatch, caplog, available, enabled, accepted, joins, refused, kernels
+):
+    class FlashQLABackend:
+        def is_available(self):
+            return available
+
+        def is_enabled(self):
+            return enabled
+
+        def verify(self, function, *tensors):
+            assert function == "chunk_gated_delta_rule" and len(tensors) == 5
+            return accepted, "a reason"
+
+    chunk = types.ModuleType("chunk")
+    chunk.aggregate_card_state = print if joins else None
+    rule = types.ModuleType("rule")
+    rule.chunk = chunk
+    backends = types.ModuleType("backends")
+    backends.FlashQLABackend = FlashQLABackend
+    for name, module in {
+        "fla": types.ModuleType("fla"), "fla.ops": types.ModuleType("ops"),
+        "fla.ops.gated_delta_rule": types.ModuleType("rule"),
+        "fla.ops.gated_delta_rule.backends": backends,
+        "flash_qla": types.ModuleType("flash_qla"), "flash_qla.ops": types.ModuleType("ops"),
+        "flash_qla.ops.gated_delta_rule": rule,
+    }.items():  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(fla_tuning, "_refused", refused)
+    fla_delta_rule._has_shard_kernels.cache_clear()
+    assert type(shard_kernels(*inputs())).__name__ == kernels
+    fla_delta_rule._has_shard_kernels.cache_clear()
+    assert ("no kernel here that joins" in caplog.text) is not joins
 
 
 def test_heads_that_flash_qla_refuses_go_past_flas_dispatch(calls, monkeypatch):

@@ -151,18 +151,20 @@ def test_what_the_user_has_set_stays(
 
 
 @pytest.mark.parametrize("context_parallel", [False, True])
-def test_flash_qla_is_left_out_where_ranks_share_a_sequence(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, context_parallel: bool
+@pytest.mark.parametrize("flas_own", [False, True])
+def test_flash_qla_is_left_out_where_fla_passes_the_states_itself(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, context_parallel: bool, flas_own: bool
 ) -> None:
     monkeypatch.setenv("FLA_FLASH_QLA", "")  # so that it is unset again afterwards
     monkeypatch.delenv("FLA_FLASH_QLA")
     monkeypatch.setattr(kernel_cache, "_given", {})
     case = Case(torch.device("cpu"), torch.bfloat16, 128, context_parallel=context_parallel)
-    fla_tuning.use_choices(case)
-    assert ("FLA_FLASH_QLA" in os.environ) is context_parallel
-    assert ("FLA_FLASH_QLA" in kernel_cache.environment_as_given()) is context_parallel
+    fla_tuning.use_choices(case, flas_own)
+    left_out = context_parallel and flas_own
+    assert ("FLA_FLASH_QLA" in os.environ) is left_out
+    assert ("FLA_FLASH_QLA" in kernel_cache.environment_as_given()) is left_out
     monkeypatch.setenv("FLA_FLASH_QLA", "1")  # the user's own value stays
-    fla_tuning.use_choices(case)
+    fla_tuning.use_choices(case, flas_own)
     assert os.environ["FLA_FLASH_QLA"] == "1"
 
 
@@ -222,7 +224,7 @@ def test_what_flash_qla_refused_is_known_to_the_next_process(
     ("change", "expected"),
     [
         ({}, True), ({"head_dim": 64}, False), ({"dtype": torch.float32}, False),
-        ({"context_parallel": True}, False),
+        ({"context_parallel": True}, True),
     ],
 )  # fmt: skip
 def test_where_a_failure_may_be_flash_qlas(

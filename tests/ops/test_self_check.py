@@ -13,6 +13,11 @@ from megatron_hydra.ops import fla_tuning, self_check
 from megatron_hydra.ops.kernels import Case, Kernels
 from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
 from megatron_hydra.ops.self_check import BOUNDARIES, TOLERANCE, all_checks, check_kernels
+from megatron_hydra.ops.sharded_delta_rule import (
+    RuleKernels,
+    sharded_gated_delta_rule,
+    shards_of,
+)
 
 CPU = torch.device("cpu")
 CASE = Case(CPU, torch.float32, 16, windowed=True)
@@ -92,6 +97,37 @@ def test_a_wrong_kernel_is_refused_by_name(key, kernel, wrong, what):
     kernels = named(key, "mine", **{kernel: wrong})
     with pytest.raises(HydraError, match=rf"check of .*{what}.* failed with backend\.{key}=mine"):
         check_kernels(kernels, CASE)
+
+
+def test_shards_are_checked_where_ranks_share_a_sequence(monkeypatch):
+    """All in this process; a state that is not passed on is found."""
+    rule = RuleKernels(TWINS.delta_rule)
+
+    def sharded(*x, exchange):
+        return sharded_gated_delta_rule(rule, x[:5], exchange), None
+
+    def forgetful(*x, exchange):
+        monkeypatch.setattr(type(exchange), "enter", lambda self, maps, like: ([None] * 3, None))
+        return sharded(*x, exchange=exchange)
+
+    # Short ones: what kernels cut into parts makes no difference here.
+    streams = {name: (BOUNDARIES, *rest) for name, (_, *rest) in self_check.SHARDED.items()}
+    monkeypatch.setattr(self_check, "SHARDED", streams)
+    case = dataclasses.replace(CASE, context_parallel=True)
+    check_kernels(named("gated_delta_net", "mine", delta_rule=sharded), case)
+    with pytest.raises(HydraError, match=r"over shards failed with backend\.gated_delta_net=wrong"):
+        check_kernels(named("gated_delta_net", "wrong", delta_rule=forgetful), case)
+
+
+def test_streams_of_shards_are_such_that_errors_show():
+    through = set()
+    for cu, decay, strength in self_check.SHARDED.values():
+        first, middle, last = shards_of(cu, self_check.SHARDS)
+        assert first.goes_on and last.begun
+        if middle.through:  # what leaves the first shard reaches the last one
+            through.add(0.5 * decay * (middle.end - middle.start) > -2)
+            assert 0.5 * strength * (middle.end - middle.start) < 64
+    assert through == {True}
 
 
 @pytest.mark.parametrize("what", ["cross-entropy", "distillation loss", "at a temperature"])

@@ -1,0 +1,261 @@
+"""A context-parallel shard's steps by FlashQLA's kernels (:class:`.sharded_delta_rule.ShardKernels`).
+
+On one card FlashQLA cuts long fragments into parts of some chunks, because heads alone do not fill the
+card, and already computes each part's map for that: the state that a zero state leaves behind and the
+transition (``fused_gdr_h``), in the backward the gradient by the part's entering state (``fused_gdr_dh``).
+A shard's own map is the product of its parts' maps, so context parallelism adds next to nothing: that
+product, one collective, and the maps of the parts at the shard's edges, which one card alone leaves out.
+
+The order of the calls is FlashQLA's own (``flash_qla/ops/gated_delta_rule/chunk``, release 0.1.3, which has
+a context parallelism of its own, with another exchange). As there, a part whose decay has forgotten its
+past (e^−10) is computed from its last chunks alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from megatron_hydra.ops.device_cache import int_tensor
+from megatron_hydra.ops.sharded_delta_rule import (
+    Saved,
+    Shard,
+    ShardMap,
+    final_gradients,
+    start_states,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """How a shard's fragments are cut for one card; all tensors int32 on the device, unless said otherwise.
+
+    Attributes:
+        fragments: boundaries of the fragments.
+        parts: boundaries of their parts; the fragments' where nothing is cut.
+        split: whether fragments are cut.
+        of_fragment: ``[N + 1]``, the first part of every fragment, and how many there are.
+        of_part: ``[P]``, the fragment of every part; ``None`` where nothing is cut.
+        first, last: ``[2]``, the parts of the first and of the last fragment; where nothing is cut, their
+            boundaries.
+        first_chunks, last_chunks: ``[1, H]``, how many chunks those have; where nothing is cut.
+        no_final, no_start: ``[P]`` bool, parts whose final state, or entering gradient, is not needed.
+        ragged: chunks of the last part if its length is no multiple of a chunk, else 0.
+    """
+
+    fragments: torch.Tensor
+    parts: torch.Tensor
+    split: bool
+    of_fragment: torch.Tensor | None
+    of_part: torch.Tensor | None
+    first: torch.Tensor
+    last: torch.Tensor
+    first_chunks: torch.Tensor | None
+    last_chunks: torch.Tensor | None
+    no_final: torch.Tensor | None
+    no_start: torch.Tensor | None
+    ragged: int
+
+
+@functools.lru_cache(maxsize=64)
+def _parts(shard: Shard, heads: int, device: torch.device) -> _Parts:
+    """FlashQLA's own cut of the fragments (for training; forward and backward must agree), with what it
+    leaves out at a stream's ends added at a shard's.
+    """
+    from flash_qla.ops.gated_delta_rule.chunk import CHUNK_SIZE, build_cp_context
+
+    cu = shard.cu_seqlens
+    fragments = _counted(int_tensor(cu, torch.int32, device), cu)
+    context = build_cp_context(
+        fragments, enable_intra=True, num_v_heads=heads, chunk_size=CHUNK_SIZE, is_train=True
+    )
+    if not context.is_intra:
+        first, last = (-(-(b - a) // CHUNK_SIZE) for a, b in (cu[:2], cu[-2:]))
+        return _Parts(
+            fragments, fragments, split=False, of_fragment=None, of_part=None,
+            first=_counted(int_tensor(cu[:2], torch.int32, device), cu[:2]),
+            last=_counted(int_tensor(cu[-2:], torch.int32, device), cu[-2:]),
+            first_chunks=int_tensor((first,) * heads, torch.int32, device)[None],
+            last_chunks=int_tensor((last,) * heads, torch.int32, device)[None],
+            no_final=None, no_start=None, ragged=0,
+        )  # fmt: skip
+    parts, of_fragment = context.intra_cp_cu_seqlens, context.seq_map_r2c
+    no_final, no_start = context.ht_mask.clone(), context.ht_mask_bwd.clone()
+    if shard.goes_on:
+        no_final[-1:].fill_(False)
+    if shard.begun:
+        no_start[:1].fill_(False)
+    on_host = parts.tolist()
+    length = on_host[-1] - on_host[-2]
+    result = _Parts(
+        fragments, _counted(parts, on_host), split=True, of_fragment=of_fragment, of_part=context.seq_map_c2r,
+        first=of_fragment[:2].clone(), last=of_fragment[-2:].clone(),
+        first_chunks=None, last_chunks=None, no_final=no_final, no_start=no_start,
+        ragged=-(-length // CHUNK_SIZE) if length % CHUNK_SIZE else 0,
+    )  # fmt: skip
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # once; any stream may read it now
+    return result
+
+
+def _counted(boundaries: torch.Tensor, on_host: Sequence[int]) -> torch.Tensor:
+    """The same tensor, with what FlashQLA would else read back from the device to count its chunks."""
+    from flash_qla.utils.index import prepare_varlen_metadata
+
+    prepare_varlen_metadata(boundaries, torch.tensor(on_host, dtype=boundaries.dtype))
+    return boundaries
+
+
+class FlashQlaShardKernels:
+    """FlashQLA's kernels: d = dv = 128, bf16 or fp16 inputs, fp32 gates; maps are rounded to the inputs'
+    dtype where FlashQLA passes them between its kernels.
+    """
+
+    def shard_map(self, shard: Shard, inputs: tuple[torch.Tensor, ...]) -> tuple[ShardMap, Saved]:
+        """As :meth:`.ShardKernels.shard_map`."""
+        from flash_qla.ops.gated_delta_rule import chunk as qla
+        from flash_qla.ops.utils import chunk_local_cumsum
+
+        _, k, v, log_alpha, beta = (x[None] for x in inputs)
+        cut = _parts(shard, v.shape[2], v.device)
+        g = chunk_local_cumsum(g=log_alpha, cu_seqlens=cut.fragments, chunk_size=qla.CHUNK_SIZE)
+        a = qla.kkt_solve(k=k, b=beta, cu_seqlens=cut.fragments, chunk_size=qla.CHUNK_SIZE)
+        states = functools.partial(
+            qla.fused_gdr_h, k=k, v=v, a=a, g=g, b=beta, initial_state=None,
+            output_final_state=True, output_h=False,
+        )  # fmt: skip
+        if not cut.split:
+            if not shard.goes_on:
+                return ShardMap(None, None), (g, a, *[None] * 5)
+            _, finals, transitions = states(cu_seqlens=cut.last, num_warmup_chunks=cut.last_chunks)
+            shard_map = _as_map(shard, finals, transitions)
+            return shard_map, (g, a, *[None] * 5)
+
+        warm, warm_back, falls_back, falls_back_back = qla.get_warmup_chunks_bidi(
+            g=g, cu_seqlens=cut.parts, ht_mask_fwd=cut.no_final, ht_mask_bwd=cut.no_start,
+            chunk_size=qla.CHUNK_SIZE, seq_map_r2c=cut.of_fragment,
+        )  # fmt: skip
+        if cut.ragged and shard.goes_on:
+            # FlashQLA counts warm-up chunks back from a part's end, which must be a chunk's end then.
+            warm[-1:].fill_(cut.ragged)
+            falls_back[-1:].fill_(True)
+        _, finals, transitions = states(cu_seqlens=cut.parts, num_warmup_chunks=warm)
+        shard_map = ShardMap(None, None)
+        if shard.goes_on:
+            shard_map = _as_map(
+                shard,
+                *qla.aggregate_card_state(
+                    finals, transitions, falls_back, cut.last, compute_m=True
+                ),
+            )
+        saved = (g, a, finals, transitions, falls_back, warm_back, falls_back_back)
+        return shard_map, saved
+
+    def output(
+        self,
+        shard: Shard,
+        inputs: tuple[torch.Tensor, ...],
+        saved: Saved,
+        entering: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, Saved]:
+        """As :meth:`.ShardKernels.output`."""
+        from flash_qla.ops.gated_delta_rule import chunk as qla
+
+        q, k, v, _, beta = (x[None] for x in inputs)
+        g, a, finals, transitions, falls_back, warm_back, falls_back_back = saved
+        cut = _parts(shard, v.shape[2], v.device)
+        states = start_states(shard, entering, _a_state(k, v))
+        if cut.split:
+            states = qla.correct_initial_states(
+                raw_h0=states, ht_buffer=finals, mt_buffer=transitions, fallback_mask=falls_back,
+                seq_map_r2c=cut.of_fragment,
+            )  # fmt: skip
+        output, _, _ = qla.fused_gdr_fwd(
+            q=q, k=k, v=v, a=a, g=g, b=beta, scale=_scale(k), initial_state=states,
+            output_final_state=False, output_h=False, output_o=True, cu_seqlens=cut.parts,
+            cp_seq_map=cut.of_part, raw_cu_seqlens=cut.fragments,
+        )  # fmt: skip
+        return output[0].to(q.dtype), (g, a, states, transitions, warm_back, falls_back_back)
+
+    def entering_gradient(
+        self, shard: Shard, inputs: tuple[torch.Tensor, ...], saved: Saved, grad: torch.Tensor
+    ) -> tuple[torch.Tensor | None, Saved]:
+        """As :meth:`.ShardKernels.entering_gradient`."""
+        from flash_qla.ops.gated_delta_rule import chunk as qla
+
+        q, k, v, _, beta = (x[None] for x in inputs)
+        g, a, _, transitions, warm_back, falls_back_back = saved
+        cut = _parts(shard, v.shape[2], v.device)
+        if not cut.split and not shard.begun:
+            return None, (None,)
+        _, by_states = qla.fused_gdr_dh(
+            q=q, k=k, a=a, g=g, b=beta, do=grad[None], dht=None, output_dh0=True, output_dh=False,
+            scale=_scale(k), cu_seqlens=cut.parts if cut.split else cut.first,
+            num_warmup_chunks=warm_back if cut.split else cut.first_chunks,
+        )  # fmt: skip
+        by_state = None
+        if shard.begun and cut.split:
+            by_fragment, _ = qla.aggregate_card_state(
+                by_states, transitions, falls_back_back, cut.first, reverse=True, transpose_m=True,
+                compute_m=False,
+            )  # fmt: skip
+            by_state = by_fragment[0]
+        elif shard.begun:
+            by_state = by_states[0]
+        return by_state, (by_states,)
+
+    def gradients(
+        self,
+        shard: Shard,
+        inputs: tuple[torch.Tensor, ...],
+        saved: Saved,
+        partial: Saved,
+        grad: torch.Tensor,
+        leaving: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """As :meth:`.ShardKernels.gradients`."""
+        from flash_qla.ops.gated_delta_rule import chunk as qla
+        from flash_qla.ops.utils import chunk_local_cumsum
+
+        q, k, v, log_alpha, beta = (x[None] for x in inputs)
+        g, a, states, transitions, _, falls_back_back = saved
+        cut = _parts(shard, v.shape[2], v.device)
+        by_finals = final_gradients(shard, leaving, _a_state(k, v))
+        if cut.split:
+            by_finals = qla.correct_terminal_states(
+                raw_dht=by_finals, dht_buffer=partial[0], mt_buffer=transitions,
+                fallback_mask=falls_back_back, seq_map_r2c=cut.of_fragment,
+            )  # fmt: skip
+        h, _, _ = qla.fused_gdr_h(
+            k=k, v=v, a=a, g=g, b=beta, initial_state=states, output_final_state=False,
+            output_h=True, cu_seqlens=cut.parts,
+        )  # fmt: skip
+        dq, dk, dv, dg, dbeta, _ = qla.fused_gdr_bwd(
+            q=q, k=k, v=v, a=a, g=g, b=beta, do=grad[None], dht=by_finals, h=h, scale=_scale(k),
+            cu_seqlens=cut.parts,
+        )  # fmt: skip
+        dg = chunk_local_cumsum(
+            dg, chunk_size=qla.CHUNK_SIZE, reverse=True, cu_seqlens=cut.fragments,
+            zero_last_chunk=True,
+        )  # fmt: skip
+        return tuple(
+            x[0].to(like.dtype)
+            for x, like in zip((dq, dk, dv, dg, dbeta), (q, k, v, log_alpha, beta), strict=True)
+        )
+
+
+def _as_map(shard: Shard, finals: torch.Tensor, transitions: torch.Tensor) -> ShardMap:
+    """Of one fragment, ``[1, H, d, dv]`` and ``[1, H, d, d]``, in fp32."""
+    return ShardMap(finals[0].float(), transitions[0].float() if shard.through else None)
+
+
+def _scale(k: torch.Tensor) -> float:
+    return k.shape[-1] ** -0.5
+
+
+def _a_state(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """``[H, d, dv]``, fp32, uninitialised."""
+    return k.new_empty(k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
