@@ -1,4 +1,4 @@
-"""FLA's chunked gated delta rule behind the signature of our own (its torch twin).
+"""FLA's chunked linear rules behind the signature of our own (its torch twin).
 
 flash-linear-attention's Triton kernels, or FlashQLA's through FLA's own dispatch where that is
 installed. Under context parallelism FLA gets the group and the global boundaries (``cp_context``)
@@ -15,6 +15,7 @@ import torch
 from megatron_hydra.ops import fla_tuning
 from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.ops.gated_delta_rule import StateExchange
+from megatron_hydra.ops.linear_rules import rule_of_decays
 
 
 def fla_gated_delta_rule(
@@ -39,18 +40,19 @@ def fla_gated_delta_rule(
     Returns:
         Output, and ``None``: FLA's final states are not asked for.
     """
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
+    rule = rule_of_decays(log_alpha)
     documents: dict[str, Any] = {}
     if exchange is not None:
         documents["cp_context"] = _context(exchange, q.device)
     elif cu_seqlens is not None and len(cu_seqlens) > 2:
         documents["cu_seqlens"] = int_tensor(cu_seqlens, torch.int64, q.device)
         documents["cu_seqlens_cpu"] = int_tensor(cu_seqlens, torch.int64, "cpu")
-    rule = chunk_gated_delta_rule
-    if fla_tuning.flash_qla_refuses(q.shape[1]):
-        rule = inspect.unwrap(rule)  # FLA's own implementation, without its dispatch to FlashQLA
-    output, _ = rule(
+    kernel = rule.fla_kernel()
+    if rule.flash_qla_head_dim and fla_tuning.flash_qla_refuses(q.shape[1]):
+        kernel = inspect.unwrap(
+            kernel
+        )  # FLA's own implementation, without its dispatch to FlashQLA
+    output, _ = kernel(
         *(x.unsqueeze(0) for x in (q, k, v, log_alpha, beta)),
         initial_state=initial_state,
         **documents,

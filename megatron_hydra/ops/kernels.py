@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from megatron_hydra.ops import delta_rule_inputs, fusion_tail, gated_delta_rule, qk_preparation
+from megatron_hydra.ops.linear_rules import GATED_DELTA_RULE, LinearRule
 from megatron_hydra.ops.varlen_attention import varlen_attention
 
 Kernel = Callable[..., torch.Tensor]
@@ -55,6 +56,7 @@ class Case:
         context_parallel: whether ranks share a sequence: FlashQLA does not compute that, so that its
             kernels need not be compiled and checked.
         gdn_rotary: whether q and k of GDN heads are rotated.
+        rule: of its linear heads.
     """
 
     device: torch.device
@@ -64,3 +66,4 @@ class Case:
     gdn_heads: tuple[int, ...] = (2,)
     context_parallel: bool = False
     gdn_rotary: bool = True
+    rule: LinearRule = GATED_DELTA_RULE
