@@ -116,9 +116,9 @@ def beyond_window(
     Before the first one leaves nothing is written (β = 0) or decays (log α = 0).
 
     Args:
-        k, v: ``[B, T, m, d]``; log_alpha, beta: ``[B, T, n]`` fp32.
+        k, v: ``[B, T, m, d]``; log_alpha, beta: ``[B, T, ·]`` fp32.
         window: tokens to wait.
-        waiting: ``[B, window, 2·m·d]`` and ``[B, window, 2·n]`` of earlier calls; absent: none.
+        waiting: ``[B, window, 2·m·d]`` and ``[B, window, ·]`` of earlier calls, log α before β; absent: none.
 
     Returns:
         The four for each of the T tokens, and what ``waiting`` of the next call is the :func:`latest` of.
@@ -127,5 +127,5 @@ def beyond_window(
     kv = extend(torch.cat((k, v), dim=-1).flatten(2), waiting[0], window)
     gates = extend(torch.cat((log_alpha, beta), -1), waiting[1], window)
     k, v = kv[:, :length].unflatten(2, (-1, 2 * d)).split(d, dim=-1)
-    log_alpha, beta = gates[:, :length].chunk(2, dim=-1)
+    log_alpha, beta = gates[:, :length].split((log_alpha.shape[-1], beta.shape[-1]), dim=-1)
     return (k, v, log_alpha, beta), (kv, gates)
