@@ -226,7 +226,8 @@ class _Context:
         if start == "gate_bias":
             return torch.full(shape, self.student.switches.fa_gate_begins_at, dtype=dtype)
         if start == "decay":
-            return initial_dt_bias(self._half_lives(layer, shape[0]))
+            by_head = initial_dt_bias(self._half_lives(layer, shape[0]))
+            return by_head.view(-1, *(1 for _ in shape[1:])).expand(shape).contiguous()
         if start == "write" and self.statistics is not None and self.init.kind == "statistics":
             heads = list(self.student.gdn_heads(layer))
             return self.statistics.write[layer, heads].to(dtype)

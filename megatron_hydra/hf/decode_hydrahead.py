@@ -32,6 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .configuration_hydrahead import SWITCHES
+
 try:
     import triton
     import triton.language as tl
@@ -41,6 +43,13 @@ except Exception:  # not installed, or broken: the plain path always works
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD, LARGEST_HIDDEN = 256, 16384
+COMPUTED = (
+    "mixer", "window", "fusion", "fusion_norm", "fa_position", "fa_gate", "fa_gate_bias", "gdn_position", "qkv",
+    "gdn_kv", "gdn_gate", "short_conv", "conv_width", "log_scale", "log_scale_a", "granularity",
+)  # fmt: skip
+"""Switches that the kernels compute, but for the values that :func:`_supported` refuses. A model with another
+switch on runs by the plain layer."""
+
 PROGRAMS, LARGEST_SPLIT = 4096, 128
 """Maximum number of programs of an attention (some waves, the last one not full), and of parts of the keys."""
 
@@ -730,6 +739,9 @@ def _supported(config: Any) -> bool:
     switches = config.hydra
     return (
         config.gdn_kernel == "auto"
+        and all(
+            SWITCHES[name][0] == value for name, value in switches.items() if name not in COMPUTED
+        )
         and switches["mixer"] == "head"
         and switches["fusion"] != "gated"
         and config.hidden_act in ("silu", "swish")

@@ -117,10 +117,10 @@ def beyond_window(
     Until the first token leaves, nothing is written (β = 0) and nothing decays (log α = 0).
 
     Args:
-        k, v: ``[B, T, m, d]``; log_alpha, beta: ``[B, T, n]`` fp32.
+        k, v: ``[B, T, m, d]``; log_alpha, beta: ``[B, T, ·]`` fp32.
         window: the delay in tokens.
-        waiting: ``[B, window, 2·m·d]`` and ``[B, window, 2·n]``, inputs of earlier calls; ``None``: no
-            earlier calls.
+        waiting: ``[B, window, 2·m·d]`` and ``[B, window, ·]``, inputs of earlier calls, log α before β;
+            ``None``: no earlier calls.
 
     Returns:
         k, v, log_alpha and beta for the T tokens, and two tensors whose :func:`latest` are ``waiting`` of
@@ -130,5 +130,5 @@ def beyond_window(
     kv = extend(torch.cat((k, v), dim=-1).flatten(2), waiting[0], window)
     gates = extend(torch.cat((log_alpha, beta), -1), waiting[1], window)
     k, v = kv[:, :length].unflatten(2, (-1, 2 * d)).split(d, dim=-1)
-    log_alpha, beta = gates[:, :length].chunk(2, dim=-1)
+    log_alpha, beta = gates[:, :length].split((log_alpha.shape[-1], beta.shape[-1]), dim=-1)
     return (k, v, log_alpha, beta), (kv, gates)

@@ -10,10 +10,8 @@ import dataclasses
 
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.model.local_heads import LocalHeads
+from megatron_hydra.ops.linear_rules import rule_of_model
 from megatron_hydra.parallel.head_partition import LayerPartition
-
-GDN_CHUNK = 64
-"""Chunk length that GDN's work is counted at, that of the GPU kernels."""
 
 
 def full_attention_flops(length: int, head_dim: int, window: int | None = None) -> int:
@@ -23,16 +21,6 @@ def full_attention_flops(length: int, head_dim: int, window: int | None = None) 
     """
     beyond = max(0, length - window) if window else 0
     return 2 * head_dim * (length * (length + 1) - beyond * (beyond + 1))
-
-
-def gated_delta_net_flops(length: int, head_dim: int, chunk: int = GDN_CHUNK) -> int:
-    """One GDN head over ``length`` tokens, chunked (see :mod:`megatron_hydra.ops.gated_delta_rule`).
-
-    Per token: K Kᵀ and Q Kᵀ (2·2·C·d), the triangular solve for W and U (C·2d), P applied to them
-    (2·C·d), and four products with d×d states (8·d²).
-    """
-    per_token = 4 * chunk * head_dim + 2 * chunk * head_dim + 2 * chunk * head_dim + 8 * head_dim**2
-    return length * per_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +49,7 @@ def rank_loads(
     """What every rank computes in one layer for one sequence of ``sequence_length`` tokens."""
     loads = []
     d, hidden = model.head_dim, model.hidden_size
+    rule = rule_of_model(model.switches)
     for rank, share in enumerate(partition.full_attention_share()):
         heads = LocalHeads(model, partition, rank)
         rows = sum(s.rows for s in heads.in_segments)
@@ -72,7 +61,7 @@ def rank_loads(
             RankLoad(
                 full_attention=share
                 * full_attention_flops(sequence_length, d, model.switches.fa_window),
-                gated_delta_net=len(heads.gdn) * gated_delta_net_flops(sequence_length, d),
+                gated_delta_net=len(heads.gdn) * rule.flops(sequence_length, d),
                 projections=2.0 * sequence_length * hidden * weights,
             )
         )

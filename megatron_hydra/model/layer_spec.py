@@ -27,6 +27,7 @@ from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.model.norm import RMSNorm
 from megatron_hydra.ops.backends import choose_kernels
 from megatron_hydra.ops.kernels import Case, Kernels
+from megatron_hydra.ops.linear_rules import rule_of_model
 from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.head_partition import plan_model
 from megatron_hydra.parallel.megatron_versions import config_options, mlp_spec
@@ -199,6 +200,7 @@ def kernel_case(model: ModelConfig, run: RunConfig, tp_rank: int | None = None) 
         tuple(sorted(numbers)),
         run.parallel.context > 1,
         model.switches.gdn_position == "rope",
+        rule_of_model(model.switches),
     )
 
 

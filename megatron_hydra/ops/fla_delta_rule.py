@@ -1,4 +1,4 @@
-"""FLA's chunked gated delta rule behind the signature of our own (its torch twin).
+"""FLA's chunked linear rules behind the signature of our own (its torch twin).
 
 flash-linear-attention's Triton kernels, or FlashQLA's through FLA's own dispatch where that is
 installed. Under context parallelism the same kernels compute a shard (:mod:`.sharded_delta_rule`); FLA's
@@ -18,6 +18,7 @@ from megatron_hydra.ops import fla_tuning
 from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.ops.fla_shard_kernels import FlaShardKernels
 from megatron_hydra.ops.flash_qla_shard_kernels import FlashQlaShardKernels
+from megatron_hydra.ops.linear_rules import rule_of_decays
 from megatron_hydra.ops.sharded_delta_rule import (
     ShardKernels,
     StateExchange,
@@ -45,26 +46,28 @@ def fla_gated_delta_rule(
         q, k, v: bf16 or fp16 on a GPU.
         log_alpha, beta: fp32.
         exchange: connects the shard to the others; ``initial_state`` must then be absent.
-        dense_rows: whether documents of one length may be given to FLA as rows of a batch. Not for calls whose
-            number of rows changes: TileLang compiles FLA's backward for each number again, ten seconds each time.
+        dense_rows: whether documents of one length may be given to FLA as rows of a batch. Not where the
+            number of rows changes: TileLang compiles FLA's backward for each number again, in ten seconds.
 
     Returns:
         Output, and ``None``: FLA's final states are not asked for.
     """
+    inputs = (q, k, v, log_alpha, beta)
     if exchange is not None:
+        if rule_of_decays(log_alpha).decays_by_channel:  # its shards by FLA alone
+            return fla_own_context_parallel(*inputs, cu_seqlens, exchange=exchange)
         assert initial_state is None
-        inputs = (q, k, v, log_alpha, beta)
         return sharded_gated_delta_rule(shard_kernels(*inputs), inputs, exchange), None
     documents: dict[str, Any] = {}
     rows = 1
     if cu_seqlens is None or len(cu_seqlens) == 2:
         pass
-    elif dense_rows and _is_dense_batch(cu_seqlens, q):
+    elif dense_rows and _is_dense_batch(cu_seqlens, inputs):
         rows = len(cu_seqlens) - 1
     else:
         documents["cu_seqlens"] = int_tensor(cu_seqlens, torch.int64, q.device)
         documents["cu_seqlens_cpu"] = int_tensor(cu_seqlens, torch.int64, "cpu")
-    output = _whole((q, k, v, log_alpha, beta), rows, initial_state=initial_state, **documents)
+    output = _whole(inputs, rows, initial_state=initial_state, **documents)
     return output, None
 
 
@@ -124,16 +127,17 @@ def _has_shard_kernels() -> bool:
 
 def _whole(inputs: tuple[torch.Tensor, ...], rows: int, **options: Any) -> torch.Tensor:
     """FLA's function on a stream as so many rows, with its dispatch unless FlashQLA refuses so many heads."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-    rule = chunk_gated_delta_rule
-    if fla_tuning.flash_qla_refuses(inputs[0].shape[1]):
-        rule = inspect.unwrap(rule)  # FLA's own implementation, without its dispatch to FlashQLA
-    output, _ = rule(*(x.unflatten(0, (rows, -1)) for x in inputs), **options)
+    rule = rule_of_decays(inputs[3])
+    kernel = rule.fla_kernel()
+    if rule.flash_qla_head_dim and fla_tuning.flash_qla_refuses(inputs[0].shape[1]):
+        kernel = inspect.unwrap(
+            kernel
+        )  # FLA's own implementation, without its dispatch to FlashQLA
+    output, _ = kernel(*(x.unflatten(0, (rows, -1)) for x in inputs), **options)
     return output.flatten(0, 1)
 
 
-def _is_dense_batch(cu: tuple[int, ...], q: torch.Tensor) -> bool:
+def _is_dense_batch(cu: tuple[int, ...], inputs: tuple[torch.Tensor, ...]) -> bool:
     """Whether documents of one length are better given as rows of a batch.
 
     FLA's own kernels are faster without boundaries, and make no indices of chunks, which FLA keeps for the last
@@ -142,8 +146,9 @@ def _is_dense_batch(cu: tuple[int, ...], q: torch.Tensor) -> bool:
     """
     if len({b - a for a, b in zip(cu, cu[1:], strict=False)}) != 1:
         return False
-    heads, head_dim = q.shape[1:]
-    return head_dim != fla_tuning.FLASH_QLA_HEAD_DIM or fla_tuning.flash_qla_refuses(heads)
+    heads, head_dim = inputs[0].shape[1:]
+    of_flash_qla = rule_of_decays(inputs[3]).flash_qla_head_dim
+    return head_dim != of_flash_qla or fla_tuning.flash_qla_refuses(heads)
 
 
 def _context(exchange: StateExchange, device: torch.device) -> Any:

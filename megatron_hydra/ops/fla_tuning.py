@@ -31,8 +31,6 @@ _log = logging.getLogger(__name__)
 
 _MODE, _FOLDER = "FLA_CACHE_MODE", "FLA_CONFIG_DIR"
 _FLASH_QLA, _FLASH_QLA_PACKAGE = "FLA_FLASH_QLA", "flash_qla"
-FLASH_QLA_HEAD_DIM = 128
-"""The only one for which FLA uses FlashQLA."""
 
 _PREFIX = "fla-"
 """Of the folders of choices, beside the records of the kernel cache."""
@@ -55,7 +53,7 @@ def is_flash_qla(case: Case, heads: int) -> bool:
 
     A user who sets ``FLA_FLASH_QLA`` has decided; then a failure of FlashQLA stays one.
     """
-    if case.head_dim != FLASH_QLA_HEAD_DIM or _FLASH_QLA in os.environ:
+    if case.head_dim != case.rule.flash_qla_head_dim or _FLASH_QLA in os.environ:
         return False
     if case.dtype not in (torch.bfloat16, torch.float16) or heads in _refused:
         return False

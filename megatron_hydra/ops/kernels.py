@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from megatron_hydra.ops import delta_rule_inputs, fusion_tail, gated_delta_rule, qk_preparation
+from megatron_hydra.ops.linear_rules import GATED_DELTA_RULE, LinearRule
 from megatron_hydra.ops.varlen_attention import varlen_attention
 
 Kernel = Callable[..., torch.Tensor]
@@ -54,6 +55,7 @@ class Case:
             kernels for every one of them again, so the start-up check goes by them too.
         context_parallel: whether ranks share a sequence: the start-up check then runs the delta rule's shards.
         gdn_rotary: whether q and k of GDN heads are rotated.
+        rule: of its linear heads.
     """
 
     device: torch.device
@@ -63,3 +65,4 @@ class Case:
     gdn_heads: tuple[int, ...] = (2,)
     context_parallel: bool = False
     gdn_rotary: bool = True
+    rule: LinearRule = GATED_DELTA_RULE

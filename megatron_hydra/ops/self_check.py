@@ -240,13 +240,13 @@ def _delta_rule_checks(case: Case) -> Iterator[Check]:
     ):
         yield (
             "gated_delta_net",
-            f"{name} gated delta rule of {heads} heads",
+            f"{name} {case.rule.title} of {heads} heads",
             {
                 "q": make.unit(tokens, heads, d),
                 "k": make.unit(tokens, heads, d),
                 "v": make.normal(tokens, heads, d),
                 # Half-lives from tens to hundreds of tokens: a leak between documents shows.
-                "log alpha": -0.05 * make.uniform(tokens, heads),
+                "log alpha": -0.05 * make.uniform(tokens, heads, *case.rule.decays_of_head(d)),
                 "beta": make.uniform(tokens, heads),
             },
             lambda kernels, x, cu=cu: kernels.delta_rule(*x, cu)[0],  # type: ignore[misc]

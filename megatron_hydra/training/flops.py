@@ -13,7 +13,8 @@ from megatron_hydra.checkpoint.canonical import canonical_shapes
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import Verb
 from megatron_hydra.data.batch import PackedBatch
-from megatron_hydra.model.head_flops import gated_delta_net_flops
+from megatron_hydra.model.parameters import parameters_by_key
+from megatron_hydra.ops.linear_rules import rule_of_model
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 _ATTENTION = ".self_attention."
@@ -38,11 +39,12 @@ def attention_pairs(batches: Iterable[PackedBatch]) -> float:
 def _matmul_weights(model: ModelConfig, attention_only: bool) -> float:
     """Weights that multiply every token once; a tied embedding counts as the LM head."""
     shapes = canonical_shapes(model)
+    projections = {key for key, row in parameters_by_key(model).items() if "D" in row.tail}
     total = 0
     for key, shape in shapes.items():
         is_table = key == _EMBEDDING and not model.tie_embeddings
-        is_convolution = ".conv" in key
-        if len(shape) < 2 or is_table or is_convolution:
+        _, in_attention, own = key.partition(_ATTENTION)
+        if len(shape) < 2 or is_table or (in_attention and own not in projections):
             continue
         if not attention_only or _ATTENTION in key:
             total += math.prod(shape)
@@ -62,7 +64,7 @@ def forward_flops(
     )
     if model.switches.fa_window is not None:
         pairs = min(pairs, tokens * model.switches.fa_window)
-    recurrence = gated_delta_net_flops(1, model.head_dim) * gdn_heads * tokens
+    recurrence = rule_of_model(model.switches).flops(1, model.head_dim) * gdn_heads * tokens
     cores = 4.0 * model.head_dim * pairs * fa_heads + recurrence
     return 2.0 * tokens * _matmul_weights(model, attention_only) + cores
 

@@ -210,3 +210,12 @@ def test_a_layer_with_a_part_that_the_kernels_do_not_know_is_not_fused(as_on_a_g
     layer.self_attn.gdn_u_proj = torch.nn.Linear(40, 2, bias=False)
     decode.prepare(layer, X)
     assert layer.fused is None
+
+
+def test_a_switch_that_the_kernels_do_not_know_is_not_fused(as_on_a_gpu, monkeypatch):
+    layer = make_model().model.layers[0]
+    monkeypatch.setitem(decode.SWITCHES, "new", ("off", ("off", "on")))
+    for value in ("on", "off"):
+        layer.self_attn.config.hydra["new"] = value
+        decode.prepare(layer, X)
+        assert (layer.fused is None) == (value == "on")

@@ -10,10 +10,10 @@ import pytest
 from megatron_hydra.config.model import HydraConfig, ModelConfig
 from megatron_hydra.model.head_flops import (
     full_attention_flops,
-    gated_delta_net_flops,
     imbalance,
     rank_loads,
 )
+from megatron_hydra.ops.linear_rules import gated_delta_net_flops
 from megatron_hydra.parallel.head_partition import plan_model
 
 

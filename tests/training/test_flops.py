@@ -9,7 +9,8 @@ import torch
 
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.data.batch import PackedBatch
-from megatron_hydra.model.head_flops import full_attention_flops, gated_delta_net_flops
+from megatron_hydra.model.head_flops import full_attention_flops
+from megatron_hydra.ops.linear_rules import gated_delta_net_flops
 from megatron_hydra.training.flops import (
     attention_pairs,
     forward_flops,
@@ -69,6 +70,12 @@ def test_a_hybrid_counts_each_head_by_its_branch() -> None:
     assert cores(none) == 0
     recurrence = gated_delta_net_flops(TOKENS, model.head_dim) * 32
     assert recurrence < forward_flops(none, TOKENS, 0)
+
+
+def test_biases_and_kernels_multiply_no_token() -> None:
+    plain = tiny.student_config(short_conv=False)
+    model = dataclasses.replace(tiny.student_config(), qkv_bias=True)
+    assert forward_flops(model, TOKENS, 0) == forward_flops(plain, TOKENS, 0)
 
 
 def test_a_step_of_each_verb() -> None:

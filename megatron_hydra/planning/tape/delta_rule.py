@@ -6,7 +6,6 @@ Reads like :mod:`megatron_hydra.model.gated_delta_net` and :mod:`megatron_hydra.
 
 from __future__ import annotations
 
-from megatron_hydra.model.head_flops import GDN_CHUNK, gated_delta_net_flops
 from megatron_hydra.model.local_heads import LocalHeads
 from megatron_hydra.ops.gated_delta_rule import (
     GROUP_ELEMENTS,
@@ -14,16 +13,11 @@ from megatron_hydra.ops.gated_delta_rule import (
     MIN_CHUNK,
     step_groups,
 )
+from megatron_hydra.ops.linear_rules import CHUNK, rule_of_model
 from megatron_hydra.planning.tape import operators as op
 from megatron_hydra.planning.tape.preparation import prepare_heads
 from megatron_hydra.planning.tape.rank import Program
 from megatron_hydra.planning.tape.tensors import Storage, Tensor
-
-FLA_LAUNCHES = (4, 7)
-"""Kernels of FLA 0.6.0 in forward and backward; under context parallelism three more each way."""
-
-FLASH_QLA_HEAD_DIM = 128
-"""As ``ops.fla_tuning`` has it: FLA hands heads of this size to FlashQLA, without context parallelism."""
 
 MOST_GROUPS, MOST_STRIDES = 64, 64
 """More groups of chunks, or steps of a scan, than that are described in so many strides: the memory is
@@ -118,11 +112,11 @@ def _fla(
 ) -> Tensor:
     """FLA's kernels: they keep q, k, v, gates and the inverse of (I + A); states are made again."""
     tape, (tokens, n, d) = program.tape, q.shape
-    chunks = -(-tokens // GDN_CHUNK)
+    rule, chunks = rule_of_model(program.model.switches), -(-tokens // CHUNK)
     row, states = tokens * n * d * q.size, chunks * n * d * d * q.size
-    inverse, gate = tokens * n * GDN_CHUNK * q.size, tokens * n * op.WIDE
-    flops = float(n * gated_delta_net_flops(tokens, d))
-    can_be_qla = d == FLASH_QLA_HEAD_DIM and program.rank.cp == 1
+    inverse, gate = tokens * n * CHUNK * q.size, tokens * n * op.WIDE
+    flops = float(n * rule.flops(tokens, d))
+    can_be_qla = d == rule.flash_qla_head_dim and program.rank.cp == 1
     between = 3.0 if program.rank.cp > 1 else 0.0
     if program.rank.cp > 1:
         tape.send("state", "context", _exchange_bytes(program, n))
@@ -133,7 +127,7 @@ def _fla(
         # W, U, new values, their gradients and the second one by k; states and theirs.
         backward_bytes={"gdn": 6 * row, "gdn states": 2 * states},
         work=[("flash_qla" if can_be_qla else "delta_rule", flops, 2.5 * flops)],
-        launches=(0, 0), triton=(FLA_LAUNCHES[0] + between, FLA_LAUNCHES[1] + between),
+        launches=(0, 0), triton=(rule.fla_launches[0] + between, rule.fla_launches[1] + between),
     )  # fmt: skip
     if program.rank.cp > 1 and out.needs_grad:
         _send_in_backward(program, out, _exchange_bytes(program, n))
