@@ -18,7 +18,7 @@ from megatron_hydra.selection import knockout, noising, patching
 from megatron_hydra.selection.cost import DecoderCost, Tokens
 from megatron_hydra.selection.patching import Head
 from megatron_hydra.selection.prompts import PromptBatch, PromptPair, make_batches
-from megatron_hydra.selection.runner import DecoderRunner
+from megatron_hydra.selection.runner import DecoderRunner, attention_of_any_shape
 from megatron_hydra.selection.time_left import Stage
 from megatron_hydra.selection.work import Chunk, Compute, Result, WorkBench
 from megatron_hydra.watchdog import feed_watchdog
@@ -302,7 +302,9 @@ class EffectEngine:
 
         def compute(b: int, members: list[Chunk]) -> Iterator[tuple[Chunk, Result]]:
             for chunk in members:
-                yield chunk, dataclasses.asdict(patching.baseline(self.runner, batches[b]))
+                with attention_of_any_shape(self.runner.device):
+                    result = patching.baseline(self.runner, batches[b])
+                yield chunk, dataclasses.asdict(result)
 
         wanted = [chunks[i] for i in picked]
         missing = [c for c in wanted if c.key not in self._baselines]

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from megatron_hydra.config.model import HydraConfig, ModelConfig
@@ -43,14 +42,12 @@ from megatron_hydra.hf.modeling_hydrahead import (
 from megatron_hydra.model.parameters import PARAMETERS
 from megatron_hydra.ops import backends, packages
 from megatron_hydra.ops.kernels import Case, Kernels
-from megatron_hydra.selection.runner import DecoderRunner
+from megatron_hydra.selection.runner import DecoderRunner, attention_of_any_shape
 
 _log = logging.getLogger(__name__)
 
 LOGIT_ROWS = 1024
 """Positions whose logits, ``[rows, V]`` of both models, are held at a time."""
-
-_ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 _NOT_A_CONFIG = ("architectures", "model_type", "auto_map", "dtype")
 
@@ -124,8 +121,7 @@ class GatedDecoder:
         runner = self.runner
         q = runner.queries(layer, normed, None)
         k, v = runner.keys(layer, normed, None), runner.values(layer, normed)
-        # cuDNN builds a plan for each shape, and most batches of prompts have a shape of their own.
-        with sdpa_kernel(_ANY_SHAPE) if normed.is_cuda else contextlib.nullcontext():
+        with attention_of_any_shape(normed.device):
             return runner.attend(layer, q, k, v, None)
 
     def recurrent(self, layer: int, normed: torch.Tensor) -> torch.Tensor:

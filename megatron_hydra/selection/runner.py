@@ -8,12 +8,14 @@ head_dim.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.hf_identity import FAMILIES
@@ -255,6 +257,18 @@ class DecoderRunner:
             cos, sin = self.model.model.rotary_emb(probe, positions)
             self._rotary[key] = (cos[0].to(like.device), sin[0].to(like.device))
         return self._rotary[key]
+
+
+def attention_of_any_shape(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Attention without cuDNN inside the block, for batches that have a shape of their own each.
+
+    CuDNN builds a plan for each shape, which takes longer than the attention of a few prompts.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
 
 
 def default_tokens_per_batch(runner: DecoderRunner) -> int:
