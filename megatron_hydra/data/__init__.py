@@ -1,4 +1,4 @@
-"""From text to packed, blended, exactly resumable batches of tokens."""
+"""Data: from text to packed and blended batches of tokens that resume exactly."""
 
 from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.data.document import Document

@@ -1,11 +1,11 @@
 """Tokenise conversations, with loss only on the assistant's turns.
 
-The conversation is rendered once by the tokenizer's chat template. A turn of the assistant begins
-where the template, given all earlier messages and asked for a reply, ends; it ends where the template,
-given the messages up to this one, ends. Templates that render a message in another way once others
-follow are handled: Qwen3 drops the reasoning of earlier turns, Mistral moves the system prompt to the
-last user message, others write the end token behind the last turn only. Where the bounds of a turn
-cannot be told, the row is a bad one.
+The tokenizer's chat template renders the whole conversation once. The template is also applied to the
+messages before a turn with a generation prompt: the end of this text is the beginning of the turn. It is
+also applied to the messages up to the turn: the end of this text is the end of the turn. Some templates
+render a message differently if others follow, and this module handles them: Qwen3 removes the reasoning of
+earlier turns, Mistral moves the system prompt to the last user message, others write the end token only
+after the last turn. If the bounds of a turn cannot be found, the row is a bad row.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 _MARK = "QvMarkOfHydraHeadvQ"
-"""Text that no template changes and no conversation holds; put into a message to find it again."""
+"""Text that no template changes and no conversation contains. It marks a position in a message."""
 _END_OF_REASONING = "</think>"
 
 
 class ChatError(ValueError):
-    """A conversation that cannot be rendered; the message says why."""
+    """A conversation that cannot be rendered; the message gives the reason."""
 
 
 def render_chat(
@@ -32,12 +32,12 @@ def render_chat(
 
     Args:
         tokenizer: with a chat template.
-        messages: ``{"role": …, "content": …}`` each; the roles are the template's. The content is a
-            string, a list of text parts, or, beside ``tool_calls``, nothing.
-        tools: descriptions of the tools that the template shows to the model.
+        messages: dicts ``{"role": …, "content": …}`` with roles of the template. The content is a
+            string or a list of text parts. With ``tool_calls`` it may be missing.
+        tools: descriptions of the tools, which the template shows to the model.
 
     Raises:
-        ChatError: malformed messages, no turn of the assistant, or an unsuitable template.
+        ChatError: messages are malformed, no turn is the assistant's, or the template is unsuitable.
     """
     messages = [_checked(message) for message in messages]
     if all(message["role"] != "assistant" for message in messages):
@@ -59,7 +59,7 @@ def render_prompt(tokenizer: Any, messages: list[Any], tools: list[Any] | None =
         tokenizer, messages, tools: see :func:`render_chat`.
 
     Raises:
-        ChatError: malformed messages, or a template that refuses them or leaves out the last one.
+        ChatError: messages are malformed, or the template refuses them or omits the last one.
     """
     messages = [_checked(message) for message in messages]
     error: ChatError | None = None
@@ -71,11 +71,11 @@ def render_prompt(tokenizer: Any, messages: list[Any], tools: list[Any] | None =
             continue
         if (_text(variant[-1]["content"]) or "").strip() in text:
             return text
-    raise error or ChatError("the chat template leaves out the last message")
+    raise error or ChatError("the chat template omits the last message")
 
 
 def _checked(message: Any) -> dict[str, Any]:
-    """A message without the empty fields that tables put where another row has one."""
+    """A message without empty fields. Tables add them if another row has the field."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ChatError("a message has no role")
     content, name = message.get("content"), f"a message of role {message['role']!r}"
@@ -102,7 +102,7 @@ def _check_calls(calls: Any, of_message: str) -> None:
 
 
 def _function(call: dict[str, Any]) -> dict[str, Any]:
-    """Name and arguments of a tool call, which may stand in a mapping of their own."""
+    """Name and arguments of a tool call, which may be in a nested mapping."""
     function = call.get("function")
     return function if isinstance(function, dict) else call
 
@@ -110,11 +110,11 @@ def _function(call: dict[str, Any]) -> dict[str, Any]:
 def _variants(
     tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None
 ) -> list[list[dict[str, Any]]]:
-    """The forms of one conversation to try, in order, because templates expect different ones.
+    """The forms of one conversation to try, in order, because templates expect different forms.
 
-    Text parts are joined for a template that knows strings only, or stay parts for one that knows
-    parts only. A missing content stays so for a template that asks for it, and is an empty string for
-    one that would print "None".
+    Text parts are joined for a template that supports only strings. They stay parts for a template that
+    supports only parts. Missing content stays missing for a template that tests for it. It becomes an empty
+    string for a template that would print "None".
     """
     joined = [message | {"content": _text(message["content"])} for message in messages]
     variants = [joined]
@@ -124,7 +124,7 @@ def _variants(
             prints_none = _apply(tokenizer, joined, tools).count("None") > _apply(
                 tokenizer, filled, tools
             ).count("None")
-        except ChatError:  # it refuses the one, or the other
+        except ChatError:  # the template refuses one of the forms
             prints_none = False
         variants = [filled] if prints_none else [joined, filled]
     if any(isinstance(message["content"], list) for message in messages):
@@ -148,7 +148,7 @@ def _apply(
             return tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=reply
             )
-        # apply_chat_template would take the key away, and some templates ask whether it is none.
+        # apply_chat_template would remove the key, but some templates test whether it is none.
         (text,), _ = render_jinja_template(
             conversations=[messages],
             tools=tools,
@@ -157,13 +157,13 @@ def _apply(
             **tokenizer.special_tokens_map,
         )
         return text
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # templates can raise any error
         raise ChatError(f"the chat template failed: {error}") from error
 
 
 @functools.lru_cache(maxsize=8)
 def _special_tokens(tokenizer: Any) -> str:
-    """A pattern of one special token; those that are only declared as added tokens count too."""
+    """A pattern that matches one special token, including tokens that are declared only as added tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     tokens = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
     longest_first = sorted(tokens, key=lambda token: (-len(token), token))
@@ -171,7 +171,7 @@ def _special_tokens(tokenizer: Any) -> str:
 
 
 class _Conversation:
-    """One conversation in the form in which its template can render it."""
+    """One conversation in a form that its template can render."""
 
     def __init__(
         self, tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None
@@ -205,28 +205,28 @@ class _Conversation:
         found = found or self._by_mark(number)
         if found is None:
             raise ChatError(
-                f"where message {number} begins and ends cannot be told: the chat template changes its text, "
-                "does not close it, or renders it differently when other messages follow"
+                f"cannot find begin and end of message {number}: the chat template changes its text, does not "
+                "close it, or renders it differently when other messages follow"
             )
         begin, end = found
         end = self._without_blanks(begin, end)
         self._check(number, self.text[begin:end])
         return begin, end
 
-    # -- where a turn begins ------------------------------------------------------------------
+    # -- the beginning of a turn --------------------------------------------------------------
 
     def _prompt(self, number: int) -> str | None:
-        """What a model is given to answer with message ``number``; ``None``: it cannot be rendered."""
+        """The prompt that message ``number`` answers; ``None`` if it cannot be rendered."""
         try:
             return self._render(self.messages[:number], reply=True)
-        except ChatError:  # many templates look at the first message
+        except ChatError:  # many templates require a certain first message
             return None
 
     def _begin(self, number: int, prompt: str | None) -> int | None:
-        """Where the prompt ends in the text.
+        """The end of the prompt in the text.
 
-        A prompt may end in more than what is left of it in earlier turns ("<think>"): then where its last
-        special token, or line, ends that is.
+        A prompt may end in text that the template removes from earlier turns ("<think>"). Then the result is
+        the end of the prompt's last special token or line that the text contains.
         """
         if prompt is None:
             return None
@@ -245,7 +245,7 @@ class _Conversation:
     # -- by the rendered beginning of the conversation -----------------------------------------
 
     def _by_prefix(self, number: int, begin: int, until_here: str) -> tuple[int, int] | None:
-        """The turn as the end of ``until_here``, whose front part (reasoning) may be dropped."""
+        """Find the turn as the end of ``until_here``. The template may remove its beginning (reasoning)."""
         rest = self.text[begin:]
         answer = self._answer(number)
         for turn in self._without_end_tokens(until_here[begin:]):
@@ -255,11 +255,11 @@ class _Conversation:
                     is_closed = not answer or not part.endswith(answer)
                     if answer in part and is_closed:
                         return begin, begin + len(part)
-                    break  # shorter ends of it do not hold the answer either
+                    break  # shorter ends do not contain the answer either
         return None
 
     def _without_end_tokens(self, turn: str) -> list[str]:
-        """The turn, and the turn without special tokens at its end, which may close the conversation."""
+        """The turn with and without special tokens at its end, which may close the whole conversation."""
         turns = [turn]
         while match := re.search(rf"{self.special}\s*$", turns[-1]):
             turns.append(turns[-1][: match.start()])
@@ -268,7 +268,7 @@ class _Conversation:
     # -- by a mark in the message ---------------------------------------------------------------
 
     def _by_mark(self, number: int) -> tuple[int, int] | None:
-        """The turn where marks before and behind its text come out; needs a text that is a string."""
+        """Find the turn by marks before and after its text. The content must be a string."""
         content = self.messages[number]["content"]
         if not isinstance(content, str):
             return None
@@ -286,7 +286,7 @@ class _Conversation:
         return None
 
     def _place(self, number: int, offset: int, count: int) -> tuple[int, str] | None:
-        """Where ``offset`` of a message's text is among ``count`` rendered messages, and what follows."""
+        """Position of ``offset`` of a message's text in ``count`` rendered messages, and the text after it."""
         message = self.messages[number]
         content = message["content"]
         marked = message | {"content": content[:offset] + _MARK + content[offset:]}
@@ -301,7 +301,7 @@ class _Conversation:
         return (len(before), after) if mark and before + after == plain else None
 
     def _begin_of_answer(self, number: int) -> int | None:
-        """Where the answer begins, with what the template puts between the prompt and it."""
+        """The beginning of the answer, including text that the template puts between prompt and answer."""
         content = self.messages[number]["content"]
         visible = len(content) - len(content.rsplit(_END_OF_REASONING, 1)[-1].lstrip())
         place = self._place(number, visible, len(self.messages))
@@ -316,7 +316,7 @@ class _Conversation:
         return len(before.rstrip()) if header == "" else place[0]
 
     def _generation_prompt(self) -> str | None:
-        """What the template appends when it asks for a reply; ``None``: that cannot be told."""
+        """The text that the template appends as generation prompt; ``None`` if it cannot be found."""
         question = [{"role": "user", "content": "x"}]
         try:
             plain, asked = self._render(question), self._render(question, reply=True)
@@ -326,10 +326,10 @@ class _Conversation:
         size = next(fitting, None)
         return None if size is None else asked[size:]
 
-    # -- what has to hold --------------------------------------------------------------------------
+    # -- checks --------------------------------------------------------------------------------------
 
     def _without_blanks(self, begin: int, end: int) -> int:
-        """The end without the line break behind a closing special token: nobody generates that far."""
+        """The end without the line break after a closing special token, which a model never generates."""
         match = re.search(rf"({self.special})\s*$", self.text[begin:end])
         return begin + match.end(1) if match else end
 
@@ -345,7 +345,7 @@ class _Conversation:
             name = _function(call)["name"]
             if name not in turn:
                 raise ChatError(
-                    f"the chat template leaves out the tool call {name!r} of message {number}"
+                    f"the chat template omits the tool call {name!r} of message {number}"
                 )
 
 
@@ -359,21 +359,21 @@ def _common_prefix(a: str, b: str) -> str:
 def encode_chat(
     tokenizer: Any, messages: list[Any], tools: list[Any] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of a conversation and which of them are learned.
+    """Token ids of a conversation, and a mask of the tokens with a loss.
 
-    The ids are those of the whole text. Only where a token would lie across the bound of a turn (a
-    prompt that ends in a blank, before a word) is the text cut there, as it is when a model is asked.
+    The whole text is encoded at once. Only if a token would cross the bound of a turn (for example a prompt
+    that ends in a space, before a word), the text is cut at the bound, as in inference.
 
     Args:
         tokenizer: a fast HF tokenizer with a chat template (offsets are needed).
         messages, tools: see :func:`render_chat`.
 
     Returns:
-        ids int64 ``[n]`` and learned bool ``[n]``.
+        ids int64 ``[n]``, and bool ``[n]``, true for tokens with a loss.
 
     Raises:
-        ChatError: see :func:`render_chat`; or a token lies across the bound of a turn, and the tokenizer
-            does not encode the parts of a text as it does the whole.
+        ChatError: see :func:`render_chat`; or a token crosses the bound of a turn, and the tokenizer
+            encodes parts of a text differently from the whole.
     """
     text, spans = render_chat(tokenizer, messages, tools)
     ids, starts, ends = _encode(tokenizer, text, 0)
@@ -385,7 +385,7 @@ def encode_chat(
         pieces = [_encode(tokenizer, text[a:b], a) for a, b in zip(edges, edges[1:], strict=False)]
         ids, starts, ends = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
         if tokenizer.decode(ids) != tokenizer.decode(whole):
-            raise ChatError("a token lies across the beginning or end of a turn of the assistant")
+            raise ChatError("a token crosses the beginning or end of a turn of the assistant")
     learned = np.zeros(len(ids), dtype=bool)
     for begin, end in spans:
         learned |= (starts >= begin) & (starts < end)

@@ -1,9 +1,8 @@
 """Inputs of tokenization: files and Hub data sets, split into units that are read independently.
 
-A unit is a stretch of an input that one process reads from start to end: a byte range of a JSONL
-file, a row group of a Parquet file, rows of an Arrow file, one shard of a streamed data set. The
-list of units depends on the inputs and on nothing else, and the rows of all units in order are the
-rows of the inputs in order.
+A unit is a part of an input that one process reads from start to end: a byte range of a JSONL file, a row
+group of a Parquet file, rows of an Arrow file, or one shard of a streamed data set. The list of units depends
+only on the inputs. The rows of all units in order are the rows of the inputs in order.
 """
 
 from __future__ import annotations
@@ -31,19 +30,17 @@ class CorpusConfig:
 
     Attributes:
         inputs: files, folders or glob patterns; or one Hub data set (or local folder) with ``hub``.
-        format: of the files; ``None``: by suffix. ``text``: a file is a document; ``lines``: a
-            line is. Of a folder, only files of this format are read.
-        column: the field that holds the text, or the list of messages with ``chat``.
+        format: format of the files; ``None``: by suffix. ``text``: one document per file; ``lines``: one
+            per line. In a folder, only files of this format are read.
+        column: the field with the text, or with the list of messages if ``chat``.
         chat: rows are conversations.
-        tools_column: the field that holds the tools of a conversation, as a list or as JSON; ``None``:
-            there are none.
+        tools_column: the field with the tools of a conversation, as a list or as JSON; ``None``: no tools.
         hub: ``inputs`` is a data set for ``datasets.load_dataset``.
         config_name, split, revision: its configuration, split and git revision.
-        commits: the git commit of each of ``inputs``, once
-            :func:`megatron_hydra.data.hub.pin_revisions` has looked it up.
-        streaming: read it file by file from the Hub without keeping it on disk.
-        unit_bytes: size of a unit of a JSONL or lines file, in bytes; about so much of an Arrow
-            file, too.
+        commits: the git commit of each of ``inputs``, set by
+            :func:`megatron_hydra.data.hub.pin_revisions`.
+        streaming: read file by file from the Hub without a copy on disk.
+        unit_bytes: size of a unit of a JSONL or lines file, in bytes; approximate size for an Arrow file.
     """
 
     inputs: tuple[str, ...]
@@ -81,19 +78,19 @@ class CorpusConfig:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The fields that are read of a row."""
+        """The fields of a row to read."""
         return (self.column, self.tools_column) if self.tools_column else (self.column,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A stretch of an input.
+    """A part of an input that one process reads.
 
     Attributes:
         path: file, or data set.
         kind: how to read it.
-        begin, end: bytes, rows, row-group or shard numbers, as ``kind`` says; end exclusive.
-        size: bytes, or what else stands for the work in it; for progress.
+        begin, end: bytes, rows, row-group or shard numbers, depending on ``kind``; end exclusive.
+        size: bytes, or another measure of its work, for progress.
     """
 
     path: str
@@ -110,8 +107,8 @@ class Row:
     Attributes:
         where: file and byte, row or line, for messages.
         value: text, or a list of messages; ``None`` for a bad row.
-        error: what is wrong.
-        tools: those of a conversation, for the chat template.
+        error: description of the error.
+        tools: tools of a conversation, for the chat template.
     """
 
     where: str
@@ -123,8 +120,8 @@ class Row:
 def input_identity(corpus: CorpusConfig) -> list[dict[str, Any]]:
     """Identity of the inputs, for the manifest.
 
-    A file goes by name, size and a hash of 64 blocks; a Hub data set by name and commit (the
-    revision that was asked for, if the commit could not be looked up).
+    A file is identified by name, size and a hash of 64 blocks. A Hub data set is identified by name and
+    commit, or by the given revision if the commit could not be looked up.
     """
     if corpus.hub:
         fixed = {k: getattr(corpus, k) for k in ("config_name", "split", "streaming")}
@@ -143,7 +140,7 @@ def list_inputs(corpus: CorpusConfig) -> list[Listing]:
     """The files of each input, in the order given, folders and patterns sorted.
 
     Raises:
-        HydraError: an input has none.
+        HydraError: an input has no files.
     """
     listings = []
     for name in corpus.inputs:

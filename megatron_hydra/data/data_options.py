@@ -13,12 +13,12 @@ from megatron_hydra.config.validate import check_seeds
 from megatron_hydra.data.packing import Packing
 from megatron_hydra.errors import HydraError
 
-# Of --input, in place of DataConfig's: it takes every corpus, long documents too.
+# Default packing of --input. Unlike DataConfig's default it accepts long documents.
 _INPUT_PACKING: Packing = "split_long"
 
 
 def load_data_sections(path: str) -> RunConfig:
-    """The ``data`` and ``batch`` sections of a YAML file, all else at its default.
+    """The ``data`` and ``batch`` sections of a YAML file; all other sections have their defaults.
 
     Raises:
         HydraError: the file cannot be read, or a key is unknown.
@@ -51,7 +51,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "--packing",
         choices=["best_fit", "split_long", "concat_chunk"],
         help="best_fit: documents stay whole; split_long: longer ones are cut into pieces of S; "
-        f"concat_chunk: laid end to end and cut every S tokens. Default with --input: "
+        f"concat_chunk: documents are joined and cut every S tokens. Default with --input: "
         f"{_INPUT_PACKING}",
     )
     given.add_argument("--seed", type=seed_argument, help="data.seed of the run")
@@ -70,7 +70,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def data_sections(given: argparse.Namespace) -> tuple[DataConfig, BatchConfig]:
-    """Sections from the options: those of the config, or the inputs with equal weights.
+    """Make the sections from the options: the config's sections, or the inputs with equal weights.
 
     Raises:
         HydraError: the config cannot be read, or an option is malformed.

@@ -13,8 +13,8 @@ class Document:
 
     Attributes:
         tokens: ``[n]`` int64 token ids.
-        trainable: ``[n]`` bool; whether the loss of *predicting this token* counts. The first
-            token of a document has nothing before it and is never predicted.
+        trainable: ``[n]`` bool; whether the loss of *predicting this token* counts. The first token of a
+            document is never predicted, because no token comes before it.
     """
 
     tokens: np.ndarray
@@ -23,8 +23,8 @@ class Document:
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or self.tokens.shape != self.trainable.shape:
             raise ValueError(
-                f"tokens {self.tokens.shape} and trainable {self.trainable.shape} must be equally "
-                "long and one-dimensional"
+                f"tokens {self.tokens.shape} and trainable {self.trainable.shape} must be one-dimensional "
+                "and of equal length"
             )
 
     def __len__(self) -> int:

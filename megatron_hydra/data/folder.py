@@ -1,7 +1,6 @@
 """List an input folder: its data files, and the skipped files with their reasons.
 
-Nothing under a folder is skipped silently: a file is read, or it is skipped for a reason that
-can be told, or it is an error.
+No file in a folder is skipped silently: a file is read, or it is skipped with a reason, or it is an error.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ SUFFIXES: dict[str, Format] = {
     ".md": "text",
 }
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
-"""Suffix → name that pyarrow has for the compression."""
+"""Suffix → pyarrow's name of the compression."""
 _OTHER_COMPRESSIONS = (
     ".xz", ".lzma", ".zip", ".7z", ".rar", ".tar", ".tgz", ".br", ".snappy", ".z",
 )  # fmt: skip
 
 _SPLITS, _STATE = "dataset_dict.json", "state.json"
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", _SPLITS, _STATE)
-"""What the datasets library writes beside its files to describe them."""
+"""Files that the datasets library writes to describe its data files."""
 _EXAMPLES = 3
 
 
@@ -43,15 +42,15 @@ class Listing:
     """Files below a folder.
 
     Attributes:
-        files: those that are data, sorted.
-        left_out: (path, why) of all others, sorted.
+        files: the data files, sorted.
+        left_out: (path, reason) of all other files, sorted.
     """
 
     files: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        """The files that are skipped, counted by reason, with a few of their names."""
+        """Numbers of skipped files by reason, with a few names."""
         reasons: dict[str, list[str]] = {}
         for path, why in self.left_out:
             reasons.setdefault(why, []).append(path)
@@ -63,7 +62,7 @@ class Listing:
 
 
 def format_of(path: str) -> Format | None:
-    """The format that a file's suffix stands for, in capital letters too."""
+    """The format of a file by its suffix, in upper or lower case."""
     stem, suffix = os.path.splitext(path.lower())
     if suffix in COMPRESSED:
         suffix = os.path.splitext(stem)[1]
@@ -71,15 +70,15 @@ def format_of(path: str) -> Format | None:
 
 
 def compression_of(path: str) -> str | None:
-    """Pyarrow's name of a file's compression, by its suffix; ``None``: it has none."""
+    """Pyarrow's name of a file's compression, by its suffix; ``None`` if not compressed."""
     return COMPRESSED.get(os.path.splitext(path.lower())[1])
 
 
 def refuse_compression(path: str) -> None:
-    """Check that the compression of a file can be read.
+    """Check that the compression of a file is supported.
 
     Raises:
-        HydraError: naming it and those that can.
+        HydraError: it is not; names it and the supported ones.
     """
     stem, suffix = os.path.splitext(path.lower())
     if suffix in _OTHER_COMPRESSIONS and (
@@ -92,19 +91,19 @@ def refuse_compression(path: str) -> None:
 
 
 def list_folder(folder: Path, wanted: Format | None) -> Listing:
-    """All data files of a folder and of the folders in it; links are followed.
+    """All data files of a folder and its subfolders; links are followed.
 
-    Of a data set that the datasets library has saved, the files that its ``state.json`` names are data; its
-    caches (of ``map``, ``filter``, ``sort``) are not.
+    In a data set saved by the datasets library, only the files named in ``state.json`` are data. Its cache
+    files (of ``map``, ``filter``, ``sort``) are skipped.
 
     Args:
         folder: an input.
-        wanted: only files of this format; ``None``: those of every format.
+        wanted: only files of this format; ``None``: all formats.
 
     Raises:
-        HydraError: the files have several formats and none is wanted (one of them is likely no data, such
-            as the README.md beside a data set's Parquet files); a link leads nowhere; a folder cannot be
-            read; a compression is unknown; it is a saved data set of several splits.
+        HydraError: the files have several formats and ``wanted`` is None (one format is probably no data,
+            such as the README.md of a data set of Parquet files); a link has no target; a folder cannot
+            be read; a compression is unknown; or it is a saved data set with several splits.
     """
     files: list[str] = []
     left_out: list[tuple[str, str]] = []
@@ -131,7 +130,7 @@ def list_folder(folder: Path, wanted: Format | None) -> Listing:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of the files in it), through links, each real folder once."""
+    """Yield (folder, names of its files). Links are followed, and each real folder is visited once."""
 
     def unreadable(error: OSError) -> None:
         raise HydraError(f"--input {folder}: {error.filename} cannot be read: {error.strerror}")
@@ -139,7 +138,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
     seen = set()
     for parent, below, names in os.walk(folder, followlinks=True, onerror=unreadable):
         real = os.path.realpath(parent)
-        if real in seen:  # a link back, or a second link to the same folder
+        if real in seen:  # a link to a parent, or a second link to the same folder
             below.clear()
             continue
         seen.add(real)
@@ -155,7 +154,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _saved_files(parent: Path) -> set[str] | None:
-    """Names of the data files of a saved data set; ``None`` if the folder is none."""
+    """Names of the data files of a saved data set; ``None`` if the folder is not a saved data set."""
     try:
         state = json.loads((parent / _STATE).read_text())
         return {entry["filename"] for entry in state["_data_files"]}
@@ -169,7 +168,7 @@ def _why_not(path: str, folder: Path, wanted: Format | None, saved: set[str] | N
     """Reason for skipping a file; empty if it is data.
 
     Raises:
-        HydraError: a dangling link, or an unknown compression.
+        HydraError: a link has no target, or a compression is unknown.
     """
     name = os.path.basename(path)
     if any(part.startswith(".") for part in Path(path).relative_to(folder).parts):
@@ -194,7 +193,7 @@ def _why_not(path: str, folder: Path, wanted: Format | None, saved: set[str] | N
 
 
 def repeated(paths: Sequence[str]) -> list[tuple[str, str]]:
-    """(first, again) of paths that are the same file."""
+    """(first path, later path) pairs of the same file."""
     first: dict[str, str] = {}
     pairs = []
     for path in paths:

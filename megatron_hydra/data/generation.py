@@ -1,9 +1,8 @@
 """Generate training text with a model: a student learns best from its teacher's own text.
 
-Prompts are the rows of a corpus, in any form that :mod:`megatron_hydra.data.corpus` reads; what comes out
-are JSON lines that ``data_prep/tokenize.py`` reads. Prompts go to the model in batches whose composition
-and random numbers depend on the seed and on their place alone, so a run that was stopped in any way goes on
-to the lines of an undisturbed one.
+Prompts are the rows of a corpus in any format of :mod:`megatron_hydra.data.corpus`. The output are JSON lines
+for ``data_prep/tokenize.py``. Prompts are processed in batches. The content and the random numbers of a batch
+depend only on the seed and on its number. So a resumed run writes the same lines as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -48,14 +47,14 @@ class GenerationSettings:
 
     Attributes:
         samples: texts for each prompt.
-        max_new_tokens: after which a text is cut off.
-        temperature: that logits are divided by; 0: the likeliest token, always.
-        top_p: only the likeliest tokens of so much probability in all; 1: all.
-        top_k: only so many tokens; 0: all.
+        max_new_tokens: maximum length of a text.
+        temperature: logits are divided by it; 0: greedy.
+        top_p: sample from the most likely tokens with this total probability; 1: all tokens.
+        top_k: sample from this number of most likely tokens; 0: all tokens.
         seed: decides every random number.
-        batch_size: texts written at once. Another size rounds otherwise and draws other numbers.
-        max_bad_rows: rows without a usable prompt to leave out before giving up.
-        shard: (i, n): the i-th of every n batches only.
+        batch_size: number of texts per batch. Another size changes rounding and random numbers.
+        max_bad_rows: number of rows without a usable prompt to skip; one more is an error.
+        shard: (i, n): generate only the i-th of every n batches.
     """
 
     samples: int = option(1, "texts per prompt (%(default)s)", parse=whole(1), group="writing")
@@ -97,7 +96,7 @@ class GenerationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class _Prompt:
-    """One text to be written: for the given sample of a row."""
+    """The prompt of one text: one sample of a row."""
 
     row: int
     sample: int
@@ -121,16 +120,16 @@ class Generation:
     """Writes one file.
 
     Args:
-        corpus: the prompts; with ``corpus.chat``, conversations, whose last answers are taken off.
-        settings: how.
-        output: the JSON-lines file; ``OUTPUT.manifest`` says how it was made.
+        corpus: the prompts; with ``corpus.chat``, conversations, whose last answers are removed.
+        settings: settings of the generation.
+        output: the JSON-lines file; ``OUTPUT.manifest`` records how it was made.
         model: a causal model of transformers, in eval mode.
         tokenizer: its tokenizer.
-        identity: JSON that tells the model from others by name.
+        identity: JSON that identifies the model.
         force: replace an existing output.
 
     Raises:
-        HydraError: ``output`` is there and comes from something else, or another process writes it.
+        HydraError: ``output`` exists and has another origin, or another process is writing it.
     """
 
     def __init__(
@@ -184,10 +183,10 @@ class Generation:
 
         Raises:
             HydraError: too many rows without a usable prompt, or the disk is full.
-            Stopped: the process was asked to stop; what is done is kept.
+            Stopped: the process received a request to stop; finished texts are kept.
         """
         if self._is_done():
-            report(f"{self.output}: written already, nothing to do")
+            report(f"{self.output} is complete, nothing to do")
             return json.loads(self.manifest.read_text(encoding="utf-8"))
         try:
             with self._claimed():
@@ -212,24 +211,24 @@ class Generation:
         different = self._different(found)
         if different:
             raise HydraError(
-                f"{self.output} exists and comes from something else (different: {', '.join(different)}); "
-                "choose another --output, or replace it with --force"
+                f"{self.output} exists and has another origin (different: {', '.join(different)}); choose "
+                "another --output, or replace it with --force"
             )
         return True
 
     def _different(self, other: dict[str, Any]) -> list[str]:
-        """Keys in which another recipe, or the manifest that holds it, is not this one."""
+        """Keys in which another recipe (or the manifest with it) differs from this one."""
         return [key for key, value in self.recipe.items() if other.get(key) != value]
 
     def _claimed(self) -> Any:
-        """The work folder, begun or taken up, locked while it is in use."""
+        """Create or reuse the work folder, and lock it."""
         recipe = self.work / "recipe.json"
         if recipe.exists():
             different = self._different(json.loads(recipe.read_text(encoding="utf-8")))
             if different and not self.force:
                 raise HydraError(
-                    f"{self.work} holds unfinished work of something else (different: "
-                    f"{', '.join(different)}); finish that, or start over with --force"
+                    f"{self.work} holds unfinished work of another generation (different: "
+                    f"{', '.join(different)}); finish that one, or start again with --force"
                 )
             if different:
                 shutil.rmtree(self.work)
@@ -312,15 +311,15 @@ class Generation:
             shown = "".join(f"\n  {bad}" for bad in self._bad[:_SHOWN])
             raise HydraError(
                 f"{len(self._bad)} rows without a usable prompt, above --max-bad-rows "
-                f"{self.settings.max_bad_rows}. The first:{shown}\nRepair them, or leave them out by "
-                "running the same command with a higher --max-bad-rows (what is done is kept)"
+                f"{self.settings.max_bad_rows}. The first:{shown}\nRepair them, or skip them: run the same "
+                "command with a higher --max-bad-rows (finished work is kept)"
             )
 
     def _encoded(self, row: Row) -> tuple[str, list[int], Any]:
         """Text and ids of a prompt, and the row's value without the answer at its end.
 
         Raises:
-            ValueError: saying what is wrong with the row.
+            ValueError: the row has no usable prompt; gives the reason.
         """
         if row.error:
             raise ValueError(row.error)
@@ -328,29 +327,29 @@ class Generation:
         if self.corpus.chat:
             value = list(itertools.dropwhile(_is_answer, reversed(row.value)))[::-1]
             if not value:
-                raise ChatError("only messages of the assistant: there is no prompt")
+                raise ChatError("all messages are the assistant's: the prompt is empty")
             text = render_prompt(self.tokenizer, value, row.tools)
         encoded = self.tokenizer(text, add_special_tokens=not self.corpus.chat)
         ids = list(encoded["input_ids"])
         if not ids:
-            raise ValueError("the prompt is empty, and the tokenizer puts no token before it")
+            raise ValueError("the prompt is empty, and the tokenizer adds no token before it")
         if not 0 <= min(ids) <= max(ids) < self._vocabulary:
             raise HydraError(
                 f"{row.where}: token id {max(ids):,} is outside the model's vocabulary of "
-                f"{self._vocabulary:,}: the tokenizer is another model's; give --tokenizer"
+                f"{self._vocabulary:,}: the tokenizer belongs to another model; give --tokenizer"
             )
         longest = getattr(self.model.config, "max_position_embeddings", None)
         if longest and len(ids) + self.settings.max_new_tokens > longest:
             raise ValueError(
-                f"the prompt has {len(ids):,} tokens, with --max-new-tokens "
-                f"{self.settings.max_new_tokens:,} that is more than the model's {longest:,}"
+                f"the prompt has {len(ids):,} tokens; with --max-new-tokens "
+                f"{self.settings.max_new_tokens:,} this exceeds the model's {longest:,}"
             )
         return text, ids, value
 
     # -- one batch ----------------------------------------------------------------------------------
 
     def _texts(self, number: int, batch: list[_Prompt]) -> Iterator[tuple[bytes, int, bool]]:
-        """A line for each prompt, how many tokens were written, and whether they end by themselves."""
+        """Yield for each prompt: its line, the number of generated tokens, and whether the model ended it."""
         for prompt, new in zip(batch, self._generate(number, batch), strict=True):
             end = next((i for i, token in enumerate(new) if token in self._ends), None)
             said = new if end is None else new[:end]
@@ -371,7 +370,7 @@ class Generation:
             yield json.dumps(body, ensure_ascii=False).encode() + b"\n", len(said), end is not None
 
     def _decoded(self, prompt: _Prompt, said: list[int]) -> str:
-        """What was written, as it follows the prompt: some tokenizers drop a blank at a text's beginning."""
+        """Decode the generated text after its prompt: some tokenizers drop a space at the start of a text."""
         before = self.tokenizer.decode(prompt.ids, skip_special_tokens=True)
         both = self.tokenizer.decode(prompt.ids + said, skip_special_tokens=True)
         if both.startswith(before):
@@ -380,7 +379,7 @@ class Generation:
 
     @torch.inference_mode()
     def _generate(self, number: int, batch: list[_Prompt]) -> list[list[int]]:
-        """The tokens that follow each prompt, padded behind an end token."""
+        """The generated tokens of each prompt, padded after an end token."""
         from transformers import GenerationConfig
 
         settings = self.settings
@@ -412,8 +411,8 @@ class Generation:
                 )
             except torch.OutOfMemoryError as error:
                 raise HydraError(
-                    f"a batch of {len(batch)} texts does not fit the GPU's memory: give a smaller "
-                    f"--batch-size, with --force, or --max-new-tokens ({error})"
+                    f"a batch of {len(batch)} texts does not fit into the GPU's memory: give a smaller "
+                    f"--batch-size (with --force) or a smaller --max-new-tokens ({error})"
                 ) from None
         return out[:, width:].tolist()
 

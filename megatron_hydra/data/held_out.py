@@ -1,9 +1,9 @@
 """Split the documents of a source between training and validation (held-out data).
 
-Whole documents are held out, before they are cut, repeated or packed, so that no piece and no copy of one
-is on both sides. A document's side is a hash of its number in the file: it depends on no seed, no order, no
-length and no layout, so that every stage that holds out the same share holds out the same documents, and a
-larger share holds out those of a smaller one and some more.
+Whole documents are held out before they are cut, repeated or packed, so no piece and no copy of a document
+is on both sides. A hash of a document's number in the file decides its side. It does not depend on seed,
+order, length or layout. So all stages with the same share hold out the same documents, and a larger share
+holds out the documents of a smaller share and others.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Side:
 
     Attributes:
         held_out: share of the documents that is held out, above 0 and below 1.
-        is_validation: whether this is the side that is held out; else that of training.
+        is_validation: whether this is the held-out side; else it is the side of training.
     """
 
     held_out: float
     is_validation: bool
 
     def __post_init__(self) -> None:
-        if not 0 < self.held_out < 1:  # data commands read no more of a config than its data
+        if not 0 < self.held_out < 1:  # data commands do not validate the whole config
             raise HydraError(
                 f"data.held_out is {self.held_out}: it is a share, at least 0 and below 1"
             )
@@ -41,8 +41,8 @@ class Side:
 
         Args:
             name: the source.
-            found: its documents on this side that hold a token and are left by ``upsample``.
-            documents: all its documents that hold one.
+            found: number of its documents on this side that have a token and are kept by ``upsample``.
+            documents: number of all its documents that have a token.
 
         Raises:
             HydraError: this side has no document.
@@ -51,12 +51,12 @@ class Side:
             what, advice = ("held out", "raise") if self.is_validation else ("trained on", "lower")
             raise HydraError(
                 f"{name}: with data.held_out={self.held_out:g} none of its {documents:,} documents is "
-                f"{what}; {advice} it, or hold out data of its own (validation.blend)"
+                f"{what}; {advice} it, or name separate validation data (validation.blend)"
             )
 
 
 def documents_of_side(documents: int, side: Side) -> np.ndarray:
-    """Which documents of a source are on a side, bool ``[documents]``."""
+    """Mask of a source's documents on a side, bool ``[documents]``."""
     draws = mix64_of(np.arange(documents, dtype=np.uint64) ^ np.uint64(_KEY))
     is_held_out = (draws >> np.uint64(11)).astype(np.float64) < side.held_out * 2.0**53
     return is_held_out == side.is_validation

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub as inputs: which commit, which units."""
+"""Data sets of the Hugging Face Hub as inputs: look up their commit and load them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_hydra.errors import HydraError
 
 
 def pin_revisions(corpus: CorpusConfig, report: Callable[[str], None]) -> CorpusConfig:
-    """Look up which commit the revision of every data set stands for now.
+    """Look up the current commit of every data set's revision.
 
-    What is read, recorded and resumed is then that commit, even if the data set moves on while a
-    preparation runs or between the tasks of a job array. Folders have no commit; where the Hub
-    cannot be asked (offline), the revision stays as it was given, and that is reported.
+    This commit is then read, recorded and resumed, even if the data set changes during a preparation or
+    between the tasks of a job array. Folders have no commit. If the Hub cannot be reached (offline), the
+    given revision is kept, and a message reports this.
     """
     if not corpus.hub:
         return corpus
@@ -32,7 +32,8 @@ def _commit(name: str, revision: str | None, report: Callable[[str], None]) -> s
 
     try:
         return HfApi().dataset_info(name, revision=revision, timeout=30).sha
-    except Exception as error:  # offline, a mirror without this call, a wrong name: loading decides
+    # Offline, a mirror without this call, or a wrong name: loading raises the error.
+    except Exception as error:
         reason = str(error).split("\n", 1)[0]
         report(f"{name}: its commit is not known ({reason}); recorded as revision {revision}")
         return revision
@@ -43,7 +44,7 @@ def load_hub(corpus: CorpusConfig, name: str, streaming: bool) -> Any:
     """One data set, by ``datasets.load_dataset``; once per process.
 
     Raises:
-        HydraError: it cannot be loaded.
+        HydraError: the data set cannot be loaded.
     """
     import datasets
 
@@ -56,5 +57,5 @@ def load_hub(corpus: CorpusConfig, name: str, streaming: bool) -> Any:
             revision=commits.get(name, corpus.revision),
             streaming=streaming,
         )
-    except Exception as error:  # datasets raises many types; the reader needs the name
+    except Exception as error:  # datasets raises many types; the user needs the name
         raise HydraError(f"--dataset {name}: cannot load it: {error}") from error

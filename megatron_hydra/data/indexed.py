@@ -8,8 +8,8 @@ Layout of ``.idx`` (Megatron-Core ``datasets/indexed_dataset.py``), little endia
     d int64   document boundaries (sequence numbers, first 0, last n)
     n int8    modes, in multimodal files only
 
-Documents with loss on answers only are stored as several sequences whose modes are 1 (learned)
-and 0 (context); readers that know no modes see the same tokens.
+Documents with loss only on answers are stored as several sequences with mode 1 (loss) or 0 (context).
+Readers without support for modes see the same tokens.
 """
 
 from __future__ import annotations
@@ -41,31 +41,30 @@ DTYPE_CODES: dict[int, type[np.generic]] = {
 }
 _CHUNK = 1 << 22
 _BLOCK = 1 << 18
-"""Entries of an index that are in memory at a time while one is written."""
+"""Number of index entries in memory at a time while an index is written."""
 
 
 class IndexedDocuments:
-    """A ``.bin/.idx`` pair opened for reading, whole and consistent or not at all.
+    """A ``.bin/.idx`` pair opened for reading. Opening fails if the pair is incomplete or inconsistent.
 
-    Opening costs the same for ten documents and for ten million: sizes and the two ends of the index are
-    checked, the rest is read when it is asked for. No file stays open but the tokens', from the first read on,
-    so that a blend of a thousand pairs can be opened. Tokens are read from the file and not mapped: the
-    memory of a run does not grow with what it has read, and a file that is cut off under a running job is an
-    error and not a SIGBUS.
+    Opening takes the same time for ten documents and for ten million: it checks sizes and the two ends of the
+    index, and the rest is read on access. Only the file of tokens stays open, from the first read on, so a
+    blend can have a thousand pairs. Tokens are read from the file and not memory-mapped. So the memory of a
+    run does not grow with the data read, and a file that is truncated during a job is an error, not a SIGBUS.
 
     Attributes:
         prefix: path without suffix.
-        manifest: the manifest beside the files, or ``None`` (files made by Megatron-LM).
+        manifest: the manifest next to the files, or ``None`` (files made by Megatron-LM).
         num_documents, num_tokens: sizes.
-        learned_spans: whether sequence modes say which tokens are learned.
+        learned_spans: whether sequence modes mark the tokens with a loss.
     """
 
     def __init__(self, prefix: str) -> None:
         """Open ``prefix``.bin and ``prefix``.idx.
 
         Raises:
-            HydraError: a file is missing, truncated, empty, inconsistent, or not the one that the
-                manifest describes.
+            HydraError: a file is missing, truncated, empty or inconsistent, or differs from the
+                manifest.
         """
         self.prefix = prefix
         for suffix in (".idx", ".bin"):
@@ -107,15 +106,15 @@ class IndexedDocuments:
             raise HydraError(f"{prefix}.json says loss=answers, but {prefix}.idx has no modes")
 
     def _column(self, name: str, first: int = 0, count: int = -1) -> np.ndarray:
-        """Entries of the index from ``first`` on, read from the file."""
+        """Read entries of the index, starting at ``first``."""
         begin, kind, total = self._columns[name]
         count = total - first if count < 0 else count
         offset = begin + first * np.dtype(kind).itemsize
         found = np.fromfile(self.prefix + ".idx", kind, count, offset=offset)
         if len(found) != count:
             raise HydraError(
-                f"{self.prefix}.idx ends early, though it was whole when it was opened; was it "
-                "written to since?"
+                f"{self.prefix}.idx ends early, but it was complete when it was opened; it may have been "
+                "changed since"
             )
         return found
 
@@ -125,7 +124,7 @@ class IndexedDocuments:
 
     @functools.cached_property
     def _mapped(self) -> dict[str, np.ndarray]:
-        """Columns for looking up single entries, mapped: they stay on disk."""
+        """Memory-mapped columns, to look up single entries without reading the file."""
         whole = np.memmap(self.prefix + ".idx", mode="r", order="C")
         return {
             name: np.frombuffer(whole, kind, count, begin)
@@ -134,14 +133,14 @@ class IndexedDocuments:
         }
 
     def fingerprint(self) -> str:
-        """Identity of the tokens and their documents; O(1) reads."""
+        """Identity of the tokens and documents; needs O(1) reads."""
         if self._probes is None:
             self._probes = {suffix: file_probe(self.prefix + suffix) for suffix in (".bin", ".idx")}
         probes = self._probes[".idx"] + self._probes[".bin"]
         return hashlib.sha256(f"{probes}:{self.learned_spans}".encode()).hexdigest()
 
     def sequence_lengths(self) -> np.ndarray:
-        """Tokens of every sequence, int32 ``[sequences]``."""
+        """Length of every sequence in tokens, int32 ``[sequences]``."""
         return self._column("lengths")
 
     def sequence_modes(self) -> np.ndarray | None:
@@ -149,11 +148,11 @@ class IndexedDocuments:
         return self._column("modes") if self._columns["modes"][2] else None
 
     def document_boundaries(self) -> np.ndarray:
-        """First sequence of every document and the end, int64 ``[documents + 1]``."""
+        """First sequence of every document, and the end, int64 ``[documents + 1]``."""
         return self._column("documents")
 
     def document_spans(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where each document lies in the token stream.
+        """Position of each document in the token stream.
 
         Returns:
             ``offsets`` int64 ``[documents]`` and ``lengths`` int64 ``[documents]``, in tokens.
@@ -166,18 +165,22 @@ class IndexedDocuments:
         np.cumsum(lengths, out=starts[1:])
         pointers = self._column("pointers")
         if (lengths < 0).any() or not np.array_equal(pointers, starts[:-1] * self.itemsize):
-            raise HydraError(f"{self.prefix}.idx: sequences are not stored back to back; damaged?")
+            raise HydraError(
+                f"{self.prefix}.idx: sequences are not contiguous; the file may be damaged"
+            )
         edges = self.document_boundaries()
         if (np.diff(edges) < 0).any():
-            raise HydraError(f"{self.prefix}.idx: document boundaries are out of order; damaged?")
+            raise HydraError(
+                f"{self.prefix}.idx: document boundaries are not sorted; it may be damaged"
+            )
         offsets = starts[edges]
         return offsets[:-1], np.diff(offsets)
 
     def read_raw(self, offset: int, length: int) -> np.ndarray:
-        """``length`` tokens from token ``offset`` on, as they are stored.
+        """Read ``length`` tokens from token ``offset``, in the dtype of the file.
 
         Raises:
-            HydraError: the file ends before them.
+            HydraError: the file ends too early.
         """
         wanted, blocks = length * self.itemsize, []
         begin = offset * self.itemsize
@@ -185,8 +188,8 @@ class IndexedDocuments:
             block = os.pread(self._tokens.fileno(), wanted, begin)
             if not block:
                 raise HydraError(
-                    f"{self.prefix}.bin ends at byte {begin:,}, though it was whole when it was "
-                    "opened; was it written to since?"
+                    f"{self.prefix}.bin ends at byte {begin:,}, but it was complete when it was opened; it may "
+                    "have been changed since"
                 )
             blocks.append(block)
             begin += len(block)
@@ -194,11 +197,11 @@ class IndexedDocuments:
         return np.frombuffer(b"".join(blocks), dtype=self.dtype)
 
     def read(self, offset: int, length: int) -> np.ndarray:
-        """``length`` tokens from token ``offset`` on, as int64 ``[length]``."""
+        """Read ``length`` tokens from token ``offset``, as int64 ``[length]``."""
         return self.read_raw(offset, length).astype(np.int64)
 
     def read_piece(self, offset: int, length: int) -> Document:
-        """``length`` tokens of one document from token ``offset`` on, with what is learned."""
+        """Read ``length`` tokens of one document from token ``offset``, with their loss mask."""
         tokens = self.read(offset, length)
         if not self.learned_spans:
             return Document.all_trainable(tokens)
@@ -216,7 +219,7 @@ class IndexedDocuments:
         return Document(tokens, np.concatenate(spans)[skipped : skipped + length])
 
     def max_token_id(self) -> int:
-        """The largest token id: from the manifest, or else by reading the whole ``.bin``."""
+        """The largest token id, from the manifest, or without one by reading the whole ``.bin``."""
         if self.manifest is not None and "max_token_id" in self.manifest.counts:
             return self.manifest.counts["max_token_id"]
         total = self.num_tokens
@@ -227,13 +230,13 @@ class IndexedDocuments:
 
 
 def _read_header(prefix: str) -> tuple[type[np.generic], int, int, bool]:
-    """dtype, sequences, document boundaries and presence of modes; checks that the sizes add up."""
+    """Read dtype, sequences, document boundaries and presence of modes; check the file sizes."""
     path = prefix + ".idx"
     size = os.path.getsize(path)
     with open(path, "rb") as stream:
         head = stream.read(HEADER_BYTES)
     if len(head) < HEADER_BYTES or head[:9] != HEADER:
-        raise HydraError(f"{path} is not a Megatron index (bad header); is the path right?")
+        raise HydraError(f"{path} is not a Megatron index (bad header); check the path")
     version, code, sequences, boundaries = struct.unpack("<QBQQ", head[9:])
     if version != 1 or code not in DTYPE_CODES:
         raise HydraError(f"{path}: version {version}, dtype code {code} is not supported")
@@ -244,7 +247,7 @@ def _read_header(prefix: str) -> tuple[type[np.generic], int, int, bool]:
             f"says {plain:,}; copy or prepare it again"
         )
     if sequences == 0 or os.path.getsize(prefix + ".bin") == 0:
-        raise HydraError(f"{prefix}.bin is empty: it holds no token; leave it out of data.blend")
+        raise HydraError(f"{prefix}.bin is empty: it has no tokens; remove it from data.blend")
     return DTYPE_CODES[code], sequences, boundaries, sequences > 0 and size == plain + sequences
 
 
@@ -255,13 +258,13 @@ def write_index(
     documents: np.ndarray | OnDisk,
     modes: np.ndarray | OnDisk | None = None,
 ) -> None:
-    """Write ``.idx`` with the bytes that Megatron-Core's builder would write, without its loops.
+    """Write ``.idx`` with the same bytes as Megatron-Core's builder, but faster.
 
-    Memory is that of a block, whatever the length: columns may be :class:`OnDisk`.
+    It needs memory for one block, for any length: columns may be :class:`OnDisk`.
 
     Args:
-        path: the file; written to a temporary sibling first.
-        dtype: of the tokens in ``.bin``.
+        path: the file; written to a temporary file in the same folder first.
+        dtype: dtype of the tokens in ``.bin``.
         lengths: ``[n]`` tokens per sequence.
         documents: ``[d]`` document boundaries: 0, …, n.
         modes: ``[n]`` int8, or ``None``.
@@ -290,10 +293,10 @@ def _blocks(array: np.ndarray | OnDisk) -> Iterator[np.ndarray]:
 
 
 class OnDisk:
-    """A column in a file of its own, of which only what is asked for is in memory."""
+    """A column in a separate file; only the requested slices are in memory."""
 
     def __init__(self, path: str | os.PathLike[str], kind: type[np.generic]) -> None:
-        """Name the file; it is opened again for every slice."""
+        """Set the file, which is opened again for every slice."""
         self.path, self.kind = path, kind
 
     def __len__(self) -> int:
@@ -306,11 +309,11 @@ class OnDisk:
 
 
 def write_boundaries(counts: OnDisk, path: str | os.PathLike[str]) -> OnDisk:
-    """Turn the sequences of every document into boundaries 0, …, n, block by block.
+    """Turn the number of sequences of every document into boundaries 0, …, n, block by block.
 
     Args:
-        counts: ``[d]``.
-        path: where the ``[d + 1]`` int64 go.
+        counts: ``[d]``, number of sequences.
+        path: file for the ``[d + 1]`` int64 boundaries.
     """
     last = 0
     with open(path, "wb") as stream:

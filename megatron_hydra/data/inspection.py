@@ -1,4 +1,4 @@
-"""Inspect data: packs as text, a histogram of lengths, duplicates, and what a run will read."""
+"""Inspect data: packs as text, a histogram of lengths, duplicates, and tokens with a loss."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def show_pack(
     """One packed sequence as text, with the bounds of its documents.
 
     Args:
-        documents: of the pack, in order.
+        documents: documents of the pack, in order.
         sequence_length: S.
-        tokenizer: decodes.
-        characters: shown of every document, half from its beginning and half from its end.
+        tokenizer: tokenizer for decoding.
+        characters: number of characters to show of every document, half of its beginning and half of its end.
     """
     used = sum(len(document) for document in documents)
     padding = sequence_length - used
@@ -57,13 +57,13 @@ def _shortened(text: str, characters: int) -> str:
 
 
 def plot_lengths(lengths: np.ndarray, sequence_length: int, title: str, path: str) -> None:
-    """Histogram of document lengths, by documents and by tokens, as PNG.
+    """Plot histograms of document lengths, by documents and by tokens, as PNG.
 
     Args:
-        lengths: tokens per document; empty ones are omitted.
+        lengths: tokens per document; empty documents are omitted.
         sequence_length: S, marked by a line.
-        title: above the picture.
-        path: of the PNG; written at once or not at all.
+        title: title of the picture.
+        path: path of the PNG, which is written atomically.
     """
     import matplotlib as mpl
 
@@ -94,7 +94,8 @@ def find_duplicates(
     """Exact duplicates among the first ``most`` documents (compared by 64-bit hash).
 
     Returns:
-        How many documents repeat an earlier one, their tokens, and a few (earlier, later) pairs.
+        Number of documents that repeat an earlier one, number of their tokens, and a few (earlier,
+        later) pairs.
     """
     offsets, lengths = documents.document_spans()
     kept = np.flatnonzero(lengths > 0)[:most]
@@ -111,9 +112,9 @@ def find_duplicates(
 
 
 def learned_in_packs(source: IndexedSource, most: int) -> np.ndarray:
-    """Tokens that are learned in each of the first ``most`` packs of an epoch; int64 ``[packs]``.
+    """Number of tokens with a loss in each of the first ``most`` packs of an epoch; int64 ``[packs]``.
 
-    The first token of a piece has nothing before it and is not learned. The tokens are not read.
+    The first token of a piece has no loss, because no token comes before it. The tokens are not read.
     """
     documents = source.documents
     lengths = documents.sequence_lengths().astype(np.int64)
@@ -135,11 +136,11 @@ def learned_in_packs(source: IndexedSource, most: int) -> np.ndarray:
 
 
 def describe_learning(learned: np.ndarray, packs: int) -> str:
-    """How many packs hold no token that is learned, in one line.
+    """One line: the number of packs without a token with a loss.
 
     Args:
-        learned: of :func:`learned_in_packs`.
-        packs: of an epoch.
+        learned: result of :func:`learned_in_packs`.
+        packs: number of packs of an epoch.
     """
     without = np.flatnonzero(learned == 0)
     among = f" (among the first {len(learned):,} only: --most)" if len(learned) < packs else ""

@@ -26,8 +26,8 @@ class FileRecord:
 
     Attributes:
         bytes: size.
-        sha256: of the whole file; what ``sha256sum`` prints.
-        probe: hash of the size and of 64 evenly spaced 4 KiB blocks: cheap enough for every start.
+        sha256: SHA-256 of the whole file, as printed by ``sha256sum``.
+        probe: hash of the size and of 64 evenly spaced 4 KiB blocks, which is fast enough for every start.
     """
 
     bytes: int
@@ -36,7 +36,7 @@ class FileRecord:
 
 
 def _check_counts(manifest: Manifest) -> None:
-    """Types inside the free-form parts, where others rely on them."""
+    """Check the types inside the free-form parts that other code uses."""
     for key, count in manifest.counts.items():
         if not isinstance(count, int):
             raise HydraError(f"counts.{key} must be a whole number, not {count!r}")
@@ -51,7 +51,7 @@ def _check_counts(manifest: Manifest) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What is known of a ``.bin/.idx`` pair.
+    """Description of a ``.bin/.idx`` pair.
 
     Attributes:
         source: inputs, revision, options of the preparation; free-form but JSON.
@@ -78,7 +78,7 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            HydraError: it is missing, not JSON, of another format or version, or lacks a key.
+            HydraError: it is missing, is not JSON, has another format or version, or lacks a key.
         """
         body = FORMAT.read(path)
         known = {f.name: body[f.name] for f in dataclasses.fields(cls) if f.name in body}
@@ -93,7 +93,7 @@ class Manifest:
         """Compare sizes and probes with the files on disk; returns the probes of ``.bin`` and ``.idx``.
 
         Raises:
-            HydraError: a file is missing or is not the one that the manifest describes.
+            HydraError: a file is missing or differs from the manifest.
         """
         for suffix, record in ((".bin", self.bin), (".idx", self.idx)):
             path = prefix + suffix
@@ -107,16 +107,16 @@ class Manifest:
                 )
             if size != record.bytes or file_probe(path) != record.probe:
                 raise HydraError(
-                    f"{prefix}.json is stale: {path} is not the file it describes; prepare the "
-                    "data again, or delete the manifest if the files are right without it"
+                    f"{prefix}.json is stale: it describes another file than {path}; prepare the data "
+                    "again, or delete the manifest if the files are correct"
                 )
         return {".bin": self.bin.probe, ".idx": self.idx.probe}
 
 
 def file_probe(path: str | os.PathLike[str]) -> str:
-    """Hash of a file's size and 64 evenly spaced blocks, first and last included. O(1) reads.
+    """Hash of a file's size and 64 evenly spaced blocks, first and last included. Needs O(1) reads.
 
-    A small file, whose blocks overlap, is read once: a start with a thousand of them is to take seconds.
+    A small file, whose blocks overlap, is read once, so that a start with a thousand small files is fast.
     """
     with open(path, "rb", buffering=0) as stream:
         size = os.fstat(stream.fileno()).st_size

@@ -30,7 +30,7 @@ def find_shards(output: str) -> list[str]:
     """Prefixes of all shards of ``output``, in order.
 
     Raises:
-        HydraError: there are none, of several counts, or some are missing.
+        HydraError: no shards exist, they have different counts, or some are missing.
     """
     pattern = re.compile(re.escape(output) + r"-(\d{5})-of-(\d{5})\.json$")
     found = [
@@ -63,7 +63,7 @@ def merge(
     Args:
         prefixes: inputs, each with a manifest.
         output: prefix to write.
-        shards: the inputs have to be all shards of one preparation, in order.
+        shards: check that the inputs are all shards of one preparation, in order.
         force: replace an existing output.
 
     Raises:
@@ -99,8 +99,8 @@ def merge(
     except OSError as error:
         full = "the disk is full; " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise HydraError(
-            f"cannot write {output}: {full}{error}; the inputs are untouched: run the same "
-            "command again once this is fixed"
+            f"cannot write {output}: {full}{error}; the inputs are untouched. Fix this and run the same "
+            "command again"
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -108,7 +108,7 @@ def merge(
 
 
 def _manifest_of(documents: IndexedDocuments, first: IndexedDocuments) -> Manifest:
-    """The manifest of an input, which must agree with the first one's."""
+    """The manifest of an input. Check that it agrees with the first input's manifest."""
     own, reference = documents.manifest, first.manifest
     if own is None or reference is None:
         name = documents.prefix if own is None else first.prefix
@@ -130,17 +130,17 @@ def _check_shards(prefixes: list[str], manifests: list[Manifest]) -> None:
     """Check that shards come from the same units and options."""
     for index, key, own, wanted in _misfits(manifests):
         raise HydraError(
-            f"{prefixes[index]}.json: {key} is {own!r}, but {wanted!r} would fit "
-            f"{prefixes[0]}.json: not shards of one preparation; prepare one of them again with "
-            "the inputs, options and --unit-size of the other"
+            f"{prefixes[index]}.json: {key} is {own!r}, but {prefixes[0]}.json requires {wanted!r}: "
+            "these are not shards of one preparation; prepare one of them again with the inputs, options "
+            "and --unit-size of the other"
         )
 
 
 def _misfits(manifests: list[Manifest]) -> Iterator[tuple[int, str, Any, Any]]:
-    """What keeps inputs from being all shards of one preparation, in order.
+    """Find reasons why the inputs are not all shards of one preparation, in order.
 
     Yields:
-        Number of the input, key, its value, and the value that would fit the first input.
+        Number of the input, key, its value, and the value required by the first input.
     """
     first = {"shard.units": "a list of units", **_flat_source(manifests[0])}
     for index, manifest in enumerate(manifests):
@@ -152,16 +152,16 @@ def _misfits(manifests: list[Manifest]) -> Iterator[tuple[int, str, Any, Any]]:
 
 
 def _flat_source(manifest: Manifest) -> dict[str, Any]:
-    """What all shards of a preparation have in common, and their place in it."""
+    """The source without shard-specific keys, and the place of the shard."""
     source = {key: value for key, value in manifest.source.items() if key != "shard"}
     place = {f"shard.{key}": value for key, value in manifest.source.get("shard", {}).items()}
     return {**source, **place, "tokenizer.eod_id": manifest.tokenizer.get("eod_id")}
 
 
 def _joint_source(prefixes: list[str], manifests: list[Manifest]) -> dict[str, Any]:
-    """The source of complete shards is that of the whole; of other inputs, the list of them."""
+    """The source of the output: for all shards of a preparation its source, else the list of inputs."""
     first = manifests[0].source
-    limited = first.get("max_tokens")  # then each shard was cut short
+    limited = first.get("max_tokens")  # then each shard ends early
     if not limited and not any(_misfits(manifests)):
         return {key: value for key, value in first.items() if key != "shard"}
     parts = zip(prefixes, manifests, strict=True)
@@ -174,7 +174,7 @@ def _joint_source(prefixes: list[str], manifests: list[Manifest]) -> dict[str, A
 
 
 def _join_tokens(prefixes: list[str], manifests: list[Manifest], path: Path) -> FileRecord:
-    """Concatenate ``.bin`` files, checking each against its manifest on the way."""
+    """Concatenate ``.bin`` files, and check each against its manifest."""
     whole = hashlib.sha256()
     with open(path, "wb") as stream:
         for prefix, manifest in zip(prefixes, manifests, strict=True):
@@ -193,15 +193,15 @@ def _join_tokens(prefixes: list[str], manifests: list[Manifest], path: Path) -> 
 def _check_sha256(prefix: str, suffix: str, found: str, record: FileRecord) -> None:
     if found != record.sha256:
         raise HydraError(
-            f"{prefix}{suffix} does not have the SHA-256 that {prefix}.json records; it is "
-            "damaged: copy or prepare it again"
+            f"the SHA-256 of {prefix}{suffix} differs from {prefix}.json; the file is damaged: copy or "
+            "prepare it again"
         )
 
 
 def _join_indices(
     inputs: list[IndexedDocuments], manifests: list[Manifest], path: Path
 ) -> FileRecord:
-    """Write one index for all inputs, checking each input's own against its manifest.
+    """Write one index for all inputs, and check each input's index against its manifest.
 
     Columns are joined on disk, one input at a time.
     """

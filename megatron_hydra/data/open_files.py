@@ -9,14 +9,14 @@ import resource
 from megatron_hydra.errors import HydraError
 
 _RESERVE = 256
-"""For whatever else a process opens: sockets, libraries, checkpoints."""
+"""Reserve for other files of a process: sockets, libraries, checkpoints."""
 
 
 def raise_open_file_limit(count: int) -> None:
-    """Raise this process's soft limit of open files, if ``count`` more would exceed it.
+    """Raise this process's soft limit of open files if ``count`` more files would exceed it.
 
     Raises:
-        HydraError: the system's limit is lower.
+        HydraError: the system's hard limit is too low.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = count + _RESERVE + _open_now()
@@ -27,7 +27,7 @@ def raise_open_file_limit(count: int) -> None:
             f"the data need {needed:,} open files, and this process may have {hard:,} (ulimit -Hn): merge "
             "shards with data_prep/merge.py, or have the limit raised"
         )
-    with contextlib.suppress(ValueError, OSError):  # then opening says what is wrong
+    with contextlib.suppress(ValueError, OSError):  # then opening a file raises the error
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 

@@ -1,8 +1,8 @@
-"""The packing of a source, built once and kept on disk: three ``.npy`` files and their description.
+"""The packing of a source, built once and stored on disk: three ``.npy`` files and their description.
 
-The folder's name contains the fingerprint of everything that the packing depends on, so a changed
-source, length or option never meets an old index. It is written to a temporary sibling and renamed;
-concurrent processes (ranks) agree by a file lock on who builds it.
+The folder's name contains the fingerprint of everything that the packing depends on, so a changed source,
+length or option never uses an old index. The index is written to a temporary folder and renamed. A file lock
+ensures that only one of several concurrent processes (ranks) builds it.
 """
 
 from __future__ import annotations
@@ -43,21 +43,20 @@ def pack_index(
     cache_dir: str = "",
     side: Side | None = None,
 ) -> tuple[Packs, dict[str, Any]]:
-    """The packs of a source, from the cache or built now.
+    """Load the packs of a source from the cache, or build them.
 
     Args:
         source: the documents.
         sequence_length, packing, seed, upsampling: see :mod:`megatron_hydra.data.packing`.
-        cache_dir: where indices are kept; empty: ``<folder of the source>/.packs``.
-        side: which documents are packed, where some are held out; ``None``: all of them.
+        cache_dir: folder of indices; empty: ``<folder of the source>/.packs``.
+        side: the side of held-out data to pack; ``None``: pack all documents.
 
     Returns:
-        The packs (memory-mapped) and their description: ``key`` (of what they were made from),
-        ``arrays`` (probes of what came out), ``max_token_id`` and ``report`` (documents, pieces,
-        packs, tokens, waste …).
+        The packs (memory-mapped) and their description: ``key`` (of the inputs), ``arrays`` (probes of the
+        files), ``max_token_id`` and ``report`` (documents, pieces, packs, tokens, waste …).
 
     Raises:
-        HydraError: the source cannot be packed so, or the cache cannot be written.
+        HydraError: the source cannot be packed with these options, or the cache cannot be written.
     """
     recipe = {
         "version": VERSION,
@@ -73,7 +72,8 @@ def pack_index(
     root = Path(cache_dir) if cache_dir else Path(source.prefix).parent / ".packs"
     folder = root / f"{Path(source.prefix).name}-{sequence_length}-{packing}-{key}"
     try:
-        if (folder / "pack.json").exists():  # renamed into place whole; also on a read-only disk
+        # The index is complete, because it was renamed. This also works on a read-only disk.
+        if (folder / "pack.json").exists():
             return _load(folder, sequence_length)
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f".{folder.name}.lock"):
@@ -82,8 +82,8 @@ def pack_index(
                 _build(source, recipe, upsampling, side, folder)
     except OSError as error:
         raise HydraError(
-            f"cannot write the packing index {folder}: {error}; set data.cache_dir to a folder "
-            "with room that this process may write to"
+            f"cannot write the packing index {folder}: {error}; set data.cache_dir to a writable folder "
+            "with enough space"
         ) from error
     return _load(folder, sequence_length)
 
@@ -150,7 +150,7 @@ def pack_source(
     upsampling: dict[int, float],
     side: Side | None = None,
 ) -> tuple[Packs, dict[str, Any]]:
-    """Pack a source without any cache; returns the packs and a report of numbers."""
+    """Pack a source without a cache; return the packs and a report of numbers."""
     offsets, lengths = source.document_spans()
     documents = int((lengths > 0).sum())
     report: dict[str, Any] = {"documents": documents, "empty_documents": len(lengths) - documents}
@@ -188,7 +188,7 @@ def _load(folder: Path, sequence_length: int) -> tuple[Packs, dict[str, Any]]:
         )
         probes = {name: file_probe(folder / f"{name}.npy") for name in _ARRAYS}
         if probes != description["arrays"]:
-            raise ValueError("an array is not the one that pack.json describes")
+            raise ValueError("an array differs from pack.json")
         report = description["report"]
         if (len(starts), len(offsets), len(lengths)) != (
             report["packs"] + 1,

@@ -1,10 +1,10 @@
 """Packing documents into sequences of S tokens.
 
-Three strategies. ``best_fit`` keeps every document whole (best-fit decreasing) and refuses one
-longer than S. ``split_long`` first cuts longer documents into pieces of S tokens and a rest, then
-packs pieces and whole documents by best fit. ``concat_chunk`` lays shuffled documents end to end
-and cuts every S tokens: no waste, but most cuts fall inside a document. A piece is a document of
-its own to the model: positions, state and loss start again, and nothing crosses.
+Three strategies. ``best_fit`` keeps every document whole (best-fit decreasing) and refuses documents longer
+than S. ``split_long`` first cuts longer documents into pieces of S tokens and a rest, then packs pieces and
+whole documents by best fit. ``concat_chunk`` joins shuffled documents and cuts every S tokens: no waste, but
+most cuts are inside a document. For the model a piece is a separate document: positions, state and loss start
+again, and no information crosses its bounds.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Packing = Literal["best_fit", "split_long", "concat_chunk"]
 
 @dataclasses.dataclass(frozen=True)
 class Packs:
-    """Which tokens each packed sequence holds.
+    """The pieces of documents in each packed sequence.
 
     Attributes:
-        starts: ``[packs + 1]`` int64; pack p holds pieces ``starts[p] … starts[p+1]−1``.
+        starts: ``[packs + 1]`` int64; pack p has pieces ``starts[p] … starts[p+1]−1``.
         offsets: ``[pieces]`` int64, first token of each piece in the source.
-        lengths: ``[pieces]`` int32, its tokens.
-        sequence_length: S; no pack holds more tokens.
+        lengths: ``[pieces]`` int32, number of tokens of each piece.
+        sequence_length: S, the maximum number of tokens of a pack.
     """
 
     starts: np.ndarray
@@ -45,11 +45,11 @@ class Packs:
         return list(zip(self.offsets[span].tolist(), self.lengths[span].tolist(), strict=True))
 
     def pieces_in(self, packs: np.ndarray) -> int:
-        """Pieces of these packs together."""
+        """Total number of pieces of these packs."""
         return int((self.starts[packs + 1] - self.starts[packs]).sum())
 
     def tokens_in(self, packs: np.ndarray) -> int:
-        """Tokens of these packs together, without padding."""
+        """Total number of tokens of these packs, without padding."""
         starts, counts = self.starts[packs], self.starts[packs + 1] - self.starts[packs]
         firsts = np.cumsum(counts) - counts
         pieces = np.arange(int(counts.sum())) + np.repeat(starts - firsts, counts)
@@ -75,8 +75,8 @@ def pack_documents(
         offsets, lengths: ``[documents]`` int64, in tokens; empty documents are omitted.
         sequence_length: S.
         packing: the strategy.
-        seed: of the order of documents (and of pieces within a pack).
-        name: the source, for messages.
+        seed: seed of the order of documents (and of pieces within a pack).
+        name: name of the source, for messages.
 
     Raises:
         HydraError: a document is longer than S with ``best_fit``, or no document has a token.
@@ -85,7 +85,7 @@ def pack_documents(
     order = rng.permutation(len(lengths))
     order = order[lengths[order] > 0]
     if len(order) == 0:
-        raise HydraError(f"{name} is empty: no document with a token is left to pack")
+        raise HydraError(f"{name} is empty: it has no document with a token to pack")
     offsets, lengths = offsets[order], lengths[order]
     if packing == "concat_chunk":
         return _concat_chunk(offsets, lengths, sequence_length)
@@ -111,7 +111,7 @@ def _split(offsets: np.ndarray, lengths: np.ndarray, size: int) -> tuple[np.ndar
 
 
 def _concat_chunk(offsets: np.ndarray, lengths: np.ndarray, size: int) -> Packs:
-    """Lay documents end to end, cut at document ends and at every multiple of ``size``."""
+    """Join documents; cut at document ends and at every multiple of ``size``."""
     ends = np.cumsum(lengths)
     begins = ends - lengths
     cuts = np.union1d(begins, np.arange(0, int(ends[-1]), size))
@@ -141,9 +141,9 @@ def _best_fit_packs(
 def best_fit_decreasing(lengths: np.ndarray, size: int) -> tuple[np.ndarray, int]:
     """Best-fit decreasing bin packing, in batches of equal length.
 
-    Each item goes into the fullest bin that still takes it. Items of one length are placed
-    together: the fullest bin that takes one takes as many as fit, then the next, which is what
-    placing them one by one would do.
+    Each item goes into the fullest bin with enough room. Items of equal length are placed together: the
+    fullest bin with room takes as many as fit, then the next bin, and so on. The result equals placing the
+    items one by one.
 
     Args:
         lengths: ``[n]``, descending, each in 1 … ``size``.
@@ -167,7 +167,7 @@ def best_fit_decreasing(lengths: np.ndarray, size: int) -> tuple[np.ndarray, int
 
 
 class _FreeBins:
-    """Open bins by free room."""
+    """Open bins, ordered by free room."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -176,7 +176,7 @@ class _FreeBins:
         self._bins: dict[int, list[np.ndarray]] = {}
 
     def take(self, length: int, items: int) -> tuple[int, np.ndarray, int]:
-        """Bins for up to ``items`` items: their free room, their numbers, and items for each."""
+        """Take bins for up to ``items`` items; return their free room, their numbers, and the items of each."""
         at = bisect.bisect_left(self._rooms, length)
         room = self._rooms[at] if at < len(self._rooms) else self.size
         each = min(room // length, items)
@@ -195,7 +195,7 @@ class _FreeBins:
         return room, bins, each
 
     def put(self, room: int, bins: np.ndarray) -> None:
-        """Return bins with what room they have left."""
+        """Put bins back with their remaining room."""
         if room == 0:
             return
         if room not in self._bins:
@@ -227,7 +227,7 @@ def upsample_factors(given: dict[Any, Any], name: str) -> dict[int, float]:
 
 
 def upsample(lengths: np.ndarray, factors: dict[int, float], seed: int, name: str) -> np.ndarray:
-    """Which documents an epoch holds when length buckets are weighted.
+    """The documents of an epoch if length buckets are weighted.
 
     A document of the bucket with factor f appears ⌊f⌋ times, and once more with probability
     f − ⌊f⌋ (seeded); f = 0 drops the bucket.
@@ -235,14 +235,14 @@ def upsample(lengths: np.ndarray, factors: dict[int, float], seed: int, name: st
     Args:
         lengths: ``[documents]`` tokens.
         factors: smallest length of a bucket → factor; below the smallest key the factor is 1.
-        seed: of the fractional part.
-        name: the source, for messages.
+        seed: seed of the fractional part.
+        name: name of the source, for messages.
 
     Returns:
         Document numbers with repeats, int64.
 
     Raises:
-        HydraError: factors make no sense, or nothing is left.
+        HydraError: factors are invalid, or no document remains.
     """
     factors = upsample_factors(factors, name)
     minimums = sorted(factors)

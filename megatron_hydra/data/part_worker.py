@@ -1,4 +1,4 @@
-"""The processes that turn units of a corpus into parts."""
+"""The worker processes that turn units of a corpus into parts."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.hf_loading import load_tokenizer
 
 UNITS_AHEAD = 4
-"""Units in work or waiting for it, of each process."""
+"""Number of units in work or queued, per process."""
 _TICK_SECONDS = 1.0
 
 
 class Worker:
-    """What a process needs to turn units into parts.
+    """Turns units into parts in one process.
 
     Attributes:
         config: the preparation.
@@ -45,8 +45,8 @@ class Worker:
         """Load the tokenizer.
 
         Raises:
-            HydraError: it cannot be loaded, or lacks the end token; or, for conversations, a chat
-                template or offsets.
+            HydraError: the tokenizer cannot be loaded or lacks the end token; or, for conversations, it
+                lacks a chat template or offsets.
         """
         self.config = config
         self.tokenizer = load_tokenizer(
@@ -71,11 +71,11 @@ class Worker:
         """Write part ``number``.
 
         Args:
-            number, unit: of the preparation.
-            until: ``time.monotonic()`` at which to leave the rest of the unit, for a sample.
+            number, unit: number and unit of the part.
+            until: ``time.monotonic()`` at which to stop inside the unit, for a timed sample.
 
         Returns:
-            What was read, and whether it is the whole unit.
+            Counts of the rows read, and whether the whole unit was read.
         """
         part = PartWriter(part_path(self.config.work, number), self.dtype)
         is_whole = True
@@ -92,7 +92,7 @@ class Worker:
         return part.counts, is_whole
 
     def room_for_words(self) -> int:
-        """Bytes by which the table of words may still grow."""
+        """Number of bytes by which the table of words may still grow."""
         return self._encoder.room_for_words()
 
     def _add(self, part: PartWriter, row: Row) -> None:
@@ -108,7 +108,7 @@ class Worker:
             try:
                 self._add_chat(part, row) if chat else self._add_text(part, row.value)
             except UnicodeEncodeError:
-                part.bad(row.where, "the text holds a lone surrogate, which is not Unicode")
+                part.bad(row.where, "the text has a lone surrogate, which is not valid Unicode")
             except ChatError as error:
                 part.bad(row.where, str(error))
 
@@ -132,13 +132,13 @@ def _check_chat(config: TokenizeConfig, tokenizer: Any) -> None:
         )
     if not tokenizer.is_fast:
         raise HydraError(
-            f"--chat: the tokenizer {config.tokenizer!r} is a slow one, which cannot tell where in "
-            "the text its tokens begin; use one with a tokenizer.json"
+            f"--chat: the tokenizer {config.tokenizer!r} is a slow tokenizer, which gives no offsets of its "
+            "tokens in the text; use one with a tokenizer.json"
         )
 
 
 def _ends_with(tokenizer: Any, token: int | None) -> bool:
-    """Whether the tokenizer itself puts a token behind a text."""
+    """Whether the tokenizer itself appends the token to a text."""
     (ids,) = encode_batch(tokenizer, ["a"], add_special_tokens=True)
     return bool(ids) and ids[-1] == token
 
@@ -162,7 +162,7 @@ _worker: Worker | None = None
 
 
 def _start_worker(config: TokenizeConfig, parent: int) -> None:
-    """Process initialiser: die with the parent, leave Ctrl-C to it, load the tokenizer once."""
+    """Initialise a process: end with the parent, ignore Ctrl-C (the parent handles it), load the tokenizer."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -181,16 +181,16 @@ def _make_part(number: int, unit: Unit) -> None:
 def finished_parts(
     config: TokenizeConfig, units: list[Unit], todo: range, worker: Worker
 ) -> Generator[int | None, None, None]:
-    """Part numbers in order, each once it is complete; a few are made ahead.
+    """Yield part numbers in order, each after it is complete; a few parts are made ahead.
 
-    While the next one is in work, ``None`` comes every second, so that progress can be shown. If
-    this generator is closed early, or fails, the worker processes are killed: whole parts stay, the
-    others are made by the run that goes on.
+    While the next part is in work, the generator yields ``None`` every second, so that the caller can show
+    progress. If it is closed early or fails, the worker processes are killed. Complete parts are kept; the
+    resumed run makes the others.
 
     Args:
         config, units: the preparation.
-        todo: numbers of the parts that are wanted.
-        worker: of this process; forked processes share it.
+        todo: numbers of the parts to make.
+        worker: the worker of this process, which forked processes share.
 
     Raises:
         HydraError: a worker process died.
@@ -228,7 +228,7 @@ def finished_parts(
 def _parts_of_pool(
     pool: Executor, config: TokenizeConfig, units: list[Unit], todo: range
 ) -> Iterator[int | None]:
-    streams = config.corpus.hub and config.corpus.streaming  # whose units are long
+    streams = config.corpus.hub and config.corpus.streaming  # units of streams take long
     most = config.workers + 1 if streams else UNITS_AHEAD * config.workers
     waiting: collections.deque[tuple[int, Future[None] | None]] = collections.deque()
     numbers = iter(todo)

@@ -1,8 +1,8 @@
 """Parts of a preparation on disk, and their assembly into one ``.bin/.idx`` pair.
 
-A part is four files and a ``.json`` that appears last, by rename, and stands for the whole. Parts
-are appended in order to growing files; how far these go is recorded durably before the parts are
-deleted. So at every moment the folder holds all that was done, and nothing twice.
+A part has four files and a ``.json``, which is renamed into place last and marks the part as complete. Parts
+are appended in order to growing files. The sizes of these files are recorded and synced before the parts are
+deleted. So the folder always has all finished work exactly once.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Counts:
     """Counts of rows, documents and tokens.
 
     Attributes:
-        rows: read; ``empty_rows`` without text and ``bad_rows`` unreadable are among them.
-        documents, sequences, tokens: written.
-        max_token_id, longest_document: the largest id; tokens of the longest document.
+        rows: rows read, including ``empty_rows`` (without text) and ``bad_rows`` (unreadable).
+        documents, sequences, tokens: numbers written.
+        max_token_id, longest_document: the largest id; number of tokens of the longest document.
     """
 
     rows: int = 0
@@ -64,7 +64,7 @@ def part_path(work: Path, number: int) -> Path:
 
 
 def _number_and_kind(path: Path) -> tuple[int, str]:
-    """Which part a file belongs to, and what follows the first dot of its name."""
+    """Number of the file's part, and the text after the first dot of the name."""
     stem, _, kind = path.name.partition(".")
     return int(stem.split("-")[1]), kind
 
@@ -73,8 +73,8 @@ class PartWriter:
     """Writes one part.
 
     Attributes:
-        counts: complete after :meth:`finish`.
-        itemsize: bytes of a token.
+        counts: counts of the part, complete after :meth:`finish`.
+        itemsize: bytes per token.
     """
 
     def __init__(self, path: Path, dtype: type[np.generic]) -> None:
@@ -85,7 +85,7 @@ class PartWriter:
         self._path = path
         self._temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         self._stream = open(self._temporary, "wb", buffering=_COPY_BYTES)  # noqa: SIM115
-        # A unit may be a whole compressed file: a few bytes an entry and not a Python number.
+        # Arrays, not lists of Python numbers: a unit may be a whole compressed file.
         self._columns = {"len": array.array("i"), "doc": array.array("i"), "mode": array.array("b")}
         self._bad: list[list[str]] = []
 
@@ -93,9 +93,9 @@ class PartWriter:
         """Append one document.
 
         Args:
-            encoded: its tokens.
-            lengths: tokens of each of its sequences.
-            modes: one per sequence, or none at all.
+            encoded: bytes of its tokens.
+            lengths: number of tokens of each of its sequences.
+            modes: one mode per sequence, or an empty list.
         """
         self._stream.write(encoded)
         self._columns["len"].extend(lengths)
@@ -105,13 +105,13 @@ class PartWriter:
         self.counts.longest_document = max(self.counts.longest_document, size)
 
     def bad(self, where: str, error: str) -> None:
-        """Count an unreadable row and keep the first few."""
+        """Count an unreadable row, and record the first few."""
         self.counts.bad_rows += 1
         if len(self._bad) < SHOWN_ROWS:
             self._bad.append([where, error])
 
     def finish(self) -> None:
-        """Make the part visible."""
+        """Complete the part: write its ``.json``."""
         self._stream.close()
         self.counts.documents = len(self._columns["doc"])
         self.counts.sequences = len(self._columns["len"])
@@ -128,7 +128,7 @@ class PartWriter:
         write_json_atomic(f"{self._path}.json", body)
 
     def discard(self) -> None:
-        """Remove what was written."""
+        """Remove the files."""
         with contextlib.suppress(OSError):
             self._stream.close()
         self._temporary.unlink(missing_ok=True)
@@ -139,10 +139,10 @@ class State:
     """State of the growing files.
 
     Attributes:
-        parts: parts taken in.
-        counts: sums over them.
-        bad: where and why of the first bad rows.
-        full: the token limit is reached.
+        parts: number of appended parts.
+        counts: sums over these parts.
+        bad: place and error of the first bad rows.
+        full: whether the token limit is reached.
     """
 
     parts: int = 0
@@ -152,7 +152,7 @@ class State:
 
     @classmethod
     def load(cls, path: Path) -> State:
-        """Read the state, or begin one."""
+        """Read the state, or return a new one."""
         if not path.exists():
             return cls()
         body = json.loads(path.read_text(encoding="utf-8"))
@@ -163,19 +163,19 @@ class Assembler:
     """Appends parts in order to the growing files of a work folder.
 
     Attributes:
-        state: what has been taken in.
+        state: state of the appended parts.
     """
 
     def __init__(
         self, work: Path, dtype: type[np.generic], *, has_modes: bool, max_tokens: int = 0
     ) -> None:
-        """Go on where the folder's state says.
+        """Continue from the folder's state.
 
         Args:
             work: the folder.
-            dtype: of the tokens.
-            has_modes: sequences have modes.
-            max_tokens: take in no document beyond; 0: no limit.
+            dtype: dtype of the tokens.
+            has_modes: whether sequences have modes.
+            max_tokens: stop before the document that would exceed it; 0: no limit.
         """
         self.work, self.dtype = work, dtype
         self.itemsize = np.dtype(dtype).itemsize
@@ -193,7 +193,7 @@ class Assembler:
         self._streams = {suffix: self._reopen(suffix, size) for suffix, size in sizes.items()}
 
     def _sizes(self, counts: Counts) -> dict[str, int]:
-        """Bytes of each file that holds ``counts``."""
+        """Size in bytes of each file for these ``counts``."""
         return {
             "bin": counts.tokens * self.itemsize,
             "len": counts.sequences * 4,
@@ -234,17 +234,17 @@ class Assembler:
             self.sync()
 
     def tokens_in_work(self) -> int:
-        """Tokens of the parts that are written or being written and not taken in yet."""
+        """Number of tokens of parts that are complete or in work but not appended yet."""
         size = 0
         for path in self.work.glob("part-*.*"):
             number, kind = _number_and_kind(path)
             if number >= self.state.parts and (kind == "bin" or kind.startswith("tmp-")):
-                with contextlib.suppress(FileNotFoundError):  # renamed by its worker just now
+                with contextlib.suppress(FileNotFoundError):  # its worker has just renamed it
                     size += path.stat().st_size
         return size // self.itemsize
 
     def _shortened(self, path: Path, counts: Counts) -> Counts:
-        """Counts of the leading documents of a part that still fit under ``max_tokens``."""
+        """Counts of the first documents of a part that fit within ``max_tokens``."""
         room = self._max_tokens - self.state.counts.tokens
         documents = np.fromfile(f"{path}.doc", np.int32)
         ends = np.concatenate([[0], np.cumsum(np.fromfile(f"{path}.len", np.int32))])
@@ -276,7 +276,7 @@ class Assembler:
                 size -= len(block)
 
     def sync(self) -> None:
-        """Make what was taken in durable, then delete the parts that it came from."""
+        """Sync the appended data to disk, then delete their parts."""
         for stream in self._streams.values():
             stream.flush()
             os.fsync(stream.fileno())
@@ -288,7 +288,7 @@ class Assembler:
         self._synced = time.monotonic()
 
     def finish(self) -> tuple[FileRecord, FileRecord]:
-        """Close the growing files and write the index beside them, in the work folder.
+        """Close the growing files and write the index into the work folder.
 
         Returns:
             Records of ``all.bin`` and ``all.idx``.
@@ -304,17 +304,17 @@ class Assembler:
         return file_record(self.work / "all.bin", self._sha256.hexdigest()), file_record(index)
 
     def close(self) -> None:
-        """Close the growing files without recording anything further."""
+        """Close the growing files without updating the state."""
         for stream in self._streams.values():
             with contextlib.suppress(OSError):
                 stream.close()
 
 
 def publish(work: Path, prefix: str) -> None:
-    """Move ``all.idx``, ``all.bin`` and ``manifest.json`` of a work folder to their places.
+    """Move ``all.idx``, ``all.bin`` and ``manifest.json`` of a work folder to their final names.
 
-    Can be repeated after a kill: files that were moved already are left alone. The manifest comes
-    last, so an output with a manifest is whole.
+    It can be repeated after a kill: it skips files that were moved already. The manifest is moved last, so an
+    output with a manifest is complete.
     """
     for source, suffix in (("all.idx", ".idx"), ("all.bin", ".bin"), ("manifest.json", ".json")):
         if (work / source).exists():

@@ -1,7 +1,7 @@
 """Estimate CPU time, disk space and memory of a preparation from a timed sample of its corpus.
 
-Units spread over the corpus are tokenised for some seconds by one process as a worker would do it, and
-everything else is proportion: tokens a CPU-second, bytes a token, documents a token. Nothing is written but a
+One process tokenises units from all parts of the corpus for some seconds, like a worker. All estimates are
+proportional to the results: tokens per CPU-second, bytes per token, documents per token. It writes only to a
 temporary folder.
 """
 
@@ -40,21 +40,21 @@ _GB = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What one process did in a short time.
+    """Results of a timed sample in one process.
 
     Attributes:
-        units, of_units: that were begun, and all.
-        whole_bytes, all_bytes: sizes of the units that were read whole, and of all.
-        whole_tokens: tokens of the units that were read whole.
-        counts: of everything that was read.
-        seconds: on the clock.
-        warm_tokens, warm_seconds: tokens, and CPU seconds that they took, without the first unit, in which
-            tables are filled, where there are others.
-        assembly_seconds: CPU seconds of the main process for all of it.
-        itemsize: bytes of a token.
-        worker_bytes: most memory that it held, with full tables.
-        main_bytes: by which it grew when the tokenizer was loaded, which the main process loads, too.
-        lengths: tokens of the documents.
+        units, of_units: number of units started, and of all units.
+        whole_bytes, all_bytes: total size of the completely read units, and of all units.
+        whole_tokens: number of tokens of the completely read units.
+        counts: counts of everything read.
+        seconds: wall-clock time.
+        warm_tokens, warm_seconds: number of tokens, and CPU seconds for them. The first unit, which fills
+            tables, is excluded if others were read.
+        assembly_seconds: CPU seconds of the main process.
+        itemsize: bytes per token.
+        worker_bytes: peak memory of the process with full tables.
+        main_bytes: memory of the tokenizer, which the main process loads as well.
+        lengths: number of tokens of each document.
     """
 
     units: int
@@ -74,23 +74,23 @@ class Sample:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one core."""
+        """Tokens per second on one core."""
         return self.warm_tokens / max(self.warm_seconds, 1e-9)
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparationPlan:
-    """What so many tokens take.
+    """Estimated resources of a preparation.
 
     Attributes:
-        tokens, documents: of the output.
-        input_tokens: that the whole input holds; ``None``: no unit was read whole.
-        input_bytes: of the input for ``tokens``, as it lies on disk; ``None`` likewise.
-        worker_hours, main_hours: CPU hours of the workers together, and of the main process.
-        hours: on the clock, if each worker has a core.
-        bin_bytes, idx_bytes: the output.
-        peak_bytes: disk while it is made.
-        memory_bytes: of all processes together; it does not depend on ``tokens``.
+        tokens, documents: numbers in the output.
+        input_tokens: number of tokens of the whole input; ``None`` if no unit was read completely.
+        input_bytes: size on disk of the input for ``tokens``; ``None`` in the same case.
+        worker_hours, main_hours: CPU hours of all workers together, and of the main process.
+        hours: wall-clock time if each worker has a core.
+        bin_bytes, idx_bytes: size of the output.
+        peak_bytes: largest disk space during the preparation.
+        memory_bytes: memory of all processes together; it does not depend on ``tokens``.
         packing_bytes, packing_hours: memory and CPU time of packing, which training does once.
     """
 
@@ -116,13 +116,13 @@ def plan_preparation(
 
     Args:
         config: the preparation.
-        tokens: of the output; 0: as many as the input holds.
-        seconds: of the sample; units are stopped in their midst.
-        report: takes the lines.
+        tokens: number of tokens of the output; 0: all tokens of the input.
+        seconds: time of the sample; a unit is stopped when it is over.
+        report: function that takes the lines.
 
     Raises:
-        HydraError: the input cannot be read, the sample holds no token, or the tokens of the input cannot
-            be told from it.
+        HydraError: the input cannot be read, the sample has no token, or it cannot give the number of
+            tokens of the input.
     """
     if config.shard[1] > 1:
         raise HydraError("--plan estimates the whole input: remove --shard, and divide the result")
@@ -132,11 +132,11 @@ def plan_preparation(
     sample = _in_own_process(config, units, seconds)
     if not sample.counts.tokens:
         raise HydraError(
-            f"the sample of {seconds:g} s holds no token ({sample.counts.rows:,} rows, "
-            f"{sample.counts.bad_rows:,} of them unreadable); is --column right? A longer --plan-seconds "
-            "reads more"
+            f"the sample of {seconds:g} s has no token ({sample.counts.rows:,} rows, "
+            f"{sample.counts.bad_rows:,} of them unreadable); check --column, or read more with a longer "
+            "--plan-seconds"
         )
-    # This process is the main one of the same command, but for the tokenizer.
+    # This process has the memory of the main process, except for the tokenizer.
     sample = dataclasses.replace(sample, main_bytes=_most_resident() + sample.main_bytes)
     plan = _extrapolated(config, sample, tokens)
     for line in _lines(config, sample, plan):
@@ -145,7 +145,7 @@ def plan_preparation(
 
 
 def _in_own_process(config: TokenizeConfig, units: list[Unit], seconds: float) -> Sample:
-    # Not forked: a process whose caller has threads, as torch starts them, may die of what it inherits.
+    # Not forked: a fork of a process with threads (torch starts some) can crash.
     context = multiprocessing.get_context("spawn")
     folder = tempfile.mkdtemp(prefix="hydra-plan-")
     try:
@@ -225,8 +225,8 @@ def _extrapolated(config: TokenizeConfig, sample: Sample, tokens: int) -> Prepar
     input_tokens = round(sample.all_bytes * per_byte) if per_byte else None
     if not tokens and not input_tokens:
         raise HydraError(
-            "the sample has read no unit of the input whole, so how many tokens it holds cannot be told: "
-            "give their number (--plan 15e9), or more seconds (--plan-seconds)"
+            "the sample has read no unit of the input completely, so the number of tokens of the input is "
+            "unknown: give it (--plan 15e9), or give more seconds (--plan-seconds)"
         )
     tokens = tokens or input_tokens or 0
     scale = tokens / counts.tokens
@@ -256,9 +256,9 @@ def _extrapolated(config: TokenizeConfig, sample: Sample, tokens: int) -> Prepar
 
 
 def _packing(lengths: np.ndarray, itemsize: int) -> tuple[float, float]:
-    """Memory in bytes, and CPU seconds, that packing takes a document; of a pair of such documents.
+    """Memory in bytes and CPU seconds of packing per document, measured on a pair with such documents.
 
-    The tokens of that pair are a hole in a file: packing reads lengths only.
+    The tokens of that pair are a hole in a file, because packing reads only lengths.
     """
     drawn = np.random.default_rng(0).choice(lengths[lengths > 0], _PACKED).astype(np.int64)
     dtype = np.uint16 if itemsize == 2 else np.int32
@@ -310,7 +310,7 @@ def _lines(config: TokenizeConfig, sample: Sample, plan: PreparationPlan) -> lis
         f"{plan.peak_bytes / _GB:,.2f} GB while it is made ({free / _GB:,.2f} GB are free in {folder})",
         f"  memory: {workers} workers of {sample.worker_bytes / _GB:.2f} GB and {sample.main_bytes / _GB:.2f} "
         f"GB = {plan.memory_bytes / _GB:,.2f} GB at most, however long the corpus is "
-        f"({there / _GB:,.2f} GB are in this machine)",
+        f"(this machine has {there / _GB:,.2f} GB)",
         f"  packing, once, by one process: {plan.packing_bytes / _GB:,.2f} GB of memory, "
         f"{plan.packing_hours * 60:,.1f} CPU-minutes",
     ]
@@ -328,5 +328,5 @@ def _lines(config: TokenizeConfig, sample: Sample, plan: PreparationPlan) -> lis
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """The folder, or its nearest existing parent."""
     return next(path for path in (folder, *folder.parents) if path.is_dir())

@@ -15,23 +15,23 @@ _SECONDS = 2.0
 
 
 class Progress:
-    """One line every few seconds.
+    """Report one line every few seconds.
 
-    All is measured in tokens, those of parts in work included, so that the lines move during a long
-    unit (a shard of a stream may take an hour). How many there will be at the end is extrapolated
-    from the units that are done, and is at most ``max_tokens``.
+    Progress is measured in tokens, including those of parts in work, so that it advances during a long unit
+    (a shard of a stream may take an hour). The final number of tokens is extrapolated from finished units, and
+    is at most ``max_tokens``.
     """
 
     def __init__(
         self, units: list[Unit], assembler: Assembler, max_tokens: int, report: Report
     ) -> None:
-        """Begin, or go on.
+        """Start or resume the reports.
 
         Args:
-            units: of the preparation.
-            assembler: knows what is done.
-            max_tokens: the preparation's limit; 0: none.
-            report: takes the lines.
+            units: units of the preparation.
+            assembler: gives the finished work.
+            max_tokens: the preparation's limit; 0: no limit.
+            report: function that takes the lines.
         """
         self._ends = np.cumsum([unit.size for unit in units])
         self._assembler = assembler
@@ -44,7 +44,7 @@ class Progress:
             report(f"going on after {state.counts.tokens:,} tokens ({state.parts:,} parts)")
 
     def show(self, last: bool = False) -> None:
-        """Report if it is time."""
+        """Report if the interval has passed."""
         now = time.monotonic()
         if now - self._shown < _SECONDS and not last:
             return
@@ -67,7 +67,7 @@ class Progress:
         return self._assembler.state.counts.tokens + self._assembler.tokens_in_work()
 
     def _expected(self) -> int:
-        """Tokens at the end; 0 as long as nothing tells."""
+        """Expected final number of tokens; 0 while it is unknown."""
         state = self._assembler.state
         done = int(self._ends[state.parts - 1]) if state.parts else 0
         extrapolated = state.counts.tokens * int(self._ends[-1]) // done if done else 0
@@ -75,7 +75,7 @@ class Progress:
 
 
 def _clock(seconds: float) -> str:
-    """Hours (any number of them), minutes, seconds."""
+    """Time as hours:minutes:seconds; hours may exceed 24."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours:02}:{minute:02}:{second:02}"

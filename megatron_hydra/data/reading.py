@@ -1,8 +1,8 @@
 """Record what a run has read, by source and span, so that it can continue when its data change.
 
-A span is a row of steps that read one blend, in batches of one size, on one number of replicas. Every source
-that some blend of the run held has a number, which fixes its order of samples, and a count of samples read: a
-source that stays in the blend, or comes back, continues there; a new one starts at its first sample.
+A span is a series of steps with the same blend, batch size and number of replicas. Every source of any blend
+of the run has a number, which fixes its order of samples, and a count of samples read. A source that stays in
+the blend or returns to it continues at this count. A new source starts at its first sample.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from megatron_hydra.data.sampling import Blend
 from megatron_hydra.errors import HydraError
 
 Content = Callable[[int, int], tuple[int, int] | None]
-"""Pieces of documents and their tokens in samples first … end−1 of a source, or ``None``: not known."""
+"""(first, end) -> number of pieces and of tokens in samples first … end−1 of a source; ``None``: unknown."""
 
 _SETTINGS = ("phase", "global_batch_size", "micro_batch_size", "data_parallel_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceRecord:
-    """A source and what has been read of it in all.
+    """A source, and the total data read from it.
 
     Attributes:
         name: its path or task.
-        fingerprint: of its samples, in the order that its number gives it.
-        identity: of its samples, in whatever order; empty: not known.
-        files: identity of its tokens, however they are packed; empty: generated, or not known.
-        samples_per_epoch: ``None``: it never repeats, or not known.
-        samples: packed sequences read; the next one has this number.
-        pieces, tokens: documents, and pieces of documents that are longer than a sequence, and tokens
-            without padding; ``None``: not known.
+        fingerprint: fingerprint of its samples in the order of its number.
+        identity: fingerprint of its samples independent of the order; empty: unknown.
+        files: identity of its tokens independent of packing; empty: generated, or unknown.
+        samples_per_epoch: number of samples; ``None``: it never repeats, or unknown.
+        samples: number of packed sequences read; the next sample has this number.
+        pieces, tokens: number of documents and pieces (of documents longer than a sequence), and of tokens
+            without padding; ``None``: unknown.
     """
 
     name: str
@@ -49,14 +49,14 @@ class SourceRecord:
 
 @dataclasses.dataclass(frozen=True)
 class PartRecord:
-    """A part of a span's blend.
+    """A source in the blend of a span.
 
     Attributes:
-        source: its number.
-        weight: in the blend.
-        blend_first: samples of it that were read when this blend began.
-        first: … when this span began.
-        samples, pieces, tokens: read in the span, as in :class:`SourceRecord`.
+        source: number of the source.
+        weight: its weight in the blend.
+        blend_first: number of its samples read before this blend began.
+        first: number of its samples read before this span began.
+        samples, pieces, tokens: data read in the span, as in :class:`SourceRecord`.
     """
 
     source: int
@@ -70,15 +70,16 @@ class PartRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Steps in a row that read alike.
+    """Consecutive steps with the same reading.
 
     Attributes:
         phase: ``data.phase``.
-        first_step, steps: steps done when it began; its own.
-        first_sample, samples: of the run, likewise.
-        blend_begins: number of the run's sample at which this blend began: batches may change under it.
-        global_batch_size, micro_batch_size, data_parallel_size: the last two ``None``: not known.
-        parts: of the blend, in its order.
+        first_step, steps: number of steps done before the span; number of its own steps.
+        first_sample, samples: the same in samples of the run.
+        blend_begins: the run's sample number at which this blend began. Batches may change within a blend.
+        global_batch_size, micro_batch_size, data_parallel_size: sizes; the last two may be ``None``:
+            unknown.
+        parts: sources of the blend, in order.
     """
 
     phase: int
@@ -93,7 +94,7 @@ class Span:
     samples: int = 0
 
     def reads_as(self, other: Span) -> bool:
-        """Whether the two differ in nothing but what has been read."""
+        """Whether the two differ only in the data read."""
         keys = (*_SETTINGS, "blend_begins")
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
@@ -107,10 +108,10 @@ class Reading:
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> Reading:
-        """From a checkpoint. One of a release that kept no spans has a single one.
+        """Read from a checkpoint. The state of a release without spans becomes a single span.
 
         Raises:
-            KeyError, TypeError, ValueError: damaged.
+            KeyError, TypeError, ValueError: the state is damaged.
         """
         if "spans" not in state:
             return cls._of_old_state(state)
@@ -150,30 +151,30 @@ class Reading:
 
     @property
     def span(self) -> Span:
-        """The last one."""
+        """The last span."""
         return self.spans[-1]
 
     @property
     def batch_unit(self) -> int:
-        """The largest number of samples that divides every step's."""
+        """The greatest common divisor of the numbers of samples of all steps."""
         return math.gcd(*(span.global_batch_size for span in self.spans))
 
     def samples_before(self, step: int) -> int:
-        """Samples of the run that come before global step ``step`` (0-based)."""
+        """Number of samples of the run before global step ``step`` (0-based)."""
         span = next(s for s in reversed(self.spans) if s.first_step <= step or s is self.spans[0])
         return span.first_sample + (step - span.first_step) * span.global_batch_size
 
     def at(self, step: int, drawn: Sequence[int], contents: Sequence[Content]) -> Reading:
-        """The same when ``step`` steps are done.
+        """The reading after ``step`` steps.
 
         Args:
-            step: not before the one that this reading is of.
-            drawn: samples that have then been read of each part of the blend, in all.
-            contents: of the parts.
+            step: must not be before the step of this reading.
+            drawn: total number of samples read from each source of the blend after ``step`` steps.
+            contents: content functions of the sources.
         """
         span, sources, parts = self.span, list(self.sources), []
         if step < span.first_step + span.steps:
-            raise ValueError(f"step {step} lies before what has been counted")
+            raise ValueError(f"step {step} is before the last counted step")
         for part, end, content in zip(span.parts, drawn, contents, strict=True):
             source = sources[part.source]
             found = content(source.samples, end)
@@ -205,10 +206,10 @@ class Reading:
         """Add a span to this reading, or continue its last span if nothing differs.
 
         Args:
-            sources: the sources of this reading, perhaps with better identities, then the new ones.
-            numbers, weights: of the parts of the blend from now on.
+            sources: the sources of this reading, possibly with completed identities, then the new sources.
+            numbers, weights: numbers and weights of the sources of the new blend.
             span: settings of the new span, without its first step and its parts.
-            new_blend: whether the blend is another.
+            new_blend: whether the blend has changed.
         """
         last = self.span
         step, sample = last.first_step + last.steps, last.first_sample + last.samples
@@ -231,17 +232,18 @@ class Reading:
         )
         if not new_blend and new.reads_as(last):
             return Reading(tuple(sources), self.spans)
-        kept = self.spans if last.steps else self.spans[:-1]  # one without a step has read nothing
+        # A span without steps has read nothing.
+        kept = self.spans if last.steps else self.spans[:-1]
         return Reading(tuple(sources), (*kept, new))
 
-    # -- what a resume has changed ------------------------------------------------------------
+    # -- changes at a resume -------------------------------------------------------------------
 
     def change(self) -> dict[str, Any]:
-        """What differs in the span that begins now from the one before it; empty: none begins. JSON.
+        """Differences between a span that begins now and the span before; empty if none begins. JSON.
 
         Returns:
-            ``phase`` and sizes that differ as ``[before, after]``; with another blend ``sources``, of every
-            source: its weights ``[before, after]`` (``None``: not in the blend), and what has been read of it.
+            ``phase`` and changed sizes as ``[before, after]``. If the blend has changed also ``sources``: for
+            every source its weights ``[before, after]`` (``None``: not in the blend) and the data read from it.
         """
         if len(self.spans) < 2 or self.span.steps:
             return {}
@@ -266,7 +268,7 @@ class Reading:
         return found
 
     def about_change(self, steps: int) -> list[str]:
-        """:meth:`change` in sentences, and what it means for a schedule of so many ``steps``."""
+        """:meth:`change` in sentences, with its effect on a schedule of ``steps`` steps."""
         found = self.change()
         if not found:
             return []
@@ -283,7 +285,7 @@ class Reading:
             left = max(0, planned - span.first_sample)
             same = span.first_step + -(-left // span.global_batch_size)
             lines.append(
-                f"the learning rate follows the sequences read: schedule.steps={steps} is now {now:,} of them, "
+                f"the learning rate depends on the sequences read: schedule.steps={steps} now reads {now:,}, "
                 f"before {planned:,}; schedule.steps={same} reads as many as before"
             )
         return lines
@@ -293,9 +295,7 @@ def _about_source(source: dict[str, Any]) -> str:
     (before, after), samples = source["weight"], source["samples"]
     read = f"{samples:,} sequences read"
     if after is None:
-        return (
-            f"{source['name']}: no longer in the blend; {read}; it continues there if it comes back"
-        )
+        return f"{source['name']}: no longer in the blend; {read}; it continues there if you add it again"
     if before is None:
         return f"{source['name']}: in the blend with weight {after}, {read} before"
     return f"{source['name']}: weight {before} -> {after}; it continues after {read}"
@@ -307,11 +307,11 @@ def _sum(first: int | None, second: int | None) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A part of a blend that is to be found among the sources of a run.
+    """A source of a new blend, to be matched with the sources of a run.
 
     Attributes:
         name, identity, files: as in :class:`SourceRecord`.
-        fingerprint: in the order that a number gives it.
+        fingerprint: function from a source number to the fingerprint in that order.
     """
 
     name: str
@@ -321,11 +321,11 @@ class Candidate:
 
 
 def numbers_of(reading: Reading, parts: Sequence[Candidate]) -> list[int]:
-    """Number of every part of a new blend: that of the source it continues, or a new number.
+    """Number of every source of a new blend: the number of the source it continues, or a new number.
 
     Raises:
-        HydraError: the documents of a part have been read by other rules, so that what is left of them
-            cannot be told; or its order is another than the one it was read in.
+        HydraError: a source was read with other rules, so its remaining documents are unknown; or its
+            order has changed.
     """
     by_identity: dict[str, list[int]] = collections.defaultdict(list)
     for number, source in enumerate(reading.sources):
@@ -336,10 +336,10 @@ def numbers_of(reading: Reading, parts: Sequence[Candidate]) -> list[int]:
         for number in known:
             if part.fingerprint(number) != reading.sources[number].fingerprint:
                 raise HydraError(
-                    f"cannot resume: {part.name} has another order than the one it was read in, from another "
+                    f"cannot resume: the order of {part.name} has changed, because it was read with another "
                     "version of this code or of NumPy; resume with that version"
                 )
-        known = known or [  # of a release that kept no identities
+        known = known or [  # from a release without identities
             n for n in by_identity[""] if part.fingerprint(n) == reading.sources[n].fingerprint
         ]
         found = next((n for n in known if n in free), None)
@@ -359,6 +359,6 @@ def _raise_changed_reading(reading: Reading, name: str, files: str) -> None:
             what = "with another upsample" if same else "with other tokens, or another upsample"
             raise HydraError(
                 f"cannot resume: {name} has been read {what} ({source.name}, {source.samples:,} samples), so "
-                "that what is left of it cannot be told; give it as it was, give new data another name, or "
-                "start a new run (another output) from the weights"
+                "its unread documents are unknown. Restore its old settings, give new data another name, or "
+                "start a new run (with another output) from the weights"
             )

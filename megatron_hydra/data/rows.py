@@ -1,4 +1,4 @@
-"""Rows of a unit, one at a time: text or messages, or what is wrong with them."""
+"""Read the rows of a unit one at a time: text or messages, or an error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_unit(unit: Unit, corpus: CorpusConfig) -> Iterator[Row]:
 
 
 def _lines_of_range(unit: Unit, kind: str, corpus: CorpusConfig) -> Iterator[Row]:
-    """Lines that begin in [begin, end)."""
+    """Lines that start in [begin, end)."""
     with open(unit.path, "rb") as stream:
         position = unit.begin
         if position:
@@ -92,8 +92,8 @@ def _not_decompressed(path: str, error: Exception) -> HydraError:
     advice = ""
     if "requires too much memory" in str(error):
         advice = (
-            "; it has a longer window than can be read here (zstd --long): unpack it with "
-            "zstd -d --long=31, or compress it without --long"
+            "; its window is too long (zstd --long): unpack it with zstd -d --long=31, or compress it "
+            "without --long"
         )
     what = "decompressed" if compression_of(path) else "read"
     return HydraError(f"{path}: cannot be {what}: {error}{advice}")
@@ -113,15 +113,15 @@ def _table_rows(unit: Unit, corpus: CorpusConfig) -> Iterator[Row]:
                 yield _row(f"{name} {number:,}", _without_nulls(value), corpus)
     except HydraError:
         raise
-    except Exception as error:  # pyarrow, datasets and the network raise what they like
+    except Exception as error:  # pyarrow, datasets and the network can raise any error
         raise HydraError(
-            f"{unit.path}: cannot be read ({type(error).__name__}: {error}); once this is fixed, "
-            "run the same command again; it resumes"
+            f"{unit.path}: cannot be read ({type(error).__name__}: {error}). Fix this and run the same "
+            "command again; it resumes"
         ) from error
 
 
 def _without_nulls(value: Any) -> Any:
-    """Messages without the nulls that a table holds where another row's message has a field."""
+    """Messages without nulls. A table has them if a message of another row has the field."""
     if isinstance(value, dict):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -153,13 +153,13 @@ def _column_values(columns: Sequence[Any], first: int, end: int) -> list[tuple[A
 def _stream_values(unit: Unit, corpus: CorpusConfig) -> Iterator[Any]:
     data = load_hub(corpus, unit.path, True)
     for number, row in enumerate(data.shard(num_shards=unit.end, index=unit.begin)):
-        if number == 0:  # the end of a shard may be hours away
+        if number == 0:  # check only here: the end of a shard may be hours away
             _check_columns(unit.path, corpus.columns, list(row))
         yield tuple(row.get(column) for column in corpus.columns)
 
 
 def _decoded(read: Callable[[int, int], Iterable[Any]], count: int) -> Iterator[Any]:
-    """Values 0 … count−1 at once, or one by one where one is not UTF-8; that one as its error."""
+    """Values 0 … count−1 at once. If one is not UTF-8, read them one by one and yield its error."""
     try:
         yield from list(read(0, count))
         return
@@ -182,7 +182,7 @@ def _check_columns(path: str, columns: Sequence[str], names: Sequence[str]) -> N
 
 
 def _row(where: str, values: Sequence[Any], corpus: CorpusConfig) -> Row:
-    """A row of the values of ``corpus.columns``."""
+    """Make a row from the values of ``corpus.columns``."""
     value = values[0]
     wanted = list if corpus.chat else str
     if not isinstance(value, wanted):
@@ -194,12 +194,12 @@ def _row(where: str, values: Sequence[Any], corpus: CorpusConfig) -> Row:
     try:
         return Row(where, value, tools=_tools(values[1]))
     except ValueError:
-        error = f"field {corpus.tools_column!r} is not a list of tools, and no JSON of one"
+        error = f"field {corpus.tools_column!r} is neither a list of tools nor JSON of such a list"
         return Row(where, None, error)
 
 
 def _tools(value: Any) -> list[Any] | None:
-    """The tools of a conversation; data sets hold them as a list or as the JSON of one."""
+    """The tools of a conversation. Data sets store them as a list or as JSON."""
     tools = json.loads(value) if isinstance(value, str) and value.strip() else value
     if not tools:
         return None

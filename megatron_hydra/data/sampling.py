@@ -1,7 +1,7 @@
 """Order of samples: seeded permutations and blends in O(1) memory.
 
-Nothing here is materialised per document or per sample: a position is mapped to an item by
-arithmetic, so a stream opens at once, whatever its length, and any step can be asked for directly.
+Arithmetic maps a position to an item; no table per document or per sample is stored. So a stream of any length
+opens at once, and any step can be read directly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BLEND_PERIOD = 1 << 16
 
 
 def mix64(value: int) -> int:
-    """A bijective 64-bit finaliser (splitmix64), the random function of everything below."""
+    """A bijective 64-bit finaliser (splitmix64), the random function used below."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
@@ -27,7 +27,7 @@ def mix64(value: int) -> int:
 
 
 def mix64_of(values: np.ndarray) -> np.ndarray:
-    """As :func:`mix64`, of every entry of a uint64 array."""
+    """:func:`mix64` of every entry of a uint64 array."""
     values = values + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap around without a warning
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -41,10 +41,10 @@ def derive_key(*parts: int | str) -> int:
 
 
 class Permutation:
-    """A seeded bijection of ``0 … size−1`` that stores nothing (Feistel network, cycle walking).
+    """A seeded bijection of ``0 … size−1`` without a table (Feistel network, cycle walking).
 
-    The network permutes the next power of four above ``size``; a value that falls outside is sent
-    through again, at most four times on average.
+    The network permutes the range up to the next power of four. A value outside ``0 … size−1`` goes through
+    the network again, at most four times on average.
     """
 
     def __init__(self, size: int, key: int) -> None:
@@ -70,10 +70,10 @@ class Permutation:
         return value
 
     def of(self, positions: np.ndarray) -> np.ndarray:
-        """The elements at many positions, int64: what calling with each would give.
+        """The elements at many positions, int64; equal to a call for each position.
 
         Raises:
-            IndexError: one is outside ``0 … size−1``.
+            IndexError: a position is outside ``0 … size−1``.
         """
         if len(positions) and not (positions.min() >= 0 and positions.max() < self.size):
             raise IndexError(f"a position is outside 0..{self.size - 1}")
@@ -105,11 +105,11 @@ class Draw:
 
 
 class Blend:
-    """Deals global sample numbers to the parts of a blend, in proportion to their weights.
+    """Assigns global sample numbers to the parts of a blend in proportion to their weights.
 
-    A table of one period (65,536 samples) holds every part as often as its weight says, evenly
-    interleaved; sample n is looked up at ``n mod period``. Any prefix of the stream is therefore
-    within one sample per part of the exact shares (up to the table's resolution of 1/65,536).
+    A table of one period (65,536 samples) contains every part in proportion to its weight, evenly
+    interleaved. Sample n uses entry ``n mod period``. In any prefix of the stream, the number of samples of a
+    part therefore differs by at most one from its exact share (up to the table's resolution of 1/65,536).
     """
 
     def __init__(self, weights: list[float], names: list[str]) -> None:
@@ -119,7 +119,7 @@ class Blend:
             if not weight > 0 or not np.isfinite(weight):
                 raise HydraError(
                     f"data.blend: {name} has weight {weight}; weights must be above 0 "
-                    "(leave a source out instead of giving it weight 0)"
+                    "(remove a source instead of giving it weight 0)"
                 )
         self.counts = self._apportion(np.asarray(weights, dtype=np.float64), names)
         times = np.concatenate([(np.arange(c) + 0.5) / c for c in self.counts])
@@ -143,18 +143,18 @@ class Blend:
             name = names[int(np.argmin(counts))]
             raise HydraError(
                 f"data.blend: the weight of {name} is below 1/{_BLEND_PERIOD} of the blend; raise "
-                "it or leave the source out"
+                "it or remove the source"
             )
         return counts
 
     def draw(self, sample: int) -> Draw:
-        """The part and the index within it that global sample number ``sample`` stands for."""
+        """The part of global sample number ``sample``, and the index within the part."""
         cycle, position = divmod(sample, self.period)
         source = int(self._owner[position])
         return Draw(source, cycle * int(self.counts[source]) + int(self._rank[position]))
 
     def drawn_before(self, sample: int) -> list[int]:
-        """How many samples of each part come before global sample number ``sample``."""
+        """Number of samples of each part before global sample number ``sample``."""
         cycle, position = divmod(sample, self.period)
         inside = np.bincount(self._owner[:position], minlength=len(self.counts))
         return [int(cycle * c + i) for c, i in zip(self.counts, inside, strict=True)]

@@ -29,9 +29,9 @@ class Source(Protocol):
     """Interface between a stream and a source.
 
     Attributes:
-        name: for logs and messages.
-        samples_per_epoch: packed sequences until the part repeats; ``None``: it never does.
-        files: identity of the tokens that are read, whatever becomes of them; empty: generated.
+        name: name for logs and messages.
+        samples_per_epoch: number of packed sequences until the part repeats; ``None``: it never repeats.
+        files: identity of the tokens, independent of packing; empty: generated.
     """
 
     name: str
@@ -42,16 +42,16 @@ class Source(Protocol):
         """Documents of sample ``index`` (0, 1, 2, …), at most S tokens in all."""
 
     def fingerprint(self) -> str:
-        """Changes whenever any sample would change."""
+        """Hash that changes if any sample changes."""
 
     def identity(self) -> str:
-        """Of the samples that there are, in whatever order."""
+        """Hash of the samples, independent of their order."""
 
     def with_seed(self, seed: int) -> Self:
         """The same part in another order."""
 
     def content(self, first: int, end: int) -> tuple[int, int] | None:
-        """Pieces of documents and their tokens in samples ``first … end−1``; ``None``: not known."""
+        """Number of pieces and of their tokens in samples ``first … end−1``; ``None``: unknown."""
 
 
 class IndexedSource:
@@ -66,16 +66,16 @@ class IndexedSource:
         vocab_size: int,
         for_validation: bool = False,
     ) -> None:
-        """Open, pack (or find the cached packing) and check.
+        """Open the files, load or build the packing, and check both.
 
         Args:
-            config, data: the part, and how it is packed.
-            seed: of the order of packs.
-            vocab_size: of the model.
-            for_validation: read the documents that ``data.held_out`` holds out, not the others.
+            config, data: the source, and the settings of packing.
+            seed: seed of the order of packs.
+            vocab_size: vocabulary size of the model.
+            for_validation: read the documents that ``data.held_out`` holds out, instead of the others.
 
         Raises:
-            HydraError: the files are damaged, or made with another tokenizer.
+            HydraError: the files are damaged, or were made with another tokenizer.
         """
         self.name = config.path
         self.documents = IndexedDocuments(config.path)
@@ -102,7 +102,7 @@ class IndexedSource:
         self._fingerprint = ""
 
     def pack_number(self, index: int) -> int:
-        """Which pack sample ``index`` is: every epoch visits every pack once."""
+        """The pack of sample ``index``. Every epoch visits every pack once."""
         epoch, position = divmod(index, len(self.packs))
         if self._order is None or self._order[0] != epoch:
             key = derive_key(self._seed, "epoch", epoch)
@@ -118,12 +118,12 @@ class IndexedSource:
         return other
 
     def content(self, first: int, end: int) -> tuple[int, int]:
-        """Pieces of documents and their tokens (no padding) in samples ``first … end−1``.
+        """Number of pieces and of their tokens (no padding) in samples ``first … end−1``.
 
-        Whole epochs are counted once; of the rest, memory is that of a block of samples.
+        A whole epoch is counted once and multiplied. The rest is counted in blocks of samples, to limit memory.
         """
         packs, report = len(self.packs), self.description["report"]
-        epochs = max(0, end // packs - -(-first // packs))  # whole ones
+        epochs = max(0, end // packs - -(-first // packs))  # whole epochs
         pieces, tokens = epochs * report["pieces"], epochs * report["tokens_per_epoch"]
         rest = [(first, end)]
         if epochs:
@@ -145,10 +145,10 @@ class IndexedSource:
         return [self.documents.read_piece(offset, length) for offset, length in pieces]
 
     def fingerprint(self) -> str:
-        """Hash of the packing (what it was made from, and what came out) and of its order.
+        """Hash of the packing (its inputs and its result) and of its order.
 
-        What came out is in it because the same options may give other packs with another version
-        of this code or of NumPy.
+        The hash includes the result, because another version of this code or of NumPy may give other packs for
+        the same options.
         """
         if not self._fingerprint:
             order = Permutation(len(self.packs), derive_key(self._seed, "epoch", 0))
@@ -157,14 +157,14 @@ class IndexedSource:
         return self._fingerprint
 
     def identity(self) -> str:
-        """Hash of the packing alone."""
+        """Hash of the packing without its order."""
         return _digest(self._packing())
 
     def _packing(self) -> list[Any]:
         return [self.description["key"], self.description["arrays"]]
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Refuse a tokenizer other than the one in the manifest (if there is a manifest).
+        """Check that the tokenizer is the one in the manifest, if a manifest exists.
 
         Raises:
             HydraError: they differ.
@@ -193,7 +193,7 @@ class SyntheticSource:
         """Find the task and make one sample, so that bad options fail before training.
 
         Raises:
-            HydraError: unknown task or option, or a tokenizer is needed.
+            HydraError: the task or an option is unknown, or the task needs a tokenizer.
         """
         self.name = config.task
         self._generator = find_task(config.task)
@@ -206,10 +206,10 @@ class SyntheticSource:
             self._try_shortest()
 
     def _try_shortest(self) -> None:
-        """Make some of the shortest documents that the options allow.
+        """Make some documents of the shortest length that the options allow.
 
-        Whether the facts of a task fit depends on the draw: a length that only just fails should
-        fail here and not in the middle of a run.
+        Whether the facts of a task fit depends on the random draw. A length that sometimes fails should fail
+        here and not during a run.
         """
         shortest = {k: v for k, v in self._options.items() if k != "document_length"}
         low = int(self._options["document_length"][0])
@@ -217,7 +217,7 @@ class SyntheticSource:
             generate(self._generator, self._key, index, low, self._tokenizer, shortest)
 
     def with_seed(self, seed: int) -> SyntheticSource:
-        """The same task, other samples."""
+        """The same task with other samples."""
         if (key := derive_key(seed, self.name)) == self._key:
             return self
         other = copy.copy(self)
@@ -229,7 +229,7 @@ class SyntheticSource:
         return _digest([self.name, self._options, self._length])
 
     def content(self, first: int, end: int) -> None:
-        """Not known without making the samples again."""
+        """Return None: the content is unknown without generating the samples again."""
 
     def sample(self, index: int) -> list[Document]:
         """Generated documents."""

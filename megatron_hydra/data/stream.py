@@ -1,8 +1,8 @@
 """The stream of packed batches that training reads: a pure function of config, step and layout.
 
-Global sample n of a run is drawn from the blend by arithmetic; step s holds samples
-s·B … (s+1)·B−1 whatever the data-parallel size. Resuming is asking for the next step. Where the blend or the
-batch changes on the way (``data.phase``), :mod:`.reading` says what has been read and what comes next.
+Arithmetic draws global sample n of a run from the blend. Step s has samples s·B … (s+1)·B−1 for any
+data-parallel size. To resume, a run asks for the next step. If the blend or the batch changes during a run
+(``data.phase``), :mod:`.reading` records the data read and finds the next sample of each source.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from megatron_hydra.hf_loading import load_tokenizer
 _log = logging.getLogger(__name__)
 _PAD_TOKEN = 0
 _FILES_A_PART = 4
-"""Kept open: tokens, and the three arrays of a packing."""
+"""Open files per source: the tokens, and the three arrays of a packing."""
 _ABSENT = {"data.held_out": 0.0}
-"""What a fingerprint means that lacks a key."""
+"""Values of keys that older fingerprints lack."""
 
 
 class PackedStream:
     """Micro-batches of one data-parallel rank.
 
     Attributes:
-        sources: the opened parts, in the order of ``data.blend``.
-        tokens_per_step: tokens of a global batch, padding included.
-        reading: what the run had read when the stream was opened, or resumed.
-        has_new_blend: whether the resume changed which parts are read, or their weights.
+        sources: the opened sources, in the order of ``data.blend``.
+        tokens_per_step: number of tokens of a global batch, padding included.
+        reading: data that the run had read when the stream was opened or resumed.
+        has_new_blend: whether the resume changed the sources or their weights.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class PackedStream:
 
         Args:
             data, batch: the run's sections.
-            dp_rank, dp_size: this rank's place; context-, tensor- and pipeline-parallel ranks of
-                one replica pass the same values and get the same batches.
-            vocab_size: of the model; a larger token id is an error.
+            dp_rank, dp_size: this rank's data-parallel rank, and the size. Context-, tensor- and
+                pipeline-parallel ranks of one replica pass the same values and get the same batches.
+            vocab_size: vocabulary size of the model; a larger token id is an error.
             tokenizer: an HF tokenizer; loaded from ``data.tokenizer`` if omitted.
-            for_validation: read what ``data.held_out`` holds out from training.
+            for_validation: read the documents that ``data.held_out`` holds out.
 
         Raises:
-            HydraError: anything in the config or in the data is wrong.
+            HydraError: the config or the data are invalid.
         """
         _check_sizes(data, batch, dp_rank, dp_size)
         self.data, self.batch = data, batch
@@ -130,7 +130,7 @@ class PackedStream:
         return source
 
     def _seed_of(self, number: int) -> int:
-        """Of the order of a source: in the first blend its number is its place."""
+        """Seed of the order of a source. In the first blend, a source's number is its position."""
         return derive_key(self.data.seed, number)
 
     def micro_batches(self, step: int) -> list[PackedBatch]:
@@ -139,7 +139,8 @@ class PackedStream:
         Raises:
             HydraError: a sample holds a token outside the vocabulary.
         """
-        if self.dp_rank == 0 and not (dist.is_initialized() and dist.get_rank()):  # one rank of all
+        # Only global rank 0 reports.
+        if self.dp_rank == 0 and not (dist.is_initialized() and dist.get_rank()):
             for message in self.epoch_restarts(step):
                 _log.warning(message)
         size = self.batch.micro_batch_size
@@ -153,9 +154,9 @@ class PackedStream:
         return batches
 
     def global_samples(self, step: int) -> list[int]:
-        """Sample numbers of a global batch in the order in which they are dealt to ranks.
+        """Sample numbers of a global batch, in the order in which they are assigned to ranks.
 
-        The order is shuffled inside the step, so that no rank gets always the same part of a blend.
+        The order is shuffled within the step, so that no rank always gets the same part of a blend.
         """
         dealt = self._dealt(step, self.batch.global_batch_size)
         return (self.samples_before(step) + dealt).tolist()
@@ -165,17 +166,17 @@ class PackedStream:
         return rng.permutation(size)
 
     def samples_before(self, step: int) -> int:
-        """Samples of the run that come before global step ``step``, also where the batch has changed."""
+        """Number of samples of the run before global step ``step``, even if the batch size has changed."""
         return self.reading.samples_before(step)
 
     def draw(self, sample: int) -> Draw:
-        """Which part, and which sample of it, global sample number ``sample`` of this blend is."""
+        """The part, and the sample of this part, for global sample number ``sample`` of this blend."""
         span = self.reading.span
         drawn = self._blend.draw(sample - span.blend_begins)
         return Draw(drawn.source, span.parts[drawn.source].blend_first + drawn.index)
 
     def drawn_before(self, sample: int) -> list[int]:
-        """How many samples of each part come before global sample number ``sample`` of this blend."""
+        """Number of samples of each part before global sample number ``sample`` of this blend."""
         span = self.reading.span
         drawn = self._blend.drawn_before(sample - span.blend_begins)
         return [part.blend_first + n for part, n in zip(span.parts, drawn, strict=True)]
@@ -191,7 +192,7 @@ class PackedStream:
             if int(document.tokens.max()) >= self.vocab_size or int(document.tokens.min()) < 0:
                 raise HydraError(
                     f"{self.sources[draw.source].name}: token id {int(document.tokens.max())} is "
-                    f"outside the model's vocabulary of {self.vocab_size}; wrong tokenizer?"
+                    f"outside the model's vocabulary of {self.vocab_size}; check the tokenizer"
                 )
         return documents
 
@@ -200,7 +201,7 @@ class PackedStream:
         return pack_micro_batch(sequences, self.data.sequence_length, tuple(samples))
 
     def epoch_report(self, step: int) -> dict[str, dict[str, float]]:
-        """How far every part of the blend has been read when ``step`` steps are done, over all spans.
+        """Data read from every part of the blend after ``step`` steps, over all spans.
 
         Returns:
             name → ``samples`` drawn, ``epochs`` completed (fractional; 0 for generated parts),
@@ -224,8 +225,8 @@ class PackedStream:
             :meth:`epoch_report` at the end of the run.
 
         Raises:
-            HydraError: ``data.token_budget`` or a part's ``max_epochs`` would be exceeded; parts of
-                one path are read that often together.
+            HydraError: the run would exceed ``data.token_budget`` or a part's ``max_epochs``. Parts with
+                the same path count together.
         """
         length, budget, span = self.data.sequence_length, self.data.token_budget, self.reading.span
         needed = self.samples_before(steps) * length
@@ -243,7 +244,7 @@ class PackedStream:
             epochs[os.path.realpath(part.path)] += numbers["epochs"]
         here = {part.source for part in span.parts}
         for number, source in enumerate(self.reading.sources):
-            if number not in here and source.samples_per_epoch:  # of an earlier blend
+            if number not in here and source.samples_per_epoch:  # only in an earlier blend
                 epochs[os.path.realpath(source.name)] += source.samples / source.samples_per_epoch
         for part, name in zip(self.data.blend, report, strict=True):
             read = epochs[os.path.realpath(part.path)]
@@ -255,10 +256,10 @@ class PackedStream:
         return report
 
     def epoch_restarts(self, step: int) -> list[str]:
-        """One sentence for every part that begins another epoch within ``step``; usually none.
+        """One sentence for every part that begins a new epoch within ``step``; usually none.
 
         Args:
-            step: 0-based; the sentences count from 1, as the log of training does.
+            step: 0-based step; the sentences count from 1, like the log of training.
         """
         before = self.drawn_before(self.samples_before(step))
         after = self.drawn_before(self.samples_before(step + 1))
@@ -270,13 +271,13 @@ class PackedStream:
             epoch = (end - 1) // period
             if epoch > 0 and (first == 0 or epoch > (first - 1) // period):
                 messages.append(
-                    f"step {step + 1}: {source.name} starts epoch {epoch + 1}; its {period:,} packed "
-                    "sequences have all been read and repeat in a new order"
+                    f"step {step + 1}: {source.name} starts epoch {epoch + 1}; all its {period:,} packed "
+                    "sequences have been read, and repeat in a new order"
                 )
         return messages
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides which sample comes when, besides the layout and :attr:`reading`. JSON."""
+        """All settings that decide the order of samples, except the layout and :attr:`reading`. JSON."""
         return {
             "data.seed": self.data.seed,
             "data.sequence_length": self.data.sequence_length,
@@ -289,7 +290,7 @@ class PackedStream:
         }
 
     def _order_of(self, global_batch_size: int) -> int:
-        """Hash of how the first step's samples are dealt."""
+        """Hash of the order in which the first step's samples are assigned to ranks."""
         return derive_key(*self._dealt(0, global_batch_size).tolist())
 
     def parts(self) -> list[dict[str, Any]]:
@@ -300,10 +301,10 @@ class PackedStream:
         ]
 
     def state(self, step: int | None = None) -> dict[str, Any]:
-        """What a checkpoint records: JSON with the fingerprint, ``step``, ``samples``, and what was read.
+        """State for a checkpoint, JSON: the fingerprint, ``step``, ``samples``, and the data read.
 
         Args:
-            step: steps done; left out: one more than the last step asked of ``micro_batches``.
+            step: steps done; default: one more than the last step passed to ``micro_batches``.
         """
         done = self._next_step if step is None else step
         samples = self.samples_before(done)
@@ -319,11 +320,11 @@ class PackedStream:
     def check_state(self, state: dict[str, Any]) -> int:
         """Accept a checkpoint's state and return the step to resume from.
 
-        Data-parallel size and micro-batch size may differ from those of the saved run. So may blend and
-        global batch, if ``data.phase`` is above that of the saved run.
+        Data-parallel size and micro-batch size may differ from the saved run. Blend and global batch may
+        differ as well if ``data.phase`` is higher than in the saved run.
 
         Raises:
-            HydraError: data or order differ; the message names the first key that does.
+            HydraError: data or order differ; names the first key that differs.
         """
         try:
             saved, step = state["fingerprint"], int(state["step"])
@@ -342,7 +343,7 @@ class PackedStream:
         if self.data.phase < phase:
             raise HydraError(
                 f"cannot resume: data.phase was {phase} and is {self.data.phase} now: it counts the "
-                f"changes of the data and never falls; set it to {phase}"
+                f"changes of the data and must not decrease; set it to {phase}"
             )
         numbers = [part.source for part in reading.span.parts]
         difference = self._difference_in_blend(saved_blend, numbers)
@@ -360,7 +361,7 @@ class PackedStream:
         return step
 
     def _difference_in_blend(self, saved: list[dict[str, Any]], numbers: list[int]) -> str:
-        """The first difference between a checkpoint's blend and this one; empty: they are the same."""
+        """The first difference between a checkpoint's blend and this one; empty if they are equal."""
         if len(saved) != len(self.sources):
             return f"data.blend had {len(saved)} parts and has {len(self.sources)} now"
         for position, (old, part, number) in enumerate(
@@ -377,11 +378,11 @@ class PackedStream:
         return ""
 
     def _fingerprint_of(self, position: int) -> Callable[[int], str]:
-        """Of a part, in the order that a number gives it."""
+        """Function from a source number to the fingerprint of a part in that order."""
         return lambda number: self._in_order(position, number).fingerprint()
 
     def _in_order(self, position: int, number: int) -> Source:
-        """A part in the order that a number gives it; made once, as its fingerprint is."""
+        """A part in the order of a source number. It and its fingerprint are made only once."""
         key = position, number
         if key not in self._ordered:
             self._ordered[key] = self.sources[position].with_seed(self._seed_of(number))
@@ -416,7 +417,7 @@ class PackedStream:
 
 
 def _record(source: Source) -> SourceRecord:
-    # What a generated part holds is not known without making it again.
+    # The content of a generated part is unknown without generating it again.
     known = None if source.samples_per_epoch is None else 0
     return SourceRecord(
         source.name,
@@ -432,7 +433,7 @@ def _record(source: Source) -> SourceRecord:
 def pack_micro_batch(
     sequences: list[list[Document]], length: int, sample_ids: tuple[int, ...]
 ) -> PackedBatch:
-    """Lay sequences of ``length`` tokens end to end; one without a document is all padding."""
+    """Join sequences of ``length`` tokens; a sequence without a document is all padding."""
     packed = [pack_sequence(documents, length) for documents in sequences]
     edges = [0]
     for position, (_, _, _, ends) in enumerate(packed):
@@ -450,7 +451,7 @@ def pack_micro_batch(
 def pack_sequence(
     documents: list[Document], length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
-    """Lay documents into one sequence and pad it.
+    """Put documents into one sequence and pad it.
 
     Args:
         documents: at most ``length`` tokens in all.
@@ -458,7 +459,7 @@ def pack_sequence(
 
     Returns:
         tokens ``[S]`` int64; labels ``[S]`` int64 (the next token of the same document); loss mask
-        ``[S]`` float32; the end of every document, the padding's included.
+        ``[S]`` float32; the end of every document, padding included.
     """
     tokens = np.full(length, _PAD_TOKEN, dtype=np.int64)
     labels = np.full(length, _PAD_TOKEN, dtype=np.int64)
@@ -478,7 +479,7 @@ def pack_sequence(
 
 
 def _check_one_tokenizer(sources: list[Source]) -> None:
-    """Check that all data of a blend have the same tokenizer, according to their manifests."""
+    """Check by the manifests that all data of a blend have the same tokenizer."""
     first: tuple[str, str] | None = None
     for source in sources:
         manifest = source.documents.manifest if isinstance(source, IndexedSource) else None

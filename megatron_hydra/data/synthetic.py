@@ -1,11 +1,10 @@
-"""Long-context tasks made on the fly: a registry of generators and the built-in ones.
+"""Long-context tasks generated during training: a registry of generators, and the built-in tasks.
 
-A generator is a function ``(rng, length, tokenizer, **options) -> list[Document]`` registered with
-``@synthetic_task("name")``. It returns documents of at most ``length`` tokens in all, draws every
-random decision from ``rng``, and marks as trainable the tokens whose prediction is the task.
-``tokenizer`` is an HF tokenizer, or ``None`` if the run names none (tasks that make token ids
-directly do not need one). A task that lives in another installed package is named
-``package.module:function`` in the config, without registration.
+A generator is a function ``(rng, length, tokenizer, **options) -> list[Document]``, registered with
+``@synthetic_task("name")``. It returns documents of at most ``length`` tokens in total and takes all random
+numbers from ``rng``. It marks the tokens that the task asks for as trainable. ``tokenizer`` is an HF tokenizer,
+or ``None`` if the config names none (tasks that make token ids directly need none). A config names a task of
+another installed package as ``package.module:function``, without registration.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from megatron_hydra.errors import HydraError
 
 
 def find_task(name: str) -> Generator:
-    """The generator called ``name``, or ``package.module:function`` of an installed package.
+    """Find the generator ``name``, or ``package.module:function`` of an installed package.
 
-    Only packages that a package manager installed (and this one) are imported: a config file must
-    not be able to run a stray file of the working directory.
+    It imports only this package and packages installed by a package manager, so that a config file cannot run
+    an arbitrary file of the working directory.
 
     Raises:
-        HydraError: there is no such task.
+        HydraError: the task does not exist.
     """
     if name in TASKS:
         return TASKS[name]
@@ -60,14 +59,14 @@ def generate(
         generator: from :func:`find_task`.
         key: the source's seed, 64 bits.
         index: the sample's number.
-        length: most tokens of all documents together.
+        length: maximum number of tokens of all documents together.
         tokenizer: HF tokenizer or ``None``.
-        options: the generator's keyword arguments, plus ``document_length: [low, high]``, which is
-            for every task: fill the sample with several documents whose lengths are drawn
-            uniformly from low … high; without it one call fills the sample.
+        options: the generator's keyword arguments, and ``document_length: [low, high]`` for every task. With
+            it, the sample has several documents with lengths drawn uniformly from low … high. Without it,
+            one call of the generator fills the sample.
 
     Raises:
-        HydraError: an option is unknown, or the generator broke its contract.
+        HydraError: an option is unknown, or the generator returns invalid documents.
     """
     rng = np.random.Generator(np.random.Philox(key=np.array([key, index], dtype=np.uint64)))
     options = dict(options)

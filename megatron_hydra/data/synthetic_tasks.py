@@ -1,10 +1,10 @@
-"""The built-in long-context tasks, for any HF tokenizer and any length that holds the question.
+"""The built-in long-context tasks, for any HF tokenizer and any length with room for the question.
 
-They follow the families of RULER (Hsieh et al. 2024, arXiv 2404.06654): retrieval of one or of
-many keys, tracking of variables, extraction of the commonest words. Wording and filler are our
-own, so training on them is not training on the evaluation's text. Each document is filler with
-facts in it, a question, and the answer; with ``loss="answer"`` (the default) only the answer and
-the end token are trainable, with ``loss="all"`` every token is.
+They follow the families of RULER (Hsieh et al. 2024, arXiv 2404.06654): retrieval of one or many keys,
+tracking of variables, and extraction of the most frequent words. We wrote other sentences and filler, so
+training does not see the text of the evaluation. Each document has filler with facts, a question, and the
+answer. With ``loss="answer"`` (the default) only the answer and the end token are trainable. With
+``loss="all"`` every token is trainable.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ _FILLER = (
 
 @dataclasses.dataclass(frozen=True)
 class _Bank:
-    """Material that is tokenised once per tokenizer: filler sentences and made-up words."""
+    """Filler sentences and invented words, tokenised once per tokenizer."""
 
     sentences: tuple[np.ndarray, ...]
     words: tuple[str, ...]
@@ -120,14 +120,14 @@ def _bank(tokenizer: Any) -> _Bank:
 def _tokens(tokenizer: Any, text: str) -> np.ndarray:
     if tokenizer is None:
         raise HydraError(
-            "data.tokenizer is empty: the built-in synthetic tasks are text and need an HF "
+            "data.tokenizer is empty: the built-in synthetic tasks generate text and need an HF "
             "tokenizer"
         )
     return np.array(encode(tokenizer, text), dtype=np.int64)
 
 
 def _filler(rng: np.random.Generator, tokenizer: Any, tokens: int) -> list[np.ndarray]:
-    """Random sentences of exactly ``tokens`` tokens; the last may lose its end."""
+    """Random sentences of exactly ``tokens`` tokens; the last sentence may be cut."""
     sentences = _bank(tokenizer).sentences
     lengths = np.array([len(sentence) for sentence in sentences])
     picks = rng.integers(len(sentences), size=tokens // int(lengths.min()) + 1)
@@ -168,14 +168,14 @@ def _document(
 
 
 def _room(length: int, task: str, parts: Sequence[np.ndarray], tokenizer: Any) -> int:
-    """Tokens left for filler once ``parts`` and an end token are placed."""
+    """Number of tokens left for filler after ``parts`` and an end token."""
     needed = sum(len(part) for part in parts) + int(
         getattr(tokenizer, "eos_token_id", None) is not None
     )
     if needed > length:
         raise HydraError(
-            f"synthetic task {task}: its facts and question take {needed} tokens, only {length} "
-            "are available; raise the length or ask for fewer facts"
+            f"synthetic task {task}: its facts and question need {needed} tokens, but only {length} are "
+            "available; use a greater length or fewer facts"
         )
     return length - needed
 
@@ -189,7 +189,7 @@ def _values(rng: np.random.Generator, count: int, kind: Value) -> list[str]:
 
 
 def _keys(rng: np.random.Generator, count: int) -> list[str]:
-    """Distinct adjective-noun pairs, numbered once the pairs are used up."""
+    """Distinct adjective-noun pairs; numbers are added after all pairs are used."""
     pairs = len(_ADJECTIVES) * len(_NOUNS)
     picks = rng.permutation(pairs)[:count].tolist()
     names = [f"{_ADJECTIVES[p // len(_NOUNS)]}-{_NOUNS[p % len(_NOUNS)]}" for p in picks]
@@ -207,11 +207,11 @@ def needles(
     value: Value = "number",
     loss: Loss = "answer",
 ) -> list[Document]:
-    """Facts "the special number of KEY is VALUE" in filler; the question names the keys.
+    """Facts "the special number of KEY is VALUE" in filler; the question names keys.
 
     Args:
-        num_needles: facts in the text.
-        num_queries: keys asked for, at most ``num_needles``.
+        num_needles: number of facts in the text.
+        num_queries: number of keys in the question, at most ``num_needles``.
         value: ``number`` (7 digits) or ``word``.
         loss: ``answer`` or ``all``.
     """
@@ -246,11 +246,11 @@ def multi_key(
     value: Value = "number",
     loss: Loss = "answer",
 ) -> list[Document]:
-    """Needles with distractors: many keys in the text, few asked for.
+    """Needles with distractors: many keys in the text, few in the question.
 
     Args:
-        num_keys: facts in the text; ``None`` fills the whole text with facts instead of filler.
-        num_queries: keys asked for.
+        num_keys: number of facts in the text; ``None`` fills the text with facts instead of filler.
+        num_queries: number of keys in the question.
         value, loss: as for ``needles``.
     """
     if num_keys is None:
@@ -277,11 +277,11 @@ def variable_tracking(
     num_hops: int = 4,
     loss: Loss = "answer",
 ) -> list[Document]:
-    """Chains of assignments in filler; the answer is every variable that holds a given value.
+    """Chains of assignments in filler; the answer lists all variables with a given value.
 
     Args:
-        num_chains: independent chains, each with its own value; one is asked for.
-        num_hops: copies after the first assignment of a chain.
+        num_chains: number of independent chains, each with its own value; the question is about one.
+        num_hops: number of copies after the first assignment of a chain.
         loss: ``answer`` or ``all``.
     """
     if num_chains < 1 or num_hops < 0:
@@ -322,11 +322,11 @@ def word_extraction(
     ratio: int = 4,
     loss: Loss = "answer",
 ) -> list[Document]:
-    """A long list of words, a few of them ``ratio`` times as frequent; the answer names these.
+    """A long list of words; a few words are ``ratio`` times as frequent, and the answer lists them.
 
     Args:
-        num_words: how many frequent words there are.
-        ratio: how much more frequent they are than any other word.
+        num_words: number of frequent words.
+        ratio: their frequency relative to any other word.
         loss: ``answer`` or ``all``.
     """
     bank = _bank(tokenizer)

@@ -1,4 +1,4 @@
-"""Offline text: distractor sentences and unique names, and how much of it fits into a length."""
+"""Distractor text without downloads: sentences, unique names, and fitting them into a length."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = sorted({*ADJECTIVES, *NOUNS})
 
 
 def text_sentence(rng: random.Random) -> str:
-    """A plain English sentence that states nothing a task asks for."""
+    """An English sentence without facts that a task asks for."""
     subject = rng.choice(_WORDS["people"])
     thing = f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
     place = f"near the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
@@ -34,7 +34,7 @@ def text_sentence(rng: random.Random) -> str:
 def distinct_names(rng: random.Random, count: int, taken: Collection[str] = ()) -> list[str]:
     """``count`` names such as ``misty-harbor``, different from each other and from ``taken``.
 
-    Three words where half of all two-word names are in use.
+    Names have three words if half of all two-word names are in use.
     """
     names: dict[str, None] = {}
     while len(names) < count:
@@ -48,13 +48,13 @@ def distinct_names(rng: random.Random, count: int, taken: Collection[str] = ()) 
 
 
 def distinct_words(rng: random.Random, count: int) -> list[str]:
-    """``count`` different words; beyond the :data:`WORDS` that there are, names of two."""
+    """``count`` different words. If :data:`WORDS` has too few, some are names of two words."""
     words = rng.sample(WORDS, min(count, len(WORDS)))
     return words + distinct_names(rng, count - len(words))
 
 
 def random_number(rng: random.Random) -> str:
-    """A seven-digit number, as RULER's."""
+    """A seven-digit number, as in RULER."""
     return str(rng.randint(1_000_000, 9_999_999))
 
 
@@ -64,15 +64,15 @@ def random_uuid(rng: random.Random) -> str:
 
 
 class Fitter:
-    """Finds how many units of distractor make a prompt fill, and not exceed, its budget.
+    """Finds the number of distractor units with which a prompt fills its budget without exceeding it.
 
-    Remembers the size of the last prompt: samples of one length differ little, so later ones are
-    mostly measured once.
+    It remembers the size of the last prompt. Samples of one length differ little, so most later prompts are
+    measured only once.
     """
 
     def __init__(self, tokenizer: object, budget: int, task: str) -> None:
         if tokenizer is None:
-            raise HydraError(f"task {task!r} is made of text: it needs the model's tokenizer")
+            raise HydraError(f"task {task!r} generates text: it needs the model's tokenizer")
         self.tokenizer = tokenizer
         self.budget = budget
         self.task = task
@@ -87,21 +87,21 @@ class Fitter:
         return self._tokens(prompt) <= self.budget
 
     def fit(self, build: Callable[[int], str], minimum: int = 1) -> str:
-        """The longest prompt found that fits.
+        """Return the longest prompt found that fits.
 
         Args:
-            build: prompt with so many units; longer for more units.
-            minimum: fewest units that the task makes sense with.
+            build: function from a number of units to a prompt; more units give a longer prompt.
+            minimum: smallest number of units that the task needs.
 
         Raises:
-            HydraError: not even ``minimum`` units fit.
+            HydraError: ``minimum`` units do not fit.
         """
         best = build(minimum)
         base = self._tokens(best)
         if base > self.budget:
             raise HydraError(
-                f"task {self.task!r} needs {base} prompt tokens at least, {self.budget} are left "
-                "of the length after the answer: use a longer length"
+                f"task {self.task!r} needs at least {base} prompt tokens, but only {self.budget} remain "
+                "after the answer: use a longer length"
             )
         if not self.slope:
             self.slope = max((self._tokens(build(minimum + 32)) - base) / 32, 0.1)

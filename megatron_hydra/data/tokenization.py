@@ -1,8 +1,8 @@
-"""Tokenise a corpus to ``.bin/.idx`` on many processes; a run killed at any moment can be resumed.
+"""Tokenise a corpus to ``.bin/.idx`` in many processes. A run that is killed at any moment can be resumed.
 
-Workers turn units of the corpus into parts (see :mod:`megatron_hydra.data.parts`), each a pure
-function of its unit; this process assembles them in order in ``<output>.work/``. After a kill, what
-was recorded as done is kept and the rest is made: the result has the bytes of an undisturbed run.
+Workers turn units of the corpus into parts (see :mod:`megatron_hydra.data.parts`). A part depends only on its
+unit. The main process assembles the parts in order in ``<output>.work/``. After a kill, recorded work is kept
+and the rest is made again. The result has the same bytes as an undisturbed run.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.files import write_json_atomic
 
 _LOCK_PATIENCE = 5.0
-"""Seconds to wait for an output's lock: workers of a run that was killed hold it until they have died."""
+"""Seconds to wait for an output's lock. Workers of a killed run hold it until they have ended."""
 
 
 def tokenize(config: TokenizeConfig, report: Report = print) -> Manifest:
     """Prepare a corpus, or resume a stopped preparation.
 
     Args:
-        config: what to do.
-        report: takes lines of progress.
+        config: the options.
+        report: function that takes lines of progress.
 
     Returns:
         The manifest, which is also at ``<prefix>.json``.
 
     Raises:
-        HydraError: inputs, tokenizer or options are wrong, too many rows are unreadable, the disk
-            is full, or the output exists and is another preparation's.
+        HydraError: inputs, tokenizer or options are wrong; too many rows are unreadable; the disk is full; or
+            the output exists and belongs to another preparation.
     """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process is one core
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process uses one core
     config = dataclasses.replace(config, corpus=pin_revisions(config.corpus, report))
     worker = Worker(config)
     try:
@@ -66,7 +66,7 @@ def tokenize(config: TokenizeConfig, report: Report = print) -> Manifest:
         recipe = _recipe(config, worker, planned)
         with _locked(config):
             if _is_done(config, recipe):
-                report(f"{config.prefix}: prepared already, nothing to do")
+                report(f"{config.prefix} is complete, nothing to do")
                 return Manifest.load(config.prefix + ".json")
             _claim(config, _plan(config, units, recipe))
             assembler = Assembler(
@@ -88,7 +88,7 @@ def tokenize(config: TokenizeConfig, report: Report = print) -> Manifest:
 
 
 def _shard_of(units: list[Unit], shard: tuple[int, int]) -> list[Unit]:
-    """Contiguous units of one shard: about 1/n of the bytes, in order, and at least one unit."""
+    """Contiguous units of one shard, in order: about 1/n of the bytes and at least one unit."""
     index, count = shard
     if not 0 <= index < count:
         raise HydraError(f"--shard {index}/{count}: the first number must be 0..{count - 1}")
@@ -108,11 +108,11 @@ def _shard_of(units: list[Unit], shard: tuple[int, int]) -> list[Unit]:
 
 
 def _recipe(config: TokenizeConfig, worker: Worker, planned: list[Unit]) -> dict[str, Any]:
-    """All that decides the output's bytes; JSON.
+    """All inputs and options that decide the output's bytes; JSON.
 
     Args:
         config, worker: the preparation.
-        planned: units of all shards, so that shards cut from other units are distinguished.
+        planned: units of all shards, so that shards from other units have another recipe.
     """
     corpus, tokenizer = config.corpus, worker.tokenizer
     recipe: dict[str, Any] = {
@@ -151,7 +151,7 @@ def _digest(units: list[Unit]) -> str:
 
 
 def _plan(config: TokenizeConfig, units: list[Unit], recipe: dict[str, Any]) -> dict[str, Any]:
-    """What unfinished work has to agree with; changes if an input file is touched."""
+    """The plan that unfinished work must match. It changes if an input file is modified."""
     paths = [] if config.corpus.hub else sorted({unit.path for unit in units})
     modified = [[path, os.stat(path).st_mtime_ns] for path in paths]
     return {**recipe, "units": _digest(units), "modified": modified}
@@ -159,7 +159,7 @@ def _plan(config: TokenizeConfig, units: list[Unit], recipe: dict[str, Any]) -> 
 
 @contextlib.contextmanager
 def _locked(config: TokenizeConfig) -> Iterator[None]:
-    """One process at a time prepares an output."""
+    """Lock the output, so that only one process prepares it."""
     path = Path(config.prefix + ".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(path, config.prefix):
@@ -170,7 +170,7 @@ def _locked(config: TokenizeConfig) -> Iterator[None]:
 
 
 def _lock(path: Path, prefix: str) -> TextIO:
-    """Make and lock a file; closing it ends the lock."""
+    """Create and lock a file; closing the file releases the lock."""
     deadline = time.monotonic() + _LOCK_PATIENCE
     while True:
         stream = open(path, "w", encoding="utf-8")  # noqa: SIM115  # the caller closes it
@@ -179,7 +179,7 @@ def _lock(path: Path, prefix: str) -> TextIO:
             if os.fstat(stream.fileno()).st_ino == os.stat(path).st_ino:
                 return stream
         except (BlockingIOError, FileNotFoundError):
-            pass  # held by another; or its holder has removed it and let it go just now
+            pass  # another process holds it, or has just removed and released it
         stream.close()
         if time.monotonic() > deadline:
             raise HydraError(f"{prefix} is being prepared by another process")
@@ -187,10 +187,10 @@ def _lock(path: Path, prefix: str) -> TextIO:
 
 
 def _is_done(config: TokenizeConfig, recipe: dict[str, Any]) -> bool:
-    """Whether the output is there and is this preparation's; finishes an interrupted publication.
+    """Whether the output of this preparation is complete; finishes an interrupted move to the final names.
 
     Raises:
-        HydraError: the output is another preparation's and ``force`` is off.
+        HydraError: the output belongs to another preparation and ``force`` is off.
     """
     if (config.work / "manifest.json").exists():
         publish(config.work, config.prefix)
@@ -210,7 +210,7 @@ def _is_done(config: TokenizeConfig, recipe: dict[str, Any]) -> bool:
 
 
 def _claim(config: TokenizeConfig, plan: dict[str, Any]) -> None:
-    """Begin the work folder, or check that it is ours."""
+    """Create the work folder, or check that it belongs to this preparation."""
     path = config.work / "plan.json"
     if config.work.exists() and not path.exists():
         shutil.rmtree(config.work)
@@ -226,7 +226,7 @@ def _claim(config: TokenizeConfig, plan: dict[str, Any]) -> None:
             commits = f"; --revision was {', '.join(map(str, before))}" if any(before) else ""
             raise HydraError(
                 f"{config.work} has unfinished work of another preparation (different: "
-                f"{', '.join(different)}{commits}); finish that one, or start over with --force"
+                f"{', '.join(different)}{commits}); finish that one, or start again with --force"
             )
         shutil.rmtree(config.work)
     config.work.mkdir(parents=True, exist_ok=True)
@@ -240,7 +240,7 @@ def _make_parts(
     assembler: Assembler,
     report: Report,
 ) -> None:
-    """Make and assemble all parts that are missing."""
+    """Make and assemble all missing parts."""
     progress = Progress(units, assembler, config.max_tokens, report)
     _check_bad_rows(config, assembler)
     todo = range(assembler.state.parts, 0 if assembler.state.full else len(units))
@@ -263,15 +263,15 @@ def _check_bad_rows(config: TokenizeConfig, assembler: Assembler) -> None:
     shown = "".join(f"\n  {where}: {error}" for where, error in assembler.state.bad)
     raise HydraError(
         f"{count} unreadable row{'s' if count > 1 else ''}, above --max-bad-rows "
-        f"{config.max_bad_rows}. The first:{shown}\nRepair the input, or skip such rows by running "
-        "the same command with a higher --max-bad-rows (what is done is kept)"
+        f"{config.max_bad_rows}. The first:{shown}\nRepair the input, or skip such rows: run the same "
+        "command with a higher --max-bad-rows (finished work is kept)"
     )
 
 
 def _finish(
     config: TokenizeConfig, recipe: dict[str, Any], assembler: Assembler, report: Report
 ) -> Manifest:
-    """Index, manifest, and the move to the final names."""
+    """Write index and manifest, and move the files to their final names."""
     counts = assembler.state.counts
     if counts.tokens == 0:
         names = ", ".join(config.corpus.inputs)

@@ -1,4 +1,4 @@
-"""What one preparation does: the options of ``data_prep/tokenize.py``."""
+"""The options of a preparation (``data_prep/tokenize.py``)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class TokenizeConfig:
 
     Attributes:
         corpus: the inputs.
-        output: prefix of the files to write; a shard adds ``-00003-of-00016``.
+        output: prefix of the output files; a shard adds ``-00003-of-00016``.
         tokenizer: path or Hub name.
         tokenizer_revision: git revision on the Hub.
-        workers: processes; 0: do the work in this process.
-        append_eod: end every document with the end token.
-        eod_token: which; ``None``: the tokenizer's ``eos_token``.
-        add_special_tokens: as in HF's ``tokenizer(text)`` (Llama's BOS, for instance).
-        keep_empty: keep documents without text as empty ones (as Megatron-LM does).
+        workers: number of processes; 0: do the work in this process.
+        append_eod: append the end token to every document.
+        eod_token: the end token; ``None``: the tokenizer's ``eos_token``.
+        add_special_tokens: add special tokens as HF's ``tokenizer(text)`` (for example Llama's BOS).
+        keep_empty: keep rows without text as empty documents (as Megatron-LM does).
         max_tokens: stop before the document that would exceed it; 0: no limit.
-        max_bad_rows: unreadable rows to skip before giving up.
+        max_bad_rows: number of unreadable rows to skip; one more is an error.
         shard: (i, n): only the i-th of n contiguous parts of the corpus.
-        exact: never take the fast path of the word encoder.
+        exact: never use the fast path of the word encoder.
         trust_remote_code: run a tokenizer's own Python code.
         force: replace an existing output.
     """
@@ -68,7 +68,7 @@ class TokenizeConfig:
 
     @property
     def prefix(self) -> str:
-        """Where this run's files go."""
+        """Prefix of this run's output files."""
         index, count = self.shard
         return self.output if count == 1 else shard_prefix(self.output, index, count)
 

@@ -1,4 +1,4 @@
-"""HF tokenizers: loading, identity, and the fast way from text to ids."""
+"""HF tokenizers: encoding, end tokens and fingerprints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_batch(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-    """Ids of many texts; offsets are not computed, which is what makes it fast."""
+    """Ids of many texts. It is fast because it computes no offsets."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
@@ -33,21 +33,21 @@ def encode_batch(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool)
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """Entries of the vocabulary, or one more than the largest id where ids have gaps."""
+    """Number of vocabulary entries, or the largest id + 1 if ids have gaps."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
 def token_dtype(vocab_size: int) -> type[np.generic]:
-    """Megatron-LM's choice of storage: uint16 below 65,500 entries, else int32."""
+    """Storage dtype, chosen as in Megatron-LM: uint16 below 65,500 entries, else int32."""
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
 @functools.lru_cache(maxsize=8)
 def end_tokens_of(model: Any, tokenizer: Any | None) -> list[int]:
-    """The tokens at which an HF model ends a text: its generation config's, else the tokenizer's.
+    """The end tokens of an HF model, from its generation config, or else from the tokenizer.
 
     Raises:
-        HydraError: what is named there is no token id.
+        HydraError: a value there is not a token id.
     """
     given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if given is None and tokenizer is not None:
@@ -59,7 +59,7 @@ def token_ids(given: Any) -> list[int]:
     """The end tokens of a config: none, one or several.
 
     Raises:
-        HydraError: something else.
+        HydraError: the value has another type.
     """
     ends = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
     if not all(isinstance(token, int) for token in ends):
@@ -72,8 +72,8 @@ def token_ids(given: Any) -> list[int]:
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 over the vocabulary and the ids of a probe text.
 
-    It does not depend on where the tokenizer was loaded from or on how a library version
-    serialises it, and changes with anything that changes ids.
+    It does not depend on the tokenizer's path or on the serialisation of a library version. It changes with
+    every change of ids.
     """
     digest = hashlib.sha256()
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
@@ -83,7 +83,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def special_tokens_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of a probe text's ids with the special tokens that the tokenizer puts around it."""
+    """SHA-256 of a probe text's ids, with the special tokens that the tokenizer adds."""
     (ids,) = encode_batch(tokenizer, [_PROBE], add_special_tokens=True)
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 

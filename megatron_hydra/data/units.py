@@ -1,4 +1,4 @@
-"""The units of a corpus (:mod:`~megatron_hydra.data.corpus`): which stretches of which inputs there are."""
+"""List the units of a corpus (:mod:`~megatron_hydra.data.corpus`)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def plan_units(
     """All units of the corpus, in order.
 
     Args:
-        corpus: where rows come from.
-        report: takes a line for each input that is not read whole, and for each file that is read twice.
+        corpus: the source of the rows.
+        report: function that takes a line for each input with skipped files, and for each file read twice.
 
     Raises:
-        HydraError: an input is missing, empty, or of no known format.
+        HydraError: an input is missing or empty, or has an unknown format.
     """
     if corpus.hub:
         return _hub_units(corpus)
@@ -38,16 +38,16 @@ def plan_units(
     units: list[Unit] = []
     for path in all_files(listings):
         if os.path.getsize(path) == 0:
-            raise HydraError(f"{path} is empty (0 bytes); leave it out or repair it")
+            raise HydraError(f"{path} is empty (0 bytes); remove it or repair it")
         own = _file_units(path, corpus)
         if not own:
-            raise HydraError(f"{path} is empty (a table without rows); leave it out or repair it")
+            raise HydraError(f"{path} is empty (a table without rows); remove it or repair it")
         units += own
     return units
 
 
 def _notes(corpus: CorpusConfig, listings: list[Listing]) -> Iterator[str]:
-    """What is not read of the inputs, and what is read twice: a line for each."""
+    """A line for each input with skipped files, and for each file that is read twice."""
     for name, listing in zip(corpus.inputs, listings, strict=True):
         if listing.left_out:
             yield f"--input {name}: {len(listing.files)} files are read, not read are {listing}"
@@ -88,7 +88,7 @@ def _parquet_units(path: str) -> list[Unit]:
 
 
 def arrow_table(path: str) -> Any:
-    """An Arrow file as a table that stays on disk, of the stream format (``datasets``) or the file format."""
+    """An Arrow file in stream format (``datasets``) or file format, as a memory-mapped table."""
     import pyarrow as pa
 
     source = pa.memory_map(path)
@@ -107,10 +107,10 @@ def _arrow_units(path: str, corpus: CorpusConfig) -> list[Unit]:
 
 
 def _hub_units(corpus: CorpusConfig) -> list[Unit]:
-    """Units of all data sets: shards of streamed ones, else stretches of their Arrow files.
+    """Units of all data sets: shards of streamed data sets, else parts of their Arrow files.
 
     Raises:
-        HydraError: a data set cannot be loaded, or ``split`` names a part of a split.
+        HydraError: a data set cannot be loaded, or ``split`` names a slice of a split.
     """
     units: list[Unit] = []
     for name in corpus.inputs:
@@ -121,8 +121,8 @@ def _hub_units(corpus: CorpusConfig) -> list[Unit]:
         own = [u for file in data.cache_files for u in _arrow_units(file["filename"], corpus)]
         if sum(unit.end - unit.begin for unit in own) != len(data):
             raise HydraError(
-                f"--dataset {name} --split {corpus.split}: only whole splits can be read, not "
-                "slices of them; take the whole one, and limit it with --max-tokens"
+                f"--dataset {name} --split {corpus.split}: only whole splits can be read, not slices; name the "
+                "whole split, and limit it with --max-tokens"
             )
         units += own
     return units

@@ -1,4 +1,4 @@
-"""The sequences that a validation reads: the same every time, whatever the layout and the batch."""
+"""The sequences that a validation reads: the same every time, for any layout and batch size."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from megatron_hydra.data.stream import PackedStream, pack_micro_batch
 from megatron_hydra.errors import HydraError
 
 VALIDATION_SEED = derive_key("validation")
-"""Not the run's: runs with other seeds are compared on the same sequences, and generated samples are
-others than those of training."""
+"""A fixed seed, not the run's: runs with other seeds read the same sequences, and generated samples differ
+from those of training."""
 
 PADDING = -1
-"""Number of a sequence that only fills up a micro-batch."""
+"""Sample number of a sequence that only pads a micro-batch."""
 
 
 class ValidationStream:
-    """What is held out, part by part, for one data-parallel rank.
+    """Validation data, part by part, for one data-parallel rank.
 
     Attributes:
-        labels: of the parts, each another: the last component of its path, or its task and, where one
-            is given, the length of its documents (``needles@1024``).
-        counts: sequences of each part.
+        labels: unique labels of the parts: the last component of the path, or the task, with the length of
+            its documents if given (``needles@1024``).
+        counts: number of sequences of each part.
     """
 
     def __init__(
@@ -43,19 +43,19 @@ class ValidationStream:
         tokenizer: Any = None,
         probes: bool = False,
     ) -> None:
-        """Open every part and check that it holds enough.
+        """Open every part and check that it has enough sequences.
 
         Args:
             data, validation: the run's sections.
-            micro_batch_size: sequences of a micro-batch.
-            dp_rank, dp_size: this rank's place, as for :class:`~.stream.PackedStream`.
-            vocab_size: of the model.
+            micro_batch_size: number of sequences of a micro-batch.
+            dp_rank, dp_size: data-parallel rank and size, as for :class:`~.stream.PackedStream`.
+            vocab_size: vocabulary size of the model.
             tokenizer: an HF tokenizer; loaded from ``data.tokenizer`` if omitted.
-            probes: read ``validation.probes`` and not what is held out.
+            probes: read ``validation.probes`` instead of the held-out data.
 
         Raises:
-            HydraError: data that training would refuse, too, a part with fewer sequences than asked
-                for, or without a learned token.
+            HydraError: training would refuse the data as well; or a part has too few sequences, or no token
+                with a loss.
         """
         self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
         data = dataclasses.replace(data, seed=VALIDATION_SEED, token_budget=0)
@@ -63,7 +63,7 @@ class ValidationStream:
         if blend:
             data = dataclasses.replace(data, blend=blend, held_out=0.0)
         self._data, self._sequences = data, validation.sequences
-        # Of one rank and one sequence a step, so that its fingerprint is free of the layout.
+        # One rank and one sequence per step, so that the fingerprint does not depend on the layout.
         self._stream = PackedStream(
             data,
             BatchConfig(1, 1),
@@ -104,16 +104,16 @@ class ValidationStream:
         return [source.files for source in self._stream.sources]
 
     def num_micro_batches(self, part: int, multiple: int = 1) -> int:
-        """Micro-batches of a part on every data-parallel rank, rounded up to a multiple."""
+        """Number of micro-batches of a part on every data-parallel rank, rounded up to a multiple."""
         per_round = self.micro_batch_size * self.dp_size
         return -(-self.counts[part] // (per_round * multiple)) * multiple
 
     def micro_batches(self, part: int, multiple: int = 1) -> Iterator[PackedBatch]:
-        """This rank's micro-batches of a part. What is missing in the last is padding, without a loss.
+        """This rank's micro-batches of a part. The last one is padded without a loss.
 
         Args:
-            part: its place in the blend.
-            multiple: of the number of micro-batches, for a schedule that wants one.
+            part: index of the part in the blend.
+            multiple: the number of micro-batches is a multiple of it, which some schedules need.
         """
         for round_ in range(self.num_micro_batches(part, multiple)):
             first = (round_ * self.dp_size + self.dp_rank) * self.micro_batch_size
@@ -126,7 +126,7 @@ class ValidationStream:
             )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides what is read. JSON."""
+        """All settings that decide the data read. JSON."""
         data = self._data
         return {
             "validation.sequences": self._sequences,
@@ -140,7 +140,7 @@ class ValidationStream:
 
 
 def _has_learned_token(documents: list[Document]) -> bool:
-    """Whether some token has a loss: the first of a document is predicted from nothing."""
+    """Whether any token has a loss. The first token of a document has none."""
     return any(document.trainable[1:].any() for document in documents)
 
 

@@ -1,15 +1,14 @@
-"""Text to token ids several times faster than the tokenizer itself, with the same ids.
+"""Encode text to token ids several times faster than the tokenizer itself, with the same ids.
 
-A byte-level BPE tokenizer (GPT-2, Llama 3, Qwen …) first cuts text into words by a regular
-expression and then encodes every word by itself. Both halves are done here outside the tokenizer:
-the cutting by the ``regex`` module, the encoding by a table of words already seen, which the
-tokenizer's own model fills. The bytes of the ids are joined directly; no integer object is made.
+A byte-level BPE tokenizer (GPT-2, Llama 3, Qwen …) first splits text into words by a regular expression and
+then encodes every word separately. This module does both steps: the ``regex`` module splits the text, and a
+table gives the ids of known words. The tokenizer's own model fills the table. The bytes of the ids are joined
+directly, without Python integers.
 
-The short cut is taken only where it provably agrees: for tokenizers of that kind, and for texts
-that contain no added token, need no normalisation, and hold no character on which the two regular
-expression engines (or their Unicode versions) differ; the differing characters are found by asking
-both engines about every code point. All other texts go through the tokenizer, and so does a
-sample of the short-cut ones, as a check.
+The fast path is used only if it provably gives the same ids. The tokenizer must be of this kind. The text must
+contain no added token, need no normalisation, and have no character that the two regular expression engines
+(or their Unicode versions) treat differently. We find these characters by testing every code point with both
+engines. The tokenizer encodes all other texts. It also encodes a sample of the fast texts as a check.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from megatron_hydra.data.tokenizer import encode_batch
 from megatron_hydra.errors import HydraError
 
 _MAX_WORDS = 1 << 19
-"""Words kept, about 200 bytes each: a corpus has ever new ones, and every process keeps its own."""
+"""Maximum number of words in the table, about 200 bytes each. Every process has its own table."""
 _LONGEST_WORD = 64
-"""Characters of a word that is kept: longer ones hardly come again."""
+"""Maximum length of a word in the table. Longer words rarely repeat."""
 _CHECK_EVERY = 512
-_LAST_CODE = 0x1FFFF  # rarer characters than these take the slow path
+_LAST_CODE = 0x1FFFF  # rarer characters use the slow path
 _PROBES = (
     "",
     " ",
@@ -68,10 +67,10 @@ class _Words(dict[str, bytes]):
 
 
 class WordEncoder:
-    """Encodes documents to the bytes that ``.bin`` holds.
+    """Encodes documents to the bytes of a ``.bin`` file.
 
     Attributes:
-        fast: whether the short cut applies to this tokenizer at all.
+        fast: whether this tokenizer supports the fast path.
     """
 
     def __init__(
@@ -82,13 +81,13 @@ class WordEncoder:
         add_special_tokens: bool = True,
         fast: bool = True,
     ) -> None:
-        """Prepare.
+        """Prepare the encoder.
 
         Args:
             tokenizer: an HF tokenizer.
             dtype: storage type of an id.
             add_special_tokens: as in HF's ``tokenizer(text)``.
-            fast: allow the short cut.
+            fast: allow the fast path.
         """
         self._tokenizer = tokenizer
         self._dtype = dtype
@@ -113,7 +112,7 @@ class WordEncoder:
         self.fast = all(self._shortcut(p) in (None, self._exact(p)) for p in _PROBES)
 
     def room_for_words(self) -> int:
-        """Bytes by which the table may still grow, if words to come are like those in it."""
+        """Number of bytes by which the table may still grow, if new words are like those in it."""
         if not self.fast or not self._words:
             return 0
         some = list(itertools.islice(self._words.items(), _CHECK_EVERY))
@@ -127,8 +126,8 @@ class WordEncoder:
 
         Raises:
             UnicodeEncodeError: the text holds lone surrogates.
-            HydraError: the short cut disagreed with the tokenizer (a bug; the message says how to
-                go on without it).
+            HydraError: the fast path and the tokenizer disagree (a bug; the message says how to continue
+                without the fast path).
         """
         encoded = self._shortcut(text) if self.fast else None
         if encoded is None:
@@ -136,7 +135,7 @@ class WordEncoder:
         self._seen += 1
         if self._seen % _CHECK_EVERY == 1 and encoded != self._exact(text):
             raise HydraError(
-                "the fast path of tokenization disagrees with the tokenizer on a text that begins "
+                "the fast path and the tokenizer disagree on a text that starts with "
                 f"{text[:60]!r}; run again with --exact, and please report it"
             )
         return encoded
@@ -145,12 +144,12 @@ class WordEncoder:
         try:
             (ids,) = encode_batch(self._tokenizer, [text], self._special)
         except TypeError:
-            text.encode("utf-8")  # a lone surrogate is what the tokenizer cannot take
+            text.encode("utf-8")  # the tokenizer cannot encode a lone surrogate
             raise
         return np.array(ids, dtype=self._dtype).tobytes()
 
     def _shortcut(self, text: str) -> bytes | None:
-        """Ids through the table of words, or ``None`` where only the tokenizer may decide."""
+        """Ids by the table of words; ``None`` if the tokenizer must encode the text."""
         if not text.isascii() and (
             self._unsafe.search(text) is not None
             or (self._normalizes and not unicodedata.is_normalized("NFC", text))
@@ -167,7 +166,7 @@ class WordEncoder:
         return self._prefix + body + self._suffix
 
     def _special_bytes(self) -> tuple[bytes, bytes]:
-        """What the post-processor puts before and after a document."""
+        """Bytes of the tokens that the post-processor adds before and after a document."""
         if not self._special:
             return b"", b""
         bare, full = (encode_batch(self._tokenizer, ["a"], flag)[0] for flag in (False, True))
@@ -205,7 +204,7 @@ def _word_pattern(tokenizer: Any) -> tuple[bool, str] | None:
 
 
 def _split_pattern(pre_tokenizer: dict[str, Any]) -> str | None:
-    """The regular expression of the two usual byte-level pre-tokenizers."""
+    """The regular expression of the two common byte-level pre-tokenizers."""
     parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     last = parts[-1]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
@@ -233,11 +232,11 @@ def _byte_alphabet() -> dict[int, int]:
 
 @functools.lru_cache(maxsize=2)
 def _unsafe_characters(source: str) -> tuple[tuple[int, int], ...]:
-    """Inclusive ranges of code points on which the two engines might differ.
+    """Inclusive ranges of code points on which the two engines may differ.
 
-    These are characters unassigned in this Python's Unicode version, surrogates, characters that
-    case-fold into ASCII letters (the pattern may ignore case), and every character for which a
-    character class of the pattern answers differently in the two engines.
+    These are characters that this Python's Unicode version does not assign, surrogates, characters that
+    case-fold to ASCII letters (the pattern may ignore case), and characters for which a character class of the
+    pattern gives different results in the two engines.
     """
     unsafe = np.zeros(sys.maxunicode + 1, dtype=bool)
     unsafe[0xD800:0xE000] = True
@@ -254,7 +253,7 @@ def _unsafe_characters(source: str) -> tuple[tuple[int, int], ...]:
 
 
 def _folds_to_ascii(pattern: str) -> Callable[[str], bool]:
-    """Whether a character, its case ignored, is an ASCII letter or letters of the pattern."""
+    """Whether a character equals, ignoring case, an ASCII letter or letters of the pattern."""
 
     def folds(character: str) -> bool:
         folded = character.casefold()

@@ -190,7 +190,7 @@ def test_a_template_that_asks_whether_the_content_is_none(loaded):
 
 
 def test_a_template_that_knows_no_tools_makes_a_bad_row(tokenizer):
-    with pytest.raises(ChatError, match="leaves out the tool call 'clock' of message 1"):
+    with pytest.raises(ChatError, match="omits the tool call 'clock' of message 1"):
         render_chat(tokenizer, _WITH_TOOL)
 
 
@@ -214,7 +214,7 @@ def test_content_as_parts(tokenizer, template):
     assert "a b<|im_end|>" in render_chat(tokenizer, messages)[0]
 
 
-# -- what cannot be told --------------------------------------------------------------------
+# -- what cannot find begin and end --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -240,15 +240,15 @@ def test_malformed_conversations_say_why(tokenizer, messages, reason):
     ("template", "reason"),
     [
         ("{{ raise_exception('no system role') }}", "failed.*no system role"),
-        ("{% for m in messages %}{{ m.content | upper }};{% endfor %}", "cannot be told"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "cannot be told.*does not close it"),
+        ("{% for m in messages %}{{ m.content | upper }};{% endfor %}", "cannot find begin and end"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "cannot find begin and end.*does not close it"),
         (
             "{% for m in messages | reverse %}{{ m.content }};{% endfor %}",
-            "cannot be told|before an",
+            "cannot find begin and end|before an",
         ),
         (
             "{% for m in messages %}{{ m.content }}{{ '.' if loop.last else ';' }}{% endfor %}",
-            "cannot be told",
+            "cannot find begin and end",
         ),
     ],
 )

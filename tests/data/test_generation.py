@@ -169,8 +169,8 @@ def test_another_run_is_not_written_over(case, prompts):
     corpus, lines = CorpusConfig((prompts,)), []
     case.run(corpus)
     case.make(corpus).run(lines.append)
-    assert lines == [f"{case.folder}/out.jsonl: written already, nothing to do"]
-    with pytest.raises(HydraError, match=r"comes from something else \(different: temperature\)"):
+    assert lines == [f"{case.folder}/out.jsonl is complete, nothing to do"]
+    with pytest.raises(HydraError, match=r"has another origin \(different: temperature\)"):
         case.run(corpus, temperature=0.5)
     assert case.make(corpus, force=True, temperature=0.5).run(lambda _: None)["temperature"] == 0.5
 
@@ -186,7 +186,7 @@ def test_rows_without_a_usable_prompt_are_counted_and_named(case, tmp_path):
     body = case.make(corpus, max_bad_rows=3).run(lines.append)
     assert (body["counts"]["texts"], body["counts"]["bad_rows"]) == (1, 3)
     said = "\n".join(lines)
-    assert "more than the model's 128" in said and "the prompt is empty" in said
+    assert "exceeds the model's 128" in said and "the prompt is empty" in said
 
 
 def test_tokenising_reads_texts_and_answers(case, prompts, tmp_path):

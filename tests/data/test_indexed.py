@@ -134,7 +134,7 @@ def test_an_inconsistent_index_is_named(tmp_path):
     raw = bytearray((tmp_path / "x.idx").read_bytes())
     raw[34:38] = (5).to_bytes(4, "little")
     (tmp_path / "x.idx").write_bytes(raw)
-    with pytest.raises(HydraError, match=r"x\.idx: sequences are not stored back to back"):
+    with pytest.raises(HydraError, match=r"x\.idx: sequences are not contiguous"):
         IndexedDocuments(str(tmp_path / "x")).document_spans()
 
 

@@ -33,7 +33,7 @@ def test_shards_that_do_not_fit_are_named(corpus, qwen, tmp_path, options, key):
     output = tmp_path / "s"
     run(config(corpus, output, qwen, unit_bytes=9_000, shard=(0, 2)))
     run(config(corpus, output, qwen, **{"unit_bytes": 9_000, "shard": (1, 2), **options}))
-    with pytest.raises(HydraError, match=rf"s-00001-of-00002\.json: {re.escape(key)} is .* fit"):
+    with pytest.raises(HydraError, match=rf"s-00001-of-00002\.json: {re.escape(key)} is .* requires"):
         merge(find_shards(str(output)), str(output), shards=True)
     assert not list(tmp_path.glob("s.*"))
     merged = merge(find_shards(str(output)), str(output))
@@ -54,6 +54,6 @@ def test_a_damaged_index_is_named(corpus, qwen, tmp_path):
     path = tmp_path / "a.json"
     manifest = Manifest.load(path)
     dataclasses.replace(manifest, idx=dataclasses.replace(manifest.idx, sha256="0" * 64)).save(path)
-    with pytest.raises(HydraError, match=r"a\.idx does not have the SHA-256"):
+    with pytest.raises(HydraError, match=r"the SHA-256 of .*a\.idx differs"):
         merge([str(tmp_path / "a")], str(tmp_path / "m"))
     assert not list(tmp_path.glob("m*"))

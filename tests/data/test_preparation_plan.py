@@ -91,7 +91,7 @@ def test_a_unit_is_left_when_the_time_is_over(qwen, tmp_path, monkeypatch, suffi
     assert 0 < sample.counts.rows < 60
     assert (sample.whole_tokens, sample.whole_bytes) == (0, 0)
     assert preparation_plan._extrapolated(settings, sample, 10**6).input_tokens is None
-    with pytest.raises(HydraError, match=r"no unit of the input whole.*--plan 15e9"):
+    with pytest.raises(HydraError, match=r"no unit of the input completely.*--plan 15e9"):
         preparation_plan._extrapolated(settings, sample, 0)
 
 
@@ -100,7 +100,7 @@ def test_what_cannot_be_planned_is_named(corpus, qwen, tmp_path) -> None:
         plan_preparation(config(corpus, tmp_path / "out", qwen, shard=(0, 2)), 0, 1)
     (tmp_path / "other.jsonl").write_text('{"body": "a"}\n')
     with pytest.raises(
-        HydraError, match=r"holds no token \(1 rows, 1 of them unreadable\).*--column"
+        HydraError, match=r"has no token \(1 rows, 1 of them unreadable\).*--column"
     ):
         plan_preparation(config(tmp_path / "other.jsonl", tmp_path / "out", qwen), 0, 60)
     with pytest.raises(HydraError, match=r"corpus2\.jsonl"):

@@ -231,7 +231,7 @@ def test_the_log_and_the_event_name_every_change(corpora) -> None:
     assert f"{corpora[1]}: weight 1.0 -> 3.0; it continues after 10 sequences read" in text
     assert f"{corpora[2]}: in the blend with weight 1.0, 0 sequences read before" in text
     # 20 sequences in 5 steps; 5 more steps were to read 20, of 8 each they read 40.
-    assert "schedule.steps=10 is now 60 of them, before 40; schedule.steps=8 reads as many" in text
+    assert "schedule.steps=10 now reads 60, before 40; schedule.steps=8 reads as many" in text
     assert _resumed(state, _data(corpora, {0: 1.0, 1: 1.0})).reading.change() == {}
 
 
@@ -288,7 +288,7 @@ def test_a_change_without_a_phase_is_refused_and_the_key_that_allows_it_named(co
             _resumed(state, data, batch)
     second = _resumed(state, _data(corpora, {1: 1.0}, 2)).state(7)
     with pytest.raises(
-        HydraError, match=r"data\.phase was 2 and is 1 now: .* never falls; set it to 2"
+        HydraError, match=r"data\.phase was 2 and is 1 now: .* must not decrease; set it to 2"
     ):
         _resumed(second, _data(corpora, {1: 1.0}))
     with pytest.raises(HydraError, match=r"to allow the change, set data\.phase=3"):

@@ -121,7 +121,7 @@ def test_several_short_documents_fill_a_sample(qwen):
         ("needles", {"num_needles": 1, "num_queries": 2}, "num_queries 2 must be 1"),
         ("needles", {"value": "colour"}, "value is 'colour'"),
         ("needles", {"loss": "some"}, "loss is 'some'"),
-        ("needles", {"num_needles": 900}, r"take \d+ tokens, only 256"),
+        ("needles", {"num_needles": 900}, r"need \d+ tokens, but only 256"),
         ("needles", {"document_length": [300, 100]}, "document_length"),
         ("word_extraction", {"ratio": 99}, "do not fit into 256"),
         ("variable_tracking", {"num_chains": 0}, "num_chains >= 1"),
