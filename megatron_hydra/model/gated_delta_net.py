@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.model.local_heads import LocalHeads
@@ -109,9 +108,7 @@ class GatedDeltaNet(torch.nn.Module):
             self.eps,
             tables,
         )
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        dt = F.softplus(a.to(wide) + self.dt_bias[:n].to(wide))
-        log_alpha, beta = -self.A_log[:n].to(wide).exp() * dt, torch.sigmoid(b.to(wide))
+        log_alpha, beta = self.kernels.delta_rule_gates(a, b, self.A_log[:n], self.dt_bias[:n])
         log_alpha = packed.emptied(log_alpha)
         if self.switches.fa_window is not None:
             k, v, log_alpha, beta = self._beyond_window(k, v, log_alpha, beta, packed)

@@ -199,6 +199,7 @@ def kernel_case(model: ModelConfig, run: RunConfig, tp_rank: int | None = None) 
         tuple(sorted(numbers)),
         run.parallel.context > 1,
         model.switches.gdn_position == "rope",
+        run.backend.cuda_graphs != "off",
     )
 
 

@@ -40,6 +40,11 @@ GROUP_ELEMENTS = 1 << 19
 that what one operation writes is still in the cache for the next."""
 
 
+RESET = -80.0
+"""Log α that empties the state: what is left, e⁻⁸⁰ = 2·10⁻³⁵ of its size, is far below the rounding of fp32. A
+larger number would cost the sums of log α that it is part of more of their digits."""
+
+
 class StateExchange(Protocol):
     """How a context-parallel shard learns the state that enters it (``parallel.context_parallel``).
 
