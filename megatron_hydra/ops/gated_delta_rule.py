@@ -29,7 +29,7 @@ import torch.distributed
 import torch.nn.functional as F
 
 from megatron_hydra.ops.determinism import is_deterministic
-from megatron_hydra.ops.device_cache import int_tensor
+from megatron_hydra.ops.device_cache import int_tensor, keep
 
 MIN_CHUNK, MAX_CHUNK = 16, 64
 """Bounds of the chunk length in tokens. Intra-chunk work grows with it and scan work shrinks; the two
@@ -210,6 +210,7 @@ def chunked_gated_delta_rule(
     chunk = chunk or min(MAX_CHUNK, max(MIN_CHUNK, 1 << (q.shape[-1] - 1).bit_length()))
     chunk = min(chunk, max(MIN_CHUNK, 1 << (longest - 1).bit_length()))
     layout = chunk_layout(cu, chunk, q.device)
+    keep(layout.gather, layout.scatter)
 
     chunks = [
         _to_chunks(x.to(wide), layout) for x in (q, k, v, log_alpha[..., None], beta[..., None])

@@ -66,9 +66,7 @@ def delta_rule(program: Program, heads: LocalHeads, parts: dict[str, Tensor]) ->
 def _gates(program: Program, a: Tensor, n: int) -> Tensor:
     """Log α, ``[T, n]`` in fp32."""
     tape = program.tape
-    bias, decay = (
-        op.narrow(tape, tape.weight((1, n), op.WIDE, program.trained), (1, n)) for _ in range(2)
-    )
+    bias, decay = (tape.weight((1, n), op.WIDE, program.trained) for _ in range(2))
     decay = op.unary(tape, op.unary(tape, decay, save="out"))
     dt = op.unary(tape, op.add(tape, op.cast(tape, a, op.WIDE), bias), save="in")
     return op.multiply(tape, dt, decay)
@@ -77,9 +75,7 @@ def _gates(program: Program, a: Tensor, n: int) -> Tensor:
 def _fused_gates(program: Program, a: Tensor, b: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Log α and β by one kernel each way, then a sum for the two parameters."""
     tape = program.tape
-    trained = [
-        op.narrow(tape, tape.weight((1, n), op.WIDE, program.trained), (1, n)) for _ in range(2)
-    ]
+    trained = [tape.weight((1, n), op.WIDE, program.trained) for _ in range(2)]
     log_alpha = op.fused(
         tape, [a, *trained], (a.shape, op.WIDE), save=[a], launches=(0, 1), triton=(1, 1)
     )
