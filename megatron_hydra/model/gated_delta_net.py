@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.model.local_heads import LocalHeads
-from megatron_hydra.model.local_parameters import declare
+from megatron_hydra.model.local_parameters import declare, leading
 from megatron_hydra.model.norm import QkNorms
 from megatron_hydra.model.rotary import Rotary
 from megatron_hydra.ops.backends import Kernels
@@ -109,9 +108,9 @@ class GatedDeltaNet(torch.nn.Module):
             self.eps,
             tables,
         )
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        dt = F.softplus(a.to(wide) + self.dt_bias[:n].to(wide))
-        log_alpha, beta = -self.A_log[:n].to(wide).exp() * dt, torch.sigmoid(b.to(wide))
+        log_alpha, beta = self.kernels.delta_rule_gates(
+            a, b, leading(self.A_log, n), leading(self.dt_bias, n)
+        )
         log_alpha = packed.emptied(log_alpha)
         if self.switches.fa_window is not None:
             k, v, log_alpha, beta = self._beyond_window(k, v, log_alpha, beta, packed)
@@ -152,7 +151,7 @@ class GatedDeltaNet(torch.nn.Module):
         """Kernels ``[C, W]`` of the local q, k and v channels, shared KV groups last in k and in v."""
         assert self.conv is not None
         if not self.shared_kv:
-            return self.conv[: q_channels + 2 * kv_channels]
+            return leading(self.conv, q_channels + 2 * kv_channels)
         own = kv_channels - len(self.shared_kv) * self.head_dim
         of_q, of_k, of_v = self.conv[: q_channels + 2 * own].split((q_channels, own, own))
         assert self.shared_conv is not None

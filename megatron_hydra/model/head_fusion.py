@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_hydra.model.local_heads import LocalHeads
-from megatron_hydra.model.local_parameters import declare
+from megatron_hydra.model.local_parameters import declare, leading
 from megatron_hydra.model.recomputation import Recomputation
 from megatron_hydra.ops.backends import Kernels
 from megatron_hydra.ops.device_cache import int_tensor
@@ -81,7 +81,7 @@ class HeadFusion(torch.nn.Module):
             outputs = self.heads.sharded
             if self.heads.mixed:
                 outputs = (*outputs, *(self.model.num_query_heads + h for h in outputs))
-            scale = self.gamma[: len(outputs)]
+            scale = leading(self.gamma, len(outputs))
             scale = scale if shares is None else scale * _of_heads(shares, outputs)
         fused = self.tail(branches, scale)
         if self.heads.mixed:  # the two outputs of every head

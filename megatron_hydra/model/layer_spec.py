@@ -201,6 +201,7 @@ def kernel_case(model: ModelConfig, run: RunConfig, tp_rank: int | None = None) 
         run.parallel.context > 1,
         model.switches.gdn_position == "rope",
         rule_of_model(model.switches),
+        run.backend.cuda_graphs != "off",
     )
 
 

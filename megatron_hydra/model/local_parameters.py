@@ -110,3 +110,11 @@ def _allocated(
     parameter.hydra_fp32 = local.fp32  # type: ignore[attr-defined]
     parameter.hydra_decays = local.decays  # type: ignore[attr-defined]
     return parameter
+
+
+def leading(parameter: torch.Tensor, count: int) -> torch.Tensor:
+    """The first ``count`` rows; without padding the parameter itself.
+
+    The backward of a slice fills a tensor with zeros and writes a part of it: two launches for nothing.
+    """
+    return parameter if parameter.shape[0] == count else parameter[:count]

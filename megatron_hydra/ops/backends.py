@@ -136,6 +136,7 @@ def _load_fla_cp() -> dict[str, Any]:
 @functools.cache
 def _load_triton() -> dict[str, Any]:
     from megatron_hydra.ops import (
+        triton_delta_rule_gates,
         triton_delta_rule_inputs,
         triton_fusion_tail,
         triton_qk_preparation,
@@ -144,6 +145,7 @@ def _load_triton() -> dict[str, Any]:
     return {
         "fusion_tail": triton_fusion_tail.fusion_tail,
         "prepare_heads": triton_qk_preparation.prepare_heads,
+        "delta_rule_gates": triton_delta_rule_gates.delta_rule_gates,
         "delta_rule_inputs": triton_delta_rule_inputs.delta_rule_inputs,
     }
 

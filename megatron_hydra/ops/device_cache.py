@@ -28,15 +28,20 @@ def int_tensor(
         ``[len(values)]``; shared, so never write to it.
     """
     tensor = _made(values, dtype, device)
-    for keeper in _keepers:
-        keeper.append(tensor)
+    keep(tensor)
     return tensor
+
+
+def keep(*tensors: torch.Tensor | None) -> None:
+    """Note tensors that are shared through a cache, for :func:`kept`."""
+    for keeper in _keepers:
+        keeper += [tensor for tensor in tensors if tensor is not None]
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[list[torch.Tensor]]:
-    """All that :func:`int_tensor` returns inside the block, in a list: the cache keeps the last ones alone, and
-    who hands their addresses to the device for later must hold them.
+    """All that is shared through caches inside the block, in a list: a cache keeps the last ones alone, and who
+    hands their addresses to the device for later must hold them.
     """
     tensors: list[torch.Tensor] = []
     _keepers.append(tensors)

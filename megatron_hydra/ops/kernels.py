@@ -7,12 +7,19 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_hydra.ops import delta_rule_inputs, fusion_tail, gated_delta_rule, qk_preparation
+from megatron_hydra.ops import (
+    delta_rule_gates,
+    delta_rule_inputs,
+    fusion_tail,
+    gated_delta_rule,
+    qk_preparation,
+)
 from megatron_hydra.ops.linear_rules import GATED_DELTA_RULE, LinearRule
 from megatron_hydra.ops.varlen_attention import varlen_attention
 
 Kernel = Callable[..., torch.Tensor]
 DeltaRuleInputs = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+DeltaRuleGates = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 DeltaRule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
@@ -26,6 +33,7 @@ class Kernels:
             return ``None`` for the final states.
         prepare_heads: as :func:`~megatron_hydra.ops.qk_preparation.prepare_heads`.
         delta_rule_inputs: as :func:`~megatron_hydra.ops.delta_rule_inputs.delta_rule_inputs`.
+        delta_rule_gates: as :func:`~megatron_hydra.ops.delta_rule_gates.delta_rule_gates`.
         fusion_tail: as :func:`~megatron_hydra.ops.fusion_tail.fusion_tail`.
         names: by key of the ``backend`` section, what was chosen; for logs and the self-check.
     """
@@ -34,6 +42,7 @@ class Kernels:
     delta_rule: DeltaRule = gated_delta_rule.chunked_gated_delta_rule
     prepare_heads: Kernel = qk_preparation.prepare_heads
     delta_rule_inputs: DeltaRuleInputs = delta_rule_inputs.delta_rule_inputs
+    delta_rule_gates: DeltaRuleGates = delta_rule_gates.delta_rule_gates
     fusion_tail: Kernel = fusion_tail.fusion_tail
     names: dict[str, str] = dataclasses.field(
         default_factory=lambda: {
@@ -56,6 +65,7 @@ class Case:
         context_parallel: whether ranks share a sequence: the start-up check then runs the delta rule's shards.
         gdn_rotary: whether q and k of GDN heads are rotated.
         rule: of its linear heads.
+        graphs: whether documents are rows of one length, inside which a decay empties the state.
     """
 
     device: torch.device
@@ -66,3 +76,4 @@ class Case:
     context_parallel: bool = False
     gdn_rotary: bool = True
     rule: LinearRule = GATED_DELTA_RULE
+    graphs: bool = False

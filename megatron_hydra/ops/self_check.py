@@ -16,6 +16,7 @@ import torch
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.ops import fla_tuning, kernel_cache, packages
+from megatron_hydra.ops.gated_delta_rule import RESET
 from megatron_hydra.ops.kernels import Case, Kernels
 from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
 from megatron_hydra.ops.sharded_delta_rule import ShardsHere
@@ -200,6 +201,7 @@ def all_checks(case: Case) -> Iterator[Check]:
     """The checks of every kernel, each for the ways in which layers and losses call it."""
     yield from _attention_checks(case)
     yield from _delta_rule_checks(case)
+    yield from _delta_rule_gates_checks(case)
     yield from _preparation_checks(case)
     yield from _delta_rule_inputs_checks(case)
     yield from _fusion_tail_checks(case)
@@ -251,6 +253,41 @@ def _delta_rule_checks(case: Case) -> Iterator[Check]:
             },
             lambda kernels, x, cu=cu: kernels.delta_rule(*x, cu)[0],  # type: ignore[misc]
         )
+
+    if not case.graphs:
+        return
+    rows, resets = tuple(range(0, tokens + 1, tokens // 3)), list(BOUNDARIES[1:-1])
+    for heads in case.gdn_heads:
+        log_alpha = -0.05 * make.uniform(tokens, heads)
+        log_alpha[resets] = RESET
+        yield (
+            "gated_delta_net",
+            f"gated delta rule of {heads} heads over rows with emptied states",
+            {
+                "q": make.unit(tokens, heads, d),
+                "k": make.unit(tokens, heads, d),
+                "v": make.normal(tokens, heads, d),
+                "log alpha": log_alpha,
+                "beta": make.uniform(tokens, heads),
+            },
+            lambda kernels, x: kernels.delta_rule(*x, rows)[0],
+        )
+
+
+def _delta_rule_gates_checks(case: Case) -> Iterator[Check]:
+    """As a model begins: a bias that makes a token's decay smaller than the rounding of 1."""
+    make, tokens, heads = _Inputs(case, 6), BOUNDARIES[-1], 5
+    yield (
+        "fused_kernels",
+        "the gates of the delta rule",
+        {
+            "a": make.normal(tokens, heads),
+            "b": make.normal(tokens, heads),
+            "A_log": make.uniform(heads),
+            "dt_bias": 10 * make.uniform(heads) - 10,
+        },
+        lambda kernels, x: torch.cat(kernels.delta_rule_gates(*x), dim=1),
+    )
 
 
 def _sharded_delta_rule_checks(case: Case) -> Iterator[Check]:

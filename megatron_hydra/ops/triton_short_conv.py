@@ -35,6 +35,15 @@ def _shifted(x, halo, index, columns, x_t, halo_t, allowed, inside, W, HAS_HALO:
 
 
 @triton.jit
+def _tap(weight, c, w_c, inside, back: tl.constexpr, W: tl.constexpr):
+    """The weight of the token ``back`` tokens before; 0 where the kernel is not that wide."""
+    if back < W:
+        return tl.load(weight + c * w_c + (W - 1 - back), inside, 0.0).to(tl.float32)
+    else:
+        return tl.zeros([c.shape[0]], tl.float32)
+
+
+@triton.jit
 def _forward_kernel(
     x, weight, positions, halo, y, rest, length, channels, split, x_t, w_c, halo_t,
     W: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_HALO: tl.constexpr,
@@ -71,36 +80,51 @@ def _backward_kernel(  # noqa: C901, PLR0915  (Triton has no arrays of accumulat
     inside = c < channels
     zero = tl.zeros([CHANNELS], tl.float32)
     s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
+    # Read before the loop: the compiler cannot know that what the loop stores is not these.
+    w0 = _tap(weight, c, w_c, inside, 0, W)
+    w1 = _tap(weight, c, w_c, inside, 1, W)
+    w2 = _tap(weight, c, w_c, inside, 2, W)
+    w3 = _tap(weight, c, w_c, inside, 3, W)
+    w4 = _tap(weight, c, w_c, inside, 4, W)
+    w5 = _tap(weight, c, w_c, inside, 5, W)
+    w6 = _tap(weight, c, w_c, inside, 6, W)
+    w7 = _tap(weight, c, w_c, inside, 7, W)
     for block in range(blocks):
         t = (tl.program_id(1).to(tl.int64) * blocks + block) * TOKENS + tl.arange(0, TOKENS)
         here = (t < length)[:, None] & inside[None, :]
         value = tl.load(x + (t * x_t)[:, None] + c[None, :], here, 0.0).to(tl.float32)
         total = tl.zeros([TOKENS, CHANNELS], tl.float32)
         for back in tl.static_range(W):
-            tap = tl.load(weight + c * w_c + (W - 1 - back), inside, 0.0).to(tl.float32)
             later = t + back
             reads = (later < length) & (tl.load(positions + later, later < length, 0) >= back)
             grad = tl.load(
                 dy + (later * dy_t)[:, None] + c[None, :], reads[:, None] & inside[None, :], 0.0
             ).to(tl.float32)
-            total += grad * tap[None, :]
             part = tl.sum(grad * value, 0)
             if back == 0:
                 s0 += part
+                total += grad * w0[None, :]
             if back == 1:
                 s1 += part
+                total += grad * w1[None, :]
             if back == 2:
                 s2 += part
+                total += grad * w2[None, :]
             if back == 3:
                 s3 += part
+                total += grad * w3[None, :]
             if back == 4:
                 s4 += part
+                total += grad * w4[None, :]
             if back == 5:
                 s5 += part
+                total += grad * w5[None, :]
             if back == 6:
                 s6 += part
+                total += grad * w6[None, :]
             if back == 7:
                 s7 += part
+                total += grad * w7[None, :]
         tl.store(dx + (t * channels)[:, None] + c[None, :], total.to(dx.dtype.element_ty), here)
     partial = dw + (tl.program_id(1) * channels + c) * W + W - 1
     tl.store(partial, s0, inside)

@@ -9,7 +9,7 @@ lives in tensors that keep their place and are filled anew for every micro-batch
 - for full attention, the boundaries, with room for more documents than there are;
 - for the delta rule, the tokens at which a state starts from zero. The kernels run over rows of one
   length, which no document crosses; inside a row, the decay of a document's first token empties the
-  state (``RESET``).
+  state (:data:`.RESET`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,8 @@ from typing import Any
 import torch
 
 from megatron_hydra.ops.boundaries import DeviceBoundaries
+from megatron_hydra.ops.gated_delta_rule import RESET
 from megatron_hydra.parallel.packed_sequence import AttentionBlock, PackedSequence
-
-RESET = -80.0
-"""log α of a document's first token inside a row. What is left of the state before it, e⁻⁸⁰ = 2·10⁻³⁵ of
-its size, is far below the rounding of fp32. A larger number would cost the sums of log α that it is part of
-more of their digits."""
 
 
 class StaticSequence(PackedSequence):
@@ -56,6 +52,8 @@ class StaticSequence(PackedSequence):
 
     def holds(self, packed: PackedSequence) -> bool:
         """Whether these documents can be loaded."""
+        if packed is self._loaded:
+            return True
         if packed.cp_size != 1 or packed.length_global != self.length_global:
             return False
         if not self.room:
@@ -84,7 +82,7 @@ class StaticSequence(PackedSequence):
             _copy(self._cache[key], compute())
 
     def emptied(self, log_alpha: torch.Tensor) -> torch.Tensor:
-        """As of :class:`.PackedSequence`: with room, :data:`RESET` where a document begins inside a row."""
+        """As of :class:`.PackedSequence`: with room, :data:`.RESET` where a document begins inside a row."""
         if self.resets is None:
             return log_alpha
         return log_alpha.masked_fill(self.resets[:, None], RESET)

@@ -172,7 +172,9 @@ def test_a_vocabulary_is_padded_unless_a_rank_would_have_none_of_it() -> None:
     model = dataclasses.replace(DENSE, vocab_size=65)
     check_layout(_config("parallel.tensor=2"), 2, model, model)
     few = dataclasses.replace(DENSE, vocab_size=5)  # 2 · 3 ranks are enough, the fourth has nothing
-    with pytest.raises(HydraError, match=r"with 2 entries of the .*vocabulary of 5 per rank, the last"):
+    with pytest.raises(
+        HydraError, match=r"with 2 entries of the .*vocabulary of 5 per rank, the last"
+    ):
         check_layout(_config("parallel.tensor=4"), 4, few, few)
 
 
@@ -203,7 +205,9 @@ def test_two_streams_cannot_share_rotary_tables() -> None:
 
     config = _config("backend.streams=two")
     check_layout(config, 1, model("log-scale"))
-    with pytest.raises(HydraError, match=r"streams=two is not possible with hydra\.fa_position=rope"):
+    with pytest.raises(
+        HydraError, match=r"streams=two is not possible with hydra\.fa_position=rope"
+    ):
         check_layout(config, 1, model("rope"))
 
 

@@ -240,8 +240,14 @@ def test_malformed_conversations_say_why(tokenizer, messages, reason):
     ("template", "reason"),
     [
         ("{{ raise_exception('no system role') }}", "failed.*no system role"),
-        ("{% for m in messages %}{{ m.content | upper }};{% endfor %}", "cannot find begin and end"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "cannot find begin and end.*does not close it"),
+        (
+            "{% for m in messages %}{{ m.content | upper }};{% endfor %}",
+            "cannot find begin and end",
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}",
+            "cannot find begin and end.*does not close it",
+        ),
         (
             "{% for m in messages | reverse %}{{ m.content }};{% endfor %}",
             "cannot find begin and end|before an",

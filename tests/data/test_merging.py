@@ -33,7 +33,9 @@ def test_shards_that_do_not_fit_are_named(corpus, qwen, tmp_path, options, key):
     output = tmp_path / "s"
     run(config(corpus, output, qwen, unit_bytes=9_000, shard=(0, 2)))
     run(config(corpus, output, qwen, **{"unit_bytes": 9_000, "shard": (1, 2), **options}))
-    with pytest.raises(HydraError, match=rf"s-00001-of-00002\.json: {re.escape(key)} is .* requires"):
+    with pytest.raises(
+        HydraError, match=rf"s-00001-of-00002\.json: {re.escape(key)} is .* requires"
+    ):
         merge(find_shards(str(output)), str(output), shards=True)
     assert not list(tmp_path.glob("s.*"))
     merged = merge(find_shards(str(output)), str(output))

@@ -413,7 +413,10 @@ def test_other_special_tokens_are_another_preparation(corpus, own_tokenizer, tmp
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"chat_template": None}, "has no chat template"), ({"is_fast": False}, "is a slow tokenizer")],
+    [
+        ({"chat_template": None}, "has no chat template"),
+        ({"is_fast": False}, "is a slow tokenizer"),
+    ],
 )
 def test_chat_needs_a_template_and_a_fast_tokenizer(qwen, tmp_path, monkeypatch, change, message):
     tokenizer = load_tokenizer(qwen)

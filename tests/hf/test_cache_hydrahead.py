@@ -278,7 +278,9 @@ def test_what_was_not_recorded_cannot_be_taken_back(kind):
             logits = model(ids[:, 5:], past_key_values=cache).logits
             close(logits, model(ids, use_cache=False).logits[:, 5:])
             return
-        with pytest.raises(ValueError, match=r"3 of them were not recorded.*activate_past_recording"):
+        with pytest.raises(
+            ValueError, match=r"3 of them were not recorded.*activate_past_recording"
+        ):
             cache.crop(-3)
         record_past(cache, True)
         model(ids[:, 8:10], past_key_values=cache)

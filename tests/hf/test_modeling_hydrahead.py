@@ -750,9 +750,13 @@ def test_contradictions_of_packed_documents_are_refused():
     model = make_model()
     batch = flattened((5, 3), bounds=True, numbers=True)
     wrong = {
-        "cu_seq_lens_q and cu_seq_lens_k give different bounds": {"cu_seq_lens_k": torch.tensor([0, 4, 8])},
+        "cu_seq_lens_q and cu_seq_lens_k give different bounds": {
+            "cu_seq_lens_k": torch.tensor([0, 4, 8])
+        },
         "cu_seq_lens_q and seq_idx give different bounds": {"seq_idx": torch.zeros(1, 8)},
-        "cu_seq_lens_q and position_ids give different bounds": {"position_ids": torch.arange(8)[None]},
+        "cu_seq_lens_q and position_ids give different bounds": {
+            "position_ids": torch.arange(8)[None]
+        },
         "it must increase from 0": {"cu_seq_lens_q": torch.tensor([0, 5])},
         "seq_idx has shape": {"seq_idx": torch.zeros(1, 7)},
         "max_length_q is 4, but a document has 5": {"max_length_q": 4},

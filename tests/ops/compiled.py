@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from megatron_hydra.ops import (
     self_check,
     triton_chunk_loss,
+    triton_delta_rule_gates,
     triton_fusion_tail,
     triton_qk_preparation,
     triton_short_conv,
@@ -27,7 +28,7 @@ from tests.ops import kernel_cases
 
 TARGET = GPUTarget("cuda", 90, 32)
 MODULES = (
-    triton_chunk_loss, triton_fusion_tail, triton_qk_preparation, triton_short_conv,
+    triton_chunk_loss, triton_delta_rule_gates, triton_fusion_tail, triton_qk_preparation, triton_short_conv,
     triton_squared_error,
 )  # fmt: skip
 TYPES = {

@@ -16,7 +16,13 @@ from unittest import mock
 import torch
 
 from megatron_hydra.model.rotary import rotary_tables
-from megatron_hydra.ops import delta_rule_inputs, fusion_tail, qk_preparation, short_conv
+from megatron_hydra.ops import (
+    delta_rule_gates,
+    delta_rule_inputs,
+    fusion_tail,
+    qk_preparation,
+    short_conv,
+)
 from megatron_hydra.ops.linear_distillation_loss import (
     linear_distillation_loss,
     linear_distillation_loss_reference,
@@ -131,6 +137,30 @@ def check_short_conv(device, dtype, channels=40, tokens=150):
             lambda x, call=call: call(triton_short_conv.short_conv, x),
             lambda x, call=call: call(short_conv.short_conv, x),
             tensors, dtype, f"short convolution {width=} {with_halo=}",
+        )  # fmt: skip
+
+
+def check_delta_rule_gates(device, dtype, tokens=150):
+    """Logits are columns of the projection; decays from far below the rounding of 1 to many a token."""
+    from megatron_hydra.ops import triton_delta_rule_gates
+
+    for heads in (1, 5, 14):
+
+        def call(function, x, heads=heads):
+            a, b = x[0][:, 1 : 1 + heads], x[0][:, 2 + heads : 2 + 2 * heads]
+            log_alpha, beta = function(a, b, x[1], x[2])
+            # every decay counts alike, however slow
+            return torch.cat((log_alpha / (1e-6 - log_alpha.detach()), beta), dim=1).to(x[0].dtype)
+
+        tensors = [
+            torch.randn(tokens, 2 * heads + 5, device=device),
+            torch.rand(heads, device=device),
+            torch.rand(heads, device=device) * 12 - 9,
+        ]
+        compare(
+            lambda x, call=call: call(triton_delta_rule_gates.delta_rule_gates, x),
+            lambda x, call=call: call(delta_rule_gates.delta_rule_gates, x),
+            tensors, dtype, f"gates of the delta rule {heads=}",
         )  # fmt: skip
 
 
@@ -335,6 +365,7 @@ CHECKS = (
     check_strided_gate,
     check_prepare_heads,
     check_short_conv,
+    check_delta_rule_gates,
     check_delta_rule_inputs,
     check_squared_error,
     check_one_head,

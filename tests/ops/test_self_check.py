@@ -72,6 +72,11 @@ def without_halo(qkv, heads, conv, positions, halo, *rest):
     )
 
 
+def forgetful_gates(a, b, a_log, dt_bias):
+    log_alpha, beta = TWINS.delta_rule_gates(a, b, a_log, dt_bias)
+    return (1 + log_alpha.exp() - 1).log() * 1.1, beta
+
+
 def with_one_norm(qkv, heads, conv, positions, halo, norms, *rest):
     return TWINS.delta_rule_inputs(qkv, heads, conv, positions, halo, (norms[0],) * 2, *rest)
 
@@ -88,6 +93,7 @@ def without_gate(branches, scale, eps):
         ("gated_delta_net", "delta_rule", leaking_delta_rule, "packed gated delta rule"),
         ("fused_kernels", "prepare_heads", without_scale, "q/k preparation with the log scale"),
         ("fused_kernels", "prepare_heads", without_rotary, "q/k preparation with rotary"),
+        ("fused_kernels", "delta_rule_gates", forgetful_gates, "the gates of the delta rule"),
         ("fused_kernels", "delta_rule_inputs", without_halo, "delta rule after another shard"),
         ("fused_kernels", "delta_rule_inputs", with_one_norm, "inputs of the delta rule"),
         ("fused_kernels", "fusion_tail", without_gate, "the fusion tail"),

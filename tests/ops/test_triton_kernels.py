@@ -47,6 +47,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here():
         (f"triton_{module}", f"_{kernel}_kernel")
         for module, kernels_of_it in {
             "chunk_loss": ("statistics", "gradient"),
+            "delta_rule_gates": ("forward", "backward"),
             "fusion_tail": ("forward", "backward"),
             "qk_preparation": ("forward", "backward"),
             "short_conv": ("forward", "backward"),

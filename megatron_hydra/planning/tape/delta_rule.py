@@ -42,7 +42,11 @@ def delta_rule(program: Program, heads: LocalHeads, parts: dict[str, Tensor]) ->
     k = prepare_heads(
         program, k, rope, scaled=False, l2=True, calls=0 if switches.short_conv else 1
     )
-    log_alpha, beta = _gates(program, a, n), op.unary(tape, op.cast(tape, b, op.WIDE), save="out")
+    if rank.gpu:
+        log_alpha, beta = _fused_gates(program, a, b, n)
+    else:
+        log_alpha = _gates(program, a, n)
+        beta = op.unary(tape, op.cast(tape, b, op.WIDE), save="out")
     if switches.fa_window is not None:
         k, v = (_delayed(program, x) for x in (k, v))
         log_alpha, beta = (_delayed(program, x) for x in (log_alpha, beta))
@@ -56,12 +60,20 @@ def delta_rule(program: Program, heads: LocalHeads, parts: dict[str, Tensor]) ->
 def _gates(program: Program, a: Tensor, n: int) -> Tensor:
     """Log α, ``[T, n]`` in fp32."""
     tape = program.tape
-    bias, decay = (
-        op.narrow(tape, tape.weight((1, n), op.WIDE, program.trained), (1, n)) for _ in range(2)
-    )
+    bias, decay = (tape.weight((1, n), op.WIDE, program.trained) for _ in range(2))
     decay = op.unary(tape, op.unary(tape, decay, save="out"))
     dt = op.unary(tape, op.add(tape, op.cast(tape, a, op.WIDE), bias), save="in")
     return op.multiply(tape, dt, decay)
+
+
+def _fused_gates(program: Program, a: Tensor, b: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Log α and β by one kernel each way, then a sum for the two parameters."""
+    tape = program.tape
+    trained = [tape.weight((1, n), op.WIDE, program.trained) for _ in range(2)]
+    log_alpha = op.fused(
+        tape, [a, *trained], (a.shape, op.WIDE), save=[a], launches=(0, 1), triton=(1, 1)
+    )
+    return log_alpha, op.fused(tape, [b], (b.shape, op.WIDE), save=[b], launches=(0, 0))
 
 
 def _delayed(program: Program, x: Tensor) -> Tensor:
