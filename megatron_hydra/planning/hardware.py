@@ -68,8 +68,8 @@ class Efficiency:
         varlen: share of that speed that flash attention of packed documents reaches, which runs where
             blocks are not a dense batch (context parallelism, documents of unequal length).
         delta_rule: of the matrix peak, of FLA's Triton kernels at 128K tokens.
-        flash_qla: likewise, of FlashQLA's (0.27) where they can run: heads of 128 without context
-            parallelism. 0: not installed, FLA's run.
+        flash_qla: likewise, of FlashQLA's (0.27) where they can run: heads of 128. 0: not installed, FLA's
+            run.
         bandwidth: of the memory bandwidth.
         nvlink, network: of the links.
         usable: of the memory; the rest is CUDA's context, NCCL's buffers, fragmentation.

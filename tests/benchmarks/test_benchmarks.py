@@ -19,6 +19,8 @@ TOY = {
                "--batch-sizes", "16"],
     "taking_back": ["--layers", "1", "--sizes", "32"],
     "context_parallel": ["--sizes", "128", "--layers", "1", "--hidden", "64"],
+    "sharded_gdn": ["--sizes", "128", "--ranks", "2", "--heads", "2", "--head-dim", "16",
+                    "--decays", "0.01"],
     "selection": ["--sizes", "4,8", "--layers", "2", "--heads", "4", "--kv-heads", "2",
                   "--hidden", "32", "--prompts", "2"],
     "selection_time": ["--shape", "tiny", "--sizes", "96", "--pairs", "5", "--receivers", "2",

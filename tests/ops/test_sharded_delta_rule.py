@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from megatron_hydra.ops.sharded_delta_rule import (
     sharded_gated_delta_rule,
     shards_of,
 )
+from tests.kernel_processes import needs_triton, output_lines
 from tests.ops import flash_qla_stand_in
 
 HEADS, D, DV, SHARD = 2, 8, 8, 24
@@ -152,6 +155,17 @@ def test_the_order_of_flash_qlas_kernels(monkeypatch, name, split):
     # What a part has forgotten (e^-10) is left out; shards pass their maps in fp32.
     for a, b in zip(got, want, strict=True):
         assert (a - b).norm() < (2e-4 if decay == -0.4 else 1e-5) * b.norm()
+
+
+@pytest.mark.slow
+@needs_triton
+def test_flas_kernels_of_shards_in_the_interpreter():
+    pytest.importorskip("fla")
+    lines = output_lines("tests.ops.fla_shards_interpreted", interpreted=True, timeout=280)
+    results = [json.loads(line) for line in lines if line.startswith("{")]
+    assert len(results) == 3
+    for result in results:
+        assert max(result.values()) < 2e-6, result
 
 
 # -- on a GPU -------------------------------------------------------------------------------------

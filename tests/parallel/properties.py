@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from contextlib import contextmanager
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.core import parallel_state  # isort: skip
 
+from benchmarks._bytes import counted_bytes
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.config.run import ParallelConfig, RunConfig
 from megatron_hydra.model.layer_spec import build_gpt_model
@@ -126,41 +125,6 @@ def isolation(name: str, layout: str) -> dict:
         "model": name, "layout": layout, "second_changed": bool(flags[0]), "gradient_leaked": bool(flags[1]),
         "first_changed": bool(flags[2]), "host_reads": int(flags[3]),
     }  # fmt: skip
-
-
-@contextmanager
-def counted_bytes():
-    """Bytes this rank sends in collectives and point-to-point, ring algorithms assumed."""
-    sent = {"bytes": 0}
-
-    def wrap(function, count):
-        def counted(*args, **kwargs):
-            sent["bytes"] += count(*args, **kwargs)
-            return function(*args, **kwargs)
-
-        return counted
-
-    def gathered(out, x, group=None, **_):
-        return x.numel() * x.element_size() * (group.size() - 1)
-
-    def scattered(out, x, group=None, **_):
-        return out.numel() * out.element_size() * (group.size() - 1)
-
-    def pointwise(operations):
-        return sum(
-            op.tensor.numel() * op.tensor.element_size() for op in operations if op.op is dist.isend
-        )
-
-    with (
-        mock.patch.object(
-            dist, "all_gather_into_tensor", wrap(dist.all_gather_into_tensor, gathered)
-        ),
-        mock.patch.object(
-            dist, "reduce_scatter_tensor", wrap(dist.reduce_scatter_tensor, scattered)
-        ),
-        mock.patch.object(dist, "batch_isend_irecv", wrap(dist.batch_isend_irecv, pointwise)),
-    ):
-        yield sent
 
 
 def sent_bytes(tokens_per_rank: int) -> dict:

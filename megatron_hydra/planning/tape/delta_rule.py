@@ -14,10 +14,17 @@ from megatron_hydra.ops.gated_delta_rule import (
     step_groups,
 )
 from megatron_hydra.ops.linear_rules import CHUNK, rule_of_model
+from megatron_hydra.ops.sharded_delta_rule import shards_of
 from megatron_hydra.planning.tape import operators as op
 from megatron_hydra.planning.tape.preparation import prepare_heads
 from megatron_hydra.planning.tape.rank import Program
 from megatron_hydra.planning.tape.tensors import Storage, Tensor
+
+SHARD_LAUNCHES = (2, 1)
+"""How many more of them a context-parallel shard runs (``ops.fla_shard_kernels``)."""
+
+EXCHANGE_LAUNCHES = (12, 8)
+"""Of torch, around them: start states, the gather, the scan of the maps."""
 
 MOST_GROUPS, MOST_STRIDES = 64, 64
 """More groups of chunks, or steps of a scan, than that are described in so many strides: the memory is
@@ -110,10 +117,17 @@ def _convolved(program: Program, x: Tensor, calls: int) -> Tensor:
     return y
 
 
-def _exchange_bytes(program: Program, n: int) -> float:
-    """What a rank sends for the states of one layer: every other shard gets its map (fp32)."""
-    d = program.model.head_dim
-    return (program.rank.cp - 1.0) * n * d * 2 * d * op.WIDE
+def _exchange_bytes(program: Program, n: int) -> tuple[float, float]:
+    """What a rank sends for the states of one layer, in fp32, forward and backward: every other shard gets
+    its state, with the transition where a document goes through a whole shard, and later a gradient.
+    """
+    rank, d = program.rank, program.model.head_dim
+    shards = shards_of(rank.documents, rank.cp)
+    crosses, through = (
+        any(of) for of in zip(*((s.goes_on, s.through) for s in shards), strict=True)
+    )
+    state = crosses * (rank.cp - 1.0) * n * d * d * op.WIDE
+    return (1.0 + through) * state, state
 
 
 # -- GPU ------------------------------------------------------------------------------------------
@@ -128,10 +142,11 @@ def _fla(
     row, states = tokens * n * d * q.size, chunks * n * d * d * q.size
     inverse, gate = tokens * n * CHUNK * q.size, tokens * n * op.WIDE
     flops = float(n * rule.flops(tokens, d))
-    can_be_qla = d == rule.flash_qla_head_dim and program.rank.cp == 1
-    between = 3.0 if program.rank.cp > 1 else 0.0
-    if program.rank.cp > 1:
-        tape.send("state", "context", _exchange_bytes(program, n))
+    can_be_qla = d == rule.flash_qla_head_dim
+    shared = program.rank.cp > 1
+    if shared:
+        forward_bytes, backward_bytes = _exchange_bytes(program, n)
+        tape.send("state", "context", forward_bytes)
     out = op.fused(
         tape, [q, k, v, log_alpha, beta], (q.shape, q.size),
         save=[q, k, v, beta], keep=inverse + gate,
@@ -139,10 +154,11 @@ def _fla(
         # W, U, new values, their gradients and the second one by k; states and theirs.
         backward_bytes={"gdn": 6 * row, "gdn states": 2 * states},
         work=[("flash_qla" if can_be_qla else "delta_rule", flops, 2.5 * flops)],
-        launches=(0, 0), triton=(rule.fla_launches[0] + between, rule.fla_launches[1] + between),
+        launches=EXCHANGE_LAUNCHES if shared else (0, 0),
+        triton=tuple(a + shared * b for a, b in zip(rule.fla_launches, SHARD_LAUNCHES, strict=True)),
     )  # fmt: skip
-    if program.rank.cp > 1 and out.needs_grad:
-        _send_in_backward(program, out, _exchange_bytes(program, n))
+    if shared and out.needs_grad:
+        _send_in_backward(program, out, backward_bytes)
     return out
 
 
@@ -319,13 +335,14 @@ def _exchange(program: Program, transition: Tensor, write: Tensor, count: int, n
     shape = ((count - 1) * n, d, d)
     states = op.matmul(tape, maps, own, shape, d, plus=own, launches=count - 1)
     products = op.matmul(tape, maps, maps, shape, d, launches=count - 1)
-    entering, sent = tape.empty((n, d, d), op.WIDE), _exchange_bytes(program, n)
+    entering, (sent, sent_back) = tape.empty((n, d, d), op.WIDE), _exchange_bytes(program, n)
     tape.send("state", "context", sent)
-    gathered = [Storage(tape, 2 * program.rank.cp * entering.nbytes)]
+    kept = 2 * program.rank.cp * entering.nbytes if sent > sent_back else 0  # transitions
+    gathered = [Storage(tape, kept)]
 
     def backward(grads: list[Tensor | None]) -> list[Tensor | None]:
         gathered.clear()
-        tape.send("state", "context", sent)
+        tape.send("state", "context", sent_back)
         return [Tensor(None, shape, op.WIDE), Tensor(None, shape, op.WIDE)]
 
     tape.record([states, products], [entering], backward)

@@ -1,0 +1,428 @@
+#!/usr/bin/env python3
+"""The gated delta rule of one context-parallel rank, forward and backward, against an independent shard.
+
+Every way to share a sequence: ours over FlashQLA's and over FLA's kernels, FLA's own context parallelism,
+and all-to-all over heads; and the same shard as a sequence of its own, which is the least that any can take.
+
+    python -m benchmarks.sharded_gdn --ranks 4                                  # one GPU plays each rank
+    torchrun --nproc-per-node 4 -m benchmarks.sharded_gdn                       # one GPU a rank, NCCL
+
+One GPU plays rank 0, one in the middle and the last one after the other: all that a rank computes, with
+collectives that return at once and move nothing. For each it also times the steps of ours alone. Under
+torchrun a round lasts as long as its slowest rank, collectives move data, outputs and gradients are compared
+with the whole stream's first, and the bytes that a rank sends are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from benchmarks import _harness as harness
+from benchmarks._bytes import counted_bytes
+from megatron_hydra.errors import HydraError, command
+from megatron_hydra.ops.gated_delta_rule import chunked_gated_delta_rule
+from megatron_hydra.ops.self_check import TOLERANCE
+from megatron_hydra.ops.sharded_delta_rule import (
+    RuleKernels,
+    ShardKernels,
+    ShardsHere,
+    sharded_gated_delta_rule,
+)
+from megatron_hydra.parallel.context_parallel import ShardStates
+
+EXAMPLE = (
+    "python -m benchmarks.sharded_gdn --device cpu --sizes 256 --ranks 2 --heads 2 --head-dim 16"
+)
+ALONE = "independent shard"
+ALL_TO_ALL = "all-to-all over heads"
+CHECKED_TOKENS = 1024
+"""Of a shard whose results are compared."""
+
+Rule = Callable[..., torch.Tensor]
+
+
+def shard_kernels(device: torch.device) -> dict[str, ShardKernels]:
+    """What can compute a shard here, by name."""
+    if device.type == "cpu":
+        return {"torch": RuleKernels(chunked_gated_delta_rule)}
+    from megatron_hydra.ops.fla_shard_kernels import FlaShardKernels
+    from megatron_hydra.ops.flash_qla_shard_kernels import FlashQlaShardKernels
+
+    kernels: dict[str, ShardKernels] = {}
+    if importlib.util.find_spec("flash_qla"):
+        kernels["FlashQLA"] = FlashQlaShardKernels()
+    return {**kernels, "FLA": FlaShardKernels()}
+
+
+def whole_rule(device: torch.device, flash_qla: bool = True) -> Rule:
+    """The rule of a sequence that is not shared: the fastest here, or FLA's own."""
+    if device.type == "cpu":
+        return lambda *x: chunked_gated_delta_rule(*x)[0]
+    from megatron_hydra.ops.fla_delta_rule import fla_gated_delta_rule
+
+    def rule(*inputs: torch.Tensor) -> torch.Tensor:
+        os.environ["FLA_FLASH_QLA"] = "1" if flash_qla else "0"
+        return fla_gated_delta_rule(*inputs)[0]
+
+    return rule
+
+
+class _ToHeads(torch.autograd.Function):
+    """``[T_local, H, c]`` → ``[T_global, H / N, c]``: all tokens of this rank's heads."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _to_heads(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _to_tokens(grads[0], ctx.group), None
+
+
+class _ToTokens(torch.autograd.Function):
+    """The way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _to_tokens(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _to_heads(grads[0], ctx.group), None
+
+
+def _to_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    n = group.size()
+    sent = x.unflatten(1, (n, -1)).transpose(0, 1).contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return received.flatten(0, 1)
+
+
+def _to_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    n = group.size()
+    sent = x.contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return received.unflatten(0, (n, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def all_to_all(rule: Rule, group: dist.ProcessGroup) -> Rule:
+    """Every rank gets all tokens of its share of the heads, and gives the outputs back."""
+
+    def shared(*inputs: torch.Tensor) -> torch.Tensor:
+        d = inputs[0].shape[-1]
+        qkv = _ToHeads.apply(torch.cat(inputs[:3], dim=-1), group)
+        gates = _ToHeads.apply(torch.stack(inputs[3:], dim=-1), group)
+        q, k, v = (x.contiguous() for x in qkv.split(d, dim=-1))
+        log_alpha, beta = (x.contiguous() for x in gates.unbind(-1))
+        output: torch.Tensor = _ToTokens.apply(rule(q, k, v, log_alpha, beta), group)
+        return output
+
+    return shared
+
+
+def rules(
+    device: torch.device, tokens: int, heads: int, group: dist.ProcessGroup
+) -> dict[str, Rule]:
+    """By name, the rule of this rank's shard of one document of so many tokens."""
+    exchange = ShardStates(group, (0, tokens))
+    found = {ALONE: whole_rule(device)}
+    for name, kernels in shard_kernels(device).items():
+        found[f"ours, {name}"] = lambda *x, kernels=kernels: sharded_gated_delta_rule(
+            kernels, x, exchange
+        )
+    if device.type == "cuda":
+        from megatron_hydra.ops.fla_delta_rule import fla_own_context_parallel
+
+        found["FLA's own"] = lambda *x: fla_own_context_parallel(*x, exchange=exchange)[0]
+        found[f"{ALONE}, FLA"] = whole_rule(device, flash_qla=False)
+    if heads % group.size() == 0:
+        found[ALL_TO_ALL] = all_to_all(whole_rule(device), group)
+    return found
+
+
+def make_inputs(
+    tokens: int, args: argparse.Namespace, decay: float, device: torch.device, seed: int
+) -> list[torch.Tensor]:
+    """q, k of unit norm, v; log α down to −decay; β in (0, 1)."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (tokens, args.heads, args.head_dim)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def normal() -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    gates = torch.rand(2, *shape[:2], generator=generator, device=device)
+    inputs = [F.normalize(normal(), dim=-1).to(dtype), F.normalize(normal(), dim=-1).to(dtype)]
+    inputs += [normal().to(dtype), -decay * gates[0], gates[1]]
+    return [x.requires_grad_() for x in inputs]
+
+
+def step_of(rule: Rule, inputs: list[torch.Tensor], cotangent: torch.Tensor) -> harness.Peer:
+    return lambda: torch.autograd.grad(rule(*inputs), inputs, cotangent)
+
+
+def steps_alone(
+    kernels: ShardKernels,
+    exchange: ShardStates,
+    inputs: list[torch.Tensor],
+    cotangent: torch.Tensor,
+) -> dict[str, harness.Peer]:
+    """Ours, step by step (``ops/sharded_delta_rule.py``)."""
+    (shard,), x = exchange.held, tuple(t.detach() for t in inputs)
+    like = x[0].new_empty(x[0].shape[1], x[0].shape[2], x[2].shape[2], dtype=torch.float32)
+    shard_map, begun = kernels.shard_map(shard, x)
+    (entering,), transitions = exchange.enter([shard_map], like)
+    _, saved = kernels.output(shard, x, begun, entering)
+    own, partial = kernels.entering_gradient(shard, x, saved, cotangent)
+    (leaving,) = exchange.leave([own], transitions, like)
+    return {
+        "1 map": lambda: kernels.shard_map(shard, x),
+        "  scan of the maps": lambda: exchange.enter([shard_map], like),
+        "2 output": lambda: kernels.output(shard, x, begun, entering),
+        "3 entering gradient": lambda: kernels.entering_gradient(shard, x, saved, cotangent),
+        "  scan of the gradients": lambda: exchange.leave([own], transitions, like),
+        "4 gradients": lambda: kernels.gradients(shard, x, saved, partial, cotangent, leaving),
+    }
+
+
+def _results(rule: Rule, inputs: list[torch.Tensor], cotangent: torch.Tensor) -> list[torch.Tensor]:
+    output = rule(*inputs)
+    return [output.detach(), *torch.autograd.grad(output, inputs, cotangent.to(output.dtype))]
+
+
+def check_agreement(
+    args: argparse.Namespace, device: torch.device, ranks: int, group: dist.ProcessGroup | None
+) -> None:
+    """Compare every rule with the twin, forward and gradients, on a short stream that remembers.
+
+    Args:
+        args: the command's.
+        device: where.
+        ranks: how many shards.
+        group: real ranks; ``None``: one process computes all shards of ours.
+
+    Raises:
+        HydraError: one differs; it is named.
+    """
+    tokens = ranks * min(CHECKED_TOKENS, args.sizes[0] // ranks)
+    inputs = make_inputs(tokens, args, 1e-3, device, args.seed)
+    with torch.no_grad():
+        inputs[4] *= 0.05
+    cotangent = make_inputs(tokens, args, 0.0, device, args.seed + 1)[2].detach()  # all ranks' same
+    twin = [x.detach().float().requires_grad_() for x in inputs]
+    want = _results(lambda *x: chunked_gated_delta_rule(*x)[0], twin, cotangent)
+    part = slice(0, tokens)
+    if group is None:
+        found = {
+            f"ours, {name}": lambda *x, kernels=kernels: sharded_gated_delta_rule(
+                kernels, x, ShardsHere((0, tokens), ranks)
+            )
+            for name, kernels in shard_kernels(device).items()
+        }
+    else:
+        found = rules(device, tokens, args.heads, group)
+        found = {name: rule for name, rule in found.items() if ALONE not in name}
+        part = slice(group.rank() * tokens // ranks, (group.rank() + 1) * tokens // ranks)
+    local = [x.detach()[part].clone().requires_grad_() for x in inputs]
+    for name, rule in found.items():
+        if name in args.skip:
+            continue
+        got = _results(rule, local, cotangent[part])
+        for what, a, b in zip(("output", "q", "k", "v", "log α", "β"), got, want, strict=True):
+            b = b[part]
+            error = float((a.float() - b).norm() / b.norm())
+            if not error < TOLERANCE[inputs[0].dtype]:
+                raise HydraError(
+                    f"{name} differs from our torch rule by {error:.1e} ({what} or its gradient); "
+                    f"--skip {name!r} leaves it out"
+                )
+
+
+def timed_together(
+    peers: dict[str, harness.Peer], args: argparse.Namespace, device: torch.device
+) -> tuple[dict[str, harness.Sample], dict[str, dict[str, float]]]:
+    """As :func:`harness.time_in_turns`, but each call counts as long as its slowest rank, and every rank
+    calls equally often.
+
+    Returns:
+        Timings, and by peer the seconds of its first call and the bytes that this rank sent in it.
+    """
+    samples = {name: harness.Sample() for name in peers}
+    facts: dict[str, dict[str, float]] = {}
+    for name, peer in peers.items():
+        begin = time.perf_counter()
+        with counted_bytes() as sent:
+            try:
+                peer()
+                _wait(device)
+            except Exception as error:  # the same on all ranks: what one GPU refuses, all do
+                samples[name].failure = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+                continue
+        facts[name] = {"first": time.perf_counter() - begin, "sent": sent["bytes"]}
+        for _ in range(args.warmup):
+            peer()
+    for _ in range(args.repeats):
+        for name in facts:
+            dist.barrier()
+            _wait(device)
+            begin = time.perf_counter()
+            for _ in range(args.calls):
+                peers[name]()
+            _wait(device)
+            seconds = torch.tensor((time.perf_counter() - begin) / args.calls, device=device)
+            dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+            samples[name].wall.append(float(seconds))
+    return samples, facts
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def played(rank: int, ranks: int) -> Iterator[dist.ProcessGroup]:
+    """A process group in which this process is one of so many ranks, and nothing is sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    try:
+        assert dist.group.WORLD is not None
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def measure(
+    report: harness.Report,
+    args: argparse.Namespace,
+    group: dist.ProcessGroup,
+    tokens: int,
+    decay: float,
+    together: bool,
+) -> None:
+    """One length and decay on one rank, or on all together."""
+    device, rank, ranks = report.device, group.rank(), group.size()
+    where = "slowest rank" if together else f"rank {rank}"
+    where += f", log α ≥ {-decay:g}"
+    inputs = make_inputs(tokens // ranks, args, decay, device, args.seed + rank)
+    cotangent = torch.randn_like(inputs[2])
+    peers = {
+        name: step_of(rule, inputs, cotangent)
+        for name, rule in rules(device, tokens, args.heads, group).items()
+        if name not in args.skip
+    }
+    facts: dict[str, dict[str, float]] = {}
+    if together:
+        samples, facts = timed_together(peers, args, device)
+    else:
+        samples = harness.time_in_turns(peers, device, args.repeats, args.warmup)
+    for name, sample in samples.items():
+        known = facts.get(name, {})
+        report.add(
+            tokens, {f"{name}, {where}": sample}, rank=where, decay=decay, way=name,
+            first_call_seconds=known.get("first"), sent_bytes=known.get("sent"),
+        )  # fmt: skip
+        if ALONE not in name:
+            ratio = harness.Ratio(sample.wall, samples[ALONE].wall)
+            report.ratio(tokens, f"time of {name} / {ALONE}, {where}", ratio)
+    if together and ALL_TO_ALL in facts:
+        for name in facts:
+            if ALONE not in name and name != ALL_TO_ALL:
+                share = harness.Ratio([facts[name]["sent"]], [facts[ALL_TO_ALL]["sent"]])
+                report.ratio(tokens, f"bytes sent by {name} / {ALL_TO_ALL}", share)
+    if not together:
+        for name, kernels in shard_kernels(device).items():
+            if f"ours, {name}" in args.skip or samples[f"ours, {name}"].failure:
+                continue
+            alone = steps_alone(kernels, ShardStates(group, (0, tokens)), inputs, cotangent)
+            timed = harness.time_in_turns(alone, device, args.repeats, args.warmup, memory=False)
+            report.add(
+                tokens,
+                {f"{name}: {step}, {where}": sample for step, sample in timed.items()},
+                rank=where, decay=decay, way=f"ours, {name}",
+            )  # fmt: skip
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    parser = harness.parser(__doc__, EXAMPLE, sizes="512K", what="tokens of the whole sequence")
+    parser.add_argument("--ranks", type=int, default=4, help="that share it (default 4)")
+    parser.add_argument(
+        "--play",
+        type=harness.sizes_of,
+        help="which ranks one GPU plays (default: 0, 1 and the last)",
+    )
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--decays", type=_numbers, default=[0.05, 0.0005],
+                        help="smallest −log α, comma-separated (default 0.05,0.0005)")  # fmt: skip
+    parser.add_argument(
+        "--calls", type=int, default=3, help="under torchrun, calls of a sample (default 3)"
+    )
+    parser.add_argument("--skip", nargs="*", default=[], help="ways to leave out, by name")
+    args = parser.parse_args(arguments)
+    if args.device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    device = harness.chosen_device(args)
+    together = "WORLD_SIZE" in os.environ
+    ranks = int(os.environ["WORLD_SIZE"]) if together else args.ranks
+    for tokens in args.sizes:
+        if tokens % ranks:
+            raise HydraError(
+                f"--sizes {tokens} is not a multiple of the {ranks} ranks that share it"
+            )
+    if together:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if dist.get_rank():
+            args.output, sys.stdout = None, io.StringIO()  # the first rank reports
+    report = harness.Report("sharded_gdn", args, device)
+    report.note(f"{args.heads} heads, d = {args.head_dim}, {ranks} ranks, forward + backward")
+    if together:
+        group = dist.group.WORLD
+        assert group is not None
+        check_agreement(args, device, ranks, group)
+        for tokens in args.sizes:
+            for decay in args.decays:
+                measure(report, args, group, tokens, decay, together)
+        dist.barrier()
+        dist.destroy_process_group()
+    else:
+        check_agreement(args, device, ranks, None)
+        ranks_played = args.play or sorted({0, min(1, ranks - 1), ranks - 1})
+        for tokens in args.sizes:
+            for decay in args.decays:
+                for rank in ranks_played:
+                    with played(rank, ranks) as group:
+                        measure(report, args, group, tokens, decay, together)
+    if device.type == "cuda":
+        report.ran(fla=harness.used_delta_rule("fla"))
+    report.finish()
+    return 0
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers") from None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,85 @@
+"""FLA's kernels of shards in Triton's interpreter, against the whole stream by the twin; prints the errors.
+
+TRITON_INTERPRET=1 python -m tests.ops.fla_shards_interpreted
+
+The interpreter gives a loop's index as a Python number, which has no ``.to``: the kernels are read from a copy
+of FLA without it. Every kernel runs in its first configuration, as nothing can be timed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from triton.runtime.autotuner import Autotuner
+
+from megatron_hydra.ops.fla_shard_kernels import FlaShardKernels
+from megatron_hydra.ops.gated_delta_rule import chunked_gated_delta_rule
+from megatron_hydra.ops.sharded_delta_rule import ShardsHere, sharded_gated_delta_rule
+
+CASES = (((0, 192), 3), ((0, 70, 71, 200, 330), 3), ((0, 30, 320), 4))
+"""Documents, and how many shards."""
+
+CHANGES = {
+    "ops/common/chunk_delta_h.py": ("i_t.to(tl.int64)", "i_t"),
+    "ops/common/chunk_o.py": ("(B * T).to(tl.int64)", "(B * T)"),
+}
+
+
+def copy_of_fla(folder: Path) -> None:
+    """FLA in ``folder``, with the changes; imported from there from now on."""
+    spec = importlib.util.find_spec("fla")
+    assert spec is not None and spec.origin is not None
+    target = folder / "fla"
+    shutil.copytree(Path(spec.origin).parent, target, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, (old, new) in CHANGES.items():
+        text = (target / name).read_text()
+        assert old in text
+        (target / name).write_text(text.replace(old, new))
+    sys.path.insert(0, str(folder))
+
+
+def first_configuration_only() -> None:
+    made = Autotuner.__init__
+
+    def make(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self.configs = self.configs[:1]
+
+    Autotuner.__init__ = make
+
+
+def errors(cu: tuple[int, ...], size: int) -> dict[str, float]:
+    """Of the output and of every gradient."""
+    generator, shape = torch.Generator().manual_seed(0), (cu[-1], 1, 16)
+    q, k, v, cotangent = (torch.randn(shape, generator=generator) for _ in range(4))
+    rates = torch.rand(2, *shape[:2], generator=generator)
+    k = torch.nn.functional.normalize(k, dim=-1)
+    inputs = [x.requires_grad_() for x in (q, k, v, -0.02 * rates[0], 0.3 * rates[1])]
+    found = []
+    for output in (
+        sharded_gated_delta_rule(FlaShardKernels(), tuple(inputs), ShardsHere(cu, size)),
+        chunked_gated_delta_rule(*inputs, cu)[0],
+    ):
+        found.append([output, *torch.autograd.grad(output, inputs, cotangent)])
+    names = ("output", "q", "k", "v", "log α", "β")
+    return {
+        name: float((a - b).norm() / b.norm()) for name, a, b in zip(names, *found, strict=True)
+    }
+
+
+def main() -> None:
+    first_configuration_only()
+    with tempfile.TemporaryDirectory() as folder:
+        copy_of_fla(Path(folder))
+        for cu, size in CASES:
+            print(json.dumps(errors(cu, size)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
