@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_hydra.errors import HydraError
     from megatron_hydra.head_map import HeadMap
     from megatron_hydra.hf_loading import load_hf_model, load_tokenizer
-    from megatron_hydra.quickstart.workspace import shipped_teacher
+    from megatron_hydra.quickstart.shipped import shipped_teacher
     from megatron_hydra.selection.capabilities import Capability, register_capability
     from megatron_hydra.selection.prompts import PromptPair
     from megatron_hydra.selection.select import recut, select_heads
@@ -51,7 +51,7 @@ _MODULES = {
     "errors": ("HydraError",),
     "head_map": ("HeadMap",),
     "hf_loading": ("load_hf_model", "load_tokenizer"),
-    "quickstart.workspace": ("shipped_teacher",),
+    "quickstart.shipped": ("shipped_teacher",),
     "selection.capabilities": ("Capability", "register_capability"),
     "selection.prompts": ("PromptPair",),
     "selection.select": ("recut", "select_heads"),

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.hf_loading import checked_folder, find_tokenizer, load_tokenizer
-from megatron_hydra.quickstart.workspace import shipped_teacher
+from megatron_hydra.quickstart.shipped import shipped_teacher
 
 
 @pytest.fixture

@@ -7,14 +7,13 @@ import argparse
 import os
 from pathlib import Path
 
-# Before torch is imported: the parent's own work is small, and its children share the cores.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before torch is imported: this process plans and draws, its workers compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from megatron_hydra.arguments import command_parser, path_argument, seed_argument
 from megatron_hydra.errors import HydraError, command
-from megatron_hydra.quickstart.run import Settings, run_quickstart
-from megatron_hydra.stopping import StopRequest
+from megatron_hydra.experiments.quickstart import Settings, run_quickstart
 
 DESCRIPTION = """\
 A tiny Qwen3 (4 layers, 32 query heads; shipped, with the script that trained it) becomes a
@@ -48,18 +47,21 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         help="seed of prompts, random heads and data order (%(default)s)",
     )
-    p.add_argument("--fresh", action="store_true", help="delete an earlier run in OUTPUT first")
+    p.add_argument(
+        "--fresh",
+        action="store_true",
+        help="delete an earlier run with these settings in OUTPUT first",
+    )
     p.add_argument(
         "--samples",
         type=int,
-        default=Settings.samples,
-        help="evaluation sequences per length (%(default)s)",
+        help="evaluation sequences per length (default: the recipe's, 32)",
     )
     p.add_argument(
         "--configs",
         type=path_argument,
         default=configs,
-        help="folder of the stage configs (configs/quickstart)",
+        help="folder of the recipe, quickstart.yaml, and the stage configs (configs/quickstart)",
     )
     p.add_argument(
         "--set",
@@ -74,17 +76,15 @@ def parser() -> argparse.ArgumentParser:
 @command
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.samples < 1:
+    if args.samples is not None and args.samples < 1:
         raise HydraError(f"--samples is {args.samples}: it must be 1 or more")
-    settings = Settings(seed=args.seed, samples=args.samples, overrides=tuple(args.set))
-    with StopRequest():  # a SIGTERM ends the students, too, once they have saved
-        run_quickstart(
-            args.output.resolve(),
-            args.configs.resolve(),
-            settings,
-            fresh=args.fresh,
-            say=lambda line: print(line, flush=True),
-        )
+    run_quickstart(
+        args.output.resolve(),
+        args.configs.resolve(),
+        Settings(seed=args.seed, samples=args.samples or 0, overrides=tuple(args.set)),
+        fresh=args.fresh,
+        say=lambda line: print(line, flush=True),
+    )
     return 0
 
 

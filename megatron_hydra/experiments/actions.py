@@ -22,7 +22,7 @@ from megatron_hydra.experiments.spec import EvaluationSpec, SelectionSpec
 from megatron_hydra.files import write_text_atomic
 from megatron_hydra.head_map import HeadMap
 from megatron_hydra.options import keys, values, worded
-from megatron_hydra.stopping import REQUEUE_EXIT_CODE, Stopped
+from megatron_hydra.stopping import REQUEUE_EXIT_CODE, Stopped, stop_requested
 
 HEAD_MAP = "head_map.json"
 
@@ -82,15 +82,19 @@ def teacher(context: Context) -> None:
 
 
 def select(context: Context) -> None:
-    """Head selection."""
+    """Head selection: the map, and its pictures beside it."""
+    from megatron_hydra.selection.plots import draw_head_map
+
+    context.out.mkdir(parents=True, exist_ok=True)
+    given = context.step.places.get("head_map")
+    chosen = _take_head_map(context, Path(given)) if given else _choose_heads(context)
+    draw_head_map(chosen, (context.out / HEAD_MAP).with_suffix(""))
+
+
+def _choose_heads(context: Context) -> HeadMap:
     from megatron_hydra.selection import select_heads
 
-    params = context.step.params
-    context.out.mkdir(parents=True, exist_ok=True)
-    if "head_map" in params:
-        _take_head_map(context, Path(context.step.places["head_map"]))
-        return
-    places = context.step.places
+    params, places = context.step.params, context.step.places
     given = params["selection"] | {
         "tasks": [context.place(task) for task in places["tasks"]],
         "text": context.place(places.get("text", "")),
@@ -98,7 +102,7 @@ def select(context: Context) -> None:
     }
     spec = from_dict(SelectionSpec, given, "selection")
     with worded(keys(SelectionOptions, "selection")):
-        select_heads(
+        return select_heads(
             context.teacher_hf,
             ratio=spec.ratio,
             strategy=spec.strategy,
@@ -110,14 +114,16 @@ def select(context: Context) -> None:
         )
 
 
-def _take_head_map(context: Context, source: Path) -> None:
+def _take_head_map(context: Context, source: Path) -> HeadMap:
     """Load an existing head map; check that it fits the teacher and has not changed since planning."""
     from megatron_hydra.hf_identity import model_identity_from_hf
 
     if fingerprint.of_file(source) != context.step.params["head_map"]:
         raise HydraError(f"{source} has changed since this run was planned; run the command again")
-    HeadMap.load(source).check_model(model_identity_from_hf(context.teacher_hf), str(source))
+    head_map = HeadMap.load(source)
+    head_map.check_model(model_identity_from_hf(context.teacher_hf), str(source))
     shutil.copyfile(source, context.out / HEAD_MAP)
+    return head_map
 
 
 def convert(context: Context) -> None:
@@ -147,9 +153,6 @@ def stage(context: Context) -> None:
     from megatron_hydra.config.run import RunConfig, SourceConfig
 
     config = from_dict(RunConfig, context.step.params["config"], context.step.kind)
-    if not config.checkpoint.save_optimizer:
-        # What a stopped try has saved cannot be resumed: it begins again.
-        shutil.rmtree(context.out, ignore_errors=True)
     places = context.step.places
 
     def placed(blend: tuple[SourceConfig, ...], name: str) -> tuple[SourceConfig, ...]:
@@ -259,11 +262,30 @@ def _checkpoint(context: Context, name: str) -> Path:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, check=False, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    if done.returncode == REQUEUE_EXIT_CODE:
+    """Run a command; a request to stop this process is passed on to it.
+
+    Raises:
+        Stopped: it was stopped.
+        HydraError: it failed.
+    """
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    stopped = False
+    while (status := _status(process)) is None:
+        if stop_requested() and not stopped:
+            process.terminate()
+            stopped = True
+    if status == REQUEUE_EXIT_CODE or (status and stop_requested()):
         raise Stopped
-    if done.returncode:
-        raise HydraError(f"{' '.join(command)} ended with exit status {done.returncode}")
+    if status:
+        raise HydraError(f"{' '.join(command)} ended with exit status {status}")
+
+
+def _status(process: subprocess.Popen[bytes]) -> int | None:
+    """Exit status of a process that ends within half a second."""
+    try:
+        return process.wait(timeout=0.5)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 ACTIONS: dict[str, Callable[[Context], Any]] = {

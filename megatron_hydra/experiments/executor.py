@@ -6,12 +6,16 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import signal
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
+from megatron_hydra.experiments import fingerprint
 from megatron_hydra.experiments.plan import Plan, Step
+from megatron_hydra.experiments.progress import ProgressLine
 from megatron_hydra.experiments.store import StepStore
 from megatron_hydra.experiments.worker import serve
 from megatron_hydra.stopping import Stopped, StopRequest
@@ -54,27 +58,46 @@ def run_plan(
         The failed steps.
 
     Raises:
-        Stopped: SIGTERM or SIGUSR1; the workers have saved what they had.
+        Stopped: SIGTERM, SIGUSR1 or Ctrl-C; the workers have saved what they had.
     """
     todo = missing_steps(plan, store)
-    say(f"{len(plan.steps)} steps, {len(plan.steps) - len(todo)} of them finished before")
+    say(f"{len(plan.steps)} steps, {_finished(plan, store, todo)}")
     if not todo:
         return []
     schedule = _Schedule(plan, store, todo)
-    pool = _Pool(store, min(workers, len(todo)), threads, gpus)
-    with StopRequest() as stop, pool:
-        while True:
-            may_begin = begin_until is None or time.monotonic() < begin_until
-            for step in schedule.ready(pool.idle if may_begin else 0):
-                pool.start(step, {n: store.out(plan.steps[k]) for n, k in step.inputs.items()})
-            if not pool.busy:
-                break
-            for key, message in pool.finished(_POLL_SECONDS):
-                say(schedule.note(key, message, workers))
-            if stop.requested:
-                say("stopping: the workers save what they have")
-                raise Stopped
+    line = ProgressLine(store)
+    stopping = False
+    with StopRequest() as stop, _Pool(store, min(workers, len(todo)), threads, gpus) as pool:
+        try:
+            while not stopping:
+                may_begin = begin_until is None or time.monotonic() < begin_until
+                for step in schedule.ready(pool.idle if may_begin else 0):
+                    pool.start(step, {n: store.out(plan.steps[k]) for n, k in step.inputs.items()})
+                if not pool.busy:
+                    break
+                for key, message in pool.finished(_POLL_SECONDS):
+                    line.clear()
+                    say(schedule.note(key, message, workers))
+                line.show(schedule.running.values(), schedule.left(workers))
+                stopping = stop.requested
+        except KeyboardInterrupt:  # Ctrl-C
+            stopping = True
+        line.clear()
+        if stopping:
+            say("stopping: the workers save what they have")
+    if stopping:
+        say("stopped: the same command resumes from here")
+        raise Stopped
     return schedule.failures
+
+
+def _finished(plan: Plan, store: StepStore, todo: Mapping[str, Step]) -> str:
+    """How many steps need not be computed, and how many of them other code than today's has computed."""
+    records = [store.record(step) for key, step in plan.steps.items() if key not in todo]
+    here = fingerprint.of_package()
+    others = sum(record is not None and record.get("package_source") != here for record in records)
+    text = f"{len(records)} of them finished before"
+    return f"{text}, {others} by other versions of the package's code" if others else text
 
 
 def missing_steps(plan: Plan, store: StepStore) -> dict[str, Step]:
@@ -141,7 +164,7 @@ class _Schedule:
             return f"{head}: FAILED: {message}"
         self.seconds.setdefault(step.kind, []).append(taken)
         failed = f", {len(self.failures)} failed" if self.failures else ""
-        return f"{head}: {taken:.0f} s{failed}; {self._left(workers)}"
+        return f"{head}: {taken:.0f} s{failed}; {self.left(workers)}"
 
     def _drop_dependents(self) -> None:
         bad = {failure.step.key for failure in self.failures}
@@ -154,7 +177,8 @@ class _Schedule:
         here = self.seconds.get(kind)
         return sum(here) / len(here) if here else self.before.get(kind, _GUESS_SECONDS)
 
-    def _left(self, workers: int) -> str:
+    def left(self, workers: int) -> str:
+        """About how long the rest will take."""
         now = time.monotonic()
         left = sum(self._cost(step.kind) for step in self.waiting.values())
         left += sum(
@@ -175,6 +199,7 @@ class _Pool:
         self.context = multiprocessing.get_context("spawn")
         self.free: list[tuple[BaseProcess, Connection]] = []
         self.busy: dict[Connection, tuple[BaseProcess, Step]] = {}
+        self.modules = tempfile.TemporaryDirectory(prefix="hydra_modules_")
 
     def __enter__(self) -> _Pool:
         return self
@@ -191,6 +216,7 @@ class _Pool:
             if process.is_alive():
                 process.kill()
                 process.join()
+        self.modules.cleanup()
 
     @property
     def idle(self) -> int:
@@ -211,10 +237,18 @@ class _Pool:
             OMP_NUM_THREADS=str(self.threads),
             TOKENIZERS_PARALLELISM="false",
             TRANSFORMERS_VERBOSITY="error",
+            # transformers copies an export's code there before it imports it: processes that share the
+            # folder import each other's half-written files.
+            HF_MODULES_CACHE=tempfile.mkdtemp(dir=self.modules.name),
             **variables,
         ):
             process = self.context.Process(target=serve, args=(theirs, str(self.store.root)))
-            process.start()
+            # Until the worker has its own handler, Ctrl-C must not end it.
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            try:
+                process.start()
+            finally:
+                signal.signal(signal.SIGINT, handler)
         self.device_of[process] = device
         theirs.close()
         return process, mine

@@ -62,6 +62,6 @@ def _copy_step(step: Step, store: StepStore, copy: StepStore) -> None:
     if store.out(step).is_dir() and keeps:
         ignored = shutil.ignore_patterns(*_LEFT_OUT.get(step.action, ()))
         shutil.copytree(store.out(step), copy.out(step), ignore=ignored, dirs_exist_ok=True)
-    for name in ("log.txt", "failed.json", "record.json"):
+    for name in ("log.txt", "failed.json", "stopped.json", "record.json"):
         with contextlib.suppress(FileNotFoundError):
             shutil.copy2(store.folder(step) / name, folder / name)

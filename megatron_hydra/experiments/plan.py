@@ -68,6 +68,7 @@ class Step:
         params: what decides the result, plain data.
         inputs: name → key of a step that is read.
         places: name → where a thing is on this machine; decides nothing.
+        row: that cell's row, for the progress line.
     """
 
     key: str
@@ -77,6 +78,7 @@ class Step:
     params: dict[str, Any]
     inputs: dict[str, str]
     places: dict[str, Any]
+    row: str = ""
 
 
 @dataclasses.dataclass
@@ -144,7 +146,7 @@ class _CellPlanner:
         if key not in self.plan.steps:
             title = f"{kind or action}: {self.cell.name}"
             self.plan.steps[key] = Step(
-                key, kind or action, action, title, params, used, places or {}
+                key, kind or action, action, title, params, used, places or {}, self.cell.variant
             )
         return key
 
@@ -167,7 +169,7 @@ class _CellPlanner:
     def _model(self, name: str, revision: str = "", *, with_code: bool = False) -> tuple[Any, str]:
         """A Hugging Face model as it is hashed, and its folder."""
         if name == SHIPPED:
-            from megatron_hydra.quickstart.workspace import shipped_teacher
+            from megatron_hydra.quickstart.shipped import shipped_teacher
 
             folder = shipped_teacher()
         elif (self.cell.folder / name).is_dir():

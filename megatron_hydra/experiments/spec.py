@@ -270,20 +270,25 @@ class _File:
 
 
 def load_experiment(
-    path: str | Path, base: str | Path | None = None, *, tokens_scale: float = 1.0
+    path: str | Path,
+    base: str | Path | None = None,
+    *,
+    tokens_scale: float = 1.0,
+    changes: Mapping[str, Any] | None = None,
 ) -> Experiment:
     """Read an experiment file and expand it.
 
     Args:
         base: a file to include in place of the one that the experiment file names.
         tokens_scale: every stage's ``tokens`` are multiplied by it.
+        changes: keys of the file with other values, section by section; paths are absolute.
 
     Raises:
         HydraError: an unreadable file, an unknown key, constant or type (file, row and key are
             named), no rows, a row given twice, no seeds.
     """
     path = Path(path)
-    body = _read(path, None if base is None else Path(base))
+    body = _merge(_read(path, None if base is None else Path(base)), changes or {})
     file = from_dict(_File, body, str(path))
     if not file.seeds or len(set(file.seeds)) != len(file.seeds):
         raise HydraError(f"{path}: seeds {list(file.seeds)} must be there, each one once")

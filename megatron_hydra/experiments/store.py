@@ -4,6 +4,7 @@
                          record.json   that it is finished, with its inputs and seconds
                          log.txt       what it printed
                          failed.json   how its last try ended, if it failed
+                         stopped.json  seconds of the tries that were stopped
                          without_weights   (empty) what it made is here but for its weights
                          claim.json    the process that is computing it
 """
@@ -20,7 +21,7 @@ import statistics
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,10 @@ class StepStore:
         marker = self.root / MARKER
         if not marker.is_file():
             if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
-                raise HydraError(f"--output {root} is not empty and has no experiments")
+                raise HydraError(
+                    f"--output {root} is not empty and has no experiments (of this version): name "
+                    "another folder, or delete it yourself"
+                )
             self.root.mkdir(parents=True, exist_ok=True)
             write_json_atomic(marker, {"format": "hydra-experiments"})
 
@@ -95,12 +99,23 @@ class StepStore:
         """``failed.json`` of a step whose last try failed."""
         return None if self.is_done(step) else _json(self.folder(step) / "failed.json")
 
+    def stop(self, step: Step, seconds: float, cpu_seconds: float) -> None:
+        """Record the seconds of a stopped try: the next one continues, and they count as the step's."""
+        write_json_atomic(
+            self.folder(step) / "stopped.json", self._seconds(step, seconds, cpu_seconds)
+        )
+
+    def _seconds(self, step: Step, seconds: float, cpu_seconds: float) -> dict[str, float]:
+        """The seconds of this try and of those that were stopped before it."""
+        before = _json(self.folder(step) / "stopped.json") or {}
+        spent = {"seconds": seconds, "cpu_seconds": cpu_seconds}
+        return {name: round(before.get(name, 0.0) + value, 2) for name, value in spent.items()}
+
     def finish(self, step: Step, seconds: float, cpu_seconds: float = 0.0) -> None:
-        """Record that a step is finished, with its wall-clock and CPU seconds."""
+        """Record that a step is finished, with its wall-clock and CPU seconds of this try."""
         body = {
-            **{k: v for k, v in dataclasses.asdict(step).items() if k != "places"},
-            "seconds": round(seconds, 2),
-            "cpu_seconds": round(cpu_seconds, 2),
+            **{k: v for k, v in dataclasses.asdict(step).items() if k not in ("places", "row")},
+            **self._seconds(step, seconds, cpu_seconds),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "host": socket.gethostname(),
             "package_version": __version__,
@@ -109,6 +124,7 @@ class StepStore:
         self.folder(step).mkdir(parents=True, exist_ok=True)
         (self.folder(step) / "failed.json").unlink(missing_ok=True)
         write_json_atomic(self.folder(step) / "record.json", body)
+        (self.folder(step) / "stopped.json").unlink(missing_ok=True)
 
     def fail(self, step: Step, message: str) -> None:
         """Record how a failed attempt ended."""
@@ -116,6 +132,25 @@ class StepStore:
         folder.mkdir(parents=True, exist_ok=True)
         body = {"error": message, "log": str(self.log(step))}
         write_json_atomic(folder / "failed.json", body)
+
+    def discard(self, steps: Iterable[Step]) -> None:
+        """Delete steps, finished or not, so that they are computed again.
+
+        Raises:
+            HydraError: a process is computing one of them; none is deleted.
+        """
+        folders = [folder for step in steps if (folder := self.folder(step)).exists()]
+        for folder in folders:
+            claim = folder / "claim.json"
+            if (owner := _owner(claim)) and _abandoned(claim) is None:
+                raise HydraError(
+                    f"{folder}: process {owner} is computing this step; wait for it or end it first"
+                )
+        for folder in folders:
+            doomed = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(doomed, ignore_errors=True)
+            folder.rename(doomed)  # a step that is half deleted must not look finished
+            shutil.rmtree(doomed, ignore_errors=True)
 
     def seconds_by_kind(self) -> dict[str, float]:
         """Median seconds of the finished steps of each kind."""

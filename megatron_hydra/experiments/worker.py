@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -16,7 +17,6 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments.actions import ACTIONS, Context
 from megatron_hydra.experiments.plan import Step
 from megatron_hydra.experiments.store import StepStore
-from megatron_hydra.parallel import platform
 from megatron_hydra.stopping import Stopped, StopRequest
 
 
@@ -43,6 +43,7 @@ def compute(store: StepStore, step: Step, folders: dict[str, Path]) -> str:
                     store.discard_leftovers(step)
                     ACTIONS[step.action](Context(step, store.out(step), folders))
             except Stopped:
+                store.stop(step, time.monotonic() - started, _cpu_seconds() - cpu)
                 raise
             except HydraError as error:
                 message = str(error)
@@ -59,7 +60,12 @@ def compute(store: StepStore, step: Step, folders: dict[str, Path]) -> str:
 
 def serve(connection: Connection, root: str) -> None:
     """Compute the steps that arrive; answers each with (key, error)."""
+    # Ctrl-C reaches every process of a terminal. The executor hears it and stops its workers by SIGTERM, at
+    # which they save; an ignored signal would be ignored by the processes that a step starts, too.
+    signal.signal(signal.SIGINT, lambda *_: None)
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")  # what a CPU machine lacks
+    from megatron_hydra.parallel import platform  # Megatron-Core with it
+
     platform.keep_freed_memory()
     store = StepStore(Path(root))
     while True:

@@ -1,4 +1,5 @@
-"""The whole chain of design §1 on a tiny model, two CPU cores and a few minutes.
+"""The world of the quickstart and of the tiny experiments: a teacher that trains in minutes, and its tasks.
 
-``tasks`` generates the data, ``teacher`` trains the shipped dense model, ``run`` walks the chain.
+``shipped`` finds the teacher that comes with the package, which ``teacher`` has trained; ``vocabulary`` has its
+tokens; ``tasks`` generates what it learns and is asked. ``experiments.quickstart`` runs the method on it.
 """

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from megatron_hydra.data.document import Document
 from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation.tasks import SampleRequest, ScoredSample
 from megatron_hydra.files import write_text_atomic
+from megatron_hydra.quickstart.shipped import shipped_text
 from megatron_hydra.quickstart.vocabulary import Vocabulary
 
 TRAIN_LENGTH = 128
@@ -44,16 +44,6 @@ class Sample:
     loss_mask: np.ndarray
     answers: np.ndarray
     sources: np.ndarray
-
-
-@functools.cache
-def shipped_text() -> str:
-    """The real text that comes with the package (see ``shipped_teacher/NOTICE.txt``)."""
-    return (
-        resources.files("megatron_hydra.quickstart")
-        .joinpath("shipped_teacher/text.txt")
-        .read_text()
-    )
 
 
 @functools.lru_cache(maxsize=4)

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments import fingerprint
 from megatron_hydra.experiments.plan import Plan, Step
+from megatron_hydra.stopping import Stopped, stop_requested
 
 
 def write(folder: Path, model: Path, seed: int, text: str = "x") -> None:
@@ -35,8 +36,10 @@ def count(folder: Path, model: Path, seed: int, calls: str) -> None:
 
 
 def meet(folder: Path, model: Path, seed: int, mine: str, other: str) -> None:
-    """Two steps at a time: each notes its GPU and waits for the other one's note."""
-    Path(mine).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    """Two steps at a time: each notes its GPU and folder of code and waits for the other one's note."""
+    Path(mine).write_text(
+        " ".join(os.environ[n] for n in ("CUDA_VISIBLE_DEVICES", "HF_MODULES_CACHE"))
+    )
     wait_for(folder, model, seed, mine + ".pid", other)
 
 
@@ -45,6 +48,14 @@ def wait_for(folder: Path, model: Path, seed: int, started: str, file: str) -> N
     while not Path(file).exists():
         time.sleep(0.05)
     (folder / "made").write_text("waited")
+
+
+def save_when_stopped(folder: Path, model: Path, seed: int, started: str) -> None:
+    Path(started).touch()
+    while not stop_requested():
+        time.sleep(0.05)
+    (folder / "saved").touch()
+    raise Stopped
 
 
 def step(name: str, function: str = "write", inputs: dict | None = None, **options: str) -> Step:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -12,7 +13,8 @@ from megatron_hydra.experiments.plan import PLACE, Step
 from megatron_hydra.experiments.spec import EvaluationSpec, SelectionSpec, as_plain
 from megatron_hydra.hf.export_files import auto_map, carries_our_code, hf_export_files
 from megatron_hydra.hf_identity import model_identity_from_hf
-from megatron_hydra.quickstart.workspace import shipped_teacher
+from megatron_hydra.quickstart.shipped import shipped_teacher
+from megatron_hydra.stopping import REQUEUE_EXIT_CODE, Stopped, StopRequest
 from tests.test_head_map import tiny_map
 
 
@@ -63,6 +65,7 @@ def test_a_map_made_before_is_taken_for_its_own_teacher_only(tmp_path):
     right = {"full_attention_heads": ((0,),) * layers, "scores": {}, "ranking": ()}
     actions.select(take(**right))
     assert (tmp_path / "out" / actions.HEAD_MAP).read_bytes() == source.read_bytes()
+    assert (tmp_path / "out" / "head_map_layers.png").exists()
     context = take(**right)
     source.write_text(source.read_text() + "\n")
     with pytest.raises(HydraError, match="has changed since this run was planned"):
@@ -73,19 +76,19 @@ def test_a_map_made_before_is_taken_for_its_own_teacher_only(tmp_path):
         actions.select(context)
 
 
-def stage_in(tmp_path, monkeypatch, save_optimizer):
-    """Run a stage whose folder holds a stopped try; what the trainer finds there."""
+def run_stage(tmp_path, monkeypatch, status=0):
+    """Run a stage whose folder holds a stopped try, with a trainer that ends with ``status``."""
     found = []
 
     def trainer(config):
         found.append((tmp_path / "out" / "checkpoints" / "step_1").exists())
         assert config.output == str(tmp_path / "out")
         assert config.student.checkpoint == str(tmp_path / "student")
-        return 0
+        return status
 
     monkeypatch.setattr("megatron_hydra.training.loop.run_training", trainer)
-    (tmp_path / "out" / "checkpoints" / "step_1").mkdir(parents=True)
-    config = RunConfig(verb="finetune", checkpoint=CheckpointConfig(save_optimizer=save_optimizer))
+    (tmp_path / "out" / "checkpoints" / "step_1").mkdir(parents=True, exist_ok=True)
+    config = RunConfig(verb="finetune", checkpoint=CheckpointConfig(save_optimizer=False))
     params = {"config": to_dict(config), "processes": 1, "data": {}}
     step = Step(
         "k", "finetune", "stage", "t", params, {}, {"teacher_hf": "hf", "data": {}, "cache_dir": ""}
@@ -94,12 +97,31 @@ def stage_in(tmp_path, monkeypatch, save_optimizer):
     return found
 
 
-def test_a_stopped_stage_that_cannot_be_resumed_begins_anew(tmp_path, monkeypatch):
-    assert stage_in(tmp_path, monkeypatch, save_optimizer=False) == [False]
-
-
 def test_a_stopped_stage_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
-    assert stage_in(tmp_path, monkeypatch, save_optimizer=True) == [True]
+    """A stop saves the optimizer, even where the config does not."""
+    assert run_stage(tmp_path, monkeypatch) == [True]
+
+
+def test_a_stopped_stage_is_no_failure(tmp_path, monkeypatch):
+    for status, error in ((REQUEUE_EXIT_CODE, Stopped), (2, HydraError)):
+        with pytest.raises(error):
+            run_stage(tmp_path, monkeypatch, status)
+
+
+_UNTIL_TERMINATED = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_a_stop_reaches_the_processes_of_a_step():
+    """SIGTERM to this process alone; whatever they exit with, they were stopped."""
+    with StopRequest(), pytest.raises(Stopped):
+        actions._run([sys.executable, "-c", _UNTIL_TERMINATED])
+    with pytest.raises(HydraError, match="exit status 3"):
+        actions._run([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 def test_data_are_read_where_they_are(tmp_path, monkeypatch):
@@ -132,6 +154,7 @@ def test_later_keys_reach_what_they_are_for(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "megatron_hydra.selection.select_heads", lambda *_, **words: given.update(words)
     )
+    monkeypatch.setattr("megatron_hydra.selection.plots.draw_head_map", lambda *_: [])
     body = as_plain(SelectionSpec(**select))
     body |= {"text": {"name": "text.jsonl", "content": "hash"}}
     places = {"tasks": [], "text": "{prepare}/text.jsonl"}

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from megatron_hydra.experiments.executor import missing_steps, run_plan
 from megatron_hydra.experiments.plan import Plan
 from megatron_hydra.experiments.store import WITHOUT_WEIGHTS, StepStore
+from megatron_hydra.stopping import Stopped
 from tests.experiments.helpers import plan_of, step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,8 +68,10 @@ def test_workers_share_out_the_gpus_and_a_dead_one_gives_its_own_back(tmp_path):
     plan = plan_of(*first, fatal, *last)
     failures = run_plan(plan, StepStore(tmp_path / "s"), 2, print, gpus=["3", "GPU-7"])
     assert [failure.step.title for failure in failures] == ["fatal"]
-    said = [Path(note).read_text() for note in notes]
+    said, modules = zip(*(Path(note).read_text().split() for note in notes), strict=True)
     assert sorted(said[:2]) == sorted(said[2:]) == ["3", "GPU-7"]
+    # An export's code is copied there and imported: not from a folder that another worker writes.
+    assert len(set(modules[:2])) == 2 and not any(Path(name).exists() for name in modules)
 
 
 def test_no_step_begins_after_the_time_is_over(tmp_path):
@@ -78,6 +82,41 @@ def test_no_step_begins_after_the_time_is_over(tmp_path):
     later = time.monotonic() + 600
     assert run_plan(plan_of(a, b), store, 1, lines.append, begin_until=later) == []
     assert store.is_done(a) and store.is_done(b)
+
+
+def test_ctrl_c_lets_the_workers_save(tmp_path):
+    started = tmp_path / "started"
+    one = step("one", "save_when_stopped", started=str(started))
+    store, lines = StepStore(tmp_path / "s"), []
+
+    def press() -> None:
+        while not started.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    with pytest.raises(Stopped):
+        run_plan(plan_of(one), store, 1, lines.append)
+    thread.join()
+    assert lines[1:] == [
+        "stopping: the workers save what they have",
+        "stopped: the same command resumes from here",
+    ]
+    assert (store.out(one) / "saved").exists() and not store.is_done(one)
+    assert (store.folder(one) / "stopped.json").exists()
+    assert not (store.folder(one) / "claim.json").exists()
+
+
+def test_results_of_other_code_are_told(tmp_path, monkeypatch):
+    a, b = step("a"), step("b")
+    store, lines = StepStore(tmp_path / "s"), []
+    store.finish(a, 1.0)
+    monkeypatch.setattr("megatron_hydra.experiments.fingerprint.of_package", lambda: "other")
+    store.finish(b, 1.0)
+    assert run_plan(plan_of(a, b), store, 1, lines.append) == []
+    finished = "2 steps, 2 of them finished before, 1 by other versions of the package's code"
+    assert lines == [finished]
 
 
 def test_weights_are_made_again_only_where_an_unfinished_step_reads_them(tmp_path):

@@ -215,7 +215,7 @@ BLEND = (
 
 def test_the_chain_plans_with_its_own_base(tmp_path, monkeypatch):
     """Every stage's config is read and has the budget's steps; model and data are stand-ins."""
-    from megatron_hydra.quickstart.workspace import shipped_teacher
+    from megatron_hydra.quickstart.shipped import shipped_teacher
 
     real = CONFIGS / "experiments" / "real"
     base = tmp_path / "base.yaml"
@@ -432,7 +432,7 @@ def test_a_map_made_before_is_taken_by_the_rows_that_it_fits(write, tmp_path):
 
 def test_the_shipped_experiments_plan_with_a_real_models_recipe(tmp_path, monkeypatch):
     """Every stage's config is read; model and data are stand-ins."""
-    from megatron_hydra.quickstart.workspace import shipped_teacher
+    from megatron_hydra.quickstart.shipped import shipped_teacher
 
     shared = CONFIGS / "experiments" / "shared" / "qwen3_1.7b.yaml"
     base = tmp_path / "base.yaml"

@@ -42,6 +42,10 @@ def test_a_row_changes_single_keys_of_a_section(write):
     ((_, align), _) = load_experiment(path).cells[0].stages
     assert align.set == {"schedule.steps": 9, "schedule.warmup_steps": 1}
     assert len(align.configs) == 2
+    changes = {"seeds": [7], "base": {"stages": {"align": {"set": {"schedule.warmup_steps": 0}}}}}
+    (cell,) = load_experiment(path, changes=changes).cells
+    assert cell.seed == 7
+    assert cell.stages[0][1].set == {"schedule.steps": 9, "schedule.warmup_steps": 0}
 
 
 def test_a_stage_can_be_left_out(write):

@@ -38,6 +38,34 @@ def test_records_and_failures(tmp_path):
     assert store.seconds_by_kind() == {"prepare": 2.5}
 
 
+def test_seconds_include_the_tries_that_were_stopped(tmp_path):
+    store, one = StepStore(tmp_path / "s"), step("one")
+    store.folder(one).mkdir(parents=True)
+    store.stop(one, 40.0, 30.0)
+    store.stop(one, 2.0, 1.0)
+    store.finish(one, 0.5, 0.25)
+    record = store.record(one)
+    assert record is not None
+    assert (record["seconds"], record["cpu_seconds"]) == (42.5, 31.25)
+    store.finish(one, 1.0)
+    record = store.record(one)
+    assert record is not None and record["seconds"] == 1.0
+
+
+def test_steps_are_deleted_unless_a_process_computes_one(tmp_path):
+    store, one, two, other = StepStore(tmp_path / "s"), *map(step, ("one", "two", "other"))
+    store.discard([one, two])  # there is nothing yet
+    store.finish(one, 1.0)
+    store.finish(other, 1.0)
+    with store.claimed(two):
+        here = f"process {os.getpid()} on {socket.gethostname()} is computing this step"
+        with pytest.raises(HydraError, match=here):
+            store.discard([one, two])
+    assert store.is_done(one)
+    store.discard([one, two])
+    assert [path.name for path in (store.root / "steps").iterdir()] == [store.folder(other).name]
+
+
 def test_one_claim_at_a_time(tmp_path):
     store, one = StepStore(tmp_path / "s"), step("one")
     order = []

@@ -9,7 +9,7 @@ from megatron_hydra.evaluation.finding import load_task
 from megatron_hydra.evaluation.tasks import SampleRequest
 from megatron_hydra.experiments.tiny import write_inputs
 from megatron_hydra.hf_loading import find_tokenizer
-from megatron_hydra.quickstart.workspace import shipped_teacher
+from megatron_hydra.quickstart.shipped import shipped_teacher
 
 
 @pytest.fixture(scope="module")

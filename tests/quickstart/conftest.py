@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_hydra.hf_loading import find_tokenizer
+from megatron_hydra.quickstart.shipped import shipped_teacher
 from megatron_hydra.quickstart.tasks import TaskGenerator
-from megatron_hydra.quickstart.workspace import shipped_teacher
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ import torch
 
 from megatron_hydra.hf_loading import load_hf_model
 from megatron_hydra.quickstart import teacher
+from megatron_hydra.quickstart.shipped import shipped_teacher
 from megatron_hydra.quickstart.tasks import TRAIN_LENGTH
-from megatron_hydra.quickstart.workspace import shipped_teacher
 
 
 @pytest.fixture(scope="module")
