@@ -14,8 +14,8 @@ from pathlib import Path
 from megatron_hydra.checkpoint.store import save_canonical
 from megatron_hydra.conversion.student import initialise_student
 from megatron_hydra.hf_loading import find_tokenizer
-from megatron_hydra.quickstart.tasks import write_calibration, write_selection_prompts
 from megatron_hydra.quickstart.shipped import shipped_teacher
+from megatron_hydra.quickstart.tasks import write_calibration, write_selection_prompts
 from tests.gpu.teacher import HEAD_DIM, widen
 from tests.training import tiny
 

@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_hydra.hf_loading import find_tokenizer
-from megatron_hydra.quickstart.tasks import TaskGenerator
 from megatron_hydra.quickstart.shipped import shipped_teacher
+from megatron_hydra.quickstart.tasks import TaskGenerator
 from tests.gpu.teacher import HEAD_DIM, widen
 
 

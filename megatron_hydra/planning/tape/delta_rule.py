@@ -155,7 +155,10 @@ def _fla(
         backward_bytes={"gdn": 6 * row, "gdn states": 2 * states},
         work=[("flash_qla" if can_be_qla else "delta_rule", flops, 2.5 * flops)],
         launches=EXCHANGE_LAUNCHES if shared else (0, 0),
-        triton=tuple(a + shared * b for a, b in zip(rule.fla_launches, SHARD_LAUNCHES, strict=True)),
+        triton=(
+            rule.fla_launches[0] + shared * SHARD_LAUNCHES[0],
+            rule.fla_launches[1] + shared * SHARD_LAUNCHES[1],
+        ),
     )  # fmt: skip
     if shared and out.needs_grad:
         _send_in_backward(program, out, backward_bytes)
