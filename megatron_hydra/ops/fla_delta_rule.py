@@ -101,28 +101,30 @@ def shard_kernels(
     """What computes a shard of such inputs: FlashQLA's kernels if FLA would take them, else FLA's own."""
     from fla.ops.gated_delta_rule.backends import FlashQLABackend
 
-    backend = FlashQLABackend()
-    if fla_tuning.flash_qla_refuses(q.shape[1]):
-        return FlaShardKernels()
-    if not (backend.is_available() and backend.is_enabled()):
-        return FlaShardKernels()
-    accepted, _ = backend.verify(
-        "chunk_gated_delta_rule", *(x[None] for x in (q, k, v, log_alpha, beta))
-    )
-    return FlashQlaShardKernels() if accepted and _has_shard_kernels() else FlaShardKernels()
+    backend, heads = FlashQLABackend(), q.shape[1]
+    reason: str | None = None
+    if fla_tuning.flash_qla_refuses(heads):
+        reason = "FlashQLA failed on them"
+    elif not backend.is_available():
+        reason = "FlashQLA is not installed"
+    elif not backend.is_enabled():
+        reason = "FLA_FLASH_QLA=0"
+    else:
+        accepted, why = backend.verify(
+            "chunk_gated_delta_rule", *(x[None] for x in (q, k, v, log_alpha, beta))
+        )
+        reason = None if accepted else str(why)
+    _say(heads, reason)
+    return FlashQlaShardKernels() if reason is None else FlaShardKernels()
 
 
 @functools.cache
-def _has_shard_kernels() -> bool:
-    from flash_qla.ops.gated_delta_rule import chunk
-
-    if getattr(chunk, "aggregate_card_state", None) is None:
-        _log.warning(
-            "FlashQLA has no kernel here that joins the states of a shard's parts: under context parallelism "
-            "FLA's own kernels compute the gated delta rule, more slowly"
-        )
-        return False
-    return True
+def _say(heads: int, reason: str | None) -> None:
+    """Once for each number of heads."""
+    _log.info(
+        "context-parallel shards of %d GDN heads are computed by %s", heads,
+        "FlashQLA" if reason is None else f"FLA's Triton kernels ({reason})",
+    )  # fmt: skip
 
 
 def _whole(inputs: tuple[torch.Tensor, ...], rows: int, **options: Any) -> torch.Tensor:

@@ -4,7 +4,8 @@ On one card FlashQLA cuts long fragments into parts of some chunks, because head
 card, and already computes each part's map for that: the state that a zero state leaves behind and the
 transition (``fused_gdr_h``), in the backward the gradient by the part's entering state (``fused_gdr_dh``).
 A shard's own map is the product of its parts' maps, so context parallelism adds next to nothing: that
-product, one collective, and the maps of the parts at the shard's edges, which one card alone leaves out.
+product (:func:`composed`), one collective, and the maps of the parts at the shard's edges, which one card
+alone leaves out.
 
 The order of the calls is FlashQLA's own (``flash_qla/ops/gated_delta_rule/chunk``, release 0.1.3, which has
 a context parallelism of its own, with another exchange). As there, a part whose decay has forgotten its
@@ -39,8 +40,8 @@ class _Parts:
         split: whether fragments are cut.
         of_fragment: ``[N + 1]``, the first part of every fragment, and how many there are.
         of_part: ``[P]``, the fragment of every part; ``None`` where nothing is cut.
-        first, last: ``[2]``, the parts of the first and of the last fragment; where nothing is cut, their
-            boundaries.
+        of_first, of_last: how many parts the first and the last fragment have.
+        first, last: ``[2]``, boundaries of the first and the last fragment; where nothing is cut.
         first_chunks, last_chunks: ``[1, H]``, how many chunks those have; where nothing is cut.
         no_final, no_start: ``[P]`` bool, parts whose final state, or entering gradient, is not needed.
         ragged: chunks of the last part if its length is no multiple of a chunk, else 0.
@@ -51,8 +52,10 @@ class _Parts:
     split: bool
     of_fragment: torch.Tensor | None
     of_part: torch.Tensor | None
-    first: torch.Tensor
-    last: torch.Tensor
+    of_first: int
+    of_last: int
+    first: torch.Tensor | None
+    last: torch.Tensor | None
     first_chunks: torch.Tensor | None
     last_chunks: torch.Tensor | None
     no_final: torch.Tensor | None
@@ -75,7 +78,7 @@ def _parts(shard: Shard, heads: int, device: torch.device) -> _Parts:
     if not context.is_intra:
         first, last = (-(-(b - a) // CHUNK_SIZE) for a, b in (cu[:2], cu[-2:]))
         return _Parts(
-            fragments, fragments, split=False, of_fragment=None, of_part=None,
+            fragments, fragments, split=False, of_fragment=None, of_part=None, of_first=1, of_last=1,
             first=_counted(int_tensor(cu[:2], torch.int32, device), cu[:2]),
             last=_counted(int_tensor(cu[-2:], torch.int32, device), cu[-2:]),
             first_chunks=int_tensor((first,) * heads, torch.int32, device)[None],
@@ -89,10 +92,10 @@ def _parts(shard: Shard, heads: int, device: torch.device) -> _Parts:
     if shard.begun:
         no_start[:1].fill_(False)
     on_host = parts.tolist()
-    length = on_host[-1] - on_host[-2]
+    length, counts = on_host[-1] - on_host[-2], of_fragment.diff().tolist()
     result = _Parts(
         fragments, _counted(parts, on_host), split=True, of_fragment=of_fragment, of_part=context.seq_map_c2r,
-        first=of_fragment[:2].clone(), last=of_fragment[-2:].clone(),
+        of_first=counts[0], of_last=counts[-1], first=None, last=None,
         first_chunks=None, last_chunks=None, no_final=no_final, no_start=no_start,
         ragged=-(-length // CHUNK_SIZE) if length % CHUNK_SIZE else 0,
     )  # fmt: skip
@@ -131,8 +134,8 @@ class FlashQlaShardKernels:
             if not shard.goes_on:
                 return ShardMap(None, None), (g, a, *[None] * 5)
             _, finals, transitions = states(cu_seqlens=cut.last, num_warmup_chunks=cut.last_chunks)
-            shard_map = _as_map(shard, finals, transitions)
-            return shard_map, (g, a, *[None] * 5)
+            transition = transitions[0].float() if shard.through else None
+            return ShardMap(finals[0].float(), transition), (g, a, *[None] * 5)
 
         warm, warm_back, falls_back, falls_back_back = qla.get_warmup_chunks_bidi(
             g=g, cu_seqlens=cut.parts, ht_mask_fwd=cut.no_final, ht_mask_bwd=cut.no_start,
@@ -145,12 +148,9 @@ class FlashQlaShardKernels:
         _, finals, transitions = states(cu_seqlens=cut.parts, num_warmup_chunks=warm)
         shard_map = ShardMap(None, None)
         if shard.goes_on:
-            shard_map = _as_map(
-                shard,
-                *qla.aggregate_card_state(
-                    finals, transitions, falls_back, cut.last, compute_m=True
-                ),
-            )
+            of_last = slice(-cut.of_last, None)
+            state, transition = composed(finals[of_last], transitions[of_last], falls_back[of_last])
+            shard_map = ShardMap(state, transition if shard.through else None)
         saved = (g, a, finals, transitions, falls_back, warm_back, falls_back_back)
         return shard_map, saved
 
@@ -198,11 +198,11 @@ class FlashQlaShardKernels:
         )  # fmt: skip
         by_state = None
         if shard.begun and cut.split:
-            by_fragment, _ = qla.aggregate_card_state(
-                by_states, transitions, falls_back_back, cut.first, reverse=True, transpose_m=True,
-                compute_m=False,
-            )  # fmt: skip
-            by_state = by_fragment[0]
+            assert transitions is not None and falls_back_back is not None
+            # From right to left, by the adjoint of every part's map.
+            adjoint = transitions[: cut.of_first].transpose(-1, -2).flip(0)
+            back = falls_back_back[: cut.of_first].flip(0)
+            by_state, _ = composed(by_states[: cut.of_first].flip(0), adjoint, back)
         elif shard.begun:
             by_state = by_states[0]
         return by_state, (by_states,)
@@ -247,9 +247,31 @@ class FlashQlaShardKernels:
         )
 
 
-def _as_map(shard: Shard, finals: torch.Tensor, transitions: torch.Tensor) -> ShardMap:
-    """Of one fragment, ``[1, H, d, dv]`` and ``[1, H, d, d]``, in fp32."""
-    return ShardMap(finals[0].float(), transitions[0].float() if shard.through else None)
+def composed(
+    states: torch.Tensor, transitions: torch.Tensor, remembered: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One map of states from the maps of successive parts, in fp32, by products of neighbours.
+
+    Args:
+        states: ``[P, H, d, dv]``, what each leaves behind of a zero state.
+        transitions: ``[P, H, d, d]``.
+        remembered: ``[P, H]`` bool; where not, a part has forgotten what entered it, and its transition is
+            not read.
+
+    Returns:
+        State ``[H, d, dv]`` and transition ``[H, d, d]``.
+    """
+    known = remembered[..., None, None]
+    m = torch.where(known, transitions.float(), torch.zeros((), device=states.device))
+    b = states.float()
+    while len(b) > 1:
+        pairs = len(b) // 2 * 2
+        first, second = m[0:pairs:2], m[1:pairs:2]
+        joined = torch.matmul(second, torch.cat((b[0:pairs:2], first), dim=-1))
+        by_state, product = joined.split((b.shape[-1], m.shape[-1]), dim=-1)
+        b = torch.cat((b[1:pairs:2] + by_state, b[pairs:]))
+        m = torch.cat((product, m[pairs:]))
+    return b[0], m[0]
 
 
 def _scale(k: torch.Tensor) -> float:

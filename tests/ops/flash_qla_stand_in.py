@@ -127,38 +127,20 @@ def fused_gdr_h(
 
 
 def _scan(start, own, maps, falls_back, span, reverse, transpose):
-    """States before every part, and the one after the last."""
+    """States before every part."""
     before, state = {}, start
     order = range(span[0], span[1])
     for p in reversed(order) if reverse else order:
         before[p] = state
         m = maps[p].transpose(-1, -2) if transpose else maps[p]
         state = own[p] + torch.where(falls_back[p][:, None, None], m @ state, 0.0)
-    return before, state
-
-
-def aggregate_card_state(
-    ht_buffer, mt_buffer, fallback_mask, seq_map_r2c, raw_h0=None, reverse=False, transpose_m=False,
-    compute_m=True,
-):  # fmt: skip
-    assert raw_h0 is None and reverse == transpose_m
-    states, products = [], []
-    for span in _spans(seq_map_r2c):
-        zero, eye = torch.zeros_like(ht_buffer[0]), torch.eye(mt_buffer.shape[-1]).to(mt_buffer)
-        states.append(
-            _scan(zero, ht_buffer, mt_buffer, fallback_mask, span, reverse, transpose_m)[1]
-        )
-        product = eye.expand_as(mt_buffer[0])
-        for p in range(*span):
-            product = torch.where(fallback_mask[p][:, None, None], mt_buffer[p] @ product, 0.0)
-        products.append(product)
-    return torch.stack(states), torch.stack(products) if compute_m else None
+    return before
 
 
 def _corrected(start, own, maps, falls_back, of_fragment, reverse):
     out = torch.empty_like(own)
     for i, span in enumerate(_spans(of_fragment)):
-        before, _ = _scan(start[i], own, maps, falls_back, span, reverse, reverse)
+        before = _scan(start[i], own, maps, falls_back, span, reverse, reverse)
         for p, state in before.items():
             out[p] = state
     return out
@@ -226,7 +208,7 @@ def install(monkeypatch, split: bool) -> None:
     chunk, utils = types.ModuleType("chunk"), types.ModuleType("utils")
     for name in (
         "CHUNK_SIZE", "build_cp_context", "kkt_solve", "get_warmup_chunks_bidi", "fused_gdr_h",
-        "fused_gdr_fwd", "fused_gdr_dh", "fused_gdr_bwd", "aggregate_card_state",
+        "fused_gdr_fwd", "fused_gdr_dh", "fused_gdr_bwd",
         "correct_initial_states", "correct_terminal_states",
     ):  # fmt: skip
         setattr(chunk, name, globals()[name])

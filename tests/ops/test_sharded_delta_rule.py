@@ -157,6 +157,20 @@ def test_the_order_of_flash_qlas_kernels(monkeypatch, name, split):
         assert (a - b).norm() < (2e-4 if decay == -0.4 else 1e-5) * b.norm()
 
 
+def test_composed_maps_are_one_after_the_other():
+    for parts in (1, 2, 3, 7):
+        states, m = torch.randn(parts, 2, 3, 5), torch.randn(parts, 2, 3, 3)
+        remembered = torch.rand(parts, 2) < 0.8
+        m[~remembered] = float("nan")  # not read
+        state, transition = flash_qla_shard_kernels.composed(states, m, remembered)
+        want, through = torch.zeros(2, 3, 5), torch.eye(3).expand(2, -1, -1)
+        for p in range(parts):
+            step = torch.where(remembered[p][:, None, None], m[p], 0.0)
+            want, through = states[p] + step @ want, step @ through
+        torch.testing.assert_close(state, want)
+        torch.testing.assert_close(transition, through)
+
+
 @pytest.mark.slow
 @needs_triton
 def test_flas_kernels_of_shards_in_the_interpreter():
