@@ -9,8 +9,9 @@ and all-to-all over heads; and the same shard as a sequence of its own, which is
 
 One GPU plays rank 0, one in the middle and the last one after the other: all that a rank computes, with
 collectives that return at once and move nothing. For each it also times the steps of ours alone. Under
-torchrun a round lasts as long as its slowest rank, collectives move data, outputs and gradients are compared
-with the whole stream's first, and the bytes that a rank sends are counted.
+torchrun a round lasts as long as its slowest rank, collectives move data, and outputs and gradients are
+compared with the whole stream's first. The bytes that a rank sends are counted where it calls collectives.
+Cold kernels take minutes to compile, FLA's own ways the longest: --skip "FLA's own" leaves it out.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import itertools
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,6 +35,7 @@ import torch.nn.functional as F
 from benchmarks import _harness as harness
 from benchmarks._bytes import counted_bytes
 from megatron_hydra.errors import HydraError, command
+from megatron_hydra.ops.fla_tuning import configurations_compiled_together
 from megatron_hydra.ops.gated_delta_rule import chunked_gated_delta_rule
 from megatron_hydra.ops.self_check import TOLERANCE
 from megatron_hydra.ops.sharded_delta_rule import (
@@ -254,41 +258,53 @@ def check_agreement(
                 )
 
 
-def timed_together(
-    peers: dict[str, harness.Peer], args: argparse.Namespace, device: torch.device
-) -> tuple[dict[str, harness.Sample], dict[str, dict[str, float]]]:
-    """As :func:`harness.time_in_turns`, but each call counts as long as its slowest rank, and every rank
-    calls equally often.
+def first_calls(
+    peers: dict[str, harness.Peer], device: torch.device
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Call every peer once, which compiles what it needs.
 
     Returns:
-        Timings, and by peer the seconds of its first call and the bytes that this rank sent in it.
+        By peer the seconds and the bytes that this rank sent, and why others failed: the same on all ranks.
     """
-    samples = {name: harness.Sample() for name in peers}
     facts: dict[str, dict[str, float]] = {}
+    failures: dict[str, str] = {}
     for name, peer in peers.items():
         begin = time.perf_counter()
         with counted_bytes() as sent:
             try:
                 peer()
                 _wait(device)
-            except Exception as error:  # the same on all ranks: what one GPU refuses, all do
-                samples[name].failure = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+            except Exception as error:
+                traceback.print_exception(error)
+                failures[name] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
                 continue
-        facts[name] = {"first": time.perf_counter() - begin, "sent": sent["bytes"]}
+        seconds = time.perf_counter() - begin
+        facts[name] = {"first_call_seconds": seconds, "sent_bytes": sent["bytes"]}
+    return facts, failures
+
+
+def timed_together(
+    peers: dict[str, harness.Peer], args: argparse.Namespace, device: torch.device
+) -> dict[str, harness.Sample]:
+    """As :func:`harness.time_in_turns`, but each call counts as long as its slowest rank, and every rank
+    calls equally often.
+    """
+    samples = {name: harness.Sample() for name in peers}
+    for peer in peers.values():
         for _ in range(args.warmup):
             peer()
     for _ in range(args.repeats):
-        for name in facts:
+        for name, peer in peers.items():
             dist.barrier()
             _wait(device)
             begin = time.perf_counter()
             for _ in range(args.calls):
-                peers[name]()
+                peer()
             _wait(device)
             seconds = torch.tensor((time.perf_counter() - begin) / args.calls, device=device)
             dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
             samples[name].wall.append(float(seconds))
-    return samples, facts
+    return samples
 
 
 def _wait(device: torch.device) -> None:
@@ -328,28 +344,33 @@ def measure(
         for name, rule in rules(device, tokens, args.heads, group).items()
         if name not in args.skip
     }
-    facts: dict[str, dict[str, float]] = {}
+    facts, failures = first_calls(peers, device)
+    peers = {name: peers[name] for name in facts}
     if together:
-        samples, facts = timed_together(peers, args, device)
+        samples = timed_together(peers, args, device)
     else:
         samples = harness.time_in_turns(peers, device, args.repeats, args.warmup)
+    for name, failure in failures.items():
+        samples[name] = harness.Sample()
+        samples[name].failure = failure
     for name, sample in samples.items():
-        known = facts.get(name, {})
         report.add(
             tokens, {f"{name}, {where}": sample}, rank=where, decay=decay, way=name,
-            first_call_seconds=known.get("first"), sent_bytes=known.get("sent"),
+            **facts.get(name, {}),
         )  # fmt: skip
-        if ALONE not in name:
+        if ALONE not in name and ALONE in samples:
             ratio = harness.Ratio(sample.wall, samples[ALONE].wall)
             report.ratio(tokens, f"time of {name} / {ALONE}, {where}", ratio)
-    if together and ALL_TO_ALL in facts:
+    if ALL_TO_ALL in facts:
         for name in facts:
             if ALONE not in name and name != ALL_TO_ALL:
-                share = harness.Ratio([facts[name]["sent"]], [facts[ALL_TO_ALL]["sent"]])
-                report.ratio(tokens, f"bytes sent by {name} / {ALL_TO_ALL}", share)
+                pair = [[facts[way]["sent_bytes"]] for way in (name, ALL_TO_ALL)]
+                report.ratio(
+                    tokens, f"bytes sent by {name} / {ALL_TO_ALL}, {where}", harness.Ratio(*pair)
+                )
     if not together:
         for name, kernels in shard_kernels(device).items():
-            if f"ours, {name}" in args.skip or samples[f"ours, {name}"].failure:
+            if f"ours, {name}" not in facts:
                 continue
             alone = steps_alone(kernels, ShardStates(group, (0, tokens)), inputs, cotangent)
             timed = harness.time_in_turns(alone, device, args.repeats, args.warmup, memory=False)
@@ -358,6 +379,25 @@ def measure(
                 {f"{name}: {step}, {where}": sample for step, sample in timed.items()},
                 rank=where, decay=decay, way=f"ours, {name}",
             )  # fmt: skip
+
+
+def run(report: harness.Report, args: argparse.Namespace, ranks: int, together: bool) -> None:
+    """Compare all ways with the twin, then measure every length, decay and rank."""
+    cases = itertools.product(args.sizes, args.decays)
+    if together:
+        group = dist.group.WORLD
+        assert group is not None
+        check_agreement(args, report.device, ranks, group)
+        for tokens, decay in cases:
+            measure(report, args, group, tokens, decay, together)
+        dist.barrier()
+        dist.destroy_process_group()
+        return
+    check_agreement(args, report.device, ranks, None)
+    ranks_played = args.play or sorted({0, min(1, ranks - 1), ranks - 1})
+    for (tokens, decay), rank in itertools.product(cases, ranks_played):
+        with played(rank, ranks) as group:
+            measure(report, args, group, tokens, decay, together)
 
 
 @command
@@ -394,23 +434,10 @@ def main(arguments: list[str] | None = None) -> int:
             args.output, sys.stdout = None, io.StringIO()  # the first rank reports
     report = harness.Report("sharded_gdn", args, device)
     report.note(f"{args.heads} heads, d = {args.head_dim}, {ranks} ranks, forward + backward")
-    if together:
-        group = dist.group.WORLD
-        assert group is not None
-        check_agreement(args, device, ranks, group)
-        for tokens in args.sizes:
-            for decay in args.decays:
-                measure(report, args, group, tokens, decay, together)
-        dist.barrier()
-        dist.destroy_process_group()
-    else:
-        check_agreement(args, device, ranks, None)
-        ranks_played = args.play or sorted({0, min(1, ranks - 1), ranks - 1})
-        for tokens in args.sizes:
-            for decay in args.decays:
-                for rank in ranks_played:
-                    with played(rank, ranks) as group:
-                        measure(report, args, group, tokens, decay, together)
+    with configurations_compiled_together(
+        max(1, (os.cpu_count() or 1) // (ranks if together else 1))
+    ):
+        run(report, args, ranks, together)
     if device.type == "cuda":
         report.ran(fla=harness.used_delta_rule("fla"))
     report.finish()
