@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-# This folder holds a tokenize.py and an inspect.py; first on the path, where Python puts a script's
-# folder, they would replace the standard library's modules of these names.
+# Python puts the folder of a script first on the path. This folder has a tokenize.py and an inspect.py,
+# which would replace the modules of the standard library with these names.
 _HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
 
@@ -80,7 +80,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _load_tokenizer(data: DataConfig, trust_remote_code: bool) -> Any:
-    """The tokenizer of the config, or else the one that a manifest names, at its revision."""
+    """The tokenizer of the config, or else the tokenizer in a manifest, at its revision."""
     if data.tokenizer:
         return load_tokenizer(data.tokenizer, trust_remote_code=trust_remote_code)
     for part in data.blend:
@@ -104,7 +104,7 @@ def _verify(prefix: str) -> None:
 
 
 def _picture(path: str, number: int, sources: int) -> str:
-    """Where the histogram of one of several parts goes."""
+    """Path of the histogram of one of several parts."""
     stem, suffix = os.path.splitext(path)
     return path if sources == 1 else f"{stem}-{number}{suffix}"
 

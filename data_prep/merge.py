@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-# This folder holds a tokenize.py and an inspect.py; first on the path, where Python puts a script's
-# folder, they would replace the standard library's modules of these names.
+# Python puts the folder of a script first on the path. This folder has a tokenize.py and an inspect.py,
+# which would replace the modules of the standard library with these names.
 _HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-# This folder holds a tokenize.py and an inspect.py; first on the path, where Python puts a script's
-# folder, they would replace the standard library's modules of these names.
+# Python puts the folder of a script first on the path. This folder has a tokenize.py and an inspect.py,
+# which would replace the modules of the standard library with these names.
 _HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path = [path for path in sys.path if os.path.realpath(path) != _HERE]
 
@@ -86,7 +86,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def generation(given: argparse.Namespace) -> Generation:
-    """What the options ask for, with the model loaded.
+    """Make the generation from the options, and load the model.
 
     Raises:
         HydraError: a model, tokenizer or option cannot be used.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Shared by local.sh, slurm.sh and job.sbatch (sourced, never run): the options, the steps that a
-# command line holds, and the command that one step becomes. Words stay words from the command line
-# to the process: everything is an array, nothing is put together as text and evaluated.
+# Functions for local.sh, slurm.sh and job.sbatch (source this file, do not run it): read options, split a
+# command line into steps, and make the command of a step. Arguments are always arrays. No command is built
+# as text and evaluated.
 # shellcheck disable=SC2034  # the options are read by the scripts that source this file
 set -euo pipefail
 
@@ -13,7 +13,7 @@ die() {
   exit 2
 }
 
-# Prints its arguments as one line that can be pasted into a shell.
+# Prints its arguments as one line for a shell.
 show() {
   local line
   printf -v line '%q ' "$@"
@@ -104,7 +104,7 @@ is_count() {
   [[ $1 =~ ^[1-9][0-9]*$ ]]
 }
 
-# Reads the options at the front of its arguments; sets TAKEN to how many words they are.
+# Reads the options at the start of its arguments; sets TAKEN to their number of words.
 take_options() {
   TAKEN=0
   local option value words
@@ -234,8 +234,8 @@ read_array_lines() {
   done < "$ARRAY_FILE"
 }
 
-# Appends the words of line $1 (from 0) of ARRAY_FILE to STEP. Words are split at blanks; quotes
-# mean nothing.
+# Appends the words of line $1 (from 0) of ARRAY_FILE to STEP. Words are split at spaces; quotes have no
+# special meaning.
 append_array_line() {
   local words
   read_array_lines
@@ -244,7 +244,7 @@ append_array_line() {
   STEP+=("${words[@]}")
 }
 
-# The interpreter of this machine that has megatron_hydra; in a container, its python3.
+# The Python interpreter with megatron_hydra on this machine; in a container its python3.
 find_python() {
   local repository
   repository=$(dirname "$LAUNCH_DIR")
@@ -261,8 +261,8 @@ find_python() {
   fi
 }
 
-# Calls the function $1 with PROCS set: as given, else one process a GPU, else one. The default is
-# not kept, as the next step may have other GPUs.
+# Calls the function $1 with PROCS set: as given, else one process per GPU, else one. The default is not
+# saved, because the next step may have other GPUs.
 with_procs() {
   local given=$PROCS
   PROCS=${PROCS:-$((GPUS > 0 ? GPUS : 1))}
@@ -270,8 +270,8 @@ with_procs() {
   PROCS=$given
 }
 
-# COMMAND: what one node runs for STEP; the arguments are torchrun's rendezvous options. A script
-# that is one process needs no torchrun.
+# COMMAND: the command of one node for STEP. The arguments are torchrun's rendezvous options. A script with
+# a single process needs no torchrun.
 build_command() {
   COMMAND=("$(find_python)")
   if [[ ${STEP[0]} == *.py ]] && ((NODES * PROCS == 1)); then

@@ -1,13 +1,13 @@
-"""torchrun, with two things that a preemptible job needs and torchrun lacks.
+"""torchrun with two more features, which preemptible jobs need.
 
-Stop signals (SIGTERM, SIGUSR1, SIGINT, SIGHUP) are handed to the ranks, which then have all the
-time that the scheduler leaves them to save; torchrun would kill them after 30 seconds. And the exit
-status of the ranks becomes that of this process, so that a launcher can tell "saved and stopped"
-(85) from a failure; torchrun makes a 1 of everything.
+First, stop signals (SIGTERM, SIGUSR1, SIGINT, SIGHUP) are forwarded to the ranks. The ranks can then save until
+the scheduler ends the job; torchrun would kill them after 30 seconds. Second, this process exits with the exit
+status of the ranks, so that a launcher can distinguish "saved and stopped" (85) from a failure. torchrun would
+always exit with 1.
 
     python launch/agent.py --standalone --nproc-per-node 4 -m megatron_hydra.train --config CONFIG
 
-Takes torchrun's options. Under SLURM the node's rank is that of the allocation.
+It accepts torchrun's options. Under SLURM the node's rank is the rank in the allocation.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _HANDED_ON = {
 
 
 class StopForwarder:
-    """Hands stop signals to the ranks (the direct children), and remembers that there was one."""
+    """Forwards stop signals to the ranks (the direct children), and records that a signal came."""
 
     def __init__(self) -> None:
         self.stopping = False
 
     def install(self) -> None:
-        """Listen from now on; torchrun is told to leave these signals alone."""
+        """Install the handlers, and tell torchrun not to handle these signals."""
         for number in _HANDED_ON:
             signal.signal(number, self._on_signal)
 
@@ -45,7 +45,7 @@ class StopForwarder:
         self.stopping = True
         forwarded = _HANDED_ON[signal.Signals(number)]
         if not self._forward_signal(forwarded):
-            # The ranks are not there yet (the nodes still look for each other).
+            # The ranks do not exist yet (the nodes are still connecting).
             threading.Thread(
                 target=self._forward_signal_later, args=(forwarded,), daemon=True
             ).start()
@@ -65,17 +65,17 @@ class StopForwarder:
 
 
 def exit_status(exit_codes: dict[int, int], stopping: bool) -> int:
-    """The status that tells what happened to the ranks of this node.
+    """Compute this node's exit status from the exit codes of its ranks.
 
     Args:
-        exit_codes: global rank -> exit code of the ranks that did not end with 0, in the order in
-            which they were seen to fail; negative: the number of the signal that ended them.
-        stopping: whether a stop signal came. A rank that it ends has not begun to listen yet and
-            has nothing to save, so that is no failure.
+        exit_codes: global rank -> exit code, for ranks that did not exit with 0, in the order of failure.
+            A negative code is the number of the signal that ended the rank.
+        stopping: whether a stop signal came. If the signal ends a rank, this rank has not installed its
+            handler yet and has nothing to save, so this is not a failure.
 
     Returns:
-        85 if the run was stopped and can go on, else the status of the first rank that failed
-        (128 + n for signal n, as shells have it).
+        85 if the run was stopped and can resume, else the status of the first rank that failed (128 + n for
+        signal n, as in shells).
     """
     first = next(iter(exit_codes.values()))
     stopped = {-forwarded for forwarded in _HANDED_ON.values()} if stopping else set()
@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> int:
     """Run torchrun with ``arguments`` in this process and return the ranks' exit status."""
     forwarder = StopForwarder()
     forwarder.install()
-    # Imported late: a signal during these seconds would otherwise end this process.
+    # Imported after the handlers are installed: a signal during these seconds would end this process.
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

@@ -42,7 +42,7 @@ run_command() {
   ((status == 0)) || exit "$status"
 }
 
-# A signal that came between two steps, or to a step that had nothing left to do, stops the chain.
+# A signal between two steps, or during a step without remaining work, stops the chain.
 exit_if_stopped() {
   [[ -n $STOP_SIGNAL ]] || return 0
   echo "stopped by a signal between two steps; the same command resumes from there" >&2
@@ -80,7 +80,7 @@ hand_on() {
   STOP_SIGNAL=$1 SIGNALS=$((SIGNALS + 1))
   [[ -z $CHILD ]] || kill -s "$1" "$CHILD" 2> /dev/null || true
 }
-# A process in the background of a script is deaf to SIGINT, so Ctrl-C is handed on as SIGTERM.
+# A background process of a script ignores SIGINT, so Ctrl-C is forwarded as SIGTERM.
 trap 'hand_on TERM' TERM INT
 trap 'hand_on USR1' USR1
 each_step check_local_step "$@"

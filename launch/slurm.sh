@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits steps to SLURM, each waiting for the one before it, with the interface of local.sh.
+# Submits steps to SLURM with the interface of local.sh. Each step waits for the step before it.
 set -euo pipefail
 
 LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -33,7 +33,7 @@ build_submission() {
   SBATCH+=("${SBATCH_OPTIONS[@]}")
 }
 
-# JOB: job.sbatch and its arguments, which hold all that the job needs to know.
+# JOB: job.sbatch and its arguments, which contain all data that the job needs.
 build_job() {
   JOB=(
     "$LAUNCH_DIR/job.sbatch" --launch-dir "$LAUNCH_DIR" --nodes "$NODES" --procs-per-node "$PROCS"

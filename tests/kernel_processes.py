@@ -1,4 +1,4 @@
-"""Triton kernels in a process that sees no GPU: interpreted, or compiled for one that is not here."""
+"""Triton kernels in a process without a GPU: interpreted, or compiled for another machine's GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of what not every machine has: skipped without it, unless it is said to be there."""
+"""Tests that need special equipment: skipped without it, unless the machine declares that it has it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What launchers put into the environment, and the types of the commands' options."""
+"""Environment variables of launchers, and the types of the commands' options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_numbers_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("text", ["x", "-1", "1.5", "²", " 1"])
-def test_what_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_values_that_are_not_numbers_are_named(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("WORLD_SIZE", text)
     with pytest.raises(HydraError, match=f"the environment has WORLD_SIZE={text}"):
         world_size_from_environment()

@@ -1,4 +1,4 @@
-"""How a command ends: one line and a status, for everything that a person can mend."""
+"""The end of a command: one line and an exit status for every error that a user can fix."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path, capsys, monkeypatch):
         ended(long.stat, capsys)
 
 
-def test_what_nobody_has_asked_for_keeps_its_traceback():
+def test_unexpected_errors_keep_their_traceback():
     def fail():
         raise BrokenPipeError(32, "Broken pipe")
 

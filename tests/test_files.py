@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and headers."""
+"""Files and folders that are written atomically, and headers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The head map: round trip, and every way in which a wrong one is refused."""
+"""The head map: round trip, and refusal of invalid maps."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
         HeadMap.load(tmp_path / "half.json")
 
 
-def test_what_cannot_be_written_is_named(tmp_path):
+def test_an_unwritable_map_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(HydraError, match=r"map\.json cannot be written"):
         tiny_map().save(tmp_path / "file" / "map.json")

@@ -48,7 +48,7 @@ def test_head_dim_is_derived_where_the_config_has_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
-def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
+def test_absent_keys_have_transformers_defaults(family: str) -> None:
     config = {
         "model_type": family,
         "num_hidden_layers": 2,

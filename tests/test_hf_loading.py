@@ -1,4 +1,4 @@
-"""What of a Hub model is fetched; there is no network here, so the Hub's client is a stand-in."""
+"""The files of a Hub model that are fetched; there is no network here, so the Hub's client is a fake."""
 
 from __future__ import annotations
 

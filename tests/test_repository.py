@@ -266,7 +266,7 @@ _DEVICE_QUESTION = re.compile(
 )
 
 
-def test_only_the_platform_asks_what_machine_this_is() -> None:
+def test_only_the_platform_module_distinguishes_machines() -> None:
     """Kernels (``ops``) go by their tensors, exports (``hf``) stand alone, ``layer_spec`` chooses kernels; in a
     serving engine the engine has chosen the device.
     """
@@ -317,7 +317,7 @@ _ONE_PLACE = {
 """What one function does, and the files of the package that may do it."""
 
 
-def test_what_one_function_is_for_is_done_nowhere_else() -> None:
+def test_shared_functions_are_not_duplicated() -> None:
     code = re.compile(r'#[^\n]*|"""(?:.|\n)*?"""')
     found = {
         (pattern, path.relative_to(PACKAGE).as_posix())

@@ -1,4 +1,4 @@
-"""What the time to the first step is made of: parts add up, a part inside another counts once."""
+"""The parts of the time to the first step: they add up, and a nested part counts once."""
 
 from __future__ import annotations
 

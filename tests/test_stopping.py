@@ -1,4 +1,4 @@
-"""Requests to stop: by signal, by the clock, once and twice."""
+"""Requests to stop: by signal, by time limit, once and twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The watchdog: who feeds it, and how long process groups wait beside it."""
+"""The watchdog: its feeders, and the timeouts of process groups."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def meals(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
     return found
 
 
-def test_only_a_watchdog_on_duty_is_fed(meals: list[float | None]) -> None:
+def test_only_an_active_watchdog_is_fed(meals: list[float | None]) -> None:
     feed_watchdog()
     with Watchdog(10):
         feed_watchdog(2)
@@ -46,7 +46,7 @@ def test_every_chunk_of_a_selection_feeds_it(meals: list[float | None]) -> None:
     assert meals == [50, 10, 0, 10, 0, 10, 0, 10, 50, None]
 
 
-def test_a_group_waits_no_shorter_than_the_watchdog() -> None:
+def test_the_timeout_of_a_group_is_not_shorter_than_the_watchdogs() -> None:
     assert collective_timeout() is None
     with Watchdog(60):
         assert collective_timeout() == dt.timedelta(seconds=PATIENCE * 60)

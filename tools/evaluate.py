@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
 @command
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_intermixed_args(argv)
-    # Everything cheap first: a wrong flag must not cost the loading of a model.
+    # Cheap checks first: a wrong flag must fail before a model is loaded.
     tasks = [load_task(spec) for spec in listed(args.tasks)]
     lengths = [_length(part) for part in listed(args.lengths)]
     settings = from_arguments(
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         require_lm_eval()
     advice = [f"--batch-tokens {args.batch_tokens // 2} (now {args.batch_tokens})"]
     if args.model:
-        advice.append("--prefill-chunk 2048: so many tokens of a prompt at a time")
+        advice.append("--prefill-chunk 2048: this number of prompt tokens per forward")
         advice.append("--dtype bf16, if the model is stored in fp32")
     else:
         advice.append("parallel.context or parallel.tensor on more GPUs")
@@ -196,7 +196,7 @@ def _hugging_face(args: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
         device=args.device,
         changes=args.model_config,
     )
-    exit_if_stopped()  # loading takes minutes where models are large
+    exit_if_stopped()  # loading takes minutes for large models
     yield model, tokenizer
 
 
@@ -214,7 +214,7 @@ def _megatron(args: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
                 f"{flag} is for a Hugging Face --model; tools/megatron_to_hf.py makes one of a "
                 "--checkpoint"
             )
-    # Megatron takes seconds to import, and a Hugging Face model does without.
+    # The import of Megatron takes seconds, and a Hugging Face model does not need it.
     from megatron_hydra.checkpoint.store import tokenizer_folder
     from megatron_hydra.evaluation.megatron_backend import layout_config, open_checkpoint
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Run a grid of variants and seeds, and show what came out. See --help."""
+"""Run a grid of variants and seeds, and show the results. See --help."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import shlex
 from pathlib import Path
 
-# Before torch is imported: this process plans, its workers compute with --threads each.
+# Must be set before torch is imported: this process only plans, its workers compute with --threads each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from megatron_hydra.arguments import command_parser, path_argument, real

@@ -125,7 +125,7 @@ def _cut(args: argparse.Namespace) -> None:
 
 def _knockout(args: argparse.Namespace) -> None:
     output = args.output or Path(args.map).with_name(f"{Path(args.map).stem}_knockout.json")
-    # Only the first process writes, and it may have done so before another one has started.
+    # Only the first process writes. It may have written the file before another process starts.
     if is_first_rank() and output.exists() and not args.force:
         raise HydraError(f"--output {output} exists; give --force to overwrite it")
     if args.draws < 1:
@@ -191,7 +191,7 @@ def _show(path: str, top: int) -> None:
 
 
 def _details(details: dict[str, Any]) -> Iterator[str]:
-    """What a map says of its prompts and of its trustworthiness."""
+    """Lines on a map's prompts and on the reliability of its scores."""
     for task, facts in details.get("prompts", {}).items():
         yield f"task         {task}: {facts['solved']} of {facts['drawn']} prompts solved"
     for task, facts in details.get("left_out", {}).items():

@@ -1,4 +1,4 @@
-"""Print which tensor-parallel rank holds which head, and how even the work is."""
+"""Print the heads of every tensor-parallel rank, and the balance of the work."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def read_model(options: argparse.Namespace) -> ModelConfig:
-    """The model of a checkpoint, or one of the shape that a head map names."""
+    """The model of a checkpoint, or a model with the shape in a head map."""
     if options.checkpoint:
         from megatron_hydra.checkpoint import store
 

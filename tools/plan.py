@@ -123,13 +123,13 @@ def parser() -> argparse.ArgumentParser:
 @command
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    # What Megatron misses on a machine without GPUs is of no matter here.
+    # Megatron's warnings on a machine without GPUs do not matter here.
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
     from megatron_hydra.planning.command import Request, plan
 
     if args.recipe and args.verb:
         raise HydraError(
-            "--verb says which stage to plan; a recipe has its own stages: leave it out"
+            "--verb names a stage to plan, but a recipe has its own stages: leave it out"
         )
 
     request = Request(

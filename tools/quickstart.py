@@ -7,7 +7,7 @@ import argparse
 import os
 from pathlib import Path
 
-# Before torch is imported: this process plans and draws, its workers compute.
+# Must be set before torch is imported: this process only plans and draws, its workers compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

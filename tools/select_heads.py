@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Decide which query heads of a dense model keep full attention, and write the head map."""
+"""Choose the query heads of a dense model that keep full attention, and write the head map."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def main() -> int:
     args = _parser().parse_args()
     if args.timeout <= 0:
         raise HydraError(f"--timeout {args.timeout:g}: must be above 0 seconds")
-    # Only rank 0 writes, and it may have done so before another rank has started.
+    # Only rank 0 writes. It may have written the file before another rank starts.
     if is_first_rank() and args.output.exists() and not args.force:
         raise HydraError(f"--output {args.output} exists; give --force to overwrite it")
     advice = [

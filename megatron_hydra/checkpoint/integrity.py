@@ -226,9 +226,9 @@ class _IndexUnpickler(pickle.Unpickler):
         try:
             return super().load()
         finally:
-            self._refuse_changed_classes()
+            self._check_classes_unchanged()
 
-    def _refuse_changed_classes(self) -> None:
+    def _check_classes_unchanged(self) -> None:
         """Raise if the pickle changed a class: a pickle can set attributes of anything that it refers to."""
         changed = [kind for kind, before in self._resolved.items() if dict(vars(kind)) != before]
         for kind in changed:

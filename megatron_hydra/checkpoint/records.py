@@ -174,7 +174,7 @@ def check_cover(boxes: Iterable[Box]) -> dict[str, list[Box]]:
         if any((b.global_shape, b.dtype) != (whole.global_shape, whole.dtype) for b in parts):
             raise HydraError(f"ranks disagree on the shape or dtype of {key!r}")
         if sum(math.prod(b.shape) for b in parts) != math.prod(whole.global_shape) or any(
-            _common(one, other) is not None for one, other in itertools.combinations(parts, 2)
+            _overlap(one, other) is not None for one, other in itertools.combinations(parts, 2)
         ):
             raise HydraError(
                 f"the parts of {key!r} on the ranks do not cover each element exactly once"
@@ -182,7 +182,7 @@ def check_cover(boxes: Iterable[Box]) -> dict[str, list[Box]]:
     return dict(by_key)
 
 
-def _common(one: Box, other: Box) -> tuple[slice, ...] | None:
+def _overlap(one: Box, other: Box) -> tuple[slice, ...] | None:
     """The overlap of two boxes of a tensor, in global coordinates; ``None`` if empty."""
     shared = []
     for a, n, b, m in zip(one.offset, one.shape, other.offset, other.shape, strict=True):
@@ -268,7 +268,7 @@ def read_boxes(
             chunks[box.key] = list(_stored_boxes(index, box, weights))
         found = 0
         for place, stored in chunks[box.key]:
-            shared = _common(stored, box)
+            shared = _overlap(stored, box)
             if shared is not None:
                 found += math.prod(part.stop - part.start for part in shared)
                 todo.setdefault(place, []).append((stored, box, tensor))
@@ -324,7 +324,7 @@ def _read_record(weights: Path, info: Any, parts: list[tuple[Box, Box, torch.Ten
     if not isinstance(record, torch.Tensor) or tuple(record.shape) != stored.shape:
         raise HydraError(f"{path}: {stored.key!r} is not a tensor of the shape in the index")
     for _, box, tensor in parts:
-        shared = _common(stored, box)
+        shared = _overlap(stored, box)
         assert shared is not None
         sizes = [part.stop - part.start for part in shared]
         source = narrow_tensor_by_index(

@@ -112,7 +112,7 @@ def list_folder(folder: Path, wanted: Format | None) -> Listing:
         saved = _saved_files(Path(parent))
         for name in names:
             path = os.path.join(parent, name)
-            why = _why_not(path, folder, wanted, saved)
+            why = _skip_reason(path, folder, wanted, saved)
             if why:
                 left_out.append((path, why))
                 continue
@@ -164,7 +164,7 @@ def _saved_files(parent: Path) -> set[str] | None:
         return None  # another program's state.json
 
 
-def _why_not(path: str, folder: Path, wanted: Format | None, saved: set[str] | None) -> str:
+def _skip_reason(path: str, folder: Path, wanted: Format | None, saved: set[str] | None) -> str:
     """Reason for skipping a file; empty if it is data.
 
     Raises:

@@ -189,7 +189,7 @@ class Generation:
             report(f"{self.output} is complete, nothing to do")
             return json.loads(self.manifest.read_text(encoding="utf-8"))
         try:
-            with self._claimed():
+            with self._claim_work_folder():
                 counts = self._write(report)
                 return self._publish(counts, report)
         except OSError as error:
@@ -220,7 +220,7 @@ class Generation:
         """Keys in which another recipe (or the manifest with it) differs from this one."""
         return [key for key, value in self.recipe.items() if other.get(key) != value]
 
-    def _claimed(self) -> Any:
+    def _claim_work_folder(self) -> Any:
         """Create or reuse the work folder, and lock it."""
         recipe = self.work / "recipe.json"
         if recipe.exists():
@@ -298,14 +298,14 @@ class Generation:
         )
         for number, row in enumerate(rows):
             try:
-                text, ids, value = self._encoded(row)
+                text, ids, value = self._encode(row)
             except ValueError as error:
-                self._refuse(f"{row.where}: {error}")
+                self._record_bad_row(f"{row.where}: {error}")
                 continue
             for sample in range(self.settings.samples):
                 yield _Prompt(number, sample, value, row.tools, text, ids)
 
-    def _refuse(self, line: str) -> None:
+    def _record_bad_row(self, line: str) -> None:
         self._bad.append(line)
         if len(self._bad) > self.settings.max_bad_rows:
             shown = "".join(f"\n  {bad}" for bad in self._bad[:_SHOWN])
@@ -315,7 +315,7 @@ class Generation:
                 "command with a higher --max-bad-rows (finished work is kept)"
             )
 
-    def _encoded(self, row: Row) -> tuple[str, list[int], Any]:
+    def _encode(self, row: Row) -> tuple[str, list[int], Any]:
         """Text and ids of a prompt, and the row's value without the answer at its end.
 
         Raises:
@@ -353,7 +353,7 @@ class Generation:
         for prompt, new in zip(batch, self._generate(number, batch), strict=True):
             end = next((i for i, token in enumerate(new) if token in self._ends), None)
             said = new if end is None else new[:end]
-            completion = self._decoded(prompt, said)
+            completion = self._decode(prompt, said)
             body: dict[str, Any] = {
                 "row": prompt.row,
                 "sample": prompt.sample,
@@ -369,7 +369,7 @@ class Generation:
                 body["prompt_characters"] = len(prompt.text)
             yield json.dumps(body, ensure_ascii=False).encode() + b"\n", len(said), end is not None
 
-    def _decoded(self, prompt: _Prompt, said: list[int]) -> str:
+    def _decode(self, prompt: _Prompt, said: list[int]) -> str:
         """Decode the generated text after its prompt: some tokenizers drop a space at the start of a text."""
         before = self.tokenizer.decode(prompt.ids, skip_special_tokens=True)
         both = self.tokenizer.decode(prompt.ids + said, skip_special_tokens=True)

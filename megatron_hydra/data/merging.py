@@ -87,7 +87,7 @@ def merge(
         for manifest in manifests:
             counts.add(Counts(**manifest.counts))
         merged = Manifest(
-            _joint_source(prefixes, manifests),
+            _merged_source(prefixes, manifests),
             manifests[0].tokenizer,
             dataclasses.asdict(counts),
             manifests[0].loss,
@@ -128,7 +128,7 @@ def _manifest_of(documents: IndexedDocuments, first: IndexedDocuments) -> Manife
 
 def _check_shards(prefixes: list[str], manifests: list[Manifest]) -> None:
     """Check that shards come from the same units and options."""
-    for index, key, own, wanted in _misfits(manifests):
+    for index, key, own, wanted in _find_mismatches(manifests):
         raise HydraError(
             f"{prefixes[index]}.json: {key} is {own!r}, but {prefixes[0]}.json requires {wanted!r}: "
             "these are not shards of one preparation; prepare one of them again with the inputs, options "
@@ -136,7 +136,7 @@ def _check_shards(prefixes: list[str], manifests: list[Manifest]) -> None:
         )
 
 
-def _misfits(manifests: list[Manifest]) -> Iterator[tuple[int, str, Any, Any]]:
+def _find_mismatches(manifests: list[Manifest]) -> Iterator[tuple[int, str, Any, Any]]:
     """Find reasons why the inputs are not all shards of one preparation, in order.
 
     Yields:
@@ -158,11 +158,11 @@ def _flat_source(manifest: Manifest) -> dict[str, Any]:
     return {**source, **place, "tokenizer.eod_id": manifest.tokenizer.get("eod_id")}
 
 
-def _joint_source(prefixes: list[str], manifests: list[Manifest]) -> dict[str, Any]:
+def _merged_source(prefixes: list[str], manifests: list[Manifest]) -> dict[str, Any]:
     """The source of the output: for all shards of a preparation its source, else the list of inputs."""
     first = manifests[0].source
     limited = first.get("max_tokens")  # then each shard ends early
-    if not limited and not any(_misfits(manifests)):
+    if not limited and not any(_find_mismatches(manifests)):
         return {key: value for key, value in first.items() if key != "shard"}
     parts = zip(prefixes, manifests, strict=True)
     return {

@@ -137,8 +137,8 @@ def plan_preparation(
             "--plan-seconds"
         )
     # This process has the memory of the main process, except for the tokenizer.
-    sample = dataclasses.replace(sample, main_bytes=_most_resident() + sample.main_bytes)
-    plan = _extrapolated(config, sample, tokens)
+    sample = dataclasses.replace(sample, main_bytes=_peak_memory() + sample.main_bytes)
+    plan = _extrapolate(config, sample, tokens)
     for line in _lines(config, sample, plan):
         report(line)
     return plan
@@ -161,12 +161,12 @@ def _in_own_process(config: TokenizeConfig, units: list[Unit], seconds: float) -
 
 def take_sample(config: TokenizeConfig, units: list[Unit], seconds: float, folder: str) -> Sample:
     """Tokenise units in a seeded order until the time is over, in this process."""
-    main_bytes = -_most_resident()
+    main_bytes = -_peak_memory()
     work = Path(folder)
     config = dataclasses.replace(config, output=str(work / "sample"))
     config.work.mkdir()
     worker = Worker(config)
-    main_bytes += _most_resident()
+    main_bytes += _peak_memory()
     order = Permutation(len(units), derive_key("plan"))
     begin = time.monotonic()
     counts, whole_tokens, whole_bytes, number = Counts(), 0, 0, 0
@@ -180,7 +180,7 @@ def take_sample(config: TokenizeConfig, units: list[Unit], seconds: float, folde
         whole_bytes += unit.size if is_whole else 0
         number += 1
     elapsed = time.monotonic() - begin
-    worker_bytes = _most_resident() + worker.room_for_words()
+    worker_bytes = _peak_memory() + worker.room_for_words()
     cpu = time.process_time()
     assembler = Assembler(config.work, worker.dtype, has_modes=config.corpus.chat)
     for part in range(number):
@@ -215,11 +215,11 @@ def _column(work: Path, parts: int, suffix: str) -> np.ndarray:
     return np.concatenate([np.fromfile(file, np.int32) for file in files]).astype(np.int64)
 
 
-def _most_resident() -> int:
+def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _extrapolated(config: TokenizeConfig, sample: Sample, tokens: int) -> PreparationPlan:
+def _extrapolate(config: TokenizeConfig, sample: Sample, tokens: int) -> PreparationPlan:
     counts = sample.counts
     per_byte = sample.whole_tokens / sample.whole_bytes if sample.whole_tokens else 0.0
     input_tokens = round(sample.all_bytes * per_byte) if per_byte else None
@@ -299,7 +299,7 @@ def _lines(config: TokenizeConfig, sample: Sample, plan: PreparationPlan) -> lis
         lines.append(
             f"  the input: about {plan.input_tokens:,} tokens in {sample.all_bytes / _GB:,.3f} GB"
         )
-    folder = _existing(Path(config.prefix).absolute().parent)
+    folder = _existing_parent(Path(config.prefix).absolute().parent)
     free = shutil.disk_usage(folder).free
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     lines += [
@@ -327,6 +327,6 @@ def _lines(config: TokenizeConfig, sample: Sample, plan: PreparationPlan) -> lis
     return lines
 
 
-def _existing(folder: Path) -> Path:
+def _existing_parent(folder: Path) -> Path:
     """The folder, or its nearest existing parent."""
     return next(path for path in (folder, *folder.parents) if path.is_dir())

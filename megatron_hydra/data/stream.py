@@ -158,10 +158,10 @@ class PackedStream:
 
         The order is shuffled within the step, so that no rank always gets the same part of a blend.
         """
-        dealt = self._dealt(step, self.batch.global_batch_size)
+        dealt = self._shuffled_samples(step, self.batch.global_batch_size)
         return (self.samples_before(step) + dealt).tolist()
 
-    def _dealt(self, step: int, size: int) -> np.ndarray:
+    def _shuffled_samples(self, step: int, size: int) -> np.ndarray:
         rng = np.random.Generator(np.random.Philox(key=derive_key(self.data.seed, "deal", step)))
         return rng.permutation(size)
 
@@ -291,7 +291,7 @@ class PackedStream:
 
     def _order_of(self, global_batch_size: int) -> int:
         """Hash of the order in which the first step's samples are assigned to ranks."""
-        return derive_key(*self._dealt(0, global_batch_size).tolist())
+        return derive_key(*self._shuffled_samples(0, global_batch_size).tolist())
 
     def parts(self) -> list[dict[str, Any]]:
         """Name, weight and fingerprint of every part, JSON."""
@@ -379,9 +379,9 @@ class PackedStream:
 
     def _fingerprint_of(self, position: int) -> Callable[[int], str]:
         """Function from a source number to the fingerprint of a part in that order."""
-        return lambda number: self._in_order(position, number).fingerprint()
+        return lambda number: self._source_in_order(position, number).fingerprint()
 
-    def _in_order(self, position: int, number: int) -> Source:
+    def _source_in_order(self, position: int, number: int) -> Source:
         """A part in the order of a source number. It and its fingerprint are made only once."""
         key = position, number
         if key not in self._ordered:
@@ -398,7 +398,7 @@ class PackedStream:
                 for position, source in enumerate(self.sources)
             ]
             numbers = numbers_of(reading, parts)
-        self.sources = [self._in_order(position, n) for position, n in enumerate(numbers)]
+        self.sources = [self._source_in_order(position, n) for position, n in enumerate(numbers)]
         self._ordered.clear()
         records = dict(enumerate(reading.sources))
         for source, number in zip(self.sources, numbers, strict=True):

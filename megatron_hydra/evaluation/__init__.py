@@ -1,8 +1,8 @@
 """Retrieval at given lengths and depths, scored on any Hugging Face causal model (design §1).
 
-The parts: :mod:`tasks` says what a task is, :mod:`finding` finds it by name; :mod:`needles`, :mod:`ruler`
-and :mod:`qa` are the tasks; :mod:`scoring` runs a model on samples; :mod:`runner` goes over tasks and lengths,
-resumably; :mod:`cache_bytes` measures a model's cache; :mod:`plots` draws.
+The parts: :mod:`tasks` defines the interface of a task, and :mod:`finding` finds a task by name. The tasks are
+in :mod:`needles`, :mod:`ruler` and :mod:`qa`. :mod:`scoring` runs a model on samples. :mod:`runner` runs all
+tasks and lengths and can resume. :mod:`cache_bytes` measures a model's cache. :mod:`plots` draws pictures.
 """
 
 from megatron_hydra.evaluation.cache_bytes import measure_cache_bytes

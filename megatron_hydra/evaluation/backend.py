@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """A prompt to be continued greedily.
+    """A prompt for greedy decoding.
 
     Attributes:
-        prompt: token ids, one at least.
-        max_new_tokens: tokens to be added, at most.
-        draft: how the continuation may well go on. It changes no result: a back end that has no cache
-            checks it in one forward instead of generating token by token.
-        settled: whether the tokens so far need no further one.
+        prompt: token ids, at least one.
+        max_new_tokens: maximum number of new tokens.
+        draft: a guess of the continuation. It does not change the result: a back end without a cache checks
+            it in one forward instead of generating token by token.
+        settled: function of the new tokens so far; true if no more are needed.
     """
 
     prompt: Sequence[int]
@@ -48,31 +48,31 @@ class Backend(Protocol):
         """``model_type``, ``weights`` (a fingerprint), ``dtype``, ``prefill_chunk``; JSON."""
 
     def end_tokens(self, tokenizer: Any) -> list[int]:
-        """Ids that end a continuation; ``tokenizer`` is asked where the model does not say."""
+        """Ids that end a continuation, from the model or else from ``tokenizer``."""
 
     def argmax_at(
         self, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
     ) -> list[list[int]]:
-        """Likeliest next token at ascending positions of each row; logits are made only there."""
+        """Most likely next token at ascending positions of each row; only these logits are computed."""
 
     def generate(
         self, continuations: Sequence[Continuation], end_tokens: Sequence[int]
     ) -> list[list[int]]:
-        """New tokens of each, up to its limit, until settled or an end token (included)."""
+        """New tokens of each prompt, up to its limit, until settled or until an end token (included)."""
 
     def cache_bytes(self, length: int) -> dict[str, float] | None:
         """Result of :func:`~.cache_bytes.measure_cache_bytes`; ``None`` without a cache."""
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on the main process; returns its result on every process."""
+        """Run ``action`` on the main process; return its result on every process."""
 
     def anywhere(self, flag: bool) -> bool:
-        """Whether ``flag`` is set in any process."""
+        """Whether ``flag`` is true in any process."""
 
 
 @runtime_checkable
 class Uncached(Protocol):
-    """A back end that computes a whole prompt again for each token that no draft has guessed."""
+    """A back end that computes a whole prompt again for each token that the draft does not contain."""
 
     def seconds_of_forward(self, tokens: int) -> float:
         """Measure the time of one prompt of this length. Called by every process."""
@@ -87,10 +87,10 @@ def is_over(tokens: list[int], continuation: Continuation, end_tokens: Sequence[
 def cut(
     tokens: list[int], continuation: Continuation, end_tokens: Sequence[int], known: int = 0
 ) -> list[int]:
-    """The new tokens up to where the continuation is over, if it is.
+    """The new tokens up to the end of the continuation, if it has ended.
 
     Args:
-        known: after so many of them it is not.
+        known: number of tokens after which it has not ended.
     """
     for count in range(known + 1, len(tokens) + 1):
         if is_over(tokens[:count], continuation, end_tokens):

@@ -9,19 +9,20 @@ import torch
 from megatron_hydra.errors import HydraError
 
 _WINDOWS = ("sliding_window", "attention_chunk_size")
-"""Keys of transformers' configs that limit how far back a layer attends."""
+"""Keys of transformers' configs that limit the distance of attention."""
 
 
 def measure_cache_bytes(model: Any, length: int = 512) -> dict[str, float]:
     """Measure the cache of one sequence: bytes per token, and bytes of constant size.
 
-    Runs prompts of ``length`` and ``length // 2`` tokens, both longer by the model's window where it has
-    one (until that is full, it grows too), and adds up the storage of every tensor that the returned
-    caches hold: the difference is what grows. Of the config only the window is asked.
+    It runs prompts of ``length`` and ``length // 2`` tokens, and adds the storage of all tensors in the
+    returned caches. The difference is the growing part. If the model has a window, both prompts are longer by
+    this window, because a window that is not full grows as well. The function reads only the window from the
+    config.
 
     Args:
-        model: returns a cache, by one of its names in transformers, when called with ``use_cache``.
-        length: tokens of the longer prompt beyond the window, at least 2.
+        model: must return a cache, by one of its names in transformers, when called with ``use_cache``.
+        length: length of the longer prompt in tokens, without the window; at least 2.
 
     Returns:
         ``kv_bytes_per_token`` and ``state_bytes`` (recurrent states, full windows, convolution tails,
@@ -31,7 +32,9 @@ def measure_cache_bytes(model: Any, length: int = 512) -> dict[str, float]:
         HydraError: the model returns no cache, or ``length`` is below 2.
     """
     if length < 2:
-        raise HydraError(f"a cache is measured at two lengths: {length} tokens are too few")
+        raise HydraError(
+            f"a cache is measured at two lengths: {length} tokens are too few, give at least 2"
+        )
     window = _window(model)
     short, long = window + length // 2, window + length
     small, large = (_cache_bytes(model, tokens, step=window > 0) for tokens in (short, long))
@@ -43,7 +46,7 @@ def measure_cache_bytes(model: Any, length: int = 512) -> dict[str, float]:
 
 
 def _window(model: Any) -> int:
-    """Tokens of the longest window or chunk that a layer's attention is limited to; 0: none."""
+    """Length of the longest window or chunk of a layer's attention, in tokens; 0: no limit."""
     config = getattr(model, "config", None)
     config = getattr(config, "text_config", None) or config
     hydra = getattr(config, "hydra", None) or {}
@@ -52,8 +55,10 @@ def _window(model: Any) -> int:
 
 
 def _cache_bytes(model: Any, length: int, step: bool) -> int:
-    """After a prompt, and a ``step`` of one token: a full window is cut off the prompt's keys and values
-    as a view at first, which holds all of them until the next token comes.
+    """Bytes of the cache after a prompt, and after one more token if ``step``.
+
+    The step is needed for windows: at first a full window is a view of the prompt's keys and values, which
+    keeps all of them in memory until the next token.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(length + 1, device=model.device) * 7 % vocabulary)[None]
@@ -63,16 +68,16 @@ def _cache_bytes(model: Any, length: int, step: bool) -> int:
         if cache and step:
             model(input_ids=ids[:, length:], use_cache=True, **cache)
     if not cache:
-        raise HydraError(f"{type(model).__name__} returns no cache: nothing to measure")
+        raise HydraError(f"{type(model).__name__} returns no cache, so it cannot be measured")
     storages: dict[int, int] = {}
     _collect(cache, storages, set())
     return sum(storages.values())
 
 
 def returned_cache(out: Any) -> dict[str, Any]:
-    """The cache that a model returned, as the argument by which the model takes it back; empty: none.
+    """The cache that a model returned, as the keyword argument for its next call; empty if none.
 
-    transformers calls it ``cache`` from 5.24 on; before, ``past_key_values`` or ``cache_params``.
+    Its name in transformers is ``cache`` from 5.24 on, before that ``past_key_values`` or ``cache_params``.
     """
     for name in ("cache", "past_key_values", "cache_params"):
         if (cache := getattr(out, name, None)) is not None:
@@ -81,7 +86,7 @@ def returned_cache(out: Any) -> dict[str, Any]:
 
 
 def _collect(thing: Any, storages: dict[int, int], seen: set[int]) -> None:
-    """Note the storage of every tensor reachable from ``thing``, each one once."""
+    """Record the storage of every tensor reachable from ``thing``, each once."""
     if isinstance(thing, torch.Tensor):
         storage = thing.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()

@@ -20,11 +20,11 @@ def load_task(spec: str) -> RetrievalTask:
 
     Args:
         spec: a registered name; or ``qa:FILE`` (see :mod:`megatron_hydra.evaluation.qa`); or
-            ``module:function``, whose call without arguments gives a task; or the path of a
+            ``module:function``, a function that returns a task without arguments; or the path of a
             ``.jsonl`` file (see :class:`~megatron_hydra.evaluation.tasks.JsonlTask`).
 
     Raises:
-        HydraError: there is no such task.
+        HydraError: the task does not exist.
     """
     if spec in TASKS:
         return TASKS[spec]()

@@ -1,4 +1,4 @@
-"""A Hugging Face causal model in this process: left-padded batches, a cache, prompts in chunks."""
+"""A Hugging Face causal model in this process: left-padded batches, a cache, and chunked prompts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from megatron_hydra.head_map import fingerprint_tensors
 U = TypeVar("U")
 
 CHUNKABLE = ("hydrahead", "qwen3", "qwen2", "llama", "mistral")
-"""Model types known to give the same result for a prompt passed in chunks as in one pass.
+"""Model types that are known to give the same result for a chunked prompt as for one pass.
 
-Some recurrent models ignore their state when more than one token follows it; what is not known here
-is passed in one pass unless the user asks otherwise.
+Some recurrent models ignore their state if more than one token follows. Other model types get the prompt in one
+pass, unless the user sets a chunk.
 """
 
 
@@ -31,8 +31,8 @@ class HfBackend:
 
     Args:
         model: the model, on its device.
-        prefill_chunk: tokens of a prompt passed at a time, 0: all; ``None``: 8192 for models for
-            which that is known to be exact, else all.
+        prefill_chunk: prompt tokens per forward pass; 0: all; ``None``: 8192 for models for which this is
+            known to be exact, else all.
     """
 
     is_main = True
@@ -46,7 +46,7 @@ class HfBackend:
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Put the model into evaluation mode, and back."""
+        """Set the model to evaluation mode, and restore its mode at the end."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -56,12 +56,13 @@ class HfBackend:
 
     def identity(self) -> dict[str, Any]:
         """See :class:`~.backend.Backend`."""
-        # Vectors (norms, scales, biases) differ between any two trained models, and are few.
+        # Vectors (norms, scales, biases) differ between any two trained models, and are small.
         vectors = {n: p for n, p in self.model.named_parameters() if p.ndim == 1}
         if not vectors:
             vectors = dict(list(self.model.named_parameters())[:1])
         rope = getattr(self.model.config, "rope_parameters", None) or {}
-        scaled = rope.get("rope_type", "default") != "default"  # the same weights, another model
+        # Equal weights with other scaling are another model.
+        scaled = rope.get("rope_type", "default") != "default"
         return ({"rope_parameters": dict(rope)} if scaled else {}) | {
             "model_type": getattr(self.model.config, "model_type", ""),
             "weights": fingerprint_tensors(vectors),
@@ -70,7 +71,7 @@ class HfBackend:
         }
 
     def end_tokens(self, tokenizer: Any) -> list[int]:
-        """The model's, else the tokenizer's."""
+        """The model's end tokens, or else the tokenizer's."""
         return end_tokens_of(self.model, tokenizer)
 
     def argmax_at(
@@ -78,7 +79,7 @@ class HfBackend:
     ) -> list[list[int]]:
         """See :class:`~.backend.Backend`."""
         items = list(zip(rows, positions, strict=True))
-        return self._in_memory(items, lambda part: self._argmax_at(*zip(*part, strict=True)))
+        return self._run_or_halve(items, lambda part: self._argmax_at(*zip(*part, strict=True)))
 
     @torch.inference_mode()
     def _argmax_at(
@@ -86,7 +87,7 @@ class HfBackend:
     ) -> list[list[int]]:
         asked = sorted({p for row in positions for p in row})
         width = asked[-1] + 1
-        # Padding on the right: causal models are not affected by what follows.
+        # Padding on the right: later tokens do not affect a causal model.
         padded = [[*row[:width], *[0] * (width - len(row))] for row in rows]
         ids = torch.tensor(padded, device=self.model.device)
         argmax = self._argmax(ids, asked)
@@ -118,28 +119,28 @@ class HfBackend:
     def generate(
         self, continuations: Sequence[Continuation], end_tokens: Sequence[int]
     ) -> list[list[int]]:
-        """See :class:`~.backend.Backend`; drafts are not used, the cache is."""
-        return self._in_memory(continuations, lambda part: self._generate(part, end_tokens))
+        """See :class:`~.backend.Backend`. It uses the cache and ignores drafts."""
+        return self._run_or_halve(continuations, lambda part: self._generate(part, end_tokens))
 
-    def _in_memory(self, batch: Sequence[T], run: Callable[[Sequence[T]], list[U]]) -> list[U]:
-        """``run(batch)``; a batch that does not fit the GPU's memory is run in halves.
+    def _run_or_halve(self, batch: Sequence[T], run: Callable[[Sequence[T]], list[U]]) -> list[U]:
+        """Return ``run(batch)``. If the batch does not fit into the GPU's memory, run its halves.
 
         Raises:
-            HydraError: one sample alone does not fit.
+            HydraError: a single sample does not fit.
         """
         try:
             return run(batch)
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise HydraError(
-                    f"one sample alone does not fit the GPU's memory: give a shorter length, or "
+                    f"a single sample does not fit into the GPU's memory: give a shorter length, or "
                     f"--prefill-chunk below {self.chunk or 'its length'} ({error})"
                 ) from None
-        # Outside of the handler: the error's traceback held the tensors.
+        # Outside of the handler, because the error's traceback holds the tensors.
         gc.collect()
         torch.cuda.empty_cache()
         half = len(batch) // 2
-        return [*self._in_memory(batch[:half], run), *self._in_memory(batch[half:], run)]
+        return [*self._run_or_halve(batch[:half], run), *self._run_or_halve(batch[half:], run)]
 
     @torch.inference_mode()
     def _generate(
@@ -168,7 +169,9 @@ class HfBackend:
             input_ids=ids.to(self.model.device),
             attention_mask=mask.to(self.model.device),
             generation_config=settings,
-            stopping_criteria=StoppingCriteriaList([_Ended(continuations, width, end_tokens)]),
+            stopping_criteria=StoppingCriteriaList(
+                [_StopWhenSettled(continuations, width, end_tokens)]
+            ),
         )
         rows = out[:, width:].tolist()
         return [cut(row, c, end_tokens) for row, c in zip(rows, continuations, strict=True)]
@@ -178,16 +181,16 @@ class HfBackend:
         return measure_cache_bytes(self.model, length)
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """There is one process: run it."""
+        """Run ``action``: there is only one process."""
         return action()
 
     def anywhere(self, flag: bool) -> bool:
-        """There is one process: its own flag."""
+        """Return ``flag``: there is only one process."""
         return flag
 
 
-class _Ended:
-    """Stops a row once it is settled, which keeps the score and saves the rest."""
+class _StopWhenSettled:
+    """Stops a row when it is settled: more tokens would not change the score."""
 
     def __init__(
         self, continuations: Sequence[Continuation], width: int, end_tokens: Sequence[int]
@@ -198,7 +201,7 @@ class _Ended:
         self.done = [False] * len(continuations)
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        """``[B]`` bool, which rows are done."""
+        """``[B]`` bool, true for finished rows."""
         for index, row in enumerate(ids[:, self.width :].tolist()):
             if not self.done[index]:
                 self.done[index] = is_over(row, self.continuations[index], self.end_tokens)

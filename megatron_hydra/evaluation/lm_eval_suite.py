@@ -7,14 +7,14 @@ from typing import Any
 from megatron_hydra.errors import HydraError
 
 TOKENS_OF_A_REQUEST = 4096
-"""How long a request of lm-eval is taken to be, to make batches of so many tokens."""
+"""Assumed length of a request of lm-eval in tokens, to compute the batch size."""
 
 
 def require_lm_eval() -> None:
     """Check that lm-eval is installed.
 
     Raises:
-        HydraError: naming the extra that brings it.
+        HydraError: it is not; names the extra to install.
     """
     try:
         import lm_eval  # noqa: F401
@@ -26,7 +26,7 @@ def require_lm_eval() -> None:
 
 
 def lm_eval_version() -> str:
-    """Of the installed one: scores of different versions are not always comparable."""
+    """The installed version: scores of different versions are not always comparable."""
     from importlib.metadata import version
 
     return version("lm_eval")
@@ -48,17 +48,17 @@ def run_lm_eval(
         model: in evaluation mode, on its device.
         tokenizer: its tokenizer.
         task: lm-eval's name.
-        include: a folder with task files (YAML) of the user's own, or ``""``.
-        limit: the first so many questions of each task; 0: all of them.
-        batch_tokens: tokens of a batch, about (one request at least).
-        seed: of few-shot examples, and whatever else lm-eval draws.
+        include: a folder with the user's own task files (YAML), or ``""``.
+        limit: number of questions of each task, from the first; 0: all.
+        batch_tokens: approximate number of tokens of a batch (at least one request).
+        seed: seed of few-shot examples and of other random numbers of lm-eval.
 
     Returns:
-        Name → metrics as lm-eval calls them (``"acc,none"``, ``"acc_stderr,none"``, …): the task's own
-        and, of a group, those of its members.
+        Name → metrics with lm-eval's names (``"acc,none"``, ``"acc_stderr,none"``, …) for the task, and for a
+        group also for its members.
 
     Raises:
-        HydraError: lm-eval is not installed, there is no tokenizer, or no such task.
+        HydraError: lm-eval is not installed, the tokenizer is missing, or the task does not exist.
     """
     require_lm_eval()
     if tokenizer is None:
@@ -84,7 +84,7 @@ def run_lm_eval(
 
 
 def _tasks_with(task: str, include: str) -> Any:
-    """lm-eval's index. Its own has thousands of files, which a task of the user's does without."""
+    """lm-eval's index with this task. A user's own task does not need lm-eval's thousands of files."""
     from lm_eval.tasks import TaskManager
 
     if include:
@@ -99,5 +99,5 @@ def _tasks_with(task: str, include: str) -> Any:
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, Any]:
-    """Keep numbers only; a missing error bar is the text ``N/A``."""
+    """Keep only numbers: a missing error bar is the text ``N/A``."""
     return {key: v for key, v in values.items() if isinstance(v, int | float)}

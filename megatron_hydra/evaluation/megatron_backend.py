@@ -1,9 +1,9 @@
 """A Megatron checkpoint under any layout of tensor, sequence, context and pipeline parallelism.
 
-Samples are packed end to end, as in training, so that nothing is padded but the end of the stream. There
-is no cache: a continuation is checked against a draft (the right answer, or what the text said before),
-all of whose tokens one forward verifies. That is greedy decoding exactly; a right answer costs one or two
-forwards of the prompt, a wrong one up to a forward a token.
+Samples are packed as in training, so only the end of the stream is padded. There is no cache. One forward
+checks all tokens of a draft of the continuation (the right answer, or earlier text). The result is exactly
+greedy decoding. A right answer costs one or two forwards of the prompt, a wrong answer up to one forward per
+token.
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ from megatron_hydra.transfer.answers import likeliest_tokens
 from megatron_hydra.transfer.verb import lm_head_weight, replicate_sequence
 
 SECTIONS = ("parallel", "backend", "faults")
-"""What of a run's config an evaluation heeds."""
+"""Sections of a run's config that an evaluation uses."""
 
 LOOKUP_TOKENS, LOOKUP_MATCH = 16, 2
-"""A draft from the text: so many tokens, found by so many."""
+"""Draft from earlier text: its number of tokens, and the number of last tokens to search for."""
 
 
 def layout_config(config: str | os.PathLike[str] | None, overrides: Sequence[str]) -> RunConfig:
     """The layout of an evaluation, for the processes of this launch.
 
     Args:
-        config: a layout's or a run's YAML file, of which :data:`SECTIONS` are taken.
-        overrides: ``parallel.tensor=2`` and the like.
+        config: YAML file of a layout or a run; only :data:`SECTIONS` are used.
+        overrides: overrides such as ``parallel.tensor=2``.
 
     Raises:
-        HydraError: an unknown key, a key that an evaluation does not heed, or a layout that these
-            processes cannot form; the key is named.
+        HydraError: a key is unknown or has no effect in an evaluation, or the layout does not fit the number of
+            processes; names the key.
     """
     for override in overrides:
         section = override.partition("=")[0].partition(".")[0]
@@ -86,7 +86,7 @@ def _check(run: RunConfig) -> None:
         if getattr(parallel, key) < 1:
             raise HydraError(f"parallel.{key} is {getattr(parallel, key)}: it must be at least 1")
     if parallel.sequence and parallel.tensor == 1:
-        raise HydraError("parallel.sequence is true, but parallel.tensor is 1")
+        raise HydraError("parallel.sequence is true, but parallel.tensor is 1: set it to false")
     if parallel.virtual_pipeline != 1:
         raise HydraError(
             f"parallel.virtual_pipeline is {parallel.virtual_pipeline}: an evaluation has no "
@@ -105,7 +105,7 @@ def _check(run: RunConfig) -> None:
 def open_checkpoint(
     checkpoint: str | os.PathLike[str], run: RunConfig, dtype: str = "auto"
 ) -> Iterator[MegatronBackend]:
-    """Load a checkpoint under a layout; called by every process of it.
+    """Load a checkpoint under a layout. Every process of the layout calls it.
 
     Args:
         checkpoint: a checkpoint folder, or a run's ``checkpoints``.
@@ -113,10 +113,10 @@ def open_checkpoint(
         dtype: ``fp32``, ``bf16``, or ``auto``: as stored.
 
     Raises:
-        HydraError: no checkpoint, a damaged one, or a layout that its shape does not allow.
+        HydraError: the checkpoint is missing or damaged, or the layout does not fit its shape.
     """
     if dtype not in ("auto", "fp32", "bf16"):
-        raise HydraError(f"--dtype {dtype}: a checkpoint is run in fp32 or bf16")
+        raise HydraError(f"--dtype {dtype}: a checkpoint runs only in fp32 or bf16")
     world = start_world(run)
     try:
         folder = verified_checkpoint(str(checkpoint))
@@ -150,11 +150,11 @@ class MegatronBackend:
         self._has_run = False
 
     def inference(self) -> contextlib.AbstractContextManager[Any]:
-        """The model is frozen already."""
+        """Do nothing: the model is already frozen."""
         return torch.no_grad()
 
     def identity(self) -> dict[str, Any]:
-        """The whole checkpoint's fingerprint; the layout changes no result and is omitted."""
+        """Identity with the checkpoint's fingerprint, without the layout, which does not change results."""
         return {
             "model_type": self.model.family,
             "weights": on_main(lambda: checkpoint_fingerprint(self.folder)),
@@ -163,7 +163,7 @@ class MegatronBackend:
         }
 
     def end_tokens(self, tokenizer: Any) -> list[int]:
-        """What the export's generation config would say: the checkpoint's, else the tokenizer's."""
+        """End tokens of the checkpoint's generation config, or else of the tokenizer, as in an export."""
         given = self.model.hf_config.get("eos_token_id")
         beside = store.tokenizer_folder(self.folder)
         if beside is not None and (beside / "generation_config.json").is_file():
@@ -177,7 +177,7 @@ class MegatronBackend:
     def argmax_at(
         self, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
     ) -> list[list[int]]:
-        """See :class:`~.backend.Backend`: one forward of all rows, packed."""
+        """See :class:`~.backend.Backend`. It runs one forward of all rows, packed."""
         documents = [
             list(row[: max(asked) + 1]) for row, asked in zip(rows, positions, strict=True)
         ]
@@ -190,7 +190,7 @@ class MegatronBackend:
     def generate(
         self, continuations: Sequence[Continuation], end_tokens: Sequence[int]
     ) -> list[list[int]]:
-        """See :class:`~.backend.Backend`: drafts verified, corrected and drafted again."""
+        """See :class:`~.backend.Backend`. It checks drafts, corrects them, and makes new drafts."""
         new: list[list[int]] = [[] for _ in continuations]
         active = list(range(len(continuations)))
         while active:
@@ -209,7 +209,7 @@ class MegatronBackend:
 
     @torch.no_grad()
     def seconds_of_forward(self, tokens: int) -> float:
-        """See :class:`~.backend.Uncached`; the first call also does a short one, for what starts late."""
+        """See :class:`~.backend.Uncached`. The first call also runs a short prompt as warm-up."""
         if not self._has_run:
             self.argmax_at([[0] * min(tokens, 64)], [[0]])
             self._has_run = True
@@ -218,7 +218,7 @@ class MegatronBackend:
         return time.perf_counter() - started
 
     def cache_bytes(self, length: int) -> dict[str, float] | None:
-        """There is no cache: export the model to measure its."""
+        """Return None: there is no cache. Export the model to measure its cache."""
         return None
 
     def on_main(self, action: Callable[[], T]) -> T:
@@ -226,7 +226,7 @@ class MegatronBackend:
         return on_main(action)
 
     def anywhere(self, flag: bool) -> bool:
-        """Whether any rank says so."""
+        """Whether the flag is true on any rank."""
         seen = torch.tensor(int(flag), device=platform.device())
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return bool(seen.item())
@@ -234,9 +234,9 @@ class MegatronBackend:
     # -- one forward ------------------------------------------------------------------------------
 
     def _next_tokens(self, documents: list[list[int]], index: list[int]) -> list[int]:
-        """Likeliest next tokens at global positions of the packed documents, on every rank."""
+        """Most likely next tokens at global positions of the packed documents, on every rank."""
         tokens_local, packed = self._packed(documents)
-        hidden = self._through_stages(tokens_local, packed)
+        hidden = self._run_stages(tokens_local, packed)
         positions = torch.tensor(index, device=packed.device)
         said = torch.full_like(positions, -1)
         if self.world.is_last_stage:
@@ -255,7 +255,7 @@ class MegatronBackend:
         return said.tolist()
 
     def _packed(self, documents: list[list[int]]) -> tuple[torch.Tensor, PackedSequence]:
-        """This rank's tokens ``[T_local]``, and where they stand; the padding is a document of its own."""
+        """This rank's tokens ``[T_local]`` and their layout; padding is a separate document."""
         tokens = list(itertools.chain.from_iterable(documents))
         batch, data = BatchConfig(micro_batch_size=1), DataConfig(sequence_length=len(tokens))
         length = rounded_stream_length(dataclasses.replace(self.run, batch=batch, data=data))
@@ -270,8 +270,8 @@ class MegatronBackend:
         shard = tokens[packed.shard_start :][: packed.length_local]
         return torch.tensor(shard, device=packed.device), packed
 
-    def _through_stages(self, tokens_local: torch.Tensor, packed: PackedSequence) -> torch.Tensor:
-        """This stage's output ``[T_local(/TP), 1, D]``, which the next stage has been sent."""
+    def _run_stages(self, tokens_local: torch.Tensor, packed: PackedSequence) -> torch.Tensor:
+        """This stage's output ``[T_local(/TP), 1, D]``, sent to the next stage."""
         group = parallel_state.get_pipeline_model_parallel_group()
         if not self.world.is_first_stage:
             rows = packed.length_local

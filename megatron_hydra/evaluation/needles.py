@@ -24,24 +24,24 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation.tasks import GenerationSample, SampleRequest, register_task
 
 NEW_TOKENS = 128
-"""Generated at most, as in RULER; generation stops as soon as the score is settled."""
+"""Maximum number of new tokens, as in RULER. Generation stops when the score is settled."""
 
 
 @dataclasses.dataclass(frozen=True)
 class NeedleTask:
     """Facts "the special magic number for <key> is <value>" in a haystack.
 
-    With one value and one query, the fact asked for is placed at each of the requested depths;
-    otherwise all facts lie at random places.
+    With one value and one query, the requested fact is placed at each of the depths. Otherwise all facts have
+    random positions.
 
     Attributes:
         name: key in the results.
-        haystack: ``noise`` (one sentence repeated), ``text`` (varied sentences, or the user's
-            file), ``needles`` (nothing but facts that are not asked for).
-        keys, values: what names and values look like.
-        num_keys: different facts (beside those of a haystack of needles).
-        num_values: values of each key.
-        num_queries: keys asked for at once.
+        haystack: ``noise`` (one sentence repeated), ``text`` (different sentences, or the user's file), or
+            ``needles`` (only facts that are not requested).
+        keys, values: form of names and values.
+        num_keys: number of facts (without those of a haystack of needles).
+        num_values: number of values of each key.
+        num_queries: number of keys in the question.
     """
 
     name: str
@@ -54,11 +54,11 @@ class NeedleTask:
 
     @property
     def has_depth(self) -> bool:
-        """Whether one fact is asked for, so that its place can be chosen."""
+        """Whether only one fact is requested, so that its depth can be chosen."""
         return self.num_values == self.num_queries == 1
 
     def samples(self, request: SampleRequest) -> list[GenerationSample]:
-        """``count`` samples a depth (or in all, without depths)."""
+        """``count`` samples per depth (or in total, without depths)."""
         fitter = Fitter(request.tokenizer, request.length - NEW_TOKENS, self.name)
         depths: Sequence[float | None] = request.depths if self.has_depth else (None,)
         return [
@@ -118,7 +118,7 @@ class NeedleTask:
 
 
 class _Haystack:
-    """An endless sequence of distractors, the same prefix however much is taken."""
+    """An endless sequence of distractors. Any number of them has the same beginning."""
 
     def __init__(
         self, task: NeedleTask, own_text: str, asked: Sequence[str], rng: random.Random
@@ -129,7 +129,7 @@ class _Haystack:
         self.taken = set(asked)
         self.own = [line.strip() for line in own_text.splitlines() if line.strip()]
         if own_text and not self.own:
-            raise HydraError("the haystack file holds no text")
+            raise HydraError("the haystack file has no text")
         self.start = self.rng.randrange(len(self.own)) if self.own else 0
 
     def take(self, count: int) -> list[str]:
@@ -150,7 +150,7 @@ class _Haystack:
         return text_sentence(self.rng)
 
     def join(self, sentences: list[str]) -> str:
-        """The context."""
+        """Join sentences to the context."""
         return (" " if self.task.haystack == "text" and not self.own else "\n").join(sentences)
 
 
@@ -164,7 +164,7 @@ TASKS = (
     NeedleTask("niah_multivalue", num_values=4),
     NeedleTask("niah_multiquery", num_keys=4, num_queries=4),
 )
-"""RULER's eight, under its names."""
+"""RULER's eight needle tasks, by RULER's names."""
 
 for _task in TASKS:
     register_task(_task.name, lambda task=_task: task)  # type: ignore[misc]

@@ -9,7 +9,7 @@ from megatron_hydra.files import write_figure_atomic
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw what ``results`` (of :func:`runner.evaluate`) holds.
+    """Draw the ``results`` of :func:`runner.evaluate`.
 
     Returns:
         The PNG files written: ``heatmap_<task>.png`` for every task with depths, and
@@ -76,7 +76,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Not through pyplot: no display, no global state of the caller's.
+    # Not through pyplot: it needs a display and changes global state of the caller.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots()

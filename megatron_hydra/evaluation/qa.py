@@ -1,8 +1,8 @@
-"""Question answering over many documents (RULER's ``qa``), on a file of the user's.
+"""Question answering over many documents (RULER's ``qa``), on a file of the user.
 
-The documents that hold the answer are hidden among others of the same file. Wording, the choice of
-distractors and the score follow RULER (Hsieh et al., arXiv 2404.06654; NVIDIA/RULER, Apache-2.0), whose
-``qa_1`` is SQuAD's and whose ``qa_2`` is HotpotQA's development set.
+The documents with the answer are hidden among other documents of the file. Wording, choice of distractors and
+score follow RULER (Hsieh et al., arXiv 2404.06654; NVIDIA/RULER, Apache-2.0). RULER's ``qa_1`` is the
+development set of SQuAD, and ``qa_2`` the development set of HotpotQA.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Question:
 
     Attributes:
         text: the question.
-        answers: any of them counts.
-        documents: indices of the documents that hold the answer.
-        related: indices of the documents that are the first distractors (those of its article).
+        answers: accepted answers.
+        documents: indices of the documents with the answer.
+        related: indices of the documents that are used first as distractors (those of the same article).
     """
 
     text: str
@@ -45,11 +45,11 @@ class Question:
 class QuestionAnswering:
     """``qa:FILE``: questions of a SQuAD file, a HotpotQA file, or JSON lines.
 
-    A line of JSON lines has ``question``, ``answer`` (a text, or a list of which any counts) and
-    ``documents`` (a list of texts that hold the answer). Distractors are the documents of the others.
+    A line of JSON lines has ``question``, ``answer`` (a text or a list of accepted texts) and ``documents`` (a
+    list of texts with the answer). Documents of other questions are the distractors.
 
     Raises:
-        HydraError: the file cannot be read, or has another form; the place is named.
+        HydraError: the file cannot be read or has another form; names the place.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -73,7 +73,7 @@ class QuestionAnswering:
         return samples
 
     def _prompt(self, question: Question, rng: random.Random) -> Callable[[int], str]:
-        """From a number of documents to the prompt; more documents contain those of fewer."""
+        """Function from a number of documents to the prompt; a greater number keeps all earlier documents."""
         related = [i for i in question.related if i not in question.documents]
         first = {*question.documents, *related}
         others = [i for i in range(len(self.documents)) if i not in first]
@@ -125,12 +125,12 @@ def read_questions(path: Path) -> tuple[list[Question], list[str]]:
             f"documents ({type(error).__name__}: {error})"
         ) from None
     if not questions:
-        raise HydraError(f"questions {path} holds no question with an answer")
+        raise HydraError(f"questions {path} has no question with an answer")
     return questions, documents
 
 
 class _Documents:
-    """Texts, each one once, in the order of their first appearance."""
+    """Distinct texts in the order of their first appearance."""
 
     def __init__(self) -> None:
         self.index: dict[str, int] = {}

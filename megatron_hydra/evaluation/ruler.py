@@ -1,8 +1,8 @@
 """RULER's tasks beyond needles: variable tracking, common and frequent words.
 
-Wording, counts and the worked example in front follow RULER (Hsieh et al., arXiv 2404.06654;
-NVIDIA/RULER, Apache-2.0); long word lists are made offline (``misty-harbor``), which costs more tokens
-a word than RULER's dictionary does.
+Wording, counts and the example before the question follow RULER (Hsieh et al., arXiv 2404.06654; NVIDIA/RULER,
+Apache-2.0). Long word lists use generated words (``misty-harbor``), which need more tokens per word than
+RULER's dictionary.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from megatron_hydra.evaluation.tasks import GenerationSample, SampleRequest, reg
 
 @dataclasses.dataclass(frozen=True)
 class VariableTracking:
-    """Which variables got the value that the first of a chain was assigned?
+    """Find all variables with the value of the first variable of a chain.
 
     Attributes:
-        chains: chains in the text; the first is asked for.
-        hops: assignments after the first one.
+        chains: number of chains in the text; the question is about the first.
+        hops: number of assignments after the first one.
     """
 
     name: str = "vt"
@@ -32,7 +32,7 @@ class VariableTracking:
     new_tokens: int = 30
 
     def samples(self, request: SampleRequest) -> list[GenerationSample]:
-        """``count`` samples; no depths, assignments lie all over the text."""
+        """``count`` samples without depths: assignments are spread over the whole text."""
         fitter = Fitter(request.tokenizer, request.length - self.new_tokens, self.name)
         samples = []
         for index in range(request.count):
@@ -50,7 +50,7 @@ class VariableTracking:
         return samples
 
     def _text(self, rng: random.Random, letters: int, lines: int) -> tuple[str, list[str]]:
-        """A question over ``lines`` lines of noise, and the variables of the first chain."""
+        """A prompt with ``lines`` lines of noise, and the variables of the first chain."""
         names: dict[str, None] = {}
         while len(names) < self.chains * (self.hops + 1):
             names["".join(rng.choices(string.ascii_uppercase, k=letters))] = None
@@ -59,7 +59,7 @@ class VariableTracking:
             every[i * (self.hops + 1) : (i + 1) * (self.hops + 1)] for i in range(self.chains)
         ]
         values = [str(v) for v in rng.sample(range(10000, 99999), self.chains)]
-        # Places are shares of the text, so that a longer text keeps names, values and order.
+        # Positions are shares of the text, so that a longer text has the same names, values and order.
         placed = []
         for chain, value in zip(chain_names, values, strict=True):
             places = sorted(rng.random() for _ in chain)
@@ -81,9 +81,9 @@ class VariableTracking:
 
 @dataclasses.dataclass(frozen=True)
 class CommonWords:
-    """Which ten words of a numbered list occur more often than the others?
+    """Find the ten words of a numbered list that occur more often than the others.
 
-    Plain words where the list's length allows, else names of two words, of which there are more.
+    A short list uses single words. A long list uses names of two words, because there are more of them.
     """
 
     name: str = "cwe"
@@ -91,7 +91,7 @@ class CommonWords:
     new_tokens: int = 120
 
     def samples(self, request: SampleRequest) -> list[GenerationSample]:
-        """``count`` samples; no depths."""
+        """``count`` samples without depths."""
         fitter = Fitter(request.tokenizer, request.length - self.new_tokens, self.name)
         short = request.length < 4096
         repeats, example_words, example_repeats = (
@@ -139,14 +139,14 @@ class CommonWords:
 
 @dataclasses.dataclass(frozen=True)
 class FrequentWords:
-    """Which three coded words of a text, whose counts fall as 1/rank^α, are the most frequent?"""
+    """Find the three most frequent coded words of a text. Frequencies are proportional to 1/rank^α."""
 
     name: str = "fwe"
     alpha: float = 2.0
     new_tokens: int = 50
 
     def samples(self, request: SampleRequest) -> list[GenerationSample]:
-        """``count`` samples; no depths."""
+        """``count`` samples without depths."""
         budget = request.length - self.new_tokens
         fitter = Fitter(request.tokenizer, budget, self.name)
         samples = []
@@ -162,7 +162,7 @@ class FrequentWords:
             def build(units: int, seed: float = seed, words: list[str] = words) -> str:
                 return self._text(random.Random(seed), words, 16 * units)
 
-            # Below this many words the second to fourth ranks would be equally frequent.
+            # With fewer words, the second to fourth word would have equal frequencies.
             prompt = fitter.fit(build, minimum=4)
             samples.append(GenerationSample(prompt, tuple(words[1:4]), "all", self.new_tokens))
         return samples
@@ -183,7 +183,7 @@ class FrequentWords:
 
 @functools.cache
 def _zeta(alpha: float) -> float:
-    """Riemann's ζ(α) for α > 1, to a relative error far below that of rounding to counts."""
+    """Riemann's ζ(α) for α > 1, with a relative error much smaller than rounding to counts."""
     terms = 10_000
     return sum(rank**-alpha for rank in range(1, terms)) + terms ** (1 - alpha) / (alpha - 1)
 

@@ -33,8 +33,8 @@ class EvaluationSettings(EvaluationOptions):
     """Settings of an evaluation.
 
     Attributes:
-        seed: decides every sample.
-        keep_predictions: predictions of each cell that are kept for a person to read.
+        seed: determines every sample.
+        keep_predictions: number of predictions to save in each cell for inspection.
         progress: show a progress bar on stderr.
     """
 
@@ -57,26 +57,26 @@ def evaluate(
     """Score a model on every task at every length.
 
     Args:
-        model: a Hugging Face causal model (put into eval mode here, and back), or a
-            :class:`~.backend.Backend`, all of whose processes call this with the same arguments.
+        model: a Hugging Face causal model (set to eval mode during the evaluation), or a
+            :class:`~.backend.Backend`; all its processes call this function with the same arguments.
         tokenizer: its tokenizer; may be ``None`` if all tasks make token ids.
         tasks: names (see :func:`tasks.load_task`) or tasks.
         lengths: context lengths in tokens.
-        settings: the defaults when absent.
-        output: a folder for ``results.json``, the cells and the pictures. Finished cells of the
-            same evaluation found there are not run again.
-        force: discard what the folder holds.
+        settings: settings; ``None``: the defaults.
+        output: a folder for ``results.json``, the cells and the pictures. Finished cells of the same
+            evaluation in this folder are not run again.
+        force: delete an evaluation in the folder.
         name: the model's name in the results.
 
     Returns:
         ``{"format", "version", "model", "settings", "cache", "tasks": {task: {length: cell}},
         "lm_eval": {"version", "tasks": {task: {metric: value}}}}`` where a cell is ``{"accuracy",
         "samples", "answers", "depths": {depth: accuracy}, "seconds"}`` and all keys are strings.
-        ``cache`` and ``lm_eval`` are absent unless asked for.
+        ``cache`` and ``lm_eval`` exist only if requested.
 
     Raises:
-        HydraError: an unknown task, a length too short for a task, another evaluation in
-            ``output``, samples that do not fit the model.
+        HydraError: a task is unknown, a length is too short for a task, ``output`` has another evaluation, or
+            samples do not fit the model.
     """
     settings = settings or EvaluationSettings()
     found = [load_task(task) if isinstance(task, str) else task for task in tasks]
@@ -114,7 +114,7 @@ def evaluate(
 def _lm_eval(
     backend: Backend, tokenizer: Any, settings: EvaluationSettings, store: CellStore | None
 ) -> dict[str, Any]:
-    """lm-eval's tasks one by one, each kept like a cell once it is finished."""
+    """Run lm-eval's tasks one by one, and save each finished one like a cell."""
     if not isinstance(backend, HfBackend):
         raise HydraError("lm-eval runs on Hugging Face models: export the checkpoint first")
     require_lm_eval()
@@ -135,7 +135,7 @@ def _lm_eval(
         )
         if store is not None:
             store.save(key, 0, found)
-        exit_if_stopped()  # what was scored is on disk
+        exit_if_stopped()  # finished tasks are on disk
         metrics |= found
     body: dict[str, Any] = {"version": lm_eval_version(), "tasks": metrics}
     if settings.lm_eval_limit:
@@ -172,7 +172,7 @@ def _cell(
     settings: EvaluationSettings,
     store: CellStore | None,
 ) -> dict[str, Any] | None:
-    """Score one (task, length); ``None`` if the task has no sample of that length."""
+    """Score one (task, length); ``None`` if the task has no sample of this length."""
     task_key = _task_fingerprint(task)
     kept = None
     if store is not None:
@@ -194,7 +194,7 @@ def _cell(
     _log_expected_duration(backend, tokenizer, f"{task.name} at {length:,} tokens", samples)
     started = time.monotonic()
     outcomes = list(
-        _watched(
+        _with_progress(
             score_samples(backend, tokenizer, samples, settings.batch_tokens),
             tqdm(
                 total=len(samples),
@@ -219,7 +219,7 @@ def _cell(
 def _log_expected_duration(
     backend: Backend, tokenizer: Any, what: str, samples: Sequence[Sample]
 ) -> None:
-    """Where there is no cache: a line about how long a cell takes, before it begins."""
+    """Log the expected time of a cell before it starts, for a back end without a cache."""
     least, most = forecast(backend, tokenizer, samples)
     if not most or not backend.is_main:
         return
@@ -229,8 +229,8 @@ def _log_expected_duration(
             f"{in_time(least)} if all answers are right, up to {in_time(most)} if all are wrong"
         )
     print(
-        f"{what}: {len(samples)} samples take {spread}. A checkpoint has no cache: a token that is not "
-        "guessed costs a forward of its prompt. An export (tools/megatron_to_hf.py) has one.",
+        f"{what}: {len(samples)} samples take {spread}. A checkpoint has no cache: every token that differs "
+        "from the draft costs a forward of its prompt. An export (tools/megatron_to_hf.py) has a cache.",
         file=sys.stderr,
         flush=True,
     )
@@ -244,15 +244,15 @@ def in_time(seconds: float) -> str:
 
 
 def _task_fingerprint(task: RetrievalTask) -> str:
-    """Hash of a task's options, as far as its ``repr`` shows them."""
+    """Hash of a task's options, as shown by its ``repr``."""
     shown = repr(task)
-    if " at 0x" in shown:  # the default repr: an address, another one in every run
+    if " at 0x" in shown:  # the default repr has an address, which changes in every run
         shown = f"{type(task).__module__}.{type(task).__qualname__}"
     return hashlib.sha256(shown.encode()).hexdigest()[:16]
 
 
 def summarise(outcomes: Sequence[Outcome], depths: Sequence[float]) -> dict[str, Any]:
-    """Mean score over all answers, and over those nearest to each depth."""
+    """Mean score over all answers, and over the answers nearest to each depth."""
     scores = [score for outcome in outcomes for score in outcome.scores]
     by_depth: dict[float, list[float]] = {}
     for outcome in outcomes:
@@ -272,8 +272,8 @@ def _public(cell: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in cell.items() if k not in ("task_fingerprint", "predictions")}
 
 
-def _watched(outcomes: Iterator[Outcome], bar: Any, backend: Backend) -> Iterator[Outcome]:
-    """Show progress; exit with status 85 after a stop request."""
+def _with_progress(outcomes: Iterator[Outcome], bar: Any, backend: Backend) -> Iterator[Outcome]:
+    """Yield outcomes and show progress; exit with status 85 after a stop request."""
     right, count = 0.0, 0
     with bar:
         for outcome in outcomes:
@@ -290,7 +290,7 @@ def _watched(outcomes: Iterator[Outcome], bar: Any, backend: Backend) -> Iterato
 
 
 def _identity(backend: Backend, settings: EvaluationSettings) -> dict[str, Any]:
-    """Everything that determines the results; it is saved with them and compared on resume."""
+    """All settings that determine the results. They are saved with the results and compared on resume."""
     return backend.identity() | {
         "samples": settings.samples,
         "depths": list(settings.depths),

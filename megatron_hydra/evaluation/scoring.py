@@ -1,4 +1,4 @@
-"""Score a model on samples: greedy continuations, and answers inside a given sequence."""
+"""Score a model on samples: greedy continuations, and answers inside given sequences."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Outcome:
     """The score of one sample.
 
     Attributes:
-        scores: one number 0 … 1 for each answer (a generation sample has one in all).
-        depths: the depth of each, or ``None``.
-        prediction: what the model said, for a person to read.
-        expected: what was asked for.
+        scores: one number 0 … 1 for each answer (one in total for a generation sample).
+        depths: the depth of each answer, or ``None``.
+        prediction: the model's answer, for inspection.
+        expected: the right answer.
     """
 
     scores: tuple[float, ...]
@@ -32,10 +32,10 @@ class Outcome:
 def score_samples(
     backend: Backend, tokenizer: Any, samples: Sequence[Sample], batch_tokens: int
 ) -> Iterator[Outcome]:
-    """Score samples in order; batches hold at most ``batch_tokens`` tokens (one sample at least).
+    """Score samples in order. A batch has at most ``batch_tokens`` tokens (but at least one sample).
 
     Raises:
-        HydraError: a sample of text without a tokenizer, or token ids beyond the vocabulary.
+        HydraError: a sample is text and there is no tokenizer, or a token id is outside the vocabulary.
     """
     batch: list[Any] = []
     widest = 0
@@ -53,16 +53,16 @@ def score_samples(
 
 
 def forecast(backend: Backend, tokenizer: Any, samples: Sequence[Sample]) -> tuple[float, float]:
-    """How long :func:`score_samples` will take, for a back end without a cache.
+    """Estimate the time of :func:`score_samples` for a back end without a cache.
 
-    One prompt is timed and stands for all: samples of a cell are about equally long.
+    It times one prompt, because the samples of a cell have about the same length.
 
     Args:
-        samples: of one task and length, one at least.
+        samples: samples of one task and length, at least one.
 
     Returns:
-        Seconds if every answer is right, which takes one forward of its prompt; and if every one is wrong,
-        a forward a token. Both 0 for a back end with a cache.
+        Seconds if every answer is right (one forward per prompt), and seconds if every answer is wrong (one
+        forward per token). Both are 0 for a back end with a cache.
     """
     if not isinstance(backend, Uncached):
         return 0.0, 0.0
@@ -98,14 +98,14 @@ def _encoded(sample: Sample, tokenizer: Any, vocabulary: int) -> _Prompt | _Sequ
         item = _Sequence(sample, [int(t) for t in sample.tokens])
     elif isinstance(sample.prompt, str):
         if tokenizer is None:
-            raise HydraError("a text task needs the model's tokenizer: give one")
+            raise HydraError("a text task needs the model's tokenizer: give --tokenizer")
         item = _Prompt(sample, tokenizer(sample.prompt)["input_ids"])
     else:
         item = _Prompt(sample, list(sample.prompt))
     if not item.ids or min(item.ids) < 0 or max(item.ids) >= vocabulary:
         raise HydraError(
             f"a sample has no tokens, or token ids outside the model's vocabulary of {vocabulary}: "
-            "is this the model's tokenizer?"
+            "check that the tokenizer is the model's"
         )
     return item
 
@@ -154,7 +154,7 @@ def _score_prompts(backend: Backend, tokenizer: Any, batch: list[_Prompt]) -> li
 
 
 def _draft(sample: GenerationSample, tokenizer: Any) -> list[int]:
-    """The right answer in tokens: what a good model is likely to say."""
+    """The right answer in tokens, as the guess of a good model's continuation."""
     if isinstance(sample.answers[0], int):
         return [int(token) for token in sample.answers]
     answers = sample.answers[:1] if sample.match == "any" else sample.answers
@@ -163,10 +163,10 @@ def _draft(sample: GenerationSample, tokenizer: Any) -> list[int]:
 
 
 def _settled(sample: GenerationSample, tokenizer: Any, row: list[int]) -> bool:
-    """Whether a score can no longer change.
+    """Whether the score can no longer change.
 
-    A text score only counts which answers occur, so it is settled when all of them (or, for
-    ``any``, one of them) have; a score of token ids is settled once enough tokens are there.
+    A text score counts the answers that occur. It is settled when all of them (for ``any``: one of them) have
+    occurred. A score of token ids is settled when there are enough tokens.
     """
     if isinstance(sample.answers[0], int):
         return len(row) >= len(sample.answers)
@@ -188,6 +188,6 @@ def _outcome(item: _Prompt, tokenizer: Any, row: list[int]) -> Outcome:
 
 
 def text_score(sample: GenerationSample, said: str) -> float:
-    """RULER's string match: the share of answers that occur, in any case; or whether one does."""
+    """RULER's string match, ignoring case: share of answers that occur, or for ``any`` whether one occurs."""
     found = [str(answer).lower() in said.lower() for answer in sample.answers]
     return float(any(found)) if sample.match == "any" else sum(found) / len(found)

@@ -11,7 +11,7 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.files import write_json_atomic
 
 FORMAT = "hydra-evaluation-settings"
-"""What ``settings.json`` says of a folder that ``--force`` may clear."""
+"""Marker in ``settings.json`` of a folder that ``--force`` may clear."""
 
 
 class CellStore:
@@ -19,12 +19,12 @@ class CellStore:
 
     Args:
         folder: the output folder.
-        settings: whatever decides the results; a folder made with others is refused.
-        force: throw the evaluation that is there away instead.
+        settings: all settings that determine the results; a folder with other settings is refused.
+        force: delete an evaluation with other settings instead.
 
     Raises:
-        HydraError: the folder holds an evaluation with other settings, or something else (which
-            ``force`` does not touch), or is a file.
+        HydraError: the folder has an evaluation with other settings, or other files (which ``force`` does not
+            delete), or is a file.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], force: bool) -> None:
@@ -34,14 +34,14 @@ class CellStore:
         if folder.exists() and not folder.is_dir():
             raise HydraError(f"output {folder} is a file: give a folder")
         if folder.exists() and any(folder.iterdir()):
-            before = self._kept_settings(marker)
+            before = self._saved_settings(marker)
             if force:
                 self._clear()
             else:
                 self._check(before, settings)
         write_json_atomic(marker, {"format": FORMAT, **settings})
 
-    def _kept_settings(self, marker: Path) -> dict[str, Any]:
+    def _saved_settings(self, marker: Path) -> dict[str, Any]:
         try:
             before = json.loads(marker.read_text())
         except (OSError, ValueError):

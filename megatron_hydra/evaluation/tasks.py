@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 from megatron_hydra.errors import HydraError
 
 DEFAULT_NEW_TOKENS = 32
-"""Tokens generated for a JSONL prompt that does not say ``max_new_tokens``."""
+"""Number of new tokens for a JSONL prompt without ``max_new_tokens``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +20,11 @@ class SampleRequest:
     """Request of the runner to a task.
 
     Attributes:
-        length: the context length in tokens, answer included: no sample may be longer.
-        count: samples wanted, for each depth where the task places its fact at a depth.
-        seed: together with the task's name and ``length`` it decides every sample.
-        depths: where facts are placed, 0 (start) … 1 (end); also the rows of the heatmap.
-        tokenizer: the model's tokenizer; may be ``None`` for tasks that make token ids themselves.
+        length: the context length in tokens, answer included; the maximum length of a sample.
+        count: number of samples, per depth if the task places its fact at a depth.
+        seed: together with the task's name and ``length`` it determines every sample.
+        depths: depths of facts, 0 (start) … 1 (end); also the rows of the heatmap.
+        tokenizer: the model's tokenizer; may be ``None`` for tasks that make token ids.
         lengths: all lengths of the run, ascending.
         haystack: the user's own distractor text, or ``""``.
     """
@@ -38,7 +38,7 @@ class SampleRequest:
     haystack: str = ""
 
     def rng(self, task: str, *index: object) -> random.Random:
-        """The generator of one sample: the same wherever and whenever it is drawn."""
+        """The random generator of one sample; it depends only on the request and the arguments."""
         parts = (self.seed, task, self.length, *index)
         return random.Random("/".join(str(part) for part in parts))
 
@@ -49,11 +49,11 @@ class GenerationSample:
 
     Attributes:
         prompt: text, or token ids.
-        answers: texts looked for in the continuation, or one sequence of token ids that the
-            continuation must start with.
-        match: ``all``: the share of the answers that occur; ``any``: 1 if one of them does.
-        max_new_tokens: length of the continuation.
-        depth: where the fact is, or ``None``.
+        answers: texts to find in the continuation, or one sequence of token ids with which the continuation
+            must start.
+        match: ``all``: score is the share of the answers that occur; ``any``: 1 if one of them occurs.
+        max_new_tokens: maximum length of the continuation.
+        depth: depth of the fact, or ``None``.
     """
 
     prompt: str | tuple[int, ...]
@@ -65,12 +65,13 @@ class GenerationSample:
 
 @dataclasses.dataclass(frozen=True)
 class ScoredSample:
-    """A token sequence with its answers inside: one forward scores all of them.
+    """A token sequence that contains its answers; one forward scores all of them.
 
     Attributes:
         tokens: the whole sequence.
-        answers: positions of the answer tokens (≥ 1); right if the argmax one before is that token.
-        depths: for each answer, where its fact is, 0 … 1; empty: unknown.
+        answers: positions of the answer tokens (≥ 1). An answer is right if the argmax at the position before
+            is this token.
+        depths: for each answer the depth of its fact, 0 … 1; empty: unknown.
     """
 
     tokens: Sequence[int]
@@ -80,25 +81,25 @@ class ScoredSample:
     def __post_init__(self) -> None:
         if not len(self.answers) or min(self.answers) < 1 or max(self.answers) >= len(self.tokens):
             raise HydraError(
-                f"answer positions {list(self.answers)} must lie in 1..{len(self.tokens) - 1}, and "
-                "there must be one at least"
+                f"answer positions {list(self.answers)} must be in 1..{len(self.tokens) - 1}, and at least "
+                "one is needed"
             )
         if len(self.depths) not in (0, len(self.answers)):
-            raise HydraError("a scored sample has one depth for each answer, or none at all")
+            raise HydraError("a scored sample must have one depth for each answer, or no depths")
 
 
 Sample = GenerationSample | ScoredSample
 
 
 class RetrievalTask(Protocol):
-    """Anything with a name that makes samples; see :class:`SampleRequest`."""
+    """An object with a name that makes samples; see :class:`SampleRequest`."""
 
     @property
     def name(self) -> str:
-        """Key in the results; also part of a file name."""
+        """Key in the results and part of a file name."""
 
     def samples(self, request: SampleRequest) -> Sequence[Sample]:
-        """The samples of one length, all of one kind, decided by the request alone."""
+        """The samples of one length, all of one kind. They depend only on the request."""
 
 
 TASKS: dict[str, Callable[[], RetrievalTask]] = {}
@@ -111,14 +112,14 @@ def register_task(name: str, make: Callable[[], RetrievalTask]) -> None:
 
 
 class JsonlTask:
-    """Prompts of the user's own, one JSON object a line.
+    """The user's own prompts, one JSON object per line.
 
-    Keys: ``prompt`` and ``answer`` (text both, or token ids both; ``answer`` may also be a list of
-    texts); optional ``length`` (the row belongs to that length; without it, to the smallest of the
-    run's lengths that prompt and continuation fit into), ``depth``, ``max_new_tokens``, ``match``.
+    Keys: ``prompt`` and ``answer`` (both text or both token ids; ``answer`` may also be a list of texts).
+    Optional keys: ``length``, ``depth``, ``max_new_tokens``, ``match``. Without ``length`` a row belongs to the
+    smallest length of the run with room for prompt and continuation.
 
     Raises:
-        HydraError: the file cannot be read, or a line is wrong; the line is named.
+        HydraError: the file cannot be read, or a line is invalid; names the line.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -137,17 +138,17 @@ class JsonlTask:
         return f"JsonlTask({self.rows!r})"
 
     def samples(self, request: SampleRequest) -> list[Sample]:
-        """The rows that belong to ``request.length``, the first ``count`` of them."""
+        """The first ``count`` rows that belong to ``request.length``."""
         lengths = sorted(request.lengths or (request.length,))
         chosen: list[Sample] = []
         for number, (sample, length) in self.rows:
             if length is None:
-                length = self._home(number, sample, request.tokenizer, lengths)
+                length = self._length_of_row(number, sample, request.tokenizer, lengths)
             if length == request.length:
                 chosen.append(sample)
         return chosen[: request.count]
 
-    def _home(
+    def _length_of_row(
         self, number: int, sample: GenerationSample, tokenizer: Any, lengths: list[int]
     ) -> int:
         if isinstance(sample.prompt, str):
@@ -161,8 +162,8 @@ class JsonlTask:
             if needed <= length:
                 return length
         raise HydraError(
-            f"{self.path}:{number} needs {needed} tokens, the longest length is {lengths[-1]}: "
-            "give a longer one, or the key 'length'"
+            f"{self.path}:{number} needs {needed} tokens, but the longest length is {lengths[-1]}: "
+            "give a longer length, or the key 'length'"
         )
 
     def _row(self, number: int, line: str) -> tuple[GenerationSample, int | None]:
@@ -173,7 +174,9 @@ class JsonlTask:
             raise HydraError(f"{where} is not JSON: {error}") from None
         known = {"prompt", "answer", "length", "depth", "max_new_tokens", "match"}
         if not isinstance(row, dict) or {"prompt", "answer"} - set(row) or set(row) - known:
-            raise HydraError(f"{where}: a row has prompt and answer, and may have {sorted(known)}")
+            raise HydraError(
+                f"{where}: a row needs prompt and answer, and may have {sorted(known)}"
+            )
         prompt, answer = row["prompt"], row["answer"]
         if isinstance(answer, str):
             answer = [answer]

@@ -1,10 +1,10 @@
-"""Gradients of weights that all tensor-parallel ranks hold and each uses on part of the work.
+"""Gradients of replicated weights that each tensor-parallel rank uses for a part of the work.
 
-A QK-norm sees a rank's own heads, a replicated FA projection its slice of the sequence, so every
-rank ends with a partial gradient. They are summed once per step, after the data-parallel reduction,
-as Megatron-Core does for layer norms under sequence parallelism. Summing inside the backward pass
-would be wrong twice: per micro-batch it costs a collective for every weight, and a rank without
-heads of a kind would not take part in it.
+A QK-norm sees only a rank's own heads, and a replicated FA projection sees only the rank's slice of the
+sequence. So every rank has a partial gradient. These are summed once per step, after the data-parallel
+reduction, as Megatron-Core does for layer norms under sequence parallelism. Two reasons forbid a sum inside the
+backward pass: it would need a collective per weight and micro-batch, and a rank without heads of a kind would
+not take part in the collective.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PARTIAL = "hydra_partial_gradient"
 
 
 def mark_partial(*parameters: torch.nn.Parameter) -> None:
-    """Say that each tensor-parallel rank holds a part of these parameters' gradients."""
+    """Mark parameters whose gradients on each tensor-parallel rank are partial."""
     for parameter in parameters:
         setattr(parameter, _PARTIAL, True)
 
@@ -35,13 +35,13 @@ def finalize_gradients(
 ) -> None:
     """Megatron-Core's ``finalize_model_grads``, then the sum of partial gradients.
 
-    Use as ``config.finalize_model_grads_func``. Every parameter is divided by ``num_tokens`` by
-    Megatron-Core already, and sums commute with that.
+    Use it as ``config.finalize_model_grads_func``. Megatron-Core divides every gradient by ``num_tokens``
+    before, and a sum commutes with this division.
 
     Args:
         model: chunks wrapped in Megatron-Core's ``DistributedDataParallel``.
-        num_tokens: tokens of the global batch, to normalise by.
-        pg_collection: process groups; Megatron-Core's own when absent.
+        num_tokens: number of tokens of the global batch, for normalisation.
+        pg_collection: process groups; ``None``: Megatron-Core's own.
         force_all_reduce: all-reduce instead of reduce-scatter, see Megatron-Core.
     """
     finalize_model_grads(model, num_tokens, pg_collection, force_all_reduce=force_all_reduce)

@@ -1,16 +1,17 @@
-"""Which tensor-parallel rank holds which head (design §6).
+"""Assign heads to tensor-parallel ranks (design §6).
 
-A pure function of the head map and the tensor-parallel size: no process group, no device. Two ways
-to place full-attention heads:
+The assignment depends only on the head map and the tensor-parallel size, not on a process group or device.
+There are two modes for full-attention heads:
 
 ``heads``
-    FA heads are dealt to ranks so that counts differ by at most one; heads of a KV group stay on one
-    rank where the counts allow it; GDN heads fill every rank up to its share of all heads.
+    The numbers of FA heads on ranks differ by at most one. Heads of a KV group stay on one rank if these
+        numbers allow it. GDN heads fill every rank up to its share of all heads.
 ``sequence``
-    Every rank holds all FA heads and computes them for its own slice of the sequence; GDN heads are
-    dealt evenly. FA work is then equal on all ranks whatever the map.
+    Every rank holds all FA heads and computes them for its slice of the sequence. GDN heads are distributed
+        evenly. FA work is then equal on all ranks for any map.
 
-Where every head is both (``hydra.mixer``), heads are dealt once, and a rank runs both kinds of its own.
+If every head is both FA and GDN (``hydra.mixer``), heads are assigned once, and a rank runs both kinds for its
+heads.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class LayerPartition:
 
     Attributes:
         layer: 0-based global layer index.
-        mode: how FA heads are placed.
-        fa: for each rank its FA heads, ascending (``sequence``: all of them on every rank).
+        mode: mode for FA heads.
+        fa: for each rank its FA heads, ascending (``sequence``: all FA heads on every rank).
         gdn: for each rank its GDN heads, ascending.
     """
 
@@ -54,7 +55,7 @@ class LayerPartition:
         return tuple(float(len(heads)) for heads in self.fa)
 
     def full_attention_imbalance(self) -> float:
-        """Largest FA work over the mean; 1 where the layer has no FA head."""
+        """Largest FA work of a rank divided by the mean; 1 if the layer has no FA head."""
         share = self.full_attention_share()
         mean = sum(share) / len(share)
         return max(share) / mean if mean else 1.0
@@ -79,34 +80,34 @@ def plan_layer(
     tp_size: int,
     mode: FullAttentionPartition,
 ) -> LayerPartition:
-    """Place one layer's heads.
+    """Assign the heads of one layer.
 
     Args:
         layer: 0-based index, for messages.
         fa_heads: original indices of the layer's FA heads.
         num_query_heads, num_kv_heads: H and G.
-        tp_size: ranks.
+        tp_size: number of ranks.
         mode: see the module.
 
     Raises:
-        HydraError: fewer heads than ranks, naming the layer.
+        HydraError: the layer has fewer heads than ranks; names the layer.
     """
     if tp_size > num_query_heads:
         raise HydraError(
-            f"layer {layer}: {num_query_heads} query heads cannot be laid out over "
-            f"parallel.tensor={tp_size} ranks: at most one rank a head"
+            f"layer {layer}: {num_query_heads} query heads cannot be distributed over "
+            f"parallel.tensor={tp_size} ranks: every rank needs at least one head"
         )
     group = num_query_heads // num_kv_heads
     fa_heads = sorted(fa_heads)
     gdn_heads = [h for h in range(num_query_heads) if h not in set(fa_heads)]
     if mode == "sequence":
         fa = [list(fa_heads) for _ in range(tp_size)]
-        quotas = _even(len(gdn_heads), tp_size)
+        quotas = _split_evenly(len(gdn_heads), tp_size)
     else:
-        fa = _deal_groups(fa_heads, group, _even(len(fa_heads), tp_size))
-        totals = _even(num_query_heads, tp_size)
+        fa = _assign_groups(fa_heads, group, _split_evenly(len(fa_heads), tp_size))
+        totals = _split_evenly(num_query_heads, tp_size)
         quotas = [total - len(heads) for total, heads in zip(totals, fa, strict=True)]
-    gdn = _deal_groups(gdn_heads, group, quotas)
+    gdn = _assign_groups(gdn_heads, group, quotas)
     return LayerPartition(
         layer=layer, mode=mode, fa=tuple(map(tuple, fa)), gdn=tuple(map(tuple, gdn))
     )
@@ -115,10 +116,10 @@ def plan_layer(
 def plan_model(
     model: ModelConfig, tp_size: int, mode: FullAttentionPartition
 ) -> tuple[LayerPartition, ...]:
-    """The partition of every layer. The dense model, and one rank, are always laid out by ``heads``.
+    """The partition of every layer. A dense model, or a single rank, always uses the mode ``heads``.
 
     Raises:
-        HydraError: a layer that cannot be laid out, or a model that cannot be laid out by ``sequence``.
+        HydraError: a layer cannot be partitioned, or the model does not support ``sequence``.
     """
     mode = mode if model.is_hybrid and tp_size > 1 else "heads"
     model.check_fa_partition(mode)
@@ -133,16 +134,16 @@ def plan_model(
     return tuple(dataclasses.replace(p, gdn=p.fa) for p in planned)
 
 
-def _even(count: int, ranks: int) -> list[int]:
+def _split_evenly(count: int, ranks: int) -> list[int]:
     """``count`` split into ``ranks`` numbers that differ by at most one, larger ones first."""
     return [count // ranks + (rank < count % ranks) for rank in range(ranks)]
 
 
-def _deal_groups(heads: Sequence[int], group_size: int, quotas: list[int]) -> list[list[int]]:
-    """Fill ranks up to their quotas, splitting as few KV groups as a best-fit pass finds.
+def _assign_groups(heads: Sequence[int], group_size: int, quotas: list[int]) -> list[list[int]]:
+    """Fill ranks up to their quotas by best fit, to split few KV groups.
 
-    Whole groups go, largest first, to the rank with the least room that still holds them; only when
-    none does is a group split over the roomiest ranks.
+    Whole groups, largest first, go to the rank with the least sufficient room. If no rank has enough room, the
+    group is split over the ranks with the most room.
     """
     groups: dict[int, list[int]] = defaultdict(list)
     for head in heads:

@@ -1,10 +1,9 @@
 """Per-head weights: fused on the rank, stored by head (design §6, checkpoints).
 
-On a rank, the weights of many heads and many projections are rows of one matrix, so that one GEMM
-serves them all. On disk every head is one slice of a tensor ``[heads, …]`` in original head order.
-:class:`Segment` says which rows are which; :func:`segments_factory` turns a fused parameter (and
-with it its optimizer state) into those slices and back. No row order, tensor-parallel size or
-padding ever reaches a file.
+On a rank, the weights of many heads and projections are rows of one matrix, so that one GEMM computes all. On
+disk every head is one slice of a tensor ``[heads, …]`` in original head order. :class:`Segment` describes the
+rows. :func:`segments_factory` turns a fused parameter and its optimizer state into these slices and back. Files
+do not depend on row order, tensor-parallel size or padding.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 
 ROW_MULTIPLE = 16
-"""What the input projection's rows are padded to a multiple of. One β and one a logit a head make them no
-such multiple otherwise, and a GEMM whose rows do not start at a multiple of 16 bytes (FP8: 16 elements)
+"""The rows of the input projection are padded to a multiple of this number. One β and one a logit per head
+would give other numbers. If the rows of a GEMM do not start at a multiple of 16 bytes (FP8: 16 elements), it
 falls back to kernels of an older GPU, which take more than three times as long."""
 
 
@@ -32,9 +31,9 @@ class Segment:
 
     Attributes:
         key: the projection's canonical name below the layer's, e.g. ``fa.q``.
-        slots: for each local entry, its place along the first axis of the canonical tensor.
-        total: length of that axis (all ranks together).
-        size: rows per entry; an entry of size 0 has one row and no axis of its own (β and a logits).
+        slots: for each local entry its index along the first axis of the canonical tensor.
+        total: length of this axis (all ranks together).
+        size: number of rows per entry; an entry of size 0 has one row and no own axis (β and a logits).
     """
 
     key: str
@@ -44,24 +43,24 @@ class Segment:
 
     @property
     def rows(self) -> int:
-        """Rows of the whole segment."""
+        """Number of rows of the whole segment."""
         return len(self.slots) * max(self.size, 1)
 
 
 def total_rows(segments: Sequence[Segment]) -> int:
-    """Rows of all segments together."""
+    """Total number of rows of all segments."""
     return sum(segment.rows for segment in segments)
 
 
 def padded_rows(segments: Sequence[Segment]) -> int:
-    """Rows of all segments together, up to a multiple of :data:`ROW_MULTIPLE`."""
+    """Total number of rows of all segments, rounded up to a multiple of :data:`ROW_MULTIPLE`."""
     return -(-total_rows(segments) // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def joined(segments: Sequence[Segment], keys: Sequence[str], name: str) -> tuple[Segment, ...]:
-    """The segments, those of ``keys`` (neighbours, in this order) as one piece called ``name``.
+    """The segments with those of ``keys`` (neighbours, in this order) joined to one called ``name``.
 
-    For splitting only: what is stored keeps its own segments.
+    Only for splitting: checkpoints keep the separate segments.
     """
     run = [segment for segment in segments if segment.key in keys]
     if not run:
@@ -76,15 +75,15 @@ def joined(segments: Sequence[Segment], keys: Sequence[str], name: str) -> tuple
 def split_segments(
     x: torch.Tensor, segments: Sequence[Segment], dim: int
 ) -> dict[str, torch.Tensor]:
-    """Cut a fused tensor along ``dim`` by segment; padding behind the last one is dropped."""
+    """Split a fused tensor along ``dim`` by segment; padding after the last segment is dropped."""
     sizes = [segment.rows for segment in segments]
-    # Padding, often none, is a piece of its own: the backward of a slice would copy all the others.
+    # Padding (often none) is a separate piece: the backward of a slice would copy all other pieces.
     *pieces, _ = x.split([*sizes, x.shape[dim] - sum(sizes)], dim=dim)
     return {segment.key: piece for segment, piece in zip(segments, pieces, strict=True)}
 
 
 def runs_of(slots: Sequence[int]) -> list[tuple[int, int]]:
-    """Runs of neighbouring slots, in order: (first slot, how many)."""
+    """Runs of neighbouring slots, in order: (first slot, number of slots)."""
     runs: list[tuple[int, int]] = []
     for slot in slots:
         if runs and slot == sum(runs[-1]):
@@ -95,7 +94,7 @@ def runs_of(slots: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _by_entry(rows: torch.Tensor, segment: Segment, axis: int) -> torch.Tensor:
-    """A segment's rows along ``axis`` as ``[entries, …]``, each as it is stored."""
+    """A segment's rows along ``axis`` as ``[entries, …]``, in the format of a checkpoint."""
     if segment.size:
         rows = rows.unflatten(axis, (len(segment.slots), segment.size))
     return rows.movedim(axis, 0)
@@ -116,11 +115,11 @@ def segments_factory(
 ) -> ShardedTensorFactory:
     """A fused parameter as canonical per-head slices for ``dist_checkpointing``.
 
-    Neighbouring slices go together: on one rank with all heads, a segment is one part.
+    Neighbouring slices are joined: if one rank has all heads, a segment is one part.
 
     Args:
         key: canonical prefix; a segment's tensor is ``{key}.{segment.key}`` (``{key}`` for ``""``).
-        parameter: the local fused tensor, possibly padded behind the last segment.
+        parameter: the local fused tensor, possibly with padding after the last segment.
         segments: its content along ``axis``.
         replica_id: Megatron-Core's replica id; all zero on exactly one copy.
         axis: the fused axis. Slices are stored with the head axis first.
@@ -145,11 +144,11 @@ def segments_factory(
                         local_shape=tuple(part.shape),
                         global_shape=(segment.total, *part.shape[1:]),
                         global_offset=(slot, *(0 for _ in part.shape[1:])),
-                        axis_fragmentations=None,  # no regular grid: runs are of any length
+                        axis_fragmentations=None,  # no regular grid: runs have any length
                         replica_id=replica_id,
                     )
                 )
-        # All padding: dist_checkpointing drops an empty list, and then misses the parameter at load.
+        # All padding: dist_checkpointing drops an empty list and would miss the parameter at load.
         return shards or [LocalNonpersistentObject(None)]
 
     def merge(loaded: list[torch.Tensor]) -> torch.Tensor:

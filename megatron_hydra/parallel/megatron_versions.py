@@ -1,6 +1,6 @@
-"""Megatron-Core's releases: which of them work here, and everything that differs between them.
+"""Supported releases of Megatron-Core, and all differences between them.
 
-Everything that one release needs and another does not stands in this file, or is named in it:
+All code that only some releases need is in this file, or is listed here:
 
 ========  =====================================================  ========================================
 since     upstream                                               here
@@ -19,10 +19,10 @@ since     upstream                                               here
           stream
 ========  =====================================================  ========================================
 
-What all of these releases get wrong is fixed in :mod:`megatron_hydra.training.megatron_fixes`. Checkpoints
-depend on none of the above: they are written and read by :mod:`megatron_hydra.checkpoint`.
+:mod:`megatron_hydra.training.megatron_fixes` fixes faults of all these releases. Checkpoints do not depend on
+these differences, because :mod:`megatron_hydra.checkpoint` writes and reads them.
 
-Nothing of Megatron-Core is imported before it is asked for: the version is known before anything breaks.
+This module does not import Megatron-Core at its own import, so the version is checked before an import fails.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ if TYPE_CHECKING:
 Version: TypeAlias = tuple[int, int, int]
 
 SUPPORTED: tuple[Version, Version] = ((0, 16, 1), (0, 20, 0))
-"""The first release that works, and the first that nobody has tried."""
+"""The first release that works, and the first release that is not tested."""
 
 REQUIREMENT = "megatron-core>=0.16.1,<0.20"
-""":data:`SUPPORTED` in pip's words, as in pyproject.toml."""
+""":data:`SUPPORTED` as a requirement for pip, as in pyproject.toml."""
 
 
 @functools.cache
 def installed() -> str:
-    """The version of Megatron-Core that an import would find; it is not imported.
+    """The version of the installed Megatron-Core, without importing it.
 
     Raises:
-        HydraError: there is none, or none that says its version.
+        HydraError: it is not installed, or does not give its version.
     """
     try:
         spec = importlib.util.find_spec("megatron.core")
@@ -64,7 +64,7 @@ def installed() -> str:
     if spec is None or spec.origin is None:
         raise HydraError(f"megatron-core is not installed: pip install '{REQUIREMENT}'")
     path = Path(spec.origin).with_name("package_info.py")
-    # Not run: since 0.19 it starts git, and adds the commit of whatever repository it lies in.
+    # Read the file without running it: since 0.19 it runs git and adds the commit of its folder's repository.
     try:
         parts = dict(_constants(path))
         return "{MAJOR}.{MINOR}.{PATCH}{PRE_RELEASE}".format_map(parts)
@@ -86,7 +86,7 @@ def numbers(version: str) -> Version:
     """``"0.19.2rc1"`` → (0, 19, 2). A release candidate counts as its release.
 
     Raises:
-        HydraError: it does not begin with numbers.
+        HydraError: it does not start with numbers.
     """
     match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
     if match is None:
@@ -101,7 +101,7 @@ def check(version: str) -> None:
     """Check that the installed release is :data:`SUPPORTED`.
 
     Raises:
-        HydraError: naming it, and what to install.
+        HydraError: it is not; names it and the release to install.
     """
     first, beyond = SUPPORTED
     if first <= numbers(version) < beyond:
@@ -118,27 +118,27 @@ def _at_least(*release: int) -> bool:
 
 
 def needs_triton() -> bool:
-    """Since 0.18: whether ``import megatron.core`` fails without triton (through ``paged_stash``)."""
+    """Whether ``import megatron.core`` fails without triton (because of ``paged_stash``): since 0.18."""
     return _at_least(0, 18)
 
 
 def asks_for_streams() -> bool:
-    """Since 0.19: ``start_grad_sync`` takes ``torch.cuda.current_stream()``, to wait for CUDA graphs."""
+    """Whether ``start_grad_sync`` calls ``torch.cuda.current_stream()`` (for CUDA graphs): since 0.19."""
     return _at_least(0, 19)
 
 
 def config_options() -> dict[str, Any]:
-    """Arguments of ``TransformerConfig`` that have another name in some releases.
+    """Arguments of ``TransformerConfig`` whose name differs between releases.
 
-    The default of this one warns of its own deprecation, for every model. We capture no CUDA graphs.
+    We set it because its default gives a deprecation warning for every model. We capture no CUDA graphs.
     """
     return {"cuda_graph_modules" if _at_least(0, 18) else "cuda_graph_scope": []}
 
 
 def mlp_spec(submodules: MLPSubmodules) -> Any:
-    """What ``TransformerLayerSubmodules.mlp`` takes for a dense MLP.
+    """The value of ``TransformerLayerSubmodules.mlp`` for a dense MLP.
 
-    Since 0.18 the layer calls it, where it was given to ``build_module`` before.
+    Since 0.18 the layer calls it; before, the layer passed it to ``build_module``.
     """
     from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -149,22 +149,22 @@ def mlp_spec(submodules: MLPSubmodules) -> Any:
 
 
 _EXPECTED: dict[str, str] = {
-    # 0.19. The model is built by build_gpt_model alone, ready to be exchanged.
+    # 0.19. Only build_gpt_model builds the model, so it can be replaced easily.
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
-    # 0.18. compute_full_param_layout, which it asks us to call, is what it then calls itself.
+    # 0.18. It asks us to call compute_full_param_layout, but calls this function itself.
     "megatron.core.distributed.distributed_data_parallel": (
         "DistributedDataParallel: full_param_layout not provided"
     ),
 }
-"""Logger → how a warning begins that our own code is the reason of, and that no user can act on."""
+"""Logger → beginning of a warning that our own code causes and that a user cannot change."""
 
 
 def quiet() -> None:
-    """Keep :data:`_EXPECTED` out of the logs. Other warnings of these modules stay."""
+    """Filter the warnings :data:`_EXPECTED` from the logs. Other warnings of these modules stay."""
     for name, beginning in _EXPECTED.items():
         logging.getLogger(name).addFilter(_not_starting_with(beginning))
 
 
-@functools.cache  # the same object is added to a logger once
+@functools.cache  # a logger adds the same object only once
 def _not_starting_with(text: str) -> Callable[[logging.LogRecord], bool]:
     return lambda record: not record.getMessage().startswith(text)

@@ -1,10 +1,10 @@
-"""Where every token of a packed stream stands: documents, positions, shards.
+"""Layout of a packed stream: documents, positions and shards.
 
-A micro-batch is one stream of T tokens made of documents laid end to end. :class:`PackedSequence`
-knows the document boundaries as *host* integers and derives what each branch of a layer needs, once
-per micro-batch and never with a device synchronisation: positions from the document's start, the
-document fragments of this rank's context-parallel shard, and for any block of queries the keys that
-it may see. It travels through the stock ``GPTModel`` as its ``packed_seq_params``.
+A micro-batch is one stream of T tokens with several documents one after the other. :class:`PackedSequence` has
+the document boundaries as *host* integers. From these it derives the data that each branch of a layer needs,
+once per micro-batch and without a device synchronisation: positions from the document's start, the document
+fragments of this rank's context-parallel shard, and for any block of queries the keys that it may see.
+``GPTModel`` passes it to its layers as ``packed_seq_params``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_hydra.errors import HydraError
 
 @dataclasses.dataclass(frozen=True)
 class AttentionBlock:
-    """A contiguous block of queries and the keys they may see, both in stream coordinates.
+    """A contiguous block of queries and the keys that they may see, both in stream coordinates.
 
     Segment i has queries ``cu_q[i]:cu_q[i+1]`` of the block and keys ``cu_k[i]:cu_k[i+1]`` of the
     key range; its last query is aligned with its last key (bottom-right causal mask).
@@ -49,7 +49,7 @@ class PackedSequence(PackedSeqParams):
         cu_seqlens: document boundaries in the global stream, ``0 … T_global``.
         length_global, length_local: tokens in the stream, and in this rank's shard.
         shard_start: global index of the shard's first token.
-        cp_rank, cp_size: this shard among the contiguous shards of the stream.
+        cp_rank, cp_size: index of this shard, and number of contiguous shards of the stream.
         local_cu_seqlens: boundaries of the document *fragments* inside the shard, ``0 … T_local``.
         positions_local: ``[T_local]`` int64, each token's position from its document's start.
     """
@@ -85,15 +85,15 @@ class PackedSequence(PackedSeqParams):
     def from_batch(
         cls, cu_seqlens: tuple[int, ...], cp_rank: int, cp_size: int, device: torch.device | str
     ) -> PackedSequence:
-        """The layout of a :class:`~megatron_hydra.data.batch.PackedBatch` on one rank."""
+        """Make the layout of a :class:`~megatron_hydra.data.batch.PackedBatch` on one rank."""
         return cls(cu_seqlens, cp_rank=cp_rank, cp_size=cp_size, device=device)
 
     def attention_block(self, start: int, end: int, window: int | None = None) -> AttentionBlock:
-        """Which keys the queries ``start:end`` (global) may see, document by document.
+        """The keys that the queries ``start:end`` (global) may see, document by document.
 
         Args:
             start, end: global positions in the stream.
-            window: keys that a query sees, its own included; ``None``: all of its document so far.
+            window: number of keys that a query sees, its own included; ``None``: all of its document so far.
         """
         cu = self.cu_seqlens
         first = bisect.bisect_right(cu, start) - 1
@@ -118,7 +118,7 @@ class PackedSequence(PackedSeqParams):
         return positions[start - block.k_start :].to(self.device, non_blocking=True)
 
     def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """``compute()`` once per stream: every layer shares tables, indices and masks."""
+        """Call ``compute()`` once per stream, so that layers share tables, indices and masks."""
         if key not in self._cache:
             self._cache[key] = compute()
         return self._cache[key]
@@ -135,7 +135,8 @@ class PackedSequence(PackedSeqParams):
     ) -> torch.Tensor:
         """s_t = ln(t + a) / ln(a) for given positions ``[T]``; fp32 ``[T]`` (design §2).
 
-        It makes up for the number of keys; where a ``window`` bounds that, t stops at window − 1.
+        The scale compensates for the number of keys. A ``window`` limits this number, so t is at most window −
+        1.
         """
         positions = positions if window is None else positions.clamp(max=window - 1)
         return (torch.log(positions.double() + a) / math.log(a)).float()

@@ -1,15 +1,13 @@
-"""The machine we run on: GPU with NCCL, or CPU with gloo. The only file that asks which.
+"""The platform: GPU with NCCL, or CPU with gloo. Only this file distinguishes them.
 
 Megatron-Core assumes CUDA in a few dozen places of its training path: it allocates on
-``torch.cuda.current_device()``, draws and restores the CUDA generator's state, and names tensor
-types ``torch.cuda.FloatTensor``. :func:`install` gives those calls a CPU meaning on a machine
-without a GPU, so that the same code trains, checkpoints and is tested there. Where a GPU is
-present it changes nothing at all.
+``torch.cuda.current_device()``, reads and restores the CUDA generator's state, and names tensor types such as
+``torch.cuda.FloatTensor``. On a machine without a GPU, :func:`install` replaces these calls by CPU versions, so
+that the same code trains, saves checkpoints and is tested there. On a machine with a GPU it changes nothing.
 
-It also refuses a Megatron-Core that is not one of :mod:`.megatron_versions`, before it is imported.
-Importing this module is enough, and every package that imports Megatron-Core does so first (in its
-``__init__``): it must run before any ``megatron`` import, because Megatron binds some of these names
-at import time.
+It also refuses a Megatron-Core release that :mod:`.megatron_versions` does not support, before its import. The
+import of this module does all this. Every package that imports Megatron-Core imports this module first (in its
+``__init__``), because Megatron binds some of these names at its import.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def has_gpu() -> bool:
-    """Whether CUDA devices are used. Kernel choice asks this; nothing else should need to."""
+    """Whether CUDA devices are used. Only the choice of kernels should need this."""
     return _CUDA_AVAILABLE
 
 
@@ -55,29 +53,29 @@ def device() -> torch.device:
 
 
 def device_count() -> int:
-    """GPUs that this process can see; 0 without."""
+    """Number of GPUs that this process can see; 0 without a GPU."""
     return torch.cuda.device_count() if _CUDA_AVAILABLE else 0
 
 
 def device_memory_bytes() -> int:
-    """Memory of the current GPU; 0 without."""
+    """Memory of the current GPU in bytes; 0 without a GPU."""
     if not _CUDA_AVAILABLE:
         return 0
     return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
 
 
 def device_name() -> str:
-    """The current GPU's name, as ``NVIDIA H100 80GB HBM3``; ``""`` without."""
+    """Name of the current GPU, such as ``NVIDIA H100 80GB HBM3``; ``""`` without a GPU."""
     return torch.cuda.get_device_name() if _CUDA_AVAILABLE else ""
 
 
 def communication_backend() -> str:
-    """``nccl`` on GPUs, ``gloo`` without."""
+    """``nccl`` on GPUs, else ``gloo``."""
     return "nccl" if _CUDA_AVAILABLE else "gloo"
 
 
 def bind_process_to_device(local_rank: int) -> None:
-    """Select this process's GPU; on CPU, leave thread counts to ``OMP_NUM_THREADS``.
+    """Select this process's GPU. On a CPU do nothing: ``OMP_NUM_THREADS`` sets the threads.
 
     Raises:
         HydraError: this node has fewer GPUs than processes of the run.
@@ -92,21 +90,21 @@ def check_gpus(processes: int, gpus: int) -> None:
     """Check that a node has at least one GPU per process.
 
     Raises:
-        HydraError: naming torchrun's option.
+        HydraError: it has fewer; names torchrun's option.
     """
     if processes > gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         seen = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
         raise HydraError(
             f"{processes} processes were started on this node, but it has {gpus} "
-            f"{'GPU' if gpus == 1 else 'GPUs'}{seen}: start at most one a GPU (torchrun "
+            f"{'GPU' if gpus == 1 else 'GPUs'}{seen}: start at most one per GPU (torchrun "
             "--nproc-per-node, launch/*.sh --gpus-per-node), and make parallel.tensor, "
             "parallel.context and parallel.pipeline fit"
         )
 
 
 def peak_memory_bytes() -> int:
-    """Most memory that this process had allocated so far: on its GPU, or resident without one."""
+    """Peak memory of this process so far: allocated on its GPU, or resident memory without a GPU."""
     if _CUDA_AVAILABLE:
         return torch.cuda.max_memory_allocated()
     scale = 1 if sys.platform == "darwin" else 1024
@@ -114,18 +112,18 @@ def peak_memory_bytes() -> int:
 
 
 def free_cached_memory() -> None:
-    """Give back the GPU memory that this process holds and does not use; nothing on a CPU."""
+    """Free the GPU memory that this process caches but does not use; does nothing on a CPU."""
     if _CUDA_AVAILABLE:
-        gc.collect()  # models in reference cycles hold their tensors until then
+        gc.collect()  # frees models in reference cycles with their tensors
         torch.cuda.empty_cache()
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what a CPU process frees, for a process that computes for a while.
+    """Let the C library keep freed memory in a CPU process that computes for a while.
 
-    By default glibc maps every large tensor again and gives it back when it is freed, so that each
-    operation's result is zeroed page by page by the kernel: a sixth of a small model's training step. The
-    process then stays as large as it once was. Nothing with a GPU or another C library.
+    By default, glibc maps new memory for every large tensor and unmaps it when the tensor is freed. The system
+    then zeroes every page of every result, which takes a sixth of a small model's training step. With this
+    setting, the process keeps its peak size. It does nothing with a GPU or with another C library.
     """
     if _CUDA_AVAILABLE or not sys.platform.startswith("linux"):
         return
@@ -140,7 +138,7 @@ def keep_freed_memory() -> None:
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A tensor factory whose CUDA device and pinned memory requests mean plain CPU memory."""
+    """A tensor factory that uses plain CPU memory instead of a CUDA device or pinned memory."""
 
     @functools.wraps(factory)
     def wrapped(
@@ -157,7 +155,7 @@ def _tensor_type(original: Callable) -> Callable:
     def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return original(self, *args, **kwargs)
-        # Megatron groups gradients and parameters by names such as torch.cuda.FloatTensor.
+        # Megatron groups gradients and parameters by type names such as torch.cuda.FloatTensor.
         return original(self).replace("torch.", "torch.cuda.", 1)
 
     return tensor_type
@@ -201,7 +199,7 @@ def install() -> None:
     """Check Megatron-Core's version, and make it run without a GPU. Idempotent.
 
     Raises:
-        HydraError: Megatron-Core is absent, too old or too new.
+        HydraError: Megatron-Core is not installed, too old or too new.
     """
     global _installed
     if _installed:
@@ -211,21 +209,22 @@ def install() -> None:
     _installed = True
     if _CUDA_AVAILABLE:
         return
-    # Megatron's jit_fuser is torch.compile; on the CPU its warm-up costs minutes and gains nothing.
+    # Megatron's jit_fuser is torch.compile. On the CPU its warm-up takes minutes and brings nothing.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
     if dist.is_available() and dist.is_gloo_available():
         _share_gloo_devices()
 
-    # ``with torch.device(…)`` recognises factories by identity, in a set that it builds on first use:
-    # let it see the originals, or transformers' from_pretrained leaves rotary buffers uninitialised.
+    # ``with torch.device(…)`` recognises factories by identity, in a set that it builds at its first use. Let
+    # it build the set from the originals. Otherwise from_pretrained of transformers does not initialise
+    # rotary buffers.
     torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "empty_like", "zeros_like", "full"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign]
 
-    # Each name gets a function object of its own: torch.compile asserts when two names share one.
+    # Each name gets its own function object: torch.compile fails if two names share one.
     cuda = torch.cuda
     cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
     cuda.synchronize = lambda *args, **kwargs: None

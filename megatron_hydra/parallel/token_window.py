@@ -1,7 +1,7 @@
-"""A window of tokens under context parallelism: attention within it, writes that wait to leave it.
+"""A window of tokens under context parallelism: attention within the window, and delayed writes.
 
-Both need the tokens before a shard: a halo from the previous rank, like the short convolution's. All
-functions are differentiable and run the same collectives on every rank.
+Both need the tokens before a shard: a halo from the previous rank, as for the short convolution. All functions
+are differentiable and run the same collectives on every rank.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from megatron_hydra.parallel.packed_sequence import PackedSequence
 
 
 def preceding_tokens(x_local: torch.Tensor, count: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """The ``count`` tokens before this shard, ``[count, …]``; zeros before the stream's first.
+    """The ``count`` tokens before this shard, ``[count, …]``; zeros before the stream's first token.
 
-    From the previous rank where its shard is long enough, else from a gather of all shards.
+    They come from the previous rank if its shard is long enough, else from a gather of all shards.
     """
     length = x_local.shape[0]
     if group.size() == 1 or count == 0:
@@ -31,16 +31,16 @@ def preceding_tokens(x_local: torch.Tensor, count: int, group: dist.ProcessGroup
 def delayed(
     x_local: torch.Tensor, steps: int, packed: PackedSequence, group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """For every token of this shard what stood ``steps`` tokens earlier in its document.
+    """For every token of this shard the value ``steps`` tokens earlier in its document.
 
     Args:
         x_local: ``[T_local, …]``.
         steps: at least 1.
-        packed: documents and shard.
+        packed: layout of documents and shard.
         group: the context-parallel ranks.
 
     Returns:
-        ``[T_local, …]``; exactly zero where the document began later than that.
+        ``[T_local, …]``; exactly zero if the document has no token at that position.
     """
     before = preceding_tokens(x_local, steps, group)
     shifted = torch.cat((before, x_local))[: x_local.shape[0]]
@@ -57,14 +57,14 @@ def windowed_attention(
     attention: Attention,
     window: int,
 ) -> torch.Tensor:
-    """Attention of every query to the last ``window`` keys: in this shard, and in a halo before it.
+    """Attention of every query to the last ``window`` keys, in this shard and in the halo before it.
 
-    Every query has the same work, so nothing is traded with the mirror rank.
+    Every query has the same work, so the mirror rank does not exchange work.
 
     Args:
         q_local, k_local, v_local, packed, group, attention: as in
             :func:`~megatron_hydra.parallel.context_parallel.sharded_attention`.
-        window: keys that a query sees, its own included.
+        window: number of keys that a query sees, its own included.
 
     Returns:
         ``[T_global / N, n, d]``.

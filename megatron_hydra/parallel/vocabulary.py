@@ -1,9 +1,9 @@
-"""A vocabulary that tensor-parallel ranks do not divide, padded on the ranks and nowhere else.
+"""Padding of a vocabulary whose size is not a multiple of the tensor-parallel size.
 
-Megatron-Core cuts embedding and LM head into equal parts, so a vocabulary of V entries gets ⌈V / TP⌉ rows on
-every rank; the last rank's last rows stand for no token. They hold zeros, no token id names them, losses and
-scores never see them (:func:`~megatron_hydra.transfer.verb.lm_head_weight` leaves them out), so their gradient
-is zero and they stay zero; a checkpoint has V rows.
+Megatron-Core cuts embedding and LM head into equal parts, so with V entries every rank has ⌈V / TP⌉ rows. The
+last rows of the last rank are padding. They are zero, and no token id refers to them. Losses and scores do not
+use them (:func:`~megatron_hydra.transfer.verb.lm_head_weight` removes them), so their gradient is zero and they
+stay zero. A checkpoint has V rows, without padding.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor
 from megatron_hydra.parallel.head_weights import Segment, segments_factory
 
 VOCABULARY_WEIGHTS = ("word_embeddings.weight", "output_layer.weight")
-"""Ends of the names of what has a row for each entry."""
+"""Name endings of the weights with one row per vocabulary entry."""
 
 
 @dataclasses.dataclass(frozen=True)
 class VocabularyShard:
-    """Which entries of the vocabulary a tensor-parallel rank holds.
+    """The entries of the vocabulary on a tensor-parallel rank.
 
     Attributes:
-        total: entries of the whole vocabulary, V.
-        rows: of the rank's weights, padding included; the same on every rank.
+        total: size of the whole vocabulary, V.
+        rows: number of rows of the rank's weights, padding included; the same on every rank.
         first: the rank's first entry.
-        ranks: of the tensor-parallel group.
+        ranks: size of the tensor-parallel group.
     """
 
     total: int
@@ -44,19 +44,19 @@ class VocabularyShard:
 
     @property
     def count(self) -> int:
-        """Rows that stand for an entry; 0 where earlier ranks hold all of them."""
+        """Number of rows without padding; 0 if earlier ranks hold all entries."""
         return max(0, min(self.rows, self.total - self.first))
 
     @property
     def is_padded(self) -> bool:
-        """Whether some rank has padding: all of them then store their rows by entry."""
+        """Whether any rank has padding. Then all ranks save their rows by entry."""
         return self.rows * self.ranks != self.total
 
     def stored(self, entry: ShardedBase, parameter: Tensor) -> ShardedBase:
-        """A weight of ``rows`` rows as the ``count`` that belong into a checkpoint ``[V, …]``.
+        """The checkpoint entry ``[V, …]`` of a padded weight: its ``count`` rows without padding.
 
         Args:
-            entry: Megatron's, of the padded weight: its key and replica id are taken over.
+            entry: Megatron's entry of the padded weight, which gives key and replica id.
             parameter: the weight ``[rows, …]``.
         """
         held: Any = tuple(range(self.first, self.first + self.count))

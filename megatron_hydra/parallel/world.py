@@ -1,4 +1,4 @@
-"""Who this process is: the process group, Megatron's parallel state, seeds."""
+"""The process group, Megatron's parallel state, and seeds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _owned_process_group = False
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """This process's place in the layout. Ranks and sizes of Megatron-Core's groups."""
+    """This process's ranks in Megatron-Core's groups, and the sizes of these groups."""
 
     rank: int
     size: int
@@ -48,26 +48,26 @@ class World:
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank's last model chunk ends the model."""
+        """Whether this rank has the last model chunk."""
         return self.pp_rank == self.pp_size - 1
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank's first model chunk begins the model."""
+        """Whether this rank has the first model chunk."""
         return self.pp_rank == 0
 
 
 def start_world(config: RunConfig) -> World:
-    """Join the process group, build Megatron's groups and seed every generator.
+    """Join the process group, build Megatron's groups and seed all generators.
 
-    Works under torchrun and, with one process, under plain ``python -m``.
+    It works under torchrun and, with one process, under plain ``python -m``.
 
     Raises:
-        HydraError: ``deterministic`` cannot be had here.
+        HydraError: ``deterministic`` is not possible here.
     """
     platform.install()
     if config.deterministic:
-        make_deterministic()  # before NCCL reads its environment
+        make_deterministic()  # must be before NCCL reads its environment
     timeout = collective_timeout(config.faults.timeout_seconds)
     platform.bind_process_to_device(environment_number("LOCAL_RANK", 0))
     global _owned_process_group
@@ -86,14 +86,14 @@ def start_world(config: RunConfig) -> World:
 
 @contextlib.contextmanager
 def rehearsed_world(config: RunConfig, rank: int) -> Iterator[World]:
-    """The world of one rank of a run, alone in this process: collectives return at once and move nothing.
+    """The world of one rank of a run in a single process: collectives return at once and transfer nothing.
 
-    For calling a layer under a layout on one device, where only shapes matter; values are not those
-    of the run. No process group may exist.
+    It allows a call of a layer under a layout on one device, if only shapes matter. Values differ from the
+    run's. No process group may exist.
 
     Args:
-        config: its layout; one data-parallel replica and one pipeline stage are made.
-        rank: among ``parallel.tensor · parallel.context`` ranks, tensor-parallel ones side by side.
+        config: the run; only its tensor and context parallelism are used.
+        rank: index among ``parallel.tensor · parallel.context`` ranks; tensor-parallel ranks are neighbours.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -1,14 +1,13 @@
-"""Capabilities as data: generators of aligned prompt pairs, for any tokenizer.
+"""Capabilities: generators of aligned prompt pairs, for any tokenizer.
 
-A task is written ``name`` or ``name:key=value,key=value`` on the command line, and ``jsonl:PATH``
-for prompts of the user's own. :data:`GROUPS` are capabilities of several tasks, which are then its
-sub-probes; any other task is a capability by itself. A generator draws texts; those that the tokenizer
-does not align (clean and corrupted, or right and wrong answer, of unequal length) are thrown away and
-drawn again.
+On the command line a task is ``name`` or ``name:key=value,key=value``, or ``jsonl:PATH`` for the user's own
+prompts. A capability of :data:`GROUPS` has several tasks, which are its sub-probes. Any other task is a
+capability by itself. A generator draws texts. If the tokenizer does not align a pair (clean and corrupted
+text, or right and wrong answer, have different lengths), the pair is discarded and drawn again.
 
-The corruptions: where the context holds several facts, two *keys* change places (so the induction
-mechanism itself is needed: what precedes a value has changed, not the value); where it holds one
-fact, its *value* changes.
+The corruptions: if the context has several facts, two *keys* are exchanged. The values stay, but the text
+before a value changes, so the probe needs the induction mechanism itself. If the context has one fact, its
+*value* changes.
 """
 
 from __future__ import annotations
@@ -42,29 +41,29 @@ class Capability(Protocol):
     """A generator of prompt pairs.
 
     Attributes:
-        name: unique among the capabilities of a map.
+        name: unique name within a map.
     """
 
     @property
     def name(self) -> str:
-        """Unique among the capabilities of a map."""
+        """Unique name within a map."""
         ...
 
     def prompts(
         self, tokenizer: Any | None, vocab_size: int, count: int, seed: int
     ) -> list[PromptPair]:
-        """At most ``count`` pairs, the same for the same arguments.
+        """Return at most ``count`` pairs, the same for the same arguments.
 
         Args:
             tokenizer: a Hugging Face tokenizer, or ``None``.
-            vocab_size: the model's.
+            vocab_size: vocabulary size of the model.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """A clean and a corrupted text, cut into segments that correspond, and the answers to them."""
+    """A clean and a corrupted text, cut into corresponding segments, and their answers."""
 
     clean: tuple[str, ...]
     corrupted: tuple[str, ...]
@@ -72,7 +71,7 @@ class Texts:
     wrong: str
 
     def pair(self, encode: Encode) -> PromptPair | None:
-        """The pair, or ``None`` where a changed segment has another number of tokens."""
+        """The pair, or ``None`` if a changed segment has another number of tokens."""
         for i, (a, b) in enumerate(zip(self.clean, self.corrupted, strict=True)):
             if a != b:
                 before, after = ("".join(text[: i + 1]) for text in (self.clean, self.corrupted))
@@ -87,11 +86,11 @@ Draw = Callable[[random.Random, Mapping[str, str], Encode], Texts]
 
 @dataclasses.dataclass(frozen=True)
 class TextCapability:
-    """Draws texts until enough of them align.
+    """Draws texts until enough pairs align.
 
     Attributes:
-        draw: one random text pair from (random generator, options, encode).
-        options: the options of the task, as text, with their defaults.
+        draw: function of (random generator, options, encode) that returns one random text pair.
+        options: the options of the task and their defaults, as text.
     """
 
     name: str
@@ -104,11 +103,11 @@ class TextCapability:
         """See :class:`Capability`.
 
         Raises:
-            HydraError: no tokenizer, or one that aligns next to nothing.
+            HydraError: there is no tokenizer, or it aligns too few pairs.
         """
         if tokenizer is None:
             raise HydraError(
-                f"--tasks {self.name} needs text, but the model folder has no tokenizer; use "
+                f"--tasks {self.name} generates text, but the model folder has no tokenizer; use "
                 "induction or jsonl:PATH with token ids"
             )
         encode = text_encoder(tokenizer)
@@ -140,16 +139,16 @@ class JsonlCapability:
     def prompts(
         self, tokenizer: Any | None, vocab_size: int, count: int, seed: int
     ) -> list[PromptPair]:
-        """The first ``count`` pairs of the file; it is said when there are more.
+        """The first ``count`` pairs of the file; a message is logged if the file has more.
 
         Raises:
-            HydraError: a line that cannot be used, or a token that the model does not have.
+            HydraError: a line cannot be used, or a token id is outside the vocabulary.
         """
         encode = None if tokenizer is None else text_encoder(tokenizer)
         pairs = read_jsonl(self.path, encode)
         if len(pairs) > count and is_first_rank():
             _log.warning(
-                "prompts %s: the first %d of %d are used; --num-prompts takes more",
+                "prompts %s: using the first %d of %d; raise --num-prompts to use more",
                 self.path, count, len(pairs),
             )  # fmt: skip
         pairs = pairs[:count]
@@ -164,12 +163,12 @@ class JsonlCapability:
 
 @dataclasses.dataclass(frozen=True)
 class Induction:
-    """Random tokens, repeated up to one of them: what followed it the first time?
+    """Random tokens, then their repetition up to a certain token. The answer is the token after it.
 
-    Needs no tokenizer. Corrupted: that token and another of the first half have changed places.
+    It needs no tokenizer. The corrupted prompt exchanges that token and another token of the first half.
 
     Attributes:
-        length: tokens of the repeated segment.
+        length: number of tokens of the repeated segment.
     """
 
     name: str = "induction"
@@ -181,7 +180,7 @@ class Induction:
         """See :class:`Capability`.
 
         Raises:
-            HydraError: a vocabulary smaller than the segment.
+            HydraError: the vocabulary is smaller than the segment.
         """
         special = set(tokenizer.all_special_ids) if tokenizer is not None else set()
         known = vocab_size if tokenizer is None else min(vocab_size, len(tokenizer))
@@ -196,7 +195,7 @@ class Induction:
         pairs: list[PromptPair] = []
         while len(pairs) < count:
             segment = generator.sample(ids, self.length)
-            # At least two apart, so that no answer is itself exchanged.
+            # At least two tokens apart, so that the exchange does not move an answer.
             asked = generator.randrange(self.length - 3)
             other = generator.randrange(asked + 2, self.length - 1)
             exchanged = list(segment)
@@ -332,10 +331,10 @@ def _haystack(
     encode: Encode,
     taken: Sequence[str],
 ) -> list[str]:
-    """Sentences of about ``tokens`` tokens in all.
+    """Sentences of about ``tokens`` tokens in total.
 
     Args:
-        taken: names that the needles of a haystack of needles must not have.
+        taken: names that the needles in a haystack of needles must not use.
     """
     kind = options["haystack"]
     if kind == "text" and options["path"]:
@@ -364,7 +363,7 @@ def _user_sentences(generator: random.Random, path: str, tokens: int, encode: En
         words = Path(path).read_text().split()
     except (OSError, UnicodeDecodeError) as error:
         raise HydraError(f"haystack text path={path!r} cannot be read: {error}") from None
-    # Every token holds at least a part of a word: enough words to cut from.
+    # Every token is at least a part of a word, so these words are enough.
     needed = min(len(words), tokens)
     if needed < 10:
         raise HydraError(f"haystack text {path} has only {len(words)} words")
@@ -380,7 +379,7 @@ def _user_sentences(generator: random.Random, path: str, tokens: int, encode: En
 
 
 def _names(generator: random.Random, count: int, encode: Encode) -> list[str]:
-    """Names such as ``misty-harbor`` of equally many tokens, so that any two can change places."""
+    """Names such as ``misty-harbor`` with equal numbers of tokens, so that any two can be exchanged."""
     by_length: dict[int, list[str]] = {}
     names: list[str] = []
     while True:
@@ -398,7 +397,7 @@ def _with_needles(
     encode: Encode,
     facts: Sequence[tuple[str, str]],
 ) -> Callable[[Sequence[tuple[str, str]], str], tuple[str, ...]]:
-    """A text with room for facts at random depths, to be filled with facts and a question (RULER's words)."""
+    """A text with places for facts at random depths and for a question, in the words of RULER."""
     intro = (
         "A special magic number is hidden within the following text. Make sure to memorize it. I will "
         "quiz you about the number afterwards.\n"
@@ -470,14 +469,14 @@ def _draw_arithmetic(generator: random.Random, options: Mapping[str, str], encod
 
     shots = "".join(f"{a} + {b} = {a + b}\n" for a, b in (numbers() for _ in range(4)))
     a, b = numbers()
-    # Another first summand gives another sum; the tokenizer decides from which digit on.
+    # Another first summand gives another sum. The tokenizer decides at which digit the answers differ.
     other = generator.choice([n for n in range(1, largest + 1) if n != a])
     end = f" + {b} ="
     return Texts((shots, str(a), end), (shots, str(other), end), f" {a + b}", f" {other + b}")
 
 
 def _draw_sequence(generator: random.Random, options: Mapping[str, str], encode: Encode) -> Texts:
-    """Numbers at equal distances; corrupted: others at the same distance."""
+    """Numbers at equal distances; the corrupted prompt has other numbers at the same distance."""
     terms, step = int(options["terms"]), generator.randint(2, 9)
     starts = generator.sample(range(10, 60), 2)
 
@@ -536,15 +535,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """The paper's two capabilities: long-context retrieval and general ability, with their sub-probes."""
 
-# Tried where none is named; those that a model or its tokenizer has no use for are left out.
+# Used if no task is named. Tasks that do not work for a model or its tokenizer are skipped.
 DEFAULT_TASKS: tuple[Any, ...] = tuple(GROUPS)
 
 
 def register_capability(name: str, factory: Factory) -> None:
-    """Make ``name`` or ``name:key=value,...`` usable as a task.
+    """Register a task ``name`` or ``name:key=value,...``.
 
     Args:
-        factory: from (the task as written, its options) to a :class:`Capability`.
+        factory: function of (the task as written, its options) that returns a :class:`Capability`.
     """
     _REGISTERED[name] = factory
 
@@ -555,13 +554,13 @@ def task_names() -> list[str]:
 
 
 def make_capability(task: str, probe_tokens: int = PROBE_TOKENS) -> Capability:
-    """The generator of a task as written on the command line.
+    """Make the generator of a task as written on the command line.
 
     Args:
-        probe_tokens: length of needle prompts whose ``tokens`` are not given.
+        probe_tokens: length of needle prompts without ``tokens``.
 
     Raises:
-        HydraError: an unknown task or option, or a value that an option cannot have.
+        HydraError: the task or an option is unknown, or a value is invalid.
     """
     name, _, rest = task.partition(":")
     if name == "jsonl":

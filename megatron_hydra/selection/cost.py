@@ -1,8 +1,8 @@
 """Cost of the parts of a selection, in floating-point operations.
 
-A unit of work is worth what it computes, so that the time left of one kind of unit can be told from the
-time that another kind took: the prefix that clean and corrupted prompt share is computed once and counted
-once, attention grows with the keys it sees, and a patched run costs the layers that come after the patch.
+The cost of a unit of work is its number of operations. So the time of one kind of unit gives an estimate for
+another kind. The common prefix of clean and corrupted prompt is computed once and counted once. The cost of
+attention grows with the number of keys. A patched run costs the layers after the patch.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Tokens:
 
     Attributes:
         pairs: P.
-        prefix: tokens at the start that both prompts share.
-        rest: T', those after it.
-        span: A, tokens of an answer.
+        prefix: number of tokens at the start that both prompts share.
+        rest: T', number of tokens after the prefix.
+        span: A, number of tokens of an answer.
     """
 
     pairs: int
@@ -45,7 +45,7 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderCost:
-    """Operations of a decoder's parts; a multiplication and an addition are two.
+    """Operations of a decoder's parts; a multiplication and an addition count as two.
 
     Attributes:
         layers, query_heads, kv_heads, head_dim, hidden, mlp, vocabulary: the model's shape.
@@ -88,13 +88,13 @@ class DecoderCost:
         return 2.0 * self.head_dim * self.hidden
 
     def _layer(self, rows: float, keys: int) -> float:
-        """One layer on ``rows`` tokens that see ``keys`` positions."""
+        """Cost of one layer for ``rows`` tokens that see ``keys`` positions."""
         heads = self.query_heads * self.head_dim
         projections = 4.0 * self.hidden * heads + self._keys_and_values
         return rows * (projections + self._mlp + 4.0 * heads * keys)
 
     def prefix(self, tokens: Tokens) -> float:
-        """What clean and corrupted prompts share, through all layers."""
+        """Cost of the common prefix of clean and corrupted prompts in all layers."""
         return self.layers * self._layer(tokens.pairs * tokens.prefix, tokens.prefix)
 
     def _both_rests(self, tokens: Tokens) -> float:
@@ -103,24 +103,23 @@ class DecoderCost:
     # -- units of work -----------------------------------------------------------------------------
 
     def streams(self, tokens: Tokens) -> float:
-        """Both residual streams of a batch through all layers."""
+        """Cost of both residual streams of a batch in all layers."""
         return self.prefix(tokens) + self._both_rests(tokens)
 
     def baseline(self, tokens: Tokens) -> float:
-        """Both runs, and the clean one's logits of all tokens at the answer."""
+        """Cost of both runs, and of the clean run's logits at the answer."""
         return (
             self.streams(tokens) + 2.0 * tokens.pairs * tokens.span * self.hidden * self.vocabulary
         )
 
     def attribution(self, tokens: Tokens) -> float:
-        """A forward, and a backward to the head outputs: weights have no gradient."""
+        """Cost of a forward, and a backward to the head outputs: weights have no gradient."""
         return self.prefix(tokens) + 2 * self._both_rests(tokens)
 
     def patched(self, tokens: Tokens, layer: int, runs: float) -> float:
-        """Runs that are patched in the middle of a layer, from there to the end, and both streams through
-        that layer.
+        """Cost of runs patched in a layer, from there to the end, and of both streams in that layer.
 
-        What is computed once for all layers is :meth:`prefix`.
+        :meth:`prefix` is the part that is computed once for all layers.
         """
         rows = runs * tokens.pairs * tokens.rest
         after = self.layers - 1 - layer
@@ -132,17 +131,17 @@ class DecoderCost:
         )
 
     def whole_layers(self, tokens: Tokens) -> float:
-        """One patched run for every layer."""
+        """Cost of one patched run for every layer."""
         return self.prefix(tokens) + sum(
             self.patched(tokens, layer, 1) for layer in range(self.layers)
         )
 
     def clean_run(self, tokens: Tokens) -> float:
-        """The clean prompts alone, from their first token."""
+        """Cost of the clean prompts, from their first token."""
         return self.layers * self._layer(tokens.pairs * tokens.length, tokens.length)
 
     def receivers(self, tokens: Tokens) -> float:
-        """Both streams, and a row at every answer position for every head through the MLPs that follow."""
+        """Cost of both streams, and of a row per head and answer position through all later MLPs."""
         rows = self.query_heads * tokens.pairs * tokens.span
         mlps = self.layers * (self.layers + 1) / 2
         return self.streams(tokens) + rows * (self.layers * self._one_head_out + mlps * self._mlp)
@@ -155,13 +154,13 @@ class DecoderCost:
         newest: Mapping[int, int],
         older: Mapping[int, int],
     ) -> float:
-        """Candidates of one layer, one at a time, to the newest receivers and through the older ones.
+        """Cost of the candidates of one layer, one at a time, to the newest and through the older receivers.
 
-        What is computed once for all layers is :meth:`streams`.
+        :meth:`streams` is the part that is computed once for all layers.
 
         Args:
-            heads: candidates.
-            newest, older: how many receivers there are in a layer.
+            heads: number of candidates.
+            newest, older: layer -> number of receivers.
         """
         rows = heads * tokens.pairs * tokens.rest
         narrow = heads * tokens.pairs * tokens.span
@@ -175,7 +174,7 @@ class DecoderCost:
             whole += (rows if wide else narrow) * self._mlp
             for count in (newest.get(at, 0), older.get(at, 0) if at > min(above) else 0):
                 asked = rows if wide else narrow
-                # Keys and values of KV heads that are read: at most one for each receiver.
+                # Keys and values of the KV heads that receivers read: at most one per receiver.
                 read = min(count, self.kv_heads) / self.kv_heads * self._keys_and_values
                 whole += rows * read + asked * count * (
                     2 * self._one_head_out + 4.0 * self.head_dim * tokens.length
@@ -183,17 +182,17 @@ class DecoderCost:
         return whole
 
     def paths(self, tokens: Tokens, receivers: Sequence[int]) -> float:
-        """All senders of one layer to the receivers above it.
+        """Cost of all senders of one layer to the receivers above it.
 
-        What is computed once for all layers is :meth:`streams`.
+        :meth:`streams` is the part that is computed once for all layers.
 
         Args:
-            receivers: how many there are in each layer above that has any.
+            receivers: number of receivers in each layer above that has any.
         """
         rows = self.query_heads * tokens.pairs
         heard = rows * tokens.rest * self._one_head_out
         for count in receivers:
-            # Four ways (q, k, v, all) at the answer alone: it is the keys and values that cost.
+            # Four paths (q, k, v, all) at the answer only: keys and values dominate the cost.
             attended = 16.0 * count * self.head_dim * tokens.length
             heard += rows * (tokens.rest * self._keys_and_values + attended)
         return heard

@@ -1,6 +1,6 @@
 """Knockout curve: retrieval accuracy as heads are knocked out, best first or in random order.
 
-A ranking that says something makes the first curve fall early, and the second one late.
+With a meaningful ranking, the accuracy falls early for the best heads, and late for random heads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_hydra.selection.tasks import Tasks
 from megatron_hydra.selection.work import Ranks, WorkBench
 
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
-"""Shares of all heads that are knocked out, where none are asked for."""
+"""Default shares of all heads to knock out."""
 
 
 def knockout_curve(
@@ -44,31 +44,30 @@ def knockout_curve(
 ) -> dict[str, Any]:
     """Knock heads out in the order of a map's ranking, and in random orders.
 
-    A head that is out gives its mean output over all prompts and tokens. The answers are right if every token
-    of them is the likeliest, given the ones before; all drawn prompts count, solved or not.
+    A knocked-out head gives its mean output over all prompts and tokens. An answer is correct if every token is
+    the most likely one after the tokens before it. All drawn prompts count, solved or not.
 
     Args:
-        head_map: with a ranking; its FA heads are not looked at.
+        head_map: a map with a ranking; its FA heads are ignored.
         model: the folder or Hub name that the map was made for.
         source: the map's file, for messages.
-        tasks: as of a selection.
-        options: of them, ``num_prompts``, ``probe_tokens`` and ``tokens_per_batch`` count.
-        counts: how many heads are out; default: those of :data:`SHARES`.
-        draws: random orders.
-        seed: of prompts and random orders; another than the selection's, so that other prompts are asked.
+        tasks: tasks, as in a selection.
+        options: options; only ``num_prompts``, ``probe_tokens`` and ``tokens_per_batch`` are used.
+        counts: numbers of heads to knock out; default: the shares in :data:`SHARES`.
+        draws: number of random orders.
+        seed: seed of prompts and random orders. It differs from the selection's seed, for other prompts.
 
     Returns:
-        The points, ready for JSON: for each count accuracy and readout (mean m) by ``score``, and a list of
-        both, one for each draw, by ``random``.
+        The points, ready for JSON: for each count the accuracy and the readout (mean m) under ``score``, and
+        under ``random`` a list of both, one entry per draw.
 
     Raises:
-        HydraError: a map without ranking or of another model, or a count that there are not so many heads for.
+        HydraError: the map has no ranking or is of another model, or a count exceeds the number of heads.
     """
     options = options or SelectionOptions()
     if not head_map.ranking:
         raise HydraError(
-            f"{source}: strategy {head_map.strategy} gives no ranking, so there is no order to knock heads "
-            "out in"
+            f"{source}: strategy {head_map.strategy} gives no ranking, which the knockout curve needs"
         )
     folder = resolve_hf_folder(model, revision)
     identity = model_identity_from_hf(folder, name=model, revision=revision)
@@ -77,7 +76,7 @@ def knockout_curve(
     counts = sorted(set(counts or (math.ceil(share * total) for share in SHARES)))
     if counts[0] < 0 or counts[-1] > total:
         raise HydraError(
-            f"--heads {counts[-1]}: the model has {total} heads, none below 0 can be out"
+            f"--heads {counts[-1]}: give numbers from 0 to {total}, the number of heads of the model"
         )
     drawn = Tasks.draw(tasks, find_tokenizer(folder), vocab_size_of(None, folder), seed, options)
     ranks = Ranks()
@@ -121,7 +120,7 @@ def _measure(
     orders = [[ranking[i] for i in generator.permutation(len(ranking))] for _ in range(draws)]
     means = engine.mean_outputs(prompts)
 
-    @functools.cache  # nothing out is the same in every order
+    @functools.cache  # without knocked-out heads the result is the same in every order
     def left(heads: tuple[Head, ...]) -> tuple[float, float]:
         m, right = zip(
             *(engine.knock_out(task, solved, heads, means) for task, solved in prompts.items()),

@@ -26,13 +26,13 @@ from megatron_hydra.watchdog import feed_watchdog
 BatchResult = Callable[[PromptBatch], Result]
 
 LEAST_GAP = 0.1
-"""A pair whose gap, clean minus corrupted readout, is below this share of its task's median says next to
-nothing, and dividing by it would blow noise up: it does not count as solved."""
+"""A pair is not solved if its gap (clean minus corrupted readout) is below this share of its task's median:
+it carries little information, and a division by a small gap would amplify noise."""
 
 SENDERS = "senders"
 
 SAMPLE_COST = 3e10
-"""Operations of a batch that paces are first taken from: seconds on a CPU."""
+"""Operations of the batch for the first timing: seconds on a CPU."""
 
 _OVER_BATCHES: dict[str, Callable[[DecoderCost, Tokens], float]] = {
     "baseline": DecoderCost.baseline,
@@ -44,7 +44,7 @@ _OVER_BATCHES: dict[str, Callable[[DecoderCost, Tokens], float]] = {
     "attribution": DecoderCost.attribution,
     "layers": DecoderCost.whole_layers,
 }
-"""Kinds of work whose unit is a batch of prompts, with the cost of one."""
+"""Kinds of work whose unit is a batch of prompts, and the cost of a unit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Solved:
     """The prompts of one capability that the model solves.
 
     Attributes:
-        pairs: all its pairs.
-        keep: indices of the solved ones.
-        clean, corrupted: m of the two runs for the solved ones, ``[P]`` float64.
+        pairs: all pairs of the capability.
+        keep: indices of the solved pairs.
+        clean, corrupted: m of the two runs for the solved pairs, ``[P]`` float64.
     """
 
     pairs: list[PromptPair]
@@ -64,7 +64,7 @@ class Solved:
 
     @property
     def gap(self) -> np.ndarray:
-        """How far the corruption lowers m, ``[P]``; positive."""
+        """Decrease of m by the corruption, ``[P]``; positive."""
         return self.clean - self.corrupted
 
 
@@ -73,9 +73,9 @@ class EffectEngine:
 
     Args:
         runner: the model.
-        bench: does the work.
-        tokens_per_batch: positions computed at a time. It is part of what is computed (a matrix
-            product's last bits depend on its size), so a resumed run must have the same.
+        bench: runs the chunks of work.
+        tokens_per_batch: number of positions per forward. A resumed run must use the same number, because the
+            last bits of a matrix product depend on its size.
     """
 
     def __init__(self, runner: DecoderRunner, bench: WorkBench, tokens_per_batch: int) -> None:
@@ -94,9 +94,9 @@ class EffectEngine:
         """Plan the measurements of a task, for the estimate of the time left.
 
         Args:
-            kinds: of ``direct``, ``total``, ``attribution``, ``layers``, ``attention``; ``paths`` are
-                announced by :meth:`plan_paths`, once the receivers are known.
-            total_heads: whose total effect is measured; default: all.
+            kinds: some of ``direct``, ``total``, ``attribution``, ``layers``, ``attention``.
+                :meth:`plan_paths` plans ``paths`` when the receivers are known.
+            total_heads: heads whose total effect is measured; default: all.
         """
         for kind in kinds:
             stage = Stage(kind, name)
@@ -108,7 +108,7 @@ class EffectEngine:
                 self.bench.plan(stage, self._batch_chunks(stage, self._batches(prompts)))
 
     def plan_paths(self, name: str, prompts: Solved, receivers: Sequence[Head]) -> None:
-        """Announce the path patching of a task."""
+        """Plan the path patching of a task."""
         self.bench.plan(Stage("paths", name), self._path_chunks(name, prompts, receivers))
 
     def plan_senders(
@@ -119,7 +119,7 @@ class EffectEngine:
         newest: Sequence[Head],
         older: Sequence[Head],
     ) -> None:
-        """Announce a round of path patching of a task."""
+        """Plan a round of path patching of a task."""
         chunks = self._sender_chunks(name, prompts, newest, older)
         self.bench.plan(Stage(senders_kind(number), name), chunks)
 
@@ -132,17 +132,17 @@ class EffectEngine:
         receivers: int,
         total_heads: int,
     ) -> None:
-        """As :meth:`plan`, while it is not known yet which prompts count and which heads receive.
+        """As :meth:`plan`, before the solved prompts and the receivers are known.
 
         Args:
-            share: of the prompts that will count, 0 … 1.
-            receivers: at most so many; they are taken to lie in as many layers, at equal distances.
-            total_heads: heads whose total effect is measured, spread evenly over the layers.
+            share: expected share of solved prompts, 0 … 1.
+            receivers: maximum number of receivers, assumed to be in different layers at equal distances.
+            total_heads: number of heads whose total effect is measured, spread evenly over the layers.
         """
         layers, cost = self._layers, self._cost
         spread = min(receivers, layers)
         above = [[1] * round(spread * (layers - 1 - i) / layers) for i in range(layers)]
-        # As a rule: receivers in the upper half, the last of them high up, and their senders in the middle.
+        # Typical case: receivers in the upper half, the last near the top, and their senders in the middle.
         upper = dict.fromkeys(range(layers // 2, layers), 1)
         middle = dict.fromkeys(range(layers // 4, layers // 2 + 1), 1)
 
@@ -160,10 +160,10 @@ class EffectEngine:
                 cost.streams(tokens) + sum(cost.paths(tokens, above[i]) for i in range(layers))
             ),
             senders_kind(1): lambda tokens: senders(tokens, upper, {}),
-            # The best heads, and as many random ones.
+            # The best heads, and the same number of random heads.
             "control": lambda tokens: 2 * cost.clean_run(tokens),
         }
-        sizes = [Tokens.of(batch) for batch in self._batches(_everything(pairs))]
+        sizes = [Tokens.of(batch) for batch in self._batches(_all_pairs(pairs))]
         for kind in kinds:
             of_batch = by_kind.get(kind)
             if of_batch is None and kind.startswith(SENDERS):
@@ -173,19 +173,19 @@ class EffectEngine:
             self.bench.time_left.plan(Stage(kind, name), share * sum(map(of_batch, sizes)))
 
     def time_samples(self, tasks: Iterable[list[PromptPair]], kinds: Sequence[str]) -> None:
-        """Time a little of every kind of work, that of plain forwards first.
+        """Time a sample of every kind of work, plain forwards first.
 
-        The results are discarded. On the first process only: others would do the same.
+        The results are discarded. Only the first process does it: the others would do the same.
 
-        A GPU's pace on a small batch is that of its launches, a hundredth of the one to come, and each kind
-        of work loads kernels when it is first called. So there the largest batch is taken, and every kind
-        is run twice, the second time by the clock.
+        On a GPU, kernel launches dominate the time of a small batch (its pace is a hundredth of the real one),
+        and every kind of work loads kernels in its first call. So on a GPU the largest batch is used, and
+        every kind runs twice; only the second run is timed.
 
         Args:
-            tasks: their pairs; on a CPU the batch is used whose cost is nearest to :data:`SAMPLE_COST`.
+            tasks: pairs of the tasks. On a CPU, the batch with the cost nearest to :data:`SAMPLE_COST` is used.
         """
         cost, runner, size = self._cost, self.runner, self.tokens_per_batch
-        batches = [batch for pairs in tasks for batch in self._batches(_everything(pairs))]
+        batches = [batch for pairs in tasks for batch in self._batches(_all_pairs(pairs))]
 
         on_cpu = runner.device_of(0).type == "cpu"
 
@@ -237,7 +237,7 @@ class EffectEngine:
                 ),
             ),
         }
-        patching.baseline(runner, batch)  # what the first call pays for is no part of the pace
+        patching.baseline(runner, batch)  # the first call's one-time cost is not part of the pace
         for kind in [kind for kind in samples if kind in kinds]:
             expected, compute = samples[kind]
             feed_watchdog()
@@ -250,22 +250,22 @@ class EffectEngine:
             self.bench.time_left.observe(kind, expected, self.bench.clock() - started)
         feed_watchdog()
 
-    # -- which prompts count -----------------------------------------------------------------------
+    # -- solved prompts ----------------------------------------------------------------------------
 
     def check(self, name: str, pairs: list[PromptPair], rule: str, few: int) -> tuple[int, int]:
         """Run a few prompts of a task without intervention; :meth:`solve` does not run them again.
 
         Args:
             rule: see :meth:`solve`.
-            few: at least so many, or all there are: as many as the batches hold that they are in.
+            few: minimum number of prompts (or all). Whole batches are run, so the number may be higher.
 
         Returns:
-            How many of them are solved, and how many were run.
+            Number of solved prompts, and number of prompts run.
         """
-        batches = self._batches(_everything(pairs))
+        batches = self._batches(_all_pairs(pairs))
         size = max(1, round(sum(len(b.index) for b in batches) / len(batches)))
         count = min(len(batches), -(-few // size))
-        # Sorted by length: at equal distances, so that the longest are among them.
+        # Sorted by length and picked at equal distances, so that the longest prompts are included.
         picked = [(i + 1) * len(batches) // count - 1 for i in range(count)]
         while sum(len(batches[i].index) for i in picked) < min(few, len(pairs)):
             picked = sorted({*picked, next(i for i in range(len(batches)) if i not in picked)})
@@ -276,15 +276,15 @@ class EffectEngine:
         """Drop the prompts that the model does not solve.
 
         Args:
-            rule: ``top1``: every token of the answer is the clean run's most likely one, and the
-                corruption lowers the readout; ``pair``: the clean run prefers the answer, the
-                corrupted run the wrong one; ``off``: keep all that the corruption lowers. Pairs that
-                it hardly lowers (:data:`LEAST_GAP`) are dropped by every rule.
+            rule: ``top1``: every token of the answer is the most likely one in the clean run, and the
+                corruption lowers the readout. ``pair``: the clean run prefers the answer, and the corrupted
+                run prefers the wrong answer. ``off``: the corruption lowers the readout. Every rule drops
+                pairs with a small gap (:data:`LEAST_GAP`).
 
         Returns:
-            What is left; it may be nothing.
+            The solved prompts, possibly none.
         """
-        batches = self._batches(_everything(pairs))
+        batches = self._batches(_all_pairs(pairs))
         columns = self._baseline(name, batches, range(len(batches)))
         order = np.argsort([i for batch in batches for i in batch.index])
         clean, corrupted = (columns[key].numpy()[order] for key in ("clean", "corrupted"))
@@ -295,7 +295,7 @@ class EffectEngine:
         return Solved(pairs, keep.tolist(), clean[keep], corrupted[keep])
 
     def _baseline(self, name: str, batches: list[PromptBatch], picked: Sequence[int]) -> Result:
-        """Both runs of some batches, each batch once; prompts in the batches' order."""
+        """Both runs of the picked batches, each batch once; prompts in the order of the batches."""
         stage = Stage("baseline", name)
         chunks = self._batch_chunks(stage, batches)
         self.bench.plan(stage, [c for c in chunks if c.key not in self._baselines])
@@ -316,7 +316,7 @@ class EffectEngine:
     # -- all heads of one capability ---------------------------------------------------------------
 
     def receivers(self, name: str, prompts: Solved) -> np.ndarray:
-        """What each head's direct path takes of the readout (equation 10), ``[L, H, P]``."""
+        """Decrease of the readout by each head's direct path (equation 10), ``[L, H, P]``."""
         columns = self._over_batches(
             Stage("receivers", name),
             prompts,
@@ -334,10 +334,10 @@ class EffectEngine:
         newest: Sequence[Head],
         older: Sequence[Head],
     ) -> np.ndarray:
-        """What each head takes of the readout through the newest receivers (equation 11), ``[L, H, P]``.
+        """Decrease of the readout by each head through the newest receivers (equation 11), ``[L, H, P]``.
 
         Args:
-            number: of the round, from 1.
+            number: number of the round, from 1.
             newest, older: see :func:`megatron_hydra.selection.noising.sender_falls`.
         """
         runner, batches = self.runner, self._batches(prompts)
@@ -378,7 +378,7 @@ class EffectEngine:
         return total / count
 
     def plan_control(self, name: str, prompts: Solved, times: int) -> None:
-        """Announce so many runs without some heads, for :meth:`knock_out`."""
+        """Plan ``times`` runs with knocked-out heads, for :meth:`knock_out`."""
         stage = Stage("control", name)
         cost = sum(chunk.cost for chunk in self._batch_chunks(stage, self._batches(prompts)))
         self.bench.time_left.plan(stage, times * cost)
@@ -386,7 +386,7 @@ class EffectEngine:
     def knock_out(
         self, name: str, prompts: Solved, heads: Sequence[Head], means: torch.Tensor
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The readout without some heads, and whether the answers are still right, ``[P]`` each."""
+        """The readout without some heads, and whether the answers are still correct, ``[P]`` each."""
         columns = self._over_batches(
             Stage("control", name),
             prompts,
@@ -423,13 +423,13 @@ class EffectEngine:
         usable = ~np.isnan(mass[0, 0])
         if not usable.any():
             raise HydraError(
-                f"--tasks {name}: no answer occurs in its prompt, so attention_mass has nothing "
-                "to look at; use a retrieval task, or the strategy global_interp"
+                f"--tasks {name}: attention_mass needs answers that occur in their prompt, and this task has "
+                "none; use a retrieval task, or the strategy global_interp"
             )
         return mass[:, :, usable].mean(-1)
 
     def total(self, name: str, prompts: Solved, heads: Sequence[Head] | None = None) -> np.ndarray:
-        """Normalised total effects, ``[L, H]``; NaN for heads that were not asked for."""
+        """Normalised total effects, ``[L, H]``; NaN for heads that are not in ``heads``."""
         runner, batches = self.runner, self._batches(prompts)
         per_layer = self._by_layer(heads or self._all_heads())
         chunks = self._total_chunks(name, prompts, heads or self._all_heads())
@@ -463,7 +463,7 @@ class EffectEngine:
                 yield by_layer[layer], {"m": m}
 
         results = self._run(Stage("paths", name), chunks, compute)
-        # A head above all receivers has no path to them: its m is that of the corrupted run.
+        # A head above all receivers has no path to them: its m is the corrupted run's.
         shape = (len(patching.PATHS), self._layers, runner.num_heads, len(prompts.pairs))
         m = np.zeros(shape)
         m[..., prompts.keep] = prompts.corrupted
@@ -508,7 +508,7 @@ class EffectEngine:
             Chunk(
                 f"senders-{name}-b{b}-l{layer}-{_digest(newest)}-{_digest(older)}",
                 cost=self._cost.senders(Tokens.of(batch), layer, self.runner.num_heads, *counts),
-                # The streams, and the unpatched run that all are compared with.
+                # The streams, and the unpatched run for all comparisons.
                 setup=self._cost.streams(Tokens.of(batch))
                 + self._cost.senders(Tokens.of(batch), 0, 1, *counts),
                 batch=b,
@@ -545,7 +545,7 @@ class EffectEngine:
         return [(i, h) for i in range(self._layers) for h in range(self.runner.num_heads)]
 
     def _by_layer(self, heads: Sequence[Head]) -> dict[int, list[int]]:
-        """The layers that have one of these heads, ascending, and which they are."""
+        """Layer -> its heads among these, layers ascending."""
         return {i: [h for at, h in heads if at == i] for i in sorted({at for at, _ in heads})}
 
     def _batches(self, prompts: Solved) -> list[PromptBatch]:
@@ -576,11 +576,11 @@ class EffectEngine:
         about: str = "",
         planned: bool = False,
     ) -> Result:
-        """``measure`` on every batch; prompts (the last axis) back in the order of ``keep``.
+        """Run ``measure`` on every batch; return prompts (the last axis) in the order of ``keep``.
 
         Args:
-            about: what tells these results from others of the stage.
-            planned: the stage was announced, with more than this.
+            about: distinguishes these results from others of the stage.
+            planned: whether the stage was planned before, with more work than this.
         """
         batches = self._batches(prompts)
         chunks = self._batch_chunks(stage, batches, about)
@@ -598,14 +598,14 @@ class EffectEngine:
         }
 
 
-def _everything(pairs: list[PromptPair]) -> Solved:
-    """All pairs, before it is known which are solved."""
+def _all_pairs(pairs: list[PromptPair]) -> Solved:
+    """All pairs, before the solved ones are known."""
     nothing = np.zeros(0)
     return Solved(pairs, list(range(len(pairs))), nothing, nothing)
 
 
 def _is_solved(columns: Result, rule: str) -> np.ndarray:
-    """Which prompts of a baseline count (see :meth:`EffectEngine.solve`), ``[P]`` bool."""
+    """Mask of the solved prompts of a baseline (see :meth:`EffectEngine.solve`), ``[P]`` bool."""
     clean, corrupted = columns["clean"].numpy(), columns["corrupted"].numpy()
     good = clean > corrupted
     if rule == "top1":
@@ -616,20 +616,20 @@ def _is_solved(columns: Result, rule: str) -> np.ndarray:
 
 
 def normalise(m: np.ndarray, prompts: Solved) -> np.ndarray:
-    """Logit differences to effects: 0 is the corrupted run, 1 the clean one.
+    """Turn readouts into effects: 0 for the corrupted run, 1 for the clean run.
 
-    Numerator and denominator are averaged over prompts first, so that a prompt on which clean and
-    corrupted hardly differ does not dominate.
+    Numerator and denominator are averaged over prompts first, so that prompts with a small difference between
+    clean and corrupted run do not dominate.
 
     Args:
-        m: after the intervention, ``[..., P]``.
+        m: readout after the intervention, ``[..., P]``.
     """
     gap = prompts.clean.mean() - prompts.corrupted.mean()
     return (m.mean(-1) - prompts.corrupted.mean()) / gap
 
 
 def senders_kind(number: int) -> str:
-    """The kind of work of a round of path patching; all rounds have one pace."""
+    """The kind of work of a round of path patching; all rounds share one pace."""
     return SENDERS if number == 1 else f"{SENDERS}_{number}"
 
 
@@ -643,10 +643,9 @@ def top_heads(scores: np.ndarray, count: int, share: float) -> list[Head]:
 
 
 def prompt_tokens(tokens_per_batch: int, num_heads: int) -> int:
-    """Clean and corrupted tokens in a batch of prompts: so few that a layer's heads run together.
+    """Number of clean and corrupted tokens in a batch, small enough that all heads of a layer run together.
 
-    Prompts of one batch share their start and their padding; small batches of like prompts waste
-    the least.
+    Prompts of one batch share their prefix and their padding. Small batches of similar prompts waste least.
     """
     return max(1, 2 * tokens_per_batch // num_heads)
 

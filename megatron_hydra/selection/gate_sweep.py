@@ -1,10 +1,10 @@
-"""Gates of all heads learned jointly while the budget shrinks from every head to none.
+"""Learn the gates of all heads jointly while the budget decreases from all heads to none.
 
-One gate a head, of the hard-concrete distribution (L0 regularisation, Louizos, Welling and Kingma, arXiv
-1712.01312): it is exactly 0 or exactly 1 with some probability, so a model that was seen with sampled gates
-is one that can be built. The loss of the samples moves the gates; beside it stands λ times the expected
-cost, with λ at every step just as large as it takes to hold the budget of that step. So one run passes
-through every budget, and the order in which gates close is a ranking for every ratio.
+Each head has one gate with the hard-concrete distribution (L0 regularisation, Louizos, Welling and Kingma,
+arXiv 1712.01312). With some probability a gate is exactly 0 or exactly 1, so a model with sampled gates is a
+model that can be built. The loss of the samples changes the gates. λ times the expected cost is added to the
+loss. At every step, λ is the smallest value that keeps the step's budget. So one run covers every budget, and
+the order in which gates close is a ranking for every ratio.
 
 L: layers, H: query heads, G: KV groups.
 """
@@ -18,32 +18,32 @@ from collections.abc import Callable, Iterator
 import torch
 
 LOW, HIGH = -0.1, 1.1
-"""What samples are stretched to before they are cut off at 0 and 1 (Louizos et al.)."""
+"""The interval to which samples are stretched before they are clipped to 0 … 1 (Louizos et al.)."""
 
 BEGIN, LIMIT = 3.0, 4.0
-"""The logit that gates begin with, and the largest in size: at it a gate still closes in one of a hundred
-samples, so that a wrong decision is heard of."""
+"""The initial logit of gates, and the largest absolute value. With it a gate still closes in one of a hundred
+samples, so the loss can show a wrong decision."""
 
 MOMENTUM, SQUARES, EPSILON = 0.9, 0.98, 1e-8
-"""Adam's averages of the gradient and of its square."""
+"""Adam's coefficients for the averages of the gradient and of its square."""
 
 LONGEST_STEP = 1.0
-"""How far a gate's logit moves at most in a step for the sake of the budget."""
+"""Maximum change of a gate's logit per step to keep the budget."""
 
 Draw = Callable[[int], torch.Tensor]
-"""A number n → n samples of all gates, ``[n, L, H]``, with a graph to their logits."""
+"""A number n → n samples of all gates, ``[n, L, H]``, differentiable in the logits."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepOptions:
-    """How gates are learned.
+    """Options for learning the gates.
 
     Attributes:
-        steps: of the optimiser, over which the budget falls from all to nothing.
-        learning_rate: of the logits.
-        temperature: of the distribution: the lower, the fewer samples lie between 0 and 1.
+        steps: number of optimizer steps, in which the budget decreases from all heads to none.
+        learning_rate: learning rate of the logits.
+        temperature: temperature of the distribution; lower values give fewer samples between 0 and 1.
         head_cost: share of a head's own work in the cost; the rest is its KV group's cache.
-        seed: of the samples.
+        seed: seed of the samples.
     """
 
     steps: int = 600
@@ -61,7 +61,7 @@ def sample_gates(logits: torch.Tensor, uniform: torch.Tensor, temperature: float
 
     Args:
         logits: ``[L, H]``.
-        uniform: ``[n, L, H]`` in the open interval 0 … 1.
+        uniform: uniform random numbers ``[n, L, H]`` in the open interval (0, 1).
     """
     noise = uniform.log() - (-uniform).log1p()
     soft = torch.sigmoid((noise + logits) / temperature)
@@ -69,7 +69,7 @@ def sample_gates(logits: torch.Tensor, uniform: torch.Tensor, temperature: float
 
 
 def open_probability(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """P(g > 0) of every gate: that the head needs its keys and values at all."""
+    """P(g > 0) of every gate: the probability that the head needs its keys and values."""
     return torch.sigmoid(logits - temperature * math.log(-LOW / HIGH))
 
 
@@ -78,18 +78,17 @@ def expected_cache(opened: torch.Tensor, group_size: int) -> torch.Tensor:
 
     Args:
         opened: probabilities p ``[L, H]``; gates are independent.
-        group_size: query heads that share keys and values.
+        group_size: number of query heads that share keys and values.
     """
     groups = opened.unflatten(-1, (-1, group_size))
     return (1 - (1 - groups).prod(-1)).mean()
 
 
 def expected_cost(opened: torch.Tensor, group_size: int, head_cost: float) -> torch.Tensor:
-    """The expected cost of all gates, 0 … 1: of the cache, and of the heads' own work (ratio r:1 counts
-    heads).
+    """Expected cost of all gates, 0 … 1: cost of the cache and of the heads' own work (r:1 counts heads).
 
-    The cache alone would not pull at a head whose group another head keeps open anyway, and so at
-    none as long as all are open.
+    The cost of the cache alone has no gradient for a head if another head keeps its group open. So it would
+    have no gradient for any head while all are open.
     """
     return (1 - head_cost) * expected_cache(opened, group_size) + head_cost * opened.mean()
 
@@ -98,17 +97,17 @@ def expected_cost(opened: torch.Tensor, group_size: int, head_cost: float) -> to
 
 
 class GateSweep:
-    """All gates on their way from open to closed.
+    """The sweep of all gates from open to closed.
 
     Args:
         shape: (L, H).
-        group_size: query heads of a KV group.
+        group_size: number of query heads of a KV group.
         options: see :class:`SweepOptions`.
 
     Attributes:
         logits: ``[L, H]`` float64.
-        step: how many steps are done.
-        opened: P(g > 0) summed over the steps so far, ``[L, H]``.
+        step: number of steps done.
+        opened: sum of P(g > 0) over the steps so far, ``[L, H]``.
     """
 
     TENSORS = ("logits", "opened", "_momentum", "_squares")
@@ -121,7 +120,7 @@ class GateSweep:
         )
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that a later start needs."""
+        """State for resuming."""
         return {name.strip("_"): getattr(self, name) for name in self.TENSORS} | {
             "step": torch.tensor(self.step)
         }
@@ -134,21 +133,21 @@ class GateSweep:
 
     @property
     def openness(self) -> torch.Tensor:
-        """Mean of P(g > 0) over the sweep, ``[L, H]``: the later a gate closes, the larger."""
+        """Mean of P(g > 0) over the sweep, ``[L, H]``; larger for gates that close later."""
         return self.opened / max(1, self.step)
 
     def cost(self, logits: torch.Tensor | None = None) -> torch.Tensor:
-        """:func:`expected_cost` of the gates as they are, or of other logits."""
+        """:func:`expected_cost` of the current gates, or of given logits."""
         given = self.logits if logits is None else logits
         return expected_cost(self.probability(given), self.group_size, self.options.head_cost)
 
     def probability(self, logits: torch.Tensor) -> torch.Tensor:
-        """P(g > 0) of logits."""
+        """P(g > 0) for given logits."""
         return open_probability(logits, self.options.temperature)
 
     @property
     def target(self) -> float:
-        """The budget after the next step: a parabola, as little changes while most gates are open."""
+        """The budget after the next step: a parabola, because little changes while most gates are open."""
         begin, end = (
             float(self.cost(torch.full_like(self.logits, logit))) for logit in (BEGIN, -LIMIT)
         )
@@ -156,14 +155,14 @@ class GateSweep:
         return end + (begin - end) * left**2
 
     def run(self, losses: Callable[[int, Draw], dict[str, float]]) -> Iterator[dict[str, float]]:
-        """Take the steps that are left.
+        """Do the remaining steps.
 
         Args:
-            losses: gets the step and a way to draw gates, calls ``backward`` on the loss of what it has
-                drawn, and returns what is to be recorded of it.
+            losses: function of the step and of a function that draws gates. It calls ``backward`` on the
+                loss of the drawn gates, and returns numbers to record.
 
         Yields:
-            After every step its record: what ``losses`` returned, ``target`` and ``cost``, ``penalty`` (λ).
+            After every step its record: the numbers of ``losses``, ``target``, ``cost`` and ``penalty`` (λ).
         """
         while self.step < self.options.steps:
             generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + self.step)
@@ -179,13 +178,13 @@ class GateSweep:
             record = losses(self.step, draw)
             gradient = torch.zeros_like(logits) if logits.grad is None else logits.grad
             target = self.target
-            penalty = self._move(gradient, target)
+            penalty = self._update_logits(gradient, target)
             self.opened += self.probability(self.logits)
             self.step += 1
             yield record | {"target": target, "cost": float(self.cost()), "penalty": penalty}
 
-    def _move(self, gradient: torch.Tensor, target: float) -> float:
-        """A step along the loss, then along the cost as far as the budget asks for; λ."""
+    def _update_logits(self, gradient: torch.Tensor, target: float) -> float:
+        """Step along the gradient of the loss, then along the cost until the budget is kept. Return λ."""
         rate = self.options.learning_rate
         self._momentum.lerp_(gradient, 1 - MOMENTUM)
         self._squares.lerp_(gradient.square(), 1 - SQUARES)
@@ -194,7 +193,7 @@ class GateSweep:
         scale = squares.mean().sqrt() + EPSILON
         self.logits = (self.logits - rate * momentum / scale).clamp(-LIMIT, LIMIT)
         slope = self._slope()
-        length = self._length(slope, target)
+        length = self._step_length(slope, target)
         self.logits = (self.logits - length * slope).clamp(-LIMIT, LIMIT)
         return length * float(scale) / rate
 
@@ -203,8 +202,8 @@ class GateSweep:
         (slope,) = torch.autograd.grad(self.cost(logits), logits)
         return slope
 
-    def _length(self, slope: torch.Tensor, target: float) -> float:
-        """The least t ≥ 0 at which logits − t · slope cost no more than the target, as far as allowed."""
+    def _step_length(self, slope: torch.Tensor, target: float) -> float:
+        """The smallest t ≥ 0 for which logits − t · slope cost at most the target, up to a maximum."""
         if float(self.cost()) <= target:
             return 0.0
         low, high = 0.0, LONGEST_STEP / float(slope.max())

@@ -1,11 +1,11 @@
-"""A decoder in which every head is full attention and Gated DeltaNet at once, mixed by a gate a head.
+"""A decoder in which every head computes full attention and Gated DeltaNet; a gate per head mixes them.
 
     z_h = g_h · FA_h(x) + (1 − g_h) · γ_h · RMSNorm(GDN_h(x))        y = W_o [z_h]_h
 
-FA_h is the teacher's own head output, with its rotary embedding and without norm: with all gates at 1 the
-model *is* the teacher. GDN_h is the branch of the student that :func:`~megatron_hydra.conversion.student`
-makes, with the norm and the scale γ_h that it has there. W_o is the teacher's, for both. All that is learned
-before the gates is the GDN branch, layer by layer (stage 1 of the transfer).
+FA_h is the teacher's head output, with its rotary embedding and without norm: with all gates at 1 the model
+*is* the teacher. GDN_h is the branch of the student that :func:`~megatron_hydra.conversion.student` makes,
+with the student's norm and scale γ_h. Both use the teacher's W_o. Before the gates, only the GDN branch is
+learned, layer by layer (stage 1 of the transfer).
 
 B: sequences, T: positions, L: layers, H: query heads, d: head_dim, D: hidden size, V: vocabulary.
 """
@@ -47,7 +47,7 @@ from megatron_hydra.selection.runner import DecoderRunner, attention_of_any_shap
 _log = logging.getLogger(__name__)
 
 LOGIT_ROWS = 1024
-"""Positions whose logits, ``[rows, V]`` of both models, are held at a time."""
+"""Number of positions whose logits, ``[rows, V]`` of both models, are in memory at a time."""
 
 _NOT_A_CONFIG = ("architectures", "model_type", "auto_map", "dtype")
 
@@ -57,17 +57,17 @@ _FP32 = (*(row.hf for row in PARAMETERS if row.fp32), "gamma")
 
 
 class GatedDecoder:
-    """The teacher with a GDN branch beside every head.
+    """The teacher with a GDN branch for every head.
 
     Args:
         runner: the teacher. Its weights do not change.
-        calibration: int64 ``[1, S]`` token sequences: γ_h begins as the RMS of the teacher's head on them.
-        seed: order of the initial decays over the heads of a layer.
+        calibration: int64 ``[1, S]`` token sequences. γ_h starts as the RMS of the teacher's head on them.
+        seed: seed of the order of the initial decays over the heads of a layer.
 
     Attributes:
         branches: for each layer the GDN branch: ``[B, T, D]`` normalised stream → ``[B, T, H·d]``.
-        kernels: fused ones of the branches, on a GPU: they get the sequences end to end in one row, as packed
-            documents. ``None``: the branches compute as the export does.
+        kernels: fused kernels of the branches on a GPU. They get the sequences joined to one row, as packed
+            documents. ``None``: the branches compute like the export.
     """
 
     def __init__(
@@ -86,12 +86,12 @@ class GatedDecoder:
     def forward(
         self, ids: torch.Tensor, gates: torch.Tensor | None, recompute: bool = False
     ) -> torch.Tensor:
-        """The last residual stream.
+        """Compute the last residual stream.
 
         Args:
             ids: ``[B, T]``, padded on the right (a causal model never sees the padding).
-            gates: ``[B or 1, L, H]`` in 0 … 1; ``None``: the teacher, whose GDN branches do not run.
-            recompute: keep only the streams between layers for the backward.
+            gates: ``[B or 1, L, H]`` in 0 … 1; ``None``: run only the teacher, without GDN branches.
+            recompute: save only the streams between layers for the backward.
 
         Returns:
             ``[B, T, D]``, before the final norm.
@@ -166,17 +166,17 @@ class GatedDecoder:
     def alignment_losses(
         self, ids: torch.Tensor, real: torch.Tensor, keep: torch.Tensor
     ) -> Iterator[torch.Tensor]:
-        """Layer by layer: mean squared error of the attention's output on the teacher's stream (eq. 15).
+        """Mean squared error of the attention output on the teacher's stream, layer by layer (equation 15).
 
-        Layers are independent: the caller may take the gradient of one before the next one runs.
+        Layers are independent: the caller may compute the gradient of one before the next one runs.
 
         Args:
             ids: ``[B, T]``.
-            real: which of them count, ``[B, T]`` bool.
-            keep: gates of 0 and 1, ``[B, L, H]``: heads at 1 keep the teacher's output.
+            real: ``[B, T]`` bool, true for real tokens.
+            keep: gates of 0 and 1, ``[B, L, H]``: heads with 1 keep the teacher's output.
 
         Yields:
-            Scalars: the mean over tokens and channels.
+            A scalar per layer: the mean over tokens and channels.
         """
         runner = self.runner
         with torch.no_grad():
@@ -196,7 +196,7 @@ class GatedDecoder:
     # -- the difference from the teacher -----------------------------------------------------------
 
     def divergence(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """KL(teacher ‖ student) of the next token from last residual streams ``[N, D]``, ``[N]`` fp32."""
+        """KL(teacher ‖ student) of the next token, ``[N]`` fp32, from last residual streams ``[N, D]``."""
         rows = [
             checkpoint(self._divergence, s, t, use_reentrant=False, preserve_rng_state=False)
             for s, t in zip(student.split(LOGIT_ROWS), teacher.split(LOGIT_ROWS), strict=True)
@@ -221,7 +221,7 @@ def _rows_as_documents(x: torch.Tensor) -> Documents:
 def _by_kernels(
     kernels: Kernels, branch: HydraHeadAttention, x: torch.Tensor, context: TokenContext
 ) -> torch.Tensor:
-    """The branch by fused kernels: ``[N, D]`` normalised streams, document by document → ``[N, H·d]``."""
+    """Run the branch by fused kernels: ``[N, D]`` normalised streams of joined documents → ``[N, H·d]``."""
     documents, switches, d = context.documents, branch.switches, branch.head_dim
     assert documents is not None
     projections = [getattr(branch, f"gdn_{part}_proj") for part in ("q", "k", "v")]
@@ -261,7 +261,7 @@ def _by_kernels(
 
 
 def mix(full_attention: torch.Tensor, recurrent: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """G · FA + (1 − g) · GDN, head by head.
+    """Compute g · FA + (1 − g) · GDN, head by head.
 
     Args:
         full_attention, recurrent: ``[B, T, H, d]``.
@@ -277,13 +277,13 @@ def mix(full_attention: torch.Tensor, recurrent: torch.Tensor, gates: torch.Tens
 def recurrent_branches(
     runner: DecoderRunner, gamma: torch.Tensor, seed: int
 ) -> tuple[HydraHeadConfig, list[HydraHeadAttention]]:
-    """The attention of the all-GDN student of a model, layer by layer, without output projection.
+    """The attention of a model's all-GDN student, layer by layer, without output projection.
 
-    Weights are in the teacher's dtype, decays and γ in fp32, each layer's on its teacher's device.
+    Weights have the teacher's dtype; decays and γ are fp32. Each layer is on the device of the teacher's layer.
 
     Args:
         gamma: ``[L, H]``.
-        seed: order of the initial decays.
+        seed: seed of the order of the initial decays.
     """
     dense = model_from_hf_config(runner.model.config.to_dict(), "the model's config")
     none: tuple[tuple[int, ...], ...] = ((),) * dense.num_layers
@@ -315,10 +315,10 @@ def recurrent_branches(
 
 
 def _fused_kernels(runner: DecoderRunner) -> Kernels | None:
-    """The training's kernels where flash-linear-attention runs here, forward and backward; else ``None``.
+    """The training's kernels if flash-linear-attention runs here, forward and backward, else ``None``.
 
     Raises:
-        HydraError: they run, and are wrong.
+        HydraError: the kernels run but give wrong results.
     """
     weight = runner.layers[0].self_attn.o_proj.weight
     case = Case(weight.device, weight.dtype, runner.head_dim, gdn_heads=(runner.num_heads,))
@@ -326,8 +326,8 @@ def _fused_kernels(runner: DecoderRunner) -> Kernels | None:
         return None
     if packages.needs_tilelang(case):
         _log.warning(
-            "the delta rule runs in plain torch, which is slow: flash-linear-attention's backward needs "
-            "TileLang here (pip install %s)",
+            "the delta rule runs in plain torch, which is slow: on this GPU flash-linear-attention's backward "
+            "needs TileLang (pip install %s)",
             packages.TILELANG,
         )
         return None
@@ -340,7 +340,7 @@ def _fused_kernels(runner: DecoderRunner) -> Kernels | None:
 
 
 def _canonical(model: Any, dense: ModelConfig) -> dict[str, torch.Tensor]:
-    """The canonical state dict of a loaded dense model, without copies where the form allows."""
+    """The canonical state dict of a loaded dense model, without copies if possible."""
     stored = model.state_dict()
     return {
         row.canonical: row.form.to_canonical([stored[n] for n in row.hf], row.canonical_shape)

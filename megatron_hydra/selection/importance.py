@@ -1,9 +1,9 @@
-"""The paper's score of a head, from what interventions took of the readout. Plain NumPy.
+"""The paper's score of a head, from the decrease of the readout by interventions. Plain NumPy.
 
 HydraHead, equations 10 to 12. For a pair, IE = (m(x) − m(x; patched)) / (m(x) − m(x')), clipped to [0, 1]. A
-capability has sub-probes; a head's effect in a role (receiver, sender) is the mean of its sub-probes'
-means. s = max(receiver, sender) · κ, where κ is the share of sub-probes in which the head passes
-:data:`SIGNAL` in its stronger role. Scores are brought to [0, 1] in each capability and averaged.
+capability has sub-probes. A head's effect in a role (receiver, sender) is the mean over the means of the
+sub-probes. s = max(receiver, sender) · κ, where κ is the share of sub-probes in which the head exceeds
+:data:`SIGNAL` in its stronger role. Scores are scaled to [0, 1] in each capability and averaged.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 from megatron_hydra.selection.patching import Head
 
 SIGNAL = 0.01
-"""An effect above it counts: the paper's threshold."""
+"""The paper's threshold: effects above it count."""
 
 SUB_PROBES = 5
-"""A capability of one task is cut into so many sub-probes, of two pairs at least."""
+"""Number of sub-probes of a capability with one task; each has at least two pairs."""
 
 
 def intervention_effects(fall: np.ndarray, gap: np.ndarray) -> np.ndarray:
@@ -36,8 +36,8 @@ def sub_probes(counts: Sequence[int]) -> np.ndarray:
     """The sub-probe of every pair, ``[P]``.
 
     Args:
-        counts: pairs of each of the capability's tasks. Several tasks are the sub-probes; the pairs of
-            a single one are dealt out.
+        counts: number of pairs of each task of the capability. Several tasks are the sub-probes. The pairs of
+            a single task are distributed over sub-probes.
     """
     if len(counts) > 1:
         return np.repeat(np.arange(len(counts)), counts)
@@ -55,9 +55,9 @@ def by_sub_probe(effects: np.ndarray, probe: np.ndarray) -> np.ndarray:
 
 
 def passing(effects: np.ndarray, probe: np.ndarray) -> list[Head]:
-    """Heads that pass the threshold in any sub-probe.
+    """Heads that exceed the threshold in any sub-probe.
 
-    The union over sub-probes: a backup head may show in one of them only.
+    It is the union over sub-probes, because a backup head may have an effect in only one of them.
     """
     found = by_sub_probe(effects, probe).max(0) > SIGNAL
     return [(int(layer), int(head)) for layer, head in np.argwhere(found)]
@@ -80,7 +80,7 @@ class Importance:
 
     @classmethod
     def of(cls, receiver: np.ndarray, sender: np.ndarray, probe: np.ndarray) -> Importance:
-        """From the effects on every pair, ``[L, H, P]``, and the pairs' sub-probes ``[P]``."""
+        """Compute from the effects on every pair, ``[L, H, P]``, and the pairs' sub-probes ``[P]``."""
         receivers, senders = by_sub_probe(receiver, probe), by_sub_probe(sender, probe)
         r, s = receivers.mean(0), senders.mean(0)
         stronger = np.where(r >= s, receivers, senders)
@@ -89,18 +89,18 @@ class Importance:
 
     @property
     def without_kappa(self) -> np.ndarray:
-        """The stronger effect itself: orders heads whose scores are equal."""
+        """The stronger effect itself, which orders heads with equal scores."""
         return np.maximum(self.receiver, self.sender)
 
 
 def min_max(scores: np.ndarray) -> np.ndarray:
-    """To [0, 1]: the smallest score 0, the largest 1; all 0 where they are equal."""
+    """Scale to [0, 1]: the smallest score becomes 0, the largest 1; all become 0 if they are equal."""
     spread = scores.max() - scores.min()
     return (scores - scores.min()) / spread if spread > 0 else np.zeros_like(scores)
 
 
 def gini(scores: np.ndarray) -> float:
-    """Gini coefficient of scores that are not negative: 0 all equal, towards 1 one has all; 0 if all are 0."""
+    """Gini coefficient of scores ≥ 0: 0 if all are equal, near 1 if one score has nearly the whole sum."""
     ordered = np.sort(scores.reshape(-1))
     total, count = ordered.sum(), len(ordered)
     if total <= 0:

@@ -26,13 +26,13 @@ from megatron_hydra.selection.work import is_first_rank
 _log = logging.getLogger(__name__)
 
 TIE_WEIGHT = 1e-6
-"""Equal scores are ordered by the effects without κ: these count for so little that nothing else changes."""
+"""Weight of the effects without κ, which order equal scores. It is too small to change any other order."""
 
 CONTROL_SHARE = 0.05
-"""Share of all heads that the positive control knocks out: the paper finds 6.5 % critical."""
+"""Share of all heads that the positive control knocks out; the paper finds 6.5 % critical heads."""
 
 LEAST_FALL = 0.1
-"""The control's best heads must take at least this share of the gap from the readout."""
+"""Without the control's best heads, the readout must decrease by at least this share of the gap."""
 
 
 @dataclasses.dataclass
@@ -40,10 +40,10 @@ class Measured:
     """Measurements of one capability.
 
     Attributes:
-        prompts: its tasks, in order, with their solved pairs, P together.
+        prompts: its tasks, in order, with their solved pairs, P in total.
         receiver, sender: effects on every pair, ``[L, H, P]``, in [0, 1].
         probe: sub-probe of every pair, ``[P]``.
-        receivers: heads that pass as receivers.
+        receivers: heads that exceed the threshold as receivers.
         rounds: heads that each round of path patching added.
     """
 
@@ -61,11 +61,11 @@ class Measured:
 
     @property
     def importance(self) -> Importance:
-        """The scores by all pairs."""
+        """The scores from all pairs."""
         return Importance.of(self.receiver, self.sender, self.probe)
 
     def details(self) -> dict[str, Any]:
-        """For the head map."""
+        """Entry for the head map."""
         found = self.importance
         return {
             "probes": list(self.prompts),
@@ -89,18 +89,18 @@ def measure(
     prompts: Mapping[str, Solved],
     max_rounds: int,
 ) -> dict[str, Measured]:
-    """Receivers and senders of every capability.
+    """Measure receivers and senders of every capability.
 
     Args:
         capabilities: capability -> its tasks.
         prompts: task -> its solved pairs.
-        max_rounds: of path patching, at most; a round that adds no head is the last.
+        max_rounds: maximum number of rounds of path patching; a round without new heads is the last.
     """
     found = {
         name: _receivers(engine, {task: prompts[task] for task in tasks})
         for name, tasks in capabilities.items()
     }
-    # The receivers of all capabilities first: then it is known what is left to do.
+    # The receivers of all capabilities first, because they decide the remaining work.
     for one in found.values():
         _plan_rounds(engine, one, max_rounds, 1, one.receivers, [])
     for one in found.values():
@@ -117,7 +117,7 @@ def _receivers(engine: EffectEngine, prompts: dict[str, Solved]) -> Measured:
 
 
 def _senders(engine: EffectEngine, found: Measured, max_rounds: int) -> None:
-    """Rounds of path patching: what a round finds are the receivers of the next."""
+    """Rounds of path patching: the heads found in a round are the receivers of the next."""
     newest: list[Head] = found.receivers
     older: list[Head] = []
     for number in range(1, max_rounds + 1):
@@ -130,7 +130,7 @@ def _senders(engine: EffectEngine, found: Measured, max_rounds: int) -> None:
             for task, solved in found.prompts.items()
         ]
         effects = intervention_effects(np.concatenate(falls, axis=-1), found.gap)
-        # A head that sends in several rounds counts by the one in which it does most.
+        # A head that sends in several rounds counts with its largest effect.
         stronger = _mean(effects, found.probe) > _mean(found.sender, found.probe)
         found.sender = np.where(stronger[..., None], effects, found.sender)
         older = older + newest
@@ -150,7 +150,7 @@ def _plan_rounds(
     newest: list[Head],
     older: list[Head],
 ) -> None:
-    """Tell the time left what the next round takes; without receivers there is none, nor any after it."""
+    """Plan the next round for the estimate of the time left. Without receivers, no further round follows."""
     for task, solved in found.prompts.items():
         if newest and number <= max_rounds:
             engine.plan_senders(task, solved, number, newest, older)
@@ -162,13 +162,13 @@ def _plan_rounds(
 
 
 def positive_control(engine: EffectEngine, name: str, found: Measured, seed: int) -> dict[str, Any]:
-    """Knock out the best heads, and as many random ones of the others: the readout must fall by the best.
+    """Knock out the best heads, and the same number of random other heads. The best must lower the readout.
 
-    A probe that does not fail then cannot tell which heads matter, whatever its scores say.
+    A probe that still works without its best heads cannot show which heads matter.
 
     Returns:
-        For the head map: the heads, and for each set the share of the gap that the readout lost and the share
-        of answers that are still right.
+        Entry for the head map: the heads, and for each set the decrease of the readout as share of the gap, and
+        the share of answers that are still correct.
     """
     importance = found.importance
     ordered = rank_heads(importance.score + TIE_WEIGHT * importance.without_kappa)
@@ -195,14 +195,14 @@ def positive_control(engine: EffectEngine, name: str, found: Measured, seed: int
     report["can_fail"] = bool(with_signal and lost >= LEAST_FALL and lost > by_chance)
     if not report["can_fail"] and is_first_rank():
         _log.warning(
-            "the probe of %s cannot fail: without its %d best heads the readout loses %.2f of its gap, "
-            "without as many random ones %.2f; its scores tell little about heads",
+            "the probe of %s does not fail: without its %d best heads the readout loses %.2f of its gap, "
+            "without as many random heads %.2f; its scores say little about heads",
             name, count, lost, by_chance,
         )  # fmt: skip
     return report
 
 
-# -- how far the scores can be trusted --------------------------------------------------------------
+# -- reliability of the scores ------------------------------------------------------------------------
 
 
 def lengths(
@@ -212,12 +212,12 @@ def lengths(
     rule: str,
     compare: Callable[[np.ndarray, np.ndarray], dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Receiver effects on probes of other lengths beside those that were scored by.
+    """Compare receiver effects on probes of other lengths with the scored effects.
 
     Args:
         prompts: tokens -> task -> pairs.
-        rule: which pairs count (see :meth:`EffectEngine.solve`).
-        compare: from two ``[L, H]`` effects to their agreement.
+        rule: rule for solved pairs (see :meth:`EffectEngine.solve`).
+        compare: function of two ``[L, H]`` effects that returns their agreement.
     """
     rows = []
     for tokens, tasks in sorted(prompts.items()):
@@ -243,5 +243,5 @@ def lengths(
 
 
 def length_name(task: str, tokens: int) -> str:
-    """A task at another length, where its work is counted."""
+    """Name of a task at another length in the counts of work."""
     return f"{task}@{tokens}"

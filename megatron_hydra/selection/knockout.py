@@ -1,7 +1,7 @@
-"""Heads knocked out together: their outputs replaced by their means, everything downstream live.
+"""Knock out several heads together: replace their outputs by means; all later layers react.
 
-The positive control of a selection, and the knockout curve. A mean over tokens and prompts tells nothing of
-where a fact is, and leaves the stream as large as it was.
+The positive control of a selection and the knockout curve use it. A mean over tokens and prompts has no
+information on the position of a fact, and keeps the scale of the stream.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_hydra.selection.runner import DecoderRunner
 def output_sums(runner: DecoderRunner, batch: PromptBatch) -> torch.Tensor:
     """Head outputs summed over all tokens of the clean runs, float64 ``[L, H, d]``.
 
-    Together with :func:`num_tokens` of all batches this gives the means.
+    Divided by the sum of :func:`num_tokens`, the sum over all batches gives the means.
     """
     real = _is_real(batch)
     sums = []
@@ -31,13 +31,13 @@ def output_sums(runner: DecoderRunner, batch: PromptBatch) -> torch.Tensor:
 
 
 def num_tokens(batch: PromptBatch) -> int:
-    """Tokens of a batch's clean runs, padding not counted."""
+    """Number of tokens of a batch's clean runs, without padding."""
     return int(_is_real(batch).sum())
 
 
 @dataclasses.dataclass(frozen=True)
 class Knockout:
-    """The clean run without some heads.
+    """Result of a clean run without some heads.
 
     Attributes:
         m: the span readout, ``[P]`` float64.
@@ -55,7 +55,7 @@ def knock_out(
     """Run the clean prompts without some heads.
 
     Args:
-        means: of all heads' outputs, ``[L, H, d]``.
+        means: mean outputs of all heads, ``[L, H, d]``.
     """
     out: dict[int, list[int]] = {}
     for layer, head in heads:
@@ -72,7 +72,7 @@ def _clean_run(
     out: dict[int, list[int]],
     means: torch.Tensor | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Layer by layer: the stream after it ``[P, T, D]`` and its head outputs ``[P, T, H, d]``."""
+    """Yield for each layer the stream after it ``[P, T, D]`` and its head outputs ``[P, T, H, d]``."""
     positions = torch.arange(batch.clean.shape[1], device=runner.device)
     x = runner.embed(batch.clean)
     for layer in range(runner.num_layers):
@@ -90,5 +90,5 @@ def _clean_run(
 
 
 def _is_real(batch: PromptBatch) -> torch.Tensor:
-    """Which places of the clean runs are no padding, ``[P, T]`` bool."""
+    """Mask of the clean runs' real tokens, ``[P, T]`` bool."""
     return torch.arange(batch.clean.shape[1]) <= batch.answer_positions[:, -1:]

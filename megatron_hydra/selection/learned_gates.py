@@ -1,15 +1,15 @@
-"""Joint selection: which heads a student needs *together*, and how much it recovers at every budget.
+"""Joint selection: find the heads that a student needs *together*, and measure every budget.
 
-Effects of one head at a time miss redundancy (each of two backup heads looks useless, or both look needed),
-and a score does not tell the budget. Here every head is full attention and GDN at once
-(:mod:`~megatron_hydra.selection.gated_decoder`). The GDN branch learns stage 1 on text; then all weights are
-frozen, and one gate a head is learned under a budget that shrinks to nothing
-(:mod:`~megatron_hydra.selection.gate_sweep`) by
+Effects of single heads miss redundancy: each of two backup heads looks useless, or both look needed. Scores
+also do not show how many heads are needed. Here every head computes full attention and GDN
+(:mod:`~megatron_hydra.selection.gated_decoder`). The GDN branch first learns stage 1 on text. Then all weights
+are frozen, and one gate per head is learned while the budget decreases to zero
+(:mod:`~megatron_hydra.selection.gate_sweep`). The loss is
 
-    KL(teacher ‖ gated model) over the answers of prompts  +  the same over all tokens of text
+    KL(teacher ‖ gated model) on the answers of prompts  +  the same on all tokens of text.
 
-Heads are ranked by how long their gate stays open. Nearest relative: FlashMorph (arXiv 2606.30562), which
-learns gates of whole layers.
+Heads are ranked by the time that their gate stays open. The most similar method is FlashMorph
+(arXiv 2606.30562), which learns gates of whole layers.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ from megatron_hydra.selection.time_left import Stage
 from megatron_hydra.stopping import Stopped, stop_requested
 
 TEXT_SHARE = 0.25
-"""Share of a step's tokens that is plain text; the rest are prompts."""
+"""Share of plain text in a step's tokens; the rest are prompts."""
 
 HELD_OUT = 4
-"""One in so many solved prompts of a task is not learned from, and asked for the curve …"""
+"""One of this many solved prompts of a task is held out for the curve …"""
 MOST_HELD_OUT = 24
-"""… but no more than so many of a capability."""
+"""… but at most this many of a capability."""
 
 TEXT_ASKED = 8192
-"""Tokens of text on which the curve's divergence is measured."""
+"""Number of text tokens for the curve's divergence."""
 
 CURVE_RATIOS = ("dense", "1:1", "2:1", "3:1", "5:1", "7:1", "11:1", "15:1", "31:1", "all-gdn")
 
 RANDOM_ORDERS = 3
 
 LEARNING_RATES = (1e-3, 1e-5)
-"""Of the alignment, cosine (as stage 1 of the transfer)."""
+"""First and last learning rate of the alignment, cosine (as in stage 1 of the transfer)."""
 WARMUP_STEPS = 50
 LARGEST_GRADIENT = 1.0
 
 SAVE_SECONDS = 300.0
 
 RECORDS = 100
-"""Points of the sweep that a map holds."""
+"""Number of points of the sweep in a map."""
 
 Head = tuple[int, int]
 Orders = Mapping[str, Sequence[Head]]
@@ -66,14 +66,14 @@ Orders = Mapping[str, Sequence[Head]]
 
 @dataclasses.dataclass(frozen=True)
 class GateOptions:
-    """How much is learned.
+    """Amount of training.
 
     Attributes:
-        align_tokens: of text, for the GDN branch.
-        gate_tokens: of prompts and text, for the gates.
-        steps: of the gates' optimiser.
+        align_tokens: number of text tokens for the GDN branch.
+        gate_tokens: number of prompt and text tokens for the gates.
+        steps: number of optimizer steps of the gates.
         head_cost: see :class:`~megatron_hydra.selection.gate_sweep.SweepOptions`.
-        seed: of initial decays, samples and batches.
+        seed: seed of initial decays, samples and batches.
     """
 
     align_tokens: int
@@ -84,12 +84,12 @@ class GateOptions:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of one step, of the gates and of the alignment."""
+        """Number of tokens per step, for the gates and for the alignment."""
         return max(1, self.gate_tokens // self.steps)
 
     @property
     def align_steps(self) -> int:
-        """Steps of the alignment."""
+        """Number of steps of the alignment."""
         return max(1, self.align_tokens // self.step_tokens)
 
 
@@ -118,15 +118,15 @@ def learn(
     """Align the GDN branch, learn the gates, and measure the curve.
 
     Args:
-        engine: the teacher and the bench; states are kept there, so that a later start resumes from them.
+        engine: the teacher and the bench. States are saved there, and a later start resumes from them.
         capabilities: capability → its tasks.
         prompts: task → its prompts; unsolved ones are not used.
         text: token sequences, int64 ``[1, S]``.
         options: see :class:`GateOptions`.
-        weights: capability → how often its prompts are drawn; 1 where not named.
+        weights: capability → relative frequency of its prompts; default 1.
         compared: name → another ranking, whose curve is measured as well.
     """
-    materials = _Materials.of(capabilities, prompts, text, weights)
+    materials = _TrainingData.of(capabilities, prompts, text, weights)
     learner = _Learner(engine, materials, options)
     alignment = learner.align()
     sweep, records = learner.sweep()
@@ -151,7 +151,7 @@ def learn(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Materials:
+class _TrainingData:
     """Training data of the gates, and held-out prompts and text.
 
     Attributes:
@@ -173,7 +173,7 @@ class _Materials:
         prompts: Mapping[str, Solved],
         text: Sequence[torch.Tensor],
         weights: Mapping[str, float],
-    ) -> _Materials:
+    ) -> _TrainingData:
         learned: dict[str, dict[str, list[PromptPair]]] = {}
         asked: dict[str, list[PromptPair]] = {}
         for name, tasks in capabilities.items():
@@ -183,8 +183,8 @@ class _Materials:
                 solved = [prompts[task].pairs[i] for i in prompts[task].keep]
                 if len(solved) < 2:
                     raise HydraError(
-                        f"--tasks {task}: learned_gates needs two solved prompts at least, one to learn from "
-                        f"and one to ask; the model solves {len(solved)}: raise --num-prompts"
+                        f"--tasks {task}: learned_gates needs at least two solved prompts, one to learn from "
+                        f"and one to measure on; the model solves {len(solved)}: raise --num-prompts"
                     )
                 out = (list(range(HELD_OUT - 1, len(solved), HELD_OUT)) or [len(solved) - 1])[:most]
                 asked[name] += [solved[i] for i in out]
@@ -197,7 +197,7 @@ class _Materials:
         )
 
     def draw_prompts(self, generator: np.random.Generator, tokens: int) -> list[PromptPair]:
-        """Prompts of about so many tokens, one at least: a capability by weight, then a task, then a pair."""
+        """Draw prompts of about ``tokens`` tokens, at least one: capability by weight, then task, then pair."""
         names = list(self.learned)
         share = np.array([self.weights[name] for name in names])
         drawn: list[PromptPair] = []
@@ -208,7 +208,7 @@ class _Materials:
         return drawn
 
     def draw_text(self, generator: np.random.Generator, tokens: int) -> list[torch.Tensor]:
-        """Pieces of text of about so many tokens, one at least."""
+        """Draw pieces of text of about ``tokens`` tokens, at least one."""
         drawn: list[torch.Tensor] = []
         while not drawn or sum(map(len, drawn)) + len(drawn[-1]) <= tokens:
             drawn.append(self.text[generator.integers(len(self.text))])
@@ -227,7 +227,7 @@ class _Materials:
 def _text_batches(
     pieces: Sequence[torch.Tensor], tokens: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pieces padded on the right, ``[B, T]`` with at most so many places, and which places are real."""
+    """Batches of pieces padded on the right, ``[B, T]`` up to a maximum size, and masks of real tokens."""
     groups: list[list[torch.Tensor]] = []
     for piece in sorted(pieces, key=len):
         if groups and len(piece) * (len(groups[-1]) + 1) <= tokens:
@@ -246,15 +246,17 @@ def _text_batches(
 
 
 class _Learner:
-    """The two things that are learned, one after the other, and the curve."""
+    """Learns first the branches, then the gates, and measures the curve."""
 
-    def __init__(self, engine: EffectEngine, materials: _Materials, options: GateOptions) -> None:
+    def __init__(
+        self, engine: EffectEngine, materials: _TrainingData, options: GateOptions
+    ) -> None:
         self.bench, self.runner = engine.bench, engine.runner
         self.tokens_per_batch = engine.tokens_per_batch
         self.materials, self.options = materials, options
         self.recompute = self.runner.device.type != "cpu"
         self.decoder = GatedDecoder(
-            self.runner, [piece[None] for piece in self._some_text()], options.seed
+            self.runner, [piece[None] for piece in self._first_text()], options.seed
         )
         shown = f"{materials.fingerprint()} {options}"
         self._key = hashlib.sha256(shown.encode()).hexdigest()[:16]
@@ -269,19 +271,19 @@ class _Learner:
             f"{options.step_tokens} tokens each"
         )
 
-    def _some_text(self) -> list[torch.Tensor]:
-        """Text for γ and for the curve: the first pieces."""
+    def _first_text(self) -> list[torch.Tensor]:
+        """The first pieces of text, for γ and for the curve."""
         lengths = np.cumsum([len(piece) for piece in self.materials.text])
         return self.materials.text[: int(np.searchsorted(lengths, TEXT_ASKED)) + 1]
 
-    def _stopping(self) -> bool:
-        """Whether to leave: only where there is a later start that resumes from what is kept."""
+    def _should_stop(self) -> bool:
+        """Whether to stop: only if a later start can resume from the saved state."""
         return stop_requested() and self.bench.folder is not None
 
     # -- stage 1 -----------------------------------------------------------------------------------
 
     def align(self) -> dict[str, Any]:
-        """Teach the GDN branches; the losses of the last steps, layer by layer."""
+        """Train the GDN branches. Return the losses of the last steps, layer by layer."""
         task = _Alignment(self.decoder, self.options, self._align_batch)
         key = f"alignment {self._key}"
         kept = self.bench.kept(key)
@@ -291,7 +293,7 @@ class _Learner:
         self.bench.time_left.plan(self._align_stage, 4 * self._step_cost * left)
         saved = time.monotonic()
         for _ in self.bench.follow(self._align_stage, task.run(), 4 * self._step_cost):
-            stopping = self._stopping()
+            stopping = self._should_stop()
             if stopping or time.monotonic() - saved > SAVE_SECONDS:
                 self.bench.keep(key, task.state())
                 saved = time.monotonic()
@@ -308,12 +310,12 @@ class _Learner:
     def _align_batch(
         self, step: int
     ) -> Iterator[tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Micro-batches of a step: share of its tokens, ids, real places, heads that stay the teacher's."""
+        """Micro-batches of a step: share of its tokens, ids, mask of real tokens, the teacher's heads."""
         generator = np.random.default_rng([self.options.seed, 1, step])
         pieces = self.materials.draw_text(generator, self.options.step_tokens)
         total = sum(map(len, pieces))
         for ids, real in _text_batches(pieces, self.tokens_per_batch):
-            # From none to all of them: a branch has to serve beside any others.
+            # Any number of heads, from none to all: a branch must work with any other heads.
             share = generator.random((len(ids), 1, 1))
             heads = (len(ids), self.runner.num_layers, self.runner.num_heads)
             keep = torch.from_numpy(generator.random(heads) < share).float()
@@ -322,7 +324,7 @@ class _Learner:
     # -- the gates ---------------------------------------------------------------------------------
 
     def sweep(self) -> tuple[GateSweep, dict[str, list[Any]]]:
-        """Learn the gates; the sweep and its records, thinned out."""
+        """Learn the gates. Return the sweep and a selection of its records."""
         options = SweepOptions(
             steps=self.options.steps, head_cost=self.options.head_cost, seed=self.options.seed
         )
@@ -343,17 +345,17 @@ class _Learner:
 
         for record in self.bench.follow(self._sweep_stage, sweep.run(self._losses), cost):
             rows.append([record[name] for name in _RECORDED])
-            stopping = self._stopping()
+            stopping = self._should_stop()
             if stopping or time.monotonic() - saved > SAVE_SECONDS:
                 save()
                 saved = time.monotonic()
             if stopping:
                 raise Stopped
         save()
-        return sweep, _thinned(rows)
+        return sweep, _interval_means(rows)
 
     def _losses(self, step: int, draw: Draw) -> dict[str, float]:
-        """Loss and gradient of one step; every sequence has gates of its own."""
+        """Loss and gradient of one step; every sequence has its own gates."""
         generator = np.random.default_rng([self.options.seed, 2, step])
         tokens = self.options.step_tokens
         pairs = self.materials.draw_prompts(generator, round(tokens * (1 - TEXT_SHARE)))
@@ -375,7 +377,7 @@ class _Learner:
         return sums
 
     def _at_answers(self, batch: PromptBatch, gates: torch.Tensor | None) -> torch.Tensor:
-        """Last streams where the logits of the answers are, ``[P, A, D]``; ``None``: the teacher's."""
+        """Last streams at the answers, ``[P, A, D]``; without gates the teacher's."""
         if gates is not None:
             return batch.at_answers(self.decoder.forward(batch.clean, gates, self.recompute))
         with torch.no_grad():
@@ -384,7 +386,7 @@ class _Learner:
     def _at_text(
         self, ids: torch.Tensor, real: torch.Tensor, gates: torch.Tensor | None
     ) -> torch.Tensor:
-        """Last streams of all real tokens, ``[N, D]``; ``None``: the teacher's."""
+        """Last streams of all real tokens, ``[N, D]``; without gates the teacher's."""
         real = real.to(self.runner.last_device)
         if gates is not None:
             return self.decoder.forward(ids, gates, self.recompute)[real]
@@ -404,28 +406,28 @@ class _Learner:
 
     @torch.no_grad()
     def curve(self, orders: Orders, drawn: Sequence[Sequence[Head]]) -> list[dict[str, Any]]:
-        """What the aligned student recovers with the first n heads of a ranking FA, for falling n.
+        """Results of the aligned student if the first n heads of a ranking are FA, for decreasing n.
 
         Args:
             orders: name → ranking.
             drawn: random rankings.
 
         Returns:
-            For each n ``heads``, and under ``by`` what :meth:`_ask` says of each ranking; under ``random``
-            the same of each random one.
+            For each n: ``heads``; under ``by`` the result of :meth:`_measure_held_out` for each ranking; under
+            ``random`` the same for each random ranking.
         """
         layers, heads = self.runner.num_layers, self.runner.num_heads
         counts = {num_full_attention_heads(layers, heads, ratio) for ratio in CURVE_RATIOS}
         every = [*orders.values(), *drawn]
         sets = list(dict.fromkeys(frozenset(o[:n]) for n in sorted(counts) for o in every))
-        questions = self._questions()
+        questions = self._held_out_data()
         stage, cost = Stage("curve", ""), self._token_cost * questions.tokens
         self.bench.time_left.plan(stage, cost * len(sets))
         answers: dict[frozenset[Head], dict[str, Any]] = {}
-        asked = ((chosen, self._ask(chosen, questions)) for chosen in sets)
+        asked = ((chosen, self._measure_held_out(chosen, questions)) for chosen in sets)
         for chosen, answer in self.bench.follow(stage, asked, cost):
             answers[chosen] = answer
-            if self._stopping():
+            if self._should_stop():
                 raise Stopped
         return [
             {
@@ -436,8 +438,8 @@ class _Learner:
             for count in sorted(counts, reverse=True)
         ]
 
-    def _ask(self, chosen: frozenset[Head], questions: _Questions) -> dict[str, Any]:
-        """Held-out prompts and text with some heads FA: accuracy and KL by capability, KL of text, cache."""
+    def _measure_held_out(self, chosen: frozenset[Head], questions: _HeldOutData) -> dict[str, Any]:
+        """Measure held-out data with ``chosen`` FA heads: accuracy and KL by capability, KL of text, cache."""
         gates = torch.zeros(1, self.runner.num_layers, self.runner.num_heads)
         for layer, head in chosen:
             gates[0, layer, head] = 1.0
@@ -462,7 +464,7 @@ class _Learner:
         tokens = sum(int(real.sum()) for _, real, _ in questions.text)
         return result | {"text_divergence": total / tokens}
 
-    def _questions(self) -> _Questions:
+    def _held_out_data(self) -> _HeldOutData:
         prompts = {
             name: [
                 (batch, self._at_answers(batch, None))
@@ -472,18 +474,18 @@ class _Learner:
         }
         text = [
             (ids, real, self._at_text(ids, real, None))
-            for ids, real in _text_batches(self._some_text(), self.tokens_per_batch)
+            for ids, real in _text_batches(self._first_text(), self.tokens_per_batch)
         ]
-        return _Questions(prompts, text)
+        return _HeldOutData(prompts, text)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Questions:
-    """What the curve asks, with the teacher's last streams.
+class _HeldOutData:
+    """Held-out data of the curve, with the teacher's last streams.
 
     Attributes:
-        prompts: capability → held-out batches, each with ``[P, A, D]``.
-        text: ids and real places ``[B, T]``, with ``[N, D]``.
+        prompts: capability → held-out batches, each with streams ``[P, A, D]``.
+        text: ids and mask of real tokens ``[B, T]``, with streams ``[N, D]``.
     """
 
     prompts: dict[str, list[tuple[PromptBatch, torch.Tensor]]]
@@ -491,7 +493,7 @@ class _Questions:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all that is asked."""
+        """Number of tokens of all held-out data."""
         asked = sum(batch.clean.numel() for pairs in self.prompts.values() for batch, _ in pairs)
         return asked + sum(ids.numel() for ids, _, _ in self.text)
 
@@ -499,8 +501,8 @@ class _Questions:
 _RECORDED = ("prompts", "text", "target", "cost", "penalty")
 
 
-def _thinned(rows: list[list[float]]) -> dict[str, list[Any]]:
-    """Means over equal stretches of steps, at most :data:`RECORDS` of them, and the steps they end at."""
+def _interval_means(rows: list[list[float]]) -> dict[str, list[Any]]:
+    """Means over equal intervals of steps, at most :data:`RECORDS`, and the last step of each interval."""
     cuts = np.unique(np.linspace(0, len(rows), min(RECORDS, len(rows)) + 1).round().astype(int))
     means = [np.mean(rows[a:b], axis=0) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
     columns = {name: [float(row[i]) for row in means] for i, name in enumerate(_RECORDED)}
@@ -508,7 +510,7 @@ def _thinned(rows: list[list[float]]) -> dict[str, list[Any]]:
 
 
 class _Alignment:
-    """Stage 1 of the GDN branches: AdamW on fp32 copies, a cosine from 1e-3 to 1e-5."""
+    """Stage 1 of the GDN branches: AdamW on fp32 copies, cosine schedule from 1e-3 to 1e-5."""
 
     def __init__(self, decoder: GatedDecoder, options: GateOptions, batches: Any) -> None:
         self.decoder, self.options, self.batches = decoder, options, batches
@@ -524,7 +526,7 @@ class _Alignment:
         self.recent = torch.zeros(len(self.masters), dtype=torch.float64)
 
     def run(self) -> Iterator[None]:
-        """Take the steps that are left; the branches are frozen again in between."""
+        """Do the remaining steps; between steps the branches are frozen."""
         while self.step < self.options.align_steps:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate()
@@ -533,11 +535,11 @@ class _Alignment:
                 for parameter, master in zip(parameters, masters, strict=True):
                     master.grad = None if parameter.grad is None else parameter.grad.float()
                     parameter.grad = None
-                # Layer by layer: they are independent.
+                # Layer by layer, because layers are independent.
                 torch.nn.utils.clip_grad_norm_(masters, LARGEST_GRADIENT)
             self.optimizer.step()
             self._copy_back()
-            # The mean of about the last ten steps.
+            # Approximately the mean of the last ten steps.
             self.recent += (losses - self.recent) / min(self.step + 1, 10)
             self.step += 1
             yield
@@ -575,7 +577,7 @@ class _Alignment:
                 parameter.copy_(master)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that a later start needs."""
+        """State for resuming."""
         state = {"step": torch.tensor(self.step), "recent": self.recent.clone()}
         for number, master in enumerate(p for of_layer in self.masters for p in of_layer):
             state[f"{number}.weight"] = master
@@ -605,7 +607,7 @@ def orders_of(maps: Sequence[tuple[str, HeadMap]]) -> dict[str, list[Head]]:
         maps: (file, map).
 
     Raises:
-        HydraError: a map without a ranking.
+        HydraError: a map has no ranking.
     """
     orders: dict[str, list[Head]] = {}
     for source, head_map in maps:

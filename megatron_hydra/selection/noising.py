@@ -1,13 +1,14 @@
-"""The paper's causal effects of query heads: the corrupted run's output put into the clean run ("noising").
+"""The paper's causal effects of query heads: outputs of the corrupted run replace those of the clean run
+("noising").
 
-HydraHead, equations 10 and 11. In every intervention the residual stream and the MLPs run live, and the
-outputs of attention heads keep their clean values, but for those that are named. All functions take one
-batch of prompt pairs and return by how much the span readout m *falls*, m(x) − m(x; patched), in
-float64 on the CPU; :mod:`megatron_hydra.selection.importance` divides that by m(x) − m(x').
+HydraHead, equations 10 and 11. In every intervention the residual stream and the MLPs are recomputed. Outputs
+of attention heads keep their clean values, except for the heads named below. All functions take one batch of
+prompt pairs and return the *decrease* of the span readout, m(x) − m(x; patched), in float64 on the CPU.
+:mod:`megatron_hydra.selection.importance` divides it by m(x) − m(x').
 
-What makes them cheap: as later attention is frozen, a change of the stream stays at its position. So a
-head's direct effect needs only the answer positions, one row of the stream each, through the MLPs that
-follow: all heads of all layers go through them together. Only what a receiver *hears* needs all positions.
+The effects are cheap, because later attention is frozen and a change of the stream stays at its position. A
+head's direct effect therefore needs only one row of the stream per answer position, through all later MLPs.
+All heads of all layers pass through them together. Only the inputs of a receiver need all positions.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from megatron_hydra.selection.runner import DecoderRunner, LayerState, PairedStr
 def receiver_falls(
     runner: DecoderRunner, batch: PromptBatch, rows_per_pass: int = 8192
 ) -> torch.Tensor:
-    """Direct effects (equation 10): each head's corrupted output in the clean run, all later attention
+    """Direct effects (equation 10): each head's corrupted output in the clean run, with all later attention
     outputs at their clean values.
 
     Args:
-        rows_per_pass: at most this many rows of the stream go through an MLP at a time.
+        rows_per_pass: maximum number of rows of the stream per pass of an MLP.
 
     Returns:
         m(x) − m(x; patched), ``[L, H, P]``.
@@ -45,7 +46,7 @@ def receiver_falls(
         weights = runner.head_output_weights(layer, range(runner.num_heads)).float()
         patched = x_mid + torch.einsum("pahd,hdD->hpaD", change, weights)
         if layer == 0:
-            rows = x_mid[None]  # the unpatched run, which all are compared with: same arithmetic
+            rows = x_mid[None]  # the unpatched run for all comparisons, with the same arithmetic
         else:
             rows = rows.to(x_mid.device) + (x_mid - streams.at_answer(_clean(state.x_in)).float())
         rows = torch.cat([rows, patched])
@@ -60,12 +61,12 @@ def receiver_falls(
 
 @dataclasses.dataclass
 class _Heads:
-    """Heads of one layer that answer to a changed stream.
+    """Heads of one layer that react to a changed stream.
 
     Attributes:
-        heads: which, n of them.
+        heads: indices of n heads.
         kv_heads: the KV heads that they read.
-        reads: for each head, the place of its KV head in ``kv_heads``.
+        reads: for each head the index of its KV head in ``kv_heads``.
         z: their clean outputs at the T' positions, ``[P, T', n, d]``.
     """
 
@@ -91,24 +92,23 @@ def sender_falls(
     older: Sequence[Head],
     tokens_per_batch: int,
 ) -> Iterator[tuple[int, list[int], torch.Tensor]]:
-    """Path patching one step back (equation 11): only what a candidate sends to the newest receivers is
-    corrupted.
+    """Path patching by one step (equation 11): corrupt only the path from a candidate to the newest receivers.
 
-    First, what they hear: the clean run with the candidate's corrupted output, all other attention at its
-    clean values, MLPs live, up to the inputs of the newest receivers. Then, what that does: the clean run
-    with these receivers' outputs as they answer to it, but without the candidate's own. Receivers of
-    earlier rounds are live there: they hear what the newest write, and pass it on. All other heads keep
-    their clean outputs.
+    The first run gives the inputs of the newest receivers. It is the clean run with the candidate's corrupted
+    output; all other attention has its clean values, and MLPs are recomputed. The second run is the clean run
+    with the outputs of these receivers for the changed inputs, but with the candidate's clean output. In this
+    run, receivers of earlier rounds are recomputed: they read the outputs of the newest receivers and pass the
+    change on. All other heads keep their clean outputs.
 
     Args:
         senders: the candidates.
         newest: heads found in the last round.
-        older: heads found before; empty in the first round. Then a receiver's answer positions alone matter.
-        tokens_per_batch: at most this many positions of changed streams at a time.
+        older: heads found before. If empty (first round), only the answer positions of a receiver matter.
+        tokens_per_batch: maximum number of positions of changed streams at a time.
 
     Yields:
-        layer, its candidates (ascending), m(x) − m(x; patched) ``[n, P]``; layers ascending. Layers from which
-        no newest receiver can be reached are omitted.
+        layer, its candidates (ascending), m(x) − m(x; patched) ``[n, P]``; layers ascending. Layers without a
+        newest receiver above them are omitted.
     """
     top = max((layer for layer, _ in newest), default=0)
     by_layer: dict[int, list[int]] = {}
@@ -118,8 +118,8 @@ def sender_falls(
     if not by_layer:
         return
     paths = _Paths(runner, batch, list(by_layer), newest, older)
-    # From the first layer, whichever candidates there are: what is computed of one must not depend on the
-    # others, or a map would depend on how the work is shared out.
+    # Always from the first layer, for any candidates: the result of one must not depend on the others.
+    # Otherwise a map would depend on the distribution of work over ranks.
     unpatched = paths.readout(0, None)
     width = paths.streams.num_prompts * len(paths.streams.positions)
     together = max(1, tokens_per_batch // width)
@@ -132,11 +132,11 @@ def sender_falls(
 
 
 class _Paths:
-    """The clean run, kept so that it can be changed in the middle.
+    """The clean run, stored so that it can be changed at any layer.
 
     Attributes:
-        added: what attention adds to the clean stream, by layer, ``[P, T', D]``.
-        x_mid: the clean stream after the attention of layers at which a changed stream begins.
+        added: output of the attention in the clean run, by layer, ``[P, T', D]``.
+        x_mid: the clean stream after the attention of the layers at which a changed stream begins.
         change: corrupted minus clean outputs of the senders' layers, ``[P, T', H, d]``.
         newest, older: receivers by layer.
     """
@@ -161,7 +161,7 @@ class _Paths:
             state = self.streams.advance()
             for receivers, kept in ((newest, self.newest), (older, self.older)):
                 heads = sorted({h for at, h in receivers if at == layer})
-                if heads and layer:  # those of the first layer hear nobody
+                if heads and layer:  # heads of the first layer have no senders
                     kept[layer] = _Heads.of(runner, layer, heads, state)
             if layer in sender_layers:
                 self.change[layer] = _corrupted_minus_clean(state.z)
@@ -173,25 +173,28 @@ class _Paths:
         self.last_live = max(self.older, default=-1)
 
     def readout(self, sender: int, heads: list[int] | None) -> torch.Tensor:
-        """The readout if the receivers hear these heads of a layer corrupted, one at a time, ``[n, P]``.
+        """The readout if the receivers read one corrupted head of a layer at a time, ``[n, P]``.
 
         Args:
-            heads: ``None``: nothing is corrupted, ``[1, P]``.
+            heads: the heads; ``None``: nothing is corrupted, ``[1, P]``.
         """
         runner = self.runner
-        heard = self._sent(sender, heads)  # the stream that the newest receivers read, [nP, T', D]
-        answered: torch.Tensor | None = None  # the stream with their answers, [nP, T' or A, D]
+        heard = self._changed_stream(
+            sender, heads
+        )  # input stream of the newest receivers, [nP, T', D]
+        answered: torch.Tensor | None = None  # stream with their outputs, [nP, T' or A, D]
         for layer in range(sender + 1, runner.num_layers):
             here = runner.device_of(layer)
-            wide = layer < self.last_live  # live heads further up read keys and values everywhere
+            # Recomputed heads above read keys and values at all positions.
+            wide = layer < self.last_live
             written: list[torch.Tensor] = []
             if layer in self.newest:
-                written.append(self._written(self.newest[layer], heard.to(here), wide))
+                written.append(self._output_change(self.newest[layer], heard.to(here), wide))
             if answered is not None and layer in self.older:
-                written.append(self._written(self.older[layer], answered.to(here), wide))
+                written.append(self._output_change(self.older[layer], answered.to(here), wide))
             if answered is not None:
                 if not wide and answered.shape[1] == len(self.streams.positions):
-                    answered = self._narrow(answered)
+                    answered = self._at_answers(answered)
                 answered = self._with_clean(answered.to(here), self.added[layer], wide)
             elif written:
                 answered = self._with_clean(written.pop(), self.x_mid[layer], wide)
@@ -204,29 +207,29 @@ class _Paths:
         copies = (-1, self.streams.num_prompts)
         return runner.readout(answered.unflatten(0, copies), self.direction)
 
-    def _sent(self, layer: int, heads: list[int] | None) -> torch.Tensor:
-        """The clean stream after a layer in which one head is corrupted, ``[nP, T', D]``."""
+    def _changed_stream(self, layer: int, heads: list[int] | None) -> torch.Tensor:
+        """The clean stream after a layer with one corrupted head, ``[nP, T', D]``."""
         if heads is None:
             return self.runner.add_mlp(layer, self.x_mid[layer])
         weights = self.runner.head_output_weights(layer, heads)
         delta = torch.einsum("pthd,hdD->hptD", self.change[layer][:, :, heads], weights)
         return self.runner.add_mlp(layer, (self.x_mid[layer] + delta).flatten(0, 1))
 
-    def _narrow(self, x: torch.Tensor) -> torch.Tensor:
-        """The answer positions, in float32: these rows are few, and small changes count."""
+    def _at_answers(self, x: torch.Tensor) -> torch.Tensor:
+        """The answer positions in float32, because small changes matter; there are few of these rows."""
         return self.streams.at_answer(x).float()
 
     def _with_clean(self, x: torch.Tensor, clean: torch.Tensor, wide: bool) -> torch.Tensor:
-        """Add what belongs to the clean run, ``[P, T', D]``, to every changed stream."""
-        clean = clean if wide else self._narrow(clean)
+        """Add ``clean``, ``[P, T', D]``, of the clean run to every changed stream."""
+        clean = clean if wide else self._at_answers(clean)
         return (x.unflatten(0, (-1, self.streams.num_prompts)) + clean).flatten(0, 1)
 
-    def _written(self, receivers: _Heads, x: torch.Tensor, wide: bool) -> torch.Tensor:
-        """What changes in what receivers of one layer write, as they hear ``x`` instead of the clean stream.
+    def _output_change(self, receivers: _Heads, x: torch.Tensor, wide: bool) -> torch.Tensor:
+        """Change of the output of one layer's receivers if they read ``x`` instead of the clean stream.
 
         Args:
-            x: ``[nP, T', D]``: keys and values are read everywhere.
-            wide: at all T' positions, else at the answer positions.
+            x: ``[nP, T', D]``: keys and values need all positions.
+            wide: compute all T' positions, else only the answer positions.
 
         Returns:
             ``[nP, T' or A, D]``, float32 unless ``wide``.

@@ -1,4 +1,4 @@
-"""Open a model for selection: device and dtype, weights, tokenizer."""
+"""Load a model for selection: device and dtype, weights, tokenizer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from megatron_hydra.selection.work import Ranks
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where and how the model runs.
+    """Device and dtype of the model.
 
     Attributes:
         device: ``auto`` (a GPU for each local rank, else the CPU) or a torch device.
-        dtype: ``fp32``, ``bf16``, or ``auto``: the checkpoint's on a GPU, fp32 on a CPU.
+        dtype: ``fp32``, ``bf16``, or ``auto``: the checkpoint's dtype on a GPU, fp32 on a CPU.
         gpus_per_process: spread the layers of one copy over this many GPUs.
     """
 
@@ -33,7 +33,7 @@ class Placement:
         """The devices of one process.
 
         Raises:
-            HydraError: a device that torch does not know, or more GPUs than there are.
+            HydraError: torch does not know the device, or the machine has too few GPUs.
         """
         if self.device != "auto":
             try:
@@ -55,7 +55,7 @@ class Placement:
         return [torch.device("cuda", i) for i in range(first, first + count)]
 
     def torch_dtype(self, devices: list[torch.device]) -> torch.dtype | str:
-        """What ``from_pretrained`` is given."""
+        """The ``dtype`` argument of ``from_pretrained``."""
         if self.dtype == "auto":
             return torch.float32 if devices[0].type == "cpu" else "auto"
         if self.dtype not in COMPUTED_DTYPES:
@@ -66,10 +66,10 @@ class Placement:
 def load_runner(
     model: Any, folder: Path | None, placement: Placement, ranks: Ranks
 ) -> DecoderRunner:
-    """A runner for a model, which is loaded from a folder or given.
+    """Make a runner for a model, loaded from a folder or given.
 
     Raises:
-        HydraError: it cannot be loaded.
+        HydraError: the model cannot be loaded.
     """
     if folder is None:
         return DecoderRunner(model)
@@ -81,7 +81,7 @@ def load_runner(
 
 
 def native_length(model: Any, folder: Path | None) -> int:
-    """Tokens that the model was trained for, or 0 where its config does not tell."""
+    """Native context length of the model, or 0 if its config does not give it."""
     if folder is None:
         return int(getattr(model.config, "max_position_embeddings", 0) or 0)
     length = read_config_json(folder).get("max_position_embeddings")
@@ -89,10 +89,10 @@ def native_length(model: Any, folder: Path | None) -> int:
 
 
 def vocab_size_of(model: Any, folder: Path | None) -> int:
-    """Tokens that the model knows, from the folder's config or the loaded model's."""
+    """Vocabulary size, from the folder's config or the loaded model's config."""
     if folder is None:
         return int(model.config.vocab_size)
     size = read_config_json(folder).get("vocab_size")
     if not isinstance(size, int):
-        raise HydraError(f"{folder / 'config.json'}: key 'vocab_size' is missing or no integer")
+        raise HydraError(f"{folder / 'config.json'}: key 'vocab_size' is missing or not an integer")
     return size

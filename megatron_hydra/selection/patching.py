@@ -1,9 +1,10 @@
-"""Causal effects of query heads by denoising (clean into corrupted), batched over heads and prompts.
+"""Causal effects of query heads by denoising (clean outputs in the corrupted run), batched over heads and
+prompts.
 
-The paper's, corrupted into clean, are in :mod:`megatron_hydra.selection.noising`. All functions take one
-batch of prompt pairs and return the span readout m *after* the intervention, in float64 on the CPU; how
-it is normalised is for :mod:`megatron_hydra.selection.effects`. "Frozen" means: at its value in the
-corrupted run.
+The paper's effects (corrupted outputs in the clean run) are in :mod:`megatron_hydra.selection.noising`. All
+functions take one batch of prompt pairs and return the span readout m *after* the intervention, in float64 on
+the CPU. :mod:`megatron_hydra.selection.effects` normalises it. "Frozen" means: at its value in the corrupted
+run.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ Head = tuple[int, int]
 """(layer, query head)."""
 
 PATHS = ("q", "k", "v", "qkv")
-"""Inputs of the receivers through which a sender is let act: each alone, and all three together."""
+"""Inputs of the receivers through which a sender acts: each alone, and all three together."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """Both runs without intervention.
+    """Results of both runs without intervention.
 
     Attributes:
         clean, corrupted: m of the two runs, ``[P]``.
@@ -39,7 +40,7 @@ class Baseline:
 
 @torch.no_grad()
 def baseline(runner: DecoderRunner, batch: PromptBatch) -> Baseline:
-    """Run both prompts of every pair as they are."""
+    """Run both prompts of every pair without intervention."""
     x = PairedStreams(runner, batch).finish()
     clean, corrupted = runner.readout(x.unflatten(0, (2, -1)), runner.readout_direction(batch))
     top = runner.logits(_clean(x)).argmax(-1).cpu()
@@ -49,10 +50,10 @@ def baseline(runner: DecoderRunner, batch: PromptBatch) -> Baseline:
 
 @torch.no_grad()
 def direct_effects(runner: DecoderRunner, batch: PromptBatch) -> torch.Tensor:
-    """Each head's clean output sent straight to the logits, everything downstream frozen.
+    """Direct effect of each head's clean output on the logits, with all later layers frozen.
 
-    Only the change of the head's o_proj contribution reaches the final residual stream, there the
-    final norm and the LM head are applied exactly. Two forwards for all heads together.
+    Only the change of the head's o_proj output is added to the final residual stream. The final norm and the LM
+    head are then applied exactly. All heads together need two forwards.
 
     Returns:
         m, ``[L, H, P]``.
@@ -79,14 +80,14 @@ def total_effects(
     heads: Sequence[Head],
     tokens_per_batch: int,
 ) -> Iterator[tuple[int, list[int], torch.Tensor]]:
-    """Each head's output replaced by its clean one at all positions, everything downstream free.
+    """Replace each head's output by its clean one at all positions; all later layers are recomputed.
 
-    The streams are computed once; a patched run starts in the middle of the patched layer, at the
-    first position where the prompts differ, and as many heads as fit run together.
+    The streams are computed once. A patched run starts in the patched layer, at the first position where the
+    prompts differ. As many heads as possible run together.
 
     Args:
-        heads: which heads to patch.
-        tokens_per_batch: at most this many positions of patched streams at a time.
+        heads: heads to patch.
+        tokens_per_batch: maximum number of positions of patched streams at a time.
 
     Yields:
         layer, its patched heads (ascending), m ``[n, P]``; layers ascending.
@@ -108,7 +109,7 @@ def total_effects(
 
 @torch.no_grad()
 def layer_effects(runner: DecoderRunner, batch: PromptBatch) -> torch.Tensor:
-    """All heads of a layer replaced by their clean outputs together, everything downstream free.
+    """Replace the outputs of all heads of a layer by the clean ones; all later layers are recomputed.
 
     Returns:
         m, ``[L, P]``.
@@ -145,11 +146,11 @@ def _patched_runs(
 
 @dataclasses.dataclass
 class _ReceiverLayer:
-    """The n receivers of one layer, with what of the corrupted run they are compared with."""
+    """The n receivers of one layer, and their values in the corrupted run for comparison."""
 
     layer: int
     heads: list[int]
-    kv_heads: list[int]  # that each of them reads
+    kv_heads: list[int]  # KV head of each receiver
     x_in: torch.Tensor  # [P, T', D]
     q: torch.Tensor  # at the answer, [P, A, n, d]
     k: torch.Tensor  # [P, T, n, d]
@@ -167,15 +168,14 @@ def path_effects(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Path patching: sender → q, k or v inputs of the receivers → logits.
 
-    A sender's clean output changes the residual stream by its o_proj contribution alone (all other
-    heads and all MLPs in between are frozen); that change is seen only by the receivers, in their
-    queries, keys or values; the receivers' new outputs go straight to the logits. So only the
-    answer positions of a receiver matter.
+    A sender's clean output changes the residual stream only by its o_proj output; all other heads and all MLPs
+    between are frozen. Only the receivers read this change, in their queries, keys or values. The receivers'
+    new outputs directly change the logits. So only the answer positions of a receiver matter.
 
     Args:
         sender_layers: all heads of these layers are senders.
-        receivers: heads that may receive; those not above a sender's layer cannot hear it.
-        tokens_per_batch: at most this many positions of changed streams at a time.
+        receivers: possible receivers; a receiver can read only senders in lower layers.
+        tokens_per_batch: maximum number of positions of changed streams at a time.
 
     Yields:
         layer, m ``[4, H, P]`` in the order of :data:`PATHS`; layers ascending.
@@ -204,7 +204,7 @@ def path_effects(
             delta = torch.einsum("pthd,hdD->hptD", changes[sender][:, :, heads], weights)
             written = torch.zeros(len(PATHS), len(heads), *frozen.shape, device=frozen.device)
             for stage in above:
-                written += _heard(runner, streams, stage, delta).to(written.device)
+                written += _changed_outputs(runner, streams, stage, delta).to(written.device)
             parts.append(_result(runner.readout(frozen + written, direction)))
         yield sender, torch.cat(parts, dim=1)
 
@@ -225,11 +225,10 @@ def _receiver_layer(
     )
 
 
-def _heard(
+def _changed_outputs(
     runner: DecoderRunner, streams: PairedStreams, stage: _ReceiverLayer, delta: torch.Tensor
 ) -> torch.Tensor:
-    """What the receivers of one layer write at the answer, changed by senders, ``[4, n, P, A, D]``
-    float32.
+    """Outputs of one layer's receivers at the answer, changed by senders, ``[4, n, P, A, D]`` float32.
 
     Args:
         delta: the senders' changes of the residual stream, ``[n, P, T', D]``.
@@ -242,7 +241,7 @@ def _heard(
         runner.keys(layer, normed, streams.positions),
         runner.values(layer, normed),
     )
-    # Only the receivers' queries are asked, so only what they read is compared.
+    # Only the receivers have queries here, so only the KV heads that they read are compared.
     k, v = k[:, :, stage.kv_heads], v[:, :, stage.kv_heads]
     answer = streams.answer_positions(count, delta.device)
     q = runner.queries(layer, streams.at_answer(normed), answer, stage.heads)
@@ -265,10 +264,10 @@ def _heard(
 
 
 def attribution_effects(runner: DecoderRunner, batch: PromptBatch) -> torch.Tensor:
-    """Attribution patching: the total effect of every head to first order.
+    """Attribution patching: first-order estimate of the total effect of every head.
 
-    (z_clean − z_corrupted) · ∂m/∂z at the corrupted run, summed over positions: one pass over both
-    streams and one backward give all heads.
+    The estimate is (z_clean − z_corrupted) · ∂m/∂z at the corrupted run, summed over positions. One forward of
+    both streams and one backward give all heads.
 
     Returns:
         m of the corrupted run plus the estimate, ``[L, H, P]``.
@@ -284,7 +283,7 @@ def attribution_effects(runner: DecoderRunner, batch: PromptBatch) -> torch.Tens
         probes.append(probe)
     x = _corrupted(streams.at_answer(streams.x))
     m = runner.readout(x, runner.readout_direction(batch))
-    # Rows of a batch do not see each other, so the gradient of the sum holds every prompt's own.
+    # Rows of a batch are independent, so the gradient of the sum contains the gradient of every prompt.
     gradients = torch.autograd.grad(m.sum(), probes)
     estimates = [
         (_clean_minus_corrupted(z).float() * _corrupted(g).float()).sum((1, 3)).T
@@ -298,11 +297,10 @@ def attribution_effects(runner: DecoderRunner, batch: PromptBatch) -> torch.Tens
 
 @torch.no_grad()
 def attention_mass(runner: DecoderRunner, batch: PromptBatch) -> torch.Tensor:
-    """Retrieval score after Wu et al. (arXiv 2404.15574): how much a head looks at what is to be
-    copied.
+    """Retrieval score of Wu et al. (arXiv 2404.15574): attention of a head to the token to copy.
 
-    The attention mass from the first answer position onto earlier occurrences of the answer's first token
-    in the clean prompt, ``[L, H, P]``; NaN for prompts whose answer does not occur in their context.
+    It is the attention mass from the first answer position to earlier occurrences of the answer's first token
+    in the clean prompt, ``[L, H, P]``. It is NaN for prompts whose answer does not occur in their context.
     """
     streams = PairedStreams(runner, batch)
     length = batch.clean.shape[1]

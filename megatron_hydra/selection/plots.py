@@ -1,4 +1,4 @@
-"""Pictures of a head map, drawn from the file's contents alone."""
+"""Pictures of a head map, drawn only from the contents of its file."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ CHOSEN = "#d62728"
 
 
 def draw_head_map(head_map: HeadMap, prefix: str | os.PathLike[str]) -> list[Path]:
-    """Write PNGs named ``<prefix>_<what>.png``: what the map's contents allow.
+    """Write PNGs named ``<prefix>_<what>.png``, as far as the map has the data.
 
-    ``capabilities``: a heatmap for each capability; ``unified``: the ranked score with the chosen
-    heads marked; both name the tasks that were skipped. ``distribution``: sorted scores; ``overlap``:
-    top heads that two capabilities share; ``trust``: how far the scores can be trusted; ``gates``: what
-    learned gates recover at every budget; ``layers``: FA heads in each layer. Maps of strategies without
-    scores get the last only.
+    ``capabilities``: a heatmap for each capability. ``unified``: the ranked score with marks on the chosen
+    heads. Both name the skipped tasks. ``distribution``: sorted scores. ``overlap``: top heads that two
+    capabilities share. ``trust``: reliability of the scores. ``gates``: results of learned gates at every
+    budget. ``layers``: FA heads in each layer. A map without scores gives only the last picture.
 
     Returns:
         The files written.
@@ -51,7 +50,7 @@ def draw_head_map(head_map: HeadMap, prefix: str | os.PathLike[str]) -> list[Pat
 
 
 def draw_knockout(curve: dict[str, Any], path: Path) -> None:
-    """Accuracy and readout against the number of heads that are out (see :func:`knockout_curve`).
+    """Plot accuracy and readout against the number of knocked-out heads (see :func:`knockout_curve`).
 
     Raises:
         HydraError: matplotlib is not installed.
@@ -86,7 +85,7 @@ def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tup
 def _heatmap(figure: Any, axes: Any, scores: np.ndarray, title: str) -> None:
     from matplotlib.colors import AsinhNorm
 
-    # A few heads carry nearly all of the effect; linear colours would show them alone.
+    # A few heads have nearly all of the effect; linear colours would show only these.
     limit = float(np.abs(scores).max()) or 1.0
     norm = AsinhNorm(linear_width=limit / 20, vmin=-limit, vmax=limit)
     image = axes.imshow(scores, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
@@ -122,7 +121,7 @@ def _capabilities(head_map: HeadMap) -> Any:
 
 
 def _list_omitted_tasks(figure: Any, head_map: HeadMap) -> None:
-    """A line below the picture for every default task that says nothing about this model."""
+    """Write a line below the picture for every default task that was skipped for this model."""
     lines = []
     for task, facts in head_map.details.get("left_out", {}).items():
         solved = f"solved {facts['solved']} of {facts['drawn']}" if facts["drawn"] else "no prompts"
@@ -164,7 +163,7 @@ def _distribution(head_map: HeadMap) -> Any:
 
 
 def _overlap(head_map: HeadMap) -> Any:
-    """Share of two capabilities' top heads (as many as are FA) that they have in common."""
+    """Share of common heads among two capabilities' top heads (as many as the map has FA heads)."""
     tasks = list(head_map.scores)
     count = max(1, head_map.num_full_attention)
     tops = [set(rank_heads(np.array(head_map.scores[t]))[:count]) for t in tasks]
@@ -184,7 +183,7 @@ def _overlap(head_map: HeadMap) -> Any:
 
 
 def _trust(head_map: HeadMap) -> Any:
-    """Four answers: signal and ties, split halves, other lengths, concentration in layers."""
+    """Four plots: signal and ties, split halves, other lengths, concentration in layers."""
     trust = head_map.details["trust"]
     figure, (signal, halves, lengths, layers) = _figure(11, 7, 2, 2)
     for number, (name, facts) in enumerate(trust["capabilities"].items()):
@@ -225,7 +224,7 @@ def _trust(head_map: HeadMap) -> Any:
 
 
 def _gates(head_map: HeadMap) -> Any:
-    """Three curves: retrieval and KL against the number of FA heads, and the sweep they come from."""
+    """Three plots: retrieval and KL against the number of FA heads, and the sweep of the gates."""
     gates = head_map.details["gates"]
     rows, sweep = gates["curve"], gates["sweep"]
     counts = [row["heads"] for row in rows]

@@ -1,7 +1,7 @@
-"""Aligned prompts: a clean and a corrupted one, token by token, that differ in the fact asked for.
+"""Aligned prompt pairs: a clean and a corrupted prompt of equal length that differ in the requested fact.
 
-What is read of a run is the *span readout* (HydraHead, equation 9): over all tokens of the answer, with the
-right answer's tokens as input (teacher-forced), m = Σ_j λ^j (z_j[a⁺_j] − z_j[a⁻_j]) / Σ_j λ^j, z logits.
+The result of a run is the *span readout* (HydraHead, equation 9): the right answer's tokens are the input
+(teacher forcing), and m = Σ_j λ^j (z_j[a⁺_j] − z_j[a⁻_j]) / Σ_j λ^j over the tokens of the answer, z logits.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ from megatron_hydra.errors import HydraError
 Encode = Callable[[str], list[int]]
 
 DECAY = 0.9
-"""λ of the span readout: a later token of the answer counts for less."""
+"""λ of the span readout: later tokens of the answer have less weight."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptPair:
-    """One question asked twice.
+    """A question in a clean and a corrupted form.
 
     Attributes:
-        clean, corrupted: token ids of equal length; the answer comes next. They differ in at least one
-            place.
-        answer: the tokens that are right after ``clean``.
-        wrong: those they are weighed against, usually what is right after ``corrupted``; as many, and
-            another first token (what both answers begin with belongs to the prompts).
+        clean, corrupted: token ids of equal length, before the answer. They differ in at least one position.
+        answer: tokens of the right answer to ``clean``.
+        wrong: tokens of the wrong answer, usually the right answer to ``corrupted``. It has the same number of
+            tokens and another first token (a common beginning of both answers belongs to the prompts).
     """
 
     clean: tuple[int, ...]
@@ -44,15 +43,14 @@ class PromptPair:
     def __post_init__(self) -> None:
         if len(self.clean) != len(self.corrupted):
             raise HydraError(
-                f"clean and corrupted are not aligned: {len(self.clean)} against "
-                f"{len(self.corrupted)} tokens"
+                f"clean and corrupted are not aligned: {len(self.clean)} and {len(self.corrupted)} tokens"
             )
         if self.clean == self.corrupted:
             raise HydraError("clean and corrupted are the same")
         if not self.answer or len(self.answer) != len(self.wrong):
             raise HydraError(
-                f"answer and wrong_answer must have the same number of tokens, one at least: "
-                f"{len(self.answer)} against {len(self.wrong)}"
+                "answer and wrong_answer must have the same number of tokens, at least one: "
+                f"{len(self.answer)} and {len(self.wrong)}"
             )
         if self.answer[0] == self.wrong[0]:
             raise HydraError("answer and wrong_answer begin with the same token")
@@ -64,7 +62,7 @@ class PromptPair:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that a run reads: the prompt, and the answer but for its last token."""
+        """Number of tokens that a run reads: the prompt, and the answer without its last token."""
         return len(self.clean) + len(self.answer) - 1
 
     @property
@@ -79,16 +77,16 @@ class PromptPair:
 class PromptBatch:
     """Prompt pairs of similar length, padded on the right (a causal model never sees the padding).
 
-    The right answer stands behind both prompts, but for its last token. Answers shorter than the
-    longest, of A tokens, repeat their last place with weight 0.
+    Both prompts are followed by the right answer without its last token. The longest answer has A tokens.
+    Shorter answers repeat their last position with weight 0.
 
     Attributes:
         index: positions of the pairs in their task's list, ``[P]``.
         clean, corrupted: token ids ``[P, T]``, int64.
-        answer_positions: where the logits of each answer token are ``[P, A]``, ascending.
+        answer_positions: positions of the logits of each answer token, ``[P, A]``, ascending.
         answer, wrong: token ids ``[P, A]``.
         weights: λ^j / Σ_j λ^j, ``[P, A]`` float32.
-        shared_prefix: tokens at the start that clean and corrupted share in every pair.
+        shared_prefix: number of tokens at the start that clean and corrupted share in every pair.
     """
 
     index: tuple[int, ...]
@@ -106,7 +104,7 @@ class PromptBatch:
         return x[rows, self.answer_positions.to(x.device)]
 
     def answered(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Whether every token of the answer is the one given there, ``[P]``, of ``[P, A]``."""
+        """Whether ``tokens`` ``[P, A]`` equal the answer in every position, ``[P]``."""
         return ((tokens == self.answer) | (self.weights == 0)).all(-1)
 
 
@@ -119,18 +117,18 @@ def span_weights(count: int) -> list[float]:
 def make_batches(
     pairs: Sequence[PromptPair], tokens_per_batch: int, keep: Sequence[int] | None = None
 ) -> list[PromptBatch]:
-    """Cut pairs into batches; depends on nothing but the arguments, so every rank cuts alike.
+    """Cut pairs into batches. The result depends only on the arguments, so all ranks get the same batches.
 
     Args:
         pairs: all pairs of a capability.
-        tokens_per_batch: at most this many tokens of clean and corrupted prompts in a batch.
-        keep: indices of the pairs to use; default all.
+        tokens_per_batch: maximum number of tokens of clean and corrupted prompts in a batch.
+        keep: indices of the pairs to use; default: all.
     """
     kept = range(len(pairs)) if keep is None else keep
     order = sorted(kept, key=lambda i: (pairs[i].num_tokens, pairs[i].first_difference, i))
     groups: list[list[int]] = []
     for i in order:
-        # Sorted by length, so the newcomer is the longest of its batch.
+        # Sorted by length, so the new pair is the longest of its batch.
         length = pairs[i].num_tokens
         if groups and 2 * length * (len(groups[-1]) + 1) <= tokens_per_batch:
             groups[-1].append(i)
@@ -176,9 +174,7 @@ def prompts_fingerprint(prompts: dict[str, list[PromptPair]]) -> str:
 
 
 def text_encoder(tokenizer: Any) -> Encode:
-    """``text -> ids`` for the start of a document: with the begin token if the tokenizer adds
-    one.
-    """
+    """Function ``text -> ids`` for the start of a document, with the begin token if the tokenizer adds one."""
     begin = tokenizer.bos_token_id
     default = tokenizer("a").input_ids
     prefix = [begin] if begin is not None and default[:1] == [begin] else []
@@ -194,15 +190,15 @@ def pair_from_text(
 ) -> PromptPair | None:
     """Tokenize a pair.
 
-    Tokens that both answers begin with are appended to both prompts: they tell nothing apart, and as
-    every readout has the same factor without them, no effect changes.
+    Tokens at the beginning of both answers are appended to both prompts, because they do not distinguish the
+    answers. Without them every readout changes by the same factor, so no effect changes.
 
     Args:
-        equal: want answers of equally many tokens; else the longer one is cut.
+        equal: require answers with the same number of tokens; else the longer answer is cut.
 
     Returns:
-        ``None`` where this tokenizer does not align the texts: prompts of unequal length, or one
-        answer the beginning of the other.
+        ``None`` if this tokenizer does not align the texts: the prompts have different lengths, or one answer
+        is the beginning of the other.
     """
     clean_ids, corrupted_ids = encode(clean), encode(corrupted)
     right = _continuation(encode, clean, clean_ids, answer)
@@ -235,7 +231,7 @@ def _continuation(encode: Encode, text: str, ids: list[int], answer: str) -> lis
     whole = encode(text + answer)
     if whole[: len(ids)] == ids:
         return whole[len(ids) :]
-    # The tokenizer merges across the seam: the answer alone is then what the model has to say.
+    # The tokenizer merges tokens of prompt and answer. Then encode the answer separately.
     begin = encode("")
     return encode(answer)[len(begin) :]
 
@@ -250,10 +246,10 @@ def read_jsonl(path: str | os.PathLike[str], encode: Encode | None) -> list[Prom
     ``encode``.
 
     Raises:
-        HydraError: the file, line and field that cannot be used.
+        HydraError: a field cannot be used; names file, line and field.
     """
     try:
-        # Not splitlines: JSON strings may hold U+2028 and the like, which it takes for line ends.
+        # Not splitlines: it splits at U+2028 and similar characters, which JSON strings may contain.
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise HydraError(f"prompts {path} cannot be read: {error}") from None

@@ -1,4 +1,4 @@
-"""From effects to one global ranking, and from the ranking to the chosen heads. Plain NumPy."""
+"""Compute one global ranking from effects, and choose heads by the ranking. Plain NumPy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import ModelIdentity, num_full_attention_heads
 
 SPREAD_FLOOR = 1e-3
-"""Smallest standard deviation that scores are divided by: a capability in which no head moves the
-metric by a thousandth must not have its noise blown up to the size of the others' signal."""
+"""Smallest standard deviation in a division. If no head changes the metric by a thousandth, the noise of this
+capability must not be scaled to the size of the signal of the others."""
 
 
 def standardise(scores: np.ndarray) -> np.ndarray:
-    """Mean 0 and standard deviation 1 over all heads, ``[L, H]`` (see :data:`SPREAD_FLOOR`)."""
+    """Scale to mean 0 and standard deviation 1 over all heads, ``[L, H]`` (see :data:`SPREAD_FLOOR`)."""
     return (scores - scores.mean()) / max(float(scores.std()), SPREAD_FLOOR)
 
 
@@ -26,10 +26,10 @@ def weighted_mean(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]
 
     Args:
         scores: capability -> ``[L, H]``.
-        weights: capability -> weight; 1 where it is not named.
+        weights: capability -> weight; default 1.
 
     Raises:
-        HydraError: a weight for a capability that is not there, or no positive weight.
+        HydraError: a weight names an unknown capability, or no weight is positive.
     """
     unknown = sorted(set(weights) - set(scores))
     if unknown:
@@ -70,7 +70,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def budget(model: ModelIdentity, ratio: str, granularity: str = "query_head") -> int:
-    """How many heads are FA; for whole KV groups the nearest multiple, at least one group."""
+    """Number of FA heads; for whole KV groups the nearest multiple, at least one group."""
     count = num_full_attention_heads(model.num_layers, model.num_query_heads, ratio)
     group = model.num_query_heads // model.num_kv_heads
     if granularity == "query_head" or count == 0:
@@ -85,31 +85,31 @@ def choose_heads(
     constraints: Constraints,
     same_in_every_layer: bool = False,
 ) -> tuple[tuple[int, ...], ...]:
-    """The best heads that the budget and the constraints allow.
+    """Choose the best heads within the budget and the constraints.
 
-    Greedy: first every layer's minimum, then always the best head that is left (its score plus the
-    bonus, if its KV group is open) in a layer that is not full.
+    The choice is greedy: first every layer's minimum, then always the best remaining head in a layer that is
+    not full. The score of a head includes the bonus if its KV group has a chosen head.
 
     Args:
         scores: ``[L, H]``, higher is better.
-        same_in_every_layer: every layer gets the same share of the budget (counts differ by at most
-            one where it does not divide).
+        same_in_every_layer: every layer gets the same share of the budget (the numbers differ by at most one
+            if the budget is not a multiple of the layers).
 
     Returns:
         For each layer the sorted chosen heads.
 
     Raises:
-        HydraError: the constraints contradict the budget; both numbers are named.
+        HydraError: the constraints contradict the budget; names both numbers.
     """
     if scores.shape != (model.num_layers, model.num_query_heads):
-        raise ValueError(f"scores are {scores.shape}, the model has other layers or heads")
+        raise ValueError(f"scores have shape {scores.shape}, which does not fit the model")
     group_size = model.num_query_heads // model.num_kv_heads
     size = group_size if constraints.granularity == "kv_group" else 1
     units = scores.reshape(model.num_layers, -1, size).mean(-1)
     count = budget(model, ratio, constraints.granularity) // size
     lowest, highest = _limits(units.shape, count, size, constraints)
     if same_in_every_layer:
-        # Limits that the budget respects (checked above) are respected by equal shares as well.
+        # If the budget keeps the limits (checked above), equal shares keep them as well.
         lowest = highest = np.array(spread_evenly(count, model.num_layers))
     group = np.arange(units.shape[1]) // (group_size // size)
     bonus = constraints.kv_group_bonus * float(scores.std())
@@ -123,7 +123,7 @@ def choose_heads(
 def _limits(
     shape: tuple[int, ...], count: int, size: int, constraints: Constraints
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Least and most units in each layer, ``[L]``; a unit is ``size`` heads."""
+    """Minimum and maximum number of units in each layer, ``[L]``; a unit is ``size`` heads."""
     layers, per_layer = shape
     lowest = -(-constraints.min_per_layer // size)
     limit = constraints.max_per_layer
@@ -180,5 +180,5 @@ def whole_layers(
 
 
 def spread_evenly(count: int, bins: int) -> list[int]:
-    """``count`` things over ``bins``: counts differ by at most one, the larger ones spread out."""
+    """Distribute ``count`` items over ``bins``: numbers differ by at most one, larger ones spread evenly."""
     return [(i + 1) * count // bins - i * count // bins for i in range(bins)]

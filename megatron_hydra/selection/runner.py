@@ -1,9 +1,8 @@
-"""A Hugging Face decoder taken apart: embedding, attention, MLP and head, one layer at a time.
+"""Run a Hugging Face decoder in parts: embedding, attention, MLP and head, one layer at a time.
 
-Nothing here imports Megatron. The modules and weights are the model's own; what is ours is the
-order in which they are called, so that a residual stream can be stopped at any layer, changed, and
-continued from there. Shapes: B streams, T positions, D hidden, H query heads, G KV heads, d
-head_dim.
+It does not import Megatron. It uses the model's own modules and weights, but calls them itself. So it can stop
+a residual stream at any layer, change it, and continue from there. Shapes: B streams, T positions, D hidden,
+H query heads, G KV heads, d head_dim.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ class DecoderRunner:
     """Runs parts of a Qwen3, Qwen2 or Llama model.
 
     Args:
-        model: a ``*ForCausalLM``; put into eval mode, its parameters no longer require gradients.
-        devices: spread the layers over these in equal consecutive blocks (for a model larger than
-            one GPU); default: where the model is.
+        model: a ``*ForCausalLM``. It is set to eval mode, and its parameters no longer require gradients.
+        devices: distribute the layers over these devices in equal consecutive blocks (for a model larger than
+            one GPU); default: the model's device.
 
     Raises:
-        HydraError: another architecture, or one with sliding-window attention.
+        HydraError: the architecture is not supported, or uses sliding-window attention.
     """
 
     def __init__(self, model: Any, devices: Sequence[torch.device | str] = ()) -> None:
@@ -70,16 +69,16 @@ class DecoderRunner:
         body.embed_tokens.to(devices[0])
         body.rotary_emb.to(devices[0])
         body.norm.to(devices[-1])
-        # A tied head shares its weight with the embedding; readout_direction copes with either place.
+        # A tied head shares its weight with the embedding; readout_direction works on either device.
         if self.model.lm_head.weight is not body.embed_tokens.weight:
             self.model.lm_head.to(devices[-1])
 
     def device_of(self, layer: int) -> torch.device:
-        """Where a layer's weights are."""
+        """The device of a layer's weights."""
         return self.layers[layer].self_attn.o_proj.weight.device
 
     def wait(self) -> None:
-        """Return when all GPUs that hold layers have done what they were given."""
+        """Wait until all GPUs with layers have finished their work."""
         for device in {self.device_of(layer) for layer in range(self.num_layers)}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -101,13 +100,13 @@ class DecoderRunner:
         positions: torch.Tensor | None,
         heads: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Queries.
+        """Compute queries.
 
         Args:
             normed: ``[B, T, D]``.
-            positions: ``[T]``, or ``[B, T]`` where streams differ; ``None``: 0 to T − 1, and then the host
-                does not wait for the GPU.
-            heads: of these n heads only; default: all.
+            positions: ``[T]``, or ``[B, T]`` if streams differ. ``None``: 0 to T − 1; the host then does not
+                wait for the GPU.
+            heads: only these n heads; default: all.
 
         Returns:
             ``[B, T, n, d]``, normalised and rotated.
@@ -141,7 +140,7 @@ class DecoderRunner:
     def _project(
         self, projection: Any, normed: torch.Tensor, heads: Sequence[int] | None
     ) -> torch.Tensor:
-        """A projection's output by heads, ``[..., n, d]``."""
+        """Output of a projection, split into heads, ``[..., n, d]``."""
         if heads is None:
             return projection(normed).unflatten(-1, (-1, self.head_dim))
         weight, bias = projection.weight, projection.bias
@@ -165,12 +164,12 @@ class DecoderRunner:
             q: ``[B, Tq, H, d]``.
             k, v: ``[B, Tk, G, d]``; ``[B, Tk, H, d]`` if not ``grouped``.
             positions_q: positions of the queries, ``[Tq]`` or ``[B, Tq]``; not read if Tq = Tk.
-            grouped: keys and values are those of KV heads; else every query head comes with its own.
+            grouped: whether keys and values belong to KV heads; else every query head has its own.
 
         Returns:
-            Head outputs z ``[B, Tq, H, d]``: what enters o_proj.
+            Head outputs z ``[B, Tq, H, d]``, the input of o_proj.
         """
-        mask = None  # as many queries as keys: plain causal attention, which kernels do faster
+        mask = None  # equal numbers of queries and keys: plain causal attention, which is faster
         if q.shape[1] != k.shape[1]:
             assert positions_q is not None
             positions_k = torch.arange(k.shape[1], device=q.device)
@@ -187,11 +186,11 @@ class DecoderRunner:
         return z.transpose(1, 2)
 
     def output_projection(self, layer: int, z: torch.Tensor) -> torch.Tensor:
-        """o_proj of all heads: ``[B, T, H, d]`` to ``[B, T, D]``, bias included."""
+        """Apply o_proj to all heads: ``[B, T, H, d]`` to ``[B, T, D]``, with bias."""
         return self.layers[layer].self_attn.o_proj(z.flatten(-2))
 
     def head_output_weights(self, layer: int, heads: Sequence[int]) -> torch.Tensor:
-        """The columns of o_proj that belong to some heads, ``[n, d, D]``."""
+        """The columns of o_proj of the given heads, ``[n, d, D]``."""
         weight = self.layers[layer].self_attn.o_proj.weight
         return weight.view(self.hidden_size, self.num_heads, self.head_dim)[:, list(heads)].permute(
             1, 2, 0
@@ -200,7 +199,7 @@ class DecoderRunner:
     def add_mlp(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         """The stream after the MLP: x + MLP(norm(x)).
 
-        A stream in float32 stays so, whatever the weights' dtype.
+        A float32 stream stays float32 for any dtype of the weights.
         """
         module = self.layers[layer]
         normed = module.post_attention_layernorm(x)
@@ -209,8 +208,9 @@ class DecoderRunner:
     # -- the end -----------------------------------------------------------------------------------
 
     def readout_direction(self, batch: PromptBatch) -> torch.Tensor:
-        """What the final normed stream is projected on: the weight of a token of the answer times
-        (W[answer] − W[wrong]), ``[P, A, D]`` float32.
+        """Direction of the readout in the final normed stream, ``[P, A, D]`` float32.
+
+        It is the weight of an answer token times (W[answer] − W[wrong]).
         """
         weight = self.model.lm_head.weight
         difference = weight[batch.answer.to(weight.device)].float()
@@ -219,10 +219,10 @@ class DecoderRunner:
         return difference.to(self.last_device)
 
     def readout(self, x: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
-        """The span readout m from residual streams at the answer positions, ``[..., P]`` float32.
+        """Compute the span readout m from residual streams at the answer positions, ``[..., P]`` float32.
 
         Args:
-            x: ``[..., P, A, D]``; the norm runs in float32 whatever its dtype.
+            x: ``[..., P, A, D]`` of any dtype; the norm runs in float32.
             direction: ``[P, A, D]``.
         """
         return (self.model.model.norm(x.float()).float() * direction).sum((-1, -2))
@@ -243,7 +243,7 @@ class DecoderRunner:
         cos, sin = (t.unsqueeze(-2).to(x.dtype) for t in (cos, sin))
         half = x.shape[-1] // 2
         rotated = x * cos
-        # In place: the copies of the usual rotate-half cost as much as a projection does.
+        # In place: the copies of the usual rotate-half cost as much as a projection.
         rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
         rotated[..., half:].addcmul_(x[..., :half], sin[..., half:])
         return rotated
@@ -260,7 +260,7 @@ class DecoderRunner:
 
 
 def attention_of_any_shape(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Attention without cuDNN inside the block, for batches that have a shape of their own each.
+    """Use attention without cuDNN inside the block, for batches with different shapes.
 
     CuDNN builds a plan for each shape, which takes longer than the attention of a few prompts.
     """
@@ -272,13 +272,13 @@ def attention_of_any_shape(device: torch.device) -> contextlib.AbstractContextMa
 
 
 def default_tokens_per_batch(runner: DecoderRunner) -> int:
-    """Positions computed at a time, as they suit the device: a CPU's cache is small."""
+    """Default number of positions per forward. It is smaller on a CPU, whose cache is small."""
     return 2048 if runner.device.type == "cpu" else 32768
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerState:
-    """One layer of both streams, positions from the shared prefix on (T' = T − prefix).
+    """Values of one layer for both streams, for the positions after the shared prefix (T' = T − prefix).
 
     Attributes:
         x_in: residual streams that enter the layer, clean rows first, ``[2P, T', D]``.
@@ -298,15 +298,15 @@ class LayerState:
 class PairedStreams:
     """The clean and the corrupted residual stream of one batch, advanced together layer by layer.
 
-    Positions before the first difference are the same in both and never change under a patch: they
-    are computed once, and only their keys and values are kept.
+    Positions before the first difference are equal in both streams, and no patch changes them. They are
+    computed once, and only their keys and values are kept.
 
     Attributes:
         batch: the prompts.
         start: T − T', the length of the shared prefix.
-        positions: absolute positions of the T' computed ones, ``[T']``.
-        answer_rows: the answer positions' index among them, ``[P, A]``.
-        prefix: for each layer keys and values ``[P, start, G, d]``, or ``None`` where start is 0.
+        positions: absolute positions of the T' computed tokens, ``[T']``.
+        answer_rows: indices of the answer positions among them, ``[P, A]``.
+        prefix: for each layer keys and values ``[P, start, G, d]``, or ``None`` if start is 0.
     """
 
     def __init__(self, runner: DecoderRunner, batch: PromptBatch) -> None:
@@ -326,7 +326,7 @@ class PairedStreams:
         return len(self.batch.index)
 
     def at_answer(self, x: torch.Tensor) -> torch.Tensor:
-        """Pick the answer positions: ``[nP, T', ...]`` to ``[nP, A, ...]``, prompts fastest."""
+        """Pick the answer positions: ``[nP, T', ...]`` to ``[nP, A, ...]``; prompts are the fastest axis."""
         rows = self.answer_rows.to(x.device).repeat(x.shape[0] // self.num_prompts, 1)
         return x[torch.arange(x.shape[0], device=x.device)[:, None], rows]
 
@@ -356,7 +356,7 @@ class PairedStreams:
         v: torch.Tensor,
         kv_heads: Sequence[int] | None = None,
     ) -> KeyValue:
-        """Prepend the shared prefix's keys and values to ``[nP, T', G, d]``, of some or all KV heads."""
+        """Prepend keys and values of the shared prefix to ``[nP, T', G, d]``, for some or all KV heads."""
         if self.prefix is None:
             return k, v
         copies = k.shape[0] // self.num_prompts
@@ -370,8 +370,8 @@ class PairedStreams:
         """Run the next layer of both streams.
 
         Args:
-            z_offset: added to the head outputs, ``[2P, T', H, d]``: zeros that require a gradient
-                give the gradient with respect to z.
+            z_offset: offset of the head outputs, ``[2P, T', H, d]``. Zeros that require a gradient give the
+                gradient with respect to z.
         """
         runner, layer = self.runner, self.next_layer
         x_in = self.x.to(runner.device_of(layer))
@@ -389,21 +389,20 @@ class PairedStreams:
         return LayerState(x_in, x_mid, z, q, k, v)
 
     def finish(self) -> torch.Tensor:
-        """Run the layers that are left; both streams at the answer, ``[2P, A, D]``."""
+        """Run the remaining layers. Return both streams at the answer, ``[2P, A, D]``."""
         while self.next_layer < self.runner.num_layers:
             self.advance()
         return self.at_answer(self.x)
 
     def continue_from(self, layer: int, x_mid: torch.Tensor) -> torch.Tensor:
-        """Run patched streams to the end, everything downstream free.
+        """Run patched streams to the end; all later layers are recomputed.
 
         Args:
-            layer: the layer whose attention has just been added.
-            x_mid: ``[nP, T', D]``, prompts fastest.
+            layer: the layer whose attention output was added last.
+            x_mid: ``[nP, T', D]``; prompts are the fastest axis.
 
         Returns:
-            The streams at the answer, ``[nP, A, D]``. Of the last layer only these positions are
-            computed.
+            The streams at the answer, ``[nP, A, D]``. The last layer computes only these positions.
         """
         runner, last = self.runner, self.runner.num_layers - 1
         if layer == last:

@@ -1,4 +1,4 @@
-"""Head selection from model to head map: the one entry point of the package.
+"""Head selection from model to head map: the entry point of the package.
 
 head_map = select_heads("path/to/hf_model", ratio="3:1", strategy="global_interp", tasks=["general"])
 """
@@ -54,7 +54,7 @@ from megatron_hydra.selection.work import Ranks, WorkBench
 _log = logging.getLogger(__name__)
 
 MOST_REPEATS = 20
-"""Reading the same text more often than this is worth a word."""
+"""Log a warning if the same text is read more often than this."""
 
 
 def select_heads(
@@ -72,32 +72,32 @@ def select_heads(
     work_folder: str | os.PathLike[str] | None = None,
     show_progress: bool = False,
 ) -> HeadMap:
-    """Decide which query heads of a dense Hugging Face model keep full attention.
+    """Choose the query heads of a dense Hugging Face model that keep full attention.
 
-    Under torchrun the work is shared out over the ranks; every rank returns the same map, and the
-    map does not depend on their number.
+    Under torchrun, ranks share the work. Every rank returns the same map, and the map does not depend on the
+    number of ranks.
 
     Args:
         model: a folder, a Hub name, or a loaded Qwen3, Qwen2 or Llama ``*ForCausalLM``. A loaded
             model is left in eval mode with gradients off.
         ratio: GDN:FA, ``"3:1"``; ``"dense"``; ``"all-gdn"``.
-        strategy: a key of :data:`megatron_hydra.selection.strategies.STRATEGIES`, or one of the names
-            from before (:data:`megatron_hydra.head_map.OLD_STRATEGY_NAMES`).
-        tasks: as on the command line (``"retrieval"``, ``"needle_multi:keys=6"``, ``"jsonl:PATH"``) or
-            objects; ignored by strategies that need no model. A capability that is named must be solved.
-            ``None``: what the model solves of :data:`megatron_hydra.selection.DEFAULT_TASKS`.
-        tokenizer: default: the folder's, if it has one.
-        seed: of the prompts and of random choices.
+        strategy: a key of :data:`megatron_hydra.selection.strategies.STRATEGIES`, or an old name
+            (:data:`megatron_hydra.head_map.OLD_STRATEGY_NAMES`).
+        tasks: tasks as on the command line (``"retrieval"``, ``"needle_multi:keys=6"``, ``"jsonl:PATH"``), or
+            objects; ignored by strategies that need no model. The model must solve every named capability.
+            ``None``: those of :data:`megatron_hydra.selection.DEFAULT_TASKS` that the model solves.
+        tokenizer: default: the folder's tokenizer, if any.
+        seed: seed of the prompts and of random choices.
         options: prompts, effects, weights, constraints.
-        placement: device and dtype; for a path only.
-        output: the map is saved here (by rank 0), before partial results are deleted.
-        work_folder: partial results are kept here until the map is done; a run that was killed
-            continues from them, to the same map, and so does one with another ratio, strategy,
-            weight or constraint. Results for other models and prompts lie beside them untouched.
-        show_progress: a bar with the remaining time, on standard error of rank 0.
+        placement: device and dtype, if ``model`` is a path.
+        output: rank 0 saves the map here before it deletes partial results.
+        work_folder: folder of partial results until the map is done. A run that was killed resumes from them
+            and gives the same map. A run with another ratio, strategy, weight or constraint uses them as
+            well. Results of other models and prompts in the folder are not changed.
+        show_progress: show a bar with the remaining time on standard error of rank 0.
 
     Raises:
-        HydraError: anything the user can fix.
+        HydraError: an input or option is invalid.
     """
     options = options or SelectionOptions()
     strategy = strategy_name(strategy)
@@ -116,7 +116,7 @@ def select_heads(
     ranks = Ranks()
     try:
         if not chosen.stages(options):
-            return _saved(_finish(context, strategy, chosen), output, ranks)
+            return _save(_finish(context, strategy, chosen), output, ranks)
         tokenizer = tokenizer or (folder and find_tokenizer(folder))
         vocab_size = vocab_size_of(model, folder)
         longest = 0
@@ -137,7 +137,7 @@ def select_heads(
         try:
             engine = EffectEngine(runner, bench, options.tokens_per_batch)
             context = dataclasses.replace(context, engine=engine)
-            head_map = _saved(_measure(context, strategy, chosen, drawn), output, ranks)
+            head_map = _save(_measure(context, strategy, chosen, drawn), output, ranks)
         finally:
             bench.close()
         bench.remove()
@@ -146,7 +146,7 @@ def select_heads(
         ranks.close()
 
 
-def _saved(head_map: HeadMap, output: str | os.PathLike[str] | None, ranks: Ranks) -> HeadMap:
+def _save(head_map: HeadMap, output: str | os.PathLike[str] | None, ranks: Ranks) -> HeadMap:
     if output is not None and ranks.rank == 0:
         head_map.save(output)
     return head_map
@@ -199,7 +199,7 @@ def _finish(
     if scored is not None:
         details["unified_score"] = scored.unified.tolist()
         if scored.signal is not None:
-            details["trust"]["chosen_without_signal"] = _without(scored.signal, heads)
+            details["trust"]["chosen_without_signal"] = _count_without_signal(scored.signal, heads)
     prompts = context.prompts
     details["prompts"] = {task: _prompt_facts(solved) for task, solved in prompts.items()}
     if left_out:
@@ -221,8 +221,8 @@ def _finish(
     )
 
 
-def _without(signal: np.ndarray, heads: Sequence[Sequence[int]]) -> int:
-    """How many of these heads have no signal."""
+def _count_without_signal(signal: np.ndarray, heads: Sequence[Sequence[int]]) -> int:
+    """Number of these heads without a signal."""
     return sum(not signal[layer, head] for layer, row in enumerate(heads) for head in row)
 
 
@@ -250,16 +250,16 @@ def _options_dict(options: SelectionOptions) -> dict[str, Any]:
 def _with_text(
     context: Context, tokenizer: Any | None, vocab_size: int, longest: int, ranks: Ranks
 ) -> Context:
-    """The context with text to learn from, and the rankings to compare with.
+    """The context with text for training, and with rankings for comparison.
 
     Args:
-        longest: tokens that the model was trained for, or 0.
+        longest: native context length of the model, or 0 if unknown.
     """
     options = context.options
     if ranks.size > 1:
         raise HydraError(
-            f"--strategy learned_gates learns step by step, on one process; torchrun started {ranks.size}: "
-            "start it without torchrun (--gpus-per-process spreads a large model)"
+            f"--strategy learned_gates runs in one process, but torchrun started {ranks.size}: start it "
+            "without torchrun (--gpus-per-process distributes a large model)"
         )
     text = calibration_batches(
         tokenizer,
@@ -275,8 +275,8 @@ def _with_text(
     times = (options.align_tokens + options.gate_tokens * TEXT_SHARE) / tokens
     if times > MOST_REPEATS:
         _log.warning(
-            "the text has %d tokens and is read %.0f times: its GDN branch will be better there than "
-            "elsewhere; give more by --text FILE",
+            "the text has %d tokens and is read %.0f times: the GDN branch will be better on this text than on "
+            "other text; give more text with --text FILE",
             tokens,
             times,
         )
@@ -293,23 +293,23 @@ def recut(
     source: str = "head map",
     strategy: str = "",
 ) -> HeadMap:
-    """The map that the same scores give at another ratio or by another strategy; nothing is measured.
+    """Make a map from the same scores with another ratio or strategy, without measurements.
 
     Args:
-        head_map: with scores.
+        head_map: a map with scores.
         ratio: GDN:FA.
-        constraints: on the choice; default: none.
+        constraints: constraints on the choice; default: none.
         source: the map's file, for messages.
-        strategy: another one that chooses by the same scores; "": the map's.
+        strategy: another strategy that uses the same scores; "": the map's strategy.
 
     Raises:
-        HydraError: a map without scores, a strategy that chooses by other scores, or constraints that
-            contradict the ratio.
+        HydraError: the map has no scores, the strategy uses other scores, or the constraints contradict the
+            ratio.
     """
     scores = head_map.details.get("unified_score")
     if scores is None or head_map.strategy not in STRATEGIES:
         raise HydraError(
-            f"{source}: strategy {head_map.strategy} has no scores, which another ratio needs; select again "
+            f"{source}: strategy {head_map.strategy} has no scores, but another ratio needs them; select again "
             "with tools/select_heads.py --ratio"
         )
     strategy = strategy or head_map.strategy
@@ -317,8 +317,8 @@ def recut(
     alike = [name for name, one in STRATEGIES.items() if one.score is measured]
     if strategy not in alike:
         raise HydraError(
-            f"--strategy {strategy}: {source} has the scores of {head_map.strategy}, which serve "
-            f"{', '.join(alike)} only; select with tools/select_heads.py --strategy {strategy}"
+            f"--strategy {strategy}: {source} has the scores of {head_map.strategy}, which only "
+            f"{', '.join(alike)} can use; select with tools/select_heads.py --strategy {strategy}"
         )
     options = SelectionOptions(**dataclasses.asdict(constraints or Constraints()))
     context = Context(head_map.model, ratio, head_map.seed, options)
@@ -330,7 +330,7 @@ def recut(
         signal = np.any([one > one.min() for one in counted], axis=0)
         details["trust"] = details["trust"] | {
             "full_attention": sum(map(len, chosen)),
-            "chosen_without_signal": _without(signal, chosen),
+            "chosen_without_signal": _count_without_signal(signal, chosen),
         }
     return dataclasses.replace(
         head_map,
@@ -343,7 +343,7 @@ def recut(
 
 
 def _with_batch_size(options: SelectionOptions, runner: DecoderRunner) -> SelectionOptions:
-    """Where no size was asked for, one that suits the device."""
+    """Set the device's default batch size if none is given."""
     size = options.tokens_per_batch or default_tokens_per_batch(runner)
     return dataclasses.replace(options, tokens_per_batch=size)
 
@@ -351,10 +351,10 @@ def _with_batch_size(options: SelectionOptions, runner: DecoderRunner) -> Select
 def _inputs_fingerprint(
     context: Context, prompts: dict[str, list[PromptPair]], runner: DecoderRunner
 ) -> str:
-    """Hash of all that partial results depend on and their own keys do not say.
+    """Hash of all inputs that partial results depend on, except those in their own keys.
 
-    How they are weighed and what is chosen by them is not in it: a corrected command, or another
-    ratio, uses what has been measured.
+    It excludes weights and options of the choice. So a corrected command or another ratio can use the
+    measurements.
     """
     identity = dataclasses.asdict(context.model) | {"name": "", "revision": ""}
     weights = runner.model.model.embed_tokens.weight

@@ -1,4 +1,4 @@
-"""Strategies: each turns a model (or only its shape) into scores, and scores into chosen heads."""
+"""Strategies: each computes scores from a model (or only from its shape), and chooses heads by the scores."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from megatron_hydra.selection.ranking import (
 from megatron_hydra.selection.trust import agreement, trust_report
 
 RECEIVER_SHARE = 0.05
-"""Heads with less than this share of the strongest receiver's effect are no receivers."""
+"""Heads with less than this share of the strongest receiver's effect are not receivers."""
 
 Heads = tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a strategy may use.
+    """The inputs of a strategy.
 
     Attributes:
-        model: identity, with the shape.
-        ratio, seed, options: as asked for.
+        model: identity of the model, with its shape.
+        ratio, seed, options: as given by the user.
         engine: measures effects; ``None`` for strategies that need no model.
         prompts: task -> its solved prompts.
-        capabilities: capability -> those of its tasks that are solved.
+        capabilities: capability -> its solved tasks.
         lengths: tokens -> task -> prompts of other lengths.
         text: token sequences, int64 ``[1, S]``, for strategies that read text.
         compared: name -> the ranking of another map.
@@ -64,7 +64,7 @@ class Context:
 
     @property
     def task_weights(self) -> dict[str, float]:
-        """Weights of single tasks: those of a capability share its weight."""
+        """Weights of single tasks: the tasks of a capability share its weight."""
         weights = self.options.task_weights
         return {
             task: weights.get(name, 1.0) / len(tasks)
@@ -84,9 +84,9 @@ class Scored:
 
     Attributes:
         by_task: capability or task -> ``[L, H]``.
-        unified: the scores that are ranked, ``[L, H]``.
+        unified: the scores to rank, ``[L, H]``.
         details: strategy-specific facts, for the head map.
-        signal: heads of which the strategy found anything at all, ``[L, H]`` bool, if it tells.
+        signal: ``[L, H]`` bool, true for heads with any effect, if the strategy gives it.
     """
 
     by_task: dict[str, np.ndarray]
@@ -101,15 +101,15 @@ class Strategy:
 
     Attributes:
         help: one line for the user.
-        stages: what it measures of each task (for the progress bar); empty: it needs no model.
-        score: from context to scores; ``None``: the choice needs no scores.
+        stages: measurements of each task (for the progress bar); empty: it needs no model.
+        score: function from context to scores; ``None``: the choice needs no scores.
         same_in_every_layer: every layer gets an equal share of the FA heads.
-        in_every_layer: every layer gets at least one.
-        whole_layers: layers are chosen, not heads: those with the best scores, or without scores
-            those at equal distances.
-        total_heads: those whose total effect is measured, if it is; ``None``: all.
-        takes: options that only this strategy and its like look at.
-        learns: it learns step by step: it reads text beside the prompts, and runs on one process.
+        in_every_layer: every layer gets at least one FA head.
+        whole_layers: choose whole layers: those with the best scores, or without scores layers at equal
+            distances.
+        total_heads: heads whose total effect is measured, if any; ``None``: all.
+        takes: options that only this strategy and similar ones use.
+        learns: whether it trains: it reads text in addition to prompts, and runs in one process.
     """
 
     help: str
@@ -126,7 +126,7 @@ class Strategy:
         """Check that no option is set that this strategy ignores.
 
         Raises:
-            HydraError: one of them is set; the strategies that take it are named.
+            HydraError: an ignored option is set; names the strategies that use it.
         """
         if not self.stages(options):
             return
@@ -135,7 +135,7 @@ class Strategy:
             for option in options.changed(foreign):
                 whose = [n for n, s in STRATEGIES.items() if option in s.takes]
                 raise HydraError(
-                    f"{flags(SelectionOptions)[option]} has no meaning for --strategy {name}; it belongs to "
+                    f"{flags(SelectionOptions)[option]} has no effect with --strategy {name}; it belongs to "
                     f"{', '.join(whose)}"
                 )
 
@@ -149,8 +149,8 @@ class Strategy:
         if self.whole_layers:
             if constraints != Constraints(constraints.granularity):
                 raise HydraError(
-                    "strategies that choose whole layers take no --min-per-layer, --max-per-layer "
-                    "or --kv-group-bonus"
+                    "strategies that choose whole layers do not support --min-per-layer, --max-per-layer "
+                    "and --kv-group-bonus"
                 )
             scores = None if scored is None else scored.unified.mean(1)
             return whole_layers(context.model, context.ratio, scores)
@@ -171,7 +171,7 @@ class Strategy:
         if 0 < count < unit * model.num_layers:
             raise HydraError(
                 f"--strategy global_interp_c needs {unit * model.num_layers} FA heads, {unit} in "
-                f"each of {model.num_layers} layers; --ratio {context.ratio} gives {count}: take a "
+                f"each of {model.num_layers} layers; --ratio {context.ratio} gives {count}: use a "
                 "lower ratio, or --strategy global_interp"
             )
 
@@ -180,7 +180,7 @@ class Strategy:
 
 
 def _interp(context: Context) -> Scored:
-    """The paper's scores (equations 9 to 12) and the report on them."""
+    """The paper's scores (equations 9 to 12), and the report on their reliability."""
     options, engine = context.options, context.engine
     assert engine is not None
     found = interp.measure(engine, context.capabilities, context.prompts, options.max_rounds)
@@ -210,12 +210,12 @@ def _interp(context: Context) -> Scored:
 
 
 def _interp_denoise(context: Context) -> Scored:
-    """Our former scoring: clean into corrupted, MLPs frozen; receivers, and senders to them, by task."""
+    """Our former scoring: denoising with frozen MLPs; receivers and their senders, by task."""
     options, engine = context.options, context.engine
     assert engine is not None
     effects: dict[str, dict[str, np.ndarray]] = {task: {} for task in context.prompts}
     receivers: dict[str, list[Head]] = {}
-    # The receivers of all tasks first: then it is known what is left to do.
+    # The receivers of all tasks first, because they decide the remaining work.
     for task, prompts in context.prompts.items():
         effect = _EFFECTS[options.receiver_effect](engine, task, prompts)
         effects[task][options.receiver_effect] = effect
@@ -249,10 +249,10 @@ def _denoise_task(
     effects: dict[str, np.ndarray],
     receivers: list[Head],
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """A task's scores, and what the map reports of it.
+    """Scores of a task, and its entry in the map.
 
     Args:
-        effects: measured already, kind -> ``[L, H]``.
+        effects: kind -> measured effects, ``[L, H]``.
     """
     options, engine = context.options, context.engine
     assert engine is not None
@@ -275,13 +275,13 @@ def _denoise_task(
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Rank correlation; ``None`` (JSON has no NaN) where one of them is constant."""
+    """Rank correlation; ``None`` if an array is constant (JSON has no NaN)."""
     value = spearman(a, b)
     return None if math.isnan(value) else value
 
 
 def _layer_effects(context: Context) -> Scored:
-    """What a layer's attention as a whole does; every head has the score of its layer."""
+    """Effect of a layer's whole attention; every head has the score of its layer."""
     assert context.engine is not None
     _, heads = context.shape
     by_task = {
@@ -292,7 +292,7 @@ def _layer_effects(context: Context) -> Scored:
 
 
 def _checked_heads(context: Context) -> list[Head]:
-    """The random heads whose estimate is compared with the exact effect."""
+    """Random heads whose estimate is compared with the exact effect."""
     layers, heads = context.shape
     count = min(context.options.check_heads, layers * heads)
     picked = np.random.default_rng(context.seed).choice(layers * heads, count, replace=False)
@@ -320,7 +320,7 @@ def _attribution(context: Context) -> Scored:
 
 
 def _attention_mass(context: Context) -> Scored:
-    """Retrieval scores: weighted mean over tasks, unstandardised (one scale, 0 … 1)."""
+    """Retrieval scores: weighted mean over tasks, not standardised (all have the scale 0 … 1)."""
     assert context.engine is not None
     by_task = {
         task: context.engine.attention_mass(task, prompts)
@@ -330,7 +330,7 @@ def _attention_mass(context: Context) -> Scored:
 
 
 def _learned_gates(context: Context) -> Scored:
-    """How long each head's gate stays open while the budget shrinks."""
+    """Score of each head: the time that its gate stays open while the budget decreases."""
     from megatron_hydra.selection import learned_gates
 
     assert context.engine is not None
@@ -359,7 +359,7 @@ def _random(context: Context) -> Scored:
 
 
 def _fixed(context: Context) -> Scored:
-    """The same order of heads in every layer: as they are numbered."""
+    """The same order of heads in every layer: by index."""
     layers, heads = context.shape
     return Scored({}, np.tile(-np.arange(heads, dtype=float), (layers, 1)))
 
@@ -455,10 +455,10 @@ STRATEGIES: dict[str, Strategy] = {
         whole_layers=True,
     ),
 }
-"""By name. The paper's: ``global_interp_c``, ``global_interp``, ``layer_interp``, ``global_random``,
-``layer_random``, ``fixed``."""
+"""Name -> strategy. The paper's strategies: ``global_interp_c``, ``global_interp``, ``layer_interp``,
+``global_random``, ``layer_random``, ``fixed``."""
 
 
 def ranking_of(scored: Scored | None) -> list[Head]:
-    """The global ranking, empty where a strategy has no scores."""
+    """The global ranking; empty if a strategy has no scores."""
     return [] if scored is None else rank_heads(scored.unified)

@@ -1,4 +1,4 @@
-"""The tasks of a selection: those that were asked for, those that the model solves, what each will take."""
+"""The tasks of a selection: draw prompts, check which tasks the model solves, estimate the time."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from megatron_hydra.selection.work import is_first_rank
 _log = logging.getLogger(__name__)
 
 FEW = 2
-"""Prompts of every task in the solve check, at least …"""
+"""Minimum number of prompts of every task in the solve check …"""
 FEW_IN_ALL = 24
-"""… and so many of all tasks together: where none of them is solved, no task will have enough."""
+"""… and of all tasks together. If none is solved, no task will have enough solved prompts."""
 
 SHORTEST, ROOM = 256, 64
-"""Tokens of the shortest needle prompts that are compared with, and left free behind the longest."""
+"""Length of the shortest needle prompts for comparison, and tokens left free after the longest."""
 
 LONG = 600.0
-"""Seconds from which on the options that make a selection shorter are named."""
+"""If a selection takes more seconds, the message names the options that make it shorter."""
 
 LeftOut = dict[str, dict[str, Any]]
 """Task -> ``drawn`` and ``solved`` prompts, and the ``reason`` in words."""
@@ -45,10 +45,10 @@ class Tasks:
 
     Attributes:
         pairs: task -> its pairs.
-        capabilities: capability -> its tasks: several of a group, else the task itself.
-        named: capabilities that the user asked for; the others may be left out.
-        left_out: tasks that this tokenizer gives no prompts for.
-        lengths: tokens -> task -> pairs of needles of other lengths, for comparison.
+        capabilities: capability -> its tasks: several for a group, else the task itself.
+        named: capabilities named by the user; the others may be skipped.
+        left_out: tasks without prompts for this tokenizer.
+        lengths: tokens -> task -> needle pairs of other lengths, for comparison.
     """
 
     pairs: dict[str, list[PromptPair]]
@@ -67,17 +67,17 @@ class Tasks:
         options: SelectionOptions,
         longest: int = 0,
     ) -> Tasks:
-        """Prompts of the capabilities that were named, or else of the default ones that there are any of.
+        """Draw prompts of the named capabilities, or of the default capabilities that have prompts.
 
-        A capability with a weight has been named as well. Of a group that is named, a task that gives no
-        prompts is skipped, as long as another one does.
+        A capability with a weight counts as named. In a named group, a task without prompts is skipped if
+        another task has prompts.
 
         Args:
-            longest: tokens that the model was trained for: longer needles are not compared with; 0: no
+            longest: native context length of the model, the limit for needles of other lengths; 0: no
                 comparison.
 
         Raises:
-            HydraError: a task that is not known or given twice, or a named capability without prompts.
+            HydraError: a task is unknown or given twice, or a named capability has no prompts.
         """
         wanted = DEFAULT_TASKS if tasks is None else tasks
         if not wanted:
@@ -100,7 +100,7 @@ class Tasks:
         if not drawn.pairs:
             raise HydraError(
                 f"none of the default tasks has prompts for this model ({'; '.join(drawn.left_out)}); give "
-                "prompts of your own: --tasks jsonl:PATH"
+                "your own prompts: --tasks jsonl:PATH"
             )
         return drawn
 
@@ -135,21 +135,21 @@ class Tasks:
             raise errors[0]
 
     def capability_of(self, task: str) -> str:
-        """The capability that a task is a part of."""
+        """The capability of a task."""
         return next(name for name, tasks in self.capabilities.items() if task in tasks)
 
     def is_required(self, task: str) -> bool:
-        """Whether an unsolved task is an error: it was given by name."""
+        """Whether an unsolved task is an error: the user has named it."""
         name = self.capability_of(task)
         return name in self.named and name == task
 
     def least(self, task: str, options: SelectionOptions) -> int:
-        """Solved prompts that a task needs."""
+        """Number of solved prompts that a task needs."""
         tasks = self.capabilities[self.capability_of(task)]
         return -(-options.min_prompts // len(tasks))
 
     def all_pairs(self) -> dict[str, list[PromptPair]]:
-        """All that will be run, those of other lengths as well."""
+        """All pairs to run, including those of other lengths."""
         others = {
             f"{task}@{tokens}": pairs
             for tokens, tasks in self.lengths.items()
@@ -169,11 +169,11 @@ def _members(entry: str | Capability, probe_tokens: int) -> tuple[str, list[Capa
 
 
 def _other_lengths(member: TextCapability, options: SelectionOptions, longest: int) -> list[int]:
-    """Lengths that a task's needles are compared at; only such that have the default length."""
+    """Other lengths for a task's needles; only for needles of the default length."""
     tokens = options.probe_tokens
     if not longest or member.options.get("tokens") != str(tokens):
         return []
-    # The shortest prompt holds little but the facts; answers need room behind the longest.
+    # The shortest prompt has room for little more than the facts; answers need room after the longest.
     others = (tokens // 4, tokens // 2, 2 * tokens)
     return [n for n in others if n >= SHORTEST and n + ROOM <= longest]
 
@@ -186,17 +186,17 @@ def solved_tasks(
     receivers: int,
     total_heads: int,
 ) -> tuple[dict[str, Solved], LeftOut]:
-    """Which tasks the model solves: a few prompts of every task first, then all prompts.
+    """Find the tasks that the model solves: first with a few prompts of every task, then with all prompts.
 
     Args:
-        kinds: what will be measured of a task (see :meth:`EffectEngine.expect`, as for ``receivers`` and
+        kinds: planned measurements of a task (see :meth:`EffectEngine.expect`, also for ``receivers`` and
             ``total_heads``).
 
     Returns:
-        The tasks that count, in their order, and those that were skipped.
+        The solved tasks, in order, and the skipped tasks.
 
     Raises:
-        HydraError: a named task has fewer than ``options.min_prompts`` solved prompts, or every task has.
+        HydraError: a named task, or every task, has fewer than ``options.min_prompts`` solved prompts.
     """
     rest = [kind for kind in kinds if kind != "baseline"]
     expect = functools.partial(engine.expect, receivers=receivers, total_heads=total_heads)
@@ -210,7 +210,7 @@ def solved_tasks(
         engine.bench.say("if every prompt counts, " + _duration(engine, options, kinds))
     checked = _check(engine, tasks, options)
     if not any(solved for solved, _ in checked.values()):
-        raise HydraError(_none_solved(checked))
+        raise HydraError(_none_solved_message(checked))
     shares = {task: solved / count for task, (solved, count) in checked.items()}
     if engine.bench.shows:
         for task, share in shares.items():
@@ -219,17 +219,17 @@ def solved_tasks(
         engine.bench.say(_duration(engine, options, kinds))
     found: dict[str, Solved] = {}
     left_out = dict(tasks.left_out)
-    # The one least likely to be solved first: if that is an error, it comes early.
+    # The task with the lowest rate first, so that an error comes early.
     for task in sorted(shares, key=lambda task: shares[task]):
         prompts = engine.solve(task, tasks.pairs[task], options.solved)
-        reason = _why_not(prompts, tasks.least(task, options), "attention" in kinds)
+        reason = _unsolved_reason(prompts, tasks.least(task, options), "attention" in kinds)
         if not reason:
             found[task] = prompts
             continue
         drawn, solved = len(prompts.pairs), len(prompts.keep)
         if tasks.is_required(task):
             raise HydraError(
-                f"--tasks {task}: {reason}; leave the task out, make it easier, give more prompts "
+                f"--tasks {task}: {reason}; remove the task, make it easier, give more prompts "
                 "(--num-prompts), or lower --min-prompts"
             )
         left_out[task] = {"drawn": drawn, "solved": solved, "reason": reason}
@@ -247,12 +247,12 @@ def solved_tasks(
         listed = "; ".join(f"{task}: {facts['reason']}" for task, facts in left_out.items())
         raise HydraError(
             f"no default task is solved often enough: {listed}. Lower --min-prompts, give more prompts "
-            "(--num-prompts), or prompts of your own (--tasks jsonl:PATH)"
+            "(--num-prompts), or give your own prompts (--tasks jsonl:PATH)"
         )
     return {task: found[task] for task in tasks.pairs if task in found}, left_out
 
 
-def _why_not(prompts: Solved, minimum: int, looks_for_answer: bool) -> str:
+def _unsolved_reason(prompts: Solved, minimum: int, looks_for_answer: bool) -> str:
     """Reason why a task cannot be used; empty if it can be."""
     solved, drawn = len(prompts.keep), len(prompts.pairs)
     if solved < minimum:
@@ -260,7 +260,7 @@ def _why_not(prompts: Solved, minimum: int, looks_for_answer: bool) -> str:
     if looks_for_answer and not any(
         prompts.pairs[i].answer[0] in prompts.pairs[i].clean for i in prompts.keep
     ):
-        return "no answer occurs in its prompt, so attention_mass has nothing to look at"
+        return "attention_mass needs answers that occur in their prompt, and this task has none"
     return ""
 
 
@@ -279,17 +279,17 @@ def _check(
     }
 
 
-def _none_solved(checked: dict[str, tuple[int, int]]) -> str:
+def _none_solved_message(checked: dict[str, tuple[int, int]]) -> str:
     listed = ", ".join(f"{task} {solved} of {run}" for task, (solved, run) in checked.items())
     return (
-        f"the model solves no prompt of any task (solve check: {listed}), so there is nothing to find "
-        "out about its heads; give easier prompts (needle_single:tokens=64, jsonl:PATH), or count "
-        "prompts by a weaker rule (--solved pair)"
+        f"the model solves no prompt of any task (solve check: {listed}), so its heads cannot be measured; "
+        "give easier prompts (needle_single:tokens=64, jsonl:PATH), or use a weaker rule for solved prompts "
+        "(--solved pair)"
     )
 
 
 def _table(engine: EffectEngine, checked: dict[str, tuple[int, int]], tasks: Tasks) -> str:
-    """The solve check as people read it, with the time that each task will take."""
+    """The solve check as text, with the expected time of each task."""
     width = max(len("task"), *map(len, checked))
     lines = [f"{'solve check':<{width}}  solved    will take"]
     for task, (solved, run) in checked.items():
@@ -302,7 +302,7 @@ def _table(engine: EffectEngine, checked: dict[str, tuple[int, int]], tasks: Tas
 
 
 def _duration(engine: EffectEngine, options: SelectionOptions, kinds: Sequence[str]) -> str:
-    """What all will take, and which options make it shorter."""
+    """The expected time of the selection, and the options that make it shorter."""
     left = engine.bench.time_left
     whole = left.seconds() or 0.0
     text = f"in all about {in_words(whole)}"
@@ -319,7 +319,7 @@ def _duration(engine: EffectEngine, options: SelectionOptions, kinds: Sequence[s
         shorter += _fewer_rounds(engine, options, whole)
         tokens = options.probe_tokens // 8
         if any("needle" in stage.task for stage in left.stages) and tokens >= SHORTEST:
-            # Attention grows faster than the length, so this is at most what is left.
+            # The cost of attention grows faster than the length, so this is an upper bound.
             needles = left.seconds(tasks=lambda task: "needle" in task) or 0.0
             shorter.append((f"--probe-tokens {tokens}", whole - needles * 7 / 8))
     fewer = max(options.min_prompts, options.num_prompts // 4)
@@ -335,7 +335,7 @@ def _duration(engine: EffectEngine, options: SelectionOptions, kinds: Sequence[s
 def _fewer_rounds(
     engine: EffectEngine, options: SelectionOptions, whole: float
 ) -> list[tuple[str, float]]:
-    """What is saved by fewer rounds of path patching."""
+    """The time saved by fewer rounds of path patching."""
     saved, listed = 0.0, []
     for number in range(options.max_rounds, 0, -1):
         saved += engine.bench.time_left.seconds(kinds=(senders_kind(number),)) or 0.0

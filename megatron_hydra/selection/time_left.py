@@ -1,4 +1,4 @@
-"""How long the work that is left will take, from what was computed so far."""
+"""Estimate the time of the remaining work from the work done so far."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Stage(NamedTuple):
     """One kind of work on one task.
 
     Attributes:
-        kind: ``baseline``, ``direct``, ``total``, … ; units of one kind take time in proportion to
-            their cost. Kinds that differ in a number at the end, ``senders_2``, have one pace.
+        kind: ``baseline``, ``direct``, ``total``, … The time of units of one kind is proportional to their
+            cost. Kinds that differ only in a number at the end, such as ``senders_2``, share one pace.
         task: the task's name.
     """
 
@@ -25,9 +25,9 @@ class Stage(NamedTuple):
 
 @dataclasses.dataclass
 class _Pace:
-    """What units of one kind took; the first one counts only until there is a second.
+    """Times of units of one kind. The first unit counts only until the second.
 
-    The first call of anything pays for what is made once: memory, threads, compiled kernels.
+    The first call has one-time costs: memory, threads, compiled kernels.
     """
 
     cost: float = 0.0
@@ -43,14 +43,14 @@ class _Pace:
 
 
 class TimeLeft:
-    """The time left, and how much of the whole is done.
+    """Estimates the time left and the share of the work done.
 
-    Every kind of work has its own pace, since a backward or a small product does fewer operations a
-    second than a large product. A kind that has not been seen yet goes at the pace of all others together.
-    Means over everything seen are taken, not over the last few units: units of one stage differ in size.
+    Every kind of work has its own pace, because a backward or a small product does fewer operations per second
+    than a large product. A kind without a timing uses the pace of all others together. Means are taken over all
+    units, not over the last few, because the units of a stage differ in size.
 
     Args:
-        processes: that share the work; one pace stands for all of them.
+        processes: number of processes that share the work; all have the same pace.
     """
 
     def __init__(self, processes: int = 1) -> None:
@@ -60,15 +60,15 @@ class TimeLeft:
         self._paces: dict[str, _Pace] = {}
 
     def plan(self, stage: Stage, cost: float) -> None:
-        """Say what is left to do of a stage by all processes; again whenever more is known."""
+        """Set the remaining work of a stage for all processes. Call it again when it changes."""
         self._left[stage] = cost
 
     def cost(self, stage: Stage) -> float:
-        """What is left of a stage, as far as it was planned."""
+        """Remaining planned cost of a stage."""
         return self._left.get(stage, 0.0)
 
     def drop(self, task: str, kind: str = "") -> None:
-        """Nothing more will be done for a task, or nothing more of one kind."""
+        """Remove the remaining work of a task, or of one kind."""
         self._left = {
             stage: cost
             for stage, cost in self._left.items()
@@ -76,19 +76,19 @@ class TimeLeft:
         }
 
     def observe(self, kind: str, cost: float, seconds: float) -> None:
-        """A unit was timed on this process. Units without cost say nothing and are passed over."""
+        """Record the time of a unit on this process. Units without cost are ignored."""
         self.spent += seconds
         if cost > 0:
             self._paces.setdefault(_work(kind), _Pace()).add(cost, seconds)
 
     def done(self, stage: Stage, cost: float, seconds: float) -> None:
-        """A planned unit was computed here, and so many like it by the other processes."""
+        """Record a planned unit done here; the other processes have done the same amount."""
         self.observe(stage.kind, cost, seconds)
         self._left[stage] = max(0.0, self._left.get(stage, 0.0) - cost * self.processes)
 
     @property
     def stages(self) -> list[Stage]:
-        """What was planned."""
+        """The planned stages."""
         return list(self._left)
 
     def seconds(
@@ -97,12 +97,12 @@ class TimeLeft:
         task: str = "",
         tasks: Callable[[str], bool] = lambda _: True,
     ) -> float | None:
-        """Seconds left; ``None`` as long as nothing was timed.
+        """Seconds left; ``None`` before the first timing.
 
         Args:
-            kinds: of these kinds only.
-            task: of this task only.
-            tasks: of the tasks that it is true of.
+            kinds: only these kinds.
+            task: only this task.
+            tasks: only tasks for which this function is true.
         """
         if not self._paces:
             return None
@@ -116,25 +116,25 @@ class TimeLeft:
 
     @property
     def share_done(self) -> float:
-        """Time spent as a share of all the time that will have been spent, 0 … 1."""
+        """Time spent as a share of the total time, 0 … 1."""
         left = self.seconds()
         return 0.0 if left is None else self.spent / max(self.spent + left, 1e-9)
 
     def _pace(self, kind: str) -> float:
-        """Seconds for a unit of cost."""
+        """Seconds per unit of cost."""
         seen = self._paces.get(_work(kind))
         paces = [seen] if seen is not None else list(self._paces.values())
         return sum(p.seconds for p in paces) / sum(p.cost for p in paces)
 
 
 def _work(kind: str) -> str:
-    """What a kind of work does, whichever time."""
+    """A kind of work without the number of its round."""
     name, _, number = kind.rpartition("_")
     return name if number.isdecimal() else kind
 
 
 def in_words(seconds: float) -> str:
-    """A time as people say it: ``40 s``, ``12 min``, ``3 h 10 min``."""
+    """A time as text: ``40 s``, ``12 min``, ``3 h 10 min``."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)

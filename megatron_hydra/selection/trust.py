@@ -1,4 +1,4 @@
-"""What a user needs in order to trust a head map: how much of it is signal, and how far it repeats."""
+"""Report on the reliability of a head map: share of signal, and repeatability."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ HALVES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 32, 64)
 """Pairs in a half."""
 
 DRAWS = 20
-"""Random splits for each number of pairs."""
+"""Number of random splits for each number of pairs."""
 
 
 def trust_report(
     found: Mapping[str, Measured], fused: np.ndarray, budget: int, seed: int
 ) -> dict[str, Any]:
-    """The report of a head map.
+    """Make the report of a head map.
 
     Args:
-        found: what was measured of every capability.
-        fused: the unified scores before equal ones were ordered, ``[L, H]``.
-        budget: how many heads are FA.
-        seed: of the splits.
+        found: measurements of every capability.
+        fused: the unified scores before equal scores were ordered, ``[L, H]``.
+        budget: number of FA heads.
+        seed: seed of the splits.
     """
     return {
         "threshold": SIGNAL,
@@ -50,11 +50,12 @@ def trust_report(
 
 
 def ties(scores: np.ndarray) -> dict[str, Any]:
-    """Where in the ranking equal scores begin.
+    """Find equal scores in the ranking.
 
     Returns:
-        ``begin``: the first place (from 1) whose score the next place has as well, or ``None``; ``heads``:
-        how many heads share their score with another; ``broken_by``, in words.
+        ``begin``: the first place (from 1) with the same score as the next place, or ``None``. ``heads``:
+        number of heads that share their score with another head. ``broken_by``: the order of equal scores,
+        in words.
     """
     ordered = np.sort(scores.reshape(-1))[::-1]
     equal = np.flatnonzero(ordered[:-1] == ordered[1:])
@@ -67,9 +68,9 @@ def ties(scores: np.ndarray) -> dict[str, Any]:
 
 
 def split_half(found: Measured, budget: int, seed: int) -> list[dict[str, Any]]:
-    """How well two disjoint random sets of n pairs agree, for growing n: means over :data:`DRAWS` splits.
+    """Agreement of two disjoint random sets of n pairs, for growing n: means over :data:`DRAWS` splits.
 
-    The heads that senders were measured against were found by all pairs.
+    The receivers for measuring senders were found with all pairs.
     """
     generator = np.random.default_rng([seed, 7])
     pairs = len(found.probe)
@@ -91,10 +92,10 @@ def _scores(found: Measured, pairs: np.ndarray) -> np.ndarray:
 
 
 def agreement(a: np.ndarray, b: np.ndarray, budget: int) -> dict[str, Any]:
-    """Rank correlation of two scores, and the share of top heads in common.
+    """Rank correlation of two scores, and the share of common top heads.
 
-    All heads without a signal share a rank, since their order is noise. The top is as many heads as are
-    FA, but no more than have a signal in ``a``.
+    All heads without a signal share a rank, because their order is noise. The number of top heads is the number
+    of FA heads, but at most the number of heads with a signal in ``a``.
     """
     count = max(1, min(budget, int((a > SIGNAL).sum())))
     shared = set(rank_heads(a)[:count]) & set(rank_heads(b)[:count])
@@ -107,7 +108,7 @@ def agreement(a: np.ndarray, b: np.ndarray, budget: int) -> dict[str, Any]:
 
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over splits; a correlation that is undefined (one half has no signal at all) counts as 0."""
+    """Means over splits; an undefined correlation (one half has no signal) counts as 0."""
     return {
         "rank_correlation": float(np.mean([row["rank_correlation"] or 0.0 for row in rows])),
         "overlap": float(np.mean([row["overlap"] for row in rows])),
@@ -115,10 +116,10 @@ def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def report_lines(details: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a head map says of its own scores, as lines for people: (keyword, text).
+    """The report of a head map as lines of text: (keyword, text).
 
     Args:
-        details: of a head map; empty lines for one whose scores are not the paper's.
+        details: details of a head map; without the paper's scores the result is empty.
     """
     lines: list[tuple[str, str]] = []
     for name, facts in details.get("capabilities", {}).items():
@@ -151,7 +152,7 @@ def report_lines(details: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _gate_lines(gates: Mapping[str, Any] | None) -> list[str]:
-    """A line for every budget of the curve of learned gates, and every ranking that was compared."""
+    """A line for every budget of the curve of learned gates, and for every compared ranking."""
     lines = []
     for row in [] if gates is None else gates["curve"]:
         for name, one in row["by"].items():

@@ -1,7 +1,7 @@
-"""Chunks of work: shared out over the ranks, kept on disk, never done twice.
+"""Chunks of work: distributed over the ranks, saved on disk, never computed twice.
 
-What a chunk computes depends on its key alone, not on which rank computes it or when. So a map is
-the same for any number of ranks, and after a kill.
+The result of a chunk depends only on its key, not on its rank or time. So a map is the same for any number of
+ranks, and after a kill.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ Step = TypeVar("Step")
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that writes: rank 0 of a torchrun, or the only process."""
+    """Whether this process writes files: rank 0 under torchrun, or the only process."""
     return environment_number("RANK", 0) == 0
 
 
 class Ranks:
-    """The processes of one torchrun, or the single process there is.
+    """The processes of one torchrun, or a single process.
 
     Attributes:
-        rank, size: this process and their number.
-        local_rank: its number on this machine.
+        rank, size: rank of this process, and number of processes.
+        local_rank: rank of this process on its machine.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Ranks:
         self.local_rank = environment_number("LOCAL_RANK", 0)
         self._owns_group = self.size > 1 and not dist.is_initialized()
         if self._owns_group:
-            # Only small CPU results travel, whatever computes them: gloo serves GPUs as well.
+            # Ranks exchange only small CPU results, so gloo also works on GPUs.
             dist.init_process_group("gloo", timeout=collective_timeout())
         self._group = None
         if self.size > 1:
@@ -78,7 +78,7 @@ class Ranks:
         return box[0]
 
     def close(self) -> None:
-        """Leave the process group, if it was made here."""
+        """Destroy the process group if this object has made it."""
         if self._owns_group:
             dist.destroy_process_group()
 
@@ -88,11 +88,11 @@ class Chunk:
     """One piece of work.
 
     Attributes:
-        key: unique within the run; names its file.
-        cost: what it computes (:mod:`megatron_hydra.selection.cost`), in a unit common to all chunks.
-        batch: number of the prompt batch it needs: chunks of one batch are computed together.
-        layer: the layer it is about, or -1.
-        setup: what a process computes once for all chunks of this batch, before the first.
+        key: unique within the run; gives the file name.
+        cost: its cost (:mod:`megatron_hydra.selection.cost`), in the same unit for all chunks.
+        batch: number of its prompt batch; chunks of one batch are computed together.
+        layer: its layer, or -1.
+        setup: cost that a process pays once for all chunks of this batch, before the first.
     """
 
     key: str
@@ -103,23 +103,23 @@ class Chunk:
 
 
 Compute = Callable[[int, list[Chunk]], Iterator[tuple[Chunk, Result]]]
-"""From a batch number and its chunks to their results, as they come."""
+"""Function from a batch number and its chunks to an iterator over their results."""
 
 
 class WorkBench:
-    """Runs chunks over all ranks and keeps their results.
+    """Runs chunks on all ranks and saves their results.
 
-    Every chunk feeds the watchdog whose block runs: a rank that hangs in one ends the work of all.
+    Every chunk feeds the active watchdog. If a rank hangs in a chunk, the watchdog ends the work of all ranks.
 
     Args:
         ranks: the processes.
-        folder: where results are kept for a later start; ``None``: nowhere.
-        show_progress: a bar with the time left, and what is said on the way, on rank 0's standard error.
-        clock: seconds that pass, for measuring chunks.
+        folder: folder of results for a later start; ``None``: do not save.
+        show_progress: show a bar with the time left, and messages, on rank 0's standard error.
+        clock: returns the current time in seconds, to time chunks.
 
     Attributes:
-        time_left: what this process knows about the work that is left.
-        shows: whether this process shows anything.
+        time_left: this process's estimate of the remaining work.
+        shows: whether this process shows progress.
     """
 
     def __init__(
@@ -146,11 +146,11 @@ class WorkBench:
         )
 
     def plan(self, stage: Stage, chunks: Sequence[Chunk]) -> None:
-        """Say which chunks a stage has, so that the time left counts them; those on disk cost nothing."""
-        self.time_left.plan(stage, self._cost([c for c in chunks if not self._is_kept(c)]))
+        """Add the chunks of a stage to the estimate of the time left; chunks on disk have no cost."""
+        self.time_left.plan(stage, self._cost([c for c in chunks if not self._is_saved(c)]))
 
     def _cost(self, chunks: Sequence[Chunk]) -> float:
-        """What chunks cost all processes; a batch is set up by each of them that has a part of it."""
+        """Cost of chunks over all processes. Every process with a part of a batch pays its setup."""
         parts: dict[int, list[Chunk]] = {}
         for chunk in chunks:
             parts.setdefault(chunk.batch, []).append(chunk)
@@ -158,15 +158,15 @@ class WorkBench:
         return setup + sum(c.cost for c in chunks)
 
     def say(self, text: str) -> None:
-        """A line above the bar, for the person who waits."""
+        """Print a line above the bar."""
         if self.shows:
             tqdm.write(text, file=sys.stderr)
 
     def run(self, stage: Stage, chunks: Sequence[Chunk], compute: Compute) -> dict[str, Result]:
-        """All chunks' results by key, on every rank.
+        """Return the results of all chunks by key, on every rank.
 
         Args:
-            stage: that they belong to, and that was planned; they may be a part of it.
+            stage: the planned stage of the chunks; they may be only a part of it.
             chunks: the same list on every rank.
         """
         self._bar.set_description(str(stage), refresh=False)
@@ -194,26 +194,26 @@ class WorkBench:
                     self._show(now)
                     started = now
                     self._exit_if_stopped()
-        except (Exception, Stopped) as error:  # told to the other ranks, which would wait for ever
+        except (Exception, Stopped) as error:  # the other ranks must know, or they wait forever
             failure = error
-        feed_watchdog(PATIENCE)  # the other ranks may have longer chunks
+        feed_watchdog(PATIENCE)  # other ranks may have longer chunks
         self._raise_together(failure)
         for part in self.ranks.gather(mine):
             done.update(part)
-        self.time_left.plan(stage, max(0.0, left))  # the other ranks' chunks, as they really were
+        self.time_left.plan(stage, max(0.0, left))  # the actual chunks of the other ranks
         return {chunk.key: done[chunk.key] for chunk in chunks}
 
-    # -- work of which each step needs the one before: on one process -------------------------------
+    # -- sequential work in one process ------------------------------------------------------------
 
     def follow(self, stage: Stage, steps: Iterable[Step], cost: float) -> Iterator[Step]:
-        """Pass on steps as they are done, with the time left, and the watchdog fed after each.
+        """Yield steps as they are done; after each, update the time left and feed the watchdog.
 
         Args:
-            stage: planned in :attr:`time_left`.
-            cost: of a step.
+            stage: a stage planned in :attr:`time_left`.
+            cost: cost of a step.
         """
         self._bar.set_description(str(stage), refresh=False)
-        feed_watchdog(PATIENCE)  # the first one may compile kernels
+        feed_watchdog(PATIENCE)  # the first step may compile kernels
         started = self.clock()
         for step in steps:
             feed_watchdog()
@@ -224,15 +224,15 @@ class WorkBench:
             started = self.clock()
 
     def keep(self, name: str, state: Result) -> None:
-        """Write a state for a later start; it replaces the one of that name, whole or not at all."""
+        """Save a state for a later start; it atomically replaces the state of the same name."""
         self._write(Chunk(name, 0.0, 0), state)
 
     def kept(self, name: str) -> Result | None:
-        """The state of that name that an earlier start has kept."""
+        """The saved state of that name from an earlier start, if any."""
         return self._read(Chunk(name, 0.0, 0))
 
     def _show(self, now: float) -> None:
-        """Draw the bar, a few times a second on a screen and twice a minute in a file."""
+        """Draw the bar: a few times per second on a screen, twice per minute in a file."""
         left = self.time_left.seconds()
         pause = 0.2 if sys.stderr.isatty() else 30.0
         if not self.shows or left is None or now - self._shown < pause:
@@ -242,10 +242,10 @@ class WorkBench:
         self._bar.set_postfix_str(f"about {in_words(left)} left")
 
     def _exit_if_stopped(self) -> None:
-        """Stop after a chunk if this rank was asked to, or another one: they tell by a file.
+        """Stop after a chunk if this or another rank received a stop request. Ranks signal it by a file.
 
         Raises:
-            Stopped: all that was computed is on disk.
+            Stopped: a stop was requested; all results are on disk.
         """
         if self.folder is None:
             return
@@ -270,7 +270,7 @@ class WorkBench:
         self._bar.close()
 
     def remove(self) -> None:
-        """Delete the kept results (rank 0)."""
+        """Delete the saved results (rank 0)."""
         if self.folder is not None and self.ranks.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
             parent = self.folder.parent
@@ -279,17 +279,17 @@ class WorkBench:
 
     def _path(self, chunk: Chunk) -> Path:
         assert self.folder is not None
-        # The hash tells keys apart that are alike once they are file names.
+        # The hash distinguishes keys that give the same file name.
         readable = re.sub(r"[^\w.-]", "_", chunk.key)[:80]
         digest = hashlib.sha256(chunk.key.encode()).hexdigest()[:12]
         return self.folder / f"{readable}-{digest}.safetensors"
 
-    def _is_kept(self, chunk: Chunk) -> bool:
-        """Whether rank 0 has a chunk's result on disk; other ranks are told by it."""
+    def _is_saved(self, chunk: Chunk) -> bool:
+        """Whether rank 0 has a chunk's result on disk; the other ranks get the answer from rank 0."""
         return self.folder is not None and self.ranks.rank == 0 and self._path(chunk).is_file()
 
     def _read(self, chunk: Chunk) -> Result | None:
-        if not self._is_kept(chunk):
+        if not self._is_saved(chunk):
             return None
         try:
             return load_file(self._path(chunk))

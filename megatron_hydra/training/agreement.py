@@ -18,7 +18,7 @@ def on_main(action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0 and return its (picklable) result on every rank.
 
     Raises:
-        HydraError: what ``action`` raised, on every rank: no rank waits for one that has failed.
+        HydraError: the error that ``action`` raised, on every rank. No rank waits for a failed one.
     """
     outcome: list = [None, None]
     if dist.get_rank() == 0:
@@ -38,7 +38,7 @@ def on_all(action: Callable[[], T]) -> T:
     For actions without collectives inside (or whose collectives fail together).
 
     Raises:
-        HydraError: naming the first rank that failed and why.
+        HydraError: names the first rank that failed, and the reason.
     """
     result, message = None, ""
     try:

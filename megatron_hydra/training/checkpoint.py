@@ -3,8 +3,8 @@
 ::
 
     <output>/checkpoints/latest            name of the newest complete checkpoint
-    <output>/checkpoints/step_00000100/    model.json, weights/, tokenizer/, manifest.json, as any
-                                           checkpoint; weights/ also holds optimizer and generators
+    <output>/checkpoints/step_00000100/    model.json, weights/, tokenizer/, manifest.json, as in any
+        checkpoint; weights/ also holds optimizer and generators
         training.json                      step, tokens, data position, faults, layout, config
 
 A checkpoint is written to a temporary folder, hashed, synced to disk and renamed. Then ``latest`` is
@@ -72,7 +72,7 @@ class Progress:
         tokens: tokens read, padding included.
         faults: state of the :class:`~.faults.FaultTracker`, JSON.
         validation: state of the :class:`~.validation.Validation`, JSON.
-        ended: why the run has ended; empty: it has not.
+        ended: reason for the end of the run; empty if it has not ended.
     """
 
     step: int
@@ -100,13 +100,13 @@ class RunCheckpoints:
     Args:
         config: the run.
         world: this rank.
-        model: the student's config, as it is to be saved.
+        model: the student's config to save.
         chunks: the student's model chunks, without wrappers.
-        optimizer: its optimizer.
-        provenance: where the weights come from, for the manifest.
+        optimizer: the student's optimizer.
+        provenance: origin of the weights, for the manifest.
 
     Attributes:
-        changes: keys whose values differ from those of the checkpoint that was resumed from.
+        changes: keys whose values differ from the config of the checkpoint that the run resumed from.
     """
 
     def __init__(
@@ -136,15 +136,15 @@ class RunCheckpoints:
         when :meth:`finish` has returned: call it when :attr:`is_writing` is false on every rank.
 
         Raises:
-            HydraError: on every rank, if it cannot be written or a weight is not finite; earlier
-                checkpoints are untouched.
+            HydraError: on every rank, if the checkpoint cannot be written or a weight is not finite.
+                Earlier checkpoints are untouched.
         """
         self.finish()
         final = self.folder / checkpoint_name(progress.step)
         temporary = self.folder / f".{final.name}.tmp"
         on_all(self._check_finite)
-        on_main(lambda: self._make_room(temporary, final))
-        with_optimizer = self._wants_optimizer(progress) and has_state(self.optimizer)
+        on_main(lambda: self._make_temporary_folder(temporary, final))
+        with_optimizer = self._saves_optimizer(progress) and has_state(self.optimizer)
         snapshot, common = self._snapshot(with_optimizer)
         body = {
             **TRAINING.add_header({}),
@@ -160,7 +160,7 @@ class RunCheckpoints:
             {key: data_state[key] for key in ("sources", "spans")},
         )  # fmt: skip
         publish = functools.partial(self._publish, temporary, final, body, record)
-        with self._removed_on_failure(temporary):
+        with self._remove_on_failure(temporary):
             write = CheckpointWrite(snapshot, common, temporary / store.WEIGHTS, self._plan)
         self._plan = write.plan
         self._pending = _Pending(final, write, publish)
@@ -185,18 +185,18 @@ class RunCheckpoints:
         """Wait for a background save and complete it; returns its folder, if any. Collective.
 
         Raises:
-            HydraError: on every rank, if it could not be written.
+            HydraError: on every rank, if the checkpoint could not be written.
         """
         pending, self._pending = self._pending, None
         if pending is None:
             return None
-        with self._removed_on_failure(self.folder / f".{pending.final.name}.tmp"):
+        with self._remove_on_failure(self.folder / f".{pending.final.name}.tmp"):
             hashes = pending.write.finish()
             on_main(lambda: pending.publish(hashes))
         return pending.final
 
     @contextlib.contextmanager
-    def _removed_on_failure(self, temporary: Path) -> Iterator[None]:
+    def _remove_on_failure(self, temporary: Path) -> Iterator[None]:
         """Delete an unfinished checkpoint on failure (the disk may be full)."""
         try:
             yield
@@ -205,14 +205,14 @@ class RunCheckpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise HydraError(f"{error}; earlier checkpoints are untouched") from None
 
-    def _wants_optimizer(self, progress: Progress) -> bool:
+    def _saves_optimizer(self, progress: Progress) -> bool:
         """Whether to save the optimizer; only the last checkpoint may omit it, others must be resumable."""
         return self.config.checkpoint.save_optimizer or not progress.ended
 
-    def _make_room(self, temporary: Path, final: Path) -> None:
+    def _make_temporary_folder(self, temporary: Path, final: Path) -> None:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()  # not its parents: a folder that vanished is not to be made up
+            temporary.mkdir()  # not its parents: do not recreate a run folder that has disappeared
             (temporary / store.WEIGHTS).mkdir()
         except OSError as error:
             raise HydraError(
@@ -268,7 +268,7 @@ class RunCheckpoints:
         (temporary / TRAINING_FILE).write_text(json.dumps(body, indent=1) + "\n")
         store.write_manifest(temporary, provenance, hashes)
         sync_tree(temporary)
-        if final.exists():  # of an attempt that went on from an earlier step
+        if final.exists():  # from an attempt that resumed from an earlier step
             discard(final)
         temporary.rename(final)
         sync(self.folder)
@@ -281,7 +281,7 @@ class RunCheckpoints:
         """Find and verify the checkpoint to resume from; ``None`` for a new run. Collective.
 
         Raises:
-            HydraError: there is one and ``checkpoint.resume`` is ``never``, or it is damaged.
+            HydraError: a checkpoint exists and ``checkpoint.resume`` is ``never``, or it is damaged.
         """
         found = on_main(lambda: find_resume_point(self.folder, self.config.checkpoint.resume))
         return None if found is None else Path(found)
@@ -292,12 +292,13 @@ class RunCheckpoints:
         """Load everything from one of this run's checkpoints. Collective.
 
         Args:
-            take_up: given the ``training.json``, refuses data and held-out losses that do not fit, or goes
-                on from them; returns the step, the losses' state, and why the run is over (empty: it is not).
+            take_up: function of ``training.json`` that restores data position and held-out losses, or
+                refuses them. It returns the step, the losses' state, and the reason for the end of the run
+                (empty if it has not ended).
 
         Raises:
-            HydraError: another verb, model, student, teacher, other data or another key that has to stay,
-                or a checkpoint saved without its optimizer.
+            HydraError: verb, model, student, teacher, data or another fixed key has changed, or the
+                checkpoint was saved without its optimizer.
         """
         body = on_main(lambda: _read_training(folder))
         if body["verb"] != self.config.verb:
@@ -306,10 +307,11 @@ class RunCheckpoints:
                 "another output"
             )
         self.changes = refuse_changes(body["config"], self.config)
-        on_main(lambda: self._refuse_other_weights(folder))
+        on_main(lambda: self._check_same_inputs(folder))
         self.changes += replicas_changed(body["world"]["dp_size"], self.world.dp_size)
         step, validation, ended = take_up(body)
-        was_updated = step > body["faults"].get("skipped", 0)  # else there is no state to lose
+        # Before its first update the optimizer has no state.
+        was_updated = step > body["faults"].get("skipped", 0)
         if was_updated and not (body["optimizer"] or ended):
             raise HydraError(
                 f"{folder} was saved with checkpoint.save_optimizer=false and cannot be resumed; "
@@ -318,14 +320,14 @@ class RunCheckpoints:
         self._load(folder, body)
         return Progress(step, body["tokens"], body["faults"], validation, ended)
 
-    def _refuse_other_weights(self, folder: Path) -> None:
+    def _check_same_inputs(self, folder: Path) -> None:
         """Check that the checkpoint has this run's model, and was trained from this run's inputs."""
         saved = store.read_model_config(folder)
         for field in dataclasses.fields(ModelConfig):
             if getattr(saved, field.name) != getattr(self.model, field.name):
                 raise HydraError(
-                    f"cannot resume from {folder}: {field.name} of its student is another than "
-                    f"that of {self.config.student.checkpoint}, this run's student; {OTHER_RUN}"
+                    f"cannot resume from {folder}: {field.name} of its student differs from "
+                    f"{self.config.student.checkpoint}, this run's student; {OTHER_RUN}"
                 )
         self.provenance.refuse_other_inputs(folder)
 
@@ -333,13 +335,13 @@ class RunCheckpoints:
         state: dict[str, Any] = dict(model_state(self.chunks))
         if body["optimizer"]:
             allocate_optimizer_state(self.optimizer)
-            # Megatron-Core 0.19 finds a saved parameter group by its learning rates, among others.
+            # Megatron-Core 0.19 identifies a saved parameter group also by its learning rates.
             apply_settings(self.optimizer, _saved_settings(body))
             state["optimizer"] = self.optimizer.sharded_state_dict(
                 state, is_loading=True, metadata=sharding_metadata()
             )
         random_state = self._random_state()
-        same_generators = on_main(lambda: _holds(folder, random_state))
+        same_generators = on_main(lambda: _has_tensor(folder, random_state))
         if same_generators:
             state["rng_state"] = random_state
         loaded = load_state(state, folder)
@@ -361,25 +363,25 @@ def _saved_settings(body: dict[str, Any]) -> OptimizerConfig:
     )
 
 
-def _holds(folder: Path, tensor: ShardedTensor) -> bool:
-    """Whether a tensor of this shape is stored: generators are of as many ranks, on such devices."""
+def _has_tensor(folder: Path, tensor: ShardedTensor) -> bool:
+    """Whether the checkpoint has this tensor in this shape. Generators depend on ranks and devices."""
     entries: dict[str, Any] = store.read_index(folder / store.WEIGHTS).state_dict_metadata
     return tensor.key in entries and tuple(entries[tensor.key].size) == tensor.global_shape
 
 
 def first_non_finite(tensors: dict[str, torch.Tensor]) -> str:
-    """Name of the first tensor that holds NaN or an infinity, or an empty text.
+    """Name of the first tensor with NaN or infinity, or an empty text.
 
-    Tensors may be on several devices: an optimizer counts its steps on the host. Those of integers are
-    passed over.
+    Tensors may be on several devices (an optimizer counts its steps on the host). Integer tensors are
+    skipped.
     """
     extremes: dict[torch.device, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        if tensor.itemsize == 1:  # FP8 knows no comparison
+        if tensor.itemsize == 1:  # FP8 has no comparison
             tensor = tensor.float()
-        # One pass and nothing written: NaN is passed on, and an infinity is an extreme.
+        # One pass without new tensors: min and max return NaN and infinities.
         low, high = tensor.aminmax()
         extremes.setdefault(tensor.device, {})[name] = torch.stack((low, high)).double()
     bad = set()

@@ -1,9 +1,9 @@
-"""One checkpoint's files on their way to the disk: planned and finished by all ranks together,
-written by each rank alone, at once or in threads while training goes on.
+"""Write the files of one checkpoint. All ranks plan and finish it together; each rank writes its files
+separately, directly or in threads during training.
 
-Megatron's and torch's own writers plan every save again and fork a process for it, which costs seconds,
-cannot be stopped by a signal, and (kept alive between saves) may write later weights than those of the
-save. Here the plan of a run's first save is kept for the others.
+We do not use the writers of Megatron and torch. They plan every save again and fork a process for it. This
+takes seconds, cannot be stopped by a signal, and, if the process stays alive between saves, may write later
+weights than the save's. Here all saves of a run use the plan of the first one.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from megatron_hydra.training.snapshot import Snapshot
 
 _FILE_BYTES = 64 * 2**20
 _MAX_FILES = 4
-"""Files of a rank, each written and hashed by a thread of its own; small ranks have fewer."""
+"""Maximum number of files of a rank. A separate thread writes and hashes each file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class WritePlan:
-    """Who writes what; the same for all saves of a run with the same part of its state.
+    """The boxes that each rank writes. All saves of the same part of a run's state share one plan.
 
     Attributes:
-        boxes: what this rank writes.
-        files: the same as indices into ``boxes``, file by file.
-        boxes_by_rank, cover: everybody's, and by key; known on rank 0 only.
+        boxes: the boxes of this rank.
+        files: indices into ``boxes``, file by file.
+        boxes_by_rank, cover: the boxes of all ranks, by rank and by key; only on rank 0.
     """
 
     boxes: list[Box]
@@ -45,16 +45,16 @@ class WritePlan:
 
 
 class CheckpointWrite:
-    """Making one is collective: ranks agree on who writes what.
+    """One write of a checkpoint. The constructor is collective: ranks agree on the boxes of each.
 
     Args:
-        snapshot: what this rank writes.
-        common: what is not a sharded tensor; rank 0's is written.
+        snapshot: the tensors that this rank writes.
+        common: all state except sharded tensors; only rank 0's is written.
         folder: an empty folder for the files.
-        last_plan: of an earlier save.
+        last_plan: the plan of an earlier save.
 
     Attributes:
-        plan: for the next save.
+        plan: the plan, for the next save.
 
     Raises:
         HydraError: on every rank.
@@ -84,16 +84,16 @@ class CheckpointWrite:
         dist.gather_object(boxes, by_rank if is_main else None)
         cover: dict[str, list[Box]] = {}
 
-        def check() -> None:  # its result stays where it is needed
+        def check() -> None:  # keeps its result on rank 0
             cover.update(records.check_cover(itertools.chain.from_iterable(by_rank)))
 
         on_main(check)
         return WritePlan(list(boxes), _files_of([box.num_bytes for box in boxes]), by_rank, cover)
 
-    # -- writing: no rank waits for another ---------------------------------------------------
+    # -- writing: ranks do not wait for each other --------------------------------------------
 
     def write(self) -> None:
-        """Write this rank's files, durably, and hash them. Errors wait for :meth:`finish`."""
+        """Write, sync and hash this rank's files. :meth:`finish` raises the errors."""
         self._files = [([], "")] * len(self.plan.files)
         first, *others = (
             threading.Thread(target=self._write_file, args=(i,), name=f"file {i}", daemon=True)
@@ -110,11 +110,11 @@ class CheckpointWrite:
         tensors = (self._snapshot.tensors[i] for i in self.plan.files[number])
         try:
             self._files[number] = records.write_file(path, tensors)
-        except Exception as error:  # told to all ranks by finish(); torch hides an OSError here
+        except Exception as error:  # finish() raises it on all ranks; torch wraps an OSError here
             self._error = _root_cause(error)
 
     def start(self) -> None:
-        """:meth:`write` in threads, which die with the process."""
+        """Run :meth:`write` in daemon threads."""
         self._thread = threading.Thread(target=self.write, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -129,16 +129,16 @@ class CheckpointWrite:
         """Wait for all ranks and complete the folder.
 
         Returns:
-            On rank 0 the SHA-256 of every rank's files by name in the manifest.
+            On rank 0: name in the manifest -> SHA-256 of the files of all ranks.
 
         Raises:
-            HydraError: on every rank, if some rank could not write.
+            HydraError: on every rank, if one rank could not write.
         """
         if self._thread is not None:
             self._thread.join()
         order = [i for indices in self.plan.files for i in indices]
         places = [place for of_file, _ in self._files for place in of_file]
-        by_box = dict(zip(order, places, strict=False))  # incomplete, if there was an error
+        by_box = dict(zip(order, places, strict=False))  # incomplete after an error
         hashes = {of_file[0].file: digest for of_file, digest in self._files if of_file}
         outcome = (self._error, [by_box.get(i) for i in range(len(order))], hashes)
         is_main = dist.get_rank() == 0
@@ -164,7 +164,7 @@ class CheckpointWrite:
 
 
 def _files_of(sizes: list[int]) -> list[list[int]]:
-    """Indices by file, so that files are of about the same size; at least one file."""
+    """Indices of each file, so that files have about the same size; at least one file."""
     count = max(1, min(_MAX_FILES, sum(sizes) // _FILE_BYTES))
     files: list[list[int]] = [[] for _ in range(count)]
     for i, number in enumerate(dealt(sizes, count)):
@@ -173,7 +173,7 @@ def _files_of(sizes: list[int]) -> list[list[int]]:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The operating system's error behind torch's, if there is one, as one line."""
+    """One line: the operating system's error that caused torch's error, if any."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):

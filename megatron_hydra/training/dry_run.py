@@ -1,6 +1,6 @@
-"""What each rank of a run would hold, without starting it: no process group, no weights.
+"""Describe the layout of a run without starting it: no process group, no weights.
 
-Every line is a YAML comment, so that ``--dry-run`` prints a config that can be read back.
+Every line is a YAML comment, so the output of ``--dry-run`` is a valid config file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def describe_layout(config: RunConfig, world_size: int | None = None) -> str:
 
     Args:
         config: the run.
-        world_size: processes to plan for; ``None`` for those of this launch.
+        world_size: number of processes; ``None``: the number in this launch.
 
     Raises:
         HydraError: the layout cannot work for this world, batch or model.
@@ -114,7 +114,7 @@ def _layer_lines(model: ModelConfig, partition: LayerPartition, shard: int) -> l
 
 
 def _weights(heads: LocalHeads) -> list[str]:
-    """The rank's fused projections and their shapes, padding included; those with heads of its own first."""
+    """The rank's fused projections and their shapes, with padding; projections of its own heads come first."""
     linears = [p for p in heads.parameters if p.key in (INPUT.prefix, OUTPUT.prefix)]
     return [
         f"{linear.name.split('.')[1]} {list(linear.shape)}"

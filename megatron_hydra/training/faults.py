@@ -17,7 +17,8 @@ from megatron_hydra.errors import HydraError
 NOT_FINITE = "loss or gradient is not finite"
 
 NOTHING_LEARNED = "no token of the global batch has a loss (all are masked)"
-"""An update would be weight decay and old momentum, and a loss of 0 would make later steps spikes."""
+"""Such a step is skipped: an update would apply only weight decay and old momentum, and the loss of 0 would
+make later steps look like spikes."""
 
 
 class FaultTracker:

@@ -1,7 +1,7 @@
-"""Model FLOPs of a training step: what the maths asks for, whatever the layout or recomputation.
+"""Model FLOPs of a training step: the FLOPs of the equations, independent of layout and recomputation.
 
-A multiplication and an addition count as two; a backward counts as two forwards. Norms, gates, rotary
-and the short convolution are omitted (linear in the tokens, small beside the projections).
+A multiplication and an addition count as two FLOPs. A backward counts as two forwards. Norms, gates, rotary
+embedding and short convolution are omitted: they are linear in the tokens and small next to projections.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ PEAK_TFLOPS = {
     "A100": 312.0,
     "A800": 312.0,
 }
-"""Dense bf16 matrix peak of a device by a part of its name, from the vendor's data sheets."""
+"""Part of a device's name -> its dense bf16 matrix peak in TFLOP/s, from the vendor's data sheets."""
 
 
 def attention_pairs(batches: Iterable[PackedBatch]) -> float:
-    """(query, key) pairs of causal attention inside documents; padding is a document, too."""
+    """Number of (query, key) pairs of causal attention inside documents; padding counts as a document."""
     edges = (zip(b.cu_seqlens, b.cu_seqlens[1:], strict=False) for b in batches)
     return float(sum((e - s) * (e - s + 1) // 2 for pairs in edges for s, e in pairs))
 
 
 def _matmul_weights(model: ModelConfig, attention_only: bool) -> float:
-    """Weights that multiply every token once; a tied embedding counts as the LM head."""
+    """Number of weights that multiply every token once; a tied embedding counts as the LM head."""
     shapes = canonical_shapes(model)
     projections = {key for key, row in parameters_by_key(model).items() if "D" in row.tail}
     total = 0
@@ -54,9 +54,9 @@ def _matmul_weights(model: ModelConfig, attention_only: bool) -> float:
 def forward_flops(
     model: ModelConfig, tokens: float, pairs: float, *, attention_only: bool = False
 ) -> float:
-    """One forward over ``tokens`` tokens whose documents hold ``pairs`` (query, key) pairs.
+    """FLOPs of a forward over ``tokens`` tokens whose documents have ``pairs`` (query, key) pairs.
 
-    Within a window every query counts as if it were full: of a document's first tokens that is too much.
+    With a window, every query counts as a full window. This overestimates a document's first tokens.
     """
     fa_heads, gdn_heads = (
         sum(len(heads(layer)) for layer in range(model.num_layers))
@@ -74,8 +74,8 @@ def step_flops(
 ) -> float:
     """Model FLOPs of one optimizer step over all devices.
 
-    ``align`` runs the teacher (its LM head apart) and trains the student's attention; ``distill`` runs
-    the teacher and trains the student; the others train the student.
+    ``align`` runs the teacher (without its LM head) and trains the student's attention. ``distill`` runs
+    the teacher and trains the student. The other verbs train the student.
     """
     if teacher is None:
         return 3 * forward_flops(student, tokens, pairs)

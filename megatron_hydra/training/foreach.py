@@ -1,9 +1,10 @@
-"""Megatron-Core's work on lists of parameters, a few launches for all of them instead of some for each.
+"""Fast versions of Megatron-Core's functions on lists of parameters: few launches for all parameters.
 
-Without Apex and Transformer Engine, Megatron-Core (0.16.1 to 0.19.2) takes the gradients' norm tensor by
-tensor and reads every one back to the host, which waits for the device as often as there are parameters (302
-times a step for 135 million of them in 30 layers); it scales gradients and copies weights one by one, too.
-Importing this module replaces those stand-ins; Apex's and Transformer Engine's own functions stay.
+Without Apex and Transformer Engine, Megatron-Core (0.16.1 to 0.19.2) uses slow fallbacks. They compute the
+gradient norm tensor by tensor and read each norm back to the host, which waits for the device once per
+parameter tensor (302 times a step for 135 million parameters in 30 layers). They also scale gradients and
+copy weights one by one. Importing this module replaces these fallbacks. The functions of Apex and
+Transformer Engine stay if they are installed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 def l2_norm(
     _chunk_size: int, _noop: Tensor, tensor_lists: Sequence[Sequence[Tensor]], *_: Any
 ) -> tuple[Tensor, None]:
-    """Norm of all tensors together, ``[1]`` fp32 on their device; as ``amp_C.multi_tensor_l2norm``."""
+    """Norm over all tensors, ``[1]`` fp32 on their device; replaces ``amp_C.multi_tensor_l2norm``."""
     tensors = [tensor for tensors in tensor_lists for tensor in tensors]
     norms = torch.stack(torch._foreach_norm(tensors))
     return torch.linalg.vector_norm(norms, dtype=torch.float32).reshape(1), None
@@ -30,7 +31,7 @@ def l2_norm(
 def scale(
     _chunk_size: int, _noop: Tensor, tensor_lists: Sequence[Sequence[Tensor]], factor: float
 ) -> None:
-    """``destination = source · factor``, list by list; as ``amp_C.multi_tensor_scale``."""
+    """``destination = source · factor`` for lists; replaces ``amp_C.multi_tensor_scale``."""
     source, destination = (list(tensors) for tensors in tensor_lists)
     if not source:
         return
@@ -57,7 +58,7 @@ def _copy_main_params_to_model_params(self: distrib_optimizer.DistributedOptimiz
     if not plain:
         _copy_main_params(self)
         return
-    # Two calls, each from one dtype to one other: a list of mixed ones is copied tensor by tensor.
+    # Two calls, each with one pair of dtypes: torch copies a list of mixed dtypes tensor by tensor.
     for master_groups, model_groups in (
         (self.shard_fp32_from_float16_groups, self.model_float16_groups),
         (self.shard_fp32_groups, self.model_fp32_groups),
@@ -76,7 +77,7 @@ def _copy_main_params_to_model_params(self: distrib_optimizer.DistributedOptimiz
 
 
 def install() -> None:
-    """Put these functions in the places of Megatron-Core's stand-ins."""
+    """Replace Megatron-Core's fallbacks by these functions."""
     if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = l2_norm
     for module in (clip_grads, megatron_optimizer):

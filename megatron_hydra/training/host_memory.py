@@ -1,11 +1,11 @@
-"""Host memory that a checkpoint's tensors are copied to, kept from one save to the next.
+"""Host memory for copies of a checkpoint's tensors, reused from save to save.
 
-Fresh memory costs more than the copy: every page of it is zeroed first. So it is kept, and copies of
-the next save, which are of the same sizes in the same order, fall on the same places.
+New memory costs more time than the copy, because the system zeroes every page first. The next save has
+copies of the same sizes in the same order, so it uses the same memory again.
 
-From a GPU, tensors pass through a few page-locked buffers: the device fills one while threads empty
-the others. Page-locking all of it would cost seconds at the first save, and memory that nothing else
-can use.
+Tensors on a GPU are copied through a few page-locked buffers: the device fills one buffer while threads
+empty the others. Page-locking all the memory would take seconds at the first save, and no other process
+could use this memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STAGING_BYTES = 32 * 2**20
 """Of one page-locked buffer."""
 
 NUM_STAGING = 4
-"""Buffers; as many threads empty them, each of which copies some GB/s."""
+"""Number of buffers, and of threads that empty them. A thread copies a few GB/s."""
 
 
 class HostMemory:
@@ -40,11 +40,11 @@ class HostMemory:
         self._staging: Staging | None = None
 
     def begin(self) -> None:
-        """Give up all copies: their memory is used again."""
+        """Discard all copies and reuse their memory."""
         self._block = self._used = 0
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """A contiguous copy of a tensor of any device, on the host; not before :meth:`wait`."""
+        """Copy a tensor from any device to a contiguous host tensor, which is valid after :meth:`wait`."""
         place = self._take(tensor.nbytes)
         copy = place.view(tensor.dtype).view(tensor.shape)
         if tensor.device.type == "cpu" or not platform.device_count():
@@ -56,7 +56,7 @@ class HostMemory:
         return copy
 
     def wait(self) -> None:
-        """Until all copies are complete."""
+        """Wait until all copies are complete."""
         if self._staging is not None:
             self._staging.wait()
 
@@ -79,7 +79,7 @@ def _page_locked(num_bytes: int) -> Tensor:
 
 @dataclasses.dataclass
 class _Buffer:
-    """A page-locked buffer and the thread that empties it, if one does."""
+    """A page-locked buffer, and the thread that empties it, if any."""
 
     memory: Tensor
     emptied: concurrent.futures.Future[None] | None = None
@@ -89,8 +89,9 @@ class Staging:
     """Page-locked buffers between a GPU and ordinary memory.
 
     Args:
-        allocate: makes a buffer of so many bytes.
-        event: what is recorded behind the copies into a buffer, and waited for before it is emptied.
+        allocate: function that makes a buffer of a size in bytes.
+        event: makes the event that is recorded after the copies into a buffer. A thread waits for it before
+            it empties the buffer.
     """
 
     def __init__(self, allocate: Callable[[int], Tensor], event: Callable[[], Any]) -> None:
@@ -101,7 +102,7 @@ class Staging:
         self._targets: list[tuple[Tensor, int]] = []
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Begin to copy a tensor to ``target``, as many bytes of ordinary memory."""
+        """Start to copy a tensor to ``target``, ordinary memory of the same number of bytes."""
         flat = source.contiguous().view(-1).view(torch.uint8)
         done = 0
         while done < flat.numel():
@@ -113,12 +114,12 @@ class Staging:
                 flat[done : done + count], non_blocking=True
             )
             self._targets.append((target[done : done + count], self._filled))
-            # The next tensor's first byte lies on a boundary that suits every copy engine.
+            # Align the next tensor's first byte for every copy engine.
             self._filled = min(STAGING_BYTES, -(-(self._filled + count) // _ALIGNMENT) * _ALIGNMENT)
             done += count
 
     def _current(self) -> _Buffer:
-        """The buffer that is being filled; waits for it, if it is still being emptied."""
+        """The buffer to fill next. Wait if a thread still empties it."""
         buffer = self._free[0]
         if buffer.emptied is not None:
             buffer.emptied.result()
@@ -126,7 +127,7 @@ class Staging:
         return buffer
 
     def _flush(self) -> None:
-        """Let a thread empty the buffer that was filled, when the device is done with it."""
+        """Start a thread that empties the filled buffer when the device has finished its copies."""
         if not self._targets:
             return
         buffer, targets = self._free[0], self._targets
@@ -143,7 +144,7 @@ class Staging:
         self._targets, self._filled = [], 0
 
     def wait(self) -> None:
-        """Until everything is in ordinary memory."""
+        """Wait until all data are in ordinary memory."""
         self._flush()
         for buffer in self._free:
             if buffer.emptied is not None:

@@ -123,7 +123,7 @@ class _Run:
         with startup_phase("resuming"):
             self.progress = self._resume()
         self.saved_step = self.progress.step
-        # Only now: a start that fails leaves the folder unchanged.
+        # Only at the end: a failed start must leave the folder unchanged.
         on_main(lambda: write_text_atomic(Path(config.output) / "config.yaml", to_yaml(config)))
 
     def _build(
@@ -157,7 +157,8 @@ class _Run:
             progress = Progress(0, 0)
         else:
             progress = self.checkpoints.resume(folder, self._restore_data_state)
-            apply_settings(self.train_state.optimizer, config.optimizer)  # not the checkpoint's
+            # Use the settings of the config, not those in the checkpoint.
+            apply_settings(self.train_state.optimizer, config.optimizer)
             self.faults.restore(progress.faults)
             if self.world.is_main:
                 _log.info("resuming from %s", folder)
@@ -175,7 +176,7 @@ class _Run:
         step = self.stream.check_state(body["data"])
         self.stream.plan(self.config.schedule.steps)
         self.validation.check_not_trained_on(self.stream.reading.sources)
-        losses = body.get("validation", {})  # absent from checkpoints of before
+        losses = body.get("validation", {})  # missing in older checkpoints
         self.validation.restore(losses, has_new_blend=self.stream.has_new_blend)
         return step, self.validation.state(), self.validation.reason_to_end(step)
 
@@ -319,7 +320,7 @@ class _Run:
         with self.timers.phase("save"):
             log.sync()
             if self.config.parallel.overlap_param_gather:
-                # Updated weights are otherwise collected during the next forward only.
+                # Otherwise updated weights are gathered only in the next forward.
                 for chunk in self.train_state.chunks:
                     chunk.start_param_sync(force_sync=True)
             started = time.perf_counter()
@@ -359,9 +360,8 @@ def _open_stream(config: RunConfig, world: World, model: ModelConfig) -> PackedS
         dp_size=world.dp_size,
         vocab_size=model.vocab_size,
     )
-    if not step_folders(
-        Path(config.output) / CHECKPOINTS
-    ):  # else the data read so far are not known yet
+    # On resume, the data read so far are not known yet.
+    if not step_folders(Path(config.output) / CHECKPOINTS):
         stream.plan(config.schedule.steps)  # checks data.token_budget and max_epochs
     return stream
 

@@ -1,9 +1,9 @@
-"""What Megatron-Core's distributed optimizer needs to load a checkpoint correctly, in every supported release.
+"""Fixes that Megatron-Core's distributed optimizer needs to load a checkpoint correctly, in all releases.
 
-Each fix is as needed in 0.19.2 as in 0.16.1: tests/training/test_megatron_fixes.py holds the installed release
-to it, and fails when upstream is right. What differs between releases stands in
-:mod:`megatron_hydra.parallel.megatron_versions`. Applied once, on import of
-:mod:`megatron_hydra.training.checkpoint`.
+All supported releases, 0.16.1 to 0.19.2, need each fix. tests/training/test_megatron_fixes.py checks the
+installed release, and fails as soon as upstream is correct. Differences between releases are in
+:mod:`megatron_hydra.parallel.megatron_versions`. The import of :mod:`megatron_hydra.training.checkpoint`
+applies the fixes once.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def _set_main_param_and_optimizer_states(
     main_param.copy_(tensors["param"])
     for name in ("exp_avg", "exp_avg_sq"):
         state[name].copy_(tensors[name])
-    # All parameters share one step tensor after loading: torch increments it once per parameter,
-    # and training diverges without a word from the second resumed step on.
+    # After loading, all parameters share one step tensor. torch increments it once per parameter, and
+    # training silently diverges from the second resumed step on.
     state["step"] = state["step"].clone()
 
 
@@ -64,11 +64,11 @@ def _padding_counted(buffers: list[Any]) -> Iterator[None]:
 def _sharded_param_state_fully_reshardable(
     self: distrib_optimizer.DistributedOptimizer, *args: Any, **kwargs: Any
 ) -> Any:
-    # Upstream joins the buckets of a buffer without their padding and then cuts parameters out at
-    # padded offsets: from the second bucket on (a tied embedding under pipeline parallelism, or
-    # overlap_grad_reduce) the optimizer state, master weights included, is shifted. We save by
-    # optimizer_state.py, so that here it would show in a load: the last parameters are cut short, and each is
-    # warned of as corrupt.
+    # Upstream joins the buckets of a buffer without their padding, but cuts out parameters at padded
+    # offsets. From the second bucket on (with a tied embedding under pipeline parallelism, or with
+    # overlap_grad_reduce) the optimizer state and the master weights are shifted. We save with
+    # optimizer_state.py, so the fault would appear in a load: the last parameters would be too short, and
+    # upstream would warn that they are corrupt.
     with _padding_counted(self.buffers):
         return _original_sharded(self, *args, **kwargs)
 
@@ -81,7 +81,7 @@ distrib_optimizer.DistributedOptimizer.sharded_param_state_fully_reshardable = (
 def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
     """Give an unused optimizer its state tensors, so that a checkpoint can be loaded into them.
 
-    Changes parameters (by weight decay): only call it right before loading them.
+    It changes parameters (by weight decay): call it only directly before loading them.
     """
     assert isinstance(optimizer, ChainedOptimizer)
     for part in optimizer.chained_optimizers:

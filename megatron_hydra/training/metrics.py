@@ -1,7 +1,7 @@
-"""What a run says about itself: metrics, events, a progress bar. Rank 0 only.
+"""Metrics, events and progress bar of a run. Only rank 0 writes them.
 
-``metrics.jsonl`` and ``events.jsonl`` are always written; :mod:`megatron_hydra.training.sinks` holds what
-else the config may ask for.
+``metrics.jsonl`` and ``events.jsonl`` are always written. :mod:`megatron_hydra.training.sinks` has the other
+outputs that the config can select.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 def _jsonable(value: Any) -> Any:
-    """JSON has no NaN: what is not finite becomes null."""
+    """Replace numbers that are not finite by None, because JSON has no NaN."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, (list, tuple)):
@@ -37,7 +37,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def truncate_metrics(path: str | os.PathLike[str], last_step: int) -> None:
-    """Drop lines after ``last_step``, and half-written ones, so that no step appears twice."""
+    """Delete lines after ``last_step`` and half-written lines, so that no step appears twice."""
     path = Path(path)
     if not path.exists():
         return
@@ -52,10 +52,10 @@ def truncate_metrics(path: str | os.PathLike[str], last_step: int) -> None:
 
 
 class MetricsLog:
-    """One entry a step to every sink; events; a bar on stderr.
+    """Write one entry per step to every sink, events, and a progress bar on stderr.
 
-    As a context manager it is closed with its block; if that ends by an error, then what goes wrong
-    while closing is only logged and does not hide it.
+    As a context manager it closes at the end of the block. If the block raises an error, errors during the
+    close are only logged, so they do not hide the first error.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class MetricsLog:
 
         Args:
             output: the run's folder.
-            first_step: steps done before; later lines of an earlier attempt are dropped.
-            enabled: False on all ranks but the first: every method then does nothing.
-            title: shown by the bar.
-            run_config: the resolved config, for sinks that keep one.
+            first_step: steps done before; later lines of an earlier attempt are deleted.
+            enabled: False on all ranks but the first; every method then does nothing.
+            title: title of the progress bar.
+            run_config: the resolved config, for sinks that store it.
 
         Raises:
-            HydraError: a file cannot be written, or a sink is wanted and not installed.
+            HydraError: a file cannot be written, or the package of a sink is not installed.
         """
         self.enabled = enabled
         self._sinks: list[Sink] = []
@@ -106,19 +106,19 @@ class MetricsLog:
             sink.write(entry)
 
     def event(self, name: str, step: int, **facts: Any) -> None:
-        """Record what is no step: start, save, skipped step, stop. Kept over all attempts."""
+        """Record an event: start, save, skipped step, stop. Events of all attempts are kept."""
         if self.enabled:
             entry = {"time": round(time.time(), 3), "event": name, "step": step, **facts}
             self._events.write({key: _jsonable(value) for key, value in entry.items()})
 
     def advance(self, step: int, loss: float) -> None:
-        """Move the bar."""
+        """Advance the progress bar."""
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self._bar.update(step - self._bar.n)
 
     def sync(self) -> None:
-        """Make everything written so far durable (called before a checkpoint counts)."""
+        """Sync all entries to disk (called before a checkpoint becomes valid)."""
         for sink in self._sinks:
             sink.sync()
         if self.enabled:
@@ -128,7 +128,7 @@ class MetricsLog:
         """Flush and close everything; safe to call twice.
 
         Raises:
-            HydraError: something could not be closed; all the rest has been.
+            HydraError: a sink could not be closed; all other sinks are closed.
         """
         if not self.enabled:
             return

@@ -1,4 +1,4 @@
-"""The model's part of a checkpoint: what ranks save and load of it, under any layout."""
+"""The model's part of a checkpoint: the tensors that ranks save and load, under any layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
 }
-"""How optimizer state is cut, in Megatron's words: so that any layout can load it."""
+"""Megatron's name of the optimizer sharding that any layout can load."""
 
 
 def sharding_metadata() -> dict[str, Any]:
@@ -32,9 +32,9 @@ def sharding_metadata() -> dict[str, Any]:
 
 
 def model_state(chunks: list[GPTModel]) -> dict[str, Any]:
-    """Sharded tensors only: the layers' extra states are pickles for FP8, which nothing here uses.
+    """Sharded tensors only, without the layers' extra states: these are pickles for FP8, which we do not use.
 
-    Of weights that data-parallel ranks hold alike, each rank is the writer of a part.
+    Data-parallel ranks hold equal weights. Each rank writes a part of them.
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     state = {
@@ -48,12 +48,12 @@ def model_state(chunks: list[GPTModel]) -> dict[str, Any]:
     entries = [(part, name) for part, of_part in state.items() for name in of_part]
     sizes = [_bytes_saved(state[part][name]) for part, name in entries]
     for (part, name), writer in zip(entries, dealt(sizes, group.size()), strict=True):
-        state[part][name] = _written_by(writer, state[part][name], group)
+        state[part][name] = _with_writer(writer, state[part][name], group)
     return state
 
 
 def _without_padding(chunk: GPTModel, name: str, entry: Any) -> Any:
-    """The entry of a weight with a row a vocabulary entry, without the rows that stand for none."""
+    """The entry of a weight with one row per vocabulary entry, without padding rows."""
     shard = chunk.vocabulary_shard
     if not (shard.is_padded and name.endswith(VOCABULARY_WEIGHTS)):
         return entry
@@ -61,14 +61,14 @@ def _without_padding(chunk: GPTModel, name: str, entry: Any) -> Any:
 
 
 def _bytes_saved(entry: ShardedBase) -> int:
-    """With the optimizer's state: master weight, both moments."""
+    """Bytes to save, with the optimizer's state: master weight and both moments."""
     parameter: Any = entry.data
     state = 3 * 4 if parameter.requires_grad else 0
     return parameter.numel() * (parameter.itemsize + state)
 
 
 def dealt(sizes: list[int], count: int) -> list[int]:
-    """For each of some items whose of ``count`` shares it is, so that shares are about equal."""
+    """Assign items of given sizes to ``count`` shares of about equal size; return each item's share."""
     shares, filled = [0] * len(sizes), [0] * count
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         shares[i] = min(range(count), key=filled.__getitem__)
@@ -76,8 +76,8 @@ def dealt(sizes: list[int], count: int) -> list[int]:
     return shares
 
 
-def _written_by(writer: int, entry: Any, group: dist.ProcessGroup) -> Any:
-    """The entry with the data-parallel part of its replica id counted from its writer."""
+def _with_writer(writer: int, entry: Any, group: dist.ProcessGroup) -> Any:
+    """The entry with the data-parallel part of its replica id shifted, so that it is 0 on the writer."""
     *others, rank = entry.replica_id
     assert rank == group.rank(), "the last part of a replica id is the data-parallel rank"
     replica = (*others, (rank - writer) % group.size())
@@ -85,7 +85,7 @@ def _written_by(writer: int, entry: Any, group: dist.ProcessGroup) -> Any:
 
 
 def writer_of(entry: Any) -> int | None:
-    """Which data-parallel rank writes an entry of :func:`model_state`; ``None``: of other groups."""
+    """The data-parallel rank that writes an entry of :func:`model_state`; ``None``: a rank of another group."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     *others, distance = entry.replica_id
     return None if any(others) else (group.rank() - distance) % group.size()
@@ -101,14 +101,14 @@ def set_model_state(chunks: list[GPTModel], loaded: dict[str, Any]) -> None:
 
 
 def verified_checkpoint(path: str, fingerprint: str = "") -> Path:
-    """Resolve a checkpoint and check it, on rank 0 for all. Nothing of it is opened before.
+    """Resolve a checkpoint and verify it on rank 0 for all ranks, before any file is opened.
 
     Args:
         path: the folder, or a run's ``checkpoints``.
-        fingerprint: what :func:`~.provenance.checkpoint_fingerprint` must be; empty: anything.
+        fingerprint: the expected :func:`~.provenance.checkpoint_fingerprint`; empty: do not check.
 
     Raises:
-        HydraError: on every rank, if there is none, if it is damaged, or if it is another one.
+        HydraError: on every rank, if the checkpoint is missing, damaged or has another fingerprint.
     """
 
     def check() -> str:
@@ -120,7 +120,7 @@ def verified_checkpoint(path: str, fingerprint: str = "") -> Path:
                 "another checkpoint"
             )
         store.verify_checkpoint(folder)
-        store.stored_tensors(folder)  # the index is complete for its model
+        store.stored_tensors(folder)  # checks that the index is complete for its model
         return str(folder)
 
     return Path(on_main(check))
@@ -130,7 +130,7 @@ def load_model(chunks: list[GPTModel], folder: Path) -> None:
     """Fill a freshly built model from a verified checkpoint. Every stored tensor must be used.
 
     Raises:
-        HydraError: a tensor of the checkpoint is read by no rank.
+        HydraError: no rank reads a tensor of the checkpoint.
     """
     state = model_state(chunks)
     _check_all_used(state, folder)
@@ -138,10 +138,10 @@ def load_model(chunks: list[GPTModel], folder: Path) -> None:
 
 
 def load_state(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Megatron's load of a verified checkpoint. Collective.
+    """Load a sharded state dict from a verified checkpoint. Collective.
 
     Raises:
-        HydraError: what went wrong on the first rank where something did.
+        HydraError: the error of the first rank that failed.
     """
     return load_sharded(state, folder / store.WEIGHTS, on_all)
 

@@ -1,4 +1,4 @@
-"""What a run measures of itself: time by phase, memory, and the scales γ of its heads."""
+"""Measurements of a run: time by phase, memory, and the scales γ of its heads."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ T = TypeVar("T")
 class PhaseTimers:
     """Seconds that this rank spent in each phase of its steps since the last :meth:`take`.
 
-    Nothing waits for the device to measure it: ``forward_backward`` ends where the host reads the
-    gradient norm, and with it is done; what the optimizer's kernels take beyond their launch shows in
-    the next step's ``forward_backward``.
+    The measurement adds no device synchronisation. ``forward_backward`` ends when the host has read the
+    gradient norm. The time of the optimizer's kernels after their launch counts in ``forward_backward`` of
+    the next step.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class PhaseTimers:
             self._seconds[name] += time.perf_counter() - start
 
     def over(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """``items``, with the time that getting each of them takes measured."""
+        """Yield ``items``, and measure the time to get each of them."""
         iterator = iter(items)
         while True:
             with self.phase(name):
@@ -50,14 +50,14 @@ class PhaseTimers:
             yield item
 
     def take(self) -> list[float]:
-        """Seconds in the order of :data:`PHASES`; counting starts again."""
+        """Return the seconds in the order of :data:`PHASES`, and reset them."""
         seconds = [self._seconds[name] for name in PHASES]
         self._seconds = dict.fromkeys(PHASES, 0.0)
         return seconds
 
 
 def slowest(timers: PhaseTimers) -> dict[str, float]:
-    """Phases and peak memory, each on the rank where it is largest. Collective."""
+    """Seconds of each phase and peak memory, each the maximum over ranks. Collective."""
     local = [*timers.take(), float(platform.peak_memory_bytes())]
     most = torch.tensor(local, dtype=torch.float64, device=platform.device())
     dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -70,10 +70,10 @@ def gamma_by_layer(
     """Mean scale γ of the FA and of the GDN heads of every layer. Collective.
 
     Returns:
-        ``gamma_fa`` and ``gamma_gdn``, one number a layer (``None``: no such head there); empty for
-        a model without γ.
+        ``gamma_fa`` and ``gamma_gdn``, one number per layer (``None`` if the layer has no such head);
+        empty for a model without γ.
     """
-    # [layer, branch, (sum, count)]; every head counts once: on one replica, and where it is held.
+    # [layer, branch, (sum, count)]; every head counts once, on one replica and on the rank that holds it.
     totals = torch.zeros(num_layers, 2, 2, dtype=torch.float64, device=platform.device())
     if world.dp_rank == 0 and world.cp_rank == 0:
         for chunk in chunks:

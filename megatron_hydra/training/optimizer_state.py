@@ -1,9 +1,8 @@
-"""The optimizer's part of a checkpoint: each parameter's state whole, on the rank that writes it.
+"""The optimizer's part of a checkpoint: the whole state of each parameter, on the rank that writes it.
 
-Megatron's distributed optimizer keeps flat ranges of a buffer on each data-parallel rank. Its own way to
-a checkpoint takes every tensor to the host, back to the device for a gather, to the host again, and all
-of them to every rank; here each parameter's parts go once, from where they are to the one rank that
-writes it.
+Megatron's distributed optimizer holds flat ranges of a buffer on each data-parallel rank. Its own save
+copies every tensor to the host, back to the device for a gather, to the host again, and sends all tensors
+to every rank. Here each part is sent once, from its rank to the rank that writes the parameter.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from megatron_hydra.training.snapshot import Snapshot
 
 _STATES = ("param", "exp_avg", "exp_avg_sq")
 _BATCH_BYTES = 64 * 2**20
-"""Parameters of about this size are exchanged at once: a device holds little more."""
+"""Approximate size of the parameters in one exchange. A device needs little more memory than this."""
 
 Entry: TypeAlias = ShardedTensor | ShardedTensorFactory
 
@@ -35,14 +34,14 @@ Entry: TypeAlias = ShardedTensor | ShardedTensorFactory
 def add_optimizer_state(
     optimizer: MegatronOptimizer, model: dict[str, Any], snapshot: Snapshot
 ) -> dict[str, Any]:
-    """Add what this rank writes of the optimizer's state to a snapshot. Collective.
+    """Add the optimizer state that this rank writes to a snapshot. Collective.
 
     Args:
-        optimizer: it has made a step.
-        model: Megatron's sharded state dict of the model, which says who writes what.
+        optimizer: must have made a step.
+        model: Megatron's sharded state dict of the model, which assigns parameters to writers.
 
     Returns:
-        What is not sharded: parameter groups, step.
+        State that is not sharded: parameter groups and step.
     """
     assert isinstance(optimizer, ChainedOptimizer)
     parts = optimizer.chained_optimizers
@@ -65,7 +64,7 @@ def _add_part(part: MegatronOptimizer, model: dict[str, Any], snapshot: Snapshot
         changed: dict[str, Any] = {"key": f"optimizer.state.{name}.{entry.key}", "data": tensor}
         if isinstance(entry, ShardedTensor):
             changed["dtype"] = tensor.dtype
-        # What was exchanged is a copy already.
+        # Exchanged tensors are copies already.
         is_copy = part.data_parallel_group.size() > 1
         snapshot.add(dataclasses.replace(entry, **changed), is_copy=is_copy)
     return part.state_dict() | {
@@ -76,7 +75,7 @@ def _add_part(part: MegatronOptimizer, model: dict[str, Any], snapshot: Snapshot
 def _whole_states(
     part: DistributedOptimizer, entries: dict[int, Entry]
 ) -> Iterator[tuple[torch.nn.Parameter, str, Tensor]]:
-    """(parameter, name of a state, the state in the parameter's shape) of what this rank writes."""
+    """Yield (parameter, name of a state, state in the parameter's shape) for the states that it writes."""
     group = part.data_parallel_group
     for buffer in part.buffers:
         if group.size() == 1:
@@ -94,7 +93,7 @@ def _whole_states(
 
 @dataclasses.dataclass(frozen=True)
 class _Share:
-    """A parameter, the rank of the group that writes it, and how much of it each rank holds."""
+    """A parameter, the rank of the group that writes it, and the number of its elements on each rank."""
 
     parameter: torch.nn.Parameter
     writer: int
@@ -106,7 +105,7 @@ def _batches(buffer: Any, entries: dict[int, Entry]) -> Iterator[list[_Share]]:
     num_bytes = 0
     for parameter in buffer.param_index_map:
         writer = writer_of(entries[id(parameter)])
-        if writer is None:  # another tensor-parallel rank's group writes its copy
+        if writer is None:  # the group of another tensor-parallel rank writes it
             continue
         batch.append(_Share(parameter, writer, _lengths(buffer, parameter)))
         num_bytes += 4 * parameter.numel()
@@ -118,7 +117,7 @@ def _batches(buffer: Any, entries: dict[int, Entry]) -> Iterator[list[_Share]]:
 
 
 def _lengths(buffer: Any, parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """Elements of a parameter on each data-parallel rank: a bucket is cut into equal ranges."""
+    """Number of elements of a parameter on each data-parallel rank: ranks hold equal ranges of a bucket."""
     start, end, bucket_id = buffer.param_index_map[parameter]
     bucket, ranks = buffer.buckets[bucket_id], buffer.data_parallel_group.size()
     size = bucket.grad_data.numel() // ranks
@@ -152,7 +151,7 @@ def _exchanged(
         input_split_sizes=[sum(share.lengths[me] for share in shares) for shares in to],
         group=group,
     )
-    # By rank, and of each rank by parameter: a parameter is its parts in the order of the ranks.
+    # Ordered by rank, then by parameter: a parameter is its parts joined in the order of ranks.
     parts = iter(received.split([s.lengths[rank] for rank in range(ranks) for s in own]))
     by_rank = [[next(parts) for _ in own] for _ in range(ranks)]
     for share, pieces in zip(own, zip(*by_rank, strict=True), strict=True):

@@ -1,4 +1,4 @@
-"""Out of memory on a GPU: which setting to change, and what the planner had expected."""
+"""Out of memory on a GPU: advise settings to change, and show the planner's estimate."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from megatron_hydra.out_of_memory import GIB, convert_out_of_memory, explained
 
 
 def out_of_memory_explained(config: RunConfig) -> AbstractContextManager[None]:
-    """Turn torch's error of a training run into one that names the keys to change.
+    """Replace torch's out-of-memory error of a training run by an error that names the keys to change.
 
     Raises:
-        HydraError: in place of ``torch.OutOfMemoryError``.
+        HydraError: instead of ``torch.OutOfMemoryError``.
     """
-    return convert_out_of_memory(lambda error: _explained(config, error))
+    return convert_out_of_memory(lambda error: _explain(config, error))
 
 
-def _explained(config: RunConfig, error: BaseException) -> str:
-    if is_gdn_torch := _is_gdn_torch(config):  # as the planner has to know, too
+def _explain(config: RunConfig, error: BaseException) -> str:
+    if is_gdn_torch := _is_gdn_torch(config):  # the planner needs it as well
         backend = dataclasses.replace(config.backend, gated_delta_net="torch")
         config = dataclasses.replace(config, backend=backend)
     advice = training_advice(config, is_gdn_torch)
-    return explained(config.verb, error, advice, _expected(config))
+    return explained(config.verb, error, advice, _planner_estimate(config))
 
 
 def training_advice(config: RunConfig, is_gdn_torch: bool = False) -> list[str]:
-    """What makes a step smaller, by what the config leaves to be made smaller, the cheapest first."""
+    """Changes of this config that reduce the memory of a step, the cheapest first."""
     batch, recompute, parallel = config.batch, config.recompute, config.parallel
     advice = []
     if is_gdn_torch:
         advice.append(
-            "backend.gated_delta_net is torch, which keeps several times what FLA's kernels keep: install "
-            "flash-linear-attention, or recompute.granularity=selective recompute.modules=[gdn]"
+            "backend.gated_delta_net is torch, which needs several times the memory of FLA's kernels: install "
+            "flash-linear-attention, or set recompute.granularity=selective recompute.modules=[gdn]"
         )
     if batch.micro_batch_size > 1:
         advice.append(
             f"batch.micro_batch_size={batch.micro_batch_size // 2} (now {batch.micro_batch_size}; the global "
-            "batch stays, with more accumulation steps)"
+            "batch stays the same, with more accumulation steps)"
         )
     if recompute.granularity == "none":
         advice.append("recompute.granularity=selective recompute.modules=[gdn,tail,mlp] (now none)")
@@ -53,14 +53,14 @@ def training_advice(config: RunConfig, is_gdn_torch: bool = False) -> list[str]:
         advice.append(f"recompute.granularity=full (now {recompute.granularity})")
     if config.verb != "align" and config.loss.chunk_tokens > 256:
         advice.append(
-            f"loss.chunk_tokens={config.loss.chunk_tokens // 2} (now {config.loss.chunk_tokens}): tokens "
-            "whose logits exist at a time"
+            f"loss.chunk_tokens={config.loss.chunk_tokens // 2} (now {config.loss.chunk_tokens}): number of "
+            "tokens whose logits are in memory at a time"
         )
     if not parallel.distributed_optimizer:
-        advice.append("parallel.distributed_optimizer=true: optimizer states are shared out")
+        advice.append("parallel.distributed_optimizer=true: shards optimizer states over ranks")
     advice.append(
-        f"more GPUs for a model: parallel.context (now {parallel.context}) shares out tokens, "
-        f"parallel.tensor (now {parallel.tensor}) weights and heads"
+        f"more GPUs for a model: parallel.context (now {parallel.context}) shards tokens, "
+        f"parallel.tensor (now {parallel.tensor}) shards weights and heads"
     )
     return advice
 
@@ -80,8 +80,8 @@ def _student(config: RunConfig) -> ModelConfig | None:
     return None
 
 
-def _expected(config: RunConfig) -> str:
-    """``; the planner expects …``, or nothing where it cannot say."""
+def _planner_estimate(config: RunConfig) -> str:
+    """``; the planner expects …``, or an empty text if it cannot estimate."""
     from megatron_hydra.planning.plan import expected_memory
 
     model = _student(config)
@@ -94,6 +94,6 @@ def _expected(config: RunConfig) -> str:
         )
         return (
             f"; the planner expects a peak of {expected.total / GIB:.1f} GiB for this config ({parts}), "
-            "every sequence one document"
+            "if every sequence is one document"
         )
     return ""

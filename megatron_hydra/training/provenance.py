@@ -20,7 +20,7 @@ _OF_VALIDATION = ("best", "best_step", "waited")
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
-    """Hash of a checkpoint's manifest, and through it of every file of the checkpoint."""
+    """Hash of a checkpoint's manifest, which holds the hash of every file."""
     return "sha256:" + sha256_of_file(folder / store.MANIFEST_FILE)
 
 
@@ -54,7 +54,7 @@ class Provenance:
         """Check that a checkpoint belongs to a run with the same input checkpoints.
 
         Raises:
-            HydraError: naming the role, and both checkpoints.
+            HydraError: an input differs; names the role and both checkpoints.
         """
         saved = store.read_manifest(folder).get("provenance", {}).get("inputs", {})
         for role in sorted(saved.keys() | self.inputs.keys()):
@@ -73,11 +73,11 @@ class Provenance:
 
         Args:
             config: the run.
-            step, tokens: how far it is.
-            validation: state of its held-out losses; best and number of those without an improvement
-                are taken from it.
-            ended: why it is over; empty: it is not.
-            reading: what it has read, source by source and span by span.
+            step, tokens: steps done and tokens read.
+            validation: state of its held-out losses. The record holds the best loss and the number of
+                validations without an improvement.
+            ended: reason for the end of the run; empty if it has not ended.
+            reading: data read so far, by source and span of steps.
         """
         facts = {key: value for key, value in validation.items() if key in _OF_VALIDATION}
         return {
@@ -100,9 +100,8 @@ def _named(entry: dict[str, str]) -> str:
 def trained_model_config(model: ModelConfig) -> ModelConfig:
     """The config that a training checkpoint stores.
 
-    ``source.fingerprint`` names the weights that a student was made from, so it stays with a
-    hybrid. A dense model that has been trained is no longer those weights: its fingerprint is
-    dropped.
+    ``source.fingerprint`` identifies the weights that a student was made from, so a hybrid keeps it. A
+    trained dense model no longer has these weights, so its fingerprint is removed.
     """
     if model.is_hybrid or not model.source.get("fingerprint"):
         return model

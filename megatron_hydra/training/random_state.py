@@ -1,4 +1,4 @@
-"""Every random generator of a process as one byte vector, and back."""
+"""Pack the states of all random generators of a process into one byte vector, and restore them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A run's kernels called once, layer by layer, on one device: so that they are compiled before it starts.
+"""Call a run's kernels once, layer by layer, on one device, so that they are compiled before the run starts.
 
-What a rank computes depends on the layout, the lengths and how many heads of each kind it holds; every
-such combination is compiled for itself. A *scene* is one of them: a layer of the run with the shapes
-of one rank, its loss, forward and backward by the run's own verb. Other ranks are not needed: collectives
-return at once (:func:`~megatron_hydra.parallel.world.rehearsed_world`). Weights and tokens are random.
+Kernels depend on the layout, the lengths and the number of heads of each kind on a rank. Every combination
+is compiled separately. A *scene* is one combination: a layer of the run with the shapes of one rank, and its
+loss, forward and backward by the run's own verb. Other ranks are not needed: collectives return at once
+(:func:`~megatron_hydra.parallel.world.rehearsed_world`). Weights and tokens are random.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from megatron_hydra.transfer.verbs import VERBS
 from megatron_hydra.watchdog import feed_watchdog
 
 GATE_BIASES = (0.0, -12.0)
-"""``dt_bias`` of fast and of slow decays (half-lives of one and of a hundred thousand tokens): FlashQLA
-cuts long streams into parts if states are forgotten soon, and has other kernels for that."""
+"""``dt_bias`` of fast and slow decays (half-lives of one and of a hundred thousand tokens). FlashQLA splits
+long streams into parts if states decay fast, and uses other kernels for that."""
 
 _WEIGHT_SCALE = 0.02
 
@@ -45,9 +45,9 @@ class Scene:
     """One layer on one rank.
 
     Attributes:
-        layer: a layer of the student, 0-based.
-        tp_rank, cp_rank: whose shapes.
-        fa_heads, gdn_heads: how many that rank holds there.
+        layer: layer of the student, 0-based.
+        tp_rank, cp_rank: the rank whose shapes are used.
+        fa_heads, gdn_heads: number of heads of each kind on this rank in this layer.
     """
 
     layer: int
@@ -64,10 +64,10 @@ class Scene:
 
 
 def scenes(config: RunConfig, model: ModelConfig) -> list[Scene]:
-    """Every combination of heads that some rank holds in some layer, those with most GDN heads first.
+    """Every combination of heads on any rank in any layer, the most GDN heads first.
 
-    Under context parallelism the first, the second and the last shard differ: one has nobody before it,
-    one nobody after.
+    Under context parallelism the first, the second and the last shard are separate scenes: the first has no
+    shard before it, and the last has none after it.
     """
     tensor, context = config.parallel.tensor, config.parallel.context
     found: dict[tuple[object, ...], Scene] = {}
@@ -85,10 +85,10 @@ def scenes(config: RunConfig, model: ModelConfig) -> list[Scene]:
 
 
 def streams(config: RunConfig) -> dict[str, tuple[int, ...]]:
-    """Boundaries of the documents of a micro-batch, by kind, as the run's data may have them.
+    """Kind of micro-batch -> boundaries of its documents, for all kinds that the run's data may have.
 
-    Packed: two documents in every sequence, neither a multiple of a chunk of tokens. A micro-batch of
-    several sequences, or one that is padded, is never a single document.
+    ``packed``: two documents in every sequence, whose lengths are not multiples of a chunk. A micro-batch
+    with several sequences or with padding is never a single document.
     """
     length, sequence = rounded_stream_length(config), config.data.sequence_length
     cut = max(1, sequence // 3) | 1
@@ -106,10 +106,10 @@ def rehearse(
     teacher: ModelConfig | None,
     scene: Scene,
 ) -> Iterator[str]:
-    """Run a scene; before each part of it, says which.
+    """Run a scene; announce each part before it starts.
 
     Args:
-        config: the run. Its pipeline and data parallelism change no shape and are omitted.
+        config: the run. Its pipeline and data parallelism do not change shapes and are ignored.
         model, teacher: as in the run.
     """
     parallel = dataclasses.replace(
@@ -118,7 +118,7 @@ def rehearse(
     )  # fmt: skip
     config = dataclasses.replace(config, parallel=parallel)
     rank = scene.tp_rank + parallel.tensor * scene.cp_rank
-    gc.collect()  # the models of the scene before: their hooks refer to each other
+    gc.collect()  # frees the models of the previous scene, whose hooks form reference cycles
     with postponed(), rehearsed_world(config, rank) as world:
         verb, chunks = _cast(config, world, _one_layer(model, scene.layer), teacher)
         biases = GATE_BIASES if scene.gdn_heads else GATE_BIASES[:1]
@@ -130,7 +130,7 @@ def rehearse(
 
 
 def check(config: RunConfig, model: ModelConfig, teacher: ModelConfig | None) -> None:
-    """The start-up check of every kernel that some rank of the run calls.
+    """Run the start-up check of every kernel that the ranks of the run call.
 
     Raises:
         HydraError: see :func:`~megatron_hydra.ops.self_check.check_kernels`.

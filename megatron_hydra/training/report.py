@@ -1,4 +1,4 @@
-"""The entry that a step leaves in the metrics."""
+"""Make the entry of a step in the metrics."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from megatron_hydra.transfer.verb import inner_model
 
 
 class StepReport:
-    """Collects over the steps between two entries.
+    """Collects data over the steps between two entries.
 
     Args:
-        model, teacher: what is trained and what it learns from.
+        model, teacher: configs of the student and its teacher.
     """
 
     def __init__(
@@ -45,13 +45,14 @@ class StepReport:
         timers: PhaseTimers,
         validation: dict[str, Any] | None,
     ) -> dict[str, Any] | None:
-        """The entry of a step that is to be logged, else ``None``. Collective.
+        """Return the entry of a step, or ``None`` if the step is not logged. Collective.
 
         Args:
-            result: of the step.
-            progress: the step included.
-            timers: of the steps since the last entry.
-            validation: what was measured after the step, which then has an entry; ``None``: nothing.
+            result: the result of the step.
+            progress: progress of the run after the step.
+            timers: timers of the steps since the last entry.
+            validation: metrics measured after the step, or ``None``. A step with a validation is always
+                logged.
         """
         config, step = self._config, progress.step
         tokens = config.batch.global_batch_size * config.data.sequence_length
@@ -86,7 +87,7 @@ class StepReport:
         return entry
 
     def _speed(self, timers: PhaseTimers) -> dict[str, Any]:
-        """Throughput since the last entry, seconds a step by phase, memory."""
+        """Throughput since the last entry, seconds per step by phase, and memory."""
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         tflops = self._flops / seconds / self._world.size / 1e12

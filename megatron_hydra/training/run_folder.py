@@ -26,7 +26,7 @@ _LOCK = ".lock"
 def lock_output(output: Path) -> Iterator[None]:
     """Create the output folder and lock it, so that no second run writes the same files.
 
-    The lock is released when the process ends, for whatever reason.
+    The lock is released when the process ends, for any reason.
 
     Raises:
         HydraError: another process holds the lock.
@@ -59,20 +59,20 @@ def step_folders(folder: Path) -> list[Path]:
 def find_resume_point(folder: Path, resume: str) -> str | None:
     """Find and verify the checkpoint to resume from; ``None`` for a new run.
 
-    What a death while saving left behind is removed.
+    Unfinished checkpoints of a process that was killed during a save are removed.
 
     Args:
-        folder: the run's ``checkpoints``; made if it is absent.
+        folder: the run's ``checkpoints``; created if missing.
         resume: ``checkpoint.resume``.
 
     Raises:
-        HydraError: there is one and ``resume`` is ``never``, or it is damaged; or there is none, but
-            the run has saved one.
+        HydraError: a checkpoint exists and ``resume`` is ``never``; the checkpoint is damaged; or all
+            checkpoints are missing although the run has saved one.
     """
     folders = step_folders(folder)
     has_pointer = (folder / store.LATEST_FILE).exists()
     if not folders and not has_pointer:
-        _refuse_lost_checkpoints(folder)
+        _check_no_lost_checkpoints(folder)
     folder.mkdir(exist_ok=True)
     for leftover in folder.glob(f".{_STEP_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -86,7 +86,7 @@ def find_resume_point(folder: Path, resume: str) -> str | None:
     if resume == "fallback":
         return str(_newest_good(folders))
     try:
-        # Without a pointer the first save was interrupted after its folder was complete.
+        # Without a pointer, the first save was interrupted after its folder was complete.
         found = store.resolve_checkpoint(folder) if has_pointer else folders[-1]
         store.verify_checkpoint(found)
     except HydraError as error:
@@ -96,7 +96,7 @@ def find_resume_point(folder: Path, resume: str) -> str | None:
     return str(found)
 
 
-def _refuse_lost_checkpoints(folder: Path) -> None:
+def _check_no_lost_checkpoints(folder: Path) -> None:
     """Fail if the checkpoints of a run are missing (unmounted disk), instead of a silent restart."""
     events = folder.parent / EVENTS_FILE
     if not events.is_file():

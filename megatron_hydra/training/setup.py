@@ -1,4 +1,4 @@
-"""Models, wrapper, optimizer and schedule, all of them Megatron-Core's own."""
+"""Make models, wrapper, optimizer and schedule, all from Megatron-Core."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from megatron_hydra.transfer.verb import Verb
 
 
 def build_chunks(model: ModelConfig, config: RunConfig) -> list[GPTModel]:
-    """This rank's model chunks (one, or one for each virtual pipeline stage), weights unset."""
+    """Build this rank's model chunks (one, or one per virtual pipeline stage) with unset weights."""
     count = config.parallel.virtual_pipeline
     chunks = []
     for index in range(count):
@@ -54,10 +54,10 @@ def build_chunks(model: ModelConfig, config: RunConfig) -> list[GPTModel]:
 
 
 def _mark_sharded_weights(model: GPTModel) -> None:
-    """Tell Megatron which weights are shards of larger ones.
+    """Mark weights that are shards of larger weights, for Megatron.
 
-    Its layers set these marks only while they initialise weights at random, which we never do;
-    without them the gradient norm counts the shard of tensor-parallel rank 0 alone.
+    Megatron's layers set these marks only during random initialisation, which we do not use. Without the
+    marks the gradient norm includes only the shard of tensor-parallel rank 0.
     """
     sharded_axis = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
     for module in model.modules():
@@ -69,7 +69,7 @@ def _mark_sharded_weights(model: GPTModel) -> None:
 
 
 def freeze(chunks: list[GPTModel]) -> list[GPTModel]:
-    """Make a model a constant: no gradients, evaluation mode."""
+    """Freeze a model: no gradients, evaluation mode."""
     for chunk in chunks:
         chunk.eval()
         chunk.requires_grad_(False)
@@ -79,9 +79,9 @@ def freeze(chunks: list[GPTModel]) -> list[GPTModel]:
 def wrap_for_training(
     chunks: list[GPTModel], verb: Verb, config: RunConfig
 ) -> list[DistributedDataParallel]:
-    """Freeze what the verb does not train, then wrap for data parallelism.
+    """Freeze the parameters that the verb does not train, then wrap for data parallelism.
 
-    The order matters: the wrapper allocates gradient buffers for what is trainable when it is made.
+    The order matters: the wrapper allocates gradient buffers for the parameters that are trainable then.
     """
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
@@ -93,14 +93,13 @@ def wrap_for_training(
     wrapped = []
     for chunk in chunks:
         chunk.train()
-        # Sums of token losses are divided by the global number of unmasked tokens, once, at the
-        # end.
+        # Sums of token losses are divided once, at the end, by the global number of unmasked tokens.
         chunk.config.calculate_per_token_loss = True
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(verb.is_trained(name))
-        # Not with disable_bucketing for chunks after the first, as Megatron's own trainer has it: that
-        # puts a bf16 chunk's weights and its fp32 A_log and dt_bias into one bucket group, and gloo
-        # gathers a group in the dtype of its first bucket, which garbles the others.
+        # Megatron's own trainer sets disable_bucketing for chunks after the first; we do not. It would
+        # put a bf16 chunk's weights and its fp32 A_log and dt_bias into one bucket group. gloo gathers a
+        # group in the dtype of its first bucket and would corrupt the other buckets.
         wrapped.append(DistributedDataParallel(chunk.config, ddp_config, chunk))
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_gradients
@@ -111,7 +110,7 @@ def wrap_for_training(
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], config: RunConfig) -> MegatronOptimizer:
-    """AdamW. What :mod:`megatron_hydra.model.parameters` says is not decayed, nor is anything 1-D."""
+    """AdamW. No weight decay for 1-D parameters and those marked in :mod:`megatron_hydra.model.parameters`."""
     settings = config.optimizer
     optimizer_config = OptimizerConfig(
         optimizer="adam",
@@ -133,8 +132,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: RunConfig) ->
 def apply_settings(optimizer: MegatronOptimizer, settings: OptimizerSettings) -> None:
     """Give all parameter groups these settings.
 
-    Weight decay and learning rate follow from the schedule, which sets them at every step; clipping reads
-    the config.
+    The schedule sets weight decay and learning rate at every step, and clipping reads the config.
     """
     for group in optimizer.param_groups:
         group["max_lr"], group["min_lr"] = settings.lr, settings.min_lr
@@ -142,10 +140,10 @@ def apply_settings(optimizer: MegatronOptimizer, settings: OptimizerSettings) ->
 
 
 def _param_groups() -> dict[ParamKey, ParamGroupOverride]:
-    """What is not decayed; and a group of their own for parameters that stay fp32 in a bf16 model.
+    """Groups of parameters without decay, and separate groups of parameters that stay fp32 in a bf16 model.
 
-    Megatron's distributed optimizer saves and loads the wrong state where a group mixes dtypes.
-    Groups are distinguished by a few fixed keys; ``is_decoupled_lr`` is one that changes nothing else.
+    Megatron's distributed optimizer saves and loads wrong state if a group mixes dtypes. A few fixed keys
+    distinguish groups; ``is_decoupled_lr`` is one of them and has no other effect here.
     """
 
     def matching(name: str, test: Callable[[torch.nn.Parameter, str], bool]) -> ParamKey:
@@ -167,12 +165,12 @@ def _param_groups() -> dict[ParamKey, ParamGroupOverride]:
 def build_schedule(
     optimizer: MegatronOptimizer, config: RunConfig, reading: Reading
 ) -> OptimizerParamScheduler:
-    """The learning rate as a function of the samples read.
+    """Build the learning rate as a function of the samples read.
 
-    ``schedule.steps`` and ``warmup_steps`` are turned into the samples that so many steps read, so that a
-    change of the global batch on resume bends the curve over steps and not that over tokens. The schedule
-    counts in :attr:`.Reading.batch_unit`, which makes it count steps where the batch never changes; the step
-    with global batch size B is a call of ``step(B // unit)``.
+    ``schedule.steps`` and ``warmup_steps`` are converted to numbers of samples. So a change of the global
+    batch on resume keeps the learning rate as a function of tokens, and changes it as a function of steps.
+    The unit of the schedule is :attr:`.Reading.batch_unit`. If the batch never changes, it counts steps. A
+    step with global batch size B calls ``step(B // unit)``.
     """
     settings, schedule = config.optimizer, config.schedule
     unit = reading.batch_unit

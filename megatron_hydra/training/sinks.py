@@ -1,4 +1,4 @@
-"""Where metrics go: one interface, and JSON lines, TensorBoard and Weights & Biases behind it."""
+"""Sinks for metrics: one interface for JSON lines, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from megatron_hydra.errors import HydraError
 
 
 class Sink(abc.ABC):
-    """Takes one entry a step: ``step``, and numbers, lists of numbers (one a layer), texts."""
+    """Takes one entry per step: ``step``, numbers, lists of numbers (one per layer), and texts."""
 
     @abc.abstractmethod
     def write(self, entry: dict[str, Any]) -> None:
         """Record one step."""
 
     def sync(self) -> None:  # noqa: B027  (most have nothing to do)
-        """Make everything written so far durable (called before a checkpoint counts)."""
+        """Sync all entries to disk (called before a checkpoint becomes valid)."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -32,7 +32,7 @@ class Sink(abc.ABC):
 
 @contextlib.contextmanager
 def _writing(path: Path, advice: str = "") -> Iterator[None]:
-    """Name the file when the disk is full or the folder not writable."""
+    """Raise an error that names the file if the disk is full or the folder is not writable."""
     try:
         yield
     except OSError as error:
@@ -40,7 +40,7 @@ def _writing(path: Path, advice: str = "") -> Iterator[None]:
 
 
 class JsonLines(Sink):
-    """One JSON object a line, appended. Half a line that a killed process has left is removed.
+    """Append one JSON object per line. A half-written line of a killed process is removed.
 
     Raises:
         HydraError: the file cannot be written (from every method).
@@ -80,11 +80,11 @@ def _drop_half_line(path: Path) -> None:
 
 
 class TensorBoard(Sink):
-    """Scalars; a list becomes one series an index.
+    """Write scalars; a list becomes one series per index.
 
     Raises:
-        HydraError: the package is not installed; the folder cannot be written (from every method,
-            as a thread writes: also for an entry before).
+        HydraError: the package is not installed, or the folder cannot be written. Every method can raise
+            it, also for an earlier entry, because a thread writes.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -100,7 +100,7 @@ class TensorBoard(Sink):
             self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
-        return _writing(self._folder, "; logging.tensorboard=false does without it")
+        return _writing(self._folder, "; logging.tensorboard=false switches TensorBoard off")
 
     def write(self, entry: dict[str, Any]) -> None:
         """See :meth:`Sink.write`."""
@@ -115,13 +115,13 @@ class TensorBoard(Sink):
 
 
 class WeightsAndBiases(Sink):
-    """A W&B run, kept in the run's folder; ``offline`` sends nothing (``wandb sync`` does, later).
+    """A W&B run in the run's folder. ``offline`` sends nothing; ``wandb sync`` can send it later.
 
-    The run's id follows from its folder, so that a resumed run goes on in the same one. The API key is
-    W&B's own business (its login or WANDB_API_KEY); it is in no config and no log of ours.
+    The id of the W&B run is derived from the folder, so a resumed run continues the same W&B run. W&B itself
+    reads the API key (from its login or WANDB_API_KEY); the key is never in our configs or logs.
 
     Raises:
-        HydraError: the package is not installed, or refuses to start.
+        HydraError: the package is not installed or does not start.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class WeightsAndBiases(Sink):
                 resume="allow",
                 config=run_config,
             )
-        except Exception as error:  # its own error classes, depending on the version
+        except Exception as error:  # W&B's error classes depend on the version
             raise HydraError(
                 f"logging.wandb is {config.wandb!r}, but wandb does not start: {error}; "
                 "logging.wandb=offline needs no network and no login"
@@ -161,7 +161,7 @@ class WeightsAndBiases(Sink):
 
 
 def scalars(entry: dict[str, Any]) -> dict[str, float]:
-    """The numbers of an entry; a list becomes ``name/00 …`` (a layer each), a dict ``name/key …``."""
+    """The numbers of an entry; a list becomes ``name/00 …`` (one per layer), a dict ``name/key …``."""
     return {name: value for name, value in _leaves("", entry) if name != "step"}
 
 

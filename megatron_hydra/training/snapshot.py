@@ -1,4 +1,4 @@
-"""What one rank writes of a checkpoint: boxes of global tensors, and their data on the host."""
+"""The part of a checkpoint that one rank writes: boxes of global tensors, and their data on the host."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from megatron_hydra.training.host_memory import HostMemory
 
 
 class Snapshot:
-    """Collects tensors; complete after :meth:`wait`.
+    """Collects tensors. It is complete after :meth:`wait`.
 
     Args:
-        memory: what copies are made in; the last snapshot in it is given up.
-        copying: copy tensors that are on the host already too, so that they may change while the
-            snapshot is written. What is on a device is copied anyway.
+        memory: memory for the copies; the previous snapshot in it is discarded.
+        copying: copy tensors on the host as well, so that they may change while the snapshot is written.
+            Tensors on a device are always copied.
 
     Attributes:
-        boxes: one record each.
-        tensors: their data.
+        boxes: the boxes; each is one record.
+        tensors: the data of the boxes.
     """
 
     def __init__(self, memory: HostMemory, *, copying: bool) -> None:
@@ -31,10 +31,10 @@ class Snapshot:
         memory.begin()
 
     def add(self, state: Any, *, is_copy: bool = False) -> None:
-        """Add the part of nested sharded state that this rank stands for.
+        """Add the part of a nested sharded state that this rank saves.
 
         Args:
-            is_copy: nothing else will ever write to these tensors.
+            is_copy: whether the tensors are private copies, which nothing else changes.
         """
         for tensor in main_replicas(state):
             box, data = box_of(tensor), tensor.data
@@ -49,5 +49,5 @@ class Snapshot:
                 self.tensors.append(data[first : first + record.shape[0]] if record.shape else data)
 
     def wait(self) -> None:
-        """Until all data are on the host."""
+        """Wait until all data are on the host."""
         self._memory.wait()

@@ -1,4 +1,4 @@
-"""Before ranks meet: what this node can run, what will be slow, and kernels that are ready."""
+"""Prepare a node before ranks connect: check the GPU, report slow parts, compile the kernels."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _log = logging.getLogger(__name__)
 
 
 def prepare_node(config: RunConfig, starting: contextlib.ExitStack) -> WarmUp | None:
-    """Take this process's GPU, say what will be slow on it, and have the run's kernels compiled.
+    """Select this process's GPU, report its slow parts, and compile the run's kernels.
 
     Args:
         config: the run.
-        starting: gets what ends with the first step: compilers' output goes to the compile log until
-            then.
+        starting: stack of contexts that end after the first step. One of them writes the compilers' output
+            to the compile log.
 
     Returns:
-        What was compiled; ``None`` without a GPU, where there is nothing to do.
+        The result of compiling; ``None`` without a GPU.
 
     Raises:
-        HydraError: more processes than GPUs or fewer than the layout needs, a back end that cannot run,
-            or a kernel that is wrong.
+        HydraError: the number of processes does not fit the GPUs or the layout, a back end cannot run, or a
+            kernel computes wrong results.
     """
     data_parallel_size(config, world_size_from_environment())
     platform.bind_process_to_device(environment_number("LOCAL_RANK", 0))
@@ -49,10 +49,10 @@ def prepare_node(config: RunConfig, starting: contextlib.ExitStack) -> WarmUp | 
 
 
 def kernels_of(config: RunConfig) -> WarmUp:
-    """Say which kernels will be slow on this process's GPU, and have all of them compiled.
+    """Report the kernels that are slow on this process's GPU, and compile all kernels.
 
     Raises:
-        HydraError: as :func:`prepare_node`.
+        HydraError: as in :func:`prepare_node`.
     """
     model = store.read_model_config(config.student.checkpoint)
     teacher = None
@@ -63,19 +63,19 @@ def kernels_of(config: RunConfig) -> WarmUp:
         for text in slow_paths(config.backend, kernel_case(model, config)):
             _log.warning("%s", text)
     return compile_once_per_node(
-        config, model, teacher, tell=lambda text: _say(text, is_main),
+        config, model, teacher, tell=lambda text: _log_progress(text, is_main),
         local_rank=environment_number("LOCAL_RANK", 0),
     )  # fmt: skip
 
 
-def _say(text: str, is_main: bool) -> None:
-    """Progress of whichever rank compiles for its node; of those that wait, of the first alone."""
+def _log_progress(text: str, is_main: bool) -> None:
+    """Log the progress of ranks that compile. Of the waiting ranks, only the first one logs."""
     if is_main or not text.startswith("another process"):
         _log.log(logging.INFO if is_main else logging.WARNING, "%s", text)
 
 
 def report_start(log: MetricsLog, step: int, clock: StartupClock, kernels: WarmUp | None) -> None:
-    """Say what the time to the first step was made of: an event and a line."""
+    """Log the time to the first step and its parts, as an event and a line."""
     seconds, total = clock.seconds(), clock.total()
     facts = (
         {} if kernels is None else {"scenes_compiled": kernels.compiled, "all_ready": kernels.ready}

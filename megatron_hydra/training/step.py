@@ -1,4 +1,4 @@
-"""One optimizer step, and the one agreement that all ranks make about it."""
+"""One optimizer step, and the collective by which all ranks make the same decision about it."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from megatron_hydra.transfer.verb import Verb
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What a step came to; equal on all ranks.
+    """Result of a step; equal on all ranks.
 
     Attributes:
-        means: each loss part per unmasked token of the global batch; NaN where all are masked.
-        loss: what the verb makes of them.
-        num_loss_tokens: those tokens.
-        grad_norm: before clipping.
-        fault: why the update was skipped; empty: it was applied.
-        attention_pairs: (query, key) pairs of the global batch, for its FLOPs.
-        stop: some rank was asked to stop.
-        saving: some rank is still writing the last checkpoint.
+        means: mean of each loss part over the unmasked tokens of the global batch; NaN if all are masked.
+        loss: the loss that the verb computes from the means.
+        num_loss_tokens: number of unmasked tokens.
+        grad_norm: gradient norm before clipping.
+        fault: reason for skipping the update; empty if it was applied.
+        attention_pairs: number of (query, key) pairs of the global batch, for its FLOPs.
+        stop: whether any rank received a request to stop.
+        saving: whether any rank is still writing the last checkpoint.
     """
 
     means: list[float]
@@ -53,7 +53,7 @@ class StepResult:
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step works on."""
+    """The objects that a step uses and changes."""
 
     config: RunConfig
     world: World
@@ -73,9 +73,9 @@ def train_step(
 
     Args:
         batches: this data-parallel rank's micro-batches.
-        notices: asked after the backward: (this rank was asked to stop, it is still saving); any
-            rank's answer counts for all.
-        timers: ``forward_backward`` and ``optimizer`` are measured.
+        notices: called after the backward; returns (this rank has a request to stop, it is still saving).
+            A flag that is true on one rank is true for all.
+        timers: measure ``forward_backward`` and ``optimizer``.
     """
     optimizer, verb, world = train_state.optimizer, train_state.verb, train_state.world
     with timers.phase("forward_backward"):
@@ -84,14 +84,14 @@ def train_step(
         grad_norm = float(optimizer.get_grad_norm())
         pairs = attention_pairs(batches) * world.dp_size
 
-        # The only collective of the loop itself: loss sums, and what this rank knows of trouble.
+        # The only collective of the loop itself: loss sums, and this rank's flags.
         local = [pairs, grad_norm, not math.isfinite(grad_norm), *notices()]
         agreed = torch.cat([verb.sums, verb.sums.new_tensor(local)])
         dist.all_reduce(agreed)
         *sums, num_tokens, pairs, norms, bad_gradients, stopping, saving = agreed.tolist()
     means = [value / num_tokens if num_tokens else math.nan for value in sums]
     loss = float(verb.metrics(means)["loss"])
-    norm = norms / world.size  # bit-equal everywhere, as what is decided by it has to be
+    norm = norms / world.size  # bit-equal on all ranks, so that all make the same decision
     if not num_tokens:
         fault = NOTHING_LEARNED
     elif bad_gradients:
@@ -143,13 +143,13 @@ def run_micro_batches(
     *,
     forward_only: bool,
 ) -> None:
-    """Megatron's schedule over this rank's micro-batches; the verb adds to its sums.
+    """Run Megatron's schedule over this rank's micro-batches; the verb adds to its sums.
 
     Args:
-        verb, chunks: what is run.
-        batches: the same micro-batches for every model chunk.
-        count: how many.
-        forward_only: run no backward.
+        verb, chunks: the verb and the model chunks to run.
+        batches: for every model chunk an iterator over the same micro-batches.
+        count: number of micro-batches.
+        forward_only: do not run the backward.
     """
     get_forward_backward_func()(
         forward_step_func=verb.forward_step,

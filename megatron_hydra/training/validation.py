@@ -1,8 +1,8 @@
 """Measure the loss on held-out data during a run, without any effect on training.
 
-The verb's own forward step and loss run over the held-out sequences, in evaluation mode and without a
-graph, micro-batch by micro-batch as in training. Sums are taken over all ranks, so that the value is the
-same under every layout; what a micro-batch lacks is filled up by padding, which no loss sees.
+The verb's own forward step and loss run on the held-out sequences, in evaluation mode and without a graph,
+with training's micro-batches. Sums are taken over all ranks, so the value is the same under every layout.
+Incomplete micro-batches are filled with padding, which has no loss.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Validation:
     Args:
         config: the run.
         world: this rank.
-        vocab_size: of the model.
+        vocab_size: vocabulary size of the model.
 
     Raises:
-        HydraError: the data cannot be read or is too little.
+        HydraError: the data cannot be read or are too few.
     """
 
     def __init__(self, config: RunConfig, world: World, vocab_size: int) -> None:
@@ -66,7 +66,7 @@ class Validation:
         if config.validation.probes:
             self._probes = open_stream(probes=True)
 
-    # -- what was measured ----------------------------------------------------------------------
+    # -- results --------------------------------------------------------------------------------
 
     def is_due(self, step: int) -> bool:
         """Whether a validation is due after ``step`` steps."""
@@ -96,30 +96,30 @@ class Validation:
         """Check that the run has not trained on its held-out data with an earlier blend.
 
         Args:
-            sources: all that the run has read.
+            sources: all sources that the run has read.
 
         Raises:
-            HydraError: a part of ``validation.blend`` is among them.
+            HydraError: a source of ``validation.blend`` is one of them.
         """
         parts = self._stream.files if self._stream and self._config.validation.blend else []
         for i, files in enumerate(parts):
             for source in sources:
                 if files and files == source.files and source.samples:
                     raise HydraError(
-                        f"validation.blend.{i} ({source.name}): {source.samples:,} sequences of it have been "
-                        "trained on in an earlier phase; name other data"
+                        f"validation.blend.{i} ({source.name}): the run has trained on {source.samples:,} of "
+                        "its sequences in an earlier phase; name other data"
                     )
 
     def restore(self, state: dict[str, Any], *, has_new_blend: bool = False) -> None:
         """Inverse of :meth:`state`. A run without validation keeps the state unchanged.
 
         Args:
-            state: of a checkpoint.
+            state: the state in a checkpoint.
             has_new_blend: whether the run continues with another ``data.blend``. Its held-out data differ,
                 so best loss and patience start again.
 
         Raises:
-            HydraError: the losses are of other sequences.
+            HydraError: the losses belong to other sequences.
         """
         if has_new_blend and not self._config.validation.blend:
             if state and self._world.is_main:
@@ -136,8 +136,8 @@ class Validation:
                 name = "validation.blend or data.blend" if key == "parts" else key
                 values = "" if key == "parts" else f" ({saved.get(key)!r} before, {value!r} now)"
                 raise HydraError(
-                    f"cannot resume: what validation reads has changed by {name}{values}, so that its "
-                    "losses cannot be compared; give it as before, choose another output, or set "
+                    f"cannot resume: {name}{values} has changed the data that validation reads, so its losses "
+                    "cannot be compared. Restore the old value, choose another output, or set "
                     "validation.interval=0"
                 )
         self._history = history_of(state)
@@ -150,14 +150,14 @@ class Validation:
         """Measure the held-out loss. Collective.
 
         Args:
-            train_state: what is trained; left as it was, bit for bit, and the random generators too.
+            train_state: the state of training. It and the random generators keep the same bits.
             step: steps done.
             still_alive: called before every part of the blend.
 
         Returns:
-            The verb's metrics over all held-out tokens, their number ``tokens``, and ``sources``:
-            the same of each part, without lists. With probes ``probes``: of each the share
-            ``accuracy`` of its ``documents`` that are answered right, and the same metrics.
+            The verb's metrics over all held-out tokens, their number ``tokens``, and ``sources``: the
+            same for each source, without lists. With probes also ``probes``: for each probe the number
+            of ``documents``, the share ``accuracy`` of correct answers, and the same metrics.
         """
         stream, verb = self._stream, train_state.verb
         assert stream is not None
@@ -181,7 +181,7 @@ class Validation:
             for label, row in zip(stream.labels, total[:parts], strict=True)
         }
         self._history.append((step, whole["loss"]))
-        self._say(step)
+        self._log_loss(step)
         found = whole | {"tokens": num_tokens, "sources": sources}
         if probes is not None:
             counts = torch.stack(answers)
@@ -195,7 +195,7 @@ class Validation:
         return found
 
     def _sums(self, train_state: TrainState, stream: ValidationStream, part: int) -> torch.Tensor:
-        """This rank's loss sums and tokens of a part, ``[parts of the loss + 1]`` float64."""
+        """This rank's loss sums and tokens for one source, ``[parts of the loss + 1]`` float64."""
         config, verb = train_state.config, train_state.verb
         length = rounded_stream_length(config)
         # The interleaved schedule takes micro-batches in multiples of the pipeline's size.
@@ -215,7 +215,7 @@ class Validation:
         )
         return verb.sums.clone()
 
-    def _say(self, step: int) -> None:
+    def _log_loss(self, step: int) -> None:
         if not self._world.is_main:
             return
         schedule = self._config.schedule

@@ -1,10 +1,10 @@
-"""Kernels of a run are compiled once a node, before training, by processes that do nothing else.
+"""Compile a run's kernels once per node before training, in separate processes.
 
-The first rank of a node that comes here takes a lock, starts workers (:mod:`.warm_worker`) and gives them
-the run's scenes (:mod:`.rehearsal`): the first one alone, as it also tunes the kernels; then all others and
-the start-up check side by side. When all is done, that is recorded beside the compilers'
-caches, and neither the other ranks nor the next run with these shapes do any of it again. A scene that
-fails is not an error: a warning says so, and each rank compiles that part in its first step.
+The first rank of a node to arrive takes a lock, starts workers (:mod:`.warm_worker`), and gives them the
+run's scenes (:mod:`.rehearsal`). The first scene runs alone, because it also tunes the kernels. Then all
+other scenes and the start-up check run in parallel. At the end, a record next to the compilers' caches notes
+the result. The other ranks, and later runs with the same shapes, read it and compile nothing. A scene that
+fails is not an error: a warning is logged, and each rank compiles this part in its first step.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ WORKER = (sys.executable, "-m", "megatron_hydra.training.warm_worker")
 MOST_WORKERS = 8
 
 _CHECK = -1
-"""The start-up check, beside the numbers of scenes."""
+"""Task number of the start-up check; scenes have the other numbers."""
 
 PROGRESS_SECONDS = 10.0
-"""Between two lines that say what is being compiled."""
+"""Seconds between two lines of progress."""
 
 _MEMORY_SHARE = 0.8
-"""Of a card's memory that workers may fill together; the rest is for their contexts."""
+"""Share of a GPU's memory for all its workers; the rest is for their contexts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class WarmUp:
-    """What came of it.
+    """Result of compiling.
 
     Attributes:
-        ready: all kernels are compiled and checked.
-        compiled: scenes that this process had compiled; 0 where all was ready.
-        seconds: it took, waiting included.
-        problem: why not all is ready; empty where it is.
+        ready: whether all kernels are compiled and checked.
+        compiled: number of scenes that this process had compiled; 0 if all were ready.
+        seconds: time taken, waiting included.
+        problem: reason if not all kernels are ready, else empty.
     """
 
     ready: bool
@@ -76,21 +76,21 @@ def compile_once_per_node(
     worker: Sequence[str] = WORKER,
     cards: int | None = None,
 ) -> WarmUp:
-    """Have this run's kernels compiled, or wait for another process of the node that does it.
+    """Compile this run's kernels in workers, or wait for another process of the node that does.
 
-    Called by every process, inside a :class:`~megatron_hydra.stopping.StopRequest` block; a stop signal
-    ends it at once. The watchdog is fed.
+    Every process calls it, inside a :class:`~megatron_hydra.stopping.StopRequest` block. A stop signal ends
+    it at once. It feeds the watchdog.
 
     Args:
         config: the run.
-        model, teacher: of its checkpoints.
+        model, teacher: configs of its checkpoints.
         tell: shows a line of progress.
         local_rank: the GPU of this process.
-        worker: command of a worker; tests have their own.
-        cards: GPUs to use; ``None``: all of the node. Without any, nothing is done.
+        worker: command of a worker; tests use another one.
+        cards: GPUs to use; ``None``: all of the node. Without a GPU it does nothing.
 
     Raises:
-        HydraError: the start-up check refuses a kernel.
+        HydraError: a kernel fails the start-up check.
     """
     cards = platform.device_count() if cards is None else cards
     if not cards:
@@ -115,7 +115,7 @@ def compile_once_per_node(
                 "teacher": None if teacher is None else to_dict(teacher),
             }  # fmt: skip
             todo = len(scenes(config, model))
-            team = _Team(order, todo, local_rank, cards, worker, tell)
+            team = _WorkerPool(order, todo, local_rank, cards, worker, tell)
             problem = team.work()
             seconds = time.monotonic() - started
             if not problem:
@@ -124,7 +124,7 @@ def compile_once_per_node(
 
 
 def _key(config: RunConfig, model: ModelConfig, teacher: ModelConfig | None) -> str:
-    """Name of this work: whatever decides which kernels a run calls, and how they are compiled."""
+    """Key of the record: hash of all values that decide a run's kernels and their compilation."""
     shape = {
         "verb": config.verb, "precision": config.precision, "deterministic": config.deterministic,
         "micro_batch_size": config.batch.micro_batch_size,
@@ -149,8 +149,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-class _Team:
-    """The workers of a node and what is left for them to do."""
+class _WorkerPool:
+    """The workers of a node and their remaining tasks."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class _Team:
     ) -> None:
         self.order, self.num_scenes, self.cards = order, num_scenes, cards
         self.local_rank, self.command, self.tell = local_rank, command, tell
-        # The check is long, and short of tokens: not before the first scene has tuned, not as the last one.
+        # The check takes long and runs few tokens. It starts after the first scene, which tunes, but not last.
         self.waiting = [0, _CHECK, *range(1, num_scenes)]
         self.started = time.monotonic()
         self.told = 0.0
@@ -173,14 +173,14 @@ class _Team:
         self.selector = selectors.DefaultSelector()
 
     def work(self) -> str:
-        """Everything; returns what went wrong, or nothing.
+        """Do all tasks. Return the problem, or an empty text.
 
         Raises:
-            HydraError: the start-up check refuses a kernel.
+            HydraError: a kernel fails the start-up check.
         """
         self.tell(
             f"compiling this run's kernels: {self.num_scenes} combinations of heads, documents and "
-            f"shards; what the compilers say is in {self.order['log']}"
+            f"shards; the compilers' output is in {self.order['log']}"
         )
         count = min(MOST_WORKERS, self.num_scenes + 1, max(1, (os.cpu_count() or 1) // 2))
         with contextlib.ExitStack() as stack:
@@ -191,15 +191,15 @@ class _Team:
         return "; ".join(dict.fromkeys(self.problems))
 
     @contextlib.contextmanager
-    def _worker(self, index: int, count: int) -> Iterator[_Member]:
+    def _worker(self, index: int, count: int) -> Iterator[_WorkerProcess]:
         threads = max(1, (os.cpu_count() or 1) // (1 if index == 0 else count))
         device = (self.local_rank + index) % self.cards
         process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
-            start_new_session=True, env=_alone(),
+            start_new_session=True, env=_single_process_environment(),
         )  # fmt: skip
         with kill_group_on_exit(process.pid):
-            member = _Member(process)
+            member = _WorkerProcess(process)
             member.give({**self.order, "device": device, "threads": threads})
             assert process.stdout is not None
             self.selector.register(process.stdout, selectors.EVENT_READ, member)
@@ -213,12 +213,12 @@ class _Team:
                         process.wait(30)
         process.wait()
 
-    def _tasks(self, team: list[_Member]) -> None:
-        """The first scene by the first worker; then the check and all others by as many as have room."""
+    def _tasks(self, team: list[_WorkerProcess]) -> None:
+        """Run the first scene on one worker, then the check and all other scenes on all workers that fit."""
         while self.waiting or any(member.task is not None for member in team):
             for index, member in enumerate(team[: self.limit]):
                 is_free = member.is_alive and member.is_ready and member.task is None
-                # Nobody works beside the first scene: it also tunes, by timing.
+                # The first scene runs alone, because it tunes kernels by timing.
                 if not is_free or not self.waiting or (self.done == 0 and index):
                     continue
                 member.task = self.waiting.pop(0)
@@ -226,27 +226,27 @@ class _Team:
             if not any(member.is_alive for member in team):
                 self.problems.append("all compiling processes have ended")
                 return
-            self._listen()
+            self._read_answers()
             if self.done:
-                self.limit = self._room(team)
+                self.limit = self._fitting_workers(team)
 
-    def _room(self, team: list[_Member]) -> int:
-        """How many workers the cards have memory for, by what the largest has used."""
+    def _fitting_workers(self, team: list[_WorkerProcess]) -> int:
+        """Number of workers that fit into the GPUs' memory, by the largest use so far."""
         used = max((member.memory for member in team), default=0)
         total = platform.device_memory_bytes()
         if not used or not total:
             return len(team)
         return max(1, min(len(team), int(_MEMORY_SHARE * total * self.cards / used)))
 
-    def _listen(self) -> None:
-        """Take what workers say within a second; feed the watchdog; say how far it is."""
+    def _read_answers(self) -> None:
+        """Read the workers' answers for a second, feed the watchdog, and log progress."""
         feed_watchdog(PATIENCE)
         for chosen, _ in self.selector.select(1.0):
-            member: _Member = chosen.data
+            member: _WorkerProcess = chosen.data
             answers = member.answers()
             if answers is not None:
                 for answer in answers:
-                    self._heard(member, answer)
+                    self._handle_answer(member, answer)
                 continue
             self.selector.unregister(chosen.fileobj)
             member.is_alive = False
@@ -264,10 +264,10 @@ class _Team:
                 + (f"; now {'; '.join(doing[:2])}" if doing else "")
             )
 
-    def _members(self) -> list[_Member]:
+    def _members(self) -> list[_WorkerProcess]:
         return [key.data for key in self.selector.get_map().values()]
 
-    def _heard(self, member: _Member, answer: dict[str, Any]) -> None:
+    def _handle_answer(self, member: _WorkerProcess, answer: dict[str, Any]) -> None:
         if "ready" in answer:
             member.is_ready = True
         elif "part" in answer:
@@ -284,7 +284,7 @@ class _Team:
                 self.problems.append(f"{member.part}: {answer['failed']}")
 
 
-class _Member:
+class _WorkerProcess:
     """One worker."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
@@ -300,7 +300,7 @@ class _Member:
         return f"{self.part}: {self.kernel}" if self.kernel else self.part
 
     def answers(self) -> list[dict[str, Any]] | None:
-        """What it has said since; ``None`` when it has ended. Call it when there is something to read."""
+        """Read the worker's new answers; ``None`` if it has ended. Call it only when data are available."""
         assert self.process.stdout is not None
         received = os.read(self.process.stdout.fileno(), 1 << 16)
         if not received:
@@ -309,14 +309,14 @@ class _Member:
         return [json.loads(line) for line in lines]
 
     def give(self, order: dict[str, Any]) -> None:
-        """Send it an order; one that has ended is noticed when it is listened to."""
+        """Send an order to the worker. If the worker has ended, :meth:`answers` reports it."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
             self.process.stdin.write(json.dumps(order).encode() + b"\n")
 
 
-def _alone() -> dict[str, str]:
-    """The environment without what makes a process a rank of this run."""
+def _single_process_environment() -> dict[str, str]:
+    """The environment without the variables that make a process a rank of this run."""
     ours = (
         "RANK",
         "WORLD_SIZE",
@@ -331,11 +331,11 @@ def _alone() -> dict[str, str]:
 
 
 def warning_of(result: WarmUp, output: str) -> str:
-    """One line for the log where not all kernels are ready."""
+    """One log line if not all kernels are ready."""
     log = Path(output) / COMPILE_LOG
     said = last_lines(log)
     return (
-        f"not all kernels were compiled before the start ({result.problem}): each rank compiles what is "
-        f"missing in its first steps, which take minutes longer. See {log}"
+        f"not all kernels were compiled before the start ({result.problem}): each rank compiles the missing "
+        f"ones in its first steps, which take minutes longer. See {log}"
         + (f": {said}" if said else "")
     )

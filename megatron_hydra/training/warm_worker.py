@@ -1,10 +1,10 @@
-"""A process that calls a run's kernels once (:mod:`.rehearsal`), told by :mod:`.warm_up` which.
+"""Worker process that calls a run's kernels once (:mod:`.rehearsal`) on orders of :mod:`.warm_up`.
 
     python -m megatron_hydra.training.warm_worker
 
-It reads one JSON object a line on its standard input: first what the run is, then what to do next. It
-answers on its standard output, one JSON object a line; whatever else is printed goes to the compile log.
-It ends with its input, so it does not outlive the process that started it.
+It reads one JSON object per line from standard input: first the run, then one order after the other. It
+answers with one JSON object per line on standard output. All other output goes to the compile log. It ends
+when its input closes, so it does not outlive the process that started it.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from megatron_hydra.training.rehearsal import Scene
 
 LIMIT_SECONDS = 1800
-"""A part of a scene that takes longer hangs: the process writes its stacks and ends."""
+"""Time limit of a part of a scene. After it, the process writes its stacks and ends."""
 
 
 class Worker:
-    """The run of this process.
+    """Carries out the orders of one run.
 
     Args:
         order: ``config``, ``model`` and ``teacher`` as plain data, ``device`` (index of the GPU) and
             ``threads``.
-        say: sends an answer.
+        say: function that sends an answer.
     """
 
     def __init__(self, order: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
@@ -53,14 +53,14 @@ class Worker:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Import everything, take the GPU, compile a kernel's configurations side by side."""
+        """Import all modules, select the GPU, and let a kernel's configurations compile in parallel."""
         from megatron_hydra.ops.determinism import make_deterministic
         from megatron_hydra.ops.fla_tuning import configurations_compiled_together
         from megatron_hydra.parallel import platform
         from megatron_hydra.training import rehearsal  # noqa: F401
 
         if self.config.deterministic:
-            make_deterministic()  # other kernels run then, and none is chosen by its speed
+            make_deterministic()  # uses other kernels, and does not choose them by speed
         if platform.device_count():
             platform.bind_process_to_device(self.device)
 
@@ -77,7 +77,7 @@ class Worker:
             ``{"done": …}`` with the highest memory so far in bytes.
 
         Raises:
-            HydraError: the start-up check refuses a kernel.
+            HydraError: a kernel fails the start-up check.
         """
         import torch
 
@@ -99,7 +99,7 @@ class Worker:
                 may_be_it = bool(scene.gdn_heads) and fla_tuning.is_flash_qla(case, scene.gdn_heads)
                 if is_room or not may_be_it:
                     raise
-                # FlashQLA's are the likeliest to fail. If another kernel did, the second try fails, too.
+                # FlashQLA's kernels fail most often. If another kernel has failed, the retry fails as well.
                 traceback.print_exc()
                 fla_tuning.refuse_flash_qla(
                     case, scene.gdn_heads, f"{type(error).__name__}: {error}"[:300]
@@ -126,9 +126,8 @@ def serve(orders: Iterator[dict[str, Any]], say: Callable[[dict[str, Any]], None
                     say(worker.do(order))
             except HydraError as error:
                 say({"refused": str(error)})
-            except (
-                Exception
-            ) as error:  # whatever a compiler raises: the run may do without this scene
+            # A compiler can raise any error; the run can start without this scene.
+            except Exception as error:
                 traceback.print_exc()
                 say({"failed": f"{type(error).__name__}: {str(error)[:500]}"})
     return 0
@@ -140,13 +139,13 @@ def _lines(stream: Any) -> Iterator[dict[str, Any]]:
 
 
 def _orders_until_stdin_closes() -> Iterator[dict[str, Any]]:
-    """Orders from standard input; when it closes, this process group ends, whatever it is doing."""
+    """Yield orders from standard input. When it closes, end this process group at once."""
     arrived: queue.Queue[dict[str, Any]] = queue.Queue()
 
     def read() -> None:
         for order in _lines(sys.stdin):
             arrived.put(order)
-        if os.getpgrp() == os.getpid():  # compilers that this process started go with it
+        if os.getpgrp() == os.getpid():  # ends the compilers that this process started as well
             os.killpg(0, signal.SIGKILL)
         os._exit(1)
 

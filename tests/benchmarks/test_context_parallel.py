@@ -1,4 +1,4 @@
-"""The benchmark's worker processes end, whatever happens to them."""
+"""The benchmark's worker processes end in every case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks' numbers rest on: turns, ratios within a round, failures, files."""
+"""The basis of the benchmarks' numbers: turns, ratios within a round, failures, files."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_peer_that_fails_in_a_timed_round_has_no_timings_and_stops_no_other():
     assert len(samples["b"].wall) == 4
 
 
-def test_memory_of_a_call_is_the_most_that_lives_at_once():
+def test_memory_of_a_call_is_its_peak():
     def two_blocks_then_three():
         first = torch.ones(2 << 20, dtype=torch.uint8)
         del first
@@ -88,7 +88,7 @@ def test_the_best_peer_is_the_one_with_the_least_median():
     assert fastest({"failed": samples["failed"]}) == ""
 
 
-def test_the_delta_rule_that_ran_is_what_flas_dispatch_took(monkeypatch):
+def test_the_reported_delta_rule_is_the_one_that_fla_dispatched(monkeypatch):
     assert harness.used_delta_rule("torch") == "torch"
     logged: set[str] = {"gated_delta_rule:chunk:triton_ascend:fail"}
     registry = {"gated_delta_rule": SimpleNamespace(_logged=logged)}
@@ -99,7 +99,7 @@ def test_the_delta_rule_that_ran_is_what_flas_dispatch_took(monkeypatch):
     assert harness.used_delta_rule("fla") == "fla (flash_qla)"
 
 
-def test_another_device_is_refused_where_the_cpu_is_measured():
+def test_a_cpu_measurement_refuses_other_devices():
     assert harness.cpu_only(argparse.Namespace(device="auto"), "some") == CPU
     with pytest.raises(HydraError, match="--device cuda"):
         harness.cpu_only(argparse.Namespace(device="cuda"), "some")

@@ -40,7 +40,7 @@ def test_layouts_that_agree_are_no_problem():
         ({"ended": "limit of 5 s", "steps": 1}, "b: limit of 5 s after 1 steps"),
     ],
 )
-def test_what_is_a_problem(changes, message):
+def test_problems_of_a_comparison(changes, message):
     found = long_context.disagreements([_row(), _row(layout="b", **changes)])
     assert any(message in problem for problem in found)
 

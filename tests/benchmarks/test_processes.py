@@ -1,4 +1,4 @@
-"""A process that is ended takes with it all that it has started."""
+"""If a process is ended, all processes that it has started end as well."""
 
 from __future__ import annotations
 

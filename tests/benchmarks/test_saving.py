@@ -13,7 +13,7 @@ def _write(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_blocked_is_what_a_save_took_in_all(tmp_path):
+def test_blocked_time_is_the_whole_time_of_a_save(tmp_path):
     _write(
         tmp_path / "events.jsonl",
         [
@@ -30,7 +30,7 @@ def test_blocked_is_what_a_save_took_in_all(tmp_path):
     ]
 
 
-def test_the_step_after_a_save_stands_by_itself(tmp_path):
+def test_the_step_after_a_save_is_reported_separately(tmp_path):
     _write(
         tmp_path / "metrics.jsonl",
         [

@@ -1,4 +1,4 @@
-"""What the profile of a step and the hunt for differences rest on; both run at a toy size."""
+"""The profile of a step and the search for differences: their parts, and a run of both at a toy size."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_shared_qkv_stores_every_group_and_the_norms_once(gdn_kv):
         ({"fusion": "concat"}, ["self_attention.gamma"]),
     ],
 )
-def test_each_switch_takes_away_its_own_keys(change, names):
+def test_each_switch_removes_its_own_keys(change, names):
     whole, less = (layer(hybrid_config(hydra=HydraConfig(**c)), 3) for c in ({}, change))
     assert sorted(set(whole) - set(less)) == sorted(names)
     assert set(less) <= set(whole)
@@ -108,7 +108,7 @@ def test_the_dense_model_has_neither_gates_nor_scales():
 
 
 @pytest.mark.parametrize("kind", ["missing", "not part of this model", "has shape"])
-def test_every_key_is_accounted_for(kind):
+def test_missing_extra_and_misshapen_keys_are_refused(kind):
     model = hybrid_config()
     shapes = canonical.canonical_shapes(model)
     key = "decoder.layers.0.self_attention.gamma"

@@ -43,7 +43,9 @@ def _write(folder: Path, boxes: list[Box], tensors: list[torch.Tensor]) -> str:
 
 
 @pytest.mark.parametrize("wanted", [[[0, 7], [0, 5]], [[0, 2, 6, 7], [0, 1, 5]], [[3, 4], [2, 3]]])
-def test_any_boxes_are_read_from_any_others(tmp_path: Path, wanted: list[list[int]]) -> None:
+def test_boxes_are_read_from_records_of_other_boxes(
+    tmp_path: Path, wanted: list[list[int]]
+) -> None:
     whole = torch.arange(7 * 5 * 3).reshape(7, 5, 3).to(torch.bfloat16)
     stored = _grid([0, 3, 4, 7], [0, 4, 5], [0, 3])
     boxes = _boxes("a", whole, stored)
@@ -56,7 +58,7 @@ def test_any_boxes_are_read_from_any_others(tmp_path: Path, wanted: list[list[in
         assert torch.equal(target, whole[cell].float())
 
 
-def test_a_record_is_read_once_however_many_want_it(
+def test_a_record_needed_by_several_boxes_is_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = torch.arange(12.0).reshape(6, 2)
@@ -71,7 +73,7 @@ def test_a_record_is_read_once_however_many_want_it(
     assert len(reads) == 1
 
 
-def test_what_is_written_is_the_tensor_alone_and_hashed(tmp_path: Path) -> None:
+def test_a_record_holds_only_the_tensor_and_is_hashed(tmp_path: Path) -> None:
     """Of a view not the rest of its storage; of a transposed one its elements in their order."""
     large = torch.arange(4096.0).reshape(64, 64)
     views = [large[3:5], large[:, 1], large.t()[2:4], large[:0], torch.tensor(2.5)]
@@ -106,7 +108,7 @@ def test_a_large_box_becomes_several_records(monkeypatch: pytest.MonkeyPatch) ->
         [[0, 3], [2, 4], [4, 5]],  # as many elements as the whole, and still an overlap
     ],
 )
-def test_parts_that_do_not_make_the_whole_are_refused(cuts: list[list[int]]) -> None:
+def test_parts_that_do_not_cover_a_tensor_are_refused(cuts: list[list[int]]) -> None:
     whole = torch.zeros(6)
     boxes = _boxes("some.key", whole, [(slice(a, b),) for a, b in cuts])
     with pytest.raises(HydraError, match=r"parts of 'some\.key'"):
@@ -119,7 +121,7 @@ def test_ranks_that_disagree_on_a_tensor_are_refused() -> None:
         records.check_cover([one, Box("some.key", (3,), (3,), (7,), torch.float32)])
 
 
-def test_what_is_missing_or_misshapen_is_named(tmp_path: Path) -> None:
+def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
     whole = torch.zeros(6)
     boxes = _boxes("a", whole, [(slice(0, 6),)])
     _write(tmp_path, boxes, [whole])
@@ -142,7 +144,7 @@ def test_what_is_missing_or_misshapen_is_named(tmp_path: Path) -> None:
         records.read_boxes(tmp_path, [(boxes[0], torch.zeros(6))])
 
 
-def test_numbers_that_are_tensors_are_stored_from_the_host(tmp_path: Path) -> None:
+def test_plain_tensors_are_saved_from_the_host(tmp_path: Path) -> None:
     common = {"step": torch.tensor(3.0), "groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]}
     records.write_common(tmp_path, common)
     assert torch.load(tmp_path / "common.pt", weights_only=True) == common

@@ -1,4 +1,4 @@
-"""The checkpoint folder: exact, whole or absent, and not to be trusted blindly."""
+"""The checkpoint folder: exact, complete or absent, and verified before it is opened."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_some_keys_only(saved, state):
 
 
 @pytest.mark.parametrize("pieces", [1, 3])
-def test_megatron_reads_what_we_write_under_any_cut(saved, state, pieces):
+def test_megatron_reads_our_checkpoints_under_any_sharding(saved, state, pieces):
     """With its own reader, torch's."""
     key = "decoder.layers.3.self_attention.in.fa.q"
     shape = state[key].shape
@@ -213,7 +213,7 @@ def test_a_foreign_model_file_is_refused(copy, change, message):
         store.read_model_config(copy)
 
 
-def test_a_checkpoint_from_before_a_switch_is_the_model_that_it_was(tmp_path):
+def test_a_checkpoint_older_than_a_switch_keeps_its_model(tmp_path):
     """FA and GDN heads had their own k, v and QK-norms, gates no bias, before switches said so."""
     switches = {
         "qkv": "decoupled",

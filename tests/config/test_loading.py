@@ -115,7 +115,7 @@ def test_empty_value_is_an_empty_string(config_file: Path) -> None:
     assert apply_overrides(config, ["data.tokenizer="]).data.tokenizer == ""
 
 
-def test_an_included_file_lies_under_the_one_that_includes_it(config_file: Path) -> None:
+def test_a_file_overrides_the_file_that_it_includes(config_file: Path) -> None:
     folder = config_file.parent / "data"
     folder.mkdir()
     (folder / "stage.yaml").write_text("data: {seed: 7, sequence_length: 64}\nverb: align\n")
@@ -125,7 +125,7 @@ def test_an_included_file_lies_under_the_one_that_includes_it(config_file: Path)
     assert (config.data.seed, config.data.sequence_length, config.verb) == (7, 128, "finetune")
 
 
-def test_includes_that_cannot_be_are_named(config_file: Path) -> None:
+def test_invalid_includes_are_named(config_file: Path) -> None:
     config_file.write_text("include: absent.yaml\n" + MINIMAL)
     with pytest.raises(HydraError, match=r"absent\.yaml cannot be read"):
         load_run_config(config_file)
@@ -183,7 +183,7 @@ def test_paths_are_expanded_wherever_a_config_takes_one(
         ("data: " + "[" * 3000, "nested too deeply"),
     ],
 )  # fmt: skip
-def test_what_a_yaml_file_can_hold_is_refused_by_name(
+def test_yaml_values_that_json_cannot_store_are_refused_by_name(
     config_file: Path, tmp_path: Path, change: str, message: str
 ) -> None:
     other = tmp_path / "other.yaml"

@@ -1,4 +1,4 @@
-"""What a model is: which heads are of which kind, and which combinations do not exist."""
+"""The model config: the kind of every head, and the combinations that are refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_head_is_one_kind_where_a_map_decides():
     assert [model.gdn_heads(layer) for layer in range(2)] == [(2, 3), EVERY]
 
 
-def test_a_map_and_a_mixer_that_has_none_exclude_each_other():
+def test_a_mixer_in_every_head_refuses_a_head_map():
     with pytest.raises(HydraError, match=r"mixer=token .* leave the head map out"):
         DENSE.with_head_map(head_map(), HydraConfig(mixer="token"))
     with pytest.raises(HydraError, match="a head map is missing"):

@@ -1,4 +1,4 @@
-"""Every config in the repository can be read, and its layouts work for the model it is for."""
+"""Every config in the repository can be read, and its layouts work for its model."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_stages_of_qwen_read_15_billion_tokens() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_of_the_paper_reads_what_the_paper_says(recipe: str) -> None:
+def test_a_recipe_of_the_paper_has_the_papers_tokens_and_lengths(recipe: str) -> None:
     """FineWeb-Edu alone; stage by stage from each other's checkpoints; on the layout that it names."""
     before = "models/qwen3_1.7b/student"
     rates = []

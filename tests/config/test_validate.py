@@ -1,4 +1,4 @@
-"""What cannot work is refused when the config is read, naming the key."""
+"""An impossible config is refused when it is read, and the error names the key."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_layouts_that_cannot_work(overrides: list[str], world: int, message: str
     assert message in str(error.value)
 
 
-def test_both_kinds_in_every_head_cannot_be_cut_by_sequence() -> None:
+def test_both_kinds_in_every_head_refuse_the_sequence_partition() -> None:
     mixed = DENSE.with_every_head_mixed(HydraConfig(mixer="parallel"))
     overrides = ["parallel.tensor=2", "parallel.fa_partition=sequence"]
     with pytest.raises(HydraError, match=r"parallel\.fa_partition=sequence .*mixer=parallel"):
@@ -168,7 +168,7 @@ def test_both_kinds_in_every_head_cannot_be_cut_by_sequence() -> None:
     check_layout(_config("parallel.tensor=2"), 2, mixed)
 
 
-def test_a_vocabulary_is_padded_unless_a_rank_would_have_none_of_it() -> None:
+def test_a_vocabulary_is_padded_unless_a_rank_would_be_empty() -> None:
     model = dataclasses.replace(DENSE, vocab_size=65)
     check_layout(_config("parallel.tensor=2"), 2, model, model)
     few = dataclasses.replace(DENSE, vocab_size=5)  # 2 · 3 ranks are enough, the fourth has nothing

@@ -96,7 +96,7 @@ def test_a_hub_name_is_resolved_at_its_revision(hf_folders, tmp_path, monkeypatc
     assert (model.source["name"], model.source["revision"]) == ("some/model", "v2")
 
 
-def test_dtype_is_converted_and_said(hf_folders, tmp_path):
+def test_dtype_is_converted_and_reported(hf_folders, tmp_path):
     hf_to_megatron(hf_folders["llama"], tmp_path / "megatron", dtype=torch.bfloat16)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert AutoConfig.from_pretrained(tmp_path / "back").dtype == torch.bfloat16
@@ -105,7 +105,9 @@ def test_dtype_is_converted_and_said(hf_folders, tmp_path):
 
 
 @pytest.mark.parametrize("hybrid", [False, True], ids=["dense", "hybrid"])
-def test_tokenizer_files_travel_through(hybrid, hf_folders, head_map, tmp_path):
+def test_tokenizer_files_are_copied_through_both_conversions(
+    hybrid, hf_folders, head_map, tmp_path
+):
     source = shutil.copytree(hf_folders["qwen3-tied"], tmp_path / "hf")
     names = {"tokenizer.json", "merges.txt", "chat_template.jinja", "generation_config.json"}
     for name in names:
@@ -120,7 +122,7 @@ def test_tokenizer_files_travel_through(hybrid, hf_folders, head_map, tmp_path):
     assert found == {path.name for path in source.iterdir()} | made
 
 
-def test_named_chat_templates_travel_and_what_does_not_is_named(hf_folders, tmp_path, capsys):
+def test_named_chat_templates_are_copied_and_skipped_files_are_named(hf_folders, tmp_path, capsys):
     from tokenizers import Tokenizer, models
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -203,7 +205,7 @@ def test_hybrid_exports_exactly_and_agrees_in_the_logits(
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_log_scale_that_waits_is_put_in_at_the_export(hf_folders, head_map, token_file, tmp_path):
+def test_a_final_log_scale_is_switched_on_in_the_export(hf_folders, head_map, token_file, tmp_path):
     checkpoint, export = tmp_path / "megatron", tmp_path / "export"
     switches = {"log_scale": "final", "log_scale_a": 5.0}
     model = make_student(hf_folders["qwen3-tied"], head_map, token_file, checkpoint, **switches)
@@ -449,7 +451,7 @@ def test_switches_come_from_a_file_and_from_flags(hf_folders, head_map, tmp_path
     assert "fushion" in capsys.readouterr().err
 
 
-def test_heads_begin_as_the_teachers_attention_says(hf_folders, head_map, token_file, tmp_path):
+def test_initial_decays_follow_the_teachers_attention(hf_folders, head_map, token_file, tmp_path):
     arguments = [
         *("--hf-path", str(hf_folders["qwen3-tied"]), "--output", str(tmp_path / "megatron")),
         *("--head-map", str(head_map), "--calibration-file", str(token_file)),

@@ -1,4 +1,4 @@
-"""config.json: what is read, what is refused, what is restored."""
+"""config.json: keys that are read, refused and restored."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_rope_is_read_from_its_old_and_its_new_place():
 
 
 @pytest.mark.parametrize("place", ["old", "new"])
-def test_rope_is_what_transformers_makes_of_it(place):
+def test_rope_equals_that_of_transformers(place):
     rope = {"rope_type": "yarn", "factor": 4.0}
     changes = (
         {"rope_theta": 7e4, "rope_scaling": rope}
@@ -169,7 +169,7 @@ def test_a_hybrid_config_is_read_back(family):
     assert same_architecture(model_from_hf_config(json.loads(json.dumps(body))), model)
 
 
-def test_an_export_from_before_a_switch_is_the_model_that_it_was():
+def test_an_export_older_than_a_switch_keeps_its_model():
     body = hf_config_from_model(hybrid_config(hydra=HydraConfig(fa_gate_bias=False)), "bfloat16")
     old = {k: v for k, v in body["hydra"].items() if k not in ("fa_gate_bias", "qkv", "log_scale")}
     assert model_from_hf_config({**body, "hydra": old}).hydra == HydraConfig(fa_gate_bias=False)

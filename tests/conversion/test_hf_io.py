@@ -165,7 +165,7 @@ def test_pickled_weights_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("max_bytes", [10**9, 30_000])
-def test_what_is_written_is_read_back_and_loads(max_bytes, hf_folders, tmp_path):
+def test_a_written_model_reads_back_and_loads(max_bytes, hf_folders, tmp_path):
     source = hf_folders["llama-bias-tied"]
     tensors = convert(source)
     shards = hf_io.plan_shards(

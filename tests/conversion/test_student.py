@@ -1,4 +1,4 @@
-"""The student: made of the teacher's weights, and of nothing undecided."""
+"""The student: made from the teacher's weights, with every tensor decided."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_qk_norms_are_in_both_branches():
             assert torch.equal(made[f"{LAST}{branch}.{name}"], dense[f"{LAST}fa.{name}"])
 
 
-def test_new_parameters_do_nothing_yet():
+def test_new_parameters_start_without_effect():
     _, _, made = make(hydra=HydraConfig(fusion="gated"))
     for name in ("in.fa.gate", "in.gdn.gate", "in.gdn.a", "in.gdn.b", "fusion_gate"):
         assert not made[LAST + name].any()
@@ -96,7 +96,7 @@ def test_new_parameters_do_nothing_yet():
     assert torch.equal(kernel, torch.tensor([0.0, 0, 0, 1]).expand_as(kernel))
 
 
-def test_a_gate_without_a_norm_behind_it_begins_at_one():
+def test_a_gate_without_a_later_norm_starts_at_one():
     _, _, made = make(hydra=HydraConfig(fusion_norm="none"))
     assert not made[LAST + "in_bias.fa.gate"].any()  # 2σ(0) = 1
     _, _, made = make(hydra=HydraConfig(fa_gate_bias=False))

@@ -82,7 +82,7 @@ def test_a_planted_head_of_known_lookback_gets_its_half_life(lookback: int) -> N
     assert model.config._attn_implementation == "sdpa"  # as it was
 
 
-def test_a_head_that_looks_for_a_token_writes_that_token() -> None:
+def test_a_head_that_attends_to_a_token_writes_that_token() -> None:
     model, tokens = planted(3), text()
     write = measure_heads(model, tokens, RANGE).write[0]
     x = model.model.layers[0].input_layernorm(model.model.embed_tokens(torch.cat(tokens)))
@@ -116,7 +116,7 @@ def test_mean_distance_on_an_endless_text_is_that_of_the_decay() -> None:
     assert means[0] == 0 and float(means[1]) == pytest.approx(decay / (1 + decay))
 
 
-def test_a_head_that_looks_at_the_first_token_only_keeps_everything() -> None:
+def test_a_head_that_attends_to_the_first_token_never_forgets() -> None:
     look = _Distances()
     weights = torch.zeros(1, 1, 30, 30)
     weights[..., 0] = 1

@@ -1,4 +1,4 @@
-"""Small chat templates in the manner of the families that are in use."""
+"""Small chat templates in the style of the common model families."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss on answers only, and on the end of each, whatever the template does."""
+"""Loss only on answers and their end, for any template."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _conversations(draw, alternates: bool, begins_with_assistant: bool):
 @pytest.mark.parametrize("name", FAMILIES)
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_learned_are_exactly_the_answers_and_one_end_of_turn_each(name, loaded, data):
+def test_exactly_the_answers_and_their_end_of_turn_have_a_loss(name, loaded, data):
     family = FAMILIES[name]
     loaded.chat_template = family.template
     messages = data.draw(_conversations(family.alternates, family.begins_with_assistant))
@@ -189,12 +189,12 @@ def test_a_template_that_asks_whether_the_content_is_none(loaded):
     ]
 
 
-def test_a_template_that_knows_no_tools_makes_a_bad_row(tokenizer):
+def test_a_template_without_tools_gives_a_bad_row(tokenizer):
     with pytest.raises(ChatError, match="omits the tool call 'clock' of message 1"):
         render_chat(tokenizer, _WITH_TOOL)
 
 
-def test_a_missing_content_is_never_the_word_none(tokenizer):
+def test_missing_content_is_never_rendered_as_none(tokenizer):
     tokenizer.chat_template = CHATML.replace(
         "{{ m.content }}",
         "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}",
@@ -279,7 +279,7 @@ def test_a_short_answer_is_not_found_inside_the_template(tokenizer, answer):
     assert spans(tokenizer, messages) == [f"<think>\n\n</think>\n\n{answer}<|im_end|>"]
 
 
-def test_what_a_template_adds_behind_the_text_is_learned_too(tokenizer):
+def test_text_that_a_template_adds_after_the_answer_has_a_loss(tokenizer):
     tokenizer.chat_template = CHATML.replace(
         "{{ m.content }}",
         "{{ m.content }}{% if m.tool is defined %}<call>{{ m.tool }}</call>{% endif %}",

@@ -1,4 +1,4 @@
-"""Folders as inputs: everything in them is read, left out for a reason that is told, or an error."""
+"""Folders as inputs: every file is read, skipped with a reason, or an error."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_suffixes_in_capitals(tmp_path: Path) -> None:
     assert rows(CorpusConfig((str(tmp_path),), format="text")) == ["two"]
 
 
-def test_what_is_not_read_is_counted_and_named(tmp_path: Path) -> None:
+def test_skipped_files_are_counted_and_named(tmp_path: Path) -> None:
     jsonl(tmp_path / "data.jsonl", ["x"])
     for number in range(5):
         (tmp_path / f"{number}.csv").write_text("a,b")
@@ -123,7 +123,7 @@ def test_a_file_given_twice_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path}/b.jsonl is the same file as {path}: it is read twice" in again
 
 
-def test_what_may_not_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Permissions as they are for others than root, who runs some of these tests."""
     jsonl(tmp_path / "a.jsonl", ["x"])
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("a.jsonl"))

@@ -1,4 +1,4 @@
-"""Text that a model writes: the same lines after any stop, in the form that tokenising reads."""
+"""Text that a model generates: the same lines after any stop, in the format for tokenising."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_the_temperature_is_that_of_the_distribution(case, prompts):
 
 
 @pytest.mark.parametrize("end", [RuntimeError, Stopped])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(case, prompts, monkeypatch, end):
+def test_a_stopped_run_resumes_to_the_same_bytes(case, prompts, monkeypatch, end):
     corpus, options = CorpusConfig((prompts,)), {"samples": 2, "batch_size": 3}
     case.run(corpus, "whole.jsonl", **options)
     original, calls = Generation._generate, []
@@ -165,7 +165,7 @@ def test_shards_write_every_line_of_the_whole_once(case, prompts):
     assert sorted(parts, key=lambda line: line["row"]) == whole
 
 
-def test_another_run_is_not_written_over(case, prompts):
+def test_the_output_of_another_run_is_not_overwritten(case, prompts):
     corpus, lines = CorpusConfig((prompts,)), []
     case.run(corpus)
     case.make(corpus).run(lines.append)

@@ -58,7 +58,7 @@ def test_many_numbers_are_mixed_as_one_is():
     assert mix64_of(np.array(numbers, dtype=np.uint64)).tolist() == [mix64(n) for n in numbers]
 
 
-def test_sides_share_out_the_documents_and_are_nested():
+def test_sides_partition_the_documents_and_larger_shares_contain_smaller_ones():
     for share in (0.001, 0.05, 0.5):
         sides = [documents_of_side(200_000, Side(share, v)) for v in (True, False)]
         assert np.array_equal(sides[0], ~sides[1])
@@ -116,7 +116,7 @@ def test_the_sequences_are_the_same_for_every_seed_batch_and_layout(data):
     assert all(sequences == found[0] for sequences in found)
 
 
-def test_parts_are_dealt_by_weight_and_none_goes_without(data, tmp_path):
+def test_sequences_are_split_by_weight_with_at_least_one_per_part(data, tmp_path):
     books, _ = write_indexed(tmp_path / "books", numbered_documents([60] * 9))
     blend = (
         dataclasses.replace(data.blend[0], weight=100.0),
@@ -178,7 +178,7 @@ def test_without_a_share_nothing_changes(data):
         now.check_state(state)
 
 
-def test_a_side_that_upsampling_leaves_nothing_of_is_refused(data):
+def test_a_side_without_documents_after_upsampling_is_refused(data):
     """With the key that holds out, not as an empty file."""
     part = dataclasses.replace(
         data.blend[0], upsample={0: 0, 100: 1}

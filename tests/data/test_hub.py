@@ -1,4 +1,4 @@
-"""Hub data sets are read, recorded and resumed at the commit that was found first."""
+"""Hub data sets are read, recorded and resumed at the commit that was looked up first."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def loads(monkeypatch) -> list[dict]:
     hub.load_hub.cache_clear()
 
 
-def test_what_is_read_and_recorded_is_the_commit(loads):
+def test_the_commit_is_read_and_recorded(loads):
     corpus = CorpusConfig(("known/set",), hub=True, revision="main")
     pinned = hub.pin_revisions(corpus, lambda _: None)
     assert input_identity(pinned)[0]["revision"] == "commit-of-main"

@@ -73,7 +73,7 @@ def test_megatron_reads_ours(tmp_path):
     assert theirs.document_indices.tolist() == [0, 1, 2]
 
 
-def test_modes_say_what_is_learned(tmp_path):
+def test_modes_mark_the_tokens_with_a_loss(tmp_path):
     np.arange(12, dtype=np.uint16).tofile(tmp_path / "c.bin")
     prefix = str(tmp_path / "c")
     modes = np.array([0, 1, 0, 1], np.int8)

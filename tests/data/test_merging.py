@@ -1,4 +1,4 @@
-"""Merging: only what fits together, and only undamaged."""
+"""Merging: only undamaged inputs that fit together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A thousand parts: files kept open, and the work that opening and resuming them takes."""
+"""A thousand parts: number of open files, and the work of opening and resuming."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_the_work_of_a_resume_is_linear_in_the_parts(shards, monkeypatch) -> Non
     assert counts[1] <= counts[0] * PARTS / 10 * 1.2
 
 
-def test_a_column_that_shrinks_under_a_reader_is_an_error(shards) -> None:
+def test_a_column_that_is_truncated_while_read_is_an_error(shards) -> None:
     opened = IndexedDocuments(shards[0])
     with open(f"{shards[0]}.idx", "r+b") as stream:
         stream.truncate(40)

@@ -61,7 +61,7 @@ def test_every_option_has_an_index_of_its_own(prefix, builds, change):
     assert len(keys) == len(builds) == 2
 
 
-def test_changed_data_never_meets_an_old_index(prefix, builds, tmp_path):
+def test_changed_data_never_uses_an_old_index(prefix, builds, tmp_path):
     pack_index(IndexedDocuments(prefix), **OPTIONS)
     write_indexed(tmp_path / "books", numbered_documents([5, 40, 9, 4, 15]))
     packs, _ = pack_index(IndexedDocuments(prefix), **OPTIONS)

@@ -1,4 +1,4 @@
-"""Worker processes: killed ones, early ends, and what is made ahead."""
+"""Worker processes: kills, early ends, and parts made ahead."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _wait_for_progress(number: int, unit: Unit) -> None:
     part_worker._worker.make_part(number, unit)
 
 
-def test_a_killed_worker_is_reported_and_the_run_goes_on(corpus, qwen, tmp_path, monkeypatch):
+def test_a_killed_worker_is_reported_and_the_run_resumes(corpus, qwen, tmp_path, monkeypatch):
     settings = config(corpus, tmp_path / "out", qwen, unit_bytes=5_000, workers=2)
     with monkeypatch.context() as patch:
         patch.setattr(part_worker, "_make_part", _die)

@@ -1,4 +1,4 @@
-"""A plan is proportion: what it says of a corpus is what preparing that corpus gives."""
+"""A plan is proportional to its sample, and agrees with a real preparation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", 300)
 
 
-def test_a_sample_of_the_whole_foretells_the_files(corpus, qwen, tmp_path) -> None:
+def test_a_sample_of_the_whole_input_predicts_the_files(corpus, qwen, tmp_path) -> None:
     settings = config(corpus, tmp_path / "out", qwen, workers=2)
     lines: list[str] = []
     plan = plan_preparation(settings, 0, 600, lines.append)
@@ -55,7 +55,7 @@ SAMPLE = Sample(
 
 def test_more_tokens_take_more_of_everything_but_memory(corpus, qwen, tmp_path) -> None:
     settings = config(corpus, tmp_path / "out", qwen, workers=4)
-    plans = [preparation_plan._extrapolated(settings, SAMPLE, n) for n in (10**6, 10**9)]
+    plans = [preparation_plan._extrapolate(settings, SAMPLE, n) for n in (10**6, 10**9)]
     for key in ("documents", "input_bytes", "bin_bytes", "idx_bytes", "worker_hours"):
         few, many = (getattr(plan, key) for plan in plans)
         assert many == pytest.approx(1000 * few, rel=0.01), key
@@ -66,7 +66,7 @@ def test_more_tokens_take_more_of_everything_but_memory(corpus, qwen, tmp_path) 
 
 def test_proportions(qwen, corpus, tmp_path) -> None:
     settings = config(corpus, tmp_path / "out", qwen, workers=4)
-    plan = preparation_plan._extrapolated(settings, SAMPLE, 3600 * 400 * 8)
+    plan = preparation_plan._extrapolate(settings, SAMPLE, 3600 * 400 * 8)
     assert plan.input_tokens == 12_500
     assert plan.worker_hours == pytest.approx(8)
     assert plan.hours == pytest.approx(2)
@@ -75,7 +75,7 @@ def test_proportions(qwen, corpus, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_a_unit_is_left_when_the_time_is_over(qwen, tmp_path, monkeypatch, suffix) -> None:
+def test_a_unit_is_stopped_when_the_time_is_over(qwen, tmp_path, monkeypatch, suffix) -> None:
     """A compressed file, or the shard of a stream, may take an hour."""
     source = write_jsonl(tmp_path / "corpus.jsonl", 200)
     path = source.with_suffix(suffix)
@@ -90,12 +90,12 @@ def test_a_unit_is_left_when_the_time_is_over(qwen, tmp_path, monkeypatch, suffi
     sample = preparation_plan.take_sample(settings, units, 50, str(folder))
     assert 0 < sample.counts.rows < 60
     assert (sample.whole_tokens, sample.whole_bytes) == (0, 0)
-    assert preparation_plan._extrapolated(settings, sample, 10**6).input_tokens is None
+    assert preparation_plan._extrapolate(settings, sample, 10**6).input_tokens is None
     with pytest.raises(HydraError, match=r"no unit of the input completely.*--plan 15e9"):
-        preparation_plan._extrapolated(settings, sample, 0)
+        preparation_plan._extrapolate(settings, sample, 0)
 
 
-def test_what_cannot_be_planned_is_named(corpus, qwen, tmp_path) -> None:
+def test_inputs_that_cannot_be_planned_are_named(corpus, qwen, tmp_path) -> None:
     with pytest.raises(HydraError, match="remove --shard"):
         plan_preparation(config(corpus, tmp_path / "out", qwen, shard=(0, 2)), 0, 1)
     (tmp_path / "other.jsonl").write_text('{"body": "a"}\n')

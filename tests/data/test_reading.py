@@ -1,4 +1,4 @@
-"""Blend and batch may change on the way: what was read is counted exactly, and the rest comes next."""
+"""Blend and batch may change during a run: the data read are counted exactly, and the rest is read next."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ PHASES = st.lists(
 
 @given(phases=PHASES)
 @settings(max_examples=30, deadline=None)
-def test_any_row_of_changes_reads_every_sequence_once_an_epoch(corpora, phases) -> None:
+def test_any_series_of_changes_reads_every_sequence_once_per_epoch(corpora, phases) -> None:
     """By brute force: each source's sequences of all phases, in a row, are whole epochs and a rest."""
     read: dict[str, list[tuple[int, ...]]] = collections.defaultdict(list)
     state, step, samples = None, 0, 0
@@ -202,7 +202,7 @@ def test_another_number_of_replicas_needs_no_phase_and_changes_no_step(corpora) 
     assert len(again.state(10)["spans"]) == 2
 
 
-def test_a_source_that_comes_back_goes_on_where_it_was(corpora) -> None:
+def test_a_source_added_again_continues_at_its_position(corpora) -> None:
     state = _stream(_data(corpora, {0: 1.0, 1: 1.0})).state(5)
     without = _resumed(state, _data(corpora, {1: 1.0, 2: 1.0}, 2)).state(9)
     read = {s["name"]: s["samples"] for s in without["sources"]}
@@ -306,14 +306,14 @@ def test_a_change_without_a_phase_is_refused_and_the_key_that_allows_it_named(co
         ({"packing": "concat_chunk"}, r"data\.packing was"),
     ],
 )
-def test_a_phase_allows_nothing_that_changes_which_samples_there_are(corpora, change, message):
+def test_a_phase_refuses_changes_of_the_set_of_samples(corpora, change, message):
     data = _data(corpora, {0: 1.0, 1: 1.0})
     state = _stream(data).state(5)
     with pytest.raises(HydraError, match=f"cannot resume: {message}"):
         _resumed(state, dataclasses.replace(data, phase=2, **change))
 
 
-def test_documents_that_were_read_otherwise_are_refused(corpora, tmp_path: Path) -> None:
+def test_documents_read_with_other_rules_are_refused(corpora, tmp_path: Path) -> None:
     prefix, _ = write_indexed(tmp_path / "web", numbered_documents(_documents(5, 12)))
     part = SourceConfig(path=prefix)
     data = DataConfig((part,), S, packing="split_long")
@@ -353,7 +353,7 @@ def test_damaged_records_are_refused(corpora) -> None:
 # -- checkpoints of before ----------------------------------------------------------------------
 
 
-def test_a_state_without_spans_goes_on_and_may_change(corpora) -> None:
+def test_a_state_without_spans_resumes_and_may_change(corpora) -> None:
     data = _data(corpora, {0: 1.0, 1: 2.0})
     through = _stream(data)
     new = json.loads(json.dumps(through.state(5)))

@@ -49,7 +49,7 @@ def test_a_blend_draws_every_index_of_every_part_in_order_and_in_its_share(weigh
     assert np.abs(np.array(after) - shares * (cut + 500)).max() < 3 + 2e-5 * cut
 
 
-def test_weights_that_mean_nothing_are_refused_by_name():
+def test_invalid_weights_are_refused_by_name():
     for weight in (0.0, -1.0, float("nan")):
         with pytest.raises(HydraError, match="books has weight"):
             Blend([1.0, weight], ["web", "books"])

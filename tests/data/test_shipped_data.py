@@ -1,4 +1,4 @@
-"""configs/data and docs/data.md agree, can be opened, and their commands are commands."""
+"""configs/data and docs/data.md agree; the configs open, and the commands are valid."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_budgets_are_15_billion_tokens():
 
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
-def test_the_table_of_the_page_is_that_of_the_config(path):
+def test_the_table_of_the_page_equals_the_config(path):
     data = stage_data(path)
     line = re.search(rf"^\| \[{path.stem}\].*$", PAGE, flags=re.MULTILINE)[0]
     _, _, length, budget, *cells = (cell.strip() for cell in line.split("|")[:-1])
@@ -74,7 +74,7 @@ def test_every_source_has_a_licence_and_a_command():
     assert prepared == wanted
 
 
-def test_what_is_prepared_covers_what_is_read_and_some():
+def test_prepared_data_cover_all_data_that_the_stages_read():
     read = dict.fromkeys(COLUMNS[:-1], 0.0)
     for path in STAGES:
         data = stage_data(path)

@@ -1,4 +1,4 @@
-"""The stream: the same global batches for any layout, exact resumption, refusal by name."""
+"""The stream: the same global batches for any layout, exact resuming, refusal by name."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_loss_mask_never_crosses_documents(flags, padding):
     assert mask.sum() == learned_tokens
 
 
-def test_a_resumed_stream_goes_on_with_the_next_sample(data, qwen):
+def test_a_resumed_stream_continues_with_the_next_sample(data, qwen):
     data = dataclasses.replace(data, blend=(*data.blend, NEEDLES), sequence_length=256)
     data = dataclasses.replace(data, tokenizer=qwen)
     through = stream(data)
@@ -192,7 +192,9 @@ def test_a_resume_with_other_packs_or_another_order_is_refused_by_name(data, tmp
     """The options are the same: another version of NumPy, say, has shuffled in another way."""
     state = stream(data).state(3)
     with monkeypatch.context() as patch:
-        patch.setattr(PackedStream, "_dealt", lambda self, step, size: np.arange(size)[::-1])
+        patch.setattr(
+            PackedStream, "_shuffled_samples", lambda self, step, size: np.arange(size)[::-1]
+        )
         with pytest.raises(HydraError, match="cannot resume: order of samples was"):
             stream(data).check_state(state)
     with monkeypatch.context() as patch:
@@ -295,7 +297,7 @@ def test_a_wrong_tokenizer_is_found_before_training(data, qwen):
     assert stream(dataclasses.replace(data, tokenizer=qwen)).micro_batches(0)
 
 
-def test_a_lying_manifest_is_found_in_the_batch(data):
+def test_a_wrong_manifest_is_found_in_the_batch(data):
     manifest_for(data.blend[0].path, counts={"max_token_id": 3})
     opened = stream(dataclasses.replace(data, blend=data.blend[:1]), (1, 12), vocab_size=50)
     with pytest.raises(HydraError, match=r"web: token id \d+ is outside"):
@@ -347,7 +349,7 @@ CORPUS = st.lists(st.integers(1, 40), min_size=1, max_size=25)
     seed=st.integers(0, 3),
 )
 @settings(max_examples=40, deadline=None)
-def test_an_epoch_of_any_corpus_read_by_any_number_of_ranks(
+def test_any_number_of_ranks_reads_an_epoch_of_any_corpus(
     tmp_path_factory, lengths, length, packing, size, seed
 ):
     """Every token once; positions restart with every document; no loss crosses one."""

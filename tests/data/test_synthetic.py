@@ -1,4 +1,4 @@
-"""Generated tasks: deterministic, of the asked length, solvable from their own text."""
+"""Generated tasks: deterministic, of the requested length, solvable from their own text."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_several_short_documents_fill_a_sample(qwen):
         ("megatron_hydra.data:nothing", {}, "cannot be imported"),
     ],
 )
-def test_mistakes_end_before_training_and_say_what_to_do(qwen, task, options, message):
+def test_mistakes_fail_before_training_with_advice(qwen, task, options, message):
     part = SourceConfig(kind="synthetic", task=task, options=options)
     data = DataConfig(blend=(part,), sequence_length=256, tokenizer=qwen)
     with pytest.raises(HydraError, match=message):

@@ -1,4 +1,4 @@
-"""Preparation: the same bytes whatever the workers, shards and kills; errors that name the file."""
+"""Preparation: the same bytes for any workers, shards and kills; errors that name the file."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_uneven_units_leave_no_shard_empty():
         assert [unit for shard in shards for unit in shard] == units
 
 
-def test_shards_of_limited_length_are_not_called_the_whole(corpus, qwen, tmp_path):
+def test_merged_shards_with_a_token_limit_are_not_recorded_as_the_whole(corpus, qwen, tmp_path):
     for index in (0, 1):
         settings = config(corpus, tmp_path / "s", qwen, shard=(index, 2), max_tokens=2_000)
         run(settings)
@@ -206,7 +206,7 @@ def test_data_of_different_tokenizers_is_not_merged(corpus, tokenizers, tmp_path
         merge([str(tmp_path / "gpt2"), str(tmp_path / "llama")], str(tmp_path / "m"))
 
 
-def test_a_second_run_finds_the_work_done(corpus, qwen, tmp_path):
+def test_a_second_run_does_nothing(corpus, qwen, tmp_path):
     settings = config(corpus, tmp_path / "out", qwen)
     run(settings)
     before = os.stat(tmp_path / "out.bin").st_mtime_ns
@@ -243,7 +243,7 @@ def test_empty_rows_are_counted_or_kept(qwen, tmp_path):
     assert len(lengths) == 3
 
 
-def test_bad_rows_end_the_run_or_are_skipped_without_doing_it_again(qwen, tmp_path):
+def test_bad_rows_fail_the_run_or_are_skipped_without_repeating_work(qwen, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", 60)
     raw = source.read_bytes().splitlines(keepends=True)
     raw[20] = b'{"text": "caf\xe9"}\n'
@@ -270,7 +270,7 @@ def test_a_corpus_without_text_is_named(qwen, tmp_path):
         run(config(source, tmp_path / "out", qwen))
 
 
-def test_chat_is_learned_on_answers_only(qwen, tmp_path):
+def test_chat_has_a_loss_on_answers_only(qwen, tmp_path):
     rows = [
         [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n} it is"}]
         for n in range(20)
@@ -456,7 +456,7 @@ def test_wrong_options_are_named(corpus, qwen, tmp_path, options, message, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_a_clean_error_and_the_run_goes_on_later(
+def test_a_full_disk_is_a_clean_error_and_the_run_can_resume(
     corpus, qwen, reference, tmp_path, monkeypatch
 ):
     settings = config(corpus, tmp_path / "out", qwen, unit_bytes=5_000)
@@ -565,7 +565,7 @@ def test_killed_runs_of_a_stream_resume_to_the_same_bytes(qwen, tmp_path, monkey
 
 
 @pytest.mark.parametrize("moved", [0, 1, 2, 3])
-def test_a_kill_between_the_final_renames_is_mended(
+def test_a_kill_between_the_final_renames_is_repaired(
     corpus, qwen, reference, tmp_path, monkeypatch, moved
 ):
     settings = config(corpus, tmp_path / "out", qwen)

@@ -1,4 +1,4 @@
-"""Tokenizers: whole documents, and a fingerprint of all that decides their ids."""
+"""Tokenizers: whole documents, and a fingerprint of everything that decides their ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fast path gives the tokenizer's own ids, or steps aside."""
+"""The fast path gives the tokenizer's own ids, or is not used."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_fast_path_is_taken_for_ordinary_text(tokenizers):
         assert ours._shortcut(text) is not None
 
 
-def test_what_needs_the_tokenizer_goes_to_it(tokenizers):
+def test_texts_that_need_the_tokenizer_use_it(tokenizers):
     ours = WordEncoder(load_tokenizer(tokenizers["qwen"]), np.uint16)
     for text in ("e\u0301", "a<|im_end|>b", "\u0378", unicodedata.normalize("NFD", "é")):
         assert ours._shortcut(text) is None

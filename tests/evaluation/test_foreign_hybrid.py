@@ -1,4 +1,4 @@
-"""The paper's reference, another hybrid, as a row: Qwen3.5 and Qwen3-Next, tiny and random, as they come."""
+"""Other hybrids as a row of the paper's table: Qwen3.5 and Qwen3-Next, tiny, random and unchanged."""
 
 from __future__ import annotations
 

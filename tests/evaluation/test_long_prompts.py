@@ -1,4 +1,4 @@
-"""Every task at 512K tokens: the length is used and never exceeded, and the answers are there."""
+"""Every task at 512K tokens: it uses the length, never exceeds it, and contains its answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drafts change how many forwards a continuation costs, and nothing that it says."""
+"""Drafts change the number of forwards of a continuation, but not its tokens."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Timed(Counting):
         return float(tokens)
 
 
-def test_how_long_is_said_before_it_begins(capsys):
+def test_the_expected_time_is_logged_before_the_start(capsys):
     samples = [GenerationSample(prompt=[3] * 95, answers=(4,), max_new_tokens=5)] * 60
     assert forecast(Timed(), None, samples) == (6000.0, 30000.0)
     runner._log_expected_duration(Timed(), None, "niah at 95 tokens", samples)
@@ -81,7 +81,7 @@ def test_how_long_is_said_before_it_begins(capsys):
     assert forecast(Timed(), None, scored) == (3.0, 3.0)  # one forward, whatever it says
 
 
-def test_with_a_cache_nothing_is_forecast(capsys):
+def test_no_time_is_estimated_with_a_cache(capsys):
     samples = [GenerationSample(prompt=[3] * 95, answers=(4,), max_new_tokens=5)]
     assert forecast(WithCache(), None, samples) == (0.0, 0.0)
     runner._log_expected_duration(WithCache(), None, "niah", samples)
@@ -94,7 +94,7 @@ class WithCache:
     is_main, vocabulary = True, 100
 
 
-def test_a_forward_is_timed_after_one_that_starts_late():
+def test_a_forward_is_timed_after_a_warm_up():
     backend = Counting()
     backend._has_run = False
     backend.seconds_of_forward(200)
@@ -103,7 +103,7 @@ def test_a_forward_is_timed_after_one_that_starts_late():
     assert backend.forwards == 3
 
 
-def test_a_draft_is_the_answer_then_what_the_text_said_before():
+def test_a_draft_is_the_answer_and_then_earlier_text():
     continuation = Continuation([5, 6, 7, 8, 9], max_new_tokens=4, draft=[1, 2, 3, 4, 5])
     assert draft(continuation, []) == [1, 2, 3]  # the forward adds a fourth
     assert draft(continuation, [1]) == [2, 3]
@@ -111,7 +111,7 @@ def test_a_draft_is_the_answer_then_what_the_text_said_before():
     assert draft(continuation, [9, 1]) == []
 
 
-def test_what_comes_after_the_end_is_cut():
+def test_tokens_after_the_end_are_removed():
     continuation = Continuation([0], max_new_tokens=3, settled=lambda tokens: tokens == [1, 2])
     assert cut([1, 2, 3], continuation, [END]) == [1, 2]
     assert cut([1, END, 3], continuation, [END]) == [1, END]

@@ -104,11 +104,11 @@ def test_a_small_file_is_repeated_to_fill_the_length(tmp_path, tokenizer):
         ("a.json", '[{"question": "x"}]', "context"),
         ("a.jsonl", '{"question": "x", "answer": "y"}', "documents"),
         ("a.jsonl", '{"question": "x", "answer": [], "documents": ["d"]}', "without an answer"),
-        ("a.jsonl", "", "holds no question"),
-        ("a.json", '{"data": []}', "holds no question"),
+        ("a.jsonl", "", "has no question"),
+        ("a.json", '{"data": []}', "has no question"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path, name, text, words):
+def test_invalid_questions_are_named(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(HydraError, match=words) as caught:
         read_questions(tmp_path / name)

@@ -1,4 +1,4 @@
-"""NVIDIA/RULER's own generators and scorer against ours, where a checkout is at hand."""
+"""Our generators and scorer compared with NVIDIA/RULER's, if a checkout is available."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def test_accuracy_by_length_and_depth_with_files(reader, tokenizer, tmp_path):
     assert cell["predictions"][0]["said"].strip() == "nothing"
 
 
-def test_a_stopped_run_goes_on_where_it_was(reader, tokenizer, tmp_path):
+def test_a_stopped_run_resumes(reader, tokenizer, tmp_path):
     out = tmp_path / "eval"
     first = evaluate(reader, tokenizer, TASKS, [1000, 1200], SETTINGS, output=out)
     calls = reader.calls

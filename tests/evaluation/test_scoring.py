@@ -84,7 +84,7 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved(model, tokenizer, monkey
     assert score(model, tokenizer, samples) == expected
     assert sizes == [3, 1, 2, 1, 1, 4, 2, 1, 1, 2, 1, 1]
     limited("_generate", 0)
-    with pytest.raises(HydraError, match=r"one sample alone does not fit .*--prefill-chunk"):
+    with pytest.raises(HydraError, match=r"a single sample does not fit .*--prefill-chunk"):
         score(model, tokenizer, prompts)
 
 
@@ -149,7 +149,7 @@ def test_chunked_prefill_is_used_only_where_it_is_known_to_be_exact(model):
     assert HfBackend(unknown, 77).chunk == 77
 
 
-def test_what_does_not_fit_the_model_is_refused(model):
+def test_samples_that_do_not_fit_the_model_are_refused(model):
     with pytest.raises(HydraError, match="tokenizer"):
         score(model, None, [GenerationSample("text", ("x",))])
     with pytest.raises(HydraError, match="vocabulary of 257"):

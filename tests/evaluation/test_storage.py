@@ -1,4 +1,4 @@
-"""What an output folder may hold, and what ``force`` may delete."""
+"""The allowed contents of an output folder, and the files that ``force`` may delete."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_finished_cells_are_found_again(tmp_path):
     assert again.load("niah", 128) is None
 
 
-def test_force_throws_an_evaluation_away_and_nothing_else(tmp_path):
+def test_force_deletes_only_an_evaluation(tmp_path):
     CellStore(tmp_path, {"seed": 1}, force=False).save("niah", 64, {"accuracy": 0.5})
     for name in ("results.json", "accuracy.png", "heatmap_niah.png"):
         (tmp_path / name).write_text("old")

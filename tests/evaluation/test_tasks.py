@@ -130,7 +130,7 @@ def test_names_stay_distinct_beyond_all_two_word_names():
 
 
 def test_a_length_too_short_is_refused_by_name(tokenizer):
-    with pytest.raises(HydraError, match=r"'niah_single_1' needs \d+ prompt tokens"):
+    with pytest.raises(HydraError, match=r"'niah_single_1' needs at least \d+ prompt tokens"):
         load_task("niah_single_1").samples(request(tokenizer, NEW_TOKENS + 50))
     with pytest.raises(HydraError, match="needs the model's tokenizer"):
         load_task("vt").samples(request(None))
@@ -196,8 +196,8 @@ def test_jsonl_rows_go_to_the_length_they_fit(tmp_path, tokenizer):
     "line, message",
     [
         ("{", ":2 is not JSON"),
-        ('{"prompt": "x"}', ":2: a row has prompt and answer"),
-        ('{"prompt": "x", "answer": "y", "depht": 1}', ":2: a row has prompt and answer"),
+        ('{"prompt": "x"}', ":2: a row needs prompt and answer"),
+        ('{"prompt": "x", "answer": "y", "depht": 1}', ":2: a row needs prompt and answer"),
         ('{"prompt": "x", "answer": [1]}', ":2: prompt and answer must both"),
         ('{"prompt": [1], "answer": "y"}', ":2: prompt and answer must both"),
         ('{"prompt": "x", "answer": []}', ":2: prompt and answer must both"),

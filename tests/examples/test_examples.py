@@ -1,4 +1,4 @@
-"""The example scripts, run as they are."""
+"""The example scripts run unchanged."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_an_export_is_used(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.slow
-def test_a_capability_of_ones_own_scores_as_the_one_that_it_repeats() -> None:
+def test_an_own_capability_scores_like_the_built_in_one_that_it_copies() -> None:
     """The teacher's induction head, layer 2, head 0, is found by both."""
     head_map = example("add_capability").main([])
     for scores in head_map.scores.values():

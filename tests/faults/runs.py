@@ -1,4 +1,4 @@
-"""Runs of two gloo processes that are disturbed, and the question whether it shows in the end."""
+"""Disturbed runs of two gloo processes, compared with an undisturbed run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A line of the table of faults, from the test that has just tried one."""
+"""A line of the table of faults, written by the test of this fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every file of a checkpoint damaged in turn: found before the first step, on resume and on start."""
+"""Every file of a checkpoint is damaged in turn: found before the first step, on resume and on start."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ EVERY_WAY = pytest.mark.parametrize(
 
 
 @EVERY_WAY
-def test_every_file_of_the_checkpoint_that_a_run_would_go_on_from(
+def test_damage_to_any_file_of_a_resumed_checkpoint_is_found(
     every_way: bool, finished: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table
 ) -> None:
     output = tmp_path / "out"
@@ -117,7 +117,7 @@ def test_every_file_of_the_checkpoint_that_a_run_would_go_on_from(
 
 
 @EVERY_WAY
-def test_every_file_of_the_checkpoint_that_a_stage_starts_from(
+def test_damage_to_any_file_of_an_initial_checkpoint_is_found(
     every_way: bool, finished: RunConfig, inputs: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, table,
 ) -> None:  # fmt: skip
@@ -197,7 +197,7 @@ def test_another_checkpoint_than_the_pinned_one_is_refused(
     assert run_training(pinned) == 0
 
 
-def test_a_fallback_sets_the_damaged_one_aside(finished: RunConfig, tmp_path: Path) -> None:
+def test_a_fallback_renames_the_damaged_checkpoint(finished: RunConfig, tmp_path: Path) -> None:
     """Retention counts good checkpoints only, and the damaged one stays for a person to look at."""
     output = tmp_path / "out"
     keep = ["checkpoint.keep=2", "checkpoint.interval=1", f"output={output}"]

@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or gone: a clear error, and the checkpoints that were are as they were."""
+"""A disk that is full, read-only or missing: a clear error, and earlier checkpoints are unchanged."""
 
 from __future__ import annotations
 
@@ -98,7 +98,9 @@ def test_a_full_disk(
     _assert_intact(output / "checkpoints")
     (small_disk / "filler").unlink()
     assert run_training(config) == 0  # with room again, it goes on
-    table("disk full while saving" + _kind(asynchronous), 1, 1, "clear error, older one intact")
+    table(
+        "disk full while saving" + _kind(asynchronous), 1, 1, "clear error, older checkpoint intact"
+    )
 
 
 @BOTH
@@ -125,7 +127,7 @@ def test_a_disk_that_becomes_read_only(
     _assert_intact(checkpoints, tidy=False)
     table(
         "checkpoint folder not writable while saving" + _kind(asynchronous), 1, 1,
-        "clear error, older one intact",
+        "clear error, older checkpoint intact",
     )  # fmt: skip
 
 
@@ -149,7 +151,7 @@ def test_a_checkpoint_folder_that_vanishes(
         run_training(config)  # the same command does not begin anew
     table(
         "checkpoint folder vanished while training" + _kind(asynchronous), 1, 1,
-        "clear error, older one intact; the same command is refused as long as it is gone",
+        "clear error, older checkpoint intact; the same command is refused while the folder is missing",
     )  # fmt: skip
 
 
@@ -163,7 +165,9 @@ def test_a_full_disk_with_tensorboard(
         run_training(config)
     monkeypatch.undo()
     _assert_intact(output / "checkpoints")
-    table("disk full to the last byte, with TensorBoard", 1, 1, "clear error, older one intact")
+    table(
+        "disk full to the last byte, with TensorBoard", 1, 1, "clear error, older checkpoint intact"
+    )
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

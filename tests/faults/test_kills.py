@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: the run goes on from a complete checkpoint and ends as if undisturbed."""
+"""SIGKILL at any moment: the run resumes from a complete checkpoint and ends as if undisturbed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that tries every fault: what was not tried is not good."""
+"""The command that tries every fault: a fault that was not tried is not reported as good."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_status_says_whether_everything_was_tried_and_good(
     assert text in output.read_text()
 
 
-def test_what_a_machine_is_said_to_have_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tests_of_declared_equipment_are_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "chromium,slurm")
     with pytest.raises(pytest.fail.Exception, match="names slurm, but srun is missing"):
         skip_without("slurm", "srun is missing")

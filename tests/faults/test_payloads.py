@@ -1,4 +1,4 @@
-"""Files that would run code if they were opened carelessly: a sentinel file proves that they do not."""
+"""Files that would run code if they were opened without checks: a sentinel file shows that they do not."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def _transform(index: Metadata) -> None:
         (_transform, "is stored transformed"),
     ],
 )
-def test_an_index_holds_nothing_but_what_is_known(
+def test_an_index_with_unknown_classes_is_refused(
     change: Callable, message: str, student: Path
 ) -> None:
     index = integrity.read_index(student / "weights")

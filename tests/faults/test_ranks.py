@@ -1,4 +1,4 @@
-"""One rank in trouble: all ranks act together, or all are gone within a set time."""
+"""A fault on one rank: all ranks act together, or all end within a set time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_hung_rank_ends_the_job(inputs: Path, tmp_path: Path, forker: Forker, 
     store.verify_checkpoint(store.resolve_checkpoint(run.checkpoints))
     table(
         f"a rank hangs (faults.timeout_seconds={TIMEOUT})", 1, 1,
-        f"all processes gone {ended.seconds_after_fault:.0f} s later, non-zero exit, stacks of "
+        f"all processes have ended {ended.seconds_after_fault:.0f} s later, non-zero exit, stacks of "
         "both ranks",
     )  # fmt: skip
 
@@ -52,7 +52,9 @@ def test_a_dead_rank_ends_the_job(everyone: bool, inputs: Path, tmp_path: Path, 
     assert ended.left_over == []
     assert "Timeout (" not in ended.output  # nobody had to wait for the watchdog
     who = "both ranks die" if everyone else "a rank dies"
-    table(who, 1, 1, f"all processes gone {ended.seconds_after_fault:.0f} s later, status 137")
+    table(
+        who, 1, 1, f"all processes have ended {ended.seconds_after_fault:.0f} s later, status 137"
+    )
 
 
 @pytest.mark.slow
@@ -62,7 +64,7 @@ def test_a_rank_that_hangs_under_torchrun(inputs: Path, tmp_path: Path, table) -
     _assert_gone_with_stacks(ended)
     table(
         f"a rank hangs under launch/agent.py (faults.timeout_seconds={TIMEOUT})", 1, 1,
-        f"all processes gone {ended.seconds_after_fault:.0f} s later, non-zero exit, stacks",
+        f"all processes have ended {ended.seconds_after_fault:.0f} s later, non-zero exit, stacks",
     )  # fmt: skip
 
 
@@ -78,7 +80,7 @@ def _assert_gone_with_stacks(ended) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nan", "spike"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_bad_step_on_one_rank_is_left_out_on_all(
+def test_a_bad_step_on_one_rank_is_skipped_on_all(
     kind: str, rank: int, inputs: Path, tmp_path: Path, forker: Forker, table
 ) -> None:
     faults = {"spike_factor": 5, "spike_window": 3}
@@ -104,7 +106,7 @@ def test_a_bad_step_on_one_rank_is_left_out_on_all(
     assert not all(same_bits(before[key], after[key]) for key in moments)  # step 7 was made
     table(
         f"{'NaN' if kind == 'nan' else 'a loss 5 times the usual'} on rank {rank}", 1, 1,
-        "both ranks leave the step out; samples logged; no checkpoint of it",
+        "both ranks skip the step; samples are logged; no checkpoint of this step",
     )  # fmt: skip
 
 
@@ -124,7 +126,7 @@ def test_a_bad_step_on_one_rank_can_stop_all(
     assert again.status == 0
     table(
         f"{'NaN' if kind == 'nan' else 'a spike'} on one rank, faults.max_skipped_steps=0", 1, 1,
-        "both ranks end with status 2; the last checkpoint is good and is gone on from",
+        "both ranks end with status 2; the last checkpoint is good and the run resumes from it",
     )  # fmt: skip
 
 
@@ -149,7 +151,12 @@ def test_a_signal_to_one_rank_stops_all(
         (run.checkpoints / "step_00000005").rename(tmp_path / "stopped-here")
     assert differences(run, undisturbed(8)) == []
     kind = ", saving in the background" if asynchronous else ""
-    table(f"SIGTERM to rank {rank} alone{kind}", 1, 1, "both save once, exit 85; bit-equal after")
+    table(
+        f"SIGTERM only to rank {rank}{kind}",
+        1,
+        1,
+        "both save once and exit with 85; bit-equal after resuming",
+    )
 
 
 SIGNALS_IN_SAVES = [("planned", 1), ("written", 1), ("sealed", 0), ("pointed", 0)]
@@ -193,7 +200,7 @@ def test_a_signal_in_a_save_stops_all(
     kind = "in the background" if asynchronous else "at the step boundary"
     table(
         f"SIGTERM to rank {rank} while saving {kind}: {point}", 1, 1,
-        "the save is completed, both exit 85; bit-equal after",
+        "the save is completed, both exit with 85; bit-equal after resuming",
     )  # fmt: skip
 
 
@@ -221,8 +228,8 @@ def test_a_second_signal_leaves_at_once(
     assert "Timeout (" not in ended.output
     store.verify_checkpoint(store.resolve_checkpoint(run.checkpoints))
     table(
-        "a second signal, seconds later, to a rank that cannot get to the boundary", 1, 1,
-        f"leaves at once (138); all gone {ended.seconds_after_fault:.0f} s after the first",
+        "a second signal, seconds later, to a rank that cannot finish its step", 1, 1,
+        f"exits at once (138); all processes have ended {ended.seconds_after_fault:.0f} s after the first",
     )  # fmt: skip
 
 
@@ -246,4 +253,9 @@ def test_the_time_limit_of_the_job_stops_all(
     if stop["step"] % 2:
         extra.rename(tmp_path / "stopped-here")
     assert differences(run, undisturbed(110)) == []
-    table("the job's time limit comes near", 1, 1, "both save once, exit 85; bit-equal after")
+    table(
+        "the job's time limit is near",
+        1,
+        1,
+        "both save once and exit with 85; bit-equal after resuming",
+    )

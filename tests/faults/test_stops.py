@@ -1,4 +1,4 @@
-"""Selection and evaluation stop as training does: what is done is on disk, status 85, then on from there."""
+"""Selection and evaluation stop like training: finished work is on disk, status 85, and a rerun resumes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _stopped(command: list[str], until: Callable[[], bool], whom: Callable[[int]
 
 
 @pytest.mark.slow
-def test_selection_stops_on_all_ranks_and_goes_on(model: Path, tmp_path: Path, table) -> None:
+def test_selection_stops_on_all_ranks_and_resumes(model: Path, tmp_path: Path, table) -> None:
     arguments = [
         "--hf-path", str(model), "--tasks", "induction:length=12", "--solved", "off",
         "--num-prompts", "24", "--tokens-per-batch", "200", "--ratio", "5:1", "--no-pictures",
@@ -74,7 +74,7 @@ def test_selection_stops_on_all_ranks_and_goes_on(model: Path, tmp_path: Path, t
     assert stopped.read_bytes() == whole.read_bytes()
     table(
         "SIGTERM to one of two ranks of head selection", 1, 1,
-        f"both leave with 85, {len(kept)} results kept; the map is byte-equal after",
+        f"both exit with 85, {len(kept)} results kept; the map is byte-equal after resuming",
     )  # fmt: skip
 
 
@@ -114,12 +114,12 @@ def test_a_hung_rank_ends_the_selection(model: Path, tmp_path: Path, table) -> N
     assert "in hang" in done.stderr  # where rank 1 hung
     table(
         "a rank of head selection hangs (--timeout 8)", 1, 1,
-        f"both processes gone {seconds:.0f} s later, non-zero exit, stacks",
+        f"both processes have ended {seconds:.0f} s later, non-zero exit, stacks",
     )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_evaluation_stops_and_goes_on(tmp_path: Path, table) -> None:
+def test_evaluation_stops_and_resumes(tmp_path: Path, table) -> None:
     folder = ROOT / "megatron_hydra" / "quickstart" / "shipped_teacher"
     command = [
         sys.executable, str(ROOT / "tools" / "evaluate.py"), "--model", str(folder), "--tasks",
@@ -135,10 +135,10 @@ def test_evaluation_stops_and_goes_on(tmp_path: Path, table) -> None:
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
     assert first.stat().st_mtime_ns == before  # kept, not done again
     assert (tmp_path / "out/results.json").exists()
-    table("SIGTERM to an evaluation", 1, 1, "leaves with 85; finished cells are kept")
+    table("SIGTERM to an evaluation", 1, 1, "exits with 85; finished cells are kept")
 
 
-def test_an_evaluation_that_is_stopped_while_it_loads_leaves_with_85(
+def test_an_evaluation_stopped_while_loading_exits_with_85(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tool = runpy.run_path(str(ROOT / "tools" / "evaluate.py"))

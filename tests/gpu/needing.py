@@ -1,4 +1,4 @@
-"""What a test of the GPU suite says of itself."""
+"""Requirements that a test of the GPU suite declares."""
 
 from __future__ import annotations
 

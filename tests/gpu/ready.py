@@ -1,4 +1,4 @@
-"""Whether the GPU suite can run here, said in words before it starts: ``python -m tests.gpu.ready``."""
+"""Check whether the GPU suite can run here, before it starts: ``python -m tests.gpu.ready``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The suite's own machinery, without a GPU: jobs wait for what they need, share GPUs, and end."""
+"""The suite's own scheduler, without a GPU: jobs wait for their requirements, share GPUs, and end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks in trouble over NCCL, and a layout that this machine is too small for."""
+"""Faults of ranks over NCCL, and a layout that needs more GPUs than this machine has."""
 
 from __future__ import annotations
 

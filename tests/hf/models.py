@@ -1,4 +1,4 @@
-"""Tiny random models in Hugging Face format, and inputs for them, that several tests share."""
+"""Tiny random models in Hugging Face format, and inputs for them, shared by several tests."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def test_a_prefix_is_read_once_and_copied(kind, name):
 
 
 @pytest.mark.parametrize("kind", ["head", "token"])
-def test_a_static_cache_forgets_and_is_used_again(kind):
+def test_a_static_cache_is_reset_and_used_again(kind):
     model, cache = make_model(*KINDS[kind]), None
     cache = StaticCache(config=model.config, max_cache_len=20)
     mask = torch.ones(2, 12, dtype=torch.long)
@@ -210,7 +210,7 @@ def test_generate_compiles_the_steps_of_a_static_cache():
 @EVERY
 @pytest.mark.parametrize("padding", [0, 4])
 @pytest.mark.parametrize("undo", [512, 9])
-def test_tokens_are_taken_back(kind, padding, undo, monkeypatch):
+def test_tokens_are_removed(kind, padding, undo, monkeypatch):
     """Out of one call, out of several, all of a call; then other tokens follow. Also where few are recorded."""
     monkeypatch.setattr(cache_hydrahead, "UNDO", undo)
     model = make_model(*KINDS[kind])
@@ -239,7 +239,7 @@ def test_tokens_are_taken_back(kind, padding, undo, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["head", "token"])
-def test_what_is_recorded_of_a_long_prompt_has_a_bound(kind, monkeypatch):
+def test_the_record_of_a_long_prompt_is_bounded(kind, monkeypatch):
     monkeypatch.setattr(cache_hydrahead, "UNDO", 9)
     model = make_model(*KINDS[kind])
     held = []
@@ -255,7 +255,7 @@ def test_what_is_recorded_of_a_long_prompt_has_a_bound(kind, monkeypatch):
     assert held[0] == held[1]
 
 
-def test_the_older_form_of_crop_says_how_many_stay():
+def test_the_older_form_of_crop_gives_the_number_to_keep():
     model, ids = make_model(), tokens(1, 12)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
@@ -269,7 +269,7 @@ def test_the_older_form_of_crop_says_how_many_stay():
 
 
 @pytest.mark.parametrize("kind", ["head", "token", "dense"])
-def test_what_was_not_recorded_cannot_be_taken_back(kind):
+def test_tokens_that_were_not_recorded_cannot_be_removed(kind):
     model, ids = make_model(*KINDS[kind]), tokens(2, 12)
     with torch.no_grad():
         cache = model(ids[:, :8], use_cache=True).past_key_values
@@ -374,7 +374,7 @@ def test_assisted_decoding_of_a_padded_prompt_and_the_turn_after():
 # -- what is refused ------------------------------------------------------------------------------
 
 
-def test_a_cache_that_cannot_hold_what_the_model_remembers_is_refused():
+def test_a_cache_without_support_for_states_is_refused():
     model, dense, ids = make_model(), qwen3(), tokens(1, 6)
     with torch.no_grad():
         filled = dense(ids, use_cache=True).past_key_values

@@ -1,4 +1,4 @@
-"""Labels of sequences and of tokens by the exported model, loaded from an export as a user does."""
+"""Labels of sequences and of tokens by the exported model, loaded from an export like a user does."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_few_steps_of_training_then_saved_and_loaded(folder, task, tmp_path):
             assert torch.equal(loaded(ids, attention_mask=mask).logits, expected)
 
 
-def test_scores_of_sequences_go_on_from_a_cache(folder):
+def test_scores_of_sequences_continue_from_a_cache(folder):
     model, ids = load(folder, "sequence"), tokens(1, 12)
     with torch.no_grad():
         begun = model(ids[:, :8], use_cache=True)
@@ -113,7 +113,7 @@ def test_packed_documents_have_labels_of_their_own_tokens(folder):
     close(out.logits, torch.cat(singles, dim=1))
 
 
-def test_what_would_be_misread_is_refused(folder):
+def test_ambiguous_inputs_are_refused(folder):
     model = load(folder, "sequence")
     model.config.pad_token_id = None
     with pytest.raises(ValueError, match="give attention_mask, or set pad_token_id"):

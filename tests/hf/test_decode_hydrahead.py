@@ -1,4 +1,4 @@
-"""Fused decode steps: equal to the plain layers, and not taken where they could differ."""
+"""Fused decode steps: equal to the plain layers, and not used if they could differ."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_fused_weights_are_the_parameters_under_their_own_names(as_on_a_gpu, tmp
     assert (layer.fused.heads.weight[begin : begin + 16] == 3.0).all()
 
 
-def test_whatever_touches_a_layer_takes_the_plain_path(as_on_a_gpu):
+def test_any_change_of_a_layer_switches_to_the_plain_path(as_on_a_gpu):
     def hook(module, *_):
         return None
 
@@ -112,7 +112,7 @@ def test_whatever_touches_a_layer_takes_the_plain_path(as_on_a_gpu):
     assert layer.fused is None  # the kernels have no fp64
 
 
-def test_parameters_in_a_storage_of_others_are_left_there(as_on_a_gpu):
+def test_parameters_in_a_shared_storage_are_not_moved(as_on_a_gpu):
     """As FSDP keeps them."""
     layer = make_model().model.layers[0]
     weight = layer.self_attn.fa_q_proj.weight
@@ -201,7 +201,7 @@ def test_compiled_and_captured_steps_are_fused_and_equal_eager_ones(how):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_without_room_is_no_number_on_a_gpu(dtype):
+def test_a_token_beyond_the_capacity_gives_nan_on_a_gpu(dtype):
     decode_cases.check_full(torch.device("cuda"), dtype)
 
 

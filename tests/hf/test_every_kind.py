@@ -162,7 +162,7 @@ EXPECTED = {
 }
 
 
-def test_the_running_cache_holds_what_the_kind_needs(kind, model):
+def test_the_cache_in_use_has_only_the_tensors_of_the_kind(kind, model):
     """KV bytes per token, and bytes per sequence that do not grow (with one 64-bit counter)."""
     measured = measure_cache_bytes(model, 64)
     per_token, fixed = EXPECTED[kind]

@@ -1,4 +1,4 @@
-"""Whether a folder carries this package's code and nothing else that transformers would run."""
+"""The check that a folder has only this package's code for transformers to run."""
 
 from __future__ import annotations
 

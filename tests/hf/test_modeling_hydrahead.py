@@ -591,7 +591,7 @@ def test_a_cache_goes_by_either_of_its_names():
 
 
 @pytest.mark.parametrize("kind", ["head", "all-gdn", "token"])
-def test_what_the_cache_has_read_can_neither_be_hidden_nor_shown(kind):
+def test_a_mask_that_contradicts_the_cache_is_refused(kind):
     model, ids = make_model(*KINDS[kind]), tokens(2, 12)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -632,7 +632,7 @@ def test_a_row_that_ended_early_cannot_be_hidden_in_the_next_turn():
 
 
 @pytest.mark.parametrize("padding", [0, 3])
-def test_positions_that_do_not_follow_are_refused(padding):
+def test_positions_that_do_not_continue_the_cache_are_refused(padding):
     model, ids = make_model(), tokens(2, 9)
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
@@ -953,7 +953,7 @@ def test_fresh_model_starts_with_neutral_gates():
         ),
     ],
 )
-def test_config_refuses(changes, message):
+def test_config_refuses_invalid_values(changes, message):
     with pytest.raises(ValueError, match=message):
         HydraHeadConfig(**{**SHAPE, **changes})
 
@@ -1056,7 +1056,7 @@ def test_packed_documents_by_fla_equal_separate_ones(autocast, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_decoding_makes_no_plan_of_cudnn():
+def test_decoding_makes_no_cudnn_plan():
     """It would make one at every token, as there is one key more."""
     model = make_model([[0, 3], [1, 2, 5], []], head_dim=64).cuda().to(torch.bfloat16)
     kernels = []

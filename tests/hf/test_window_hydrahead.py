@@ -1,4 +1,4 @@
-"""The window of the token-wise baseline: its attention against a plain mask, its memory of the last tokens."""
+"""The window of the token-wise baseline: its attention compared with a plain mask, and its stored tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trainer in miniature for the tests of launch/: stops, saves, resumes and ends as the real one.
+"""A small trainer for the tests of launch/: it stops, saves, resumes and ends like the real one.
 
     torchrun ... -m tests.launch.payload --config CONFIG.yaml [key=value ...]
 

@@ -1,4 +1,4 @@
-"""launch/: what a command line becomes, and the local launcher with real processes."""
+"""launch/: the commands made from a command line, and the local launcher with real processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Megatron layer against models it was not written from: transformers' and the exported one."""
+"""The Megatron layer compared with independent models: transformers' and the exported one."""
 
 from __future__ import annotations
 

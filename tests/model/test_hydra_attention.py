@@ -1,4 +1,4 @@
-"""What one layer of HydraHead runs, and when: recomputation by part, branches side by side."""
+"""The parts of a HydraHead layer and their order: recomputation by part, branches in parallel."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _gradients(layer: HydraAttention) -> list[torch.Tensor]:
         (("mlp",), set()),
     ],
 )
-def test_what_is_named_is_computed_again_and_nothing_changes(modules, again) -> None:
+def test_recomputing_named_parts_does_not_change_the_result(modules, again) -> None:
     expected = _gradients(_layer())
     layer = _layer(recompute=RecomputeConfig("selective", modules))
     counts = _counted(layer)
@@ -200,7 +200,7 @@ def test_shared_qkv_is_decoupled_with_equal_weights_and_sums_the_gradients(gdn_k
 # -- log_scale=final ------------------------------------------------------------------------------
 
 
-def test_a_log_scale_that_waits_does_nothing_in_training_and_all_in_the_finished_model() -> None:
+def test_a_final_log_scale_is_off_in_training_and_on_in_the_finished_model() -> None:
     waiting = tiny(HydraConfig(log_scale="final", log_scale_a=5.0), ((1, 6),), num_layers=1)
     weights = canonical_weights(waiting)
 

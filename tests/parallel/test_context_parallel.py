@@ -1,4 +1,4 @@
-"""How even the work of full attention is over the ranks that share a sequence: pairs, counted."""
+"""Balance of full attention over the ranks that share a sequence, in counted pairs."""
 
 from __future__ import annotations
 

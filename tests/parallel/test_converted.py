@@ -1,4 +1,4 @@
-"""What the converter wrote in one process, two tensor-parallel ranks load and compute."""
+"""Two tensor-parallel ranks load and compute a checkpoint that one process converted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Megatron checkpoint says, under every layout, token for token what its Hugging Face export says."""
+"""A Megatron checkpoint gives, under every layout, the same tokens as its Hugging Face export."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def predictions(folder: Path) -> dict[str, list]:
     }
 
 
-def test_one_process_says_what_the_export_says(tool, case, tmp_path, capsys):
+def test_one_process_scores_like_the_export(tool, case, tmp_path, capsys):
     checkpoint, arguments, expected = case
     line = ["--checkpoint", str(checkpoint), *arguments, "--output", str(tmp_path / "out")]
     assert tool.main(line) == 0
@@ -104,7 +104,7 @@ def run_layout(case, layout: tuple, output: Path) -> dict[str, list]:
 
 
 @pytest.mark.parallel
-def test_tensor_and_sequence_parallel_ranks_say_what_the_export_says(case, tmp_path):
+def test_tensor_and_sequence_parallel_ranks_score_like_the_export(case, tmp_path):
     layout = (2, "parallel.tensor=2", "parallel.sequence=true")
     assert run_layout(case, layout, tmp_path / "out") == case[2]
 
@@ -112,7 +112,7 @@ def test_tensor_and_sequence_parallel_ranks_say_what_the_export_says(case, tmp_p
 @pytest.mark.parallel
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_says_what_the_export_says(case, layout, tmp_path):
+def test_every_layout_scores_like_the_export(case, layout, tmp_path):
     assert run_layout(case, LAYOUTS[layout], tmp_path / "out") == case[2]
 
 

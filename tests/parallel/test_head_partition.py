@@ -1,4 +1,4 @@
-"""The planner: every head exactly once, counts even, KV groups whole where the counts allow it."""
+"""The partition of heads: every head exactly once, equal numbers, whole KV groups if possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which Megatron-Core is taken and which is refused; that nobody else asks which one it is."""
+"""Supported and refused releases of Megatron-Core; only one module distinguishes them."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_package_without_a_version_is_refused(
             megatron_versions.installed.__wrapped__()
 
 
-def test_an_absent_package_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megatron_versions.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(HydraError, match="megatron-core is not installed: pip install 'megatron"):
         megatron_versions.installed.__wrapped__()
@@ -138,7 +138,7 @@ _ASKS = re.compile(
 )
 
 
-def test_nobody_else_asks_which_release_this_is() -> None:
+def test_only_one_module_asks_for_the_release() -> None:
     """What differs between releases stands in one file."""
     own = Path(megatron_versions.__file__)
     asking = [

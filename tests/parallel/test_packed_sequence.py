@@ -1,4 +1,4 @@
-"""Positions, fragments and key ranges of packed streams, against a token-by-token account."""
+"""Positions, fragments and key ranges of packed streams, compared with a token-by-token computation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/partition.py: the lines of a plan, and what it refuses."""
+"""tools/partition.py: the lines of a partition, and refused inputs."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_both_partitions_are_shown_and_sequence_is_even(tool, student, capsys) -
     assert lines[-1].startswith("  worst imbalance of FA alone: 1.000 ")
 
 
-def test_what_cannot_be_laid_out_is_refused(tool, student, capsys) -> None:
+def test_impossible_partitions_are_refused(tool, student, capsys) -> None:
     assert tool.main(["--checkpoint", student, "--tensor", "16"]) == 2
-    assert "layer 0: 8 query heads cannot be laid out over" in capsys.readouterr().err
+    assert "layer 0: 8 query heads cannot be distributed over" in capsys.readouterr().err
     assert tool.main(["--checkpoint", student, "--tensor", "0"]) == 2
     assert "--tensor and --sequence-length must be at least 1" in capsys.readouterr().err

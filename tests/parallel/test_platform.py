@@ -1,4 +1,4 @@
-"""What the platform does to a process, in processes of its own."""
+"""Effects of the platform module on a process, tested in separate processes."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_losses_agree(folder: Path, other: str, verb: str) -> None:
 
 
 @pytest.mark.timeout(1200)
-def test_what_one_saves_both_load_bit_for_bit(folder: Path, other: str) -> None:
+def test_releases_load_each_others_checkpoints_bit_for_bit(folder: Path, other: str) -> None:
     """Stopped under one release and layout, taken up by both under another: the same tensors, to the end."""
     interpreters = {"one": sys.executable, "other": other}
     for saver, python in interpreters.items():

@@ -1,4 +1,4 @@
-"""Any layout trains as one process does: losses (held-out ones too), gradients, optimizer state, faults."""
+"""Any layout trains like one process: losses (also held-out), gradients, optimizer state, faults."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ PADDED = [
 
 
 @pytest.mark.slow
-def test_a_length_that_no_layout_divides_is_padded_without_a_trace(tmp_path: Path) -> None:
+def test_padding_an_indivisible_length_does_not_change_training(tmp_path: Path) -> None:
     """49 tokens: tensor-parallel ranks cut a stream also where no key says so (shared KV groups)."""
     tiny.write_all(tmp_path, tiny.DEEP)
     overrides = ["data.sequence_length=49"]
@@ -354,7 +354,7 @@ def _stopped_and_resumed(first: str, second: str, name: str, overrides: Sequence
 
 
 @pytest.mark.slow
-def test_optimizer_state_goes_on_under_another_layout_and_partition(folder: Path) -> None:
+def test_optimizer_state_resumes_under_another_layout_and_partition(folder: Path) -> None:
     """Every tensor at the end is that of one process which was never stopped."""
     bf16 = ["precision=bf16"]
     cases = [_case("distill", "tp2-cp2", output="distill-bf16", overrides=bf16)]
@@ -388,7 +388,7 @@ def test_optimizer_state_goes_on_under_another_layout_and_partition(folder: Path
 
 
 @pytest.mark.slow
-def test_another_blend_batch_and_number_of_replicas_on_the_way_equal_one_process(
+def test_a_changed_blend_batch_and_number_of_replicas_equal_one_process(
     folder: Path,
 ) -> None:
     """Losses, learning rates, weights, optimizer, and the record of what was read."""

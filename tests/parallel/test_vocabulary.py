@@ -1,4 +1,4 @@
-"""Rows that stand for no entry of the vocabulary are stored nowhere and never win."""
+"""Padding rows of the vocabulary are never saved and never predicted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.transfer.test_verbs import CONFIG
 
 @pytest.mark.parametrize("total", [1, 5, 64, 435, 32001])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_ranks_share_out_every_entry_once(total: int, ranks: int) -> None:
+def test_every_entry_is_on_exactly_one_rank(total: int, ranks: int) -> None:
     shards = [VocabularyShard.of(total, ranks, rank) for rank in range(ranks)]
     assert len({shard.rows for shard in shards}) == 1
     held = [i for shard in shards for i in range(shard.first, shard.first + shard.count)]
@@ -31,7 +31,7 @@ def test_ranks_share_out_every_entry_once(total: int, ranks: int) -> None:
     assert {shard.is_padded for shard in shards} == {shards[0].rows * ranks != total}
 
 
-def test_what_is_stored_of_padded_weights_is_the_vocabulary() -> None:
+def test_padded_weights_are_saved_without_padding() -> None:
     """Two ranks' parts cover the tensor; what comes back has zeros where the padding is."""
     table, rows = torch.randn(5, 4), 3
     boxes, back = [], []
@@ -75,7 +75,7 @@ def padded(one_rank) -> torch.nn.Module:
     return gpt
 
 
-def test_padding_is_in_no_loss_and_wins_no_comparison(padded: torch.nn.Module) -> None:
+def test_padding_is_in_no_loss_and_is_never_predicted(padded: torch.nn.Module) -> None:
     hidden = torch.randn(7, tiny.TEACHER.hidden_size, requires_grad=True)
     labels, mask = torch.arange(7), torch.ones(7)
     weight = lm_head_weight(padded)

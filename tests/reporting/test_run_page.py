@@ -1,4 +1,4 @@
-"""The page of a run: whole, self-contained, and seen by a browser as it is meant to be."""
+"""The page of a run: complete, self-contained, and rendered correctly by a browser."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ _MEASURE = """<script>addEventListener('load', () => {
 
 
 @pytest.mark.parametrize("width", [1240, 420])
-def test_a_browser_lays_it_out(width: int, run: Path, tmp_path: Path) -> None:
+def test_a_browser_renders_the_page(width: int, run: Path, tmp_path: Path) -> None:
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
     if chromium is None:
         skip_without("chromium", "chromium is not installed (apt-get install chromium)")

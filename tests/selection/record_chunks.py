@@ -1,4 +1,4 @@
-"""Record what the units of a real selection cost and took, for ``test_time_left.py`` to replay.
+"""Record cost and time of the units of a real selection, for ``test_time_left.py`` to replay.
 
     python -m tests.selection.record_chunks --hf-path MODEL --output tests/selection/recorded.json \\
         --num-prompts 10 --min-prompts 2 --probe-tokens 256

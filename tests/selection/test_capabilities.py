@@ -72,7 +72,7 @@ def test_needle_prompts_have_about_the_asked_length(tokenizers) -> None:
                 assert 1500 < len(pair.clean) < 1750
 
 
-def test_a_sequence_goes_on_at_its_own_distance(tokenizers) -> None:
+def test_a_sequence_continues_at_its_own_distance(tokenizers) -> None:
     tokenizer = tokenizers[0]
     for pair in make_capability("sequence:terms=4").prompts(tokenizer, len(tokenizer), 5, 0):
         for prompt, answer in ((pair.clean, pair.answer), (pair.corrupted, pair.wrong)):
@@ -114,12 +114,12 @@ def test_induction_needs_no_tokenizer() -> None:
         ("jsonl", "write jsonl:PATH"),
     ],
 )
-def test_tasks_that_cannot_be_are_refused_by_name(task: str, message: str) -> None:
+def test_invalid_tasks_are_refused_by_name(task: str, message: str) -> None:
     with pytest.raises(HydraError, match=message):
         make_capability(task)
 
 
-def test_what_a_model_lacks_is_said(tmp_path: Path, tokenizers) -> None:
+def test_missing_parts_of_a_model_are_named(tmp_path: Path, tokenizers) -> None:
     with pytest.raises(HydraError, match="no tokenizer"):
         make_capability("facts").prompts(None, 300, 2, 0)
     with pytest.raises(HydraError, match="at most the 10 tokens"):

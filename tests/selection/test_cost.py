@@ -1,4 +1,4 @@
-"""Costs are the operations that are really done."""
+"""Costs equal the operations that are really done."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_receivers_cost_a_row_a_head_at_the_answer(runner: DecoderRunner) -> Non
 
 
 @pytest.mark.parametrize("older", [[], [(4, 0), (4, 1), (5, 5)]], ids=["round 1", "round 2"])
-def test_path_patching_costs_what_is_heard_and_what_is_passed_on(
+def test_path_patching_costs_reading_and_passing_on(
     runner: DecoderRunner, older: list[tuple[int, int]]
 ) -> None:
     (batch,) = make_batches(random_pairs([60, 60], first=20), 10_000)

@@ -1,4 +1,4 @@
-"""Equations 10 to 12 on numbers worked out by hand."""
+"""Equations 10 to 12 on numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_effects_are_clipped_for_every_pair() -> None:
     )
 
 
-def test_several_tasks_are_the_sub_probes_and_one_is_dealt_out() -> None:
+def test_several_tasks_are_sub_probes_and_a_single_task_is_split() -> None:
     assert sub_probes([2, 1, 3]).tolist() == [0, 0, 1, 2, 2, 2]
     assert np.bincount(sub_probes([40])).tolist() == [8] * 5
     assert np.bincount(sub_probes([6])).tolist() == [2] * 3
@@ -46,7 +46,7 @@ def test_kappa_is_the_share_of_sub_probes_with_a_signal_in_the_stronger_role() -
     assert passing(sender, probe) == [(0, 0), (0, 1)]
 
 
-def test_sub_probes_weigh_alike_however_many_pairs_they_have() -> None:
+def test_sub_probes_have_equal_weight_for_any_number_of_pairs() -> None:
     effects = np.array([[[1.0, 0.0, 0.0, 0.0]]])
     found = Importance.of(effects, 0 * effects, np.array([0, 1, 1, 1]))
     assert found.receiver.item() == pytest.approx(0.5)

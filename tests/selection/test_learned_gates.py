@@ -1,4 +1,4 @@
-"""Joint selection: the gated decoder, the gates and their budget, what is found, restarts, refusals."""
+"""Joint selection: the gated decoder, the gates and their budget, results, restarts, refusals."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def test_a_head_whose_group_is_open_anyway_costs_less() -> None:
     torch.testing.assert_close(slope[0, 1], torch.tensor(0.75 * 0.1 / 2 + 0.25 / 4))
 
 
-def test_samples_are_open_as_often_as_is_said_and_mostly_zero_or_one() -> None:
+def test_samples_open_with_the_given_probability_and_are_mostly_zero_or_one() -> None:
     logits = torch.linspace(-3, 3, 7, dtype=torch.float64)[None]
     count = 20001  # midpoints of equal intervals: frequencies to 1 / count
     uniform = ((torch.arange(count, dtype=torch.float64) + 0.5) / count)[:, None, None]
@@ -310,7 +310,7 @@ def swept(seed: int, steps: int = 150) -> tuple[GateSweep, list[dict[str, float]
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_of_two_backups_one_is_kept_and_the_other_is_given_up(seed: int) -> None:
+def test_only_one_of_two_backup_heads_is_kept(seed: int) -> None:
     """One at a time, with all others open, neither backup has an effect, and head 2 has all there is."""
     sweep, _ = swept(seed)
     ranking = [head for _, head in rank_heads(sweep.openness.numpy())]
@@ -319,7 +319,7 @@ def test_of_two_backups_one_is_kept_and_the_other_is_given_up(seed: int) -> None
     assert set(ranking[2:]) == {0, 1, 3} - {ranking[0]}
 
 
-def test_the_budget_is_held_from_all_to_nothing() -> None:
+def test_the_budget_is_kept_from_all_heads_to_none() -> None:
     sweep, records = swept(0)
     costs = [record["cost"] for record in records]
     targets = [record["target"] for record in records]
@@ -333,7 +333,7 @@ def test_the_budget_is_held_from_all_to_nothing() -> None:
     assert all(record["penalty"] >= 0 for record in records)
 
 
-def test_a_sweep_goes_on_where_it_was_and_depends_on_the_seed() -> None:
+def test_a_sweep_resumes_and_depends_on_the_seed() -> None:
     whole, records = swept(1, steps=60)
     assert swept(1, steps=60)[1] == records
     assert swept(2, steps=60)[1] != records
@@ -399,7 +399,7 @@ def test_maps_of_other_ratios_are_nested(found: tuple[HeadMap, str]) -> None:
     assert [len(row) for row in each.full_attention_heads] == [1, 1, 1]
 
 
-def test_another_ranking_and_another_ratio_leave_the_learned_one_as_it_is(
+def test_another_ranking_or_ratio_does_not_change_the_learned_ranking(
     found: tuple[HeadMap, str], tmp_path: Path
 ) -> None:
     """The curve of the other is measured beside, and a cut of the map is the map of that ratio."""
@@ -419,7 +419,7 @@ def test_another_ranking_and_another_ratio_leave_the_learned_one_as_it_is(
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_to_the_same_map(
+def test_a_stopped_run_resumes_to_the_same_map(
     found: tuple[HeadMap, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in the alignment, which has six steps, then among the gates: the seed gives the same map."""
@@ -444,7 +444,7 @@ def test_a_stopped_run_goes_on_to_the_same_map(
 
 def test_held_out_prompts_are_not_learned_from() -> None:
     solved = Solved(TASK.pairs, [0, 1, 3, 4, 5], np.zeros(5), np.zeros(5))
-    materials = learned_gates._Materials.of({"random": ["random"]}, {"random": solved}, [], {})
+    materials = learned_gates._TrainingData.of({"random": ["random"]}, {"random": solved}, [], {})
     (learned,) = materials.learned["random"].values()
     assert materials.asked["random"] == [TASK.pairs[4]]
     assert learned == [TASK.pairs[i] for i in (0, 1, 3, 5)]
@@ -485,20 +485,20 @@ def test_an_answers_divergence_is_the_mean_over_its_tokens(
         ({"head_cost": 1.5}, "--head-cost 1.5: must be from 0 to 1"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options: dict, message: str) -> None:
+def test_invalid_options_are_refused(options: dict, message: str) -> None:
     with pytest.raises(HydraError, match=message):
         dataclasses.replace(SMALL, **options)
 
 
-def test_options_of_gates_have_no_meaning_elsewhere() -> None:
+def test_options_of_gates_are_refused_by_other_strategies() -> None:
     match = (
-        "--align-tokens has no meaning for --strategy global_interp; it belongs to learned_gates"
+        "--align-tokens has no effect with --strategy global_interp; it belongs to learned_gates"
     )
     with pytest.raises(HydraError, match=match):
         select_heads(tiny_model("llama"), strategy="global_interp", tasks=[TASK], options=SMALL)
 
 
-def test_what_cannot_be_learned_from_is_refused_before_anything_runs(
+def test_unusable_inputs_are_refused_before_training(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(select_module, "load_runner", None)
@@ -512,7 +512,7 @@ def test_what_cannot_be_learned_from_is_refused_before_anything_runs(
         gates_map(text, options={"compare": (str(tmp_path / "blind.json"),)})
     monkeypatch.setattr(select_module.Ranks, "__init__", lambda ranks: vars(ranks).update(size=2))
     monkeypatch.setattr(select_module.Ranks, "close", lambda ranks: None)
-    with pytest.raises(HydraError, match="on one process; torchrun started 2"):
+    with pytest.raises(HydraError, match="one process, but torchrun started 2"):
         gates_map(text)
 
 

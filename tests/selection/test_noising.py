@@ -1,4 +1,4 @@
-"""The paper's effects against brute force: one forward a head with hooks, live MLPs, frozen attention."""
+"""The paper's effects compared with brute force: one forward per head with hooks, frozen attention."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_senders_equal_brute_force(family: str, first: int, older: list[tuple[in
     assert largest > 0.05
 
 
-def test_how_many_run_together_changes_nothing() -> None:
+def test_the_batch_size_does_not_change_the_effects() -> None:
     runner, batch, _ = setup("qwen3", first=2)
     few, many = (
         list(noising.sender_falls(runner, batch, HEADS, SENDERS, RECEIVERS, size))
@@ -69,7 +69,7 @@ def test_how_many_run_together_changes_nothing() -> None:
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_what_one_layer_sends_does_not_depend_on_which_others_are_measured() -> None:
+def test_effects_of_a_layer_do_not_depend_on_the_other_measured_layers() -> None:
     """To the last bit: or else a map would depend on the number of processes, and on a kill."""
     runner, batch, _ = setup("qwen3", first=2)
     every = noising.sender_falls(runner, batch, HEADS, SENDERS, RECEIVERS, 120)
@@ -79,7 +79,7 @@ def test_what_one_layer_sends_does_not_depend_on_which_others_are_measured() -> 
     np.testing.assert_array_equal(alone[2], among[2])
 
 
-def test_a_sender_that_no_receiver_can_hear_is_left_out() -> None:
+def test_a_sender_without_a_receiver_above_it_is_omitted() -> None:
     runner, batch, _ = setup("llama", first=0)
     found = noising.sender_falls(runner, batch, HEADS, [(2, 1)], [], tokens_per_batch=1000)
     assert [layer for layer, _, _ in found] == [0, 1]

@@ -1,4 +1,4 @@
-"""The engine finds circuits that were planted, at random places; attention mass does not."""
+"""The engine finds planted circuits at random places; attention mass does not."""
 
 from __future__ import annotations
 

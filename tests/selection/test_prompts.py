@@ -22,13 +22,13 @@ from tests.selection.helpers import byte_tokenizer, random_pairs
 
 
 def test_a_pair_must_be_aligned_and_different() -> None:
-    with pytest.raises(HydraError, match="not aligned: 2 against 1"):
+    with pytest.raises(HydraError, match="not aligned: 2 and 1"):
         PromptPair((1, 2), (1,), (3,), (4,))
     with pytest.raises(HydraError, match="the same"):
         PromptPair((1, 2), (1, 2), (3,), (4,))
     with pytest.raises(HydraError, match="begin with the same token"):
         PromptPair((1, 2), (1, 3), (4, 5), (4, 6))
-    with pytest.raises(HydraError, match="same number of tokens, one at least: 2 against 1"):
+    with pytest.raises(HydraError, match="same number of tokens, at least one: 2 and 1"):
         PromptPair((1, 2), (1, 3), (4, 5), (6,))
     pair = PromptPair((1, 2, 3), (1, 5, 3), (3, 7), (4, 7))
     assert (pair.first_difference, pair.num_tokens) == (1, 4)

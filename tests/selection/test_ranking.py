@@ -26,7 +26,7 @@ def scores(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).random((4, 8))
 
 
-def test_standardise_does_not_blow_noise_up() -> None:
+def test_standardise_does_not_amplify_noise() -> None:
     signal = standardise(scores())
     assert signal.mean() == pytest.approx(0, abs=1e-12)
     assert signal.std() == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""From model to map: strategies, prompts that count, resuming, the commands."""
+"""From model to map: strategies, solved prompts, resuming, the commands."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_interp_chooses_the_planted_circuit(planted: Planted) -> None:
     assert (facts["drawn"], facts["solved"], facts["dropped"]) == (8, 8, 0)
 
 
-def test_our_former_scoring_is_there_by_its_own_name(planted: Planted) -> None:
+def test_our_former_scoring_has_its_own_name(planted: Planted) -> None:
     options = dataclasses.replace(OPTIONS, effects=("direct", "total"), attribution=True)
     head_map = select_heads(
         planted.model, ratio="5:1", strategy="interp_denoise", tasks=[TASK], options=options
@@ -110,7 +110,7 @@ def test_options_of_another_scoring_are_refused(
     strategy: str, options: dict, flag: str, owner: str, planted: Planted
 ) -> None:
     wrong = dataclasses.replace(OPTIONS, **options)
-    match = f"{flag} has no meaning for --strategy {strategy}; it belongs to {owner}"
+    match = f"{flag} has no effect with --strategy {strategy}; it belongs to {owner}"
     with pytest.raises(HydraError, match=match):
         select_heads(planted.model, strategy=strategy, tasks=[TASK], options=wrong)
 
@@ -161,11 +161,13 @@ def test_at_least_one_head_in_every_layer_and_then_the_best(planted: Planted) ->
     assert heads_of(recut(found, "2:1", strategy="global_interp")) == heads_of(free)
     even = recut(found, "2:1", strategy="layer_interp")
     assert (even.strategy, [len(x) for x in even.full_attention_heads]) == ("layer_interp", [2] * 5)
-    with pytest.raises(HydraError, match="serve global_interp_c, global_interp, layer_interp only"):
+    with pytest.raises(
+        HydraError, match="only global_interp_c, global_interp, layer_interp can use"
+    ):
         recut(found, "2:1", strategy="attention_mass")
 
 
-def test_fewer_heads_than_layers_are_refused_with_the_way_out(
+def test_fewer_heads_than_layers_are_refused_with_advice(
     planted: Planted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patching, "baseline", None)
@@ -175,7 +177,7 @@ def test_fewer_heads_than_layers_are_refused_with_the_way_out(
 
 
 @pytest.mark.parametrize(("old", "new"), OLD_STRATEGY_NAMES.items())
-def test_names_from_before_are_accepted_with_a_word(
+def test_old_names_are_accepted_with_a_warning(
     old: str, new: str, planted: Planted, caplog: pytest.LogCaptureFixture
 ) -> None:
     _warn_renamed.cache_clear()
@@ -322,13 +324,13 @@ def test_results_for_other_inputs_are_not_used(planted: Planted, tmp_path: Path)
         ({"tasks": ["facts"]}, "no tokenizer"),
         (
             {"tasks": ["retrieval"]},
-            "haystack=filler needs text, but the model folder has no tokenizer",
+            "haystack=filler generates text, but the model folder has no tokenizer",
         ),
         ({"tasks": ["general", "facts"]}, "facts is given twice"),
-        ({"strategy": "layerwise", "options": ONE_EACH}, "whole layers take no"),
+        ({"strategy": "layerwise", "options": ONE_EACH}, "whole layers do not support"),
     ],
 )
-def test_what_cannot_be_is_refused(arguments: dict, message: str, planted: Planted) -> None:
+def test_impossible_selections_are_refused(arguments: dict, message: str, planted: Planted) -> None:
     with pytest.raises(HydraError, match=message):
         select_heads(planted.model, **arguments)
 
@@ -356,7 +358,7 @@ def test_answers_outside_the_context_give_no_attention_mass(planted: Planted) ->
     absent = [next(t for t in range(16) if t not in p.clean + p.corrupted) for p in TASK.pairs]
     pairs = [dataclasses.replace(p, answer=(a,)) for p, a in zip(TASK.pairs, absent, strict=True)]
     options = dataclasses.replace(OPTIONS, solved="off", min_prompts=1)
-    with pytest.raises(HydraError, match="no answer occurs in its prompt"):
+    with pytest.raises(HydraError, match="needs answers that occur in their prompt"):
         select_heads(
             planted.model, strategy="attention_mass", tasks=[Pairs("t", pairs)], options=options
         )

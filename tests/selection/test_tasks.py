@@ -1,4 +1,4 @@
-"""Which tasks count: those that are named, and of the default ones those that the model solves."""
+"""The tasks of a selection: named tasks, and the default tasks that the model solves."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def select(planted: Planted, options: SelectionOptions = OPTIONS, **arguments: A
     return select_heads(planted.model, ratio="5:1", options=options, **arguments)
 
 
-def test_default_tasks_that_are_not_solved_are_left_out(
+def test_unsolved_default_tasks_are_skipped(
     planted: Planted,
     defaults: Any,
     baselines: list[int],
@@ -80,7 +80,7 @@ def test_default_tasks_that_are_not_solved_are_left_out(
     assert {task: (facts["drawn"], facts["solved"]) for task, facts in left_out.items()} == {
         "facts": (0, 0), "bad": (32, 0), "some": (32, 4),
     }  # fmt: skip
-    assert "needs text" in left_out["facts"]["reason"]
+    assert "generates text" in left_out["facts"]["reason"]
     assert "task some is skipped: the model solves 4 of 32 prompts, at least 8" in caplog.text
     assert sum(baselines) == 4 * 32  # each prompt once, though some came in the solve check
     assert HeadMap.load(tmp_path / "map.json").to_dict() == found.to_dict()
@@ -140,7 +140,7 @@ def test_a_named_capability_without_a_solved_task_is_an_error(planted: Planted, 
 
 
 @pytest.mark.parametrize("way", ["task", "weight"])
-def test_a_task_that_is_named_has_to_be_solved(
+def test_a_named_task_must_be_solved(
     planted: Planted, defaults: Any, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """And it is found out before anything else is measured."""
@@ -148,11 +148,11 @@ def test_a_task_that_is_named_has_to_be_solved(
     monkeypatch.setattr(noising, "receiver_falls", None)
     weighted = dataclasses.replace(OPTIONS, task_weights={"some": 0.5})
     given = {"tasks": [GOOD, SOME]} if way == "task" else {"options": weighted}
-    with pytest.raises(HydraError, match=r"--tasks some: the model solves 4 of 32 prompts.*leave"):
+    with pytest.raises(HydraError, match=r"--tasks some: the model solves 4 of 32 prompts.*remove"):
         select(planted, **given)
 
 
-def test_nothing_solved_is_told_after_a_few_prompts(
+def test_an_unsolved_selection_fails_after_a_few_prompts(
     planted: Planted, defaults: Any, baselines: list[int]
 ) -> None:
     more = [dataclasses.replace(BAD, name=f"bad {i}") for i in range(4)]
@@ -183,7 +183,7 @@ def test_no_default_task_has_prompts(planted: Planted, defaults: Any) -> None:
         select(planted)
 
 
-def test_attention_mass_leaves_out_answers_that_are_nowhere(
+def test_attention_mass_skips_tasks_without_answers_in_the_prompt(
     planted: Planted, defaults: Any
 ) -> None:
     absent = [next(t for t in range(16) if t not in p.clean + p.corrupted) for p in GOOD.pairs]
@@ -192,10 +192,10 @@ def test_attention_mass_leaves_out_answers_that_are_nowhere(
     options = SelectionOptions(num_prompts=32, solved="off", min_prompts=1)
     found = select(planted, options, strategy="attention_mass")
     assert list(found.scores) == ["good"]
-    assert "no answer occurs" in found.details["left_out"]["nowhere"]["reason"]
+    assert "needs answers that occur" in found.details["left_out"]["nowhere"]["reason"]
 
 
-def test_what_it_will_take_is_said_with_what_makes_it_shorter(
+def test_the_expected_time_is_shown_with_options_that_shorten_it(
     planted: Planted,
     defaults: Any,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""The time left: told well from what a real selection's units took."""
+"""The estimate of the time left is accurate for the recorded units of a real selection."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_after_a_minute_the_estimate_is_within_a_factor_of_two(path: Path) -> No
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
-def test_units_that_all_count_alike_would_not_be(path: Path) -> None:
+def test_estimates_with_equal_units_would_be_wrong(path: Path) -> None:
     """The bound above is one that a poor estimate misses."""
     events = json.loads(path.read_text())
     counts: dict[tuple[str, ...], int] = {}
@@ -68,7 +68,7 @@ def test_units_that_all_count_alike_would_not_be(path: Path) -> None:
     assert not 0.5 < min(ratios) <= max(ratios) < 2.0
 
 
-def test_nothing_is_said_before_anything_was_timed() -> None:
+def test_there_is_no_estimate_before_a_timing() -> None:
     left = TimeLeft()
     left.plan(Stage("total", "a"), 10.0)
     assert left.seconds() is None
@@ -115,7 +115,7 @@ def test_a_gpu_is_timed_by_the_second_call_on_the_largest_batch(
     assert calls_on("cuda") == [186, 186, 186]
 
 
-def test_processes_share_what_is_left() -> None:
+def test_processes_share_the_remaining_work() -> None:
     left = TimeLeft(processes=4)
     left.plan(Stage("direct", "a"), 8.0)
     left.plan(Stage("direct", "b"), 8.0)

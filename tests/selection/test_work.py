@@ -1,4 +1,4 @@
-"""The time left of work that is shared out, set up once a batch, and kept on disk."""
+"""The time left of work that is distributed, set up once per batch, and saved on disk."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_batch_is_set_up_by_its_first_chunk() -> None:
     assert said == pytest.approx([14.0, 13.0, 12.0, 2.0, 1.0, 0.0])
 
 
-def test_what_is_on_disk_is_not_left(tmp_path: Path) -> None:
+def test_results_on_disk_are_not_remaining_work(tmp_path: Path) -> None:
     clock = FakeClock()
 
     def compute(b: int, members: list[Chunk]) -> Iterator[tuple[Chunk, Result]]:

@@ -90,7 +90,7 @@ def test_the_time_limit_is_announced_in_time_to_save(slurm, submit, tmp_path: Pa
     assert final(tmp_path)["value"] == expected_value(1300, 1)
 
 
-def test_a_cancelled_job_saves_and_stays_away(slurm, submit, tmp_path: Path) -> None:
+def test_a_cancelled_job_saves_and_is_not_requeued(slurm, submit, tmp_path: Path) -> None:
     [job] = submit("--nodes", "2", *PAYLOAD, config(tmp_path, steps=2000))
     wait_for(tmp_path / "align" / "started.json", tmp_path)
     slurm.run("scancel", job)

@@ -1,4 +1,4 @@
-"""Blend, batch and replicas change between the attempts of one run; the optimizer goes on."""
+"""Blend, batch and replicas change between the attempts of one run; the optimizer state continues."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _die(*_: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_rate_goes_on_by_the_sequences_read(
+def test_the_learning_rate_follows_the_sequences_read(
     inputs: Path, blends: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Twice the batch and as many steps as read the rest: the rates of the unchanged run, every other."""
@@ -155,7 +155,7 @@ def test_the_rate_goes_on_by_the_sequences_read(
     others = {entry["tokens"]: entry["lr"] for entry in tiny.read_metrics(changed)}
     assert len(others) == 5
     assert others == pytest.approx({tokens: rates[tokens] for tokens in others}, rel=1e-9)
-    assert "schedule.steps=5 is now 32 of them, before 20; schedule.steps=4 reads" in caplog.text
+    assert "schedule.steps=5 now reads 32, before 20; schedule.steps=4 reads" in caplog.text
 
 
 def _stop_after(step: int, patch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def _stop_after(step: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(loop, "train_step", counted)
 
 
-def test_another_blend_begins_the_held_out_losses_anew(
+def test_another_blend_restarts_the_held_out_losses(
     inputs: Path, blends: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """They are of other documents; a run that had lost its patience has it again."""

@@ -1,4 +1,4 @@
-"""A run's checkpoints: durable before they are visible, in the background as at once, never poisoned."""
+"""A run's checkpoints: synced before they are visible, also in the background, never with bad values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _run(inputs: Path, output: Path, *overrides: str, status: int = 0) -> None:
     assert run_training(apply_overrides(config, [f"output={output}", *overrides])) == status
 
 
-def test_nothing_gets_its_name_before_it_is_on_the_disk(
+def test_files_are_renamed_only_after_they_are_on_disk(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every file and folder is synced, then the checkpoint renamed, then the pointer moved."""
@@ -127,7 +127,7 @@ def test_a_stop_during_a_save_needs_no_second_one(
     assert len(tiny.read_metrics(tmp_path)) == 2
 
 
-def test_a_stop_completes_what_is_being_written_and_begins_nothing(
+def test_a_stop_completes_a_running_save_and_starts_no_other(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The writer is held up until the run wants to leave; what it loses is done again, bit for bit."""
@@ -185,7 +185,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_a_manifest_holds_the_hashes_of_those_who_wrote(inputs: Path, tmp_path: Path) -> None:
+def test_a_manifest_has_the_hashes_computed_by_the_writers(inputs: Path, tmp_path: Path) -> None:
     _run(inputs, tmp_path)
     folder = store.resolve_checkpoint(tmp_path / "checkpoints")
     files = store.verify_manifest(folder)["files"]
@@ -205,14 +205,14 @@ def test_retention_keeps_the_newest(tmp_path: Path) -> None:
     assert step_folders(tmp_path) == [newest]
 
 
-def test_what_a_death_left_behind_goes(tmp_path: Path) -> None:
+def test_unfinished_checkpoints_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     for name in (".step_00000004.tmp", ".step_00000001.old"):
         (tmp_path / name / "weights").mkdir(parents=True)
     assert find_resume_point(tmp_path, "auto") is None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_death_while_an_older_attempt_makes_room_leaves_no_half_checkpoint(
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_partial_checkpoint(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run died between a checkpoint's rename and the move of the pointer, and makes it again."""
@@ -238,7 +238,7 @@ def test_a_death_while_an_older_attempt_makes_room_leaves_no_half_checkpoint(
     assert (checkpoints / "latest").read_text() == "step_00000004\n"
 
 
-def test_checkpoints_that_are_gone_are_no_new_run(tmp_path: Path) -> None:
+def test_missing_checkpoints_do_not_start_a_new_run(tmp_path: Path) -> None:
     events = tmp_path / "events.jsonl"
     saved = {"time": 1.0, "event": "save", "step": 4, "checkpoint": "step_00000004"}
     events.write_text(json.dumps(saved | {"event": "start"}) + "\n")
@@ -252,7 +252,7 @@ def test_checkpoints_that_are_gone_are_no_new_run(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints").exists()  # not made up
 
 
-def test_a_checkpoint_without_a_manifest_is_no_new_run(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_manifest_does_not_start_a_new_run(tmp_path: Path) -> None:
     (tmp_path / "step_00000004").mkdir()
     for resume, message in (
         ("auto", "manifest.json is missing"),

@@ -1,4 +1,4 @@
-"""On a GPU, no operator of a run meets tensors of two devices: training, saving, loading, resuming."""
+"""On a GPU, no operator of a run mixes tensors of two devices: training, saving, loading, resuming."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_finite_is_asked_on_every_device(monkeypatch: pytest.MonkeyPatch) -> Non
 # -- the pretended GPU itself ----------------------------------------------------------------------
 
 
-def test_two_devices_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_of_two_devices_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As CUDA has it: a number on the host may join in element by element, and nowhere else."""
     with pretended_gpu(monkeypatch):
         there, here, number = torch.ones(2, device=GPU), torch.ones(2), torch.tensor(3.0)

@@ -1,4 +1,4 @@
-"""What ``--dry-run`` prints: a config that can be read back, and what each rank would hold."""
+"""The output of ``--dry-run``: a config that can be read back, and the shapes of each rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _lines(config: RunConfig, world_size: int) -> list[str]:
     return describe_layout(config, world_size).splitlines()
 
 
-def test_what_is_printed_is_the_config_with_comments(
+def test_the_output_is_the_config_with_comments(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny.write_all(tmp_path, tiny.DEEP)

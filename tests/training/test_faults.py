@@ -1,4 +1,4 @@
-"""What counts as a bad step, and that a resumed run judges as one that was never stopped."""
+"""Faulty steps, and that a resumed run makes the same decisions as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _fed(losses: list[float], config: FaultsConfig = CONFIG) -> tuple[FaultTrack
 
 
 @pytest.mark.parametrize("bad", [(float("nan"), 1.0), (1.0, float("inf")), (float("-inf"), 0.0)])
-def test_what_is_not_finite_is_a_fault(bad: tuple[float, float]) -> None:
+def test_values_that_are_not_finite_are_faults(bad: tuple[float, float]) -> None:
     assert FaultTracker(FaultsConfig()).judge(*bad) == NOT_FINITE
 
 

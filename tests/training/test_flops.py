@@ -1,4 +1,4 @@
-"""Model FLOPs against torch's own counter, and against what is counted by hand."""
+"""Model FLOPs compared with torch's own counter, and with counts by hand."""
 
 from __future__ import annotations
 

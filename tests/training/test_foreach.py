@@ -1,4 +1,4 @@
-"""Lists of parameters are treated as Megatron-Core treats them, one by one."""
+"""Functions on lists of parameters give the results of Megatron-Core's, which work one by one."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_scaling_nothing():
     foreach.scale(0, FLAG, [[], []], 0.5)
 
 
-def test_they_stand_in_for_megatrons_own_stand_ins():
+def test_they_replace_megatrons_fallbacks():
     stands_in = clip_grads.l2_norm_impl.__module__ != utils.__name__
     assert stands_in
     assert clip_grads.multi_tensor_scale_impl is not utils.local_multi_tensor_scale

@@ -25,7 +25,7 @@ def _tensors() -> list[torch.Tensor]:
     ]
 
 
-def test_copies_are_exact_and_fall_on_the_same_places(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_are_exact_and_reuse_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "_BLOCK_BYTES", 5000)  # less than the largest tensor
     memory, places = HostMemory(), []
     for _ in range(2):
@@ -58,7 +58,7 @@ class _Event:
         assert self._done.wait(10)
 
 
-def test_what_passes_through_small_buffers_arrives_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_through_small_buffers_are_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors larger than a buffer, many in one, more than all buffers hold."""
     monkeypatch.setattr(host_memory, "STAGING_BYTES", 1024)
     buffers = []

@@ -1,4 +1,4 @@
-"""One process, every verb: resuming is exact, stops are clean, faults poison nothing."""
+"""One process, every verb: resuming is exact, stops are clean, faults do not change the weights."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_death_between_checkpoints_repeats_no_step(
     _assert_same_run(tmp_path, undisturbed)
 
 
-def test_a_stop_keeps_the_optimizer_that_the_last_checkpoint_goes_without(
+def test_a_stop_saves_the_optimizer_even_if_the_last_checkpoint_omits_it(
     inputs: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = _config(inputs, tmp_path, "distill", "checkpoint.save_optimizer=false")
@@ -151,7 +151,7 @@ def test_resuming_with_another_student_is_refused(inputs: Path, tmp_path: Path) 
     assert run_training(config) == 0
     before = (tmp_path / "run/config.yaml").read_text()
     for name, message in (
-        ("swapped", r"full_attention_heads of its student is another than that of .*/swapped"),
+        ("swapped", r"full_attention_heads of its student differs from .*/swapped"),
         ("retrained", r"its student was .*/student \(sha256:.*, this run's is .*/retrained \("),
     ):
         other = [f"student.checkpoint={tmp_path / name}", "schedule.steps=4"]
@@ -264,7 +264,7 @@ def test_a_step_without_a_learned_token_changes_nothing(
     assert not (tmp_path / "checkpoints" / "step_00000002").exists()
 
 
-def test_a_checkpoint_that_falls_due_at_a_bad_step_is_made_after_the_next_good_one(
+def test_a_save_due_on_a_skipped_step_happens_after_the_next_good_step(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = _config(inputs, tmp_path, "finetune", "checkpoint.interval=2", "checkpoint.keep=0")
@@ -288,7 +288,7 @@ def test_too_many_bad_steps_end_the_run(
     assert (tmp_path / "checkpoints/latest").read_text() == "step_00000001\n"
 
 
-def test_every_verb_learns_and_leaves_a_record(inputs: Path, tmp_path: Path) -> None:
+def test_every_verb_trains_and_writes_a_record(inputs: Path, tmp_path: Path) -> None:
     """align -> distill -> finetune, each from the last; histories add up."""
     student = inputs / "student"
     for verb in ("align", "distill", "finetune"):
@@ -374,7 +374,7 @@ def test_the_gradient_that_reaches_the_optimizer_is_clipped(
     assert norms == pytest.approx([clip or norm for norm in before], rel=1e-4)
 
 
-def test_align_trains_the_hybrid_attention_alone(inputs: Path, tmp_path: Path) -> None:
+def test_align_trains_only_the_hybrid_attention(inputs: Path, tmp_path: Path) -> None:
     assert run_training(_config(inputs, tmp_path, "align", "schedule.steps=2")) == 0
     before, after = (
         store.load_canonical(folder) for folder in (inputs / "student", tmp_path / "checkpoints")

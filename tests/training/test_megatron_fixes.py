@@ -1,4 +1,4 @@
-"""Each mend of Megatron-Core's optimizer does what upstream does not, on a case where that shows."""
+"""Each fix of Megatron-Core's optimizer corrects upstream, on a case that shows the fault."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def _wrong_master_weights(chunks: list, optimizer: MegatronOptimizer) -> tuple[i
     return equal.count(False), len(equal)
 
 
-def test_master_weights_are_cut_out_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_master_weights_are_read_at_their_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong, of = _wrong_master_weights(*_trained(monkeypatch))
     assert of > 20
     assert wrong == 0
 
 
-def test_upstream_still_cuts_them_out_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upstream_still_reads_them_at_wrong_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     """When this fails, the newest supported release is right: say in the mend up to which it is needed."""
     chunks, optimizer = _trained(monkeypatch)
     monkeypatch.setattr(DistributedOptimizer, FULLY_RESHARDABLE, megatron_fixes._original_sharded)
@@ -76,7 +76,7 @@ def test_upstream_still_cuts_them_out_elsewhere(monkeypatch: pytest.MonkeyPatch)
     assert wrong > of // 2
 
 
-def test_nothing_is_said_to_be_padded_when_a_checkpoint_is_loaded(
+def test_no_padding_is_reported_when_a_checkpoint_is_loaded(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Loading asks for the same slices; upstream warns of data corruption, parameter by parameter."""

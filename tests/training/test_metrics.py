@@ -1,4 +1,4 @@
-"""The log survives kills: no step twice, no half line, no NaN."""
+"""The log after kills: no step twice, no half line, no NaN."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_missing_file_is_no_error(tmp_path: Path) -> None:
     assert not (tmp_path / METRICS_FILE).exists()
 
 
-def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, QUIET, first_step=0, total_steps=1, enabled=True)
     log.write({"step": 1, "loss": float("nan"), "layers": [1.0, float("inf")]})
     log.close()

@@ -1,4 +1,4 @@
-"""What a run measures of itself."""
+"""Measurements of a run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_memory_is_that_of_this_process() -> None:
 
 
 @pytest.mark.parametrize("verb", ["align", "distill"])
-def test_an_entry_tells_everything(verb: str, inputs: Path, tmp_path: Path) -> None:
+def test_an_entry_has_all_metrics(verb: str, inputs: Path, tmp_path: Path) -> None:
     config = tiny.run_config(inputs, verb, "unused", logging={"interval": 2, "gamma_interval": 4})
     config = apply_overrides(config, [f"output={tmp_path}", "logging.peak_tflops=0.5"])
     assert run_training(config) == 0

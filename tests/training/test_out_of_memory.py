@@ -1,4 +1,4 @@
-"""Out of memory: an error that names what to change, what was used and what had been expected."""
+"""Out of memory: the error names settings to change, the memory used and the planner's estimate."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_step_of_a_run(
     assert not torch.distributed.is_initialized()
 
 
-def test_advice_names_only_what_is_left_to_change(tmp_path: Path) -> None:
+def test_advice_names_only_settings_that_can_still_change(tmp_path: Path) -> None:
     def keys(verb: str = "distill", gdn: bool = False, **sections: Any) -> list[str]:
         advice = training_advice(tiny.run_config(tmp_path, verb, "run", **sections), gdn)
         return [text.split("=")[0].split(" ")[0] for text in advice]
@@ -102,7 +102,7 @@ def test_a_plan_without_fla_needs_more(inputs: Path) -> None:
     slow = dataclasses.replace(config, backend=backend)
     assert expected_memory(model, slow, 1).total > 1.5 * expected_memory(model, config, 1).total
     with (
-        pytest.raises(HydraError, match="several times what FLA's kernels keep"),
+        pytest.raises(HydraError, match="several times the memory of FLA's kernels"),
         out_of_memory_explained(config),
     ):
         raise torch.OutOfMemoryError(TORCH_SAYS)

@@ -1,4 +1,4 @@
-"""What a run's held-out losses say of it."""
+"""Early stopping by a run's held-out losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every key of a run that is given anew on resume is applied or refused."""
+"""Every key that changes on resume is applied or refused."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_the_update_is_made_with_the_new_value(
     "override",
     ["parallel.distributed_optimizer=false", "seed=5", "data.seed=5", "batch.global_batch_size=2"],
 )
-def test_what_cannot_be_applied_is_refused_and_nothing_is_written(
+def test_changes_that_cannot_be_applied_are_refused_and_nothing_is_written(
     inputs: Path, stopped: Path, tmp_path: Path, override: str
 ) -> None:
     output = _copy(stopped, tmp_path / "run")

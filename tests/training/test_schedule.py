@@ -1,4 +1,4 @@
-"""The learning rate of every step, and what a dry run says of a run."""
+"""The learning rate of every step, and the output of a dry run."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _rates_by_samples(kind: str, batches: list[tuple[int, int]], samples: int) -
 
 
 @pytest.mark.parametrize("kind", ["cosine", "constant"])
-def test_a_change_of_the_batch_leaves_the_rate_over_samples_as_it_was(kind: str) -> None:
+def test_a_changed_batch_keeps_the_learning_rate_per_sample(kind: str) -> None:
     """Batches of 6 up to step 6, then of 12 to the same number of samples, and there and back."""
     steady = _rates_by_samples(kind, [(0, 6)], STEPS * 6)
     for batches in ([(0, 6), (6, 12)], [(0, 6), (6, 12), (7, 6)], [(0, 6), (2, 12)]):
@@ -100,7 +100,7 @@ def test_a_batch_that_never_changes_gives_the_bits_of_a_schedule_in_steps() -> N
         assert (schedule.lr_warmup_steps, schedule.lr_decay_steps) == (WARMUP, STEPS)
 
 
-def test_steps_may_stay_after_a_change_and_end_at_min_lr_all_the_same() -> None:
+def test_a_change_with_the_same_steps_still_ends_at_min_lr() -> None:
     rates = _rates_by_samples("cosine", [(0, 6), (6, 4)], 6 * 6 + 6 * 4)
     assert rates[max(rates)] == pytest.approx(MIN_LR)
     assert max(rates) == 6 * 6 + 6 * 4

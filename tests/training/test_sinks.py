@@ -1,4 +1,4 @@
-"""One entry to every sink; W&B is asked for by name and never needed."""
+"""One entry to every sink; W&B runs only if requested and is never required."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_numbers_of_a_validation() -> None:
     }  # fmt: skip
 
 
-def test_wandb_gets_the_numbers_and_goes_on_in_the_same_run(wandb: list, tmp_path: Path) -> None:
+def test_wandb_gets_the_numbers_and_continues_the_same_run(wandb: list, tmp_path: Path) -> None:
     for _ in range(2):
         log = _log(tmp_path, wandb="offline", wandb_project="p")
         log.write(ENTRY)
@@ -120,7 +120,7 @@ def test_the_real_wandb_keeps_a_run_offline(tmp_path: Path) -> None:
     assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
-def test_events_outlive_attempts(tmp_path: Path) -> None:
+def test_events_of_all_attempts_are_kept(tmp_path: Path) -> None:
     for step in (0, 4):
         log = _log(tmp_path)
         log.event("start", step, host="here", loss=float("nan"))
@@ -159,7 +159,7 @@ def test_a_sink_that_fails_to_close_leaves_no_other_open(
     assert all(file.closed for file in files)
 
 
-def test_what_fails_while_closing_does_not_hide_why_the_run_ended(
+def test_errors_while_closing_do_not_hide_the_first_error(
     wandb: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sys.modules["wandb"], "init", _FullDisk)

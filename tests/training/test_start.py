@@ -1,4 +1,4 @@
-"""The start of a run: what is refused before anything is built, what is said, what is measured."""
+"""The start of a run: early refusals, messages and times."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_time_to_the_first_step_is_an_event_and_a_line(
     assert ": " in said[0] and " s" in said[0].split(": ", 1)[1]
 
 
-def test_a_layout_for_more_processes_is_refused_before_ranks_meet(
+def test_a_layout_for_more_processes_is_refused_before_ranks_connect(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "start_world", lambda config: pytest.fail("ranks were to meet"))

@@ -1,4 +1,4 @@
-"""Held-out losses: what they are, that training does not notice, that they come back and can end a run."""
+"""Held-out losses: their values, no effect on training, resuming, and early stopping."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def _answered_right(hidden: torch.Tensor, weight: torch.Tensor, batch: LocalBatc
 
 
 @pytest.mark.parametrize("verb", ["finetune", _slow("distill")])
-def test_probes_are_answered_as_a_plain_twin_says_and_are_no_part_of_the_loss(
+def test_probes_equal_a_plain_reference_and_do_not_change_the_loss(
     inputs: Path, tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, right = AnswerCount.add, []
@@ -265,7 +265,7 @@ def test_the_page_shows_held_out_losses(undisturbed: Path, tmp_path: Path) -> No
 # -- resuming ---------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_is_that_of_one_never_stopped(
+def test_a_resumed_run_equals_an_undisturbed_run(
     inputs: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, count = loop.train_step, itertools.count(1)
@@ -303,7 +303,7 @@ def test_other_held_out_data_is_refused_on_resume(
 
 
 @pytest.mark.slow
-def test_a_run_may_go_on_without_its_validation_and_take_it_up_again(
+def test_a_run_may_resume_without_validation_and_with_it_again(
     inputs: Path, tmp_path: Path
 ) -> None:
     for steps, interval in ((2, 1), (4, 0), (6, 2)):
@@ -318,7 +318,7 @@ def test_a_run_may_go_on_without_its_validation_and_take_it_up_again(
 
 
 @pytest.mark.parametrize("verb", ["align", _slow("distill"), _slow("finetune")])
-def test_patience_ends_a_run_and_the_next_stage_goes_on_from_it(
+def test_patience_ends_a_run_and_the_next_stage_starts_from_it(
     inputs: Path, tmp_path: Path, verb: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -354,7 +354,7 @@ def test_patience_ends_a_run_and_the_next_stage_goes_on_from_it(
 
 
 @pytest.mark.slow
-def test_with_more_patience_an_ended_run_goes_on_as_if_it_had_not_ended(
+def test_with_more_patience_an_ended_run_resumes_as_if_it_had_not_ended(
     inputs: Path, tmp_path: Path
 ) -> None:
     common = ["validation.interval=1", "schedule.steps=5", "schedule.min_improvement=100"]

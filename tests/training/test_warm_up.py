@@ -94,7 +94,7 @@ def _compile(folder: Path, *, config: Any = None, **options: Any) -> tuple[WarmU
         return compile_once_per_node(config or _config(folder), MODEL, None, **options), lines
 
 
-def test_all_scenes_once_the_first_alone_the_check_beside_the_others(
+def test_the_first_scene_runs_alone_and_the_check_runs_with_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
@@ -120,11 +120,11 @@ def test_all_scenes_once_the_first_alone_the_check_beside_the_others(
 
 def test_the_check_waits_for_no_scene_but_the_first(tmp_path: Path) -> None:
     """It compiles kernels of its own, so it must not begin when all else is done."""
-    team = warm_up._Team({"log": "x"}, 3, 0, 1, _worker(tmp_path), print)
+    team = warm_up._WorkerPool({"log": "x"}, 3, 0, 1, _worker(tmp_path), print)
     assert [team.waiting.pop(0) for _ in range(4)] == [0, warm_up._CHECK, 1, 2]
 
 
-def test_what_is_ready_is_not_compiled_again(tmp_path: Path, caches: Path) -> None:
+def test_ready_kernels_are_not_compiled_again(tmp_path: Path, caches: Path) -> None:
     _compile(tmp_path)
     done = len(_journal(tmp_path))
     result, lines = _compile(tmp_path)
@@ -154,7 +154,7 @@ def test_without_a_gpu_there_is_nothing_to_do(tmp_path: Path) -> None:
         ("if number == 0: os.kill(os.getpid(), 11)", "status -11"),
     ],
 )
-def test_a_scene_that_fails_is_told_and_nothing_is_on_record(
+def test_a_failed_scene_is_reported_and_not_recorded(
     tmp_path: Path, behaviour: str, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
@@ -169,7 +169,7 @@ def test_a_scene_that_fails_is_told_and_nothing_is_on_record(
     assert _compile(tmp_path)[0].compiled  # again next time
 
 
-def test_when_no_worker_can_start_the_run_goes_on(tmp_path: Path) -> None:
+def test_without_workers_the_run_starts_anyway(tmp_path: Path) -> None:
     result, _ = _compile(tmp_path, worker=(sys.executable, "-c", "raise SystemExit(3)"))
     assert not result.ready
     assert "all compiling processes have ended" in result.problem
@@ -184,18 +184,18 @@ def test_a_wrong_kernel_ends_the_run_and_the_workers(tmp_path: Path) -> None:
     assert all(_is_gone(pid) for pid, _, _ in _journal(tmp_path))
 
 
-def test_memory_bounds_how_many_work_side_by_side(
+def test_memory_limits_the_number_of_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By what the first has used: 30 of 100 bytes leave room for five on two cards."""
-    team = warm_up._Team({"log": ""}, 9, 0, 2, (), lambda text: None)
-    members = [warm_up._Member(None) for _ in range(8)]  # type: ignore[arg-type]
-    assert team._room(members) == 8
+    team = warm_up._WorkerPool({"log": ""}, 9, 0, 2, (), lambda text: None)
+    members = [warm_up._WorkerProcess(None) for _ in range(8)]  # type: ignore[arg-type]
+    assert team._fitting_workers(members) == 8
     members[0].memory = 30
     monkeypatch.setattr(warm_up.platform, "device_memory_bytes", lambda: 100)
-    assert team._room(members) == 5
+    assert team._fitting_workers(members) == 5
     members[0].memory = 1000
-    assert team._room(members) == 1
+    assert team._fitting_workers(members) == 1
 
 
 # -- with other processes --------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def _is_gone(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_stopped_takes_its_workers_with_it(tmp_path: Path) -> None:
+def test_a_stopped_rank_ends_its_workers(tmp_path: Path) -> None:
     """And what they were compiling is compiled by the next one."""
     rank = _rank(tmp_path, "time.sleep(1000)")
     while not (tmp_path / "journal").exists() or "begin" not in (tmp_path / "journal").read_text():

@@ -1,4 +1,4 @@
-"""Each verb's loss and gradient against the plainest thing that could compute them."""
+"""Each verb's loss and gradient compared with the simplest possible computation."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_align_sums_layerwise_squared_errors_on_the_teachers_stream(dense: Model
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_aligned_to_a_student_that_is_the_teacher_costs_nothing() -> None:
+def test_aligning_a_student_equal_to_the_teacher_has_no_loss() -> None:
     teacher = _model(tiny.TEACHER, tiny.teacher_weights())
     student = _model(tiny.TEACHER, tiny.teacher_weights())
     verb = Align(CONFIG, ALONE, [teacher.requires_grad_(False)])
@@ -154,7 +154,7 @@ def test_aligned_to_a_student_that_is_the_teacher_costs_nothing() -> None:
     assert float(verb.sums[:-1].sum()) < 1e-9
 
 
-def test_padding_reaches_no_loss() -> None:
+def test_padding_has_no_loss() -> None:
     student, teacher = _pair(tiny.TEACHER)
     sums = []
     for length in (40, 64):
