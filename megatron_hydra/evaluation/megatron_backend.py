@@ -290,10 +290,11 @@ class MegatronBackend:
 
 
 def draft(continuation: Continuation, new: list[int]) -> list[int]:
-    """Tokens that may come next, one fewer than there is room for (the forward adds one itself).
+    """Guess the next tokens, at most one fewer than the remaining limit (the forward adds one itself).
 
-    The rest of the continuation's own draft as long as the text follows it; then what followed the
-    last two tokens where they occurred before: a value that the prompt states, a line said again.
+    While the new tokens equal the continuation's own draft, the guess is the rest of this draft. Otherwise it
+    is the text after an earlier occurrence of the last two tokens, such as a value in the prompt or a repeated
+    line.
     """
     room = continuation.max_new_tokens - len(new) - 1
     guess = list(continuation.draft)

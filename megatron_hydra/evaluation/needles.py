@@ -1,8 +1,8 @@
-"""Needle tasks: facts hidden in a long text, asked for at its end (RULER's NIAH family).
+"""Needle tasks: facts hidden in a long text, and a question at its end (RULER's NIAH family).
 
-Wording, kinds of haystack, keys and values follow RULER (Hsieh et al., arXiv 2404.06654;
-NVIDIA/RULER, Apache-2.0), so that models trained on nothing of this package are asked what they are
-asked elsewhere. The essays are replaced by sentences made offline, or by the user's own text.
+Wording, kinds of haystack, keys and values follow RULER (Hsieh et al., arXiv 2404.06654; NVIDIA/RULER,
+Apache-2.0), so models that were not trained with this package get the usual questions. Generated sentences or
+the user's own text replace RULER's essays.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from megatron_hydra.checkpoint import records, store
 from megatron_hydra.checkpoint.records import Box, Place
 from megatron_hydra.errors import HydraError
 from megatron_hydra.training.agreement import on_main, true_everywhere
-from megatron_hydra.training.model_state import dealt
+from megatron_hydra.training.model_state import balanced_shares
 from megatron_hydra.training.snapshot import Snapshot
 
 _FILE_BYTES = 64 * 2**20
@@ -167,7 +167,7 @@ def _files_of(sizes: list[int]) -> list[list[int]]:
     """Indices of each file, so that files have about the same size; at least one file."""
     count = max(1, min(_MAX_FILES, sum(sizes) // _FILE_BYTES))
     files: list[list[int]] = [[] for _ in range(count)]
-    for i, number in enumerate(dealt(sizes, count)):
+    for i, number in enumerate(balanced_shares(sizes, count)):
         files[number].append(i)
     return files
 

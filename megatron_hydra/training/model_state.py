@@ -47,7 +47,7 @@ def model_state(chunks: list[GPTModel]) -> dict[str, Any]:
     }
     entries = [(part, name) for part, of_part in state.items() for name in of_part]
     sizes = [_bytes_saved(state[part][name]) for part, name in entries]
-    for (part, name), writer in zip(entries, dealt(sizes, group.size()), strict=True):
+    for (part, name), writer in zip(entries, balanced_shares(sizes, group.size()), strict=True):
         state[part][name] = _with_writer(writer, state[part][name], group)
     return state
 
@@ -67,7 +67,7 @@ def _bytes_saved(entry: ShardedBase) -> int:
     return parameter.numel() * (parameter.itemsize + state)
 
 
-def dealt(sizes: list[int], count: int) -> list[int]:
+def balanced_shares(sizes: list[int], count: int) -> list[int]:
     """Assign items of given sizes to ``count`` shares of about equal size; return each item's share."""
     shares, filled = [0] * len(sizes), [0] * count
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
