@@ -197,7 +197,7 @@ def test_data_that_was_trained_on_cannot_be_held_out_later(
     _run(inputs, output, blends["A"], "schedule.steps=2")
     read = f"validation.blend=[{{path: {inputs / 'text'}}}]"
     with pytest.raises(
-        HydraError, match=r"validation\.blend\.0 .*text.* 8 sequences .* trained on"
+        HydraError, match=r"validation\.blend\.0 .*text.* trained on 8 of its sequences"
     ):
         _run(inputs, output, blends["B"], "data.phase=2", read, "validation.interval=1",
              "validation.sequences=2", "schedule.steps=3")  # fmt: skip

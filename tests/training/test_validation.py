@@ -291,7 +291,7 @@ def test_a_resumed_run_equals_an_undisturbed_run(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("validation.sequences=4", r"by validation\.sequences \(5 before, 4 now\)"),
+        ("validation.sequences=4", r"validation\.sequences \(5 before, 4 now\) has changed"),
         ("data.held_out=0.3", r"data\.held_out was 0\.25 and is 0\.3 now"),
     ],
 )
