@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -21,6 +22,11 @@ Kernel = Callable[..., torch.Tensor]
 DeltaRuleInputs = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 DeltaRuleGates = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 DeltaRule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Make a tensor's GPU the current one inside the block: Triton launches there, whatever its arguments."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)

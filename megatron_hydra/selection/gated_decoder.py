@@ -12,7 +12,6 @@ B: sequences, T: positions, L: layers, H: query heads, d: head_dim, D: hidden si
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -41,7 +40,7 @@ from megatron_hydra.hf.modeling_hydrahead import (
 )
 from megatron_hydra.model.parameters import PARAMETERS
 from megatron_hydra.ops import backends, packages
-from megatron_hydra.ops.kernels import Case, Kernels
+from megatron_hydra.ops.kernels import Case, Kernels, on_device_of
 from megatron_hydra.selection.runner import DecoderRunner, attention_of_any_shape
 
 _log = logging.getLogger(__name__)
@@ -131,8 +130,7 @@ class GatedDecoder:
             out = branch(normed, context)
         else:
             x = normed.flatten(0, 1)
-            # Triton launches on the current GPU, and layers may be spread over several.
-            with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            with on_device_of(x):
                 out = _by_kernels(self.kernels, branch, x, context)
         return out.view(*normed.shape[:2], self.runner.num_heads, -1)
 
