@@ -31,7 +31,8 @@ def option(
     flag: str = "",
     parse: Callable[[str], Any] | None = None,
     in_one: Callable[[str], tuple[Any, ...]] | None = None,
-    metavar: str | None = None,
+    count: int = 0,
+    metavar: str | tuple[str, ...] | None = None,
     group: str = "",
 ) -> Any:
     """A field that is an option.
@@ -42,7 +43,8 @@ def option(
         flag: default: the field's name with dashes, after ``no-`` for a truth value that is true.
         parse: of a word on the command line; default: the field's type.
         in_one: of a list that is one word there; default: it is several words.
-        metavar: in the help.
+        count: words of a list that has so many, or none; 0: any number, each word once.
+        metavar: in the help; with ``count``, one for each word.
         group: the title of the group of flags that it belongs to; empty: none.
     """
     facts = {
@@ -50,6 +52,7 @@ def option(
         "flag": flag,
         "parse": parse,
         "in_one": in_one,
+        "count": count,
         "metavar": metavar,
         "group": group,
     }
@@ -124,7 +127,7 @@ def _settings(hint: Any, default: Any, facts: Mapping[str, Any]) -> dict[str, An
     if origin is tuple:
         if facts["in_one"]:
             return settings | {"type": facts["in_one"]}
-        settings |= {"nargs": "+", "default": list(default)}
+        settings |= {"nargs": facts["count"] or "+", "default": list(default)}
         hint = arguments[0]
     elif origin in (typing.Union, types.UnionType):
         (hint,) = [argument for argument in arguments if argument is not type(None)]
@@ -153,14 +156,24 @@ def from_arguments(
         others: further fields, over what the command line gave.
     """
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in _options(cls) if f.name in (only or given)]
-    found = {name: getattr(given, name) for name in names}
-    for name, value in found.items():
-        if hints[name] is dict:
-            found[name] = dict(value)
-        elif typing.get_origin(hints[name]) is tuple:
-            found[name] = tuple(dict.fromkeys(value))
+    fields = [field for field in _options(cls) if field.name in (only or given)]
+    found = {}
+    for field in fields:
+        value = getattr(given, field.name)
+        if hints[field.name] is dict:
+            value = dict(value)
+        elif typing.get_origin(hints[field.name]) is tuple:
+            value = tuple(value if field.metadata[_KEY]["count"] else dict.fromkeys(value))
+        found[field.name] = value
     return cls(**found | others)
+
+
+def changed(cls: type, source: Any) -> list[str]:
+    """Flags of the options of ``cls`` that an object of it, or of a subclass, has not at their defaults."""
+    default = cls()
+    return [
+        flag for name, flag in flags(cls).items() if getattr(source, name) != getattr(default, name)
+    ]
 
 
 def values(cls: type, source: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 
 from megatron_hydra.errors import HydraError
-from megatron_hydra.options import add_options, flags, from_arguments, keys, option, worded
+from megatron_hydra.options import add_options, changed, flags, from_arguments, keys, option, worded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Options:
     effects: tuple[Literal["direct", "total"], ...] = option((), "")
     lm_eval: tuple[str, ...] = option((), "", in_one=lambda text: tuple(text.split(",")))
     weights: dict = option({}, "", flag="--weight")
+    span: tuple[float, ...] = option((), "", count=2, metavar=("MIN", "MAX"))
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -45,14 +46,27 @@ def test_every_kind_of_field_has_a_flag() -> None:
     given = parse(
         *("--num-prompts", "3", "--solved", "off", "--no-control", "--attribution", "--most", "2"),
         *("--effects", "total", "direct", "total", "--lm-eval", "a,b", "--weight", "x=2", "y=0.5"),
+        *("--span", "3", "3"),
     )
     assert given == Options(
-        3, "off", False, True, 2, ("total", "direct"), ("a", "b"), {"x": 2.0, "y": 0.5}, 7
+        3,
+        "off",
+        False,
+        True,
+        2,
+        ("total", "direct"),
+        ("a", "b"),
+        {"x": 2.0, "y": 0.5},
+        (3.0, 3.0),
+        7,
     )
+    assert changed(Options, given) == [*flags(Options).values()]
+    assert changed(Options, parse("--most", "2")) == ["--most"]
 
 
 @pytest.mark.parametrize(
-    "words", [("--solved", "x"), ("--effects", "x"), ("--most", "x"), ("--weight", "x")]
+    "words",
+    [("--solved", "x"), ("--effects", "x"), ("--most", "x"), ("--weight", "x"), ("--span", "1")],
 )
 def test_a_wrong_word_is_a_usage_error(words: tuple[str, str], capsys) -> None:
     with pytest.raises(SystemExit):

@@ -7,8 +7,10 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_hydra.arguments import command_parser, path_text, real, seed_argument
+from megatron_hydra.arguments import command_parser, path_text, seed_argument
+from megatron_hydra.config.student import STUDENT, StudentStart
 from megatron_hydra.errors import HydraError, command
+from megatron_hydra.options import add_options, changed, from_arguments
 
 if TYPE_CHECKING:
     from megatron_hydra.conversion.convert import StudentOptions
@@ -63,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--force", action="store_true", help="replace an existing output")
     p.add_argument("--quiet", action="store_true", help="show no progress bars")
-    student = p.add_argument_group("student (with --head-map, or --set mixer=token|parallel)")
+    student = p.add_argument_group(STUDENT)
     student.add_argument(
         "--head-map", type=path_text, metavar="MAP", help="head map from tools/select_heads.py"
     )
@@ -85,59 +87,20 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         help="seed of the order of decays over heads (default 0)",
     )
-    student.add_argument(
-        "--init",
-        choices=("spread", "decay", "statistics"),
-        default="spread",
-        help="initial decay and write strength of GDN heads. spread: half-lives cover the range evenly "
-        "(default). decay: half-lives follow the attention distances of the teacher's heads on the calibration "
-        "text. statistics: as decay, and the write strength follows their attention too",
-    )
-    student.add_argument(
-        "--half-life",
-        type=real(0),
-        nargs=2,
-        metavar=("MIN", "MAX"),
-        help="range of initial half-lives of GDN heads, in tokens (default 32 16384; 1 16384 for measured "
-        "half-lives)",
-    )
-    student.add_argument(
-        "--calibration-file",
-        type=path_text,
-        metavar="FILE",
-        help="text, or .jsonl of {'text': …} or {'tokens': [ids]} lines (default: a bundled text)",
-    )
-    student.add_argument(
-        "--calibration-tokens",
-        type=int,
-        default=8192,
-        metavar="N",
-        help="tokens of the calibration text to use (default 8192)",
-    )
-    student.add_argument(
-        "--no-calibration",
-        action="store_true",
-        help="start the scale of every head at 1, without calibration",
-    )
+    add_options(p, StudentStart, groups={STUDENT: student})
     return p
-
-
-STUDENT_FLAGS = {
-    "statistics": "--init",
-    "hydra_config": "--hydra-config",
-    "set": "--set",
-    "half_life": "--half-life",
-    "calibration_file": "--calibration-file",
-    "no_calibration": "--no-calibration",
-}
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     arguments = parser().parse_args(argv)
-    arguments.statistics = arguments.init != "spread"
-    flags = [flag for name, flag in STUDENT_FLAGS.items() if getattr(arguments, name)]
+    flags = changed(StudentStart, from_arguments(StudentStart, arguments))
+    flags += [
+        flag
+        for flag in ("--hydra-config", "--set")
+        if getattr(arguments, flag[2:].replace("-", "_"))
+    ]
     student = student_options(arguments) if arguments.head_map or flags else None
     if student and not student.head_map and not student.hydra.mixes_in_every_head:
         raise HydraError(
@@ -172,7 +135,6 @@ def student_options(arguments: argparse.Namespace) -> StudentOptions:
     from megatron_hydra.config.loading import apply_overrides, from_dict, parse_yaml
     from megatron_hydra.config.model import HydraConfig
     from megatron_hydra.conversion.convert import StudentOptions
-    from megatron_hydra.conversion.student import StudentInit
 
     hydra = HydraConfig()
     if arguments.hydra_config:
@@ -182,14 +144,12 @@ def student_options(arguments: argparse.Namespace) -> StudentOptions:
         except OSError as error:
             raise HydraError(f"--hydra-config {arguments.hydra_config}: {error}") from None
         hydra = from_dict(HydraConfig, body or {}, arguments.hydra_config)
-    return StudentOptions(
+    return from_arguments(
+        StudentOptions,
+        arguments,
         head_map=arguments.head_map,
         hydra=apply_overrides(hydra, arguments.set),
-        init=StudentInit(*(arguments.half_life or ()), kind=arguments.init),
         seed=arguments.seed,
-        calibrate=not arguments.no_calibration,
-        calibration_file=arguments.calibration_file,
-        calibration_tokens=arguments.calibration_tokens,
     )
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from megatron_hydra.config.student import StudentStart
 from megatron_hydra.conversion.calibration_text import TEXT
 from megatron_hydra.errors import HydraError
 
-DEFAULT_TOKENS = 8192
 SEQUENCE_LENGTH = 1024
 TOKEN_KEYS = ("tokens", "input_ids")
 ADVICE = (
@@ -27,7 +27,7 @@ def calibration_batches(
     tokenizer: Any | None,
     vocab_size: int,
     file: str | os.PathLike[str] | None = None,
-    max_tokens: int = DEFAULT_TOKENS,
+    max_tokens: int = StudentStart.calibration_tokens,
     length: int = SEQUENCE_LENGTH,
     advice: str = ADVICE,
 ) -> list[torch.Tensor]:

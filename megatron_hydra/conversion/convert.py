@@ -18,6 +18,7 @@ from megatron_hydra.checkpoint.canonical import LazyTensors, is_fp32
 from megatron_hydra.checkpoint.tokenizer_files import copy_tokenizer_files
 from megatron_hydra.config.loading import to_dict
 from megatron_hydra.config.model import HydraConfig, ModelConfig
+from megatron_hydra.config.student import StudentStart
 from megatron_hydra.conversion import parity
 from megatron_hydra.conversion.calibration import calibration_batches
 from megatron_hydra.conversion.hf_config import (
@@ -45,27 +46,25 @@ from megatron_hydra.version import __version__
 
 
 @dataclasses.dataclass(frozen=True)
-class StudentOptions:
+class StudentOptions(StudentStart):
     """Options for making the student from the dense model.
+
+    :class:`~megatron_hydra.config.student.StudentStart` has those of its initial values.
 
     Attributes:
         head_map: the map's file; ``None`` where every head is both FA and GDN (``hydra.mixer``).
         hydra: the layer's switches.
-        init: where parameters without a dense counterpart begin.
         seed: order of the decays over heads.
-        calibrate: measure γ; otherwise it is 1.
-        calibration_file: tokens to measure γ and statistics of heads on (see
-            :mod:`megatron_hydra.conversion.calibration`).
-        calibration_tokens: how many.
     """
 
     head_map: str | os.PathLike[str] | None = None
     hydra: HydraConfig = dataclasses.field(default_factory=HydraConfig)
-    init: StudentInit = dataclasses.field(default_factory=StudentInit)
     seed: int = 0
-    calibrate: bool = True
-    calibration_file: str | os.PathLike[str] | None = None
-    calibration_tokens: int = 8192
+
+    @property
+    def initial_values(self) -> StudentInit:
+        """What parameters without a dense counterpart begin with."""
+        return StudentInit(*self.half_life, kind=self.init)
 
 
 # -- Hugging Face -> Megatron --------------------------------------------------------------------
@@ -198,11 +197,13 @@ def _make_student(
             head_map.fingerprint(),
         )
     gamma, statistics = _measured(folder, dense, model, options, dtype)
-    student = initialise_student(tensors, model, gamma, options.seed, options.init, statistics)
+    student = initialise_student(
+        tensors, model, gamma, options.seed, options.initial_values, statistics
+    )
     calibrated_on = str(options.calibration_file or "bundled text")
     made = {
         "head_map_fingerprint": map_fingerprint,
-        "student_init": to_dict(options.init),
+        "student_init": to_dict(options.initial_values),
         "seed": options.seed,
         "gamma": "ones" if gamma is None else f"calibrated on {calibrated_on}",
     }
@@ -228,19 +229,21 @@ def _measured(
     dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor | None, HeadStatistics | None]:
     """Run the teacher on calibration text; returns γ and head statistics for the student."""
-    wants_gamma, wants_heads = _needs_gamma(student, options), options.init.is_measured
+    wants_gamma, wants_heads = _needs_gamma(student, options), options.initial_values.is_measured
     if not (wants_gamma or wants_heads):
         return None, None
     from transformers import AutoModel
 
     tokenizer = find_tokenizer(folder)
     batches = calibration_batches(
-        tokenizer, dense.vocab_size, options.calibration_file, options.calibration_tokens
+        tokenizer, dense.vocab_size, options.calibration_file or None, options.calibration_tokens
     )
     # The backbone without its LM head, in the dtype that the student will have.
     backbone = load_hf_model(folder, dtype=dtype or "auto", model_class=AutoModel)
     gamma = calibrate_gamma(backbone, batches) if wants_gamma else None
-    heads = measure_heads(backbone, batches, options.init.half_life) if wants_heads else None
+    heads = (
+        measure_heads(backbone, batches, options.initial_values.half_life) if wants_heads else None
+    )
     return gamma, heads
 
 

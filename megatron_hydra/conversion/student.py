@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -21,6 +21,7 @@ from megatron_hydra.checkpoint.canonical import (
     describe,
 )
 from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.config.student import Init
 from megatron_hydra.conversion.teacher_statistics import HeadStatistics
 from megatron_hydra.errors import HydraError
 from megatron_hydra.model.parameters import (
@@ -53,9 +54,7 @@ class StudentInit:
 
     half_life_min: float | None = None
     half_life_max: float = 16384.0
-    kind: Literal["spread", "decay", "statistics"] = dataclasses.field(
-        default="spread", kw_only=True
-    )
+    kind: Init = dataclasses.field(default="spread", kw_only=True)
 
     @property
     def is_measured(self) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_hydra.config.evaluation import EvaluationOptions
 from megatron_hydra.config.loading import from_dict, to_yaml
 from megatron_hydra.config.selection import SelectionOptions
+from megatron_hydra.config.student import StudentStart
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments import fingerprint
 from megatron_hydra.experiments.plan import PREPARED, Step
@@ -130,20 +131,18 @@ def convert(context: Context) -> None:
     """The student before training."""
     from megatron_hydra.config.model import HydraConfig, stored_switches
     from megatron_hydra.conversion.convert import StudentOptions, hf_to_megatron
-    from megatron_hydra.conversion.student import StudentInit
 
     params = context.step.params
-    student = params["student"]
     calibration = context.place(context.step.places["calibration_file"])
+    start = from_dict(
+        StudentStart, params["student"] | {"calibration_file": calibration}, "student"
+    )
     selection = context.inputs.get("head_map")
     options = StudentOptions(
         None if selection is None else selection / HEAD_MAP,
         hydra=from_dict(HydraConfig, stored_switches(params["hydra"]), "hydra"),
-        init=StudentInit(*student["half_life"], kind=student.get("init", StudentInit.kind)),
         seed=params["seed"],
-        calibrate=student["calibrate"],
-        calibration_file=calibration or None,
-        calibration_tokens=student["calibration_tokens"],
+        **values(StudentStart, start),
     )
     hf_to_megatron(context.teacher_hf, context.out, options, force=True)
 

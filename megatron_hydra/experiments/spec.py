@@ -14,6 +14,7 @@ from megatron_hydra.config.evaluation import EvaluationOptions
 from megatron_hydra.config.loading import from_dict, parse_yaml
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.config.selection import SelectionOptions
+from megatron_hydra.config.student import StudentStart
 from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import DEFAULT_RATIO, DEFAULT_STRATEGY, strategy_name
 from megatron_hydra.options import keys, worded
@@ -28,7 +29,7 @@ _FIRST = {
     "SelectionSpec": "strategy ratio tasks num_prompts min_prompts probe_tokens solved max_rounds control "
     "stability receiver_effect senders sender_weight num_receivers attribution granularity min_per_layer "
     "max_per_layer kv_group_bonus",
-    "StudentSpec": "half_life calibrate calibration_file calibration_tokens",
+    "StudentStart": "half_life calibrate calibration_file calibration_tokens",
     "EvaluationSpec": "tasks lengths depths samples batch_tokens haystack cache_length dtype device "
     "trust_remote_code",
 }
@@ -36,7 +37,7 @@ _FIRST = {
 was computed before there was such a key is still found."""
 
 
-def as_plain(spec: SelectionSpec | StudentSpec | EvaluationSpec) -> dict[str, Any]:
+def as_plain(spec: SelectionSpec | StudentStart | EvaluationSpec) -> dict[str, Any]:
     """A spec as the plain data that steps are hashed by."""
     default, first = type(spec)(), _FIRST[type(spec).__name__].split()
     values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
@@ -94,23 +95,6 @@ class SelectionSpec(SelectionOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "strategy", strategy_name(self.strategy))
-
-
-@dataclasses.dataclass(frozen=True)
-class StudentSpec:
-    """How the student is made from the teacher: options of ``tools/hf_to_megatron.py``."""
-
-    half_life: tuple[float, ...] = ()
-    calibrate: bool = True
-    calibration_file: str = ""
-    calibration_tokens: int = 8192
-    init: str = "spread"
-
-    def __post_init__(self) -> None:
-        if self.init not in ("spread", "decay", "statistics"):
-            raise HydraError(
-                f"student.init is {self.init!r}: it must be spread, decay or statistics"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +159,7 @@ class CellSpec:
     hf_revision: str = ""
     selection: SelectionSpec = dataclasses.field(default_factory=SelectionSpec)
     hydra: dict = dataclasses.field(default_factory=dict)
-    student: StudentSpec = dataclasses.field(default_factory=StudentSpec)
+    student: StudentStart = dataclasses.field(default_factory=StudentStart)
     stages: dict = dataclasses.field(default_factory=dict)
     evaluation: EvaluationSpec = dataclasses.field(default_factory=EvaluationSpec)
 
@@ -481,7 +465,12 @@ def _axis(name: str, body: Any, path: Path) -> list[tuple[str, dict[str, Any]]]:
 def _cell_spec(
     body: dict[str, Any], where: str, tokens_scale: float
 ) -> tuple[CellSpec, tuple[tuple[str, StageSpec], ...]]:
-    with worded(keys(SelectionOptions, "selection") | keys(EvaluationOptions, "evaluation")):
+    options = {
+        "selection": SelectionOptions,
+        "student": StudentStart,
+        "evaluation": EvaluationOptions,
+    }
+    with worded({k: v for name, cls in options.items() for k, v in keys(cls, name).items()}):
         spec = from_dict(CellSpec, body, where)
     from_dict(HydraConfig, spec.hydra, f"{where}, hydra")
     stages = []
@@ -522,7 +511,5 @@ def _check(spec: CellSpec, where: str) -> None:
             f"{where}: evaluation.model_config belongs to a row with hf_model; a student has the config "
             "that it was trained with"
         )
-    if len(spec.student.half_life) not in (0, 2):
-        raise HydraError(f"{where}: student.half_life is [least, most], in tokens")
     if spec.hf_model and spec.hydra:
         raise HydraError(f"{where}: hf_model is scored as it is: hydra switches do not apply")

@@ -197,6 +197,7 @@ def test_a_failing_student_is_reported_with_its_log(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2700)  # the sum of what it waits for
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_quickstart_ends_its_students_and_goes_on(tmp_path, number):
     """SIGTERM to the command alone, as ``timeout`` sends it; Ctrl-C to all processes, as of a terminal."""

@@ -198,6 +198,11 @@ def test_the_shipped_experiments_expand_at_any_scale(base, model, seeds):
         ("variants: {a: {stages: {align: {tokens: -1}}}}", ["stages.align", "0 or more"]),
         ("variants: {a: {stages: {align: {warmup: 1}}}}", ["stages.align", "warmup"]),
         ("variants: {a: {evaluation: {lm_eval_limit: -1}}}", ["row 'a'", "lm_eval_limit"]),
+        (
+            "variants: {a: {student: {half_life: [5]}}}",
+            ["row 'a'", "student.half_life 5: must be two"],
+        ),
+        ("variants: {a: {student: {init: far}}}", ["row 'a'", "student.init"]),
         ("variants: {a: {evaluation: {lm_eval_include: x}}}", ["row 'a'", "no task of lm_eval"]),
         ("variants: {a: {selection: {effects: direct}}}", ["row 'a'", "selection.effects"]),
         (
