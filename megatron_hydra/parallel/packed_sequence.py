@@ -124,7 +124,7 @@ class PackedSequence(PackedSeqParams):
         return self._cache[key]
 
     def emptied(self, log_alpha: torch.Tensor) -> torch.Tensor:
-        """``[T_local, H]`` log decays with which a delta rule over ``local_cu_seqlens`` keeps documents apart.
+        """``[T_local, H, …]`` log decays with which a rule over ``local_cu_seqlens`` keeps documents apart.
 
         Here they are the given ones: every document is one of its sequences.
         """
