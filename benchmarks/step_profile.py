@@ -7,9 +7,9 @@ without a profiler, then a few are recorded: the table's seconds a step are the 
 tokens/s are not. Then one step is made with torch's warnings of host synchronisations on, and each
 place that waits for the device is listed with its stack.
 
-A kernel of a replayed CUDA graph (``--graphs attention``) has no operation around it: ours then count as
-"other". A kernel is counted under the first group whose pattern its name matches; "elementwise" is what is left of
-torch's own pointwise kernels, "other" what no pattern knows.
+A kernel is counted under the first group whose pattern its name matches; "elementwise" is what is left of
+torch's own pointwise kernels, "other" what no pattern knows. A kernel of a replayed CUDA graph (``--graphs
+attention``) has no operation around it: ours then count as "other".
 """
 
 from __future__ import annotations
