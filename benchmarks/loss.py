@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -104,7 +105,7 @@ def peers_of(inputs: dict, args: argparse.Namespace, device: torch.device) -> di
     mask = torch.ones(inputs["labels"].shape, device=device)
     kl_weight = 1.0 if args.liger else KL_WEIGHT
 
-    def ours(fused: bool | None, chunk: int) -> Loss:
+    def ours(fused: bool | None, chunk: int, fp32_logits: bool = True) -> Loss:
         def loss(labels: torch.Tensor, **x: torch.Tensor) -> torch.Tensor:
             return linear_distillation_loss(
                 x["hidden"],
@@ -116,6 +117,7 @@ def peers_of(inputs: dict, args: argparse.Namespace, device: torch.device) -> di
                 kl_weight=kl_weight,
                 chunk_tokens=chunk,
                 fused=fused,
+                fp32_logits=fp32_logits,
             ).loss
 
         return loss
@@ -130,6 +132,8 @@ def peers_of(inputs: dict, args: argparse.Namespace, device: torch.device) -> di
     if device.type == "cuda":
         losses["ours (torch passes)"] = ours(False, args.chunk)
         losses[f"ours, chunk {2 * args.chunk}"] = ours(None, 2 * args.chunk)
+        losses["ours, bf16 logits"] = ours(None, args.chunk, fp32_logits=False)
+        losses[f"ours, bf16 logits, chunk {2 * args.chunk}"] = ours(None, 2 * args.chunk, False)
     return losses
 
 
@@ -158,8 +162,6 @@ def main(arguments: list[str] | None = None) -> int:
     ratios = {
         "time of ours / materialised": ("ours", "materialised"),
         "time of ours / materialised (compiled)": ("ours", "materialised (compiled)"),
-        f"time of ours / {LIGER_KL}": ("ours", LIGER_KL),
-        f"time of ours / {LIGER_JSD}": ("ours", LIGER_JSD),
     }
     report = harness.Report("loss", args, device, ratios)
     weight = 1.0 if args.liger else KL_WEIGHT
@@ -202,10 +204,14 @@ def _report_memory(report: harness.Report, tokens: int, samples: dict[str, harne
         if name != "materialised" and most and sample.peak_bytes:
             share = harness.Ratio([sample.peak_bytes], [most])
             report.ratio(tokens, f"memory of {name} / materialised", share)
-    for peer in (LIGER_KL, LIGER_JSD):
-        if peer in samples and samples[peer].peak_bytes and samples["ours"].peak_bytes:
-            share = harness.Ratio([samples["ours"].peak_bytes], [samples[peer].peak_bytes])
-            report.ratio(tokens, f"memory of ours / {peer}", share)
+    for name, peer in itertools.product(samples, (LIGER_KL, LIGER_JSD)):
+        if not name.startswith("ours") or peer not in samples:
+            continue
+        own, its = samples[name], samples[peer]
+        report.ratio(tokens, f"time of {name} / {peer}", harness.Ratio(own.wall, its.wall))
+        if own.peak_bytes and its.peak_bytes:
+            share = harness.Ratio([own.peak_bytes], [its.peak_bytes])
+            report.ratio(tokens, f"memory of {name} / {peer}", share)
 
 
 def _report_growth(

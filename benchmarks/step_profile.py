@@ -8,7 +8,8 @@ tokens/s are not. Then one step is made with torch's warnings of host synchronis
 place that waits for the device is listed with its stack.
 
 A kernel is counted under the first group whose pattern its name matches; "elementwise" is what is left of
-torch's own pointwise kernels, "other" what no pattern knows.
+torch's own pointwise kernels, "other" what no pattern knows. A kernel of a replayed CUDA graph (``--graphs
+attention``) has no operation around it: ours then count as "other".
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ GROUPS: tuple[tuple[str, str], ...] = (
 OUR_OPS = {
     "_FusionTail": "our kernels: fusion tail",
     "_PrepareHeads": "our kernels: q/k preparation",
+    "_DeltaRuleInputs": "our kernels: q, k and v of the delta rule",
+    "_DeltaRuleGates": "our kernels: gates of the delta rule",
     "_ShortConv": "our kernels: short convolution",
     "_LinearDistillationLoss": "loss",
 }

@@ -167,11 +167,14 @@ class LossConfig:
         kl_weight: λ of λ·τ²·KL(teacher ‖ student) + (1−λ)·CE.
         temperature: τ.
         chunk_tokens: tokens per chunk; logits exist for one chunk at a time.
+        logits: ``fp32``, or ``weights``: in the LM head's dtype, as losses that read a model's own logits see
+            them. bf16 rounds a logit to 8 bits; its softmax is computed in fp32 either way.
     """
 
     kl_weight: float = 0.9
     temperature: float = 1.0
     chunk_tokens: int = 1024
+    logits: Literal["fp32", "weights"] = "fp32"
 
 
 @dataclasses.dataclass(frozen=True)

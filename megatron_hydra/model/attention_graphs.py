@@ -205,6 +205,7 @@ class _Recording:
 
         with kept() as self._read:
             recorder.warm_up(lambda: (*forward(), *(backward() if learning else ())))
+            latest.clear()
             (output,), self._forward = recorder.record(lambda: tuple(forward()))
             if learning:
                 self._gradients, self._backward = recorder.record(backward)

@@ -38,6 +38,7 @@ class _Settings(NamedTuple):
     chunk_tokens: int
     tp_group: torch.distributed.ProcessGroup | None
     fused: bool = False
+    fp32_logits: bool = True
 
 
 def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -47,6 +48,14 @@ def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def _logits(hidden: Tensor, weight: Tensor, settings: _Settings) -> Tensor:
+    """``[C, V_local]``, in fp32 or in the weight's dtype; the torch passes take fp32 alone."""
+    if settings.fp32_logits:
+        return _matmul_fp32(hidden, weight.t())
+    logits = hidden.to(weight.dtype) @ weight.t()
+    return logits if settings.fused else logits.float()
 
 
 def _add_matmul_fp32(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -202,11 +211,11 @@ class _LinearDistillationLoss(torch.autograd.Function):
             keep = mask[part]
             # A masked token's hidden state may be anything, NaN included.
             h = torch.where(keep[:, None], hidden[part], 0)
-            logits = _matmul_fp32(h, weight.t())
+            logits = _logits(h, weight, settings)
             teacher_logits = None
             if teacher_hidden is not None and teacher_weight is not None:
                 h_t = torch.where(keep[:, None], teacher_hidden[part], 0)
-                teacher_logits = _matmul_fp32(h_t, teacher_weight.t())
+                teacher_logits = _logits(h_t, teacher_weight, settings)
             arguments = (logits, teacher_logits, labels_local[part], keep, settings)
             wants = wants_hidden or wants_weight
             if settings.fused:
@@ -241,7 +250,12 @@ class _LinearDistillationLoss(torch.autograd.Function):
         if d_hidden is not None:
             d_hidden = d_hidden.mul_(d_loss)
         if d_weight is not None:
-            d_weight = d_weight.mul_(d_loss).to(ctx.weight_dtype)
+            scaled = (
+                d_weight
+                if d_weight.dtype == ctx.weight_dtype
+                else torch.empty_like(d_weight, dtype=ctx.weight_dtype)
+            )
+            d_weight = torch.mul(d_weight, d_loss, out=scaled)  # one pass, rounded at its end
         ctx.d_hidden = ctx.d_weight = ctx.weight_dtype = None
         return d_hidden, d_weight, None, None, None, None, None
 
@@ -260,6 +274,7 @@ def linear_distillation_loss(
     tp_group: torch.distributed.ProcessGroup | None = None,
     first_label: int | None = None,
     fused: bool | None = None,
+    fp32_logits: bool = True,
 ) -> DistillationLoss:
     """The loss above without ever holding more than ``chunk_tokens`` rows of logits.
 
@@ -278,6 +293,8 @@ def linear_distillation_loss(
         first_label: the label of this rank's first row; ``None``: parts are equal. No rank may have none.
         fused: whether our Triton kernels make losses and gradient of a chunk's logits; ``None``: on
             a GPU where Triton is installed.
+        fp32_logits: keep a chunk's logits in fp32; else in the weights' dtype, which for bf16 rounds them to
+            8 bits and halves what is moved for them. Sums and gradients are formed in fp32 either way.
 
     Returns:
         Sums over unmasked tokens: ``loss`` (with gradient), ``kl`` (τ² included) and ``ce``, the
@@ -297,7 +314,7 @@ def linear_distillation_loss(
         first_label = 0 if tp_group is None else tp_group.rank() * student_weight.shape[0]
     if fused is None:
         fused = student_hidden.is_cuda and importlib.util.find_spec("triton") is not None
-    settings = _Settings(kl_weight, temperature, chunk_tokens, tp_group, fused)
+    settings = _Settings(kl_weight, temperature, chunk_tokens, tp_group, fused, fp32_logits)
     teacher: tuple[Tensor | None, Tensor | None] = (None, None)
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = (teacher_hidden.detach(), teacher_weight.detach())

@@ -19,9 +19,14 @@ _TILELANG_TRITON = ((3, 4), (3, 7, 1))
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be found, without importing it."""
+    """Whether a module can be found, without importing it.
+
+    A folder that only holds packages of others is none: flash-attn 4 comes as ``flash_attn.cute`` in a
+    ``flash_attn`` without content.
+    """
     try:
-        return importlib.util.find_spec(module) is not None
+        spec = importlib.util.find_spec(module)
+        return spec is not None and spec.origin is not None
     except ModuleNotFoundError:  # its parent package is absent
         return False
 

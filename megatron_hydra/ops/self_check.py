@@ -258,11 +258,11 @@ def _delta_rule_checks(case: Case) -> Iterator[Check]:
         return
     rows, resets = tuple(range(0, tokens + 1, tokens // 3)), list(BOUNDARIES[1:-1])
     for heads in case.gdn_heads:
-        log_alpha = -0.05 * make.uniform(tokens, heads)
+        log_alpha = -0.05 * make.uniform(tokens, heads, *case.rule.decays_of_head(d))
         log_alpha[resets] = RESET
         yield (
             "gated_delta_net",
-            f"gated delta rule of {heads} heads over rows with emptied states",
+            f"{case.rule.title} of {heads} heads over rows with emptied states",
             {
                 "q": make.unit(tokens, heads, d),
                 "k": make.unit(tokens, heads, d),

@@ -19,6 +19,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_hydra.errors import HydraError
+from megatron_hydra.parallel import platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ class PackedSequence(PackedSeqParams):
         lengths = torch.tensor([b - a for a, b in zip(block.cu_k, block.cu_k[1:], strict=False)])
         starts = torch.tensor(block.cu_k[:-1]) + block.k_start
         positions = index - torch.repeat_interleave(starts, lengths)
-        return positions[start - block.k_start :].to(self.device, non_blocking=True)
+        return platform.to_device(positions[start - block.k_start :], self.device)
 
     def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """Call ``compute()`` once per stream, so that layers share tables, indices and masks."""
@@ -124,7 +125,7 @@ class PackedSequence(PackedSeqParams):
         return self._cache[key]
 
     def emptied(self, log_alpha: torch.Tensor) -> torch.Tensor:
-        """``[T_local, H]`` log decays with which a delta rule over ``local_cu_seqlens`` keeps documents apart.
+        """``[T_local, H, …]`` log decays with which a rule over ``local_cu_seqlens`` keeps documents apart.
 
         Here they are the given ones: every document is one of its sequences.
         """

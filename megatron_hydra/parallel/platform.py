@@ -118,6 +118,17 @@ def free_cached_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on ``device``, without a wait of the host for what the device still has to do.
+
+    A copy from pageable memory would wait for the work before it, so that the host could launch nothing of a
+    step while the device still updates the weights of the step before.
+    """
+    if device.type == "cuda" and not x.is_cuda:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep freed memory in a CPU process that computes for a while.
 

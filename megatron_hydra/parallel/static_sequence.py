@@ -85,7 +85,8 @@ class StaticSequence(PackedSequence):
         """As of :class:`.PackedSequence`: with room, :data:`.RESET` where a document begins inside a row."""
         if self.resets is None:
             return log_alpha
-        return log_alpha.masked_fill(self.resets[:, None], RESET)
+        resets = self.resets.view(-1, *[1] * (log_alpha.dim() - 1))
+        return log_alpha.masked_fill(resets, RESET)
 
     def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """``compute()`` into tensors that keep their place; again for every stream that is loaded."""

@@ -58,9 +58,9 @@ def local_batch(batch: PackedBatch, world: World, stream_length: int) -> LocalBa
     shard = slice(world.cp_rank * length_local, (world.cp_rank + 1) * length_local)
     mask = batch.loss_mask[shard]
     return LocalBatch(
-        tokens=batch.tokens[shard].to(device, non_blocking=True),
-        labels=batch.labels[shard].to(device, non_blocking=True),
-        loss_mask=mask.to(device, non_blocking=True),
+        tokens=platform.to_device(batch.tokens[shard], device),
+        labels=platform.to_device(batch.labels[shard], device),
+        loss_mask=platform.to_device(mask, device),
         num_loss_tokens=int((mask != 0).sum()),
         packed=PackedSequence.from_batch(batch.cu_seqlens, world.cp_rank, world.cp_size, device),
         sample_ids=batch.sample_ids,

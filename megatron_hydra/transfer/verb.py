@@ -154,6 +154,7 @@ def token_loss(
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         first_label=student.vocabulary_shard.first,
         fused=False if verb.config.backend.fused_kernels == "torch" else None,
+        fp32_logits=settings.logits == "fp32",
     )
     parts = {"kl": result.kl, "ce": result.ce}
     verb.add_sums([parts[name] for name in verb.loss_parts], batch.num_loss_tokens)

@@ -296,6 +296,24 @@ def check_chunk_loss(device, dtype):
             )
 
 
+def check_rounded_logits(device, dtype):
+    """Logits in the weights' dtype against logits in fp32, by the same kernels."""
+    case = LossCase(device, dtype, True, 2.5)
+    inputs = [case.hidden * 0.25, case.weight]
+    results = []
+    for fp32_logits in (True, False):
+        low = [x.detach().requires_grad_() for x in inputs]
+        loss = linear_distillation_loss(
+            *low, case.labels, case.mask, teacher_hidden=case.teacher_hidden * 0.25,
+            teacher_weight=case.teacher_weight, chunk_tokens=8, fused=True, fp32_logits=fp32_logits,
+            **case.options,
+        ).loss  # fmt: skip
+        results.append([loss, *torch.autograd.grad(loss, low)])
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        error = float((a.detach().float() - b.detach().float()).norm() / a.detach().float().norm())
+        assert error < TOLERANCE[dtype], f"rounded logits: tensor {i} is off by {error:.2e}"
+
+
 class Ranks:
     """A group whose ranks are threads that take turns: Triton's interpreter serves one at a time."""
 
@@ -370,6 +388,7 @@ CHECKS = (
     check_squared_error,
     check_one_head,
     check_chunk_loss,
+    check_rounded_logits,
     check_vocabulary_parallel_loss,
     check_start_up,
 )

@@ -174,6 +174,14 @@ def test_modules_are_found_without_importing_them():
     assert not packages.is_installed("no_such_package.module")
 
 
+def test_a_folder_of_other_packages_is_no_module(tmp_path, monkeypatch):
+    (tmp_path / "hydra_folder" / "inside").mkdir(parents=True)
+    (tmp_path / "hydra_folder" / "inside" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert packages.is_installed("hydra_folder.inside")
+    assert not packages.is_installed("hydra_folder")
+
+
 # -- what is slow, and what mends it ----------------------------------------------------------------
 
 

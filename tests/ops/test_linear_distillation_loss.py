@@ -70,6 +70,24 @@ def test_bf16_inputs_accumulate_in_fp32() -> None:
         assert (got - expected).float().norm() < 0.01 * expected.float().norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_in_the_weights_dtype_change_the_loss_by_their_rounding_alone(dtype) -> None:
+    inputs = _inputs(dtype=dtype)
+    wide = linear_distillation_loss(**inputs, kl_weight=0.5, chunk_tokens=7)
+    narrow = linear_distillation_loss(**inputs, kl_weight=0.5, chunk_tokens=7, fp32_logits=False)
+    pairs = [
+        (narrow.loss, wide.loss),
+        *zip(_gradients(narrow, inputs), _gradients(wide, inputs), strict=True),
+    ]
+    distances = [
+        float((a - b).detach().float().norm() / b.detach().float().norm()) for a, b in pairs
+    ]
+    if dtype == torch.float32:
+        assert distances == [0, 0, 0]
+    else:
+        assert all(distance < 2e-2 for distance in distances) and max(distances) > 0
+
+
 def test_masked_tokens_contribute_nothing_not_even_nan() -> None:
     inputs = _inputs()
     clean = linear_distillation_loss(**inputs, kl_weight=0.5, chunk_tokens=8)

@@ -106,3 +106,15 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     platform.bind_process_to_device(0)
     assert bound == [0]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_host_tensors_arrive_whole_however_busy_the_device_is(device):
+    for length in (1, 100_000):
+        if device == "cuda":
+            torch.cuda._sleep(100_000_000)
+        x = torch.arange(length)[::1]
+        copied = platform.to_device(x, torch.device(device))
+        del x
+        assert copied.device.type == device
+        assert torch.equal(copied.cpu(), torch.arange(length))

@@ -197,7 +197,10 @@ def token_loss(
     models = 1 if teacher is None else 2
     d_hidden = tape.empty(hidden.shape, size)
     d_weight = tape.empty(weight.shape, op.WIDE)
-    logits, rows = chunk * vocabulary * op.WIDE, chunk * width * size
+    # Our kernels read logits in any dtype; the torch passes make them wide.
+    narrow_logits = rank.run.loss.logits == "weights" and rank.gpu
+    logits = chunk * vocabulary * (size if narrow_logits else op.WIDE)
+    rows = chunk * width * size
     product = vocabulary * width * op.WIDE
     flops, converts = 2.0 * chunk * vocabulary * width, size < op.WIDE and not rank.gpu
     wide_rows = 2 * rows if converts else 0
