@@ -37,11 +37,11 @@ SHARDS = 3
 """Of a stream under context parallelism: one in the middle, which a document may go through."""
 
 SHARDED = {
-    "packed gated delta rule of {} heads over shards": (BOUNDARIES, -0.05, 1.0),
-    "long packed gated delta rule of {} heads over shards": (
+    "packed {} of {} heads over shards": (BOUNDARIES, -0.05, 1.0),
+    "long packed {} of {} heads over shards": (
         (0, 1000, 3000, 3001, 6000, 6144), -0.05, 1.0,
     ),
-    "one long document's gated delta rule of {} heads over shards": ((0, 6144), -0.001, 0.05),
+    "one long document's {} of {} heads over shards": ((0, 6144), -0.001, 0.05),
 }  # fmt: skip
 """Streams of so many shards, short ones and such as kernels cut into parts: boundaries, and the smallest
 log α and the largest β. The last forgets so slowly that its first shard is felt in its last one."""
@@ -303,17 +303,18 @@ def _sharded_delta_rule_checks(case: Case) -> Iterator[Check]:
             shards: ShardsHere = shards,
         ) -> torch.Tensor:
             # The twin takes the whole stream; FLA's own context parallelism needs the run's ranks.
-            whole = kernels.names["gated_delta_net"] in ("torch", "fla_cp")
+            by_fla = case.rule.decays_by_channel or kernels.names["gated_delta_net"] == "fla_cp"
+            whole = by_fla or kernels.names["gated_delta_net"] == "torch"
             return kernels.delta_rule(*x, cu, exchange=None if whole else shards)[0]
 
         inputs = {
             "q": make.unit(tokens, heads, d),
             "k": make.unit(tokens, heads, d),
             "v": make.normal(tokens, heads, d),
-            "log alpha": decay * make.uniform(tokens, heads),
+            "log alpha": decay * make.uniform(tokens, heads, *case.rule.decays_of_head(d)),
             "beta": strength * make.uniform(tokens, heads),
         }
-        yield "gated_delta_net", name.format(heads), inputs, run
+        yield "gated_delta_net", name.format(case.rule.title, heads), inputs, run
 
 
 def _preparation_checks(case: Case) -> Iterator[Check]:
