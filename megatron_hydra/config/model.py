@@ -30,6 +30,9 @@ class HydraConfig:
         fa_gate: the per-channel output gate 2σ(W_g x + b_g) of FA heads.
         fa_gate_bias: whether this gate has a bias, which starts at 1 (as in the paper). Without it the gate
             is 2σ(W_g x), which starts at exactly 1.
+        linear: the recurrence of heads without full attention. ``gdn``: the gated delta rule, with a decay
+            of each head. ``kda``: Kimi Delta Attention, with a decay of each channel of a head's keys. Other
+            options of GDN heads are those of both.
         gdn_position: position information of GDN heads: ``rope``, or ``none``.
         qkv: ``decoupled``: FA and GDN heads have separate W_K, W_V and QK-norms (the paper's query
             decomposition). ``shared``: FA and GDN heads of one KV group share W_K and W_V, and all
@@ -55,6 +58,7 @@ class HydraConfig:
     fa_position: Literal["log-scale", "rope", "both", "none"] = "log-scale"
     fa_gate: bool = True
     fa_gate_bias: bool = True
+    linear: Literal["gdn", "kda"] = "gdn"
     gdn_position: Literal["rope", "none"] = "rope"
     qkv: Literal["decoupled", "shared"] = "decoupled"
     gdn_kv: Literal["mha", "gqa"] = "mha"

@@ -18,6 +18,7 @@ SWITCHES: dict[str, tuple[Any, tuple[Any, ...] | None]] = {
     "fa_position": ("log-scale", ("log-scale", "rope", "both", "none")),
     "fa_gate": (True, (True, False)),
     "fa_gate_bias": (False, (True, False)),
+    "linear": ("gdn", ("gdn", "kda")),
     "gdn_position": ("rope", ("rope", "none")),
     "qkv": ("decoupled", ("decoupled", "shared")),
     "gdn_kv": ("mha", ("mha", "gqa")),

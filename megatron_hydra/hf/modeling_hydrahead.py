@@ -7,8 +7,9 @@ of every attention layer:
                o = softmax_causal(q kᵀ / √d) v  ⊙  2σ(W_g x + b_g)
     GDN head   q = l2(R_t N_q(conv(W_q x)))   k = l2(R_t N_k(conv(W_k x)))   v = conv(W_v x)
                β = σ(W_b x)    log α = −exp(A_log) · softplus(W_a x + dt_bias)
-               S_t = α_t (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ
+               S_t = (I − β_t k_t k_tᵀ) α_t S_{t−1} + β_t k_t v_tᵀ
                o = S_tᵀ q_t / √d  ⊙  2σ(W_g x)
+               ``linear=kda`` (Kimi Delta Attention): α_t is a diagonal matrix, a decay of each channel of k
     fusion     y = W_o [γ_h · RMSNorm(o_h)]_h, heads in their original order
 
 FA heads of one KV group share k and v. GDN heads have their own k and v (``gdn_kv=mha``) or share them as
@@ -74,8 +75,8 @@ from .window_hydrahead import beyond_window, extend, within_window
 
 logger = logging.get_logger(__name__)
 
-CHUNK = 64
-"""Chunk length of the torch delta rule, in tokens."""
+CHUNK, BLOCK = 64, 16
+"""Chunk length of the torch delta rule, and rows of a block of a chunk, in tokens."""
 
 CACHE_NAME = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
 """The names of a cache in transformers' outputs and in generate(), which changed in 5.24."""
@@ -118,9 +119,10 @@ def recurrent_gated_delta_rule(
     q = q * q.shape[-1] ** -0.5
     if state is None:
         state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    decays = _by_head(log_alpha, q).exp()[..., None]
     outputs = []
     for t in range(q.shape[1]):
-        state = state * log_alpha[:, t, :, None, None].exp()
+        state = state * decays[:, t]
         stored = torch.einsum("bhkv,bhk->bhv", state, k[:, t])
         error = (v[:, t] - stored) * beta[:, t, :, None]
         state = state + k[:, t, :, :, None] * error[:, :, None, :]
@@ -142,11 +144,13 @@ def chunked_gated_delta_rule(
 
     Inside a chunk, let g be the cumulative sum of log α and Γ_ij = exp(g_i − g_j). All corrected values
     solve one triangular system, (I + strictly_lower(diag(β) K Kᵀ ∘ Γ)) [W U] = diag(β) [e^g K, V].
-    The chunk then writes U − W S, where S is the state before the chunk.
+    The chunk then writes U − W S, where S is the state before the chunk. With a decay of each channel, Γ is
+    inside the sums over channels.
 
     Args:
         q, k: ``[B, T, n, d]``; v: ``[B, T, n, dv]``.
-        log_alpha, beta: ``[B, T, n]``, log of the decay (≤ 0) and write strength.
+        log_alpha, beta: ``[B, T, n]``, log of the decay (≤ 0) and write strength. ``[B, T, n·d]``: log of the
+            decay of each channel of the keys.
         state: ``[B, n, d, dv]`` fp32 before the first token; ``None``: zero.
         chunk: length of a chunk in tokens.
 
@@ -156,23 +160,27 @@ def chunked_gated_delta_rule(
     dtype, length = q.dtype, q.shape[1]
     chunk = min(chunk, length)
     q, k, v, log_alpha, beta = (
-        _to_chunks(x.float(), chunk) for x in (q, k, v, log_alpha[..., None], beta[..., None])
+        _to_chunks(x.float(), chunk) for x in (q, k, v, _by_head(log_alpha, q), beta[..., None])
     )
     q = q * q.shape[-1] ** -0.5
     g = log_alpha.cumsum(-2)
     lower = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
-    # Masked before exp: above the diagonal g_i − g_j is positive and may overflow.
-    decay = (g - g.transpose(-1, -2)).masked_fill(~lower, float("-inf")).exp()
-    keys_t = k.transpose(-1, -2)
-    mixing = (q @ keys_t) * decay
-    system = (k @ keys_t) * decay * beta
+    if g.shape[-1] == 1:
+        # Masked before exp: above the diagonal g_i − g_j is positive and may overflow.
+        decay = (g - g.transpose(-1, -2)).masked_fill(~lower, float("-inf")).exp()
+        keys_t = k.transpose(-1, -2)
+        mixing = (q @ keys_t) * decay
+        system = (k @ keys_t) * decay * beta
+    else:
+        mixing, system = _decayed_by_channel(q, k, g, lower)
+        system = system * beta
     right = torch.cat((k * (beta * g.exp()), v * beta), dim=-1)
     # unitriangular reads the strictly lower part only and takes the diagonal as 1.
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     w, u = solved.split((k.shape[-1], v.shape[-1]), dim=-1)
     q = q * g.exp()
     to_end = (k * (g[..., -1:, :] - g).exp()).transpose(-1, -2)
-    kept = g[..., -1:, :].exp()
+    kept = g[..., -1, :].exp()[..., None]
 
     if state is None:
         state = q.new_zeros(*q.shape[1:3], k.shape[-1], v.shape[-1])
@@ -185,6 +193,40 @@ def chunked_gated_delta_rule(
     return output[:, :length].to(dtype), state
 
 
+def _by_head(log_alpha: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """``[B, T, n]`` or ``[B, T, n·d]`` → ``[B, T, n, 1 or d]``."""
+    return log_alpha.unflatten(-1, (q.shape[2], -1))
+
+
+def _decayed_by_channel(
+    q: torch.Tensor, k: torch.Tensor, g: torch.Tensor, lower: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ_c q_ic k_jc exp(g_ic − g_jc) and the same of k and k, ``[…, C, C]``, zero above the diagonal.
+
+    Blocks of rows: what lies before a block is weighed by exp(g_i − r) · exp(r − g_j), r being g just before
+    it; inside a block each pair has its own exponent. None of the exponents is positive.
+    """
+    size = q.shape[-2]
+    rows = torch.stack((q, k), dim=-2)  # [..., C, 2, d]
+    blocks = []
+    for start in range(0, size, BLOCK):
+        part = slice(start, min(start + BLOCK, size))
+        inside = lower[part, part, None]
+        gaps = g[..., part, None, :] - g[..., None, part, :]
+        weights = gaps.masked_fill(~inside, float("-inf")).exp()
+        near = rows[..., part, :, :] @ (weights * k[..., None, part, :]).transpose(-1, -2)
+        parts = [near]
+        if start:
+            before = g[..., start - 1 : start, :]
+            grown = rows[..., part, :, :] * (g[..., part, :] - before).exp()[..., None, :]
+            keys = (k[..., :start, :] * (before - g[..., :start, :]).exp()).transpose(-1, -2)
+            parts.insert(0, grown @ keys[..., None, :, :])
+        joined = torch.cat(parts, dim=-1)
+        blocks.append(F.pad(joined, (0, size - joined.shape[-1])))
+    mixing, system = torch.cat(blocks, dim=-3).unbind(-2)
+    return mixing, system
+
+
 def _to_chunks(x: torch.Tensor, chunk: int) -> torch.Tensor:
     """``[B, T, n, c]`` → ``[N, B, n, C, c]``. Zeros pad the last chunk and do not change the result."""
     batch, length, heads, channels = x.shape
@@ -193,9 +235,13 @@ def _to_chunks(x: torch.Tensor, chunk: int) -> torch.Tensor:
 
 
 @functools.cache
-def _fla_kernels() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+def _fla_kernels(by_channel: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """The chunked and the recurrent kernel of flash-linear-attention; ``None`` if it does not import."""
     try:
+        if by_channel:
+            from fla.ops.kda import chunk_kda, fused_recurrent_kda
+
+            return chunk_kda, fused_recurrent_kda
         from fla.ops.gated_delta_rule import (
             chunk_gated_delta_rule,
             fused_recurrent_gated_delta_rule,
@@ -251,13 +297,14 @@ def gated_delta_rule(
     begins with an empty state, and no state is returned.
     """
     supported = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
-    kernels = _fla_kernels() if kernel == "auto" and supported else None
+    by_channel = log_alpha.shape[-1] != q.shape[2]
+    kernels = _fla_kernels(by_channel) if kernel == "auto" and supported else None
     if kernels is not None:
         inputs = {
             "q": q,
             "k": k,
             "v": v,
-            "g": log_alpha.float(),
+            "g": _by_head(log_alpha, q).float() if by_channel else log_alpha.float(),
             "beta": beta.to(v.dtype) if q.shape[1] > 1 else beta.float(),
             "initial_state": state,
             "output_final_state": documents is None,
@@ -265,7 +312,7 @@ def gated_delta_rule(
         if documents is not None:
             inputs["cu_seqlens"] = documents.bounds
         if q.shape[1] > 1:
-            return _by_fla(kernels[0], q.shape[2], inputs)
+            return kernels[0](**inputs) if by_channel else _by_fla(kernels[0], q.shape[2], inputs)
         return kernels[1](**inputs)
     if documents is not None:
         parts = [
@@ -792,10 +839,11 @@ class HydraHeadAttention(nn.Module):
 
     def _make_recurrence(self) -> None:
         num_heads = len(self.gdn_heads)
-        self.gdn_a_proj = nn.Linear(self.config.hidden_size, num_heads, bias=False)
+        decays = (num_heads, self.head_dim) if self.switches["linear"] == "kda" else (num_heads,)
+        self.gdn_a_proj = nn.Linear(self.config.hidden_size, math.prod(decays), bias=False)
         self.gdn_b_proj = nn.Linear(self.config.hidden_size, num_heads, bias=False)
         self.gdn_A_log = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32))
-        self.gdn_dt_bias = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32))
+        self.gdn_dt_bias = nn.Parameter(torch.zeros(decays, dtype=torch.float32))
         if self.switches["short_conv"]:
             num_kv = max(self.gdn_groups) + 1
             for part, count in (("q", num_heads), ("k", num_kv), ("v", num_kv)):
@@ -911,9 +959,15 @@ class HydraHeadAttention(nn.Module):
         return out
 
     def gates(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log decay log α and write strength β in fp32 from their projections ``[B, T, n]``."""
-        step = F.softplus(a.float() + self.gdn_dt_bias.float())
-        return -self.gdn_A_log.float().exp() * step, torch.sigmoid(b.float())
+        """Log decay log α and write strength β in fp32 from their projections ``[B, T, n]``.
+
+        With a decay of each channel, the projection of α and log α are ``[B, T, n·d]``.
+        """
+        step = F.softplus(a.float() + self.gdn_dt_bias.float().flatten())
+        rate = self.gdn_A_log.float().exp()
+        if step.shape[-1] != rate.shape[0]:
+            rate = rate.repeat_interleave(self.head_dim)
+        return -rate * step, torch.sigmoid(b.float())
 
     def recur(
         self,

@@ -1,4 +1,7 @@
-"""The Gated DeltaNet branch of a HydraHead layer: projections in, head outputs out (design §2)."""
+"""The branch of linear heads of a HydraHead layer: projections in, head outputs out (design §2).
+
+Gated DeltaNet, or Kimi Delta Attention, which differs in the decays alone.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from megatron_hydra.model.local_parameters import declare, leading
 from megatron_hydra.model.norm import QkNorms
 from megatron_hydra.model.rotary import Rotary
 from megatron_hydra.ops.backends import Kernels
+from megatron_hydra.ops.delta_rule_gates import delta_rule_gates
 from megatron_hydra.ops.device_cache import int_tensor
+from megatron_hydra.ops.linear_rules import rule_of_model
 from megatron_hydra.parallel.context_parallel import convolution_halo, state_exchange
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 from megatron_hydra.parallel.token_window import delayed
@@ -24,7 +29,7 @@ class GatedDeltaNetInputs(NamedTuple):
 
     Attributes:
         qkv: ``[T_local, (n + 2m)·d]``, the heads of q, of k and of v one after the other.
-        b, a: ``[T_local, n]`` logits of β and α.
+        b, a: ``[T_local, n]`` logits of β and α; those of α ``[T_local, n·d]`` with a decay a channel.
         gate: ``[T_local, n·d]`` logits of the output gate, or ``None``.
     """
 
@@ -35,7 +40,7 @@ class GatedDeltaNetInputs(NamedTuple):
 
 
 class GatedDeltaNet(torch.nn.Module):
-    """The gated delta rule of this rank's GDN heads.
+    """The linear rule of this rank's GDN heads (``hydra.linear``).
 
     Parameters are padded, so that they are equally large on all tensor-parallel ranks (Megatron's optimizer
     wants equal buffers); only the first entries are used.
@@ -69,6 +74,7 @@ class GatedDeltaNet(torch.nn.Module):
         self.num_heads = len(heads.gdn)
         self.kv_of_heads, self.shared_kv = heads.gdn_kv_of_heads, heads.gdn_shared_kv
         self.switches = model.switches
+        self.decays_of_head = rule_of_model(model.switches).decays_of_head(model.head_dim)
         self.kernels, self.cp_group = kernels, cp_group
         self.rotary = Rotary(model.rope_parameters, model.head_dim, model.max_position_embeddings)
         declare(self, heads.parameters, "gdn.", dtype)
@@ -108,10 +114,12 @@ class GatedDeltaNet(torch.nn.Module):
             self.eps,
             tables,
         )
-        log_alpha, beta = self.kernels.delta_rule_gates(
-            a, b, leading(self.A_log, n), leading(self.dt_bias, n)
-        )
-        log_alpha = packed.emptied(log_alpha)
+        a_log, dt_bias = leading(self.A_log, n), leading(self.dt_bias, a.shape[1])
+        gates = self.kernels.delta_rule_gates
+        if self.decays_of_head:  # every channel as a head, with the A_log of its own head
+            gates, a_log = delta_rule_gates, a_log.repeat_interleave(self.head_dim)
+        log_alpha, beta = gates(a, b, a_log, dt_bias)
+        log_alpha = packed.emptied(log_alpha).view(-1, n, *self.decays_of_head)
         if self.switches.fa_window is not None:
             k, v, log_alpha, beta = self._beyond_window(k, v, log_alpha, beta, packed)
         if self.kv_of_heads != tuple(range(n)):
@@ -141,11 +149,11 @@ class GatedDeltaNet(torch.nn.Module):
         """
         window = self.switches.window
         kv = delayed(torch.cat((k, v), dim=-1), window, packed, self.cp_group)
-        gates = delayed(
-            torch.stack((log_alpha, beta)).transpose(0, 1), window, packed, self.cp_group
-        )
+        gates = torch.cat((log_alpha.flatten(1), beta), dim=1)
+        sizes = (gates.shape[1] - beta.shape[1], beta.shape[1])
+        log, beta = delayed(gates, window, packed, self.cp_group).split(sizes, dim=1)
         k, v = kv.split((self.head_dim, self.head_dim), dim=-1)
-        return k, v, gates[:, 0], gates[:, 1]
+        return k, v, log.view_as(log_alpha), beta
 
     def _conv_weight(self, q_channels: int, kv_channels: int) -> torch.Tensor:
         """Kernels ``[C, W]`` of the local q, k and v channels, shared KV groups last in k and in v."""

@@ -130,6 +130,14 @@ def _fa_gate_bias(model: ModelConfig) -> bool:
     return model.switches.fa_gate and model.switches.fa_gate_bias
 
 
+def _head_decays(model: ModelConfig) -> bool:
+    return model.switches.linear == "gdn"
+
+
+def _channel_decays(model: ModelConfig) -> bool:
+    return model.switches.linear == "kda"
+
+
 def _gdn_gate(model: ModelConfig) -> bool:
     return model.switches.gdn_gate
 
@@ -235,7 +243,10 @@ PARAMETERS: tuple[HeadParameter, ...] = (
         "in.gdn.gate", "gdn", ("d", "D"), "gdn_gate_proj.weight", "zeros", _gdn_gate, "heads", INPUT
     ),
     HeadParameter("in.gdn.b", "gdn", ("D",), "gdn_b_proj.weight", "write", _always, holder=INPUT),
-    HeadParameter("in.gdn.a", "gdn", ("D",), "gdn_a_proj.weight", "zeros", _always, holder=INPUT),
+    HeadParameter("in.gdn.a", "gdn", ("D",), "gdn_a_proj.weight", "zeros", _head_decays, holder=INPUT),
+    HeadParameter(
+        "in.gdn.a", "gdn", ("d", "D"), "gdn_a_proj.weight", "zeros", _channel_decays, "heads", INPUT
+    ),
     *_biases("gdn.", "q", "gdn", _always),
     *_biases("gdn.", "kv", "gdn_kv", _apart),
     *_norms("gdn.", _apart),
@@ -243,7 +254,10 @@ PARAMETERS: tuple[HeadParameter, ...] = (
     *_kernels("kv", "gdn_kv"),
     # Decays near 1 do not survive bf16.
     HeadParameter("gdn.A_log", "gdn", (), "gdn_A_log", "zeros", _always, fp32=True, decays=False),
-    HeadParameter("gdn.dt_bias", "gdn", (), "gdn_dt_bias", "decay", _always, fp32=True, decays=False),
+    HeadParameter("gdn.dt_bias", "gdn", (), "gdn_dt_bias", "decay", _head_decays, fp32=True, decays=False),
+    HeadParameter(
+        "gdn.dt_bias", "gdn", ("d",), "gdn_dt_bias", "decay", _channel_decays, fp32=True, decays=False
+    ),
     # fusion
     HeadParameter("gamma", "head", (), "gamma", "gamma", _one_scale, holder=GAMMA, decays=False),
     HeadParameter("gamma.fa", "head", (), "fa_gamma", "gamma", _two_scales, holder=GAMMA, decays=False),

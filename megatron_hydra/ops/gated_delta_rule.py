@@ -1,17 +1,19 @@
 """The gated delta rule, chunked, over packed documents and across context-parallel shards.
 
-    S_t = α_t (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ        o_t = S_tᵀ q_t / √d
+    S_t = (I − β_t k_t k_tᵀ) α_t S_{t−1} + β_t k_t v_tᵀ        o_t = S_tᵀ q_t / √d
 
-(design §2; Yang et al., Gated Delta Networks, arXiv 2412.06464). A chunk of C tokens turns the
-recurrence into matrix products: with g the running sum of log α inside the chunk and
-Γ_ij = exp(g_i − g_j),
+(design §2; Yang et al., Gated Delta Networks, arXiv 2412.06464). In Kimi Delta Attention (KDA; Kimi Linear,
+arXiv 2510.26692) α_t is a diagonal matrix: every channel of the keys has a decay. A chunk of C tokens turns
+the recurrence into matrix products: with g the running sum of log α inside the chunk and Γ_ij = exp(g_i − g_j),
 
     (I + A) [W | U] = diag(β) [diag(e^g) K | V]        A = strictly lower part of diag(β)(K Kᵀ ∘ Γ)
     S' = (e^{g_C} I − K̃ᵀ W) S + K̃ᵀ U                   K̃ = diag(e^{g_C − g}) K
     O  = (diag(e^g) Q − P W) S + P U                   P = lower part of Q Kᵀ ∘ Γ
 
-so every chunk is an affine map of its incoming state, S' = M S + B. Three steps follow, for a few
-chunks at a time: build their maps, scan the states over the chunks of each document, read the outputs.
+so every chunk is an affine map of its incoming state, S' = M S + B. With a decay a channel, g has d columns,
+diag(e^g) K is e^g ∘ K, e^{g_C} I is diag(e^{g_C}), and Γ moves into the sums over channels, as in
+(K Kᵀ ∘ Γ)_ij = Σ_c k_ic k_jc exp(g_ic − g_jc). Three steps follow, for a few chunks at a time: build their
+maps, scan the states over the chunks of each document, read the outputs.
 Only the scan is sequential, and only it knows about documents and shards, which is why packing and
 context parallelism change nothing else: a shard's own map (M, S_ext) is a scan of its last document
 fragment, and the states that enter later shards are a scan over the gathered maps.
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -60,13 +62,14 @@ def recurrent_gated_delta_rule(
     cu = cu_seqlens or (0, q.shape[0])
     outputs, finals = [], []
     scale = q.shape[-1] ** -0.5
+    decays = log_alpha.exp().view(*log_alpha.shape[:2], -1, 1)  # [T, H, d or 1, 1]
     for n in range(len(cu) - 1):
         if initial_state is None:
             state = q.new_zeros(q.shape[1], q.shape[2], v.shape[2])
         else:
             state = initial_state[n].to(q.dtype)
         for t in range(cu[n], cu[n + 1]):
-            state = state * log_alpha[t].exp()[:, None, None]
+            state = state * decays[t]
             error = v[t] - torch.einsum("hkv,hk->hv", state, k[t])
             state = state + torch.einsum("hk,hv->hkv", k[t], error * beta[t][:, None])
             outputs.append(torch.einsum("hkv,hk->hv", state, q[t]) * scale)
@@ -167,7 +170,7 @@ def chunked_gated_delta_rule(
     Args:
         q, k: ``[T, H, d]``, k usually of unit norm.
         v: ``[T, H, dv]``.
-        log_alpha: ``[T, H]``, log of the decay, ≤ 0.
+        log_alpha: ``[T, H]``, log of the decay, ≤ 0; ``[T, H, d]``: of each channel of the keys.
         beta: ``[T, H]``, write strength in (0, 1).
         cu_seqlens: boundaries of the documents (or fragments), ``0 … T``; one document when absent.
         initial_state: ``[N, H, d, dv]``, the state each document starts from; zeros when absent.
@@ -186,9 +189,8 @@ def chunked_gated_delta_rule(
     layout = chunk_layout(cu, chunk, q.device)
     keep(layout.gather, layout.scatter)
 
-    chunks = [
-        _to_chunks(x.to(wide), layout) for x in (q, k, v, log_alpha[..., None], beta[..., None])
-    ]
+    decays = log_alpha.view(*log_alpha.shape[:2], -1)
+    chunks = [_to_chunks(x.to(wide), layout) for x in (q, k, v, decays, beta[..., None])]
     maps = None
     if exchange is not None:  # the state that enters is known only once all maps are
         maps = _chunk_maps(*chunks)
@@ -234,11 +236,10 @@ def _chunk_maps(
     d, size = q.shape[-1], q.shape[-2]
     causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
     g = _running_sum(log_alpha, causal)
-    # Masked before exp: above the diagonal g_i − g_j is positive and may overflow.
-    decay = (g - g.transpose(-1, -2)).masked_fill(~causal, float("-inf")).exp()
+    products = (_products_by_head if g.shape[-1] == 1 else _products_by_channel)(k, g, causal)
     grown = g.exp()
 
-    attention = (k @ k.transpose(-1, -2)) * decay * beta
+    attention = products(k) * beta
     right = torch.cat((k * (beta * grown), v * beta), dim=-1)
     # unitriangular reads only the strictly lower part of its argument: the diagonal counts as 1.
     solved = torch.linalg.solve_triangular(attention, right, upper=False, unitriangular=True)
@@ -249,7 +250,7 @@ def _chunk_maps(
     transition = eye * grown[..., -1:, :] - pushed[..., :d]
 
     scaled = q * d**-0.5
-    read_out = ((scaled @ k.transpose(-1, -2)) * decay) @ solved
+    read_out = products(scaled) @ solved
     return _ChunkMaps(
         transition=transition,
         write=pushed[..., d:],
@@ -258,11 +259,59 @@ def _chunk_maps(
     )
 
 
+_Products = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _products_by_head(k: torch.Tensor, g: torch.Tensor, causal: torch.Tensor) -> _Products:
+    """X -> X Kᵀ ∘ Γ, ``[N, H, C, d]`` -> ``[N, H, C, C]``, zero above the diagonal; ``g [N, H, C, 1]``."""
+    # Masked before exp: above the diagonal g_i − g_j is positive and may overflow.
+    decay = (g - g.transpose(-1, -2)).masked_fill(~causal, float("-inf")).exp()
+    return lambda x: (x @ k.transpose(-1, -2)) * decay
+
+
+def _products_by_channel(k: torch.Tensor, g: torch.Tensor, causal: torch.Tensor) -> _Products:
+    """The same with Γ of each channel inside the sum; ``g [N, H, C, d]``.
+
+    exp(−g) alone would overflow where a channel decays fast. So rows go block by block: keys before a block
+    are weighed by exp(g_i − r) · exp(r − g_j), where r is g just before the block and both exponents are
+    negative. Inside a block every pair has an exponent of its own.
+    """
+    size, block = k.shape[-2], min(MIN_CHUNK, k.shape[-2])
+    starts = range(block, size, block)
+    before = [g[:, :, start - 1 : start] for start in starts]
+    inside, keys = (x.unflatten(-2, (-1, block)) for x in (g, k))
+    gaps = inside[..., :, None, :] - inside[..., None, :, :]
+    gaps = gaps.masked_fill(~causal[:block, :block, None], float("-inf"))
+    near = (gaps.exp() * keys[..., None, :, :]).transpose(-1, -2)  # [N, H, blocks, B, d, B]
+    far = [
+        (k[:, :, :start] * (r - g[:, :, :start]).exp()).transpose(-1, -2)
+        for start, r in zip(starts, before, strict=True)
+    ]
+    since = [(inside[:, :, index] - r).exp() for index, r in enumerate(before, start=1)]
+
+    def products(x: torch.Tensor) -> torch.Tensor:
+        rows = x.unflatten(-2, (-1, block))
+        own = (rows[..., None, :] @ near).squeeze(-2)  # [N, H, blocks, B, B]
+        blocks = [F.pad(own[:, :, 0], (0, size - block))]
+        for index, (weight, earlier) in enumerate(zip(since, far, strict=True), start=1):
+            crossing = (rows[:, :, index] * weight) @ earlier
+            joined = torch.cat((crossing, own[:, :, index]), dim=-1)
+            blocks.append(F.pad(joined, (0, size - joined.shape[-1])))
+        return torch.cat(blocks, dim=-2)
+
+    return products
+
+
 def _running_sum(x: torch.Tensor, causal: torch.Tensor) -> torch.Tensor:
-    """Sums of ``x [N, H, C, 1]`` up to every token of a chunk, in a fixed order if that is asked for."""
+    """Sums of ``x [N, H, C, 1 or d]`` up to every token of a chunk, in a fixed order if that is asked for."""
     if x.is_cuda and is_deterministic():  # torch has no such cumsum there
         return causal.to(x.dtype) @ x
     return x.cumsum(-2)
+
+
+def widest_elements(queries: int, values: int, by_channel: bool) -> int:
+    """Elements of the widest tensor of a chunk that has so many in q and in v."""
+    return queries * MIN_CHUNK if by_channel else queries + values
 
 
 def step_groups(widths: Sequence[int], elements: int) -> list[tuple[int, ...]]:
@@ -294,14 +343,14 @@ def _outputs(
         initial_state: ``[n, H, d, dv]``; zeros when absent.
         all_maps: the maps of all chunks, where they are made already.
     """
-    q, v = chunks[0], chunks[2]
+    q, v, by_channel = chunks[0], chunks[2], chunks[3].shape[-1] > 1
     if initial_state is None:
         state = q.new_zeros(layout.widths[0], q.shape[1], q.shape[3], v.shape[3])
     else:
         state = _permuted(initial_state.to(q.dtype), layout.order)
     groups = [layout.widths]
     if all_maps is None:
-        groups = step_groups(layout.widths, q[0].numel() + v[0].numel())
+        groups = step_groups(layout.widths, widest_elements(q[0].numel(), v[0].numel(), by_channel))
     sizes = [sum(group) for group in groups]
     # split, not slices: the gradient of n slices is n tensors of full size.
     parts = zip(*(x.split(sizes) for x in chunks), strict=True)

@@ -74,15 +74,27 @@ GATED_DELTA_RULE = LinearRule(
     flops=gated_delta_net_flops,
 )
 
-RULES = (GATED_DELTA_RULE,)
+KIMI_DELTA_ATTENTION = LinearRule(
+    title="Kimi delta attention",
+    fla_module="fla.ops.kda",
+    fla_function="chunk_kda",
+    fla_launches=(6, 7),
+    flash_qla_head_dim=None,
+    decays_by_channel=True,
+    flops=gated_delta_net_flops,
+)
+"""Its products are those of the gated delta rule; weights of channels in place of pairs are omitted."""
+
+RULES = {"gdn": GATED_DELTA_RULE, "kda": KIMI_DELTA_ATTENTION}
+"""By value of ``hydra.linear``."""
 
 
 def rule_of_model(switches: HydraConfig) -> LinearRule:
     """The rule of a model's linear heads."""
-    return GATED_DELTA_RULE
+    return RULES[switches.linear]
 
 
 def rule_of_decays(log_alpha: torch.Tensor) -> LinearRule:
     """The rule that has decays of this shape."""
     axes = log_alpha.ndim - 2
-    return next(rule for rule in RULES if len(rule.decays_of_head(1)) == axes)
+    return next(rule for rule in RULES.values() if len(rule.decays_of_head(1)) == axes)

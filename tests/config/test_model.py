@@ -87,6 +87,7 @@ ABLATIONS = {  # rows of the paper's tables: what is set, over HydraHead's defau
     "GDN without position": ["gdn_position=none"],
     "log scale in the finished model only": ["log_scale=final"],
     "no GDN gate": ["gdn_gate=false"],
+    "KDA in place of GDN": ["linear=kda"],
     "shared QKV": ["qkv=shared"],
     "GDN-GQA": ["gdn_kv=gqa"],
     "KV groups": ["granularity=kv_group"],

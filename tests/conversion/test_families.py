@@ -74,8 +74,9 @@ def test_dense_maps_name_every_parameter_of_the_transformers_model(variant, hf_f
 def test_hybrid_maps_name_every_parameter_of_the_exported_model(family, fusion):
     for flag, gdn_kv in itertools.product((True, False), ("mha", "gqa")):
         hydra = HydraConfig(
-            fusion=fusion, gdn_kv=gdn_kv, fa_gate=flag, gdn_gate=not flag, short_conv=flag
-        )
+            fusion=fusion, gdn_kv=gdn_kv, fa_gate=flag, gdn_gate=not flag, short_conv=flag,
+            linear="gdn" if flag else "kda",
+        )  # fmt: skip
         model = hybrid_config(family, hydra=hydra, qkv_bias=flag, out_bias=not flag)
         config = hf_config_from_model(model, "float32")
         with torch.device("meta"):

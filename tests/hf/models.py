@@ -30,10 +30,12 @@ KINDS = {
     "head": (HEADS, {}),
     "head-gqa": (MIXED, {"gdn_kv": "gqa"}),
     "head-shared": (MIXED, {"qkv": "shared"}),
+    "head-kda": (MIXED, {"linear": "kda"}),
     "all-gdn": ([[]] * 3, {}),
     "dense": (ALL, DENSE),
     "parallel": (ALL, {"mixer": "parallel"}),
     "token": (ALL, {"mixer": "token", "window": 12}),
+    "token-kda": (ALL, {"mixer": "token", "window": 12, "linear": "kda"}),
     "token-gqa": (ALL, {"mixer": "token", "window": 3, "gdn_kv": "gqa", "fa_position": "rope"}),
 }
 

@@ -132,9 +132,11 @@ def test_a_copy_shares_no_fused_weights(as_on_a_gpu):
     assert model.model.layers[0].self_attn.fa_q_proj.weight.any()
 
 
-@pytest.mark.parametrize("kind", ["plain", "grad", "recording", "padding", "two", "torch", "gated"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "grad", "recording", "padding", "two", "torch", "gated", "kda"]
+)
 def test_when_a_step_is_fused(as_on_a_gpu, kind):
-    hydra = {"fusion": "gated"} if kind == "gated" else {}
+    hydra = {"gated": {"fusion": "gated"}, "kda": {"linear": "kda"}}.get(kind, {})
     model = make_model(hydra=hydra, gdn_kernel="torch" if kind == "torch" else "auto")
     ids = tokens(2, 9)
     with torch.no_grad(), mock.patch.object(modeling, "prompt_usable", return_value=False):

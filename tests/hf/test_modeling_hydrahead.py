@@ -49,13 +49,14 @@ from tests.hf.models import (
 # -- the delta rule -------------------------------------------------------------------------------
 
 
-def rule_inputs(length, heads=3, d=16, dv=16, dtype=torch.float32):
+def rule_inputs(length, heads=3, d=16, dv=16, dtype=torch.float32, linear="gdn"):
     g = generator(length)
     q, k = (torch.randn(2, length, heads, d, generator=g, dtype=dtype) for _ in range(2))
     q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
     v = torch.randn(2, length, heads, dv, generator=g, dtype=dtype)
     # Slow decay: with a fast one, mistakes beyond a few tokens would vanish.
-    log_alpha = -0.02 * torch.rand(2, length, heads, generator=g, dtype=dtype)
+    decays = heads * d if linear == "kda" else heads
+    log_alpha = -0.02 * torch.rand(2, length, decays, generator=g, dtype=dtype)
     beta = torch.rand(2, length, heads, generator=g, dtype=dtype)
     state = torch.randn(2, heads, d, dv, generator=g, dtype=dtype)
     return q, k, v, log_alpha, beta, state
@@ -68,7 +69,8 @@ def float64_recurrence(q, k, v, log_alpha, beta, state):
         identity = torch.eye(q.shape[-1], dtype=torch.float64)
         outer = k[:, t, :, :, None] * k[:, t, :, None, :]
         step = identity - beta[:, t, :, None, None] * outer
-        state = log_alpha[:, t].exp()[..., None, None] * (step @ state)
+        decays = log_alpha[:, t].unflatten(-1, (q.shape[2], -1)).exp()[..., None]
+        state = step @ (decays * state)
         state = state + beta[:, t, :, None, None] * k[:, t, :, :, None] * v[:, t, :, None, :]
         outputs.append((state.transpose(-1, -2) @ q[:, t, :, :, None])[..., 0])
     return torch.stack(outputs, 1) * q.shape[-1] ** -0.5, state
@@ -76,8 +78,9 @@ def float64_recurrence(q, k, v, log_alpha, beta, state):
 
 @pytest.mark.parametrize("length", [1, 3, 64, 65, 150])
 @pytest.mark.parametrize("rule", ["chunked", "recurrent"])
-def test_delta_rule_equals_the_float64_recurrence(length, rule):
-    inputs = rule_inputs(length)
+@pytest.mark.parametrize("linear", ["gdn", "kda"])
+def test_delta_rule_equals_the_float64_recurrence(length, rule, linear):
+    inputs = rule_inputs(length, linear=linear)
     expected, expected_state = float64_recurrence(*inputs)
     output, state = getattr(modeling, f"{rule}_gated_delta_rule")(*inputs)
     close(output.double(), expected, 2e-6)
@@ -122,8 +125,9 @@ def test_delta_rule_equals_fla_and_transformers():
     close(final, peer_final, 5e-6)
 
 
-def test_delta_rule_gradients_equal_those_of_the_recurrence():
-    inputs = [x.requires_grad_() for x in rule_inputs(70)]
+@pytest.mark.parametrize("linear", ["gdn", "kda"])
+def test_delta_rule_gradients_equal_those_of_the_recurrence(linear):
+    inputs = [x.requires_grad_() for x in rule_inputs(70, linear=linear)]
     weights = torch.randn(2, 70, 3, 16, generator=generator(9))
     gradients = []
     for rule in (modeling.chunked_gated_delta_rule, modeling.recurrent_gated_delta_rule):
@@ -997,10 +1001,11 @@ def test_heads_that_flash_qla_cannot_compute_go_to_flas_own_kernels(monkeypatch)
 
 
 @pytest.mark.gpu
-def test_fla_kernels_agree_with_the_torch_path():
+@pytest.mark.parametrize("linear", ["gdn", "kda"])
+def test_fla_kernels_agree_with_the_torch_path(linear):
     """Prefill, decode and a padded batch in bf16, by FLA's kernels and by ours, against fp32."""
     pytest.importorskip("fla.ops.gated_delta_rule")
-    model = make_model(MIXED, head_dim=64).cuda()
+    model = make_model(MIXED, {"linear": linear}, head_dim=64).cuda()
     ids = tokens(2, 300).cuda()
     mask = torch.ones_like(ids)
     mask[0, :100] = 0
@@ -1035,7 +1040,7 @@ def test_packed_documents_by_fla_equal_separate_ones(autocast, monkeypatch):
         calls.append(arguments["q"].dtype)
         return kernels.chunk_gated_delta_rule(**arguments)
 
-    monkeypatch.setattr(modeling, "_fla_kernels", lambda: (counted, counted))
+    monkeypatch.setattr(modeling, "_fla_kernels", lambda by_channel: (counted, counted))
     model = make_model(MIXED, head_dim=64).cuda().train()
     batch = {k: v.cuda() if torch.is_tensor(v) else v for k, v in flattened((130, 1, 64)).items()}
     gradients = {}

@@ -7,10 +7,12 @@ import dataclasses
 import pytest
 import torch
 
+from megatron_hydra.checkpoint.canonical import canonical_shapes
 from megatron_hydra.config.model import DENSE_ATTENTION, HydraConfig, ModelConfig
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.conversion import families
 from megatron_hydra.conversion.hf_config import hf_config_from_model, model_from_hf_config
+from megatron_hydra.conversion.student import initialise_student
 from megatron_hydra.model.layer_spec import build_gpt_model
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 from tests import canonical_access
@@ -125,6 +127,8 @@ SWITCHES = {
     "shared-no-conv": HydraConfig(qkv="shared", short_conv=False),
     "no-conv": HydraConfig(short_conv=False),
     "wide-conv": HydraConfig(conv_width=6, log_scale_a=50.0),
+    "kda": HydraConfig(linear="kda"),
+    "kda-shared-gqa": HydraConfig(linear="kda", qkv="shared", gdn_kv="gqa"),
 }
 
 
@@ -143,6 +147,7 @@ BOTH_IN_EVERY_HEAD = {
     "token-one": HydraConfig(mixer="token", window=1, fa_position="both"),
     "token-wide": HydraConfig(mixer="token", window=64, log_scale_a=50.0),
     "token-gated-gqa": HydraConfig(mixer="token", window=16, fusion="gated", gdn_kv="gqa"),
+    "token-kda": HydraConfig(mixer="token", window=7, linear="kda"),
     "token-shared-gqa": HydraConfig(mixer="token", window=7, qkv="shared", gdn_kv="gqa"),
     "token-plain": HydraConfig(
         mixer="token", window=5, fusion="concat", short_conv=False, fa_position="rope"
@@ -227,3 +232,36 @@ def test_a_permuted_internal_head_order_gives_the_same_output(monkeypatch):
     torch.testing.assert_close(
         logits(permuted, tokens), logits(plain, tokens), rtol=1e-5, atol=1e-5
     )
+
+
+def test_a_kda_student_begins_as_the_gdn_student():
+    """Logits and gradients; those of a decay are summed over the channels that share it."""
+    dense = ModelConfig(
+        family="qwen3", num_layers=2, hidden_size=48, ffn_hidden_size=80, vocab_size=64,
+        num_query_heads=6, num_kv_heads=2, head_dim=16, qk_norm=True,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        key: torch.randn(shape, generator=generator) * 0.2
+        for key, shape in canonical_shapes(dense).items()
+    }
+    tokens = torch.randint(0, 64, (DOCUMENTS[-1],))
+    results = []
+    for linear in ("gdn", "kda"):
+        model = dataclasses.replace(
+            dense, hydra=HydraConfig(linear=linear), full_attention_heads=((1, 4), (0, 2, 3))
+        )
+        gpt = build_gpt_model(model, RunConfig(precision="fp32"))
+        canonical_access.load(gpt, dict(initialise_student(weights, model)))
+        output = logits(gpt, tokens)
+        torch.nn.functional.cross_entropy(output, tokens).backward()
+        results.append((output.detach(), canonical_access.gather(gpt, lambda p: p.grad)))
+    (by_head, expected), (by_channel, actual) = results
+    torch.testing.assert_close(by_channel, by_head, rtol=1e-5, atol=1e-5)
+    assert actual.keys() == expected.keys()
+    for key, gradient in expected.items():
+        found = actual[key]
+        if key.endswith(("in.gdn.a", "dt_bias")):
+            assert found.shape == (gradient.shape[0], 16, *gradient.shape[1:])
+            found = found.sum(1)
+        assert (found - gradient).norm() <= 1e-4 * gradient.norm(), key

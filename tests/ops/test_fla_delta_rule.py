@@ -15,7 +15,13 @@ from megatron_hydra.ops.fla_delta_rule import (
     fla_own_context_parallel,
     shard_kernels,
 )
-from megatron_hydra.ops.gated_delta_rule import recurrent_gated_delta_rule
+from megatron_hydra.ops.gated_delta_rule import (
+    chunked_gated_delta_rule,
+    recurrent_gated_delta_rule,
+)
+from megatron_hydra.ops.kernels import Case, Kernels
+from megatron_hydra.ops.linear_rules import KIMI_DELTA_ATTENTION, RULES
+from megatron_hydra.ops.self_check import TOLERANCE, check_kernels
 
 T, HEADS, D = 11, 2, 4
 
@@ -44,11 +50,17 @@ def calls(monkeypatch):
         output, final = recurrent_gated_delta_rule(*inputs, cu, initial_state)
         return output.unflatten(0, (rows, -1)), final if output_final_state else None
 
+    def chunk_kda(q, k, v, g, beta, use_gate_in_kernel=False, safe_gate=False, **options):
+        assert g.shape == q.shape
+        assert not (use_gate_in_kernel or safe_gate)
+        return chunk_gated_delta_rule(q, k, v, g, beta, **options)
+
     def build_cp_context(cu_seqlens, group, conv1d_kernel_size=None, cu_seqlens_cpu=None):
         return cu_seqlens, group, cu_seqlens_cpu
 
     for module, function in (
         ("fla.ops.gated_delta_rule", chunk_gated_delta_rule),
+        ("fla.ops.kda", chunk_kda),
         ("fla.ops.cp", build_cp_context),
     ):
         stand_in = types.ModuleType(module)
@@ -59,17 +71,19 @@ def calls(monkeypatch):
     return seen
 
 
-def inputs():
+def inputs(rule="gdn"):
     q, k, v = (torch.randn(T, HEADS, D, dtype=torch.float64) for _ in range(3))
     k = torch.nn.functional.normalize(k, dim=-1)
-    log_alpha, beta = (torch.rand(T, HEADS, dtype=torch.float64) for _ in range(2))
+    log_alpha = torch.rand(T, HEADS, *RULES[rule].decays_of_head(D), dtype=torch.float64)
+    beta = torch.rand(T, HEADS, dtype=torch.float64)
     return [x.requires_grad_() for x in (q, k, v, -0.1 * log_alpha, beta)]
 
 
 @pytest.mark.parametrize("cu", [None, (0, T), (0, 1, 6, T)])
 @pytest.mark.parametrize("with_state", [False, True])
-def test_equals_the_definition_with_gradients(calls, cu, with_state):
-    tensors = [x.detach().requires_grad_() for x in inputs()]
+@pytest.mark.parametrize("rule", RULES)
+def test_equals_the_definition_with_gradients(calls, cu, with_state, rule):
+    tensors = [x.detach().requires_grad_() for x in inputs(rule)]
     documents = 1 if cu is None else len(cu) - 1
     state = torch.randn(documents, HEADS, D, D, dtype=torch.float64) if with_state else None
     got, final = fla_gated_delta_rule(*tensors, cu, state)
@@ -107,9 +121,19 @@ def test_documents_of_one_length_are_rows_for_flas_own_kernels_only(calls, monke
     assert [call["rows"] for call in calls] == [3 if head_dim == 4 else 1, 3, 1]
 
 
-def test_flas_own_context_parallelism_gets_the_group_and_the_whole_streams_documents(calls):
+@pytest.mark.parametrize(
+    ("rule", "function"),
+    [
+        ("gdn", fla_own_context_parallel),
+        ("kda", fla_gated_delta_rule),
+        ("kda", fla_own_context_parallel),
+    ],
+)
+def test_flas_own_context_parallelism_gets_the_group_and_the_whole_streams_documents(
+    calls, rule, function
+):
     exchange = types.SimpleNamespace(group="the group", cu_seqlens_global=(0, 5, 22))
-    fla_own_context_parallel(*inputs(), (0, 5, T), exchange=exchange)
+    function(*inputs(rule), (0, 5, T), exchange=exchange)
     (call,) = calls
     boundaries, group, on_host = call["cp_context"]
     assert group == "the group"
@@ -174,3 +198,56 @@ def test_heads_that_flash_qla_refuses_go_past_flas_dispatch(calls, monkeypatch):
     monkeypatch.setattr(fla_tuning, "_refused", {HEADS + 1})  # each number for itself
     with pytest.raises(RuntimeError, match="no available layout"):
         fla_gated_delta_rule(*inputs())
+
+
+GPU_TOKENS = 330
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cu", [None, (0, 70, 71, 200, GPU_TOKENS)], ids=["one", "packed"])
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("fastest", [0.05, 20.0], ids=["slow", "fast"])
+def test_flas_kda_equals_the_twin_on_a_gpu(fastest, d, cu):
+    """Outputs and gradients in bf16; channels decay by up to exp(-0.05) or exp(-20) a token."""
+    pytest.importorskip("fla.ops.kda")
+    fla_tuning.import_fla()
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (GPU_TOKENS, 3, d)
+    q, k, v, cotangent = (torch.randn(shape, generator=generator, device="cuda") for _ in range(4))
+    q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+    # In the logarithm from next to nothing to the fastest: channels of one key differ by orders.
+    slowness = torch.rand(shape, generator=generator, device="cuda")
+    log_alpha = -fastest * torch.exp(-7.0 * slowness)
+    beta = torch.rand(shape[:2], generator=generator, device="cuda")
+    given = [x.to(torch.bfloat16).requires_grad_() for x in (q, k, v)]
+    given += [x.requires_grad_() for x in (log_alpha, beta)]
+    exact = [x.detach().float().requires_grad_() for x in given]
+    got, _ = fla_gated_delta_rule(*given, cu)
+    want, _ = chunked_gated_delta_rule(*exact, cu)
+    results = {"output": (got, want)}
+    gradients = zip(
+        torch.autograd.grad(got, given, cotangent.to(torch.bfloat16)),
+        torch.autograd.grad(want, exact, cotangent.to(torch.bfloat16).float()),
+        strict=True,
+    )
+    results |= dict(zip(("q", "k", "v", "log alpha", "beta"), gradients, strict=True))
+    errors = {
+        name: float((a.detach().float() - b.detach()).norm() / b.detach().norm())
+        for name, (a, b) in results.items()
+    }
+    print({name: f"{error:.1e}" for name, error in errors.items()})
+    assert all(error < TOLERANCE[torch.bfloat16] for error in errors.values()), errors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [64, 128])
+def test_the_start_up_check_passes_flas_kda_on_a_gpu(d, monkeypatch):
+    pytest.importorskip("fla.ops.kda")
+    fla_tuning.import_fla()
+    monkeypatch.setenv("HYDRA_CHECK_AGAIN", "1")
+    names = {**Kernels().names, "gated_delta_net": "fla"}
+    kernels = Kernels(delta_rule=fla_gated_delta_rule, names=names)
+    case = Case(
+        torch.device("cuda"), torch.bfloat16, d, gdn_heads=(2, 7), rule=KIMI_DELTA_ATTENTION
+    )
+    check_kernels(kernels, case)

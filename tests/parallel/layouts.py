@@ -110,6 +110,15 @@ MODELS = {
         HydraConfig(qkv="shared", gdn_kv="gqa"), ((0, 1, 4), ()), num_query_heads=6, num_kv_heads=2
     ),
     "shared-parallel": tiny(HydraConfig(qkv="shared", mixer="parallel"), EVERY),
+    # a decay a channel; the same where nothing divides
+    "kda": tiny(HydraConfig(linear="kda"), ((1, 6), (0, 1, 5))),
+    "kda-uneven": tiny(
+        HydraConfig(linear="kda", qkv="shared", gdn_kv="gqa"),
+        ((0, 1, 4), ()),
+        num_query_heads=6,
+        num_kv_heads=2,
+    ),
+    "kda-token": tiny(HydraConfig(linear="kda", mixer="token", window=7), EVERY),
     # both kinds in every head; windows shorter and longer than a context-parallel shard
     "parallel": tiny(HydraConfig(mixer="parallel"), EVERY),
     "parallel-gated": tiny(
@@ -156,7 +165,8 @@ FAST = [
     ("hydra", "tp2-cp2-seq", "packed"), ("all-fa-layer", "tp2-seq", "packed"), ("gqa-bias", "tp2-seq", "one"),
     ("token-wide", "cp4", "one"), ("token-wide", "tp2-cp2", "packed"), ("token-uneven", "tp4-sp", "aligned"),
     ("shared", "tp2", "packed"), ("shared", "tp2-sp-cp2-seq", "packed"), ("shared-gqa", "tp2-sp-cp2", "packed"),
-    ("shared-uneven", "tp4-sp-seq", "aligned"),
+    ("shared-uneven", "tp4-sp-seq", "aligned"), ("kda", "tp2-sp-cp2-seq", "packed"),
+    ("kda-uneven", "tp4-sp", "packed"), ("kda-token", "cp4", "packed"),
 ]  # fmt: skip
 
 

@@ -32,6 +32,7 @@ MODELS = {
     "dense": DENSE,
     "layer-wise": _hybrid((tuple(range(8)), (), (), ())),
     "hydrahead": _hybrid(((1, 6), (), (0, 1, 5), (2,))),
+    "kda": _hybrid(((1, 6), (), (0, 1, 5), (2,)), linear="kda"),
 }
 
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -41,6 +41,7 @@ VARIANTS = [
     cases.DENSE,
     cases.MODELS["layer-wise"],
     cases.MODELS["hydrahead"],
+    cases.MODELS["kda"],
     cases._hybrid(((1, 6), (), (0, 1, 5), (2,)), fusion="gated", gdn_kv="gqa"),
     cases._hybrid(((1, 6), (), (0, 1, 5), tuple(range(8))), qkv="shared"),
     dataclasses.replace(

@@ -6,12 +6,15 @@ Reads like :mod:`megatron_hydra.model.gated_delta_net` and :mod:`megatron_hydra.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron_hydra.model.local_heads import LocalHeads
 from megatron_hydra.ops.gated_delta_rule import (
     GROUP_ELEMENTS,
     MAX_CHUNK,
     MIN_CHUNK,
     step_groups,
+    widest_elements,
 )
 from megatron_hydra.ops.linear_rules import CHUNK, rule_of_model
 from megatron_hydra.ops.sharded_delta_rule import shards_of
@@ -25,6 +28,9 @@ SHARD_LAUNCHES = (2, 1)
 
 EXCHANGE_LAUNCHES = (12, 8)
 """Of torch, around them: start states, the gather, the scan of the maps."""
+
+FLA_SHARD_LAUNCHES = (3, 3)
+"""How many more a shard of KDA runs, by FLA's own context parallelism."""
 
 MOST_GROUPS, MOST_STRIDES = 64, 64
 """More groups of chunks, or steps of a scan, than that are described in so many strides: the memory is
@@ -49,7 +55,7 @@ def delta_rule(program: Program, heads: LocalHeads, parts: dict[str, Tensor]) ->
     k = prepare_heads(
         program, k, rope, scaled=False, l2=True, calls=0 if switches.short_conv else 1
     )
-    if rank.gpu:
+    if rank.gpu and not rule_of_model(switches).decays_by_channel:
         log_alpha, beta = _fused_gates(program, a, b, n)
     else:
         log_alpha = _gates(program, a, n)
@@ -65,11 +71,13 @@ def delta_rule(program: Program, heads: LocalHeads, parts: dict[str, Tensor]) ->
 
 
 def _gates(program: Program, a: Tensor, n: int) -> Tensor:
-    """Log α, ``[T, n]`` in fp32."""
+    """Log α, ``[T, n]`` in fp32, or ``[T, n, d]`` with a decay a channel."""
     tape = program.tape
-    bias, decay = (tape.weight((1, n), op.WIDE, program.trained) for _ in range(2))
+    bias, decay = (tape.weight((1, count), op.WIDE, program.trained) for count in (a.shape[1], n))
     decay = op.unary(tape, op.unary(tape, decay, save="out"))
     dt = op.unary(tape, op.add(tape, op.cast(tape, a, op.WIDE), bias), save="in")
+    if a.shape[1] != n:
+        dt = op.view(tape, dt, (a.shape[0], n, a.shape[1] // n))
     return op.multiply(tape, dt, decay)
 
 
@@ -136,29 +144,37 @@ def _exchange_bytes(program: Program, n: int) -> tuple[float, float]:
 def _fla(
     program: Program, q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor
 ) -> Tensor:
-    """FLA's kernels: they keep q, k, v, gates and the inverse of (I + A); states are made again."""
+    """FLA's kernels: they keep q, k, v, gates and the inverse of (I + A); states are made again.
+
+    Those of KDA keep P too, and make gradients of q, k and log α in fp32.
+    """
     tape, (tokens, n, d) = program.tape, q.shape
     rule, chunks = rule_of_model(program.model.switches), -(-tokens // CHUNK)
     row, states = tokens * n * d * q.size, chunks * n * d * d * q.size
-    inverse, gate = tokens * n * CHUNK * q.size, tokens * n * op.WIDE
+    inverse, gate = tokens * n * CHUNK * q.size, log_alpha.numel * op.WIDE
+    matrices, keys, wide = inverse, 3 * row, 0
+    more, around = SHARD_LAUNCHES, EXCHANGE_LAUNCHES
+    if rule.decays_by_channel:
+        matrices, keys, wide = 2 * inverse, 4 * row, 3 * tokens * n * d * op.WIDE
+        more, around = FLA_SHARD_LAUNCHES, (0, 0)
     flops = float(n * rule.flops(tokens, d))
     can_be_qla = d == rule.flash_qla_head_dim
     shared = program.rank.cp > 1
     if shared:
         forward_bytes, backward_bytes = _exchange_bytes(program, n)
+        if rule.decays_by_channel:  # FLA gathers every shard's state and transition, both ways
+            forward_bytes = backward_bytes = (program.rank.cp - 1.0) * n * d * 2 * d * op.WIDE
         tape.send("state", "context", forward_bytes)
     out = op.fused(
         tape, [q, k, v, log_alpha, beta], (q.shape, q.size),
-        save=[q, k, v, beta], keep=inverse + gate,
-        forward_bytes={"gdn": 3 * row, "gdn states": states},  # W, U, the new values; the states
+        save=[q, k, v, beta], keep=matrices + gate,
+        # W, U, the new values (KDA: and weighted keys); the states
+        forward_bytes={"gdn": keys, "gdn states": states},
         # W, U, new values, their gradients and the second one by k; states and theirs.
-        backward_bytes={"gdn": 6 * row, "gdn states": 2 * states},
+        backward_bytes={"gdn": keys + 3 * row + wide, "gdn states": 2 * states},
         work=[("flash_qla" if can_be_qla else "delta_rule", flops, 2.5 * flops)],
-        launches=EXCHANGE_LAUNCHES if shared else (0, 0),
-        triton=(
-            rule.fla_launches[0] + shared * SHARD_LAUNCHES[0],
-            rule.fla_launches[1] + shared * SHARD_LAUNCHES[1],
-        ),
+        launches=around if shared else (0, 0),
+        triton=(rule.fla_launches[0] + shared * more[0], rule.fla_launches[1] + shared * more[1]),
     )  # fmt: skip
     if shared and out.needs_grad:
         _send_in_backward(program, out, backward_bytes)
@@ -200,7 +216,11 @@ def _chunked(
     del q, k, v, log_alpha, beta
     state = tape.empty((n, d, d), op.WIDE)
     all_maps = None
-    steps = max(1, GROUP_ELEMENTS // (2 * n * chunk * d), -(-count // MOST_GROUPS))
+    values = n * chunk * d
+    widest = widest_elements(
+        values, values, rule_of_model(program.model.switches).decays_by_channel
+    )
+    steps = max(1, GROUP_ELEMENTS // widest, -(-count // MOST_GROUPS))
     if program.rank.cp > 1:  # the state that enters is known only once all maps are
         all_maps, steps = _maps(program, chunks), count
         state = _exchange(program, all_maps[0], all_maps[1], count, n)
@@ -210,7 +230,7 @@ def _chunked(
     outputs = []
     chunks_of = [-(-length // chunk) for length in lengths]
     widths = [sum(c > step for c in chunks_of) for step in range(max(chunks_of))]
-    groups = 1 if all_maps else len(step_groups(widths, 2 * n * chunk * d))
+    groups = 1 if all_maps else len(step_groups(widths, widest))
     times = groups / len(sizes)
     for size, group in zip(sizes, zip(*parts, strict=True), strict=True):
         with tape.standing_for(times):
@@ -232,16 +252,16 @@ def _maps(program: Program, chunks: list[Tensor]) -> tuple[Tensor, Tensor, Tenso
     """Every chunk as an affine map: transition and write ``[N·n, d, d]``, read and own ``[N·n, C, d]``."""
     tape, (q, k, v, log_alpha, beta) = program.tape, chunks
     count, chunk, d = q.shape
-    rows, square = (count, chunk), (count, chunk, chunk)
+    rows = (count, chunk)
 
     g = op.unary(tape, log_alpha)
-    gap = op.unary(tape, op.add(tape, g, Tensor(None, square, 0)))
-    decay = op.unary(tape, gap, save="out")
-    del gap
+    if g.shape[-1] == 1:
+        products = _products_by_head(program, k, g)
+    else:
+        products = _products_by_channel(program, k, g)
     grown = op.unary(tape, g, save="out")
 
-    attention = op.multiply(tape, _copied_matmul(program, k, k, square, d), decay)
-    attention = op.multiply(tape, attention, beta)
+    attention = op.multiply(tape, products(k), beta)
     both = op.multiply(tape, beta, grown)
     right = op.cat(tape, [op.multiply(tape, k, both), op.multiply(tape, v, beta)], (*rows, 2 * d))
     solved = _solve(program, attention, right)
@@ -253,17 +273,61 @@ def _maps(program: Program, chunks: list[Tensor]) -> tuple[Tensor, Tensor, Tenso
     pushed = op.matmul(tape, copied, solved, (count, d, 2 * d), chunk)
     del copied
     left, write = op.split(tape, pushed, [(count, d, d)] * 2)
-    last = op.narrow(tape, grown, (count, 1, 1))
+    last = op.narrow(tape, grown, (count, 1, g.shape[-1]))
     kept = op.unary(tape, last, shape=(count, d, d), same_gradient=True)
     transition = op.add(tape, kept, left)
     del kept
 
     scaled = op.unary(tape, q)
-    weights = op.multiply(tape, _copied_matmul(program, scaled, k, square, d), decay)
-    read_out = op.matmul(tape, weights, solved, (*rows, 2 * d), chunk)
+    read_out = op.matmul(tape, products(scaled), solved, (*rows, 2 * d), chunk)
     left, own = op.split(tape, read_out, [(*rows, d)] * 2)
     read = op.add(tape, op.multiply(tape, scaled, grown), left)
     return transition, write, read, own
+
+
+def _products_by_head(program: Program, k: Tensor, g: Tensor) -> Callable[[Tensor], Tensor]:
+    """X Kᵀ ∘ Γ for one decay a head."""
+    tape, (count, chunk, d) = program.tape, k.shape
+    square = (count, chunk, chunk)
+    gap = op.unary(tape, op.add(tape, g, Tensor(None, square, 0)))
+    decay = op.unary(tape, gap, save="out")
+    return lambda x: op.multiply(tape, _copied_matmul(program, x, k, square, d), decay)
+
+
+def _products_by_channel(program: Program, k: Tensor, g: Tensor) -> Callable[[Tensor], Tensor]:
+    """The same for one a channel: pairs inside a block, then what lies before each block."""
+    tape, (count, chunk, d) = program.tape, k.shape
+    block = min(MIN_CHUNK, chunk)
+    pairs, part = (count * chunk, block, d), (count, block, d)
+    gaps = op.unary(tape, op.add(tape, g, Tensor(None, pairs, 0)))
+    near = op.multiply(tape, k, op.unary(tape, gaps, save="out"))
+    del gaps
+    far, since = [], []
+    for start in range(block, chunk, block):
+        reference = op.narrow(tape, g, (count, 1, d))
+        before = (count, start, d)
+        gap = op.add(tape, reference, op.narrow(tape, g, before))
+        weight = op.unary(tape, gap, save="out")
+        far.append(op.multiply(tape, op.narrow(tape, k, before), weight))
+        gap = op.add(tape, op.narrow(tape, g, part), reference)
+        since.append(op.unary(tape, gap, save="out"))
+        del gap, weight
+
+    def products(x: Tensor) -> Tensor:
+        own = op.matmul(tape, x, near, (count * chunk, 1, block), d)
+        blocks = [
+            op.copy(tape, op.narrow(tape, own, (count, block, block)), shape=(count, block, chunk))
+        ]
+        for index, (weight, earlier) in enumerate(zip(since, far, strict=True), start=1):
+            rows = op.multiply(tape, op.narrow(tape, x, part), weight)
+            first, second = op.copy(tape, rows), op.copy(tape, earlier)
+            crossing = op.matmul(tape, first, second, (count, block, index * block), d)
+            ours = op.narrow(tape, own, (count, block, block))
+            joined = op.cat(tape, [crossing, ours], (count, block, (index + 1) * block))
+            blocks.append(op.copy(tape, joined, shape=(count, block, chunk)))
+        return op.cat(tape, blocks, (count, chunk, chunk))
+
+    return products
 
 
 def _to_chunks(program: Program, x: Tensor, head: tuple[int, int, int]) -> Tensor:

@@ -30,6 +30,7 @@ def config(**changes):
     [
         ({"hydra": {"mixer": "token"}}, "hydra.mixer='token' in config.json"),
         ({"hydra": {"mixer": "parallel"}}, "hydra.mixer='parallel' in config.json"),
+        ({"hydra": {"linear": "kda"}}, "hydra.linear='kda' in config.json"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' in config.json"),
     ],
 )
