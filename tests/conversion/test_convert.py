@@ -181,8 +181,9 @@ def disturb(checkpoint: Path) -> None:
         {"fusion": "concat", "fusion_norm": "none", "short_conv": False, "fa_gate": False},
         {"qkv": "shared"},
         {"qkv": "shared", "gdn_kv": "gqa"},
+        {"linear": "kda"},
     ],
-    ids=["default", "gated-gqa", "concat", "shared", "shared-gqa"],
+    ids=["default", "gated-gqa", "concat", "shared", "shared-gqa", "kda"],
 )
 def test_hybrid_exports_exactly_and_agrees_in_the_logits(
     hydra, hf_folders, head_map, token_file, tmp_path

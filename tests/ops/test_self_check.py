@@ -12,7 +12,14 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.ops import fla_tuning, self_check
 from megatron_hydra.ops.kernels import Case, Kernels
 from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
-from megatron_hydra.ops.self_check import BOUNDARIES, TOLERANCE, all_checks, check_kernels
+from megatron_hydra.ops.linear_rules import KIMI_DELTA_ATTENTION
+from megatron_hydra.ops.self_check import (
+    BOUNDARIES,
+    TOLERANCE,
+    _delta_rule_checks,
+    all_checks,
+    check_kernels,
+)
 from megatron_hydra.ops.sharded_delta_rule import (
     RuleKernels,
     sharded_gated_delta_rule,
@@ -37,8 +44,9 @@ def named(key, name, **kernels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_twins_pass_every_check(dtype):
     """So inputs, calls and tolerances hold; in bf16 the twin in fp32 is the reference."""
-    keys = set()
-    for key, what, inputs, run in all_checks(dataclasses.replace(CASE, dtype=dtype, graphs=True)):
+    case, keys = dataclasses.replace(CASE, dtype=dtype, graphs=True), set()
+    of_kda = _delta_rule_checks(dataclasses.replace(case, rule=KIMI_DELTA_ATTENTION))
+    for key, what, inputs, run in (*all_checks(case), *of_kda):
         assert self_check._difference(TWINS, TWINS, inputs, run, TOLERANCE[dtype]) is None, what
         keys.add(key)
     assert keys == set(TWINS.names)
@@ -56,6 +64,11 @@ def wider_window(*args, window=None):
 
 def leaking_delta_rule(q, k, v, log_alpha, beta, cu):
     return TWINS.delta_rule(q, k, v, log_alpha, beta, (0, q.shape[0]))
+
+
+def equal_channels(q, k, v, log_alpha, beta, cu):
+    mean = log_alpha.mean(-1, keepdim=True).expand_as(log_alpha)
+    return TWINS.delta_rule(q, k, v, mean, beta, cu)
 
 
 def without_scale(x, weight, eps, tables, scale, l2):
@@ -145,6 +158,13 @@ def test_a_rule_that_does_not_empty_its_state_is_refused_where_graphs_need_it():
     self_check._passed.clear()
     with pytest.raises(HydraError, match="over rows with emptied states failed"):
         check_kernels(kernels, dataclasses.replace(CASE, graphs=True))
+
+
+def test_a_kernel_of_another_rule_is_refused():
+    kernels = named("gated_delta_net", "mine", delta_rule=equal_channels)
+    case = dataclasses.replace(CASE, rule=KIMI_DELTA_ATTENTION)
+    with pytest.raises(HydraError, match=r"check of packed Kimi delta attention of 2 heads failed"):
+        check_kernels(kernels, case)
 
 
 @pytest.mark.parametrize("what", ["cross-entropy", "distillation loss", "at a temperature"])
