@@ -433,18 +433,19 @@ def profile(peer: Peer, title: str, calls: int = 3, rows: int = 30) -> str:
     return f"== {title}, {calls} calls\n{table}\n"
 
 
-def used_delta_rule(name: str) -> str:
+def used_delta_rule(name: str, operation: str = "gated_delta_rule") -> str:
     """The chosen delta rule; FLA's with the kernels that its own dispatch took in this process so far.
 
     Args:
         name: ``names["gated_delta_net"]`` of the chosen kernels.
+        operation: what FLA calls the rule.
     """
     if name != "fla":
         return name
     try:
         # The entries that FLA's dispatch has logged: "operation:function:backend", ":fail" if refused.
         registries = importlib.import_module("fla.backends")._operation_registries
-        entries = registries["gated_delta_rule"]._logged
+        entries = registries[operation]._logged
     except (ImportError, AttributeError, KeyError):
         return "fla (dispatch unknown)"
     taken = sorted({e.rpartition(":")[2] for e in entries if not e.endswith(":fail")})

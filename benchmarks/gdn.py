@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""The gated delta rule, forward and backward, by every implementation that runs here.
+"""A linear rule, forward and backward, by every implementation that runs here.
 
 On a GPU: FLA's Triton kernels, FlashQLA's through FLA's dispatch (if installed) and our torch twin.
+``--rule kda``: Kimi Delta Attention, by our torch rule and FLA.
 On the CPU: our torch rule against transformers' ``torch_chunk_gated_delta_rule``. All get the same
 inputs; outputs are compared before anything is timed. Time per token over that at the first size says
 how linear it is; on the CPU the sizes take turns within a round, so that this ratio too is taken
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from benchmarks import _harness as harness
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.ops.gated_delta_rule import chunked_gated_delta_rule
+from megatron_hydra.ops.linear_rules import RULES
 
 EXAMPLE = "python -m benchmarks.gdn --device cpu --heads 8 --head-dim 64 --sizes 1K,4K,16K"
 Rule = Callable[..., torch.Tensor]
@@ -59,13 +61,14 @@ def fla_rule(flash_qla: bool) -> Rule:
     return rule
 
 
-def implementations(device: torch.device, skip: list[str]) -> dict[str, Rule]:
+def implementations(device: torch.device, skip: list[str], linear: str) -> dict[str, Rule]:
     """Name → rule of (q, k, v, log α, β), the reference first."""
     rules = {"ours (torch)": lambda *inputs: chunked_gated_delta_rule(*inputs)[0]}
-    rules["transformers (torch)"] = transformers_rule()
+    if linear == "gdn":
+        rules["transformers (torch)"] = transformers_rule()
     if device.type == "cuda" and importlib.util.find_spec("fla"):
         rules["FLA (Triton)"] = fla_rule(flash_qla=False)
-        if importlib.util.find_spec("flash_qla"):
+        if RULES[linear].flash_qla_head_dim and importlib.util.find_spec("flash_qla"):
             rules["FlashQLA"] = fla_rule(flash_qla=True)
     return {name: rule for name, rule in rules.items() if name not in skip}
 
@@ -76,7 +79,8 @@ def make_inputs(length: int, args: argparse.Namespace, device: torch.device) -> 
     shape = (length, args.heads, args.head_dim)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, v = (torch.randn(shape, generator=generator, device=device) for _ in range(3))
-    gates = [torch.rand(shape[:2], generator=generator, device=device) for _ in range(2)]
+    decays = (*shape[:2], *RULES[args.rule].decays_of_head(args.head_dim))
+    gates = [torch.rand(s, generator=generator, device=device) for s in (decays, shape[:2])]
     inputs = [F.normalize(q, dim=-1).to(dtype), F.normalize(k, dim=-1).to(dtype), v.to(dtype)]
     inputs += [-0.05 * gates[0], gates[1]]
     return [x.requires_grad_() for x in inputs]
@@ -107,6 +111,9 @@ def peer(rule: Rule, inputs: list[torch.Tensor], cotangent: torch.Tensor) -> har
 @command
 def main(arguments: list[str] | None = None) -> int:
     parser = harness.parser(__doc__, EXAMPLE, sizes="1K,4K,16K", what="tokens")
+    parser.add_argument(
+        "--rule", choices=list(RULES), default="gdn", help="hydra.linear (default gdn)"
+    )
     parser.add_argument("--heads", type=int, default=14)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU (default 1)")
@@ -117,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = harness.chosen_device(args)
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
-    rules = implementations(device, args.skip)
+    rules = implementations(device, args.skip, args.rule)
     check_agreement(rules, make_inputs(min(args.sizes[0], 1024), args, device))
     ratios = {
         "speed-up of ours over transformers": ("transformers (torch)", "ours (torch)"),
@@ -125,9 +132,10 @@ def main(arguments: list[str] | None = None) -> int:
         "speed-up of FlashQLA over FLA": ("FLA (Triton)", "FlashQLA"),
     }
     report = harness.Report("gdn", args, device, ratios)
-    report.note(f"{args.heads} heads, d = {args.head_dim}, forward + backward")
+    report.note(f"{args.rule}, {args.heads} heads, d = {args.head_dim}, forward + backward")
     if "FLA (Triton)" in rules:
-        report.ran(fla=harness.used_delta_rule("fla"))
+        operation = RULES[args.rule].fla_module.rpartition(".")[2]
+        report.ran(fla=harness.used_delta_rule("fla", operation))
     steps: dict[str, dict[int, harness.Peer]] = {}
     for length in args.sizes:
         inputs = make_inputs(length, args, device)

@@ -8,6 +8,8 @@ import math
 
 import pytest
 
+from benchmarks import gdn
+
 TOY = {
     "gdn": ["--sizes", "64,128", "--heads", "2", "--head-dim", "16"],
     "loss": ["--sizes", "64", "--hidden", "16", "--vocabulary", "300", "--chunk", "32"],
@@ -60,4 +62,12 @@ def test_runs_at_a_toy_size(name, tmp_path):
     assert saved["rows"]
     assert not [row for row in saved["rows"] if row["failure"]]
     assert saved["ratios"] or name == "data_memory"  # which has no peer
+
+
+def test_another_rule_runs_at_a_toy_size(tmp_path):
+    flags = ["--device", "cpu", "--repeats", "2", "--warmup", "1", "--output", str(tmp_path)]
+    assert gdn.main([*flags, *TOY["gdn"], "--rule", "kda"]) == 0
+    saved = json.loads((tmp_path / "gdn.json").read_text())
+    assert {row["peer"] for row in saved["rows"]} == {"ours (torch)"}
+    assert not [row for row in saved["rows"] if row["failure"]]
     assert not [row for row in saved["ratios"] if math.isnan(row["median"])]
