@@ -66,7 +66,8 @@ def leaking_delta_rule(q, k, v, log_alpha, beta, cu):
     return TWINS.delta_rule(q, k, v, log_alpha, beta, (0, q.shape[0]))
 
 
-def equal_channels(q, k, v, log_alpha, beta, cu):
+def equal_channels(q, k, v, log_alpha, beta, cu, exchange=None):
+    assert exchange is None  # FLA computes the shards of this rule, between ranks
     mean = log_alpha.mean(-1, keepdim=True).expand_as(log_alpha)
     return TWINS.delta_rule(q, k, v, mean, beta, cu)
 
@@ -160,10 +161,13 @@ def test_a_rule_that_does_not_empty_its_state_is_refused_where_graphs_need_it():
         check_kernels(kernels, dataclasses.replace(CASE, graphs=True))
 
 
-def test_a_kernel_of_another_rule_is_refused():
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_kernel_of_another_rule_is_refused(shards, monkeypatch):
+    streams = {name: (BOUNDARIES, *rest) for name, (_, *rest) in self_check.SHARDED.items()}
+    monkeypatch.setattr(self_check, "SHARDED", streams)
     kernels = named("gated_delta_net", "mine", delta_rule=equal_channels)
-    case = dataclasses.replace(CASE, rule=KIMI_DELTA_ATTENTION)
-    with pytest.raises(HydraError, match=r"check of packed Kimi delta attention of 2 heads failed"):
+    case = dataclasses.replace(CASE, rule=KIMI_DELTA_ATTENTION, context_parallel=shards)
+    with pytest.raises(HydraError, match=r"check of packed Kimi delta attention of 2 heads"):
         check_kernels(kernels, case)
 
 
