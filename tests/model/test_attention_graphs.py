@@ -99,6 +99,7 @@ def assert_close(got, want, tolerance=3e-4):
 MODELS = {
     "hybrid": tiny(HydraConfig(), ((1, 6), (0,)), num_layers=2),
     "rotary in FA": tiny(HydraConfig(fa_position="rope"), ((1, 6), (0,)), num_layers=2),
+    "KDA": tiny(HydraConfig(linear="kda"), ((1, 6), (0,)), num_layers=2),
     "a layer without FA, one without GDN": tiny(HydraConfig(), ((), tuple(range(8))), num_layers=2),
     "dense": tiny(HydraConfig(), ((1, 6), (0,)), num_layers=2).dense(),
 }
