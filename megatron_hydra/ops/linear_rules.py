@@ -38,8 +38,8 @@ class LinearRule:
         fla_module, fla_function: where flash-linear-attention has its chunked kernels.
         fla_launches: kernels of FLA 0.6.0 in forward and backward; under context parallelism three more
             each way.
-        flash_qla_head_dim: the only head dimension for which FLA hands the rule to FlashQLA, without
-            context parallelism; ``None``: it never does.
+        flash_qla_head_dim: the only head dimension for which FLA hands the rule to FlashQLA; ``None``: it
+            never does.
         decays_by_channel: whether each channel of a key has a decay of its own, or one is for the head.
         flops: forward FLOPs of one head, of (tokens, head dimension).
     """
