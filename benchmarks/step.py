@@ -6,8 +6,7 @@ of the given length, random tokens and weights. The two models are built one aft
 their optimizer states rarely fit side by side. ``--recompute`` says what is recomputed in the
 backward: none, mlp, attention, attention+mlp or full. With several, the first that fits is taken for
 each model, and named in the ratio, which is not one of like with like where they differ.
-``--graphs`` says which settings of ``backend.cuda_graphs`` are timed; the ratio is that of the dense model's
-faster one over the hybrid's faster one. With ``--layers`` below the model's, the rows say
+With ``--layers`` below the model's, the rows say
 so and no ratio stands for the whole model.
 """
 
@@ -16,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import itertools
 
 import torch
 
@@ -66,14 +64,13 @@ def timed_steps(
     teacher: ModelConfig,
     tokens: int,
     recompute: str,
-    graphs: str,
     world: World,
     args: argparse.Namespace,
     device: torch.device,
 ) -> harness.Sample:
     """Timings of one model's steps; ``peak_bytes`` is everything: weights, optimizer, activations."""
     config = models.run_config(device, tokens, recompute)
-    backend = dataclasses.replace(config.backend, streams=args.streams, cuda_graphs=graphs)
+    backend = dataclasses.replace(config.backend, streams=args.streams)
     config = dataclasses.replace(config, verb=args.verb, backend=backend)
     try:
         train_state = build_train_state(model, teacher, config, world)
@@ -92,7 +89,7 @@ def timed_steps(
         if args.profile and device.type == "cuda" and args.output and not sample.failure:
             text = harness.profile(peer, f"{tokens} tokens, {recompute}", calls=1)
             kind = "hydra" if model.is_hybrid else "dense"
-            name = f"step_profile_{kind}_graphs_{graphs}_{harness.size_name(tokens)}.txt"
+            name = f"step_profile_{kind}_{harness.size_name(tokens)}.txt"
             (args.output / name).write_text(text)
     except torch.OutOfMemoryError:
         sample = harness.Sample()
@@ -102,12 +99,6 @@ def timed_steps(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return sample
-
-
-def _fastest(samples: dict[str, harness.Sample], model: str) -> str | None:
-    """The label of a model's fastest setting; ``None`` where none has timings."""
-    timed = [label for label in samples if label.split(",")[0] == model and samples[label].wall]
-    return min(timed, key=lambda label: samples[label].median, default=None)
 
 
 @command
@@ -120,8 +111,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", default="dense,hydra", help="default dense,hydra")
     parser.add_argument("--streams", choices=("auto", "one", "two"), default="auto",
                         help="backend.streams: branches side by side (auto, two) or not")  # fmt: skip
-    parser.add_argument("--graphs", default="off",
-                        help="of backend.cuda_graphs: off, attention or both (default off)")  # fmt: skip
     parser.add_argument("--profile", action="store_true",
                         help="write tables of kernel times into --output")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the script out")
@@ -143,24 +132,19 @@ def main(arguments: list[str] | None = None) -> int:
         for tokens in args.sizes:
             samples: dict[str, harness.Sample] = {}
             settings: dict[str, str] = {}
-            for (name, model), graphs in itertools.product(chosen.items(), args.graphs.split(",")):
-                label = name if graphs == "off" else f"{name}, graphs"
+            for name, model in chosen.items():
                 for recompute in args.recompute.split(","):
-                    sample = timed_steps(
-                        model, shape, tokens, recompute, graphs, world, args, device
-                    )
-                    samples[label], settings[label] = sample, recompute
-                    report.add(tokens, {f"{label}, recompute {recompute}": sample})
+                    sample = timed_steps(model, shape, tokens, recompute, world, args, device)
+                    samples[name], settings[name] = sample, recompute
+                    report.add(tokens, {f"{name}, recompute {recompute}": sample})
                     if sample.wall:
                         rate = tokens / sample.median
-                        report.note(f"{label}: {rate:,.0f} tokens/s")
+                        report.note(f"{name}: {rate:,.0f} tokens/s")
                         break
-            fastest = {name: _fastest(samples, name) for name in chosen}
-            dense, hydra = fastest.get("dense"), fastest.get("hydra")
-            if dense and hydra:
-                ratio = harness.Ratio(samples[dense].wall, samples[hydra].wall)
-                label = f"{hydra} (recompute {settings[hydra]}) over {dense} ({settings[dense]})"
-                report.ratio(tokens, f"speed-up of {label}", ratio)
+            if {"dense", "hydra"} <= set(samples):
+                ratio = harness.Ratio(samples["dense"].wall, samples["hydra"].wall)
+                with_settings = f"recompute {settings['hydra']} over {settings['dense']}"
+                report.ratio(tokens, f"speed-up of hydra over dense, {with_settings}", ratio)
             report.ran(**models.used_kernels(start, shape, device))
     finally:
         stop_world()

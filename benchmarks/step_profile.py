@@ -8,8 +8,7 @@ tokens/s are not. Then one step is made with torch's warnings of host synchronis
 place that waits for the device is listed with its stack.
 
 A kernel is counted under the first group whose pattern its name matches; "elementwise" is what is left of
-torch's own pointwise kernels, "other" what no pattern knows. A kernel of a replayed CUDA graph (``--graphs
-attention``) has no operation around it: ours then count as "other".
+torch's own pointwise kernels, "other" what no pattern knows.
 """
 
 from __future__ import annotations
@@ -125,7 +124,7 @@ def profiled_config(args: argparse.Namespace, verb: str, device: torch.device) -
         batch=BatchConfig(args.documents, args.documents),
         optimizer=OptimizerConfig(lr=1e-5),
         loss=LossConfig(kl_weight=0.9, chunk_tokens=args.chunk),
-        backend=dataclasses.replace(config.backend, streams=args.streams, cuda_graphs=args.graphs),
+        backend=dataclasses.replace(config.backend, streams=args.streams),
     )
 
 
@@ -390,8 +389,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--equal", action="store_true", help="every document fills its sequence")
     parser.add_argument("--layers", type=int, help="fewer layers than the model's 30")
     parser.add_argument("--streams", choices=("auto", "one", "two"), default="auto")
-    parser.add_argument("--graphs", choices=("off", "attention"), default="off",
-                        help="backend.cuda_graphs (default off)")  # fmt: skip
     parser.add_argument("--steps", type=int, default=2, help="recorded steps (default 2)")
     parser.add_argument("--rows", type=int, default=50, help="of each table (default 50)")
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the script out")
@@ -404,8 +401,7 @@ def main(arguments: list[str] | None = None) -> int:
         shape, student = models.smaller(shape, args.layers), models.smaller(student, args.layers)
     report = harness.Report("step_profile", args, device)
     report.note(
-        f"{shape.num_layers} layers, hidden {shape.hidden_size}, {args.documents} x {args.length} tokens, "
-        f"CUDA graphs {args.graphs}"
+        f"{shape.num_layers} layers, hidden {shape.hidden_size}, {args.documents} x {args.length} tokens"
     )
     for verb in args.verbs.split(","):
         text = profile_verb(report, args, verb, student, shape, device)

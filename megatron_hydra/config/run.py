@@ -231,10 +231,6 @@ class BackendConfig:
         streams: whether FA and GDN heads of a layer run concurrently on a GPU. ``auto``: if neither
             communicates and FA has no rotary embedding. ``one``: never. ``two``: as ``auto``, but a run
             that cannot do it is rejected.
-        cuda_graphs: ``attention``: a layer's attention is recorded as CUDA graphs, one for its forward and one
-            for its backward, and replayed: the host launches two graphs in place of some hundred kernels. It
-            needs ``parallel.tensor``, ``context`` and ``pipeline`` of 1, no recomputation of the attention, and
-            no ``hydra.fa_window``. What the backward reads stays reserved between steps.
     """
 
     gated_delta_net: Literal["auto", "fla", "fla_cp", "torch"] = "auto"
@@ -244,7 +240,6 @@ class BackendConfig:
     fused_kernels: Literal["auto", "triton", "torch"] = "auto"
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     streams: Literal["auto", "one", "two"] = "auto"
-    cuda_graphs: Literal["off", "attention"] = "off"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -240,25 +240,6 @@ def _check_switches(config: RunConfig) -> None:
         "backend.streams=two is not possible if full attention communicates (parallel.context or, with "
         "parallel.fa_partition=sequence, parallel.tensor above 1): set it to auto",
     )
-    graphs = config.backend.cuda_graphs == "attention"
-    _require(
-        not graphs or parallel.tensor == parallel.context == parallel.pipeline == 1,
-        "backend.cuda_graphs=attention needs parallel.tensor, parallel.context and parallel.pipeline of 1: a "
-        "layer that communicates is not recorded; set it to off",
-    )
-    _require(
-        not graphs or not parallel.overlap_param_gather,
-        "backend.cuda_graphs=attention cannot be with parallel.overlap_param_gather: a replayed layer waits "
-        "for no weights; set one of them off",
-    )
-    recomputes = recompute.granularity == "full" or (
-        recompute.granularity == "selective" and set(recompute.modules) - {"mlp"}
-    )
-    _require(
-        not graphs or not recomputes,
-        "backend.cuda_graphs=attention keeps what the attention's backward reads, so nothing of it can be "
-        "recomputed: set recompute.granularity=none (or recompute.modules=[mlp]), or backend.cuda_graphs=off",
-    )
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
@@ -342,11 +323,6 @@ def check_layout(
         config.backend.streams != "two" or student.switches.fa_position in ("log-scale", "none"),
         "backend.streams=two is not possible with hydra.fa_position="
         f"{student.switches.fa_position}: both branches share rotary tables; set it to auto",
-    )
-    _require(
-        config.backend.cuda_graphs == "off" or student.switches.fa_window is None,
-        "backend.cuda_graphs=attention cannot be with hydra.fa_window: windows are cut by the host, document "
-        "by document; set it to off",
     )
     _require(
         parallel.virtual_pipeline == 1 or micro_batches % parallel.pipeline == 0,

@@ -119,7 +119,7 @@ class GatedDeltaNet(torch.nn.Module):
         if self.decays_of_head:  # every channel as a head, with the A_log of its own head
             gates, a_log = delta_rule_gates, a_log.repeat_interleave(self.head_dim)
         log_alpha, beta = gates(a, b, a_log, dt_bias)
-        log_alpha = packed.emptied(log_alpha).view(-1, n, *self.decays_of_head)
+        log_alpha = log_alpha.view(-1, n, *self.decays_of_head)
         if self.switches.fa_window is not None:
             k, v, log_alpha, beta = self._beyond_window(k, v, log_alpha, beta, packed)
         if self.kv_of_heads != tuple(range(n)):

@@ -7,7 +7,6 @@ which heads a rank has. The dense teacher is this module with every head FA and 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection
 from typing import Any
 
@@ -21,7 +20,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank
 
 from megatron_hydra.config.model import ModelConfig
-from megatron_hydra.model.attention_graphs import AttentionGraphs
 from megatron_hydra.model.full_attention import FullAttention
 from megatron_hydra.model.gated_delta_net import GatedDeltaNet
 from megatron_hydra.model.head_fusion import HeadFusion
@@ -54,7 +52,6 @@ class HydraAttention(MegatronModule):
         recompute: what is computed again in the backward pass instead of kept: of ``fa``, ``gdn`` and
             ``tail`` (gate, norm and scale) each with its own inputs, ``attention`` all three as one.
         two_streams: on a GPU, run the branches side by side where neither communicates.
-        graphs: replays the layer as a CUDA graph; ``None``: never.
         pg_collection: process groups (tp, cp, tp_cp are used).
         name: the module's name, which later releases of Megatron-Core give; not used.
     """
@@ -72,7 +69,6 @@ class HydraAttention(MegatronModule):
         kernels: Kernels,
         recompute: Collection[str] = (),
         two_streams: bool = True,
-        graphs: AttentionGraphs | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         name: str | None = None,
@@ -81,7 +77,6 @@ class HydraAttention(MegatronModule):
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.layer_number, self.model = layer_number, model
         self.recompute, self.two_streams = Recomputation(recompute), two_streams
-        self.graphs = graphs
         self.tp_group, self.cp_group, self.tp_cp_group = groups.tp, groups.cp, groups.tp_cp
         self.tp_rank = get_pg_rank(self.tp_group)
         self.heads = heads = LocalHeads(model, partitions[layer_number - 1], self.tp_rank)
@@ -130,35 +125,17 @@ class HydraAttention(MegatronModule):
             raise ValueError(
                 "HydraAttention takes one packed stream [T, 1, D] and its PackedSequence"
             )
-        if self.graphs is None:
-            output = self.attend(hidden_states, packed_seq_params)
-        else:
-            output = self.graphs(
-                self.layer_number,
-                self.attend,
-                self._read_by_attend,
-                hidden_states,
-                packed_seq_params,
-            )
-        return output, self.projections.out_bias
-
-    @functools.cached_property
-    def _read_by_attend(self) -> tuple[torch.nn.Parameter, ...]:
-        return tuple(p for p in self.parameters() if p is not self.projections.out_bias)
-
-    def attend(self, hidden_states: torch.Tensor, packed: PackedSequence) -> torch.Tensor:
-        """The whole layer but the bias of its output: ``[T_local, 1, D]`` like the input."""
         x_slice = self._sequence_slice(hidden_states) if self.heads.needs_slice else None
         inputs = self.projections(hidden_states, x_slice)
         shares = self.fusion.shares(x_slice)
-        mixed = self.recompute("attention", self.mix, inputs, packed, shares)
+        mixed = self.recompute("attention", self.mix, inputs, packed_seq_params, shares)
         output = self.projections.output(*mixed)
         # Overlapped gradient reduction waits for every parameter. Kept at the output, not at the
         # input: an input that needs no gradient (stage 1) would get one on ranks with idle
         # parameters only, and with it collectives that the others do not join.
         for parameter in self._idle:
             output = keep_in_graph(output, parameter)
-        return output
+        return output, self.projections.out_bias
 
     def mix(
         self, inputs: HeadInputs, packed: PackedSequence, shares: torch.Tensor | None

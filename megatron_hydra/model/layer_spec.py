@@ -21,7 +21,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.errors import HydraError
-from megatron_hydra.model.attention_graphs import AttentionGraphs
 from megatron_hydra.model.head_projections import HydraAttentionSubmodules
 from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.model.norm import RMSNorm
@@ -57,22 +56,6 @@ def uses_two_streams(run: RunConfig) -> bool:
     if run.backend.streams == "two" and not platform.has_gpu():
         raise HydraError("backend.streams=two cannot run here: it needs a GPU; set it to auto")
     return run.backend.streams != "one"
-
-
-def attention_graphs(run: RunConfig) -> AttentionGraphs | None:
-    """What replays the attention of a model's layers (``backend.cuda_graphs``); ``None``: nothing does.
-
-    Raises:
-        HydraError: it is asked for and there is no GPU.
-    """
-    if run.backend.cuda_graphs == "off":
-        return None
-    if not platform.has_gpu():
-        raise HydraError(
-            "backend.cuda_graphs=attention cannot run here: it needs a GPU; set it to off"
-        )
-    # The gradients of align are taken layer by layer.
-    return AttentionGraphs(run.data.sequence_length, keeps=run.verb != "align")
 
 
 def transformer_config(model: ModelConfig, run: RunConfig) -> TransformerConfig:
@@ -155,7 +138,6 @@ def hydra_layer_spec(model: ModelConfig, run: RunConfig, kernels: Kernels) -> Mo
             "kernels": kernels,
             "recompute": recompute,
             "two_streams": uses_two_streams(run),
-            "graphs": attention_graphs(run),
         },
         submodules=HydraAttentionSubmodules(
             in_proj=backend.column_parallel_linear(), out_proj=backend.row_parallel_linear()
@@ -201,7 +183,6 @@ def kernel_case(model: ModelConfig, run: RunConfig, tp_rank: int | None = None) 
         run.parallel.context > 1,
         model.switches.gdn_position == "rope",
         rule_of_model(model.switches),
-        run.backend.cuda_graphs != "off",
     )
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 
 import torch
 
-_keepers: list[list[torch.Tensor]] = []
 
-
+@functools.lru_cache(maxsize=256)
 def int_tensor(
     values: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
@@ -27,32 +24,6 @@ def int_tensor(
     Returns:
         ``[len(values)]``; shared, so never write to it.
     """
-    tensor = _made(values, dtype, device)
-    keep(tensor)
-    return tensor
-
-
-def keep(*tensors: torch.Tensor | None) -> None:
-    """Note tensors that are shared through a cache, for :func:`kept`."""
-    for keeper in _keepers:
-        keeper += [tensor for tensor in tensors if tensor is not None]
-
-
-@contextlib.contextmanager
-def kept() -> Iterator[list[torch.Tensor]]:
-    """All that is shared through caches inside the block, in a list: a cache keeps the last ones alone, and who
-    hands their addresses to the device for later must hold them.
-    """
-    tensors: list[torch.Tensor] = []
-    _keepers.append(tensors)
-    try:
-        yield tensors
-    finally:
-        _keepers.remove(tensors)
-
-
-@functools.lru_cache(maxsize=256)
-def _made(values: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     tensor, device = torch.tensor(values, dtype=dtype), torch.device(device)
     if device.type != "cuda":
         return tensor.to(device)

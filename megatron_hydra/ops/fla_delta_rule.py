@@ -142,9 +142,8 @@ def _whole(inputs: tuple[torch.Tensor, ...], rows: int, **options: Any) -> torch
 def _is_dense_batch(cu: tuple[int, ...], inputs: tuple[torch.Tensor, ...]) -> bool:
     """Whether documents of one length are better given as rows of a batch.
 
-    FLA's own kernels are faster without boundaries, and make no indices of chunks, which FLA keeps for the last
-    few boundaries only: a CUDA graph would read them after they are gone. FlashQLA cuts a long document into
-    pieces that run side by side, and does so for streams with boundaries only.
+    Without boundaries, FLA's own kernels need no indices of chunks. FlashQLA cuts a long document into pieces
+    that run side by side, and does so for streams with boundaries only.
     """
     if len({b - a for a, b in zip(cu, cu[1:], strict=False)}) != 1:
         return False

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_hydra.ops.determinism import is_deterministic
-from megatron_hydra.ops.device_cache import int_tensor, keep
+from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.ops.sharded_delta_rule import StateExchange
 
 MIN_CHUNK, MAX_CHUNK = 16, 64
@@ -39,11 +39,6 @@ meet near the head dimension, which is the default inside these bounds."""
 GROUP_ELEMENTS = 1 << 19
 """Elements of the widest tensor of a group of chunks whose maps are built together: 2 MB in fp32, so
 that what one operation writes is still in the cache for the next."""
-
-
-RESET = -80.0
-"""Log α that empties the state: what is left, e⁻⁸⁰ = 2·10⁻³⁵ of its size, is far below the rounding of fp32. A
-larger number would cost the sums of log α that it is part of more of their digits."""
 
 
 def recurrent_gated_delta_rule(
@@ -187,7 +182,6 @@ def chunked_gated_delta_rule(
     chunk = chunk or min(MAX_CHUNK, max(MIN_CHUNK, 1 << (q.shape[-1] - 1).bit_length()))
     chunk = min(chunk, max(MIN_CHUNK, 1 << (longest - 1).bit_length()))
     layout = chunk_layout(cu, chunk, q.device)
-    keep(layout.gather, layout.scatter)
 
     decays = log_alpha.view(*log_alpha.shape[:2], -1)
     chunks = [_to_chunks(x.to(wide), layout) for x in (q, k, v, decays, beta[..., None])]

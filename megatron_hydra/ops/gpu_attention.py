@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_hydra.ops.boundaries import Boundaries, DeviceBoundaries
 from megatron_hydra.ops.determinism import is_deterministic
 from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.ops.varlen_attention import varlen_attention
 
+Boundaries = tuple[int, ...]
 Attention = Callable[..., torch.Tensor]
 """As ``varlen_attention``, its ``window`` included."""
 
@@ -30,14 +30,12 @@ DETERMINISTIC_KERNELS = [SDPBackend.FLASH_ATTENTION]
 """Those whose backward has a variant without atomics, which torch takes if it is asked for."""
 
 
-def _lengths(cu: tuple[int, ...]) -> list[int]:
+def _lengths(cu: Boundaries) -> list[int]:
     return [b - a for a, b in zip(cu, cu[1:], strict=False)]
 
 
 def is_uniform(cu_q: Boundaries, cu_k: Boundaries) -> bool:
     """Whether all documents have one length and every query its own key: a dense batch."""
-    if isinstance(cu_q, DeviceBoundaries) or isinstance(cu_k, DeviceBoundaries):
-        return False
     return cu_q == cu_k and len(set(_lengths(cu_q))) == 1
 
 
@@ -57,7 +55,7 @@ def sdpa_attention(
     Raises:
         ValueError: documents of different lengths, or queries that are a document's tail.
     """
-    if not is_uniform(cu_q, cu_k) or not isinstance(cu_q, tuple):
+    if not is_uniform(cu_q, cu_k):
         raise ValueError("sdpa_attention takes documents of one length, every query with its key")
     if kernels is None:
         kernels = DETERMINISTIC_KERNELS if is_deterministic() else DENSE_KERNELS
@@ -210,11 +208,9 @@ def device_boundaries(
     cu_q: Boundaries, cu_k: Boundaries, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, int, int]:
     """What varlen kernels take: int32 boundaries on the device, the longest lengths on the host."""
-    (starts_q, longest_q), (starts_k, longest_k) = (_of_device(cu, device) for cu in (cu_q, cu_k))
-    return starts_q, starts_k, longest_q, longest_k
-
-
-def _of_device(cu: Boundaries, device: torch.device) -> tuple[torch.Tensor, int]:
-    if isinstance(cu, DeviceBoundaries):
-        return cu.tensor, cu.longest
-    return int_tensor(cu, torch.int32, device), max(_lengths(cu))
+    return (
+        int_tensor(cu_q, torch.int32, device),
+        int_tensor(cu_k, torch.int32, device),
+        max(_lengths(cu_q)),
+        max(_lengths(cu_k)),
+    )

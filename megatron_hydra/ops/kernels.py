@@ -71,7 +71,6 @@ class Case:
         context_parallel: whether ranks share a sequence: the start-up check then runs the delta rule's shards.
         gdn_rotary: whether q and k of GDN heads are rotated.
         rule: of its linear heads.
-        graphs: whether documents are rows of one length, inside which a decay empties the state.
     """
 
     device: torch.device
@@ -82,4 +81,3 @@ class Case:
     context_parallel: bool = False
     gdn_rotary: bool = True
     rule: LinearRule = GATED_DELTA_RULE
-    graphs: bool = False

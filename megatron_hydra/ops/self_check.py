@@ -16,7 +16,6 @@ import torch
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.ops import fla_tuning, kernel_cache, packages
-from megatron_hydra.ops.gated_delta_rule import RESET
 from megatron_hydra.ops.kernels import Case, Kernels
 from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
 from megatron_hydra.ops.sharded_delta_rule import ShardsHere
@@ -252,25 +251,6 @@ def _delta_rule_checks(case: Case) -> Iterator[Check]:
                 "beta": make.uniform(tokens, heads),
             },
             lambda kernels, x, cu=cu: kernels.delta_rule(*x, cu)[0],  # type: ignore[misc]
-        )
-
-    if not case.graphs:
-        return
-    rows, resets = tuple(range(0, tokens + 1, tokens // 3)), list(BOUNDARIES[1:-1])
-    for heads in case.gdn_heads:
-        log_alpha = -0.05 * make.uniform(tokens, heads, *case.rule.decays_of_head(d))
-        log_alpha[resets] = RESET
-        yield (
-            "gated_delta_net",
-            f"{case.rule.title} of {heads} heads over rows with emptied states",
-            {
-                "q": make.unit(tokens, heads, d),
-                "k": make.unit(tokens, heads, d),
-                "v": make.normal(tokens, heads, d),
-                "log alpha": log_alpha,
-                "beta": make.uniform(tokens, heads),
-            },
-            lambda kernels, x: kernels.delta_rule(*x, rows)[0],
         )
 
 

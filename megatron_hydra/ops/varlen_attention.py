@@ -13,15 +13,13 @@ from collections import defaultdict
 import torch
 import torch.nn.functional as F
 
-from megatron_hydra.ops.boundaries import Boundaries, on_host
-
 
 def varlen_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    cu_q: Boundaries,
-    cu_k: Boundaries,
+    cu_q: tuple[int, ...],
+    cu_k: tuple[int, ...],
     window: int | None = None,
 ) -> torch.Tensor:
     """softmax(q kᵀ/√d) v per segment, causal, the last query aligned with the last key.
@@ -36,7 +34,6 @@ def varlen_attention(
     Returns:
         ``[Tq, n, d]`` in ``q``'s dtype.
     """
-    cu_q, cu_k = on_host(cu_q), on_host(cu_k)
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i in range(len(cu_q) - 1):
         groups[cu_q[i + 1] - cu_q[i], cu_k[i + 1] - cu_k[i]].append(i)

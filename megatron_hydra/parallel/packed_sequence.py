@@ -124,13 +124,6 @@ class PackedSequence(PackedSeqParams):
             self._cache[key] = compute()
         return self._cache[key]
 
-    def emptied(self, log_alpha: torch.Tensor) -> torch.Tensor:
-        """``[T_local, H, …]`` log decays with which a rule over ``local_cu_seqlens`` keeps documents apart.
-
-        Here they are the given ones: every document is one of its sequences.
-        """
-        return log_alpha
-
     def log_scale(
         self, a: float, positions: torch.Tensor, window: int | None = None
     ) -> torch.Tensor:

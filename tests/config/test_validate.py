@@ -80,30 +80,6 @@ def test_a_good_config_passes() -> None:
         (["validation.blend=[{path: q}]", "data.held_out=0.1"], "validation reads only one of"),
         (["backend.streams=two", "parallel.context=2"], "backend.streams=two is not possible if"),
         (
-            ["backend.cuda_graphs=attention", "parallel.tensor=2"],
-            "attention needs parallel.tensor,",
-        ),
-        (
-            ["backend.cuda_graphs=attention", "recompute.granularity=full"],
-            "so nothing of it can be recomputed",
-        ),
-        (
-            [
-                "backend.cuda_graphs=attention",
-                "recompute.granularity=selective",
-                "recompute.modules=[mlp, tail]",
-            ],
-            "so nothing of it can be recomputed",
-        ),
-        (
-            [
-                "backend.cuda_graphs=attention",
-                "parallel.overlap_param_gather=true",
-                "parallel.overlap_grad_reduce=true",
-            ],
-            "cannot be with parallel.overlap_param_gather",
-        ),
-        (
             ["backend.streams=two", "parallel.tensor=2", "parallel.fa_partition=sequence"],
             "backend.streams=two is not possible if",
         ),

@@ -22,8 +22,13 @@ from megatron_hydra.ops.fla_shard_kernels import FlaShardKernels
 from megatron_hydra.ops.gated_delta_rule import chunked_gated_delta_rule
 from megatron_hydra.ops.sharded_delta_rule import ShardsHere, sharded_gated_delta_rule
 
-CASES = (((0, 192), 3), ((0, 70, 71, 200, 330), 3), ((0, 30, 320), 4))
-"""Documents, and how many shards."""
+CASES: tuple[tuple[tuple[int, ...], int, list[int]], ...] = (
+    ((0, 192), 3, []),
+    ((0, 70, 71, 200, 330), 3, []),
+    ((0, 30, 320), 4, []),
+    ((0, 192), 2, [5, 6, 70, 71, 100]),
+)
+"""Documents, how many shards, and the tokens at which log α is −80: a chunk's sum overflows as an exponent."""
 
 CHANGES = {
     "ops/common/chunk_delta_h.py": ("i_t.to(tl.int64)", "i_t"),
@@ -54,13 +59,15 @@ def first_configuration_only() -> None:
     Autotuner.__init__ = make
 
 
-def errors(cu: tuple[int, ...], size: int) -> dict[str, float]:
+def errors(cu: tuple[int, ...], size: int, emptied: list[int]) -> dict[str, float]:
     """Of the output and of every gradient."""
     generator, shape = torch.Generator().manual_seed(0), (cu[-1], 1, 16)
     q, k, v, cotangent = (torch.randn(shape, generator=generator) for _ in range(4))
     rates = torch.rand(2, *shape[:2], generator=generator)
     k = torch.nn.functional.normalize(k, dim=-1)
-    inputs = [x.requires_grad_() for x in (q, k, v, -0.02 * rates[0], 0.3 * rates[1])]
+    log_alpha = -0.02 * rates[0]
+    log_alpha[emptied] = -80.0
+    inputs = [x.requires_grad_() for x in (q, k, v, log_alpha, 0.3 * rates[1])]
     found = []
     for output in (
         sharded_gated_delta_rule(FlaShardKernels(), tuple(inputs), ShardsHere(cu, size)),
@@ -77,8 +84,8 @@ def main() -> None:
     first_configuration_only()
     with tempfile.TemporaryDirectory() as folder:
         copy_of_fla(Path(folder))
-        for cu, size in CASES:
-            print(json.dumps(errors(cu, size)), flush=True)
+        for case in CASES:
+            print(json.dumps(errors(*case)), flush=True)
 
 
 if __name__ == "__main__":

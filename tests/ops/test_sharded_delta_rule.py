@@ -177,9 +177,10 @@ def test_flas_kernels_of_shards_in_the_interpreter():
     pytest.importorskip("fla")
     lines = output_lines("tests.ops.fla_shards_interpreted", interpreted=True, timeout=280)
     results = [json.loads(line) for line in lines if line.startswith("{")]
-    assert len(results) == 3
-    for result in results:
+    assert len(results) == 4
+    for result in results[:3]:
         assert max(result.values()) < 2e-6, result
+    assert max(results[3].values()) < 3e-5, results[3]  # sums of log α have lost digits to the −80
 
 
 # -- on a GPU -------------------------------------------------------------------------------------
