@@ -48,7 +48,7 @@ def _other(key: str, value: Any) -> str:
         "verb": "finetune", "precision": "fp32", "data.packing": "concat_chunk",
         "schedule.kind": "constant", "parallel.fa_partition": "sequence",
         "recompute.granularity": "full", "checkpoint.resume": "never", "logging.wandb": "offline",
-        "data.blend": "[{path: x}]", "recompute.modules": "[mlp]",
+        "data.blend": "[{path: x}]", "recompute.modules": "[mlp]", "loss.logits": "weights",
         "validation.blend": "[{path: x}]", "validation.probes": "[{path: x}]",
     }  # fmt: skip
     if key in options:
