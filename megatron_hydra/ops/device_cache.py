@@ -25,10 +25,15 @@ def int_tensor(
         ``[len(values)]``; shared, so never write to it.
     """
     tensor, device = torch.tensor(values, dtype=dtype), torch.device(device)
-    if device.type != "cuda":
-        return tensor.to(device)
-    # On a stream of its own, the host waits for the copy (any stream may read it then) and for no
-    # work that it has launched before.
+    return tensor.to(device) if device.type != "cuda" else _copy_aside(tensor, device)
+
+
+def _copy_aside(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a host tensor to a GPU on a stream of its own.
+
+    The host waits for the copy, so any stream may read it then. It does not wait for work that it launched
+    before.
+    """
     stream = _copies(device.index if device.index is not None else torch.cuda.current_device())
     with torch.cuda.stream(stream):
         copied = tensor.pin_memory().to(device, non_blocking=True)

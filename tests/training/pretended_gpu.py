@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_hydra.config.run import BackendConfig
 from megatron_hydra.model import hydra_attention, layer_spec
+from megatron_hydra.ops import device_cache
 from megatron_hydra.ops.backends import choose_kernels
 from megatron_hydra.ops.kernels import Case, Kernels
 from megatron_hydra.parallel import platform
@@ -132,6 +133,12 @@ class _Functions(TorchFunctionMode):
                 return self._moved(tensor, False)
             if func is torch.Tensor.to:
                 return self._to(tensor, args[1:], kwargs)
+            if func is torch.Tensor.pin_memory:
+                if is_on_gpu(tensor):
+                    raise RuntimeError(
+                        "cannot pin 'torch.cuda.FloatTensor': only the host's can be pinned"
+                    )
+                return self._moved(tensor, False)
             if func is torch.Tensor.new_tensor and kwargs.get("device") is None:
                 kwargs["device"] = GPU if is_on_gpu(tensor) else _HOST
             if func in (torch.Tensor.numpy, torch.Tensor.__array__) and is_on_gpu(tensor):
@@ -208,6 +215,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(
             hydra_attention, "side_by_side", lambda aside, reads, here: (aside(*reads), here())
         )
+        patch.setattr(device_cache, "_copy_aside", lambda tensor, device: tensor.to(device))
         patch.setattr(torch.cuda, "current_device", lambda: GPU.index)
         patch.setattr(torch.Tensor, "cuda", lambda self, *_, **__: self.to(GPU))
         patch.setattr(torch.Tensor, "type", _type)
