@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import os
 import re
 import shlex
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -423,22 +423,47 @@ def test_no_private_path_is_committed() -> None:
 # -- commands -------------------------------------------------------------------------------------
 
 
-def _commands() -> list[list[str]]:
+def _python_commands() -> list[list[str]]:
     scripts = sorted([*(ROOT / "tools").glob("[!_]*.py"), *(ROOT / "data_prep").glob("[!_]*.py")])
-    return [
-        *([sys.executable, str(script)] for script in scripts),
-        [sys.executable, "-m", "megatron_hydra.train"],
-        [sys.executable, "-m", "megatron_hydra.warm"],
-        *(["bash", str(script)] for script in sorted((ROOT / "launch").glob("[!_]*.sh"))),
-    ]
+    modules = ("megatron_hydra.train", "megatron_hydra.warm")
+    return [*([str(script)] for script in scripts), *(["-m", module] for module in modules)]
+
+
+def _shell_commands() -> list[list[str]]:
+    return [["bash", str(script)] for script in sorted((ROOT / "launch").glob("[!_]*.sh"))]
 
 
 @functools.cache
-def _help(*command: str) -> subprocess.CompletedProcess:
-    """What the command says of itself, asked in a folder of its own that has to stay empty."""
+def _python_helps() -> dict[str, dict]:
+    """What every command in Python says of itself, by its last word, and the files that it left.
+
+    All of them are forks of one process, which has imported torch and transformers once for all.
+    """
+    asked = [json.dumps([*words, "--help"]) for words in _python_commands()]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [*command, "--help"],
+            [sys.executable, str(ROOT / "tests" / "help_texts.py")],
+            cwd=folder,
+            input="\n".join(asked),
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {said["words"][-2]: said for said in map(json.loads, done.stdout.splitlines())}
+
+
+@functools.cache
+def _help(command: str) -> tuple[int, str, str]:
+    """Status, stdout and stderr of ``--help``, asked in a folder of its own that has to stay empty."""
+    if not command.endswith(".sh"):
+        said = _python_helps()[command]
+        assert not said["left"], said
+        return said["status"], said["stdout"], said["stderr"]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            ["bash", command, "--help"],
             cwd=folder,
             capture_output=True,
             text=True,
@@ -446,23 +471,19 @@ def _help(*command: str) -> subprocess.CompletedProcess:
             check=False,
         )
         assert not list(Path(folder).iterdir())
-    return done
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_every_command_explains_itself() -> None:
     """``--help`` works from any folder, shows an example and asks for no GPU and no model."""
-
-    def run(command: list[str]) -> str | None:
-        done, name = _help(*command), command[-1]
-        if done.returncode:
-            return f"{name} --help: exit {done.returncode}: {done.stderr[-500:]}"
-        if "usage:" not in done.stdout.lower() or "example" not in done.stdout.lower():
-            return f"{name} --help has no usage or no example"
-        return None
-
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        problems = [problem for problem in pool.map(run, _commands()) if problem]
-    assert not problems
+    wrong = []
+    for name in [words[-1] for words in (*_python_commands(), *_shell_commands())]:
+        status, text, errors = _help(name)
+        if status:
+            wrong.append(f"{name} --help: exit {status}: {errors[-500:]}")
+        elif "usage:" not in text.lower() or "example" not in text.lower():
+            wrong.append(f"{name} --help has no usage or no example")
+    assert not wrong
 
 
 def _readme_commands() -> list[list[str]]:
@@ -493,10 +514,8 @@ def test_the_readme_names_files_and_options_that_exist() -> None:
             elif re.fullmatch(r"(tools|data_prep|launch)/\w+\.(py|sh)", word):
                 scripts.append(word)
         for script in scripts:
-            program = [sys.executable] if script.endswith(".py") else ["bash"]
-            done = _help(*program, str(ROOT / script))
-            done.check_returncode()
-            helps[script] = done.stdout
+            status, helps[script], errors = _help(str(ROOT / script))
+            assert status == 0, errors
         text = " ".join(helps[script] for script in scripts)
         options = {word.split("=")[0] for word in words if word.startswith("--")}
         if scripts:
