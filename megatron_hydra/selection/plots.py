@@ -246,8 +246,8 @@ def _gates(head_map: HeadMap) -> Any:
         draws = np.array([[value(one) for one in row["random"]] for row in rows])
         ax.fill_between(counts, draws.min(1), draws.max(1), color="#9aa0a6", alpha=0.4, lw=0,
                         label="random heads (range)")  # fmt: skip
-        ax.set_xscale("symlog", linthresh=1)
-        ax.set_xticks(counts, [str(count) for count in counts], fontsize=7)
+        ax.set_xscale("symlog", linthresh=max(1, min((c for c in counts if c), default=1)))
+        ax.set_xticks(counts, [str(count) for count in counts], fontsize=7, rotation=60)
         ax.minorticks_off()
         ax.axvline(head_map.num_full_attention, color=CHOSEN, lw=0.8)
         ax.set_xlabel("full-attention heads")
