@@ -7,8 +7,8 @@ and all-to-all over heads; and the same shard as a sequence of its own, which is
     python -m benchmarks.sharded_gdn --ranks 4                                  # one GPU plays each rank
     torchrun --nproc-per-node 4 -m benchmarks.sharded_gdn                       # one GPU a rank, NCCL
 
-One GPU plays rank 0, one in the middle and the last one after the other: all that a rank computes, with
-collectives that return at once and move nothing. For each it also times the steps of ours alone. Under
+One GPU plays rank 0, rank 1 and the last rank, one after the other. It computes all that a rank computes;
+collectives return at once and move no data. It also times each of our four steps alone. Under
 torchrun a round lasts as long as its slowest rank, collectives move data, and outputs and gradients are
 compared with the whole stream's first. The bytes that a rank sends are counted where it calls collectives.
 Cold kernels take minutes to compile, FLA's own ways the longest: --skip "FLA's own" leaves it out.
@@ -55,6 +55,7 @@ CHECKED_TOKENS = 1024
 """Of a shard whose results are compared."""
 
 Rule = Callable[..., torch.Tensor]
+Way = Callable[[torch.Tensor, dist.ProcessGroup], torch.Tensor]
 
 
 def shard_kernels(device: torch.device) -> dict[str, ShardKernels]:
@@ -83,33 +84,23 @@ def whole_rule(device: torch.device, flash_qla: bool = True) -> Rule:
     return rule
 
 
-class _ToHeads(torch.autograd.Function):
-    """``[T_local, H, c]`` → ``[T_global, H / N, c]``: all tokens of this rank's heads."""
+class _Exchange(torch.autograd.Function):
+    """One direction of the exchange; its gradient goes the other way."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _to_heads(x, group)
+    def forward(
+        ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, way: Way, back: Way
+    ) -> torch.Tensor:
+        ctx.group, ctx.back = group, back
+        return way(x, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _to_tokens(grads[0], ctx.group), None
-
-
-class _ToTokens(torch.autograd.Function):
-    """The way back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _to_tokens(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _to_heads(grads[0], ctx.group), None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.back(grads[0], ctx.group), None, None, None
 
 
 def _to_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """``[T_local, H, c]`` → ``[T_global, H / N, c]``: all tokens of this rank's heads."""
     n = group.size()
     sent = x.unflatten(1, (n, -1)).transpose(0, 1).contiguous()
     received = torch.empty_like(sent)
@@ -118,6 +109,7 @@ def _to_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def _to_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The inverse of :func:`_to_heads`."""
     n = group.size()
     sent = x.contiguous()
     received = torch.empty_like(sent)
@@ -130,11 +122,13 @@ def all_to_all(rule: Rule, group: dist.ProcessGroup) -> Rule:
 
     def shared(*inputs: torch.Tensor) -> torch.Tensor:
         d = inputs[0].shape[-1]
-        qkv = _ToHeads.apply(torch.cat(inputs[:3], dim=-1), group)
-        gates = _ToHeads.apply(torch.stack(inputs[3:], dim=-1), group)
+        qkv = _Exchange.apply(torch.cat(inputs[:3], dim=-1), group, _to_heads, _to_tokens)
+        gates = _Exchange.apply(torch.stack(inputs[3:], dim=-1), group, _to_heads, _to_tokens)
         q, k, v = (x.contiguous() for x in qkv.split(d, dim=-1))
         log_alpha, beta = (x.contiguous() for x in gates.unbind(-1))
-        output: torch.Tensor = _ToTokens.apply(rule(q, k, v, log_alpha, beta), group)
+        output: torch.Tensor = _Exchange.apply(
+            rule(q, k, v, log_alpha, beta), group, _to_tokens, _to_heads
+        )
         return output
 
     return shared
@@ -219,7 +213,7 @@ def check_agreement(
         args: the command's.
         device: where.
         ranks: how many shards.
-        group: real ranks; ``None``: one process computes all shards of ours.
+        group: the ranks; ``None``: this process computes all shards, one after the other.
 
     Raises:
         HydraError: one differs; it is named.

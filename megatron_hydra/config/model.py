@@ -31,8 +31,8 @@ class HydraConfig:
         fa_gate_bias: whether this gate has a bias, which starts at 1 (as in the paper). Without it the gate
             is 2σ(W_g x), which starts at exactly 1.
         linear: the recurrence of heads without full attention. ``gdn``: the gated delta rule, with a decay
-            of each head. ``kda``: Kimi Delta Attention, with a decay of each channel of a head's keys. Other
-            options of GDN heads are those of both.
+            of each head. ``kda``: Kimi Delta Attention, with a decay of each channel of a head's keys. The
+            other options of GDN heads apply to both.
         gdn_position: position information of GDN heads: ``rope``, or ``none``.
         qkv: ``decoupled``: FA and GDN heads have separate W_K, W_V and QK-norms (the paper's query
             decomposition). ``shared``: FA and GDN heads of one KV group share W_K and W_V, and all

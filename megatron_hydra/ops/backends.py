@@ -21,7 +21,7 @@ from megatron_hydra.ops import (
     kernel_cache,
     packages,
 )
-from megatron_hydra.ops.kernels import Case, Kernels
+from megatron_hydra.ops.kernels import FLA_BACKENDS, Case, Kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +210,7 @@ def choose_kernels(backend: BackendConfig, case: Case, *, check: bool = True) ->
     names = {}
     for key, candidates in BACKENDS.items():
         selected = _select(key, getattr(backend, key), candidates, case)
-        if selected.name in ("fla", "fla_cp"):
+        if selected.name in FLA_BACKENDS:
             from megatron_hydra.ops import fla_tuning
 
             fla_tuning.use_choices(case, flas_own_cp=selected.name == "fla_cp")
@@ -268,7 +268,7 @@ def _remedy(backend: Backend, case: Case) -> str:
     if not backend.install or "installed" not in reason:
         return ""
     text = f"; pip install {_quoted(backend.install)}"
-    if backend.name in ("fla", "fla_cp") and packages.needs_tilelang(case):
+    if backend.name in FLA_BACKENDS and packages.needs_tilelang(case):
         version = packages.triton_version()
         text += (
             f" {packages.TILELANG} (Triton {version} on Hopper needs TileLang for FLA's backward)"

@@ -132,9 +132,7 @@ def _whole(inputs: tuple[torch.Tensor, ...], rows: int, **options: Any) -> torch
     rule = rule_of_decays(inputs[3])
     kernel = rule.fla_kernel()
     if rule.flash_qla_head_dim and fla_tuning.flash_qla_refuses(inputs[0].shape[1]):
-        kernel = inspect.unwrap(
-            kernel
-        )  # FLA's own implementation, without its dispatch to FlashQLA
+        kernel = inspect.unwrap(kernel)  # without FLA's dispatch to FlashQLA
     output, _ = kernel(*(x.unflatten(0, (rows, -1)) for x in inputs), **options)
     return output.flatten(0, 1)
 

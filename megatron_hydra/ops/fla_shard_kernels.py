@@ -17,6 +17,8 @@ from megatron_hydra.ops.sharded_delta_rule import (
     Saved,
     Shard,
     ShardMap,
+    as_inputs,
+    empty_state,
     final_gradients,
     start_states,
 )
@@ -75,8 +77,7 @@ class FlaShardKernels:
         state = transition = None
         if shard.goes_on:
             heads, d = k.shape[2:]
-            zero = k.new_zeros(heads, d, v.shape[3], dtype=torch.float32)
-            state = final_state(zero, u)
+            state = final_state(torch.zeros_like(empty_state(inputs)), u)
             if shard.through:
                 identity = torch.eye(d, dtype=torch.float32, device=k.device)
                 transition = final_state(
@@ -99,7 +100,7 @@ class FlaShardKernels:
         g, a, w, u = saved
         assert u is not None
         chunks = _chunks(shard.cu_seqlens, k.device)
-        states = start_states(shard, entering, _a_state(k, u))
+        states = start_states(shard, entering, empty_state(inputs))
         h, values, _ = chunk_gated_delta_rule_fwd_h(
             k=k, w=w, u=u, g=g, initial_state=states, output_final_state=True,
             chunk_size=CHUNK, **chunks,
@@ -133,7 +134,7 @@ class FlaShardKernels:
         )
         by_state = None
         if shard.begun:
-            zero = _a_state(k, u).new_zeros(1, *_a_state(k, u).shape)
+            zero = torch.zeros_like(empty_state(inputs))[None]
             _, by_states, _ = chunk_gated_delta_rule_bwd_dhu(
                 q=q, k=k, w=w, do=grad[None], dv=by_values, g=g, h0=zero, dht=zero, scale=_scale(k),
                 chunk_size=CHUNK, **_chunks(_first(shard), k.device),
@@ -156,13 +157,13 @@ class FlaShardKernels:
         from fla.ops.gated_delta_rule.wy_fast import prepare_wy_repr_bwd
         from fla.ops.utils import chunk_local_cumsum
 
-        q, k, v, log_alpha, beta = (x[None] for x in inputs)
+        q, k, v, _, beta = (x[None] for x in inputs)
         g, a, states = saved
         w, h, values, by_values = partial
         chunks = _chunks(shard.cu_seqlens, k.device)
         dh, _, du = chunk_gated_delta_rule_bwd_dhu(
             q=q, k=k, w=w, do=grad[None], dv=by_values, g=g, h0=states,
-            dht=final_gradients(shard, leaving, _a_state(k, v)), scale=_scale(k),
+            dht=final_gradients(shard, leaving, empty_state(inputs)), scale=_scale(k),
             chunk_size=CHUNK, **chunks,
         )  # fmt: skip
         dq, dk, dw, dg = chunk_bwd_dqkwg(
@@ -173,16 +174,8 @@ class FlaShardKernels:
             k=k, v=v, beta=beta, g=g, A=a, dw=dw, du=du, **chunks
         )
         dg = chunk_local_cumsum(dg.add_(dg_more), chunk_size=CHUNK, reverse=True, **chunks)
-        grads = (dq, dk.add_(dk_more), dv, dg, dbeta)
-        return tuple(
-            x[0].to(like.dtype) for x, like in zip(grads, (q, k, v, log_alpha, beta), strict=True)
-        )
+        return as_inputs((dq, dk.add_(dk_more), dv, dg, dbeta), inputs)
 
 
 def _scale(k: torch.Tensor) -> float:
     return k.shape[-1] ** -0.5
-
-
-def _a_state(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """``[H, d, dv]``, fp32, uninitialised."""
-    return k.new_empty(k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)

@@ -25,6 +25,8 @@ from megatron_hydra.ops.sharded_delta_rule import (
     Saved,
     Shard,
     ShardMap,
+    as_inputs,
+    empty_state,
     final_gradients,
     start_states,
 )
@@ -167,7 +169,7 @@ class FlashQlaShardKernels:
         q, k, v, _, beta = (x[None] for x in inputs)
         g, a, finals, transitions, falls_back, warm_back, falls_back_back = saved
         cut = _parts(shard, v.shape[2], v.device)
-        states = start_states(shard, entering, _a_state(k, v))
+        states = start_states(shard, entering, empty_state(inputs))
         if cut.split:
             states = qla.correct_initial_states(
                 raw_h0=states, ht_buffer=finals, mt_buffer=transitions, fallback_mask=falls_back,
@@ -220,10 +222,10 @@ class FlashQlaShardKernels:
         from flash_qla.ops.gated_delta_rule import chunk as qla
         from flash_qla.ops.utils import chunk_local_cumsum
 
-        q, k, v, log_alpha, beta = (x[None] for x in inputs)
+        q, k, v, _, beta = (x[None] for x in inputs)
         g, a, states, transitions, _, falls_back_back = saved
         cut = _parts(shard, v.shape[2], v.device)
-        by_finals = final_gradients(shard, leaving, _a_state(k, v))
+        by_finals = final_gradients(shard, leaving, empty_state(inputs))
         if cut.split:
             by_finals = qla.correct_terminal_states(
                 raw_dht=by_finals, dht_buffer=partial[0], mt_buffer=transitions,
@@ -241,10 +243,7 @@ class FlashQlaShardKernels:
             dg, chunk_size=qla.CHUNK_SIZE, reverse=True, cu_seqlens=cut.fragments,
             zero_last_chunk=True,
         )  # fmt: skip
-        return tuple(
-            x[0].to(like.dtype)
-            for x, like in zip((dq, dk, dv, dg, dbeta), (q, k, v, log_alpha, beta), strict=True)
-        )
+        return as_inputs((dq, dk, dv, dg, dbeta), inputs)
 
 
 def composed(
@@ -276,8 +275,3 @@ def composed(
 
 def _scale(k: torch.Tensor) -> float:
     return k.shape[-1] ** -0.5
-
-
-def _a_state(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """``[H, d, dv]``, fp32, uninitialised."""
-    return k.new_empty(k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)

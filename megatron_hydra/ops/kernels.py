@@ -18,6 +18,9 @@ from megatron_hydra.ops import (
 from megatron_hydra.ops.linear_rules import GATED_DELTA_RULE, LinearRule
 from megatron_hydra.ops.varlen_attention import varlen_attention
 
+FLA_BACKENDS = ("fla", "fla_cp")
+"""Names of ``backend.gated_delta_net`` that run flash-linear-attention."""
+
 Kernel = Callable[..., torch.Tensor]
 DeltaRuleInputs = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 DeltaRuleGates = Callable[..., tuple[torch.Tensor, torch.Tensor]]

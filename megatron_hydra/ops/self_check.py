@@ -16,7 +16,7 @@ import torch
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.ops import fla_tuning, kernel_cache, packages
-from megatron_hydra.ops.kernels import Case, Kernels
+from megatron_hydra.ops.kernels import FLA_BACKENDS, Case, Kernels
 from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
 from megatron_hydra.ops.sharded_delta_rule import ShardsHere
 from megatron_hydra.startup import startup_phase
@@ -101,11 +101,7 @@ def _check_all(kernels: Kernels, case: Case) -> None:
             _passed.add(check)
             continue
         problem = _difference(kernels, twins, inputs, run, TOLERANCE[case.dtype])
-        if (
-            problem
-            and name in ("fla", "fla_cp")
-            and fla_tuning.is_flash_qla(case, inputs["q"].shape[1])
-        ):
+        if problem and name in FLA_BACKENDS and fla_tuning.is_flash_qla(case, inputs["q"].shape[1]):
             fla_tuning.refuse_flash_qla(case, inputs["q"].shape[1], problem)
             problem = _difference(kernels, twins, inputs, run, TOLERANCE[case.dtype])
         if problem:
@@ -128,7 +124,7 @@ def _name_of(what: str, case: Case) -> str:
 def _refusal(key: str, name: str, what: str, problem: str, case: Case) -> str:
     others = "torch" if key != "full_attention" else "another one (varlen, torch)"
     remedy = "install other versions of its package and of triton"
-    if name in ("fla", "fla_cp") and packages.needs_tilelang(case):
+    if name in FLA_BACKENDS and packages.needs_tilelang(case):
         remedy = (
             f"pip install {packages.TILELANG} (FLA's backward needs TileLang, or triton 3.7.1, with this "
             "Triton on Hopper)"

@@ -316,7 +316,7 @@ class _Sharded(torch.autograd.Function):
         training: bool,
         *inputs: torch.Tensor,
     ) -> torch.Tensor:
-        like = _a_state(inputs)
+        like = empty_state(inputs)
         held = list(zip(exchange.held, _parts(exchange, inputs), strict=True))
         mapped = [kernels.shard_map(shard, part) for shard, part in held]
         states, transitions = exchange.enter([m for m, _ in mapped], like)
@@ -345,7 +345,9 @@ class _Sharded(torch.autograd.Function):
             )
         )
         own = [kernels.entering_gradient(shard, x, saved, g) for shard, x, saved, (g,) in steps]
-        leaving = exchange.leave([by_state for by_state, _ in own], transitions, _a_state(inputs))
+        leaving = exchange.leave(
+            [by_state for by_state, _ in own], transitions, empty_state(inputs)
+        )
         by_shard = [
             kernels.gradients(shard, x, saved, partial, g, last)
             for (shard, x, saved, (g,)), (_, partial), last in zip(steps, own, leaving, strict=True)
@@ -356,11 +358,18 @@ class _Sharded(torch.autograd.Function):
         return (None, None, None, *together)
 
 
-def _a_state(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """An uninitialised state: shape, dtype and device."""
+def empty_state(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """An uninitialised state ``[H, d, dv]`` of a shard's inputs, fp32 (fp64 for fp64)."""
     q, v = inputs[0], inputs[2]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape[1], q.shape[2], v.shape[2], dtype=wide)
+
+
+def as_inputs(
+    gradients: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of kernels that take a batch of one row, ``[1, T, …]``, in the inputs' shapes and dtypes."""
+    return tuple(x[0].to(like.dtype) for x, like in zip(gradients, inputs, strict=True))
 
 
 def _parts(
@@ -415,7 +424,7 @@ class RuleKernels:
         entering: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Saved]:
         """As :meth:`ShardKernels.output`."""
-        states = start_states(shard, entering, _a_state(inputs))
+        states = start_states(shard, entering, empty_state(inputs))
         return self.rule(*inputs, shard.cu_seqlens, states)[0], (states,)
 
     def entering_gradient(

@@ -40,6 +40,7 @@ from megatron_hydra.hf.modeling_hydrahead import (
 )
 from megatron_hydra.model.parameters import PARAMETERS
 from megatron_hydra.ops import backends, packages
+from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.ops.kernels import Case, Kernels, on_device_of
 from megatron_hydra.selection.runner import DecoderRunner, attention_of_any_shape
 
@@ -135,7 +136,7 @@ class GatedDecoder:
         return out.view(*normed.shape[:2], self.runner.num_heads, -1)
 
     def _context(self, x: torch.Tensor) -> TokenContext:
-        """The tables of a batch, made once for all layers on a device: FLA waits for the GPU at new bounds."""
+        """Positions and rotary tables of a batch, made once for all layers on a device."""
         key = (*x.shape[:2], x.device)
         if self._kept is None or self._kept[0] != key:
             self._kept = key, self._new_context(x)
@@ -246,7 +247,7 @@ def _by_kernels(
         (context.cos[0], context.sin[0]) if rotated else None,
     )
     if heads[1] < heads[0]:
-        index = torch.tensor(branch.gdn_groups, device=x.device)
+        index = int_tensor(tuple(branch.gdn_groups), torch.int64, x.device)
         k, v = k.index_select(1, index), v.index_select(1, index)
     log_alpha, beta = branch.gates(branch.gdn_a_proj(x), branch.gdn_b_proj(x))
     bounds = tuple(itertools.accumulate(documents.lengths, initial=0))
