@@ -5,15 +5,17 @@ A student of Qwen3-1.7B's shape with random weights (two FA heads in every layer
 fills the sequence are made first. Then every layout trains on them for a few steps, by
 ``torchrun … -m megatron_hydra.train`` with finetune.yaml and finetune_512k.yaml of
 configs/qwen3_1.7b/ours. A layout has ``--limit`` seconds; then its processes are killed, and its row says
-how far it came. Losses and gradient norms of layouts of the same length have to agree as bf16 does;
-otherwise, or where a layout made too few steps, the status is 1. Without a GPU, ``--tiny`` tries the
-script out over gloo.
+how far it came. Losses and gradient norms of one model's layouts of the same length have to agree as bf16
+does; otherwise, or where a layout made too few steps, the status is 1. ``--models hydra,dense`` trains the
+dense model of the same shape in every layout too, and writes down how many times faster the hybrid's step is.
+Without a GPU, ``--tiny`` tries the script out over gloo.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -82,14 +84,16 @@ DEFAULT = {4: "context 4;tensor 2, context 2", 2: "context 2;tensor 2", 1: "one 
 """By the number of GPUs that there are, or the next smaller one."""
 
 
-def make_inputs(folder: Path, model: ModelConfig, tokens: list[int], seed: int) -> None:
-    """``student`` and, for each length, ``document_N.bin/.idx``: random pieces, each of them twice."""
-    dtype = torch.bfloat16
-    save_canonical(folder / "student", models.random_weights(model, dtype, seed), model)
+def make_inputs(folder: Path, chosen: dict[str, ModelConfig], tokens: list[int], seed: int) -> None:
+    """A checkpoint of each model, and for each length ``document_N.bin/.idx``: random pieces, each twice."""
+    for name, model in chosen.items():
+        weights = models.random_weights(model, torch.bfloat16, seed)
+        save_canonical(folder / name, weights, model)
+    vocab_size = next(iter(chosen.values())).vocab_size
     rng = np.random.default_rng(seed)
     for length in tokens:
         # A part of the vocabulary, so that a few steps already change the loss.
-        pieces = rng.integers(0, model.vocab_size // 8, (-(-length // 2048), 1024))
+        pieces = rng.integers(0, vocab_size // 8, (-(-length // 2048), 1024))
         document = np.concatenate((pieces, pieces), axis=1).reshape(-1)[:length]
         prefix = folder / f"document_{length}"
         prefix.with_suffix(".bin").write_bytes(document.astype("<i4").tobytes())
@@ -98,11 +102,11 @@ def make_inputs(folder: Path, model: ModelConfig, tokens: list[int], seed: int) 
 
 
 def _overrides(
-    layout: Layout, tokens: int, folder: Path, output: Path, args: argparse.Namespace
+    layout: Layout, tokens: int, folder: Path, model: str, output: Path, args: argparse.Namespace
 ) -> list[str]:
     """Of the config, in the words of the command line."""
     return [
-        f"output={output}", f"student.checkpoint={folder / 'student'}",
+        f"output={output}", f"student.checkpoint={folder / model}",
         f"data.blend=[{{path: {folder / f'document_{tokens}'}}}]", "data.tokenizer=''",
         f"data.sequence_length={tokens}", f"data.cache_dir={folder / 'packs'}",
         "batch.global_batch_size=1", "optimizer.lr=1e-4", "schedule.kind=constant",
@@ -211,7 +215,7 @@ def disagreements(rows: list[dict[str, Any]]) -> list[str]:
             found.append(f"{row['layout']}: a loss or gradient norm is not finite: {values}")
     for index, row in enumerate(rows):
         for other in rows[:index]:
-            if other["tokens"] != row["tokens"]:
+            if (other["tokens"], other["model"]) != (row["tokens"], row["model"]):
                 continue
             for key, bound in (("losses", LOSS_BOUND), ("grad_norms", NORM_BOUND)):
                 for step, (a, b) in enumerate(zip(row[key], other[key], strict=False), 1):
@@ -223,17 +227,29 @@ def disagreements(rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+def speed_ups(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """By layout, the dense model's seconds a step over the hybrid's, where both finished."""
+    seconds = {(row["layout"], row["model"]): row["step_seconds"] for row in rows}
+    found = {}
+    for layout in dict.fromkeys(row["layout"] for row in rows):
+        ratio = seconds.get((layout, "dense"), math.nan) / seconds.get((layout, "hydra"), math.nan)
+        if not math.isnan(ratio):
+            found[layout] = ratio
+    return found
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| layout | tokens | steps | to the first step | a step | tokens/s | peak memory (planned) | losses |",
-        "|---|---:|---|---:|---:|---:|---:|---|",
+        "| model | layout | tokens | steps | to the first step | a step | tokens/s | peak memory (planned) "
+        "| losses |",
+        "|---|---|---:|---|---:|---:|---:|---:|---|",
     ]
     for row in rows:
         steps = str(row["steps"]) if row["ended"] == "done" else f"{row['steps']} ({row['ended']})"
         losses = " ".join("–" if loss is None else f"{loss:.4f}" for loss in row["losses"])
         cells = (
-            row["layout"], harness.size_name(row["tokens"]), steps,
+            row["model"], row["layout"], harness.size_name(row["tokens"]), steps,
             _shown(row["first_step_seconds"], ".0f", " s"),
             _shown(row["step_seconds"], ".1f", " s"), _shown(row["tokens_per_s"], ",.0f"),
             f"{_shown(row['memory_gib'], '.1f')} ({row['planned']['gib']:.1f}) GiB", losses,
@@ -259,6 +275,7 @@ def _parser() -> argparse.ArgumentParser:
         "--layouts",
         help=f"separated by ';', of: {'; '.join(LAYOUTS)} (default: by the number of GPUs)",
     )
+    add("--models", default="hydra", help="of hydra,dense, separated by commas (default hydra)")
     add("--tokens", type=harness.sizes_of, help="of the sequence, as 512K (default: the layout's)")
     add("--steps", type=int, default=4, help="to wait for (default 4)")
     add("--limit", type=float, default=540, help="seconds of a layout (default 540)")
@@ -291,33 +308,48 @@ def _chosen(args: argparse.Namespace) -> dict[str, Layout]:
     return chosen
 
 
+def _chosen_models(args: argparse.Namespace) -> dict[str, ModelConfig]:
+    """The models to train.
+
+    Raises:
+        HydraError: an unknown name.
+    """
+    shape = models.TINY if args.tiny else models.QWEN3_1_7B
+    known = {"hydra": models.hybrid(shape, 1 if args.tiny else 2), "dense": shape}
+    names = [part.strip() for part in args.models.split(",")]
+    for name in names:
+        if name not in known:
+            raise HydraError(f"--models: {name!r} is unknown; known: {', '.join(known)}")
+    return {name: known[name] for name in names}
+
+
 @command
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_intermixed_args(arguments)
     if args.steps < 2:
         raise HydraError("--steps: at least 2, the first is not timed")
-    chosen = _chosen(args)
-    model = models.hybrid(models.TINY if args.tiny else models.QWEN3_1_7B, 1 if args.tiny else 2)
+    chosen, trained = _chosen(args), _chosen_models(args)
     if args.tiny:
         args.overrides = ["precision=fp32", *args.overrides]
     folder = args.output.resolve()
     if args.make:
-        make_inputs(folder, model, sorted({lay.tokens for lay in chosen.values()}), args.seed)
+        make_inputs(folder, trained, sorted({lay.tokens for lay in chosen.values()}), args.seed)
         return 0
-    return _measure(args, chosen, model, folder, sys.argv[1:] if arguments is None else arguments)
+    return _measure(args, chosen, trained, folder, sys.argv[1:] if arguments is None else arguments)
 
 
 def _provide_inputs(
-    folder: Path, model: ModelConfig, tokens: list[int], seed: int, words: list[str]
+    folder: Path, trained: dict[str, ModelConfig], tokens: list[int], seed: int, words: list[str]
 ) -> None:
     """Make the inputs, or use the inputs that an earlier call made for the same lengths."""
-    wanted = {"model": dataclasses.asdict(model), "tokens": tokens, "seed": seed}
+    shapes = {name: dataclasses.asdict(model) for name, model in trained.items()}
+    wanted = {"models": shapes, "tokens": tokens, "seed": seed}
     text, made = json.dumps(wanted, sort_keys=True), folder / "inputs.json"
     if made.exists() and made.read_text() == text:
         print("inputs: made by an earlier call", flush=True)
         return
-    for name in ("student", "packs"):
+    for name in (*trained, "packs"):
         shutil.rmtree(folder / name, ignore_errors=True)
     made.unlink(missing_ok=True)
     begin = time.monotonic()
@@ -325,7 +357,7 @@ def _provide_inputs(
     maker = [sys.executable, "-m", "benchmarks.long_context", "--make", *words]
     if status := subprocess.run(maker, cwd=ROOT, check=False).returncode:
         raise HydraError(
-            f"making the student and its document ended with status {status}, see above"
+            f"making the models and their document ended with status {status}, see above"
         )
     made.write_text(text)
     print(f"inputs: {time.monotonic() - begin:.0f} s", flush=True)
@@ -334,7 +366,7 @@ def _provide_inputs(
 def _measure(
     args: argparse.Namespace,
     chosen: dict[str, Layout],
-    model: ModelConfig,
+    trained: dict[str, ModelConfig],
     folder: Path,
     words: list[str],
 ) -> int:
@@ -344,15 +376,16 @@ def _measure(
     shutil.rmtree(folder / "runs", ignore_errors=True)
     (folder / "runs").mkdir()
     _provide_inputs(
-        folder, model, sorted({layout.tokens for layout in chosen.values()}), args.seed, words
+        folder, trained, sorted({layout.tokens for layout in chosen.values()}), args.seed, words
     )
     device = torch.device("cuda" if platform.device_count() else "cpu")
     body: dict[str, Any] = {"machine": harness.machine(device), "rows": []}
     body["machine"]["gpus"] = platform.device_count()
-    for name, layout in chosen.items():
-        output = folder / "runs" / name.replace(", ", "_").replace(" ", "")
-        overrides = _overrides(layout, layout.tokens, folder, output, args)
-        row: dict[str, Any] = {"layout": name, "tokens": layout.tokens, "overrides": overrides}
+    for (name, layout), (model_name, model) in itertools.product(chosen.items(), trained.items()):
+        output = folder / "runs" / f"{model_name}_{name.replace(', ', '_').replace(' ', '')}"
+        overrides = _overrides(layout, layout.tokens, folder, model_name, output, args)
+        row: dict[str, Any] = {"layout": name, "model": model_name, "tokens": layout.tokens}
+        row["overrides"] = overrides
         row |= run_layout(_command(layout, overrides), output, args.steps, args.limit)
         row |= summary(row) | {"planned": expected(model, layout, overrides)}
         body["rows"].append(row)
@@ -360,8 +393,12 @@ def _measure(
         print(table([row]).splitlines()[-1], flush=True)
         if row["ended"] != "done":
             print(_tail(Path(row["log"])), flush=True)
+    body["speed_ups"] = speed_ups(body["rows"])
+    (folder / "long_context.json").write_text(json.dumps(body, indent=1) + "\n")
     (folder / "table.md").write_text(table(body["rows"]) + "\n")
     print(table(body["rows"]))
+    for name, ratio in body["speed_ups"].items():
+        print(f"{name}: a step of the hybrid is {ratio:.2f} times as fast as the dense model's")
     problems = disagreements(body["rows"])
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)

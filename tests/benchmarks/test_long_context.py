@@ -15,6 +15,7 @@ from megatron_hydra.config.validate import check_layout
 def _row(**changes):
     row = {
         "layout": "a",
+        "model": "hydra",
         "tokens": 64,
         "ended": "done",
         "steps": 2,
@@ -28,6 +29,18 @@ def test_layouts_that_agree_are_no_problem():
     assert long_context.disagreements([_row(), _row(layout="b", losses=[5.001, 4.001])]) == []
     other_length = _row(layout="b", tokens=128, losses=[7.0, 6.0])
     assert long_context.disagreements([_row(), other_length]) == []
+    assert long_context.disagreements([_row(), _row(model="dense", losses=[7.0, 6.0])]) == []
+
+
+def test_the_speed_up_needs_both_models_in_one_layout():
+    rows = [
+        _row(step_seconds=2.0),
+        _row(model="dense", step_seconds=9.0),
+        _row(layout="b", step_seconds=2.0),
+        _row(layout="c", step_seconds=2.0),
+        _row(layout="c", model="dense", step_seconds=float("nan")),
+    ]
+    assert long_context.speed_ups(rows) == {"a": 4.5}
 
 
 @pytest.mark.parametrize(
@@ -69,8 +82,8 @@ def test_a_run_ends_when_it_is_time(tmp_path, steps, sleep, limit, ended, seen):
 
 
 def test_summary_of_a_run_that_made_no_step():
-    row = {"layout": "a", "tokens": 64, "ended": "limit of 5 s", "metrics": [], "arrived": [],
-           "planned": {"gib": 1.0}}  # fmt: skip
+    row = {"layout": "a", "model": "hydra", "tokens": 64, "ended": "limit of 5 s", "metrics": [],
+           "arrived": [], "planned": {"gib": 1.0}}  # fmt: skip
     row |= long_context.summary(row)
     assert row["steps"] == 0
     shown = long_context.table([row])
@@ -84,7 +97,8 @@ def test_layouts_can_hold_the_model(name, tmp_path):
 
     layout = long_context.LAYOUTS[name]
     args = long_context._parser().parse_args(["--output", str(tmp_path)])
-    overrides = long_context._overrides(layout, layout.tokens, tmp_path, tmp_path / "run", args)
+    output = tmp_path / "run"
+    overrides = long_context._overrides(layout, layout.tokens, tmp_path, "hydra", output, args)
     configs = [long_context.CONFIGS / name for name in ("finetune.yaml", "finetune_512k.yaml")]
     config = load_run_config(configs, overrides)
     assert config.data.sequence_length == layout.tokens
@@ -97,13 +111,19 @@ def test_bad_flags_are_named(tmp_path, capsys):
     assert "--layouts: 'context 3' is unknown" in capsys.readouterr().err
     assert long_context.main([*flags, "--steps", "1"]) == 2
     assert "--steps" in capsys.readouterr().err
+    assert long_context.main([*flags, "--models", "hydra,sparse"]) == 2
+    assert "--models: 'sparse' is unknown; known: hydra, dense" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_toy_runs_from_end_to_end(tmp_path):
-    assert long_context.main(["--output", str(tmp_path), "--tiny", "--steps", "2"]) == 0
-    rows = json.loads((tmp_path / "long_context.json").read_text())["rows"]
-    assert [row["layout"] for row in rows] == ["context 2", "tensor 2"]
-    assert all(row["steps"] == 2 for row in rows)
-    assert "| tensor 2 | 512 | 2 |" in (tmp_path / "table.md").read_text()
+    flags = ["--output", str(tmp_path), "--tiny", "--steps", "2"]
+    assert long_context.main([*flags, "--models", "hydra,dense"]) == 0
+    report = json.loads((tmp_path / "long_context.json").read_text())
+    rows = [(row["layout"], row["model"]) for row in report["rows"]]
+    layouts = ("context 2", "tensor 2")
+    assert rows == [(layout, model) for layout in layouts for model in ("hydra", "dense")]
+    assert all(row["steps"] == 2 for row in report["rows"])
+    assert set(report["speed_ups"]) == set(layouts)
+    assert "| dense | tensor 2 | 512 | 2 |" in (tmp_path / "table.md").read_text()
