@@ -39,6 +39,7 @@ from megatron_hydra.ops.gated_delta_rule import chunked_gated_delta_rule
 from megatron_hydra.ops.qk_preparation import prepare_heads
 from megatron_hydra.ops.short_conv import final_conv_state, short_conv
 from megatron_hydra.serving.vllm import GDN_OP
+from megatron_hydra.serving.vllm.kernel_start import KernelStart
 from megatron_hydra.serving.vllm.layout import AttentionLayout
 from megatron_hydra.serving.vllm.placement import place_heads
 
@@ -97,6 +98,16 @@ class _Batch:
     begun: torch.Tensor | None
     metadata: GDNAttentionMetadata
 
+    @property
+    def kind(self) -> str:
+        """Steps of one kind launch the same kernels."""
+        if self.prefills:
+            return "tokens and prompts" if self.decodes else "prompts"
+        # vLLM's convolution takes the number as an argument; Triton compiles 1 and multiples of 16 apart.
+        if self.decodes == 1:
+            return "one token"
+        return "a multiple of 16 tokens" if self.decodes % 16 == 0 else "tokens"
+
     @classmethod
     def of(cls, metadata: GDNAttentionMetadata) -> "_Batch":
         decodes, prefills = metadata.num_decodes, metadata.num_prefills
@@ -152,6 +163,8 @@ class GatedDeltaNet(nn.Module, MambaBase):
         index = torch.tensor(layout.gdn_kv_of)
         self.register_buffer("kv_of", index, persistent=False)
         self.spread = layout.gdn_kv_of != list(range(self.local_heads))
+        self.start: KernelStart | None = None
+        """Of the kernels of all layers; set by the model, before anything is computed."""
         context = vllm_config.compilation_config.static_forward_context
         if prefix in context:
             raise ValueError(f"layer {prefix} was registered twice")
@@ -203,17 +216,39 @@ class GatedDeltaNet(nn.Module, MambaBase):
         """Fill ``out``, and bring the states of the step's requests up to date."""
         every = get_forward_context().attn_metadata
         metadata = every.get(self.prefix) if isinstance(every, dict) else None
-        if metadata is None:  # vLLM measures memory
+        fast = self._has_kernels(qkv)
+        assert self.start is not None
+        if metadata is None:  # vLLM measures memory: that of the kernels, too
+            if fast:
+                self.start.tune()
             return
+        assert isinstance(every, dict)
         batch = _Batch.of(metadata)
         if not batch.decodes + batch.prefills:
             return
-        tokens = batch.tokens
+        if fast and not torch.cuda.is_current_stream_capturing():
+            self.start.step(batch.kind, lambda layer: every[layer.prefix])
+        self._compute(qkv, b, a, tables, self._states(), batch, out)
+
+    def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """This layer's part of its pages: ``[pages, C, W − 1]`` and ``[pages, n, v, k]``."""
         conv_state, state = self.kv_cache
         if not is_conv_state_dim_first():
             conv_state = conv_state.transpose(-1, -2)
-        conv_state = conv_state[:, : self.layout.channels]
-        state = state[:, : self.local_heads]
+        return conv_state[:, : self.layout.channels], state[:, : self.local_heads]
+
+    def _compute(
+        self,
+        qkv: torch.Tensor,
+        b: torch.Tensor,
+        a: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        states: tuple[torch.Tensor, torch.Tensor],
+        batch: _Batch,
+        out: torch.Tensor,
+    ) -> None:
+        tokens = batch.tokens
+        conv_state, state = states
         fast = self._has_kernels(qkv)
         qkv = qkv[:tokens]
         if self.layout.convolutions:
@@ -251,6 +286,57 @@ class GatedDeltaNet(nn.Module, MambaBase):
         if self.spread:
             k, v = k.index_select(1, self.kv_of), v.index_select(1, self.kv_of)
         return q, k, v
+
+    # What a start of the kernels asks.
+
+    def kernel_shape(self) -> tuple[Any, ...]:
+        """See :class:`~megatron_hydra.serving.vllm.kernel_start.Layer`."""
+        return (
+            self.local_heads,
+            self.layout.channels,
+            self.layout.rows,
+            self.spread,
+            len(self.layout.convolutions),
+        )
+
+    def launch_prompt(self, tokens: int) -> None:
+        """See :class:`~megatron_hydra.serving.vllm.kernel_start.Layer`."""
+        device, dtype = self.A_log.device, self.vllm_config.model_config.dtype
+        n, d = self.local_heads, self.head_dim
+        generator = torch.Generator(device).manual_seed(0)  # the engine's own is left alone
+        q, k, v = torch.randn(3, 1, tokens, n, d, device=device, generator=generator)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        beta, decay = torch.rand(2, 1, tokens, n, device=device, generator=generator)
+        self._prompts(
+            *(x.to(dtype) for x in (q, k, v)),
+            g=-decay,
+            beta=beta,
+            before=torch.zeros(1, n, d, d, device=device),
+            bounds=torch.tensor([0, tokens], device=device, dtype=torch.int32),
+        )
+
+    def launch_step(self, metadata: GDNAttentionMetadata) -> None:
+        """See :class:`~megatron_hydra.serving.vllm.kernel_start.Layer`."""
+        batch = _Batch.of(metadata)
+        batch = dataclasses.replace(batch, slots=torch.zeros_like(batch.slots))
+        tokens, n, d = batch.tokens, self.local_heads, self.head_dim
+        weight = self.A_log
+        dtype = self.vllm_config.model_config.dtype
+        # With the strides of the real ones, which are compiled in. Two pages: one would be a constant.
+        conv_state, state = (
+            torch.empty_strided((2, *x.shape[1:]), x.stride(), dtype=x.dtype, device=x.device)
+            for x in self._states()
+        )
+        projected = weight.new_empty(tokens, self.layout.rows, dtype=dtype)
+        self._compute(
+            projected[:, : self.layout.channels],
+            projected[:, :n],
+            projected[:, :n],
+            (weight.new_empty(tokens, 1, d), weight.new_empty(tokens, 1, d)),
+            (conv_state, state),
+            batch,
+            weight.new_empty(tokens, n, d, dtype=dtype),
+        )
 
     # In torch, for any device and dtype.
 
@@ -354,10 +440,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
         batch: _Batch,
         out: torch.Tensor,
     ) -> None:
-        from vllm.third_party.flash_linear_attention.ops import (
-            chunk_gated_delta_rule,
-            fused_recurrent_gated_delta_rule,
-        )
+        from vllm.third_party.flash_linear_attention.ops import fused_recurrent_gated_delta_rule
 
         n = batch.decodes
         if n:
@@ -383,20 +466,52 @@ class GatedDeltaNet(nn.Module, MambaBase):
             before = state[slots].float()
             before = before.masked_fill(~batch.begun[part, None, None, None], 0.0)
             q, k, v, g, beta = (x[None, n : batch.tokens].contiguous() for x in inputs)
-            o, after = chunk_gated_delta_rule(
-                q=q,
-                k=k,
-                v=v,
+            if (
+                n
+            ):  # kernels are compiled again for numbers of a head that are not aligned to 16 bytes
+                g, beta = g.clone(), beta.clone()
+            o, after = self._prompts(
+                q,
+                k,
+                v,
                 g=g,
                 beta=beta,
-                initial_state=before,
-                output_final_state=True,
-                cu_seqlens=batch.bounds,
+                before=before,
+                bounds=batch.bounds,
                 chunk_indices=batch.metadata.chunk_indices,
                 chunk_offsets=batch.metadata.chunk_offsets,
             )
             out[n : batch.tokens] = o[0]
             state[slots] = after.to(state.dtype)
+
+    def _prompts(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        before: torch.Tensor,
+        bounds: torch.Tensor | None,
+        chunk_indices: torch.Tensor | None = None,
+        chunk_offsets: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from vllm.third_party.flash_linear_attention.ops import chunk_gated_delta_rule
+
+        o, after = chunk_gated_delta_rule(
+            q=q,
+            k=k,
+            v=v,
+            g=g,
+            beta=beta,
+            initial_state=before,
+            output_final_state=True,
+            cu_seqlens=bounds,
+            chunk_indices=chunk_indices,
+            chunk_offsets=chunk_offsets,
+        )
+        return o, after
 
 
 @eager_break_during_capture

@@ -24,6 +24,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
+from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -64,8 +65,11 @@ from megatron_hydra.hf.modeling_hydrahead import HydraHeadRotaryEmbedding
 from megatron_hydra.ops.fusion_tail import fusion_tail
 from megatron_hydra.ops.qk_preparation import prepare_heads
 from megatron_hydra.serving.vllm.gated_delta_net import GatedDeltaNet, state_dtypes, state_shapes
+from megatron_hydra.serving.vllm.kernel_start import KernelStart, read_tuning
 from megatron_hydra.serving.vllm.layout import AttentionLayout, Block
 from megatron_hydra.serving.vllm.placement import Placement, place_heads
+
+logger = init_logger("vllm.hydrahead")  # vLLM shows what is logged below its own name
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 
@@ -342,6 +346,16 @@ class HydraHeadModel(nn.Module):
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size
         )
+        linear = [module for module in self.modules() if isinstance(module, GatedDeltaNet)]
+        if linear:
+            start = KernelStart(
+                linear,
+                read_tuning(vllm_config.additional_config),
+                vllm_config.scheduler_config.max_num_batched_tokens,
+                logger.info,
+            )
+            for module in linear:
+                module.start = start
 
     def embed_input_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         """``[T]`` → ``[T, D]``."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.hf.configuration_hydrahead import SWITCHES, HydraHeadConfig
+from megatron_hydra.serving.vllm.kernel_start import read_tuning
 
 COMPUTED = (
     "mixer", "window", "fusion", "fusion_norm", "fa_position", "fa_gate", "fa_gate_bias", "gdn_position", "qkv",
@@ -54,6 +55,7 @@ class SupportCheck:
             prefill_context_parallel=vllm_config.parallel_config.prefill_context_parallel_size,
             runner=model_config.runner_type,
         )
+        read_tuning(vllm_config.additional_config)
 
 
 def check_model(config: HydraHeadConfig) -> None:

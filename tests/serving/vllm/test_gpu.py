@@ -41,6 +41,18 @@ def test_graphs(name, tmp_path):
                 engines.check_rounded(model, prompt, answer)
 
 
+@pytest.mark.parametrize("tuning", ["off", "full"])
+def test_tunings(tuning, tmp_path):
+    """The other tests choose once: here the first configurations, and a choice for each number of heads."""
+    model = engines.save_export(tmp_path, [[1, 2, 3], [0]], dtype=torch.bfloat16, **WIDE)
+    prompts = engines.random_prompts(LENGTHS)
+    with engines.engine(
+        tmp_path, dtype="bfloat16", additional_config={"hydrahead_tuning": tuning}
+    ) as llm:
+        for prompt, answer in zip(prompts, engines.generate(llm, prompts), strict=True):
+            engines.check_rounded(model, prompt, answer)
+
+
 @pytest.mark.parametrize("eager", [False, True])
 def test_chunks_prefixes_and_preemption(eager, tmp_path):
     """Prefills beside decodes, states copied to other pages, requests that begin again."""

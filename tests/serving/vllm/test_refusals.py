@@ -30,6 +30,7 @@ def export(tmp_path_factory):
         ({"runner": "pooling"}, "--runner pooling"),
         ({"enable_lora": True}, "--enable-lora"),
         ({"tensor_parallel_size": 4}, "--tensor-parallel-size 4"),
+        ({"additional_config": {"hydrahead_tuning": "never"}}, "hydrahead_tuning='never'"),
     ],
 )
 def test_options(export, options, named):
