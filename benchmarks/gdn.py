@@ -23,8 +23,7 @@ import torch.nn.functional as F
 
 from benchmarks import _harness as harness
 from megatron_hydra.errors import HydraError, command
-from megatron_hydra.ops.gated_delta_rule import chunked_gated_delta_rule
-from megatron_hydra.ops.linear_rules import RULES
+from megatron_hydra.ops.linear_rules import RULES, FlaKernels
 
 EXAMPLE = "python -m benchmarks.gdn --device cpu --heads 8 --head-dim 64 --sizes 1K,4K,16K"
 Rule = Callable[..., torch.Tensor]
@@ -50,26 +49,27 @@ def transformers_rule() -> Rule:
     return rule
 
 
-def fla_rule(flash_qla: bool) -> Rule:
+def fla_rule(fla: FlaKernels, flash_qla: bool) -> Rule:
     """FLA's rule, with or without its dispatch to FlashQLA."""
     from megatron_hydra.ops.fla_delta_rule import fla_gated_delta_rule
 
     def rule(*inputs: torch.Tensor) -> torch.Tensor:
         os.environ["FLA_FLASH_QLA"] = "1" if flash_qla else "0"
-        return fla_gated_delta_rule(*inputs)[0]
+        return fla_gated_delta_rule(*inputs, fla=fla)[0]
 
     return rule
 
 
 def implementations(device: torch.device, skip: list[str], linear: str) -> dict[str, Rule]:
     """Name → rule of (q, k, v, log α, β), the reference first."""
-    rules = {"ours (torch)": lambda *inputs: chunked_gated_delta_rule(*inputs)[0]}
+    rules = {"ours (torch)": lambda *inputs: RULES[linear].twin(*inputs)[0]}
     if linear == "gdn":
         rules["transformers (torch)"] = transformers_rule()
-    if device.type == "cuda" and importlib.util.find_spec("fla"):
-        rules["FLA (Triton)"] = fla_rule(flash_qla=False)
-        if RULES[linear].flash_qla_head_dim and importlib.util.find_spec("flash_qla"):
-            rules["FlashQLA"] = fla_rule(flash_qla=True)
+    fla = RULES[linear].fla
+    if device.type == "cuda" and fla and importlib.util.find_spec("fla"):
+        rules["FLA (Triton)"] = fla_rule(fla, flash_qla=False)
+        if fla.flash_qla_head_dim and importlib.util.find_spec("flash_qla"):
+            rules["FlashQLA"] = fla_rule(fla, flash_qla=True)
     return {name: rule for name, rule in rules.items() if name not in skip}
 
 
@@ -87,13 +87,13 @@ def make_inputs(length: int, args: argparse.Namespace, device: torch.device) -> 
 
 
 @torch.no_grad()
-def check_agreement(rules: dict[str, Rule], inputs: list[torch.Tensor]) -> None:
+def check_agreement(rules: dict[str, Rule], inputs: list[torch.Tensor], linear: str) -> None:
     """All implementations must compute the same.
 
     Raises:
         HydraError: naming the one that does not.
     """
-    reference = chunked_gated_delta_rule(*inputs)[0].float()
+    reference = RULES[linear].twin(*inputs)[0].float()
     for name, rule in rules.items():
         error = float((rule(*inputs).float() - reference).norm() / reference.norm())
         if not error < AGREEMENT[inputs[0].dtype]:
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
     rules = implementations(device, args.skip, args.rule)
-    check_agreement(rules, make_inputs(min(args.sizes[0], 1024), args, device))
+    check_agreement(rules, make_inputs(min(args.sizes[0], 1024), args, device), args.rule)
     ratios = {
         "speed-up of ours over transformers": ("transformers (torch)", "ours (torch)"),
         "speed-up of FLA over ours": ("ours (torch)", "FLA (Triton)"),
@@ -133,8 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
     }
     report = harness.Report("gdn", args, device, ratios)
     report.note(f"{args.rule}, {args.heads} heads, d = {args.head_dim}, forward + backward")
-    if "FLA (Triton)" in rules:
-        operation = RULES[args.rule].fla_module.rpartition(".")[2]
+    fla = RULES[args.rule].fla
+    if fla and "FLA (Triton)" in rules:
+        operation = fla.module.rpartition(".")[2]
         report.ran(fla=harness.used_delta_rule("fla", operation))
     steps: dict[str, dict[int, harness.Peer]] = {}
     for length in args.sizes:

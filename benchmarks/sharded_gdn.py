@@ -37,6 +37,7 @@ from benchmarks._bytes import counted_bytes
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.ops.fla_tuning import configurations_compiled_together
 from megatron_hydra.ops.gated_delta_rule import chunked_gated_delta_rule
+from megatron_hydra.ops.linear_rules import GATED_DELTA_RULE
 from megatron_hydra.ops.self_check import TOLERANCE
 from megatron_hydra.ops.sharded_delta_rule import (
     RuleKernels,
@@ -79,7 +80,7 @@ def whole_rule(device: torch.device, flash_qla: bool = True) -> Rule:
 
     def rule(*inputs: torch.Tensor) -> torch.Tensor:
         os.environ["FLA_FLASH_QLA"] = "1" if flash_qla else "0"
-        return fla_gated_delta_rule(*inputs)[0]
+        return fla_gated_delta_rule(*inputs, fla=GATED_DELTA_RULE.fla)[0]
 
     return rule
 
@@ -147,7 +148,9 @@ def rules(
     if device.type == "cuda":
         from megatron_hydra.ops.fla_delta_rule import fla_own_context_parallel
 
-        found["FLA's own"] = lambda *x: fla_own_context_parallel(*x, exchange=exchange)[0]
+        found["FLA's own"] = lambda *x: fla_own_context_parallel(
+            *x, exchange=exchange, rule=GATED_DELTA_RULE
+        )[0]
         found[f"{ALONE}, FLA"] = whole_rule(device, flash_qla=False)
     if heads % group.size() == 0:
         found[ALL_TO_ALL] = all_to_all(whole_rule(device), group)

@@ -51,12 +51,12 @@ def gather(
     *,
     of_the_world: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Full canonical tensors of what ``read`` gives for every parameter.
+    """Gather full canonical tensors: for every parameter, what ``read`` returns.
 
     Args:
         read: maps a parameter to a tensor of its shape (``p``, ``p.grad``, ``p.main_grad``) or ``None``.
-        of_the_world: from all ranks, which then all have to call; else from this one, which must have
-            the whole model.
+        of_the_world: gather from all ranks, which must all call this. Otherwise this rank must have the whole
+            model.
     """
     local: list[tuple[str, tuple, tuple, Packed]] = []
     for entry in _sharded(model).values():
@@ -89,7 +89,7 @@ Packed = tuple[np.ndarray, torch.dtype, tuple[int, ...]]
 
 
 def pack(tensor: torch.Tensor) -> Packed:
-    """A copy that is quick to send: a tensor itself is pickled as a file of torch.save, 1 ms each."""
+    """A copy that is quick to send. Pickling a tensor itself takes 1 ms (it becomes a file of torch.save)."""
     flat = tensor.detach().cpu().clone().reshape(-1)
     return flat.view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape)
 

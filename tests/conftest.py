@@ -1,6 +1,6 @@
-"""Shared by all tests: Megatron's groups with one rank; a GPU test is skipped where there is no GPU.
+"""Shared by all tests: Megatron's groups of one rank; GPU tests are skipped on machines without a GPU.
 
-``HYDRA_GPU_DRY_RUN=N`` lets the tests of tests/gpu run on the CPU, as on a machine of N GPUs.
+``HYDRA_GPU_DRY_RUN=N`` runs the tests of tests/gpu on the CPU, as on a machine with N GPUs.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Iterator
 
 import pytest
 
-# transformers copies the code of exports here; processes that share the folder trip over each other.
+# transformers copies the code of exports to this folder. Processes that share it disturb each other.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")
 
 
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
-    """One process, one rank: for modules that build models in this process.
+    """Megatron's groups of one rank, for modules that build models in this process.
 
-    Torn down with the module: the next one may start a world of its own in the same worker.
+    They are removed at the module's end: the next module may start its own world in the same worker.
     """
     from megatron_hydra.parallel import platform
 

@@ -1,7 +1,7 @@
-"""Ranks by fork from a process that has imported everything: a second for all instead of ten for each.
+"""Fork ranks from a process that has imported everything: one second for all instead of ten for each.
 
-The ranks are processes as any others, with the environment that torchrun gives them. What is missing is
-torchrun itself; it is tested where launching is the subject.
+The ranks are ordinary processes with the environment that torchrun gives. Tests of launching use torchrun
+itself.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ GRACE_SECONDS = 30
 
 
 def _free_port() -> int:
-    """Below the range from which systems take ports for connections, where another process could be given it
-    before rank 0 listens; and by process id, so that tests beside each other look in other places.
+    """A free port. It is below the range from which systems take ports for connections: another process could
+    get such a port before rank 0 listens. The search starts at a place given by the process id, so that
+    concurrent tests look at different ports.
     """
     for port in range(10_000 + os.getpid() % 20_000, 32_000):
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -49,15 +50,14 @@ def _rank(rank: int, world: int, port: int, body: Callable[[], object]) -> None:
 
 
 def run_ranks(world: int, body: Callable[[], object]) -> int:
-    """Run ``body`` in ``world`` forked ranks to their end.
+    """Run ``body`` in ``world`` forked ranks until they end.
 
-    As torchrun does, it ends the ranks that are left when one has failed: SIGTERM, and SIGKILL 30
-    seconds later.
+    Like torchrun, it ends the other ranks when one has failed: with SIGTERM, and after 30 seconds with SIGKILL.
 
     Returns:
-        0, or the status of the rank that failed first; 128 + the signal's number where one ended it.
+        0, or the status of the rank that failed first; 128 + the number of the signal that ended it.
     """
-    gc.freeze()  # else every collection in a child copies all of the modules' pages
+    gc.freeze()  # otherwise every collection in a child copies all pages of the modules
     port = _free_port()
     ranks = set()
     for rank in range(world):

@@ -1,5 +1,5 @@
 # ruff: noqa: E501  (tables of values)
-"""Inputs that are wrong in one or two places: arguments, YAML, JSON and other files, the environment."""
+"""Inputs with one or two mistakes: arguments, YAML, JSON and other files, the environment."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def other_text(rng: random.Random, text: str) -> str:
 
 
 def other_value(rng: random.Random, body: Any) -> Any:
-    """Plain data with one value replaced, one key renamed, doubled or removed."""
+    """Plain data with one value replaced, or one key renamed, doubled or removed."""
     if isinstance(body, dict) and body and rng.random() < 0.85:
         key = rng.choice(list(body))
         changed, kind = dict(body), rng.random()
@@ -77,7 +77,7 @@ def other_value(rng: random.Random, body: Any) -> Any:
 
 
 def other_bytes(rng: random.Random, data: bytes) -> bytes:
-    """A file cut off, lengthened, emptied, or with a few bytes changed."""
+    """A file that is cut off, lengthened, emptied, or has a few bytes changed."""
     kind = rng.randrange(5)
     if kind == 0 or not data:
         return b""
@@ -92,7 +92,7 @@ def other_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutate_file(rng: random.Random, path: Path) -> str:
-    """Change one file in place; returns what was done, for the message of a failed case."""
+    """Change one file in place; returns a description for the message of a failed case."""
     data = path.read_bytes()
     if path.suffix in (".yaml", ".json") and rng.random() < 0.6:
         is_yaml = path.suffix == ".yaml"
@@ -101,7 +101,7 @@ def mutate_file(rng: random.Random, path: Path) -> str:
             path.write_text(dump(other_value(rng, load(data))), encoding="utf-8")
             return f"{path.name}: a value changed"
         except (ValueError, yaml.YAMLError):
-            pass  # it was changed before
+            pass  # an earlier change
     if path.suffix in (".yaml", ".json", ".jsonl", ".md", ".jinja") and rng.random() < 0.8:
         text = other_text(rng, data.decode("utf-8", errors="replace"))
         path.write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -111,10 +111,10 @@ def mutate_file(rng: random.Random, path: Path) -> str:
 
 
 def mutate_arguments(rng: random.Random, arguments: list[str], values: list[str]) -> list[str]:
-    """One argument replaced, removed, doubled, or added.
+    """Replace, remove, double or add one argument.
 
     Args:
-        values: what stands there in the beginning and may stand elsewhere (files of other kinds).
+        values: arguments of the unchanged case, which may also replace others (files of other kinds).
     """
     changed = list(arguments)
     at = rng.randrange(len(changed)) if changed else 0
@@ -136,8 +136,8 @@ class Target:
     """A command to be fuzzed.
 
     Attributes:
-        main: takes arguments, returns the exit status.
-        arguments: that work, of the folder with its files.
+        main: function that takes arguments and returns the exit status.
+        arguments: function of the folder with the files; returns arguments that work.
         files: patterns of the files that may be changed.
         extra: options that may be added.
     """

@@ -1,7 +1,7 @@
-"""What commands say of themselves: ``python tests/help_texts.py < commands``, one JSON list of words a line.
+"""Print the help of commands: ``python tests/help_texts.py < commands``, one JSON list of words a line.
 
-Each runs in a fork of this process, which has imported the libraries that take seconds, in an empty folder of
-its own. What a process of its own has otherwise, it has too: the words, and the folders of imports.
+Each runs in a fork of this process, in an empty folder of its own. This process has imported the slow
+libraries. The fork has the arguments and the import folders of a separate process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def _run(words: list[str], folder: Path) -> None:
-    """Never returns."""
+    """Run one command in this fork; never returns."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
     (folder / "empty").mkdir()

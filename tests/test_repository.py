@@ -127,6 +127,33 @@ def test_top_level_layout(name: str) -> None:
     assert (ROOT / name).exists()
 
 
+def _wrong_owners(text: str) -> list[str]:
+    """Rules of a CODEOWNERS file that GitHub or a reader cannot use."""
+    wrong = []
+    for line in text.splitlines():
+        pattern, *owners = line.partition("#")[0].split() or [""]
+        if not pattern:
+            continue
+        exists = pattern == "*" or any(ROOT.glob(pattern.strip("/")))
+        named = owners and all(
+            re.fullmatch(r"@[\w-]+(/[\w-]+)?|[^@\s]+@[^@\s]+", o) for o in owners
+        )
+        invented = re.search(r"placeholder|example|your|username|@megatron-hydra\b", line, re.I)
+        if not exists or not named or invented:
+            wrong.append(line)
+    return wrong
+
+
+def test_code_owners_are_real_and_own_files_that_exist() -> None:
+    assert not _wrong_owners((ROOT / ".github/CODEOWNERS").read_text())
+
+
+def test_a_placeholder_is_no_code_owner() -> None:
+    assert not _wrong_owners("# @your-name\n\n/docs/  @octocat  # writes them\n* @org/team")
+    wrong = ["* @megatron-hydra/maintainers", "* @your-name", "*", "/none/ @octocat", "* <account>"]
+    assert _wrong_owners("\n".join(wrong)) == wrong
+
+
 def test_the_release_is_the_same_everywhere() -> None:
     """The newest dated section of the changelog, and the citation, are of the package's version."""
     dated = re.search(r"^## \[([\d.]+)\] - ([\d-]+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)

@@ -92,8 +92,9 @@ class HydraHeadCacheLayer(CacheLayerMixin):
         tail: ``[B, W−1, channels]``: the last inputs of the convolution.
         window: ``[B, w−1, 2·n_fa_kv·d]``: keys and values within the window. ``mixer=token`` uses it
             instead of ``keys`` and ``values``.
-        leaving, leaving_gates: ``[B, w, 2·n_gdn_kv·d]`` and ``[B, w, 2·n_gdn]`` (KDA: ``n_gdn·(d + 1)``)
-            fp32: the values that the tokens within the window write into the state when they leave the window.
+        leaving, leaving_gates: ``[B, w, 2·n_gdn_kv·d]`` and ``[B, w, 2·n_gdn]`` (with a decay of each
+            channel: ``n_gdn·(d + 1)``) fp32: the values that the tokens within the window write into the
+            state when they leave the window.
         key_mask: ``[B, length]`` bool, true for columns of real tokens; ``None``: all are real. The columns
             of one call have the order of the model's layers, real tokens first.
         given_mask: ``[B, length]`` bool, the same in the caller's order.

@@ -1,6 +1,6 @@
 """The branch of linear heads of a HydraHead layer: projections in, head outputs out (design §2).
 
-Gated DeltaNet, or Kimi Delta Attention, which differs in the decays alone.
+It serves every rule of :mod:`megatron_hydra.ops.linear_rules`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from megatron_hydra.config.model import ModelConfig
+from megatron_hydra.ops.linear_rules import rule_of_model
 
 Axis = Literal["fa", "fa_kv", "gdn", "gdn_kv", "kv", "head", ""]
 """What the first axis of a tensor counts: FA heads; KV groups that FA heads read; GDN heads; key-value heads
@@ -131,11 +132,11 @@ def _fa_gate_bias(model: ModelConfig) -> bool:
 
 
 def _head_decays(model: ModelConfig) -> bool:
-    return model.switches.linear == "gdn"
+    return not _channel_decays(model)
 
 
 def _channel_decays(model: ModelConfig) -> bool:
-    return model.switches.linear == "kda"
+    return rule_of_model(model.switches).decays_by_channel
 
 
 def _gdn_gate(model: ModelConfig) -> bool:

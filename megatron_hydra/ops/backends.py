@@ -21,7 +21,8 @@ from megatron_hydra.ops import (
     kernel_cache,
     packages,
 )
-from megatron_hydra.ops.kernels import FLA_BACKENDS, Case, Kernels
+from megatron_hydra.ops.kernels import FLA_BACKENDS, Case, DeltaRule, Kernels
+from megatron_hydra.ops.linear_rules import FlaKernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,13 @@ def _needs(*modules: str, low_precision: bool = True, head_dims: int = 256) -> C
         return None
 
     return missing
+
+
+def _fla_missing(case: Case) -> str | None:
+    if case.rule.fla is None:
+        return f"flash-linear-attention has no kernels of the {case.rule.title}"
+    reason: str | None = _needs("fla", "triton")(case)
+    return reason
 
 
 def _flash_attn_missing(case: Case) -> str | None:
@@ -180,8 +188,8 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         _TORCH,
     ),
     "gated_delta_net": (
-        Backend("fla", _needs("fla", "triton"), _load_fla, FLA),
-        Backend("fla_cp", _needs("fla", "triton"), _load_fla_cp, FLA),
+        Backend("fla", _fla_missing, _load_fla, FLA),
+        Backend("fla_cp", _fla_missing, _load_fla_cp, FLA),
         _TORCH,
     ),
     "fused_kernels": (
@@ -206,7 +214,7 @@ def choose_kernels(backend: BackendConfig, case: Case, *, check: bool = True) ->
     """
     if case.device.type == "cuda":
         kernel_cache.keep_triton_folder()
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Any] = {"delta_rule": case.rule.twin}
     names = {}
     for key, candidates in BACKENDS.items():
         selected = _select(key, getattr(backend, key), candidates, case)
@@ -215,6 +223,9 @@ def choose_kernels(backend: BackendConfig, case: Case, *, check: bool = True) ->
 
             fla_tuning.use_choices(case, flas_own_cp=selected.name == "fla_cp")
         chosen.update(_loaded(key, selected))
+        if selected.name in FLA_BACKENDS:
+            assert case.rule.fla is not None  # _fla_missing
+            chosen["delta_rule"] = _of_rule(chosen["delta_rule"], case.rule.fla)
         names[key] = selected.name
     kernels = Kernels(**chosen, names=names)
     if check and case.device.type == "cuda":
@@ -222,6 +233,12 @@ def choose_kernels(backend: BackendConfig, case: Case, *, check: bool = True) ->
 
         check_kernels(kernels, case)
     return kernels
+
+
+@functools.cache  # the same function at every call, as all kernels are
+def _of_rule(kernel: DeltaRule, fla: FlaKernels) -> DeltaRule:
+    """FLA's function for one rule."""
+    return functools.partial(kernel, fla=fla)
 
 
 def resolved_names(backend: BackendConfig, case: Case) -> dict[str, str]:

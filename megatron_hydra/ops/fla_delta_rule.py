@@ -18,7 +18,7 @@ from megatron_hydra.ops import fla_tuning
 from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.ops.fla_shard_kernels import FlaShardKernels
 from megatron_hydra.ops.flash_qla_shard_kernels import FlashQlaShardKernels
-from megatron_hydra.ops.linear_rules import rule_of_decays
+from megatron_hydra.ops.linear_rules import FlaKernels
 from megatron_hydra.ops.sharded_delta_rule import (
     ShardKernels,
     StateExchange,
@@ -39,8 +39,9 @@ def fla_gated_delta_rule(
     *,
     exchange: StateExchange | None = None,
     dense_rows: bool = True,
+    fla: FlaKernels,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As :func:`megatron_hydra.ops.gated_delta_rule.chunked_gated_delta_rule`.
+    """As the rule's twin (:attr:`.LinearRule.twin`).
 
     Args:
         q, k, v: bf16 or fp16 on a GPU.
@@ -48,26 +49,27 @@ def fla_gated_delta_rule(
         exchange: connects the shard to the others; ``initial_state`` must then be absent.
         dense_rows: whether documents of one length may be given to FLA as rows of a batch. Not where the
             number of rows changes: TileLang compiles FLA's backward for each number again, in ten seconds.
+        fla: those of the model's rule.
 
     Returns:
         Output, and ``None``: FLA's final states are not asked for.
     """
     inputs = (q, k, v, log_alpha, beta)
     if exchange is not None:
-        if rule_of_decays(log_alpha).decays_by_channel:  # its shards by FLA alone
-            return fla_own_context_parallel(*inputs, cu_seqlens, exchange=exchange)
+        if fla.exchanges_states:
+            return fla_own_context_parallel(*inputs, cu_seqlens, exchange=exchange, fla=fla)
         assert initial_state is None
         return sharded_gated_delta_rule(shard_kernels(*inputs), inputs, exchange), None
     documents: dict[str, Any] = {}
     rows = 1
     if cu_seqlens is None or len(cu_seqlens) == 2:
         pass
-    elif dense_rows and _is_dense_batch(cu_seqlens, inputs):
+    elif dense_rows and _is_dense_batch(cu_seqlens, q, fla):
         rows = len(cu_seqlens) - 1
     else:
         documents["cu_seqlens"] = int_tensor(cu_seqlens, torch.int64, q.device)
         documents["cu_seqlens_cpu"] = int_tensor(cu_seqlens, torch.int64, "cpu")
-    output = _whole(inputs, rows, initial_state=initial_state, **documents)
+    output = _whole(fla, inputs, rows, initial_state=initial_state, **documents)
     return output, None
 
 
@@ -81,13 +83,15 @@ def fla_own_context_parallel(
     initial_state: torch.Tensor | None = None,
     *,
     exchange: StateExchange | None = None,
+    fla: FlaKernels,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As :func:`fla_gated_delta_rule`, but FLA passes the states between ranks itself (``fla.ops.cp``)."""
     if exchange is None:
-        return fla_gated_delta_rule(q, k, v, log_alpha, beta, cu_seqlens, initial_state)
+        return fla_gated_delta_rule(q, k, v, log_alpha, beta, cu_seqlens, initial_state, fla=fla)
     assert initial_state is None
     context = _context(exchange, q.device)
-    output = _whole((q, k, v, log_alpha, beta), 1, initial_state=None, cp_context=context)
+    inputs = (q, k, v, log_alpha, beta)
+    output = _whole(fla, inputs, 1, initial_state=None, cp_context=context)
     return output, None
 
 
@@ -127,17 +131,18 @@ def _say(heads: int, reason: str | None) -> None:
     )  # fmt: skip
 
 
-def _whole(inputs: tuple[torch.Tensor, ...], rows: int, **options: Any) -> torch.Tensor:
+def _whole(
+    fla: FlaKernels, inputs: tuple[torch.Tensor, ...], rows: int, **options: Any
+) -> torch.Tensor:
     """FLA's function on a stream as so many rows, with its dispatch unless FlashQLA refuses so many heads."""
-    rule = rule_of_decays(inputs[3])
-    kernel = rule.fla_kernel()
-    if rule.flash_qla_head_dim and fla_tuning.flash_qla_refuses(inputs[0].shape[1]):
+    kernel = fla.load()
+    if fla.flash_qla_head_dim and fla_tuning.flash_qla_refuses(inputs[0].shape[1]):
         kernel = inspect.unwrap(kernel)  # without FLA's dispatch to FlashQLA
     output, _ = kernel(*(x.unflatten(0, (rows, -1)) for x in inputs), **options)
     return output.flatten(0, 1)
 
 
-def _is_dense_batch(cu: tuple[int, ...], inputs: tuple[torch.Tensor, ...]) -> bool:
+def _is_dense_batch(cu: tuple[int, ...], q: torch.Tensor, fla: FlaKernels) -> bool:
     """Whether documents of one length are better given as rows of a batch.
 
     Without boundaries, FLA's own kernels need no indices of chunks. FlashQLA cuts a long document into pieces
@@ -145,9 +150,8 @@ def _is_dense_batch(cu: tuple[int, ...], inputs: tuple[torch.Tensor, ...]) -> bo
     """
     if len({b - a for a, b in zip(cu, cu[1:], strict=False)}) != 1:
         return False
-    heads, head_dim = inputs[0].shape[1:]
-    of_flash_qla = rule_of_decays(inputs[3]).flash_qla_head_dim
-    return head_dim != of_flash_qla or fla_tuning.flash_qla_refuses(heads)
+    heads, head_dim = q.shape[1:]
+    return head_dim != fla.flash_qla_head_dim or fla_tuning.flash_qla_refuses(heads)
 
 
 def _context(exchange: StateExchange, device: torch.device) -> Any:

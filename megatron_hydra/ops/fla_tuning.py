@@ -53,7 +53,8 @@ def is_flash_qla(case: Case, heads: int) -> bool:
 
     A user who sets ``FLA_FLASH_QLA`` has decided; then a failure of FlashQLA stays one.
     """
-    if case.head_dim != case.rule.flash_qla_head_dim or _FLASH_QLA in os.environ:
+    fla = case.rule.fla
+    if fla is None or case.head_dim != fla.flash_qla_head_dim or _FLASH_QLA in os.environ:
         return False
     if case.dtype not in (torch.bfloat16, torch.float16) or heads in _refused:
         return False

@@ -12,7 +12,6 @@ from megatron_hydra.ops import (
     delta_rule_gates,
     delta_rule_inputs,
     fusion_tail,
-    gated_delta_rule,
     qk_preparation,
 )
 from megatron_hydra.ops.linear_rules import GATED_DELTA_RULE, LinearRule
@@ -38,8 +37,8 @@ class Kernels:
 
     Attributes:
         attention: as :func:`~megatron_hydra.ops.varlen_attention.varlen_attention`.
-        delta_rule: as :func:`~megatron_hydra.ops.gated_delta_rule.chunked_gated_delta_rule`; may
-            return ``None`` for the final states.
+        delta_rule: as the twin of the model's rule (:attr:`.LinearRule.twin`); may return ``None`` for the
+            final states.
         prepare_heads: as :func:`~megatron_hydra.ops.qk_preparation.prepare_heads`.
         delta_rule_inputs: as :func:`~megatron_hydra.ops.delta_rule_inputs.delta_rule_inputs`.
         delta_rule_gates: as :func:`~megatron_hydra.ops.delta_rule_gates.delta_rule_gates`.
@@ -48,7 +47,7 @@ class Kernels:
     """
 
     attention: Kernel = varlen_attention
-    delta_rule: DeltaRule = gated_delta_rule.chunked_gated_delta_rule
+    delta_rule: DeltaRule = GATED_DELTA_RULE.twin
     prepare_heads: Kernel = qk_preparation.prepare_heads
     delta_rule_inputs: DeltaRuleInputs = delta_rule_inputs.delta_rule_inputs
     delta_rule_gates: DeltaRuleGates = delta_rule_gates.delta_rule_gates

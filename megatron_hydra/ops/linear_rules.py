@@ -1,7 +1,7 @@
-"""The recurrences of heads without full attention, described once for all who choose, check and plan kernels.
+"""The recurrences of heads without full attention, each declared once.
 
-The torch twin of every rule is :func:`~megatron_hydra.ops.gated_delta_rule.chunked_gated_delta_rule`. What
-tells rules apart on a GPU stands here: FLA's function, the shape of the decays, the work.
+The table of parameters, the choice of kernels, the start-up check, the count of FLOPs and the planner read
+these declarations. None of them names a rule.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_hydra.config.model import HydraConfig
+from megatron_hydra.ops.gated_delta_rule import chunked_gated_delta_rule
 
 CHUNK = 64
 """Chunk length that the work of a rule is counted at, that of the GPU kernels."""
@@ -30,60 +31,98 @@ def gated_delta_net_flops(length: int, head_dim: int, chunk: int = CHUNK) -> int
 
 
 @dataclasses.dataclass(frozen=True)
+class FlaKernels:
+    """How flash-linear-attention computes a rule. Counts are those of FLA 0.6.0.
+
+    Attributes:
+        module, function: where its chunked kernels are.
+        launches: Triton kernels in forward and backward.
+        shard_launches: how many more a context-parallel shard runs, forward and backward.
+        exchanges_states: FLA's own context parallelism passes the states between shards. Otherwise our kernels
+            of shards do (:mod:`.fla_shard_kernels`, :mod:`.flash_qla_shard_kernels`).
+        flash_qla_head_dim: the only head dimension for which FLA gives the rule to FlashQLA; ``None``: it
+            never does.
+        kept_squares: ``[C, C]`` matrices of a chunk of C tokens that the backward needs.
+        forward_rows: tensors of q's size that the forward makes beside the output.
+        fp32_gradients: gradients of q's size that the backward makes in fp32.
+    """
+
+    module: str
+    function: str
+    launches: tuple[int, int]
+    shard_launches: tuple[int, int]
+    exchanges_states: bool
+    flash_qla_head_dim: int | None
+    kept_squares: int
+    forward_rows: int
+    fp32_gradients: int
+
+    def load(self) -> Callable[..., Any]:
+        """The chunked kernels (imports FLA)."""
+        kernel: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
+        return kernel
+
+
+@dataclasses.dataclass(frozen=True)
 class LinearRule:
     """A recurrence of linear heads.
 
     Attributes:
         title: what messages call it.
-        fla_module, fla_function: where flash-linear-attention has its chunked kernels.
-        fla_launches: kernels of FLA 0.6.0 in forward and backward; under context parallelism three more
-            each way.
-        flash_qla_head_dim: the only head dimension for which FLA hands the rule to FlashQLA; ``None``: it
-            never does.
-        decays_by_channel: whether each channel of a key has a decay of its own, or one is for the head.
+        decays_by_channel: whether each channel of a key has its own decay. Otherwise a head has one decay.
         flops: forward FLOPs of one head, of (tokens, head dimension).
+        twin: the rule in torch, with the arguments and results of
+            :func:`~megatron_hydra.ops.gated_delta_rule.chunked_gated_delta_rule`.
+        fla: FLA's kernels of the rule; ``None``: FLA has none, and the twin computes it on a GPU too.
     """
 
     title: str
-    fla_module: str
-    fla_function: str
-    fla_launches: tuple[int, int]
-    flash_qla_head_dim: int | None
     decays_by_channel: bool
     flops: Callable[[int, int], int]
+    twin: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    fla: FlaKernels | None
 
     def decays_of_head(self, head_dim: int) -> tuple[int, ...]:
         """Shape of what one token decays a head by; log α is ``[T, H, *this]``."""
         return (head_dim,) if self.decays_by_channel else ()
 
-    def fla_kernel(self) -> Callable[..., Any]:
-        """FLA's chunked kernels (imports FLA)."""
-        kernel: Callable[..., Any] = getattr(
-            importlib.import_module(self.fla_module), self.fla_function
-        )
-        return kernel
-
 
 GATED_DELTA_RULE = LinearRule(
     title="gated delta rule",
-    fla_module="fla.ops.gated_delta_rule",
-    fla_function="chunk_gated_delta_rule",
-    fla_launches=(4, 7),
-    flash_qla_head_dim=128,
     decays_by_channel=False,
     flops=gated_delta_net_flops,
+    twin=chunked_gated_delta_rule,
+    fla=FlaKernels(
+        module="fla.ops.gated_delta_rule",
+        function="chunk_gated_delta_rule",
+        launches=(4, 7),
+        shard_launches=(2, 1),
+        exchanges_states=False,
+        flash_qla_head_dim=128,
+        kept_squares=1,  # the inverse of I + A
+        forward_rows=3,  # W, U, the new values
+        fp32_gradients=0,
+    ),
 )
 
 KIMI_DELTA_ATTENTION = LinearRule(
     title="Kimi delta attention",
-    fla_module="fla.ops.kda",
-    fla_function="chunk_kda",
-    fla_launches=(6, 7),
-    flash_qla_head_dim=None,
     decays_by_channel=True,
+    # The products are those of the gated delta rule. Weights of channels in place of pairs are omitted.
     flops=gated_delta_net_flops,
+    twin=chunked_gated_delta_rule,
+    fla=FlaKernels(
+        module="fla.ops.kda",
+        function="chunk_kda",
+        launches=(6, 7),
+        shard_launches=(3, 3),
+        exchanges_states=True,
+        flash_qla_head_dim=None,
+        kept_squares=2,  # the inverse of I + A, and P
+        forward_rows=4,  # W, U, the new values, the weighted keys
+        fp32_gradients=3,  # by q, k and log α
+    ),
 )
-"""Its products are those of the gated delta rule; weights of channels in place of pairs are omitted."""
 
 RULES = {"gdn": GATED_DELTA_RULE, "kda": KIMI_DELTA_ATTENTION}
 """By value of ``hydra.linear``."""
@@ -92,9 +131,3 @@ RULES = {"gdn": GATED_DELTA_RULE, "kda": KIMI_DELTA_ATTENTION}
 def rule_of_model(switches: HydraConfig) -> LinearRule:
     """The rule of a model's linear heads."""
     return RULES[switches.linear]
-
-
-def rule_of_decays(log_alpha: torch.Tensor) -> LinearRule:
-    """The rule that has decays of this shape."""
-    axes = log_alpha.ndim - 2
-    return next(rule for rule in RULES.values() if len(rule.decays_of_head(1)) == axes)

@@ -89,7 +89,7 @@ def check_kernels(kernels: Kernels, case: Case) -> None:
 
 def _check_all(kernels: Kernels, case: Case) -> None:
     facts = _on_record(case)
-    twins = Kernels()
+    twins = Kernels(delta_rule=case.rule.twin)
     for key, what, inputs, run in all_checks(case):
         name = kernels.names[key]
         check = f"{key}={name} {_name_of(what, case)}"
@@ -269,6 +269,7 @@ def _delta_rule_gates_checks(case: Case) -> Iterator[Check]:
 def _sharded_delta_rule_checks(case: Case) -> Iterator[Check]:
     """All shards in this process, one after the other, against the whole stream."""
     make, d = _Inputs(case, 1), case.head_dim
+    fla_exchanges = case.rule.fla is not None and case.rule.fla.exchanges_states
     for heads, (name, (cu, decay, strength)) in itertools.product(case.gdn_heads, SHARDED.items()):
         tokens, shards = cu[-1], ShardsHere(cu, SHARDS)
 
@@ -279,7 +280,7 @@ def _sharded_delta_rule_checks(case: Case) -> Iterator[Check]:
             shards: ShardsHere = shards,
         ) -> torch.Tensor:
             # The twin takes the whole stream; FLA's own context parallelism needs the run's ranks.
-            by_fla = case.rule.decays_by_channel or kernels.names["gated_delta_net"] == "fla_cp"
+            by_fla = fla_exchanges or kernels.names["gated_delta_net"] == "fla_cp"
             whole = by_fla or kernels.names["gated_delta_net"] == "torch"
             return kernels.delta_rule(*x, cu, exchange=None if whole else shards)[0]
 

@@ -1,4 +1,4 @@
-"""Every benchmark explains itself, and runs from end to end at a toy size on a CPU."""
+"""Every benchmark has a help text and runs from end to end at a toy size on a CPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOY = {
     "data_shards": ["shards", "--sizes", "3"],
     "data_stream": ["stream", "--sizes", "1K,2K", "--corpus-megabytes", "0.3"],
 }  # fmt: skip
-"""By the name of the report: the flags of a toy run. Of ``data``, every subject has its own report."""
+"""Name of the report -> flags of a toy run. Every subject of ``data`` has its own report."""
 QUICK = ("gdn", "loss", "layer", "step", "selection", "selection_time", "data_waste")
 
 
@@ -61,7 +61,7 @@ def test_runs_at_a_toy_size(name, tmp_path):
     saved = json.loads((tmp_path / f"{name}.json").read_text())
     assert saved["rows"]
     assert not [row for row in saved["rows"] if row["failure"]]
-    assert saved["ratios"] or name == "data_memory"  # which has no peer
+    assert saved["ratios"] or name == "data_memory"  # it has no peer
 
 
 def test_another_rule_runs_at_a_toy_size(tmp_path):

@@ -1,4 +1,4 @@
-"""The basis of the benchmarks' numbers: turns, ratios within a round, failures, files."""
+"""How benchmarks measure: peers take turns, ratios are within a round, failures and files are reported."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_sizes_are_read_and_named():
 
 
 def test_a_ratio_is_taken_within_rounds():
-    # The second round is ten times slower for both: the machine's doing, not a peer's.
+    # The second round is ten times slower for both peers, as on a busy machine.
     ratio = harness.Ratio([2.0, 20.0, 2.2], [1.0, 10.0, 1.0])
     assert (ratio.median, ratio.low, ratio.high) == (2.0, 2.0, 2.2)
     assert math.isnan(harness.Ratio([], []).median)
@@ -76,7 +76,7 @@ def test_memory_of_a_call_is_its_peak():
         del first
         return torch.ones(3 << 20, dtype=torch.uint8)
 
-    for _ in range(2):  # freed blocks that the C library keeps make no difference
+    for _ in range(2):  # the C library keeps freed blocks; they do not count
         peak = harness.measured_memory(two_blocks_then_three, CPU)
         assert 3 << 20 <= peak < (3 << 20) + 1000
 

@@ -1,4 +1,4 @@
-"""The benchmark of long documents: limits are kept, disagreement is an error, a toy runs from end to end."""
+"""The benchmark of long documents: it keeps limits, refuses results that differ, and runs at a toy size."""
 
 from __future__ import annotations
 

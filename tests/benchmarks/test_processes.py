@@ -1,4 +1,4 @@
-"""If a process is ended, all processes that it has started end as well."""
+"""Ending a process also ends all processes that it has started."""
 
 from __future__ import annotations
 

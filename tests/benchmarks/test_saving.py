@@ -1,4 +1,4 @@
-"""The benchmark of saves: what it reads from a run's log, and a toy run of it."""
+"""The benchmark of saves: how it reads a run's log, and a toy run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_an_unknown_shape_is_named(capsys):
 @pytest.mark.slow
 def test_runs_at_a_toy_size(tmp_path):
     flags = ["--shapes", "tiny", "--tokens", "32", "--saves", "2", "--interval", "2"]
-    flags += ["checkpoint.save_optimizer=false"]  # of the last step's only
+    flags += ["checkpoint.save_optimizer=false"]  # only those of the last step
     assert saving.main([*flags, "--folder", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
     rows = json.loads((tmp_path / "out/saving.json").read_text())["rows"]
     assert [row["mode"] for row in rows] == list(saving.MODES)

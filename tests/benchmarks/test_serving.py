@@ -1,6 +1,6 @@
-"""The serving benchmark explains itself without vLLM, and says what is missing.
+"""Without vLLM, the serving benchmark shows its help and names what is missing.
 
-That it runs is seen where vLLM is (tests/serving/vllm/test_benchmark.py).
+tests/serving/vllm/test_benchmark.py runs it with vLLM.
 """
 
 from __future__ import annotations

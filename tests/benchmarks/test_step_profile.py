@@ -1,4 +1,4 @@
-"""The profile of a step and the search for differences: their parts, and a run of both at a toy size."""
+"""The profile of a step and the search for differences: their parts, and a toy run of both."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_time_of_the_device_counts_streams_once(trace):
 
 def test_time_of_an_operation_is_without_those_inside_it(trace):
     own = trace.by_operation()
-    assert own["_FusionTailBackward"] == (pytest.approx(10e-6), 0.5)  # 40 − 10 − 10, of two steps
+    assert own["_FusionTailBackward"] == (pytest.approx(10e-6), 0.5)  # 40 − 10 − 10, over two steps
     assert own["cudaLaunchKernel"] == (pytest.approx(7.5e-6), 1.0)
 
 

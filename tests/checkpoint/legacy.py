@@ -1,4 +1,4 @@
-"""Checkpoints as they were written before 2026-11-28: one record a head, by torch's own writer."""
+"""Checkpoints as versions before 2026-11-28 wrote them: one record for each head, by torch's own writer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.training import tiny
 
 
 def _pieces(key: str, tensor: torch.Tensor) -> int:
-    """One a head, as the rank's fused weights were cut; another number for other tensors."""
+    """Number of a tensor's records in older versions, which wrote fused weights head by head."""
     if tensor.dim() < 1 or not tensor.shape[0]:
         return 1
     if ".self_attention." in key and not key.endswith(("_norm", "out_bias")):
@@ -52,7 +52,7 @@ def write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def rewrite(folder: Path) -> int:
-    """Give a checkpoint the files that it would have had; returns how many records those hold."""
+    """Replace a checkpoint's files by those of an older version; returns their number of records."""
     weights = folder / store.WEIGHTS
     tensors = tiny.everything(folder)
     old = folder / "old"

@@ -46,7 +46,7 @@ def _rope(theta: float) -> dict:
 
 
 VARIANTS = {
-    # head_dim is not D/H = 10 where it is given.
+    # Where head_dim is given, it is not D/H = 10.
     "qwen3-tied": (
         Qwen3ForCausalLM,
         Qwen3Config,
@@ -93,7 +93,7 @@ def make_head_map(path: Path, hf: Path, heads: tuple = FULL_ATTENTION_HEADS) -> 
 
 
 def hybrid_config(family: str = "qwen3", **changes: object) -> ModelConfig:
-    """A hybrid's config without any file; ``hydra`` holds changed switches."""
+    """The config of a hybrid, without any file; ``hydra`` sets switches."""
     values: dict = {
         "family": family,
         "num_layers": 4,

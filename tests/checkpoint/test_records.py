@@ -74,7 +74,7 @@ def test_a_record_needed_by_several_boxes_is_read_once(
 
 
 def test_a_record_holds_only_the_tensor_and_is_hashed(tmp_path: Path) -> None:
-    """Of a view not the rest of its storage; of a transposed one its elements in their order."""
+    """A view's record leaves out the rest of its storage; a transposed tensor's elements keep their order."""
     large = torch.arange(4096.0).reshape(64, 64)
     views = [large[3:5], large[:, 1], large.t()[2:4], large[:0], torch.tensor(2.5)]
     places, digest = records.write_file(tmp_path / "file", views)
@@ -105,7 +105,7 @@ def test_a_large_box_becomes_several_records(monkeypatch: pytest.MonkeyPatch) ->
     [
         [[0, 2], [3, 6]],  # a gap
         [[0, 4], [3, 6]],  # an overlap
-        [[0, 3], [2, 4], [4, 5]],  # as many elements as the whole, and still an overlap
+        [[0, 3], [2, 4], [4, 5]],  # as many elements as the whole, but two boxes overlap
     ],
 )
 def test_parts_that_do_not_cover_a_tensor_are_refused(cuts: list[list[int]]) -> None:

@@ -78,7 +78,7 @@ def test_some_keys_only(saved, state):
 
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_megatron_reads_our_checkpoints_under_any_sharding(saved, state, pieces):
-    """With its own reader, torch's."""
+    """Torch's own reader reads it."""
     key = "decoder.layers.3.self_attention.in.fa.q"
     shape = state[key].shape
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -180,7 +180,7 @@ class _RunsCode:
 
 
 def test_an_index_that_refers_to_anything_else_is_not_unpickled(copy, tmp_path):
-    """Even with a manifest that matches."""
+    """It is refused even if the manifest matches."""
     (copy / "weights" / ".metadata").write_bytes(pickle.dumps(_RunsCode(tmp_path / "ran")))
     store.write_manifest(copy)
     with pytest.raises(HydraError, match=r"\.metadata refers to posix\.mkdir"):
@@ -214,7 +214,7 @@ def test_a_foreign_model_file_is_refused(copy, change, message):
 
 
 def test_a_checkpoint_older_than_a_switch_keeps_its_model(tmp_path):
-    """FA and GDN heads had their own k, v and QK-norms, gates no bias, before switches said so."""
+    """Such a model has separate k, v and QK-norms of FA and GDN heads, and gates without bias."""
     switches = {
         "qkv": "decoupled",
         "fa_gate_bias": False,

@@ -74,7 +74,7 @@ def test_switches_that_do_not_exist(changes, message):
         HydraConfig(**changes)
 
 
-ABLATIONS = {  # rows of the paper's tables: what is set, over HydraHead's defaults
+ABLATIONS = {  # rows of the paper's tables: the switches that differ from HydraHead's defaults
     "gated fusion": ["fusion=gated"],
     "direct concatenation": ["fusion=concat"],
     "no feature normalisation": ["fusion_norm=none"],
@@ -100,7 +100,7 @@ ABLATIONS = {  # rows of the paper's tables: what is set, over HydraHead's defau
 
 @pytest.mark.parametrize("row", ABLATIONS)
 def test_an_ablation_is_a_switch(row):
-    """As ``tools/hf_to_megatron.py --set`` and ``hydra:`` in an experiment read it; nothing else changes."""
+    """As ``tools/hf_to_megatron.py --set`` and an experiment's ``hydra:`` do; no other switch changes."""
     changed = apply_overrides(HydraConfig(), ABLATIONS[row])
     before, after = vars(HydraConfig()), vars(changed)
     named = {override.partition("=")[0] for override in ABLATIONS[row]}

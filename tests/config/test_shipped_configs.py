@@ -64,7 +64,7 @@ def test_the_stages_of_qwen_read_15_billion_tokens() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_of_the_paper_has_the_papers_tokens_and_lengths(recipe: str) -> None:
-    """FineWeb-Edu alone; stage by stage from each other's checkpoints; on the layout that it names."""
+    """It reads FineWeb-Edu alone; each stage starts from the last one's checkpoint, on the named layout."""
     before = "models/qwen3_1.7b/student"
     rates = []
     for verb, (billions, length) in zip(

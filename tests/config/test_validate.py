@@ -147,7 +147,7 @@ def test_both_kinds_in_every_head_refuse_the_sequence_partition() -> None:
 def test_a_vocabulary_is_padded_unless_a_rank_would_be_empty() -> None:
     model = dataclasses.replace(DENSE, vocab_size=65)
     check_layout(_config("parallel.tensor=2"), 2, model, model)
-    few = dataclasses.replace(DENSE, vocab_size=5)  # 2 · 3 ranks are enough, the fourth has nothing
+    few = dataclasses.replace(DENSE, vocab_size=5)  # 3 ranks hold 2 rows each
     with pytest.raises(
         HydraError, match=r"with 2 entries of the .*vocabulary of 5 per rank, the last"
     ):
@@ -170,7 +170,7 @@ def test_accumulation_and_padding() -> None:
     assert rounded_stream_length(config) == 56
     config = apply_overrides(config, ["parallel.sequence=true", "batch.micro_batch_size=3"])
     assert rounded_stream_length(config) == 152
-    # tensor-parallel ranks cut a stream also where neither of these keys says so
+    # tensor-parallel ranks also cut a stream if neither of these keys is set
     assert rounded_stream_length(_config("data.sequence_length=45", "parallel.tensor=4")) == 48
 
 

@@ -11,7 +11,7 @@ from tests.checkpoint.models import VARIANTS, make_head_map, make_hf
 
 @pytest.fixture(scope="session")
 def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A Hugging Face folder of every variant; do not write there."""
+    """A Hugging Face folder for each variant; tests must not write there."""
     root = tmp_path_factory.mktemp("hf")
     return {variant: make_hf(root / variant, variant) for variant in VARIANTS}
 

@@ -230,7 +230,7 @@ def test_every_family_makes_a_student_that_agrees(variant, hf_folders, token_fil
 
 @pytest.mark.parametrize("variant", ["qwen3-tied", "llama"])
 def test_a_student_with_the_teachers_switches_is_the_teacher(variant, hf_folders, tmp_path):
-    """Every head FA, rotary on, gates, norm and scale off: the student computes the teacher."""
+    """If every head is FA with rotary, without gates, norm and scale, the student computes the teacher."""
     heads = (tuple(range(4)),) * 4
     head_map = make_head_map(tmp_path / "map.json", hf_folders[variant], heads)
     options = StudentOptions(head_map=head_map, hydra=DENSE_ATTENTION)
@@ -298,7 +298,7 @@ def test_a_head_map_of_another_model_is_refused(hf_folders, head_map, tmp_path):
 
 @pytest.mark.parametrize("field", ["num_layers", "num_query_heads", "num_kv_heads"])
 def test_a_head_map_of_another_shape_is_refused(field, hf_folders, head_map, tmp_path):
-    """By its shape alone: no weights are compared where the map knows none."""
+    """It compares shapes only, because the map has no fingerprint of weights."""
     body = json.loads(head_map.read_text())
     body["model"] |= {"fingerprint": "", field: 2 * body["model"][field]}
     heads = body["full_attention_heads"]
@@ -387,7 +387,7 @@ SAID = {"missing": "is missing", "extra": "is not part of", "misshapen": "has sh
 
 
 def change_safetensors(file: Path, key: str, change: str) -> str:
-    """Make one tensor of a file wrong; returns the key that the message must name."""
+    """Change one tensor of a file; returns the key that the message must name."""
     tensors = load_file(file)
     if change == "missing":
         del tensors[key]
@@ -401,7 +401,7 @@ def change_safetensors(file: Path, key: str, change: str) -> str:
 
 
 def change_checkpoint(folder: Path, key: str, change: str) -> str:
-    """The same in the index of a checkpoint, with a manifest that fits."""
+    """Change the index of a checkpoint and write a matching manifest."""
     index = store.read_index(folder / store.WEIGHTS)
     entries = index.state_dict_metadata
     if change == "missing":

@@ -1,4 +1,4 @@
-"""config.json: keys that are read, refused and restored."""
+"""config.json: which keys are read, refused and restored."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_the_original_config_comes_back_key_for_key():
 def test_a_config_made_from_nothing_means_the_same_to_transformers(variant, hf_folders):
     model = read_hf_config(hf_folders[variant])
     original = AutoConfig.from_pretrained(hf_folders[variant]).to_dict()
-    original.setdefault("head_dim", 10)  # Qwen2 has the key only where it is not D/H
+    original.setdefault("head_dim", 10)  # Qwen2 has the key only if it differs from D/H
     body = hf_config_from_model(type(model)(**{**vars(model), "hf_config": {}}), "float32")
     again = AutoConfig.for_model(**json.loads(json.dumps(body))).to_dict()
     ignored = {"transformers_version", "_name_or_path", "bos_token_id", "eos_token_id"}

@@ -1,4 +1,4 @@
-"""The student: made from the teacher's weights, with every tensor decided."""
+"""The student: every tensor comes from the teacher or has a defined start value."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_calibration_refuses_no_tokens_and_broken_models():
 
 
 class Words:
-    """A tokenizer of sorts: one token a word."""
+    """A tokenizer with one token for each word."""
 
     def __call__(self, text):
         return {"input_ids": [len(word) for word in text.split()]}

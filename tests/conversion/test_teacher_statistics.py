@@ -1,4 +1,4 @@
-"""Half-lives and write strengths from the teacher's attention: planted heads are read as they were planted."""
+"""Half-lives and write strengths from the teacher's attention, measured on planted heads."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tests.checkpoint.models import hybrid_config, random_state
 HEADS, D, HIDDEN, VOCABULARY = 4, 32, 48, 40
 RANGE = (1.0, 4096.0)
 MARKED = 7
-"""The token that head 3 looks at, wherever it stands."""
+"""The token that head 3 attends to, at any position."""
 
 
 def planted(lookback: int) -> Qwen2ForCausalLM:
-    """Heads that look: ``lookback`` back; at their own token; at everything alike; at MARKED.
+    """Four heads that attend: ``lookback`` tokens back; to their own token; to all alike; to MARKED.
 
     Queries and keys are constants (biases), which rotary embedding turns into a function of distance.
     """
@@ -46,11 +46,11 @@ def planted(lookback: int) -> Qwen2ForCausalLM:
         for head, distance in ((0, lookback), (1, 0)):
             rows = slice(head * d, (head + 1) * d)
             attention.k_proj.bias[rows] = 20.0
-            # The score of keys at Δ is Σ cos((Δ − distance) θ): highest where Δ is the distance.
+            # A key Δ tokens back has the score Σ cos((Δ − distance) θ), which is highest at Δ = distance.
             angle = -distance * theta
             turned = torch.cat((angle.cos() - angle.sin(), angle.cos() + angle.sin()))
             attention.q_proj.bias[rows] = 20.0 * turned
-        rows = slice(3 * d, 4 * d)  # slow channels only, where rotary does next to nothing
+        rows = slice(3 * d, 4 * d)  # only slow channels, which rotary hardly changes
         slow = torch.zeros(d)
         slow[d // 2 - 1] = 1.0
         direction = torch.nn.functional.normalize(torch.randn(HIDDEN), dim=0)
@@ -77,9 +77,9 @@ def test_a_planted_head_of_known_lookback_gets_its_half_life(lookback: int) -> N
     life, distance = measured.half_life[0], measured.distance[0]
     assert distance[0] == pytest.approx(lookback, rel=0.1)
     assert life[0] == pytest.approx(math.log(2) / math.log1p(1 / lookback), rel=0.1)
-    assert life[1] == pytest.approx(RANGE[0])  # never looks back
-    assert life[2] > 1000 and life[3] > 50  # has no preference for the near
-    assert model.config._attn_implementation == "sdpa"  # as it was
+    assert life[1] == pytest.approx(RANGE[0])  # attends to no earlier token
+    assert life[2] > 1000 and life[3] > 50  # attends to near and far tokens alike
+    assert model.config._attn_implementation == "sdpa"  # unchanged
 
 
 def test_a_head_that_attends_to_a_token_writes_that_token() -> None:
@@ -90,7 +90,7 @@ def test_a_head_that_attends_to_a_token_writes_that_token() -> None:
     marked = torch.cat(tokens)[:, 1:] == MARKED
     assert float(beta[marked][:, 3].min()) > 0.75
     assert float(beta[~marked][:, 3].mean()) < 0.25
-    for head in (0, 1, 2):  # what these look at is a matter of distance, and explained by it
+    for head in (0, 1, 2):  # distance explains what these heads attend to
         assert float((beta[..., head] - 0.5).abs().mean()) < 0.1
 
 
@@ -102,7 +102,7 @@ def test_exponential_attention_is_read_back_whatever_the_lengths(half_life: floa
         weights = torch.exp2(-distance.double() / half_life).masked_fill(distance < 0, 0)
         weights[:, 0] = 0
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-30)
-        # Half of every query's attention is parked at the first token.
+        # Half of every query's attention goes to the first token.
         weights = 0.5 * weights
         weights[:, 0] += 0.5
         look.add(weights.expand(1, 2, length, length))

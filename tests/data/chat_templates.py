@@ -7,17 +7,17 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A template and what it makes of a turn.
+    """A template and how it writes a turn.
 
     Attributes:
         template: Jinja.
-        end: what closes a turn of the assistant that others follow.
-        last_end: what closes the last one; empty: the same.
-        lead: what the template puts between the prompt and the text of the last turn.
-        early_lead: the same for other turns.
-        alternates: roles have to alternate, beginning with the user.
-        begins_with_assistant: a conversation may.
-        bos: text before everything, to be expected nowhere in what is learned.
+        end: text after an assistant's turn that is not the last one.
+        last_end: text after the last turn; empty: as ``end``.
+        lead: text between the prompt and the last turn.
+        early_lead: text between the prompt and any other turn.
+        alternates: whether roles must alternate, with the user first.
+        begins_with_assistant: whether the assistant may speak first.
+        bos: text before the conversation; the loss never includes it.
     """
 
     template: str
@@ -120,6 +120,6 @@ FAMILIES = {
 }
 PARTS_ONLY = Family(_PARTS_ONLY, "<|im_end|>")
 SPECIAL = ["<|im_start|>", "<|im_end|>", "</s>", "<|User|>", "<|Assistant|>", "<|end_of_sentence|>"]
-"""Declared as special tokens of the tokenizer."""
+"""Special tokens that the tokenizer declares."""
 ADDED = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 """Special in the tokenizer's file, but not among its ``all_special_tokens`` (as Llama 3's)."""

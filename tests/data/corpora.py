@@ -31,7 +31,7 @@ _WORDS = tuple(
 
 
 def text(rng: random.Random, words: int) -> str:
-    """Prose of a kind, with numbers, line breaks and a few characters beyond ASCII."""
+    """Random prose with numbers, line breaks and a few characters beyond ASCII."""
     parts = []
     for _ in range(words):
         kind = rng.random()
@@ -103,6 +103,6 @@ def write_indexed(
 
 
 def numbered_documents(lengths: list[int]) -> list[list[int]]:
-    """Documents whose tokens are all different: 1, 2, 3, … over the corpus."""
+    """Documents whose tokens are 1, 2, 3, … over the whole corpus."""
     edges = np.cumsum([0, *lengths]).tolist()
     return [list(range(a + 1, b + 1)) for a, b in zip(edges, edges[1:], strict=False)]

@@ -1,4 +1,4 @@
-"""Loss only on answers and their end, for any template."""
+"""For every template, the loss is on answers and their end tokens only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONVERSATION = [
     {"role": "user", "content": "4, said 4.?"},
     {"role": "assistant", "content": "Yes."},
 ]
-# In the manner of Qwen3, but that every last turn gets an empty reasoning, on top of its own.
+# Like Qwen3, but every last turn gets an empty reasoning before its own.
 REWRITING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and '</think>' in m.content and not loop.last %}"
@@ -54,7 +54,7 @@ def spans(tokenizer, messages, tools=None) -> list[str]:
 
 
 def learned(tokenizer, messages, tools=None) -> list[str]:
-    """What the learned tokens of each turn decode to."""
+    """The text of the learned tokens, for each turn."""
     ids, mask = encode_chat(tokenizer, messages, tools)
     edges = np.cumsum([0, *runs(mask)[0]])
     pieces = [ids[a:b] for a, b, own in zip(edges, edges[1:], runs(mask)[1], strict=False) if own]
@@ -86,7 +86,7 @@ def _conversations(draw, alternates: bool, begins_with_assistant: bool):
         if not begins_with_assistant:
             roles.insert(0, "user")
         if draw(st.booleans()):
-            roles.append("user")  # the last word need not be the assistant's
+            roles.append("user")  # the last turn may be the user's
     return messages + [{"role": role, "content": draw(_TEXTS)} for role in roles]
 
 
@@ -142,7 +142,7 @@ def test_two_answers_in_a_row_are_two_turns(tokenizer):
 
 @pytest.mark.parametrize("name", ["chatml", "a prompt that ends in a blank"])
 def test_the_prompt_of_a_turn_is_what_a_model_is_asked_with(loaded, name):
-    """Also where the tokenizer would join the prompt's blank and the answer's first word."""
+    """This also holds if the tokenizer would join the prompt's blank and the answer's first word."""
     loaded.chat_template = FAMILIES[name].template
     ids, mask = encode_chat(loaded, CONVERSATION[:3])
     prompt = loaded.apply_chat_template(
@@ -214,7 +214,7 @@ def test_content_as_parts(tokenizer, template):
     assert "a b<|im_end|>" in render_chat(tokenizer, messages)[0]
 
 
-# -- what cannot find begin and end --------------------------------------------------------------------
+# -- templates whose answers cannot be located --------------------------------------------------------
 
 
 @pytest.mark.parametrize(

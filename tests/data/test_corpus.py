@@ -1,4 +1,4 @@
-"""Inputs of every format: all rows once and in order, for any cut into units."""
+"""Inputs of every format give each row once and in order, however they are cut into units."""
 
 from __future__ import annotations
 

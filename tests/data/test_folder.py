@@ -1,4 +1,4 @@
-"""Folders as inputs: every file is read, skipped with a reason, or an error."""
+"""Folders as inputs: every file is read, skipped with a reason, or refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.data.test_corpus import jsonl, rows
 
 
 def notes_on_files(corpus: CorpusConfig) -> list[str]:
-    """What planning says of the inputs."""
+    """The planner's messages about the inputs."""
     notes: list[str] = []
     plan_units(corpus, notes.append)
     return notes
@@ -66,7 +66,7 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     jsonl(real / "b.jsonl", ["behind the link"])
     jsonl(folder / "a.jsonl", ["here"])
     (folder / "link").symlink_to(real)
-    (real / "back").symlink_to(folder)  # a circle
+    (real / "back").symlink_to(folder)  # the links form a circle
     assert rows(CorpusConfig((str(folder),))) == ["here", "behind the link"]
     (folder / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
     with pytest.raises(
@@ -124,7 +124,7 @@ def test_a_file_given_twice_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Permissions as they are for others than root, who runs some of these tests."""
+    """Pretend that this process is not root: root may read every file, and some machines test as root."""
     jsonl(tmp_path / "a.jsonl", ["x"])
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("a.jsonl"))
     with pytest.raises(HydraError, match=r"a\.jsonl cannot be read: no permission"):

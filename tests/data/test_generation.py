@@ -1,4 +1,4 @@
-"""Text that a model generates: the same lines after any stop, in the format for tokenising."""
+"""Text that a model generates: a resumed run writes the same lines, in the format that tokenising reads."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def prompts(tmp_path: Path) -> str:
 
 
 class Case:
-    """One model, its tokenizer, and where to write."""
+    """A model, its tokenizer and an output path."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: str, folder: Path) -> None:
         self.model, self.folder = model, folder
@@ -99,7 +99,7 @@ def test_seeds_and_samples_draw_other_texts_and_the_same_ones_again(case, prompt
 
 
 def test_the_temperature_is_that_of_the_distribution(case, prompts):
-    """A first token's frequencies are the model's probabilities at that temperature."""
+    """The first token has the frequencies of the model's probabilities at that temperature."""
     ids = case.tokenizer(PROMPTS[0], return_tensors="pt").input_ids
     with torch.no_grad():
         logits = case.model(ids).logits[0, -1]
@@ -110,11 +110,11 @@ def test_the_temperature_is_that_of_the_distribution(case, prompts):
     said = torch.tensor(made._generate(0, batch))[:, 0]
     got = torch.bincount(said, minlength=512) / count
     wanted = (logits / 2.0).softmax(-1)
-    # The mean total variation of so many draws of this distribution, and four of its spreads.
+    # The expected total variation of so many draws from this distribution, plus four standard deviations.
     expected = 0.5 * (2 * wanted * (1 - wanted) / (np.pi * count)).sqrt().sum()
     limit = expected + 4 * 0.5 / count**0.5
     assert 0.5 * (got - wanted).abs().sum() < limit
-    assert 0.5 * (got - logits.softmax(-1)).abs().sum() > limit  # of another temperature
+    assert 0.5 * (got - logits.softmax(-1)).abs().sum() > limit  # those of another temperature
 
 
 @pytest.mark.parametrize("end", [RuntimeError, Stopped])
@@ -134,7 +134,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(case, prompts, monkeypatch, end
         case.run(corpus, "cut.jsonl", **options)
     assert not (case.folder / "cut.jsonl").exists()
     with open(case.folder / "cut.jsonl.work/rows.jsonl", "ab") as stream:
-        stream.write(b'{"half a li')  # what a kill leaves behind
+        stream.write(b'{"half a li')  # as a killed process leaves it
     monkeypatch.setattr(Generation, "_generate", original)
     case.run(corpus, "cut.jsonl", **options)
     assert calls == [0, 1]
@@ -219,7 +219,7 @@ def test_tokenising_reads_texts_and_answers(case, prompts, tmp_path):
 
 
 def _lines(folder: Path, text: str) -> str:
-    """A file whose one document is a text of several lines."""
+    """A file with one document of several lines."""
     path = folder / "asked.jsonl"
     path.write_text(json.dumps({"text": text}) + "\n")
     return str(path)

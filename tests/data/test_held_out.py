@@ -1,4 +1,4 @@
-"""Held-out documents: the same for every seed, length and packing, and never read by training."""
+"""Held-out documents: every seed, length and packing holds out the same ones; training never reads them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LENGTH, VOCABULARY = 64, 10_000
 
 @pytest.fixture
 def data(tmp_path) -> DataConfig:
-    """One indexed part whose tokens are all different, so that each tells its document."""
+    """An indexed part whose tokens are all different: each token identifies its document."""
     path, _ = write_indexed(tmp_path / "web", numbered_documents(LENGTHS))
     blend = (SourceConfig(path=path),)
     return DataConfig(blend=blend, sequence_length=LENGTH, packing="split_long", held_out=0.2)
@@ -36,7 +36,7 @@ def _validation(data: DataConfig, sequences=4, micro=1, rank=0, size=1, **more) 
 
 
 def _documents_read(data: DataConfig, steps: int) -> set[int]:
-    """Numbers of the documents that training reads in so many steps."""
+    """Indices of the documents that training reads in ``steps`` steps."""
     stream = PackedStream(data, BatchConfig(1, 4), dp_rank=0, dp_size=1, vocab_size=VOCABULARY)
     tokens = np.concatenate(
         [d.tokens for sample in range(4 * steps) for d in stream.documents(sample)]
@@ -67,13 +67,13 @@ def test_sides_partition_the_documents_and_larger_shares_contain_smaller_ones():
     assert _held_out(0.05, 1000) < _held_out(0.2, 1000)
     assert _held_out(0.2, 500) == {
         n for n in _held_out(0.2, 1000) if n < 500
-    }  # a corpus that has grown
+    }  # the corpus with more documents
 
 
 @pytest.mark.parametrize("packing", ["split_long", "concat_chunk"])
 @pytest.mark.parametrize("upsample", [{}, {0: 2.0, 20: 3.5}, {0: 0.5}])
 def test_training_never_reads_what_validation_reads(data, packing, upsample):
-    """Also where documents are cut, repeated and dropped, for every epoch and seed."""
+    """This holds for every epoch and seed, and if documents are cut, repeated and dropped."""
     part = dataclasses.replace(data.blend[0], upsample=upsample)
     held_out = _held_out(data.held_out)
     for seed in (1, 2):
@@ -141,7 +141,7 @@ def test_sequences_are_split_by_weight_with_at_least_one_per_part(data, tmp_path
 
 
 def noise(rng, length, tokenizer):
-    """A generated task: tokens at random."""
+    """A generated task of random tokens."""
     from megatron_hydra.data.document import Document
 
     return [Document.all_trainable(rng.integers(0, VOCABULARY, length))]
@@ -165,13 +165,13 @@ def test_generated_samples_are_others_than_those_of_training(data):
 
 
 def test_without_a_share_nothing_changes(data):
-    """The packing of data of which nothing is held out is that of before, and so is its cache."""
+    """If nothing is held out, the packing and its cache are those of earlier versions."""
     whole = dataclasses.replace(data, held_out=0.0)
     stream = PackedStream(whole, BatchConfig(1, 4), dp_rank=0, dp_size=1, vocab_size=VOCABULARY)
     assert "held_out" not in stream.sources[0].description["recipe"]
     assert stream.sources[0].description["report"]["documents_per_epoch"] == len(LENGTHS)
     state = stream.state(3)
-    del state["fingerprint"]["data.held_out"]  # a checkpoint of before
+    del state["fingerprint"]["data.held_out"]  # a checkpoint of an earlier version
     assert stream.check_state(state) == 3
     now = PackedStream(data, BatchConfig(1, 4), dp_rank=0, dp_size=1, vocab_size=VOCABULARY)
     with pytest.raises(HydraError, match=r"data\.held_out was None and is 0\.2 now"):
@@ -179,7 +179,7 @@ def test_without_a_share_nothing_changes(data):
 
 
 def test_a_side_without_documents_after_upsampling_is_refused(data):
-    """With the key that holds out, not as an empty file."""
+    """The error names the key that holds out documents; it does not call the file empty."""
     part = dataclasses.replace(
         data.blend[0], upsample={0: 0, 100: 1}
     )  # six documents of 100 tokens

@@ -1,4 +1,4 @@
-"""Hub data sets are read, recorded and resumed at the commit that was looked up first."""
+"""Hub data sets: the commit is looked up once; reading, recording and resuming use it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_hydra.errors import HydraError
 
 @pytest.fixture
 def loads(monkeypatch) -> list[dict]:
-    """Arguments of every ``load_dataset``; the Hub knows one data set."""
+    """A fake Hub with one data set; returns the arguments of every ``load_dataset``."""
     import datasets
     import huggingface_hub
 

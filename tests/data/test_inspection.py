@@ -37,7 +37,7 @@ from tests.data.corpora import numbered_documents, write_indexed, write_jsonl
 
 
 def command(name: str):
-    """The ``main`` of a script in ``data_prep``."""
+    """Load the ``main`` of a script in ``data_prep``."""
     path = Path(__file__).parents[2] / "data_prep" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"data_prep_{name}", path)
     module = importlib.util.module_from_spec(spec)
@@ -71,7 +71,7 @@ def test_a_pack_is_shown_with_its_bounds(qwen):
 
 
 def test_packs_without_a_learned_token_are_counted(qwen, tmp_path, capsys):
-    """A long prompt fills packs of its own; the counts are those of the packs as training reads them."""
+    """A long prompt fills packs of its own; the command counts the packs that training reads."""
     rows = [
         [{"role": "user", "content": "the of and " * words}, {"role": "assistant", "content": "to"}]
         for words in (1, 30, 2, 60, 1)

@@ -1,4 +1,4 @@
-"""Merging: only undamaged inputs that fit together."""
+"""Merging accepts only undamaged inputs of one kind."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_shards_that_do_not_fit_are_named(corpus, qwen, tmp_path, options, key):
         merge(find_shards(str(output)), str(output), shards=True)
     assert not list(tmp_path.glob("s.*"))
     merged = merge(find_shards(str(output)), str(output))
-    assert len(merged.source["merged"]) == 2  # joined as listed, but not called the whole
+    assert len(merged.source["merged"]) == 2  # not recorded as the whole corpus
 
 
 def test_shards_of_another_corpus_are_named(corpus, qwen, tmp_path):

@@ -1,4 +1,4 @@
-"""A thousand parts: number of open files, and the work of opening and resuming."""
+"""A thousand parts: how many files are open, and how much work opening and resuming take."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COUNTS = {
 
 @pytest.fixture
 def shards(tmp_path: Path) -> list[str]:
-    """Small pairs with manifests, all different."""
+    """Small file pairs with manifests; no two are equal."""
     made = []
     for number in range(PARTS):
         lengths = [5 + number, 10, 15, 10 - number % 5]
@@ -55,7 +55,7 @@ def _open_files() -> int:
 
 @pytest.fixture
 def few_files() -> Iterator[int]:
-    """This process may open ten files more than it has."""
+    """Limit this process to ten more open files."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = _open_files() + 10
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
@@ -96,7 +96,7 @@ def test_a_limit_of_the_system_that_is_too_low_is_named(monkeypatch) -> None:
 
 
 def test_each_part_is_probed_once(shards, monkeypatch) -> None:
-    """Reading probes is what opening takes; a second look at each would double a start."""
+    """Opening mainly reads probes; reading each twice would double the time of a start."""
     _stream(_data(shards))  # packs
     probed: list[str] = []
     original = manifest.file_probe
@@ -114,7 +114,7 @@ def test_each_part_is_probed_once(shards, monkeypatch) -> None:
 
 
 def test_the_work_of_a_resume_is_linear_in_the_parts(shards, monkeypatch) -> None:
-    """With another blend, too: parts are looked up, not compared with each other."""
+    """This also holds for another blend: parts are looked up, not compared pair by pair."""
     made: list[int] = []
     original = sources.Permutation
 
@@ -145,7 +145,7 @@ def test_a_column_that_is_truncated_while_read_is_an_error(shards) -> None:
 
 
 def test_a_merge_holds_one_input_at_a_time(shards, tmp_path, monkeypatch) -> None:
-    """Memory of a merge is that of its largest input, not of their sum."""
+    """A merge needs the memory of its largest input, not of all inputs."""
     held: list[int] = []
     original = merging.write_index
 

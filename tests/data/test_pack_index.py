@@ -1,4 +1,4 @@
-"""The packing index on disk: built once, found again, rebuilt when anything changes."""
+"""The packing index on disk: it is built once, reused, and rebuilt after any change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def prefix(tmp_path) -> str:
 
 @pytest.fixture
 def builds(monkeypatch) -> list[int]:
-    """Counts real builds."""
+    """Count the builds."""
     counted: list[int] = []
     original = module._build
 
@@ -95,7 +95,7 @@ def test_a_damaged_index_is_named(prefix, tmp_path):
 
 
 def test_an_index_that_another_node_finished_meanwhile_is_kept(prefix, tmp_path, monkeypatch):
-    """Two nodes build at once where the file system does not lock across nodes."""
+    """Two nodes build at the same time if the file system does not lock across nodes."""
     original = module.pack_source
     finished: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Packing, over random corpora: nothing lost, nothing twice, nothing too long, little waste."""
+"""Packing of random corpora: every token once, no sequence too long, little padding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def spans(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def log_normal(documents: int, seed: int = 0) -> np.ndarray:
-    """Lengths like those of web text: median 600 tokens, a long tail."""
+    """Random lengths as of web text: a median of 600 tokens and a long tail."""
     rng = np.random.default_rng(seed)
     return rng.lognormal(np.log(600), 1.2, documents).astype(np.int64) + 1
 

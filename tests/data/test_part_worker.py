@@ -1,4 +1,4 @@
-"""Worker processes: kills, early ends, and parts made ahead."""
+"""Worker processes: they are killed, end early, and make parts in advance."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.data.corpora import write_jsonl
 from tests.data.test_tokenization import config, contents, run
 
 STUCK_SECONDS = 3600
-"""Longer than any test may take: one that waited for a stuck unit would be ended as hung."""
+"""Seconds of a stuck unit: longer than pytest's limit, so a test that waits for it fails."""
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_progress_is_shown_while_the_first_unit_is_in_work(corpus, qwen, tmp_pat
             _shown.set()
 
     tokenize(config(corpus, tmp_path / "out", qwen, unit_bytes=10**9, workers=1), report)
-    assert _shown.is_set()  # else the unit would still be waiting
+    assert _shown.is_set()  # otherwise the unit would still wait
     assert lines[0].startswith("     ?  ")
 
 

@@ -1,4 +1,4 @@
-"""A plan is proportional to its sample, and agrees with a real preparation."""
+"""A plan scales its sample and agrees with a real preparation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines of progress: in tokens, from the first unit on, for any duration."""
+"""Progress lines: they count tokens, start at the first unit, and fit any duration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_hydra.data.progress import Progress, _clock
 
 @pytest.fixture
 def lines(tmp_path, monkeypatch):
-    """A preparation of 100 equal units, seen after so many seconds: its last line."""
+    """The last line of a preparation of 100 equal units after ``seconds``."""
     assembler = Assembler(tmp_path, np.uint16, has_modes=False)
     units = [Unit("x", "stream", i, 100, 1) for i in range(100)]
     clock = types.SimpleNamespace(now=0.0)
@@ -37,7 +37,7 @@ def lines(tmp_path, monkeypatch):
 
 
 def test_share_and_time_left(lines):
-    assert lines(1, 10, 1_000) == ""  # not every part has a line
+    assert lines(1, 10, 1_000) == ""  # only some parts have a line
     assert lines(10, 10, 1_000).startswith(" 10.0%")
     assert lines(20, 25, 2_500).endswith("00:01:00 left")
     assert "2,500 tokens  125 tokens/s" in lines(20.1, 25, 2_500)
@@ -51,13 +51,13 @@ def test_a_token_limit_is_the_end(lines):
     line = lines(10, 0, 0, in_work=250, max_tokens=1_000)
     assert line.startswith(" 25.0%  250 tokens  25 tokens/s")
     assert line.endswith("00:00:30 left")
-    assert lines(20, 10, 500).startswith(" 50.0%")  # though a tenth of the corpus
+    assert lines(20, 10, 500).startswith(" 50.0%")  # although it is a tenth of the corpus
 
 
 def test_parts_in_work_count_and_finished_ones_count_once(lines, tmp_path):
     assert lines(10, 0, 0, in_work=500).startswith("     ?  500 tokens  50 tokens/s")
-    (tmp_path / "part-00000000.bin").write_bytes(bytes(1_000))  # taken in, not yet deleted
-    (tmp_path / "part-00000002.bin").write_bytes(bytes(200))  # made ahead
+    (tmp_path / "part-00000000.bin").write_bytes(bytes(1_000))  # joined, not yet deleted
+    (tmp_path / "part-00000002.bin").write_bytes(bytes(200))  # made in advance
     assert lines(20, 1, 500, in_work=100).startswith("  1.4%  700 tokens  35 tokens/s")
 
 

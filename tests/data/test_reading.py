@@ -1,4 +1,4 @@
-"""Blend and batch may change during a run: the data read are counted exactly, and the rest is read next."""
+"""A run may change its blend and batch: it counts what it has read and continues with the rest."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _documents(seed: int, count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Prefixes of four corpora; every token of one is another."""
+    """Prefixes of four corpora; no two tokens are equal."""
     folder = tmp_path_factory.mktemp("corpora")
     sizes = zip("abcd", (7, 19, 3, 11), strict=True)
     return [
@@ -54,7 +54,7 @@ def _resumed(state: dict, data: DataConfig, batch=(1, 4), rank=0, size=1) -> Pac
 
 
 def _read(ranks: list[PackedStream], step: int) -> dict[int, tuple[int, ...]]:
-    """Sample number → tokens of the sequence, padding left out, over all ranks."""
+    """Sample number → tokens of the sequence without padding, from all ranks."""
     found = {}
     for rank in ranks:
         for batch in rank.micro_batches(step):
@@ -80,7 +80,7 @@ PHASES = st.lists(
 @given(phases=PHASES)
 @settings(max_examples=30, deadline=None)
 def test_any_series_of_changes_reads_every_sequence_once_per_epoch(corpora, phases) -> None:
-    """By brute force: each source's sequences of all phases, in a row, are whole epochs and a rest."""
+    """Brute force: the sequences of a source over all phases are whole epochs and a part of the next."""
     read: dict[str, list[tuple[int, ...]]] = collections.defaultdict(list)
     state, step, samples = None, 0, 0
     packs: dict[str, list[tuple[int, ...]]] = {}
@@ -112,7 +112,7 @@ def test_any_series_of_changes_reads_every_sequence_once_per_epoch(corpora, phas
             epoch = sequences[start : start + period]
             assert not collections.Counter(epoch) - collections.Counter(packs[name])
         assert sorted(sequences[:period]) == packs[name] or len(sequences) < period
-    # What the checkpoint says is what was read: in all, and in every phase.
+    # The checkpoint records what was read, in total and in every phase.
     for source in state["sources"]:
         sequences = read[source["name"]]
         assert source["samples"] == len(sequences)
@@ -132,7 +132,7 @@ def test_any_series_of_changes_reads_every_sequence_once_per_epoch(corpora, phas
             if state["sources"][part["source"]]["name"] == name
         ]
         at = 0
-        for first, number, tokens in rows:  # one span goes on where the last one left off
+        for first, number, tokens in rows:  # each span begins where the last one ended
             assert first == at
             assert tokens == sum(map(len, sequences[first : first + number]))
             at += number
@@ -160,7 +160,7 @@ def test_many_places_of_a_permutation_at_once(size: int, key: int) -> None:
 
 
 def test_a_batch_there_and_back_reads_the_same_sequences_in_the_same_order(corpora) -> None:
-    """Only how many make a step changes: the run's samples are those of the run without a change."""
+    """Only the number of samples in a step changes; the samples are those of the unchanged run."""
     weights = {0: 1.0, 1: 2.0}
     steady = _stream(_data(corpora, weights))
     expected = {k: v for step in range(12) for k, v in _read([steady], step).items()}
@@ -175,7 +175,7 @@ def test_a_batch_there_and_back_reads_the_same_sequences_in_the_same_order(corpo
             step += 1
         state = json.loads(json.dumps(opened.state(step)))
     assert found == expected
-    # and from here on, step for step
+    # and from this step on, each step is equal
     assert step == 8
     assert [span["global_batch_size"] for span in state["spans"]] == [4, 12, 4]
     assert state["samples"] == 48
@@ -196,7 +196,7 @@ def test_another_number_of_replicas_needs_no_phase_and_changes_no_step(corpora) 
     now = ranks[0].state(9)
     assert [span["data_parallel_size"] for span in now["spans"]] == [1, 2]
     assert [span["micro_batch_size"] for span in now["spans"]] == [1, 2]
-    # Found again as it was, a run goes on in the same span.
+    # If nothing changed, a resumed run continues in the same span.
     again = _resumed(now, data, (2, 4), 0, 2)
     assert again.state(10)["spans"][-1]["steps"] == 7
     assert len(again.state(10)["spans"]) == 2
@@ -214,7 +214,7 @@ def test_a_source_added_again_continues_at_its_position(corpora) -> None:
         (corpora[2], 8),
     ]
     original = _stream(_data(corpora, {0: 1.0, 1: 1.0})).sources[0]
-    assert back.sources[1].pack_number(10) == original.pack_number(10)  # its order is its own
+    assert back.sources[1].pack_number(10) == original.pack_number(10)  # it has its own order
 
 
 def test_the_log_and_the_event_name_every_change(corpora) -> None:
@@ -230,7 +230,7 @@ def test_the_log_and_the_event_name_every_change(corpora) -> None:
     assert f"{corpora[0]}: no longer in the blend; 10 sequences read" in text
     assert f"{corpora[1]}: weight 1.0 -> 3.0; it continues after 10 sequences read" in text
     assert f"{corpora[2]}: in the blend with weight 1.0, 0 sequences read before" in text
-    # 20 sequences in 5 steps; 5 more steps were to read 20, of 8 each they read 40.
+    # 5 steps read 20 sequences; 5 more would read 20, but read 40 with a batch of 8.
     assert "schedule.steps=10 now reads 60, before 40; schedule.steps=8 reads as many" in text
     assert _resumed(state, _data(corpora, {0: 1.0, 1: 1.0})).reading.change() == {}
 
@@ -350,7 +350,7 @@ def test_damaged_records_are_refused(corpora) -> None:
             _stream(data).check_state(state)
 
 
-# -- checkpoints of before ----------------------------------------------------------------------
+# -- checkpoints of earlier versions ------------------------------------------------------------------
 
 
 def test_a_state_without_spans_resumes_and_may_change(corpora) -> None:
@@ -362,7 +362,7 @@ def test_a_state_without_spans_resumes_and_may_change(corpora) -> None:
     assert _read([same], 5) == _read([through], 5)
     now = same.state(6)
     assert [s["samples"] for s in now["sources"]] == [8, 16]
-    assert [s["tokens"] for s in now["sources"]] == [None, None]  # not counted from the beginning
+    assert [s["tokens"] for s in now["sources"]] == [None, None]  # earlier steps were not counted
     later = _resumed(old, _data(corpora, {1: 1.0, 2: 1.0}, 2))
     draws = [later.draw(20), later.draw(21)]
     assert sorted((later.sources[d.source].name, d.index) for d in draws) == [

@@ -1,4 +1,4 @@
-"""Permutations and blends: every sample once, in the right shares, in constant memory."""
+"""Permutations and blends: every sample once, sources in their shares, memory constant."""
 
 from __future__ import annotations
 

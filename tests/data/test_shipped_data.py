@@ -29,7 +29,7 @@ def stage_data(path: Path) -> DataConfig:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Words of every command of data_prep in a text."""
+    """The words of every data_prep command in a text."""
     joined = re.sub(r"\\+\n", " ", text)
     options = re.search(r'^T="(.*)"$', joined, flags=re.MULTILINE)
     found = re.findall(r"^ *python (data_prep/\S+\.py.*?)(?:  +#.*)?$", joined, flags=re.MULTILINE)
@@ -104,7 +104,7 @@ def test_commands_shown_are_commands(name):
 
 @pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
 def test_a_stage_opens_and_gives_samples(path, tmp_path, qwen):
-    """With stand-ins for its sources, and all else as shipped."""
+    """Its sources are replaced by small ones; everything else is as shipped."""
     data, rng = stage_data(path), np.random.default_rng(0)
     lengths = np.array([300, 5_000, 40_000, 90_000, 200_000, 300_000])
     lengths = np.concatenate([lengths, rng.integers(100, 3_000, 300)])

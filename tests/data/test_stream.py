@@ -1,4 +1,4 @@
-"""The stream: the same global batches for any layout, exact resuming, refusal by name."""
+"""The stream: every layout reads the same global batches, resuming is exact, errors name the key."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NEEDLES = SourceConfig(kind="synthetic", task="needles", options={"num_needles":
 
 @pytest.fixture
 def data(tmp_path) -> DataConfig:
-    """Two indexed parts of all-different tokens."""
+    """Two indexed parts; no two tokens are equal."""
     web, _ = write_indexed(tmp_path / "web", numbered_documents(LENGTHS))
     books, _ = write_indexed(tmp_path / "books", numbered_documents([64] * 9))
     blend = (SourceConfig(path=web, weight=2.0), SourceConfig(path=books, weight=1.0))
@@ -43,7 +43,7 @@ def stream(data: DataConfig, batch=(1, 4), rank=0, size=1, vocab_size=1000) -> P
 
 
 def sequences(data: DataConfig, step: int, micro: int, size: int) -> dict[int, list[list[int]]]:
-    """Sample number → tokens and labels, gathered over all ranks; also checks the shares."""
+    """Sample number → tokens and labels, gathered from all ranks; checks each rank's share, too."""
     found: dict[int, list[list[int]]] = {}
     length = data.sequence_length
     for rank in range(size):
@@ -189,7 +189,7 @@ def test_a_resume_with_another_blend_is_refused_by_name(data, tmp_path):
 
 
 def test_a_resume_with_other_packs_or_another_order_is_refused_by_name(data, tmp_path, monkeypatch):
-    """The options are the same: another version of NumPy, say, has shuffled in another way."""
+    """The options are equal, but the order differs, as after a change of NumPy's shuffle."""
     state = stream(data).state(3)
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -251,7 +251,7 @@ def test_the_log_counts_steps_from_one_and_one_rank_writes_it(data, caplog, monk
     assert caplog.messages[0].startswith(f"step {last + 1}: ")
     caplog.clear()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)  # of replica 0, but not rank 0
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)  # in replica 0, but not rank 0
     opened.micro_batches(last)
     assert not caplog.messages
 
@@ -352,7 +352,7 @@ CORPUS = st.lists(st.integers(1, 40), min_size=1, max_size=25)
 def test_any_number_of_ranks_reads_an_epoch_of_any_corpus(
     tmp_path_factory, lengths, length, packing, size, seed
 ):
-    """Every token once; positions restart with every document; no loss crosses one."""
+    """Every token occurs once; positions restart at each document; no label is in the next document."""
     length = max(length, *lengths) if packing == "best_fit" else length
     prefix, _ = write_indexed(tmp_path_factory.mktemp("any") / "x", numbered_documents(lengths))
     data = DataConfig((SourceConfig(path=prefix),), length, "", packing, seed)

@@ -1,4 +1,4 @@
-"""Generated tasks: deterministic, of the requested length, solvable from their own text."""
+"""Generated tasks are deterministic, have the requested length, and contain their answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make(task: str, tokenizer, index: int = 0, length: int = 1024, **options) ->
 
 
 def split(document: Document, tokenizer) -> tuple[str, str]:
-    """Context and answer (without the end token)."""
+    """The context and the answer, without the end token."""
     answer = document.tokens[document.trainable]
     assert answer[-1] == tokenizer.eos_token_id
     context = document.tokens[~document.trainable]
@@ -187,7 +187,7 @@ def test_one_source_twice_gives_different_samples(qwen):
 
 
 def test_a_length_that_fits_only_some_draws_is_refused_before_training(qwen):
-    """Whatever is accepted must go through; the shortest that goes through is found by trying."""
+    """Every accepted length must work; the test finds the shortest one by trying."""
     refused: list[str] = []
     for low in range(90, 150, 3):
         part = SourceConfig(

@@ -1,4 +1,4 @@
-"""Preparation: the same bytes for any workers, shards and kills; errors that name the file."""
+"""Preparation: the bytes do not depend on workers, shards and kills; errors name the file."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(corpus, tokenizers, tmp_path_factory) -> Path:
-    """An undisturbed run."""
+    """A preparation without kills."""
     output = tmp_path_factory.mktemp("reference") / "out"
     run(config(corpus, output, tokenizers["qwen"]))
     return output
@@ -169,7 +169,7 @@ def write_data_set(folder: Path, corpus: Path, files: int) -> Path:
     return folder
 
 
-IN_WORKERS = pytest.mark.slow  # spawned ones, each of which imports everything anew
+IN_WORKERS = pytest.mark.slow  # spawned workers, each of which imports everything again
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=IN_WORKERS)])
@@ -343,7 +343,7 @@ def test_tools_that_are_no_list_make_a_bad_row(qwen, tmp_path):
 
 @pytest.mark.parametrize("special", [True, False])
 def test_a_document_ends_with_one_end_token(corpus, own_tokenizer, tmp_path, special):
-    """Also where the tokenizer adds one itself."""
+    """This also holds if the tokenizer adds one itself."""
     path = own_tokenizer / "tokenizer.json"
     backend = Tokenizer.from_file(str(path))
     backend.post_processor = TemplateProcessing(
@@ -379,7 +379,7 @@ def chat_settings(tmp_path: Path, tokenizer: str) -> TokenizeConfig:
 
 @pytest.fixture
 def own_tokenizer(qwen, tmp_path):
-    """A tokenizer that a test may change."""
+    """A tokenizer folder that a test may change."""
     shutil.copytree(qwen, tmp_path / "tokenizer")
     load_tokenizer.cache_clear()
     yield tmp_path / "tokenizer"
@@ -492,7 +492,7 @@ def test_one_process_at_a_time_prepares_an_output(corpus, qwen, tmp_path, monkey
     with open(tmp_path / "out.lock", "w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         threading.Timer(0.3, lambda: fcntl.flock(stream, fcntl.LOCK_UN)).start()
-        run(config(corpus, tmp_path / "out", qwen))  # waits for workers that are about to die
+        run(config(corpus, tmp_path / "out", qwen))  # waits until ending workers have ended
     monkeypatch.setattr(tokenization, "_LOCK_PATIENCE", 0.2)
     with open(tmp_path / "more.lock", "w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
@@ -501,14 +501,14 @@ def test_one_process_at_a_time_prepares_an_output(corpus, qwen, tmp_path, monkey
 
 
 def _kill_during(settings: TokenizeConfig, seconds: float) -> bool:
-    """Run in a process group of its own; SIGKILL it after a while. Whether it was still running."""
+    """Run in a process group of its own, SIGKILL it after a while; returns whether it was still running."""
     process = multiprocessing.get_context("fork").Process(target=run, args=(settings,))
     process.start()
     time.sleep(seconds)
     with_children = [psutil.Process(process.pid)]
     with_children += with_children[0].children(recursive=True)
     running = process.is_alive()
-    process.kill()  # unlike os.kill, nothing where is_alive() has just reaped it
+    process.kill()  # unlike os.kill, this does nothing if is_alive() has just reaped it
     process.join()
     _, alive = psutil.wait_procs(with_children, timeout=240)
     assert not alive, "workers outlived the killed main process"
@@ -516,7 +516,7 @@ def _kill_during(settings: TokenizeConfig, seconds: float) -> bool:
 
 
 def _kill_many(kills: int, settings: TokenizeConfig, seed: int) -> None:
-    """Kill a preparation of ``out`` again and again; it has to become what ``whole`` becomes."""
+    """Kill a preparation of ``out`` repeatedly; its result must equal ``whole``."""
     tmp_path = Path(settings.output).parent
     before = [path.name for path in tmp_path.iterdir()]
     whole = dataclasses.replace(settings, output=str(tmp_path / "whole"))
@@ -613,7 +613,7 @@ def test_the_command_runs_from_any_folder(corpus, qwen, reference, tmp_path):
 
 
 def _peak(work: Callable[[], object]) -> int:
-    """Most memory, in bytes, that Python and NumPy held while something ran."""
+    """Peak bytes of Python and NumPy while ``work`` runs."""
     tracemalloc.start()
     try:
         work()
@@ -623,7 +623,7 @@ def _peak(work: Callable[[], object]) -> int:
 
 
 def test_memory_of_an_assembly_does_not_grow_with_its_documents(tmp_path, monkeypatch):
-    """Ten times the documents (and tokens) in the same memory: columns stay on disk."""
+    """Ten times the documents and tokens need the same memory: columns stay on disk."""
     monkeypatch.setattr(indexed, "_BLOCK", 1 << 10)
     monkeypatch.setattr(parts_module, "_COPY_BYTES", 1 << 12)
     peaks = []
@@ -650,14 +650,14 @@ def test_memory_of_an_assembly_does_not_grow_with_its_documents(tmp_path, monkey
 
 
 def test_memory_of_a_preparation_does_not_grow_with_the_corpus(qwen, tmp_path, monkeypatch):
-    """Eight times the text: what is held is a unit, and the words of the table."""
+    """Eight times the text needs the same memory: one unit and the table's words are held."""
     monkeypatch.setattr(word_encoder, "_MAX_WORDS", 1 << 8)
     peaks = []
-    for documents in (400, 400, 3200):  # the first loads what is loaded once
+    for documents in (400, 400, 3200):  # the first run loads what is loaded once
         source = write_jsonl(tmp_path / "corpus.jsonl", documents)
         settings = config(source, tmp_path / "out", qwen, force=True)
         peaks.append(_peak(functools.partial(run, settings)))
-    assert source.stat().st_size > 2 * peaks[1] / 8  # else keeping it all would not be seen
+    assert source.stat().st_size > 2 * peaks[1] / 8  # large enough to show if all of it were kept
     assert peaks[2] < 1.2 * peaks[1], peaks
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers: whole documents, and a fingerprint of everything that decides their ids."""
+"""Tokenizers: they encode whole documents; a fingerprint covers everything that decides the ids."""
 
 from __future__ import annotations
 

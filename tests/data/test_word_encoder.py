@@ -1,4 +1,4 @@
-"""The fast path gives the tokenizer's own ids, or is not used."""
+"""The fast path gives the tokenizer's own ids; otherwise it is not used."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _cached(kind: str, tokenizer) -> WordEncoder:
 
 
 def test_every_character_between_others(tokenizers):
-    """One text per code point in use, in contexts where a class of the pattern matters."""
+    """One text for each code point in use, beside characters of the pattern's classes."""
     tokenizer = load_tokenizer(tokenizers["qwen"])
     ours = WordEncoder(tokenizer, np.int32)
     taken = 0

@@ -1,4 +1,4 @@
-"""A tokenizer of single bytes, a tiny model, and a model that reads: no download, no training."""
+"""A byte tokenizer, a tiny model, and a fake model that reads its prompt: no download, no training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def model():
 
 
 class Reader:
-    """Answers needle questions by reading the prompt; beyond ``limit`` tokens it says nothing."""
+    """Answers needle questions by reading the prompt; for more than ``limit`` tokens it answers nothing."""
 
     def __init__(self, tokenizer, limit):
         self.tokenizer, self.limit = tokenizer, limit

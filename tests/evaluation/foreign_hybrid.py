@@ -1,7 +1,6 @@
 """Worker of test_foreign_hybrid.py: a tiny random model of another family, scored on its own words.
 
-In a process of its own, where flash-linear-attention is hidden before transformers looks for it: its kernels
-need a GPU.
+It runs in a process of its own, which hides flash-linear-attention from transformers: its kernels need a GPU.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def test_plain_model():
 
 
 def test_hybrid_holds_the_kv_of_its_full_attention_heads(model):
-    """Layer 0 keeps head 1 (one KV group), layer 1 heads 2 and 3 (one group): 2 of 4 in all."""
+    """Layer 0 keeps FA head 1 (one KV group), layer 1 FA heads 2 and 3 (one group): 2 of 4 groups."""
     measured = measure_cache_bytes(model, 64)
     assert measured["kv_bytes_per_token"] == 2 * 2 * 8 * 4
     states = (3 + 2) * (8 * 8 + 3 * 3 * 8) * 4
@@ -31,7 +31,7 @@ def test_hybrid_holds_the_kv_of_its_full_attention_heads(model):
 
 
 def test_a_window_longer_than_the_prompts_does_not_count_as_growth():
-    """Both layers slide over 300 tokens, however short ``length`` is."""
+    """Both layers have a window of 300 tokens, even if ``length`` is shorter."""
     config = MistralConfig(
         vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, head_dim=8, sliding_window=300,

@@ -1,4 +1,4 @@
-"""Other hybrids as a row of the paper's table: Qwen3.5 and Qwen3-Next, tiny, random and unchanged."""
+"""Other hybrids, for rows of the paper's table: tiny random models of Qwen3.5 and Qwen3-Next."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATE = (
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_next"])
 def test_a_foreign_hybrid_is_scored(kind, tmp_path):
-    """Its padded batch says what it says about single prompts: every answer is what it said itself."""
+    """A padded batch scores as single prompts do: every expected answer is the model's own."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.evaluation.foreign_hybrid", kind, str(tmp_path)],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""lm-eval on an export, offline: its accuracy is that of log-likelihoods computed by hand."""
+"""lm-eval on an export, offline: its accuracy equals one from log-likelihoods computed by hand."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_accuracy_is_that_of_our_own_log_likelihoods(
     for question, choices, answer in QUESTIONS:
         scores = [log_likelihood(model, tokenizer, question, choice) for choice in choices]
         right.append(float(max(range(len(choices)), key=scores.__getitem__) == answer))
-    assert 0 < sum(right) < len(right)  # or an accuracy would say nothing
+    assert 0 < sum(right) < len(right)  # otherwise equal accuracies would prove nothing
     settings = EvaluationSettings(
         lm_eval=("tiny_choice",), lm_eval_include=str(folder), progress=False
     )
@@ -87,7 +87,7 @@ def test_accuracy_is_that_of_our_own_log_likelihoods(
     assert written["lm_eval"] == results["lm_eval"]
     assert written["lm_eval"]["version"] == lm_eval_suite.lm_eval_version()
 
-    monkeypatch.setattr("megatron_hydra.evaluation.runner.run_lm_eval", None)  # kept, not run again
+    monkeypatch.setattr("megatron_hydra.evaluation.runner.run_lm_eval", None)  # it is not run again
     assert evaluate(model, tokenizer, [], [], settings, output=tmp_path / "out") == results
 
     with pytest.raises(HydraError, match="has no task 'no_such_task'"):

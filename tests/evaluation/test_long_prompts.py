@@ -20,7 +20,7 @@ QA = "qa:questions.jsonl"
 
 @pytest.fixture(scope="module")
 def byte_pairs():
-    """Of the size of a small model's vocabulary, trained on the sentences that haystacks are made of."""
+    """A tokenizer with a small model's vocabulary size, trained on the haystacks' sentences."""
     rng = random.Random(1)
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -23,7 +23,7 @@ END = 99
 
 
 class Counting(MegatronBackend):
-    """A back end whose model says one more than the token before; from 9 it goes on with 0."""
+    """A back end whose model predicts the last token plus one; 0 follows 9."""
 
     def __init__(self) -> None:
         self.forwards = 0
@@ -36,8 +36,8 @@ class Counting(MegatronBackend):
 @pytest.mark.parametrize(
     ("answer", "forwards"),
     [
-        ((4, 5, 6, 7, 8, 9), 1),  # right, and one token beyond it
-        ((4, 5, 6, 8, 8, 8), 4),  # right up to a place, where nothing was said before
+        ((4, 5, 6, 7, 8, 9), 1),  # a right draft, and one token after it
+        ((4, 5, 6, 8, 8, 8), 4),  # three right tokens, then no earlier text to copy
         ((), 6),
     ],
 )
@@ -62,7 +62,7 @@ def test_continuations_of_a_batch_end_each_at_its_own_place():
 
 
 class Timed(Counting):
-    """One whose forward takes a second a token."""
+    """A back end whose forward takes one second for each token."""
 
     is_main, vocabulary = True, 100
 
@@ -78,7 +78,7 @@ def test_the_expected_time_is_logged_before_the_start(capsys):
     assert "niah at 95 tokens: 60 samples take 1.7 h if all answers are right, up to 8.3 h" in said
     assert "tools/megatron_to_hf.py" in said
     scored = [ScoredSample(tokens=[1, 2, 3], answers=[2])]
-    assert forecast(Timed(), None, scored) == (3.0, 3.0)  # one forward, whatever it says
+    assert forecast(Timed(), None, scored) == (3.0, 3.0)  # one forward, whatever the draft is
 
 
 def test_no_time_is_estimated_with_a_cache(capsys):
@@ -89,7 +89,7 @@ def test_no_time_is_estimated_with_a_cache(capsys):
 
 
 class WithCache:
-    """Nothing that says how long a forward takes."""
+    """A back end that cannot tell how long a forward takes."""
 
     is_main, vocabulary = True, 100
 
@@ -107,7 +107,7 @@ def test_a_draft_is_the_answer_and_then_earlier_text():
     continuation = Continuation([5, 6, 7, 8, 9], max_new_tokens=4, draft=[1, 2, 3, 4, 5])
     assert draft(continuation, []) == [1, 2, 3]  # the forward adds a fourth
     assert draft(continuation, [1]) == [2, 3]
-    assert draft(continuation, [5, 6]) == [7]  # not [2]: it said something else
+    assert draft(continuation, [5, 6]) == [7]  # not [2]: the model predicts another token
     assert draft(continuation, [9, 1]) == []
 
 
@@ -120,7 +120,7 @@ def test_tokens_after_the_end_are_removed():
 
 
 def test_a_checkpoint_is_evaluated_as_the_finished_model(tmp_path):
-    """With a log scale that training waits with: what its export would say."""
+    """With log_scale=final, the back end answers as the export would."""
     model = hybrid_config(hydra=HydraConfig(log_scale="final"))
     save_canonical(tmp_path / "saved", random_state(canonical_shapes(model)), model)
     with open_checkpoint(tmp_path / "saved", layout_config(None, [])) as backend:

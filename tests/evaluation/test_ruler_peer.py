@@ -1,4 +1,4 @@
-"""Our generators and scorer compared with NVIDIA/RULER's, if a checkout is available."""
+"""Our generators and scorer against those of NVIDIA/RULER, if a checkout exists."""
 
 from __future__ import annotations
 

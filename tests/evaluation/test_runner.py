@@ -71,7 +71,7 @@ def test_another_evaluation_is_not_mixed_in(reader, tokenizer, tmp_path):
 
 
 class TokenTask:
-    """Depths of single answers; options that show in no repr."""
+    """Depths of single answers, and options that do not show in a repr."""
 
     name = "token task/1"
 
@@ -85,7 +85,7 @@ def test_token_tasks_need_no_tokenizer(model, tmp_path):
     cell = results["tasks"]["token task/1"]["12"]
     assert cell["answers"] == 4 and list(cell["depths"]) == ["0", "1"]
     again = evaluate(model, None, [TokenTask()], [12, 24], SETTINGS, output=tmp_path / "e")
-    assert again == results  # the same seconds: nothing was run again
+    assert again == results  # the same seconds, so nothing was run again
     assert not model.training
 
 

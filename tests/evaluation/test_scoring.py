@@ -89,7 +89,7 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved(model, tokenizer, monkey
 
 
 def test_stopping_early_does_not_change_a_score(model, tokenizer):
-    """What the model says is asked for, so that rows are settled at different steps."""
+    """The expected answers come from the model, so that rows are decided at different steps."""
     prompts = ["alpha", "a longer prompt", "z"]
     free = score(
         model, tokenizer, [GenerationSample(p, ("\x00",), max_new_tokens=12) for p in prompts]
@@ -106,7 +106,7 @@ def test_stopping_early_does_not_change_a_score(model, tokenizer):
 
 
 def test_stopping_early_gives_the_scores_of_full_continuations(model, tokenizer, monkeypatch):
-    """The same samples, with every continuation generated to its full length."""
+    """Score the same samples with every continuation at its full length."""
     prompts = ["alpha", "a longer prompt", "z", "something else entirely", "q" * 30]
     limits = (12, 5, 9, 12, 7)
     free = [GenerationSample(p, ("\x00",), max_new_tokens=n) for p, n in zip(prompts, limits)]

@@ -77,7 +77,7 @@ def test_samples_are_decided_by_the_seed_alone(name, tokenizer):
 
 
 def test_random_state_does_not_depend_on_the_process():
-    """A hash of strings would: it is salted anew in every process."""
+    """A hash of strings would differ, because each process has a new salt."""
     value = SampleRequest(length=9, count=1).rng("task", 0.5, 3).random()
     assert value == 0.11562860290701771
 
@@ -102,7 +102,7 @@ def test_variable_tracking_answers_are_the_chain(tokenizer):
 
 @pytest.mark.parametrize("length, words_of_name", [(12_000, 1), (40_000, 2)])
 def test_common_words_are_the_most_common_ones(length, words_of_name, tokenizer):
-    """Single words, which are shorter, as long as there are enough of them."""
+    """Variables are single words, which are shorter, if there are enough words."""
     for sample in CommonWords().samples(request(tokenizer, length)):
         used = len(tokenizer(sample.prompt)["input_ids"]) + sample.max_new_tokens
         assert 0.95 * length < used <= length

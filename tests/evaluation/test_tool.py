@@ -82,7 +82,7 @@ def test_plain_model_needs_no_flag(tool, tokenizer, tmp_path, capsys):
     changed = [*line, "--model-config", json.dumps({"rope_parameters": rope})]
     assert (
         tool.main(changed) == 2
-    )  # the same weights, another model: not the evaluation in --output
+    )  # the same weights but another model: --output has another evaluation
     assert tool.main([*changed, "--force"]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["settings"]["rope_parameters"] == rope

@@ -18,7 +18,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 def example(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -47,7 +47,7 @@ def test_an_export_is_used(capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.slow
 def test_an_own_capability_scores_like_the_built_in_one_that_it_copies() -> None:
-    """The teacher's induction head, layer 2, head 0, is found by both."""
+    """Both find the teacher's induction head: layer 2, head 0."""
     head_map = example("add_capability").main([])
     for scores in head_map.scores.values():
         assert max((x, i, j) for i, row in enumerate(scores) for j, x in enumerate(row))[1:] == (

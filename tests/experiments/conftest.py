@@ -31,7 +31,7 @@ base:
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes an experiment file: the shared part and what is given."""
+    """Write an experiment file: the shared part and the given sections."""
 
     def write_file(rest: str, name: str = "trial", body: str = BODY) -> Path:
         path = tmp_path / f"{name}.yaml"

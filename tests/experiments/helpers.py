@@ -1,4 +1,4 @@
-"""Functions that prepare steps call in worker processes, and steps made of them."""
+"""Functions for prepare steps in worker processes, and steps that call them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def count(folder: Path, model: Path, seed: int, calls: str) -> None:
 
 
 def meet(folder: Path, model: Path, seed: int, mine: str, other: str) -> None:
-    """Two steps at a time: each notes its GPU and folder of code and waits for the other one's note."""
+    """Run beside another step: each notes its GPU and code folder, and waits for the other's note."""
     Path(mine).write_text(
         " ".join(os.environ[n] for n in ("CUDA_VISIBLE_DEVICES", "HF_MODULES_CACHE"))
     )

@@ -19,7 +19,7 @@ from tests.test_head_map import tiny_map
 
 
 def test_the_packages_own_code_is_run_and_no_other(tmp_path, monkeypatch):
-    """Whatever an earlier version, or somebody who may write there, has left beside the weights."""
+    """Code beside the weights never runs, whoever wrote it. An export's own code runs if it is ours."""
     (tmp_path / "config.json").write_text(json.dumps({"auto_map": auto_map()}))
     trusted = []
 
@@ -43,7 +43,7 @@ def test_the_packages_own_code_is_run_and_no_other(tmp_path, monkeypatch):
 
     name = next(iter(hf_export_files()))
     (tmp_path / name).write_text("raise SystemExit")
-    assert evaluate() == [False, False]  # somebody's folder stays as it is
+    assert evaluate() == [False, False]  # a user's folder does not change
     assert evaluate(model=tmp_path) == [True, True]
     (tmp_path / "more.py").write_text("")
     assert evaluate(model=tmp_path) == [False, False]
@@ -98,7 +98,7 @@ def run_stage(tmp_path, monkeypatch, status=0):
 
 
 def test_a_stopped_stage_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
-    """A stop saves the optimizer, even where the config does not."""
+    """A stopped run saves its optimizer, even if the config does not ask for it."""
     assert run_stage(tmp_path, monkeypatch) == [True]
 
 
@@ -117,7 +117,7 @@ time.sleep(60)
 
 
 def test_a_stop_reaches_the_processes_of_a_step():
-    """SIGTERM to this process alone; whatever they exit with, they were stopped."""
+    """Only this process gets SIGTERM; its steps count as stopped, whatever their exit status."""
     with StopRequest(), pytest.raises(Stopped):
         actions._run([sys.executable, "-c", _UNTIL_TERMINATED])
     with pytest.raises(HydraError, match="exit status 3"):
@@ -125,7 +125,7 @@ def test_a_stop_reaches_the_processes_of_a_step():
 
 
 def test_data_are_read_where_they_are(tmp_path, monkeypatch):
-    """A step's config names no place of theirs; the parts that are generated have none."""
+    """A step's config has no paths: its places give them. Generated parts have no path."""
     read = []
     monkeypatch.setattr(
         "megatron_hydra.training.loop.run_training",

@@ -1,4 +1,4 @@
-"""The command: errors, a dry run, SLURM's array; and (slow) the whole chain in miniature."""
+"""The command: errors, a dry run, SLURM's array; the slow tests run the whole chain on tiny models."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_gpus_are_numbers_among_those_that_are_visible(write, monkeypatch):
     assert gpus_of_workers(plan, None) == ["0"] and gpus_of_workers(plan, [0]) == ["0"]
     many = "variants: {a: {stages: {align: {processes: 4}}}}"
     plan = make_plan(load_experiment(write(many)).cells)
-    assert gpus_of_workers(plan, None) == []  # its ranks take one each
+    assert gpus_of_workers(plan, None) == []  # each of its ranks takes one
     with pytest.raises(HydraError, match="a stage has 4 processes"):
         gpus_of_workers(plan, [0])
 
@@ -87,18 +87,18 @@ def test_slurm_gets_an_array_of_the_cells_that_are_missing(write, tmp_path, capf
     assert array.read_text().splitlines() == [f"--cell {as_word(name)}" for name in missing]
     out = capfd.readouterr().out
     assert "--array=0-4" in out and "--time=1:00:00" in out and "--gpus-per-node=8" in out
-    assert "agent.py" not in out  # one process, not one a GPU
+    assert "agent.py" not in out  # one process, not one for each GPU
     assert f"experiment.py run {path}" in out and "--workers 1" in out
 
 
 def test_a_task_computes_the_cell_that_was_submitted(write, tmp_path, monkeypatch):
-    """Whatever rows were left out, and whatever the file says by then of others."""
+    """This holds whichever rows were left out, and if other rows of the file have changed."""
     output = tmp_path / "s"
     for only in ("hydra", "gated"):
         request = Request([write(ROWS)], output, only=[only], slurm=["--dry-run", "--time", "1"])
         assert run(request, lambda _: None) == 0
     arrays = [path.read_text().split() for path in output.glob("array-*.txt")]
-    assert sorted(words[0] for words in arrays) == ["--cell", "--cell"]  # none has replaced another
+    assert sorted(words[0] for words in arrays) == ["--cell", "--cell"]  # none replaced another
     (word,) = [words[1] for words in arrays if "hydra" in words[1]]
     computed = []
     monkeypatch.setattr(
@@ -127,7 +127,7 @@ def test_slurm_refuses_paths_that_an_array_line_cannot_hold(write, tmp_path):
 
 @pytest.mark.slow
 def test_the_chain_in_miniature(write, tmp_path):
-    """Two rows, a broken one; table, pictures; again without work; a fresh worker gives the same."""
+    """Two rows and a broken one give tables and pictures. A second run does nothing."""
     broken = "broken: {stages: {align: {set: {data.sequence_length: 64}}}}"
     path = write(
         "variants: {dense: {hf_model: teacher}, hydra: {}, gated: {hydra: {fusion: gated}}, "
@@ -154,7 +154,7 @@ def test_the_chain_in_miniature(write, tmp_path):
     plotted = subprocess.run([*command, "plot", *arguments], capture_output=True, check=False)
     assert plotted.returncode == 0 and (output / "trial" / "trial_facts.png").is_file()
 
-    # A worker that has computed other steps before gives what a fresh process gives, bit for bit.
+    # A worker that has computed other steps gives the same bits as a new process.
     fresh = tmp_path / "fresh"
     for variant in ("gated", "hydra"):
         alone = [*command, "run", str(path), "--output", str(fresh / variant), "--only", variant]
@@ -183,7 +183,7 @@ variants:
 
 @pytest.mark.slow
 def test_a_skipped_stage_and_a_dense_student_are_trained(write, tmp_path):
-    """The teacher's own attention through the stages that are left: a dense model, trained on."""
+    """The dense row trains the teacher with its own attention through the remaining stages."""
     path = write(BUDGET, body=BODY.replace("[0, 1]", "[0]"))
     request = Request([path], tmp_path / "s", workers=1)
     assert run(request, print) == 0

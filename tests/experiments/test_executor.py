@@ -70,7 +70,7 @@ def test_workers_share_out_the_gpus_and_a_dead_one_gives_its_own_back(tmp_path):
     assert [failure.step.title for failure in failures] == ["fatal"]
     said, modules = zip(*(Path(note).read_text().split() for note in notes), strict=True)
     assert sorted(said[:2]) == sorted(said[2:]) == ["3", "GPU-7"]
-    # An export's code is copied there and imported: not from a folder that another worker writes.
+    # Exports' code is copied to this folder and imported, so no two workers share it.
     assert len(set(modules[:2])) == 2 and not any(Path(name).exists() for name in modules)
 
 
@@ -174,7 +174,7 @@ def test_a_stopped_run_goes_on(tmp_path, number):
     else:
         process.terminate()
         while process.poll() is None and time.time() < deadline + 400:
-            # The step does not poll: a second signal, 3 s after it has noticed the first, ends it.
+            # The step does not check for signals. A second one, 3 s after the first, ends it.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Results without weights: what is copied, what is left out, and that the copy is a folder like the other."""
+"""Results without weights: what is copied, what is left out, and that the copy works as a store."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CONTENT = {
 
 @pytest.fixture
 def computed(write, tmp_path):
-    """A store in which the cells of seed 0 are finished, and an evaluation of seed 1 has begun."""
+    """A store: the cells of seed 0 are finished, an evaluation of seed 1 has begun."""
     path = write(ROWS)
     plan, store = make_plan(load_experiment(path).cells), StepStore(tmp_path / "s")
     for name, key in plan.cells.items():
@@ -99,7 +99,7 @@ def test_packing_again_adds_and_takes_nothing_away(computed, tmp_path):
     one, two = (plan.steps[plan.cells[f"trial / dense / seed {n}"]] for n in (0, 1))
     record = copy.record(one)
     store.finish(two, 2.0)
-    (store.folder(one) / "record.json").unlink()  # computed anew, say
+    (store.folder(one) / "record.json").unlink()  # as if computed again
     pack(Request([path], store.root, to=tmp_path / "copy"), lambda _: None)
     assert copy.is_done(two) and copy.record(one) == record
 

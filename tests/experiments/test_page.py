@@ -1,4 +1,4 @@
-"""Tables inside a page: only what stands between the markers changes."""
+"""Tables in a page: only the text between the markers changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ variants:
 
 @pytest.fixture
 def request_of(write, tmp_path):
-    """Row ``a`` is finished; of row ``b`` only a stage is."""
+    """Row ``a`` is finished; row ``b`` has one finished stage."""
     from tests.experiments.conftest import BODY
 
     path = write(ROWS, body=BODY.replace("seeds: [0, 1]\n", ""))
@@ -47,7 +47,7 @@ def request_of(write, tmp_path):
 def test_only_what_stands_between_the_markers_changes(request_of, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("Before.\n<!-- experiment trial -->\nold\n<!-- end -->\nAfter.\n")
-    assert show(request_of(page), lambda _: None) == 1  # row b is not there
+    assert show(request_of(page), lambda _: None) == 1  # row b is missing
     text = page.read_text()
     assert text.startswith("Before.\n<!-- experiment trial -->\nRetrieval: 2 samples at each of 5")
     assert text.endswith("\n<!-- end -->\nAfter.\n") and "old" not in text

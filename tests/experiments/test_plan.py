@@ -1,4 +1,4 @@
-"""Keys of steps: what shares a step, and what must not."""
+"""Keys of steps: which cells share a step, and which must not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.test_head_map import tiny_map
 
 
 def steps(plan, name):
-    """kind → key of the steps of the cell that begins with ``name``."""
+    """Kind → key, for the steps of the cell whose name begins with ``name``."""
     (key,) = [key for cell, key in plan.cells.items() if name in cell]
     return {plan.steps[k].kind: k for k in plan.ancestors(key)}
 
@@ -189,7 +189,7 @@ def test_a_change_between_the_ends_of_a_large_file_is_another_file(tmp_path):
     with open(path, "r+b") as file:
         file.seek(30 * 2**20)
         file.write(b"x")
-    os.utime(path, ns=(1, 1))  # a coarse clock may not tell two writes apart
+    os.utime(path, ns=(1, 1))  # a coarse clock may give two writes the same time
     assert fingerprint.of_file(path) != before
 
 
@@ -271,7 +271,7 @@ def test_data_count_by_content_and_not_by_place(write, tmp_path, monkeypatch):
     indexed(tmp_path / "three" / "text", b"1234x678")
     first = distill(tmp_path / "one" / "text")
     monkeypatch.chdir(tmp_path)
-    assert distill("two/words").key == first.key  # relative: to the folder of the command
+    assert distill("two/words").key == first.key  # relative to the working folder
     assert distill("two/words").places["data"] == {"0": str(tmp_path / "two" / "words")}
     packed = distill("two/words", "packs")
     assert (packed.key, packed.places["cache_dir"]) == (first.key, "packs")
@@ -322,7 +322,7 @@ def test_a_manifest_saves_reading_the_data(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub with one model, and the calls made to it; nothing is in its cache."""
+    """A fake Hub with one model and an empty cache; returns the calls."""
     calls = []
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "config.json").write_text("{}")
@@ -345,8 +345,8 @@ def test_a_table_downloads_no_model(write, tmp_path, hub):
     assert run(Request([path], tmp_path / "s", dry_run=True), lines.append) == 0
     assert "4 of 4 cells are not there" in lines[2] and not hub
     planned(path)
-    assert hub == [("owner/name", "v2", False)] * 2  # two seeds; the client has it cached by then
-    with pytest.raises(HydraError, match="is not a folder"):  # a path is no name of a model
+    assert hub == [("owner/name", "v2", False)] * 2  # two seeds; the second finds it in the cache
+    with pytest.raises(HydraError, match="is not a folder"):  # a path is not a model's name
         make_plan(load_experiment(write("variants: {a: {hf_model: ./b}}")).cells, fetch=False)
 
 
@@ -371,7 +371,7 @@ def test_later_keys_count_where_they_differ_from_their_default(write, change, fi
     differing = [kind for kind in ALL if plain[kind] != changed[kind]]
     assert differing[:1] == ([] if first is None else [first])
     body = plan.steps[plain["select"]].params["selection"]
-    assert "check_heads" not in body  # as hashed before there was such a key
+    assert "check_heads" not in body  # its hash is that of versions without this key
 
 
 def test_text_of_a_selection_is_prepared_or_hashed(write, tmp_path):

@@ -1,4 +1,4 @@
-"""The quickstart's recipe, settings, commands and page; and (slow) the whole chain in miniature."""
+"""The quickstart's recipe, settings, commands and page; the slow tests run the whole chain on tiny models."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_miniature_end_to_end(tmp_path):
     checked = subprocess.run(["bash", "-n", str(output / "commands.sh")], check=False)
     assert checked.returncode == 0
 
-    # Again: everything is skipped, and the results are the same.
+    # A second run skips everything and gives the same results.
     again: list[str] = []
     assert run_quickstart(output, configs, settings, say=again.append) == metrics
     assert "24 steps, 24 of them finished before" in again
@@ -197,10 +197,10 @@ def test_a_failing_student_is_reported_with_its_log(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2700)  # the sum of what it waits for
+@pytest.mark.timeout(2700)  # the sum of its waits
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_quickstart_ends_its_students_and_goes_on(tmp_path, number):
-    """SIGTERM to the command alone, as ``timeout`` sends it; Ctrl-C to all processes, as of a terminal."""
+    """``timeout`` sends SIGTERM to the command alone; a terminal sends Ctrl-C to all processes."""
     output = tmp_path / "q"
     command = [sys.executable, str(ROOT / "tools" / "quickstart.py"), "--samples", "1"]
     command += ["--output", str(output)]
@@ -223,7 +223,7 @@ def test_a_stopped_quickstart_ends_its_students_and_goes_on(tmp_path, number):
     lines, errors = process.communicate(timeout=300)
     assert process.returncode == REQUEUE_EXIT_CODE, errors
     assert "the same command resumes" in lines and "Traceback" not in errors
-    for claim in output.glob("steps/*/claim.json"):  # of a student that had nothing to save yet
+    for claim in output.glob("steps/*/claim.json"):  # of a student that had saved nothing yet
         with pytest.raises(ProcessLookupError):
             os.kill(json.loads(claim.read_text())["pid"], 0)
     assert list(output.glob("steps/align-*/stopped.json"))

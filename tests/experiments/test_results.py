@@ -1,4 +1,4 @@
-"""Tables and pictures from made-up cells: every seed shows, and what is missing is said."""
+"""Tables and pictures from made-up cells: every seed appears, and missing cells are named."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ table: {baseline: a, train_length: 128}
 
 @pytest.fixture
 def made(write, tmp_path):
-    """Makes the results of cells with the given accuracies at 128; twice as much at 256."""
+    """Make results of cells: the given accuracies at length 128, twice as much at 256."""
 
     def make(values):
         experiment = load_experiment(write(ROWS))
@@ -58,7 +58,7 @@ def test_mean_and_spread_over_seeds(made):
     assert line(text, "**a**") == [
         "**a**", "0.300 ± 0.141", "0.600 ± 0.283", "all", "64", "0",
     ]  # fmt: skip
-    # Paired: −0.1 and +0.1. (Rows of the third table begin with a seed.)
+    # Paired differences: −0.1 and +0.1. Rows of the third table begin with a seed.
     assert line(text, "b")[1] == "+0.000 ± 0.141"
     assert line(text, "a | 1")[2:4] == ["0.400", "0.800"]
     assert "not there" not in text
@@ -83,7 +83,7 @@ def test_rows_without_any_cell_say_so(made):
 
 
 def test_heads_of_rows_without_a_head_map(write, tmp_path):
-    """All only where all heads attend to everything; of other models nothing is said."""
+    """The picture shows all heads only if all attend to everything; it leaves out other models."""
     (tmp_path / "other").mkdir()
     experiment = load_experiment(
         write(
@@ -122,7 +122,7 @@ def test_lm_eval_has_columns_of_its_own(write, tmp_path):
 
 
 def drawn(results, monkeypatch, folder):
-    """The axes of every picture, by its file's name."""
+    """The axes of every picture, by file name."""
     figures = {}
 
     def save(figure, path, dpi):
@@ -148,7 +148,7 @@ def test_curves_are_means_and_bands_reach_over_seeds(made, tmp_path, monkeypatch
 
 
 def test_every_row_with_a_bar_is_in_the_legend(made, tmp_path, monkeypatch):
-    """Also a row that has nothing at the first place."""
+    """Also a row without a value at the first position."""
     results = made({("a", 0): 0.2, ("a", 1): 0.4, ("b", 0): 0.1, ("b", 1): 0.3})
     cells = tuple(
         dataclasses.replace(cell, accuracy={"facts@256": cell.accuracy["facts@256"]})

@@ -91,7 +91,7 @@ def test_files_include_one_another_in_a_row_and_not_in_a_ring(write, tmp_path):
     top.write_text("include: middle.yaml\nvariants: {a: {evaluation: {samples: $n}}}\n")
     spec = load_experiment(top).cells[0].spec
     assert (spec.selection.num_prompts, spec.evaluation.samples) == (2, 1)
-    assert spec.evaluation.lengths == (128, 256)  # of the lowest
+    assert spec.evaluation.lengths == (128, 256)  # from the lowest base
     (tmp_path / "low.yaml").write_text("include: middle.yaml\n")
     with pytest.raises(HydraError, match=r"low\.yaml includes .*middle\.yaml"):
         load_experiment(top)
@@ -122,7 +122,7 @@ def test_paths_are_relative_to_the_file_they_stand_in(write, tmp_path):
         str(tmp_path / "h.txt"),
         "{prepare}/h",
     )
-    assert b.hf_model == "model"  # there is no such folder beside top.yaml: a Hub name
+    assert b.hf_model == "model"  # no such folder beside top.yaml, so it is a Hub name
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_the_shipped_experiments_expand_at_any_scale(base, model, seeds):
         assert len(experiment.cells) == seeds * len(experiment.variants) and experiment.paper
         assert {cell.spec.teacher.model for cell in experiment.cells} == {model}
         tiny = [cell.name for cell in experiment.cells if "tiny:" in str(cell.spec)]
-        assert bool(tiny) == (base is None)  # with another base nothing tiny is left
+        assert bool(tiny) == (base is None)  # with another base, no tiny setting remains
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_seconds_include_the_tries_that_were_stopped(tmp_path):
 
 def test_steps_are_deleted_unless_a_process_computes_one(tmp_path):
     store, one, two, other = StepStore(tmp_path / "s"), *map(step, ("one", "two", "other"))
-    store.discard([one, two])  # there is nothing yet
+    store.discard([one, two])  # nothing exists yet
     store.finish(one, 1.0)
     store.finish(other, 1.0)
     with store.claimed(two):
@@ -110,7 +110,7 @@ def test_an_abandoned_claim_is_taken_over(tmp_path, owner, monkeypatch):
         os.waitpid(child, 0)
         path.write_text(json.dumps({"host": socket.gethostname(), "pid": child}))
     else:
-        # "silent here": the number of a process that has ended, given to another since.
+        # "silent here": the id of a process that has ended; another process has it now.
         here = owner == "silent here"
         host, pid = (socket.gethostname(), os.getpid()) if here else ("another-machine", 1)
         path.write_text(json.dumps({"host": host, "pid": pid}))
@@ -130,7 +130,7 @@ def test_a_live_claim_elsewhere_is_respected(tmp_path):
 
 
 def test_a_new_claim_is_not_taken_for_the_abandoned_one_before_it(tmp_path):
-    """Another process was faster between the look at the old claim and its removal."""
+    """Another process claimed the step between our reading of the old claim and its removal."""
     path = tmp_path / "claim.json"
     mine = module._try_claim(path)
     module._remove_abandoned_claim(path, json.dumps({"host": "another-machine", "pid": 1}))

@@ -1,4 +1,4 @@
-"""Inputs and undisturbed runs for all tests of this folder, and a line of the table for each fault."""
+"""Inputs and undisturbed runs for all tests of this folder; each fault writes a line of the table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def forker() -> Iterator[Forker]:
 def undisturbed(
     inputs: Path, forker: Forker, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int], Run]:
-    """The run of so many steps that nothing happened to, with a checkpoint of every second step."""
+    """The undisturbed run of ``steps`` steps, with a checkpoint every second step."""
     runs: dict[int, Run] = {}
 
     def make(steps: int = STEPS) -> Run:

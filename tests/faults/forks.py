@@ -1,6 +1,6 @@
-"""A launcher for many attempts: it has imported everything, and forks the ranks of each (tests/forking.py),
-which is what lets a machine with two cores try sixty kills. Some attempts of every test go through
-torchrun instead.
+"""A launcher for many attempts: it imports everything once and forks the ranks of each (tests/forking.py).
+
+So a machine with two cores can try sixty kills. Some attempts of every test go through torchrun instead.
 
     python -m tests.faults.forks < requests
 """
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Forker:
-    """The parent's side: one process for all attempts of a test session."""
+    """The parent's side of the launcher: one process for all attempts of a test session."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -29,7 +29,7 @@ class Forker:
         )  # fmt: skip
 
     def run(self, arguments: list[str], environment: dict[str, str], log: Path) -> tuple[int, int]:
-        """Run two ranks to their end; returns their session's id and the launcher's status."""
+        """Run two ranks until they end; returns their session's id and the launcher's status."""
         request = {"arguments": arguments, "environment": environment, "log": str(log)}
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -52,7 +52,7 @@ def _worker(request: dict) -> int:
 
 
 def _launch(request: dict) -> None:
-    """The launcher of one attempt, in a session of its own. Never returns."""
+    """The launcher of one attempt, in a session of its own. It never returns."""
     os.setsid()
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
@@ -61,7 +61,7 @@ def _launch(request: dict) -> None:
 
 
 def main() -> None:
-    """Import, then fork for every line of standard input."""
+    """Import everything, then fork for each line of standard input."""
     import tests.faults.worker  # noqa: F401
 
     for line in sys.stdin:

@@ -1,10 +1,9 @@
 """Run every fault and write the table: ``python -m tests.faults.matrix --output faults.md``.
 
-Each row comes from a test that passed just now (tests/faults, tests/slurm, the page of a run). A test that
-failed is a row that says so, one that was skipped a row that was tried 0 times; either lets the command end
-with status 1. What the tests need beyond Python (root, SLURM, chromium) has to be there; HYDRA_REQUIRE= lets
-them skip it.
-Half an hour on two idle cores.
+Each row comes from a test of this run (tests/faults, tests/slurm, the page of a run). The row of a failed test
+says so. The row of a skipped test says that it was tried 0 times. In both cases the command ends with status 1.
+The tests need root, SLURM and chromium; HYDRA_REQUIRE= lets them skip what is missing.
+It takes half an hour on two idle cores.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _run(tests: list[str], junit: Path) -> None:
-    """Pytest on the tests, slow ones too; a failed test shows in the table."""
+    """Run pytest on the tests, slow ones too; the table shows failed tests."""
     environment = {VARIABLE: NEEDED} | os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [
         sys.executable, "-m", "pytest", *tests, "-m", "", "--timeout", "3600",
@@ -47,11 +46,11 @@ def _run(tests: list[str], junit: Path) -> None:
 
 
 def read_rows(junit: Path) -> list[dict[str, str]]:
-    """One row for each test; those that passed and recorded no fault have no ``fault``."""
+    """One row for each test. A test that passed without recording a fault has no ``fault``."""
     rows = []
     for case in ET.parse(junit).getroot().iter("testcase"):
         if case.get("name") is None:
-            continue  # what was under way when somebody interrupted pytest
+            continue  # a test that was running when pytest was interrupted
         name = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
         facts = {p.get("name", ""): p.get("value", "") for p in case.iter("property")}
         row = {"test": name, "seconds": f"{float(case.get('time', 0)):.0f}", **facts}
@@ -77,14 +76,14 @@ def to_markdown(rows: list[dict[str, str]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run, collect, write; 0 if every row was tried and is good."""
+    """Run the tests and write the table; returns 0 if every row was tried and is good."""
     arguments = _arguments(argv)
     files = arguments.from_junit
     with tempfile.TemporaryDirectory() as folder:
         if not files:
             files = [Path(folder) / "junit.xml"]
             _run(list(arguments.tests), files[0])
-        # A test that was run again counts by its last result.
+        # A test that was run again has its last result.
         last = {row["test"]: row for path in files for row in read_rows(path)}
         rows = [row for row in last.values() if "fault" in row]
     tried, good = (sum(int(row[key]) for row in rows) for key in ("tried", "good"))

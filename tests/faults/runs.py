@@ -28,14 +28,14 @@ from tests.training import tiny
 ROOT = Path(__file__).resolve().parents[2]
 
 STEPS = 110
-"""Of the undisturbed run that disturbed ones are compared with."""
+"""Steps of the undisturbed run, with which disturbed runs are compared."""
 
 TEACHER = dataclasses.replace(tiny.TEACHER, num_layers=2, num_query_heads=4, num_kv_heads=2)
 STUDENT = dataclasses.replace(TEACHER, hydra=HydraConfig(), full_attention_heads=((1,), (0, 3)))
 
 
 def write_inputs(folder: Path) -> None:
-    """Teacher, student and text; two layers of four heads, so that a save takes a fraction of a second."""
+    """Write teacher, student and text. Two layers of four heads: a save takes a fraction of a second."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = tiny.teacher_weights(TEACHER)
     save_canonical(folder / "teacher", weights, TEACHER)
@@ -44,20 +44,20 @@ def write_inputs(folder: Path) -> None:
 
 
 LEAVING_SECONDS = 5
-"""What a process may take to end after the run that it belongs to."""
+"""Seconds that a process may take to end after its run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """An attempt that is over.
+    """A finished attempt.
 
     Attributes:
-        status: of the launcher.
-        output: its stdout and stderr, and those of the ranks.
-        seconds: it took.
-        fault_happened: the fault's mark is there.
+        status: the launcher's exit status.
+        output: stdout and stderr of launcher and ranks.
+        seconds: duration.
+        fault_happened: whether the fault's mark exists.
         seconds_after_fault: from the mark to the end of the last process.
-        left_over: processes of the attempt that are still alive seconds after it, as id and command.
+        left_over: processes of the attempt that are alive seconds after it, as id and command.
     """
 
     status: int
@@ -74,7 +74,7 @@ class Run:
     Args:
         inputs: from :func:`write_inputs`.
         folder: for config, records and output.
-        sections: of the config, beyond :func:`tests.training.tiny.run_config`.
+        sections: of the config, in addition to :func:`tests.training.tiny.run_config`.
     """
 
     def __init__(self, inputs: Path, folder: Path, verb: str = "distill", **sections) -> None:
@@ -97,10 +97,10 @@ class Run:
         forker: Forker | None = None,
         timeout: float = 600,
     ) -> Ended:
-        """Start the run with two processes and wait until all of it has ended.
+        """Start the run with two processes and wait until all processes have ended.
 
         Args:
-            forker: start the ranks by it; without one, by launch/agent.py.
+            forker: starts the ranks; ``None``: launch/agent.py starts them.
         """
         mark, log = self.folder / "mark", self.folder / "log"
         mark.unlink(missing_ok=True)
@@ -123,7 +123,7 @@ class Run:
         )  # fmt: skip
 
     def samples(self) -> list[dict[int, list[int]]]:
-        """For each rank: step -> what it was fed when it did the step last."""
+        """For each rank: step -> samples that it got the last time it did this step."""
         ranks = []
         for path in sorted((self.folder / "samples").glob("rank*.jsonl")):
             lines = (json.loads(line) for line in path.read_text().splitlines())
@@ -131,7 +131,7 @@ class Run:
         return ranks
 
     def metrics(self) -> dict[int, dict]:
-        """Step -> what was logged, without what depends on the clock."""
+        """Step -> logged numbers that do not depend on the clock."""
         if not (self.output / tiny.METRICS_FILE).exists():
             return {}
         return {
@@ -140,12 +140,12 @@ class Run:
         }
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints there are."""
+        """Steps of the existing checkpoints."""
         return [int(path.name.rpartition("_")[2]) for path in step_folders(self.checkpoints)]
 
 
 def _alive(processes: list[psutil.Process]) -> list[str]:
-    """Those that do not end by themselves: a compiler's worker leaves a moment after its parent."""
+    """Processes that do not end by themselves. A compiler's worker ends a moment after its parent."""
     found = []
     for process in psutil.wait_procs(processes, timeout=LEAVING_SECONDS)[1]:
         with contextlib.suppress(psutil.Error):
@@ -156,7 +156,7 @@ def _alive(processes: list[psutil.Process]) -> list[str]:
 def _by_agent(
     arguments: list[str], variables: dict[str, str], log: Path, timeout: float
 ) -> tuple[int, list[str]]:
-    """Status of launch/agent.py, and which of its processes outlived it (they are ended here)."""
+    """Status of launch/agent.py, and its processes that outlived it; this function ends them."""
     token = uuid.uuid4().hex
     common = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HYDRA_TEST_RUN": token}
     command = [
@@ -194,7 +194,7 @@ def _processes(token: str) -> list[psutil.Process]:
 
 
 def start_run(inputs: Path, folder: Path, steps: int = STEPS, **sections) -> Run:
-    """A run of the shared settings; only runs of the same number of steps can be compared."""
+    """A run with the shared settings; only runs with the same number of steps can be compared."""
     return Run(
         inputs, folder, schedule={"steps": steps, "warmup_steps": min(1, steps - 1)}, **sections
     )
@@ -204,10 +204,10 @@ def start_run(inputs: Path, folder: Path, steps: int = STEPS, **sections) -> Run
 
 
 def differences_so_far(run: Run, whole: Run) -> list[str]:
-    """Where a run that need not be finished differs from the undisturbed one, bit for bit.
+    """Bitwise differences between a run, finished or not, and the undisturbed one.
 
-    Compared are all logged numbers and all samples of the steps that are done, and everything in the
-    checkpoint that the run would go on from: parameters, optimizer, generators, data position.
+    Compared are: logged numbers and samples of all finished steps, and the checkpoint that a resume would load
+    (parameters, optimizer, generators, data position).
     """
     found = []
     expected = whole.metrics()
@@ -222,14 +222,14 @@ def differences_so_far(run: Run, whole: Run) -> list[str]:
 
 
 def newest(checkpoints: Path) -> Path:
-    """What ``checkpoint.resume=auto`` goes on from."""
+    """The checkpoint that ``checkpoint.resume=auto`` loads."""
     if (checkpoints / store.LATEST_FILE).exists():
         return store.resolve_checkpoint(checkpoints)
     return step_folders(checkpoints)[-1]
 
 
 def compare_checkpoints(one: Path, other: Path) -> list[str]:
-    """Tensors, and lines of training.json, that differ."""
+    """Tensors and lines of training.json that differ."""
     tensors, expected = tiny.everything(one), tiny.everything(other)
     found = sorted(tensors.keys() ^ expected.keys())
     found += [k for k in tensors.keys() & expected.keys() if not same_bits(tensors[k], expected[k])]
@@ -240,7 +240,7 @@ def compare_checkpoints(one: Path, other: Path) -> list[str]:
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equality that tells -0 from 0 and takes a NaN for itself."""
+    """Bitwise equality: -0 is not 0, and a NaN equals itself."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     # As bytes: NumPy has no bf16.
@@ -249,7 +249,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def differences(run: Run, whole: Run) -> list[str]:
-    """Where a finished run differs from the undisturbed one, bit for bit."""
+    """Bitwise differences between a finished run and the undisturbed one."""
     found = differences_so_far(run, whole)
     for name, mine, theirs in (
         ("metrics", run.metrics(), whole.metrics()),

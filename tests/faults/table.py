@@ -1,4 +1,4 @@
-"""A line of the table of faults, written by the test of this fault."""
+"""The table of faults: each test writes a line for its fault."""
 
 from __future__ import annotations
 

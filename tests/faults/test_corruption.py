@@ -1,4 +1,4 @@
-"""Every file of a checkpoint is damaged in turn: found before the first step, on resume and on start."""
+"""Each file of a checkpoint is damaged in turn. A resume and a start find it before the first step."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 @pytest.fixture(scope="module")
 def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A run that has done its steps and could do more."""
+    """A run that has finished its steps and could do more."""
     run = start_run(inputs, tmp_path_factory.mktemp("finished"), STEPS, verb="finetune")
     assert run_training(run.config) == 0
     return run.config
 
 
 def _assert_found(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The run ends before its first step; returns why."""
+    """Assert that the run ends before its first step; returns its error."""
 
     def no_step(*_: object) -> None:
         raise AssertionError("a step was made")
@@ -74,7 +74,7 @@ def _damage_all(
     *,
     every_way: bool,
 ) -> int:
-    """Damages every file of ``folder`` in every way, or each in three, one at a time; returns how often."""
+    """Damage one file of ``folder`` at a time, in all ways or in three; returns the number of tries."""
     whole = tmp_path / "whole"
     shutil.copytree(folder, whole)
     names = [p.relative_to(whole) for p in sorted(whole.rglob("*")) if p.is_file()]
@@ -108,7 +108,7 @@ def test_damage_to_any_file_of_a_resumed_checkpoint_is_found(
         store.resolve_checkpoint(output / "checkpoints"), config, monkeypatch, tmp_path,
         every_way=every_way,
     )  # fmt: skip
-    assert run_training(config) == 0  # the copy that is whole again is gone on from
+    assert run_training(config) == 0  # the repaired copy is used to resume
     if every_way:
         table(
             "a file of the run's checkpoint truncated, bit-flipped or removed (each in turn)", tried,
@@ -136,7 +136,7 @@ def test_damage_to_any_file_of_an_initial_checkpoint_is_found(
 
 
 def test_every_byte_of_a_manifest_counts(inputs: Path, tmp_path: Path) -> None:
-    """The hashes guard the other files; the digest guards the manifest, down to its blanks."""
+    """Hashes protect the other files; the digest protects the manifest, its blanks too."""
     folder = tmp_path / "student"
     shutil.copytree(inputs / "student", folder)
     path = folder / store.MANIFEST_FILE
@@ -198,7 +198,7 @@ def test_another_checkpoint_than_the_pinned_one_is_refused(
 
 
 def test_a_fallback_renames_the_damaged_checkpoint(finished: RunConfig, tmp_path: Path) -> None:
-    """Retention counts good checkpoints only, and the damaged one stays for a person to look at."""
+    """Retention counts good checkpoints only. The damaged one stays, so that a person can inspect it."""
     output = tmp_path / "out"
     keep = ["checkpoint.keep=2", "checkpoint.interval=1", f"output={output}"]
     assert run_training(apply_overrides(finished, keep)) == 0

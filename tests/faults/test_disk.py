@@ -53,7 +53,7 @@ def _config(inputs: Path, tmp_path: Path, output: Path, asynchronous: bool) -> R
 def _after_first_checkpoint(
     monkeypatch: pytest.MonkeyPatch, checkpoints: Path, action: Callable[[], object]
 ) -> None:
-    """Run ``action`` once, between steps, when there is a checkpoint (and perhaps one under way)."""
+    """Run ``action`` once, between two steps, when a checkpoint exists; another save may be running."""
     original, done = loop.train_step, [False]
 
     def patched(*args: object) -> object:
@@ -70,7 +70,7 @@ def _after_first_checkpoint(
 
 
 def _fill(folder: Path, leave: int = 64 * 1024) -> None:
-    """Leave so many bytes."""
+    """Fill the disk until ``left`` bytes are free."""
     free = shutil.disk_usage(folder).free
     with (folder / "filler").open("wb") as file:
         file.write(b"\0" * max(0, free - leave))
@@ -81,7 +81,7 @@ def _assert_intact(checkpoints: Path, *, tidy: bool = True) -> None:
     for path in step_folders(checkpoints):
         store.verify_checkpoint(path)
     assert store.resolve_checkpoint(checkpoints) == step_folders(checkpoints)[-1]
-    assert not (tidy and list(checkpoints.glob(".*/weights/*")))  # it has given its space back
+    assert not (tidy and list(checkpoints.glob(".*/weights/*")))  # its space is free again
 
 
 @BOTH
@@ -97,7 +97,7 @@ def test_a_full_disk(
     monkeypatch.undo()
     _assert_intact(output / "checkpoints")
     (small_disk / "filler").unlink()
-    assert run_training(config) == 0  # with room again, it goes on
+    assert run_training(config) == 0  # with free space, the run continues
     table(
         "disk full while saving" + _kind(asynchronous), 1, 1, "clear error, older checkpoint intact"
     )
@@ -114,7 +114,7 @@ def test_a_disk_that_becomes_read_only(
 
     def remount(how: str) -> None:
         command = ["mount", "-o", f"remount,{how}", str(small_disk)]
-        end = time.monotonic() + 240  # refused as long as a file is being written
+        end = time.monotonic() + 240  # this fails while a file is being written
         while subprocess.run(command, capture_output=True, check=False).returncode:
             assert time.monotonic() < end
 
@@ -138,17 +138,17 @@ def test_a_checkpoint_folder_that_vanishes(
     output = tmp_path / "out"
     elsewhere = tmp_path / "elsewhere"
     config = _config(inputs, tmp_path, output, asynchronous)
-    # As an unmounted disk: what was in it is whole, but no longer there.
+    # As an unmounted disk: its files are undamaged, but not visible.
     _after_first_checkpoint(
         monkeypatch, output / "checkpoints", lambda: (output / "checkpoints").rename(elsewhere)
     )
     with pytest.raises(HydraError, match=r"No such file or directory.*earlier checkpoints are unt"):
         run_training(config)
     monkeypatch.undo()
-    assert not (output / "checkpoints").exists()  # not made up
+    assert not (output / "checkpoints").exists()  # not created
     _assert_intact(elsewhere, tidy=False)
     with pytest.raises(HydraError, match=r"holds no checkpoint, but .* was saved there: mount"):
-        run_training(config)  # the same command does not begin anew
+        run_training(config)  # the same command does not start a new run
     table(
         "checkpoint folder vanished while training" + _kind(asynchronous), 1, 1,
         "clear error, older checkpoint intact; the same command is refused while the folder is missing",
@@ -172,7 +172,7 @@ def test_a_full_disk_with_tensorboard(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_tensorboard_says_that_the_disk_is_full(small_disk: Path) -> None:
-    """Its writer is a thread that fails on its own, and again when it is closed."""
+    """Its writer is a thread that fails by itself, and again when it is closed."""
     sink = TensorBoard(small_disk / "tensorboard", 1)
     _fill(small_disk, 0)
 

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: the run resumes from a complete checkpoint and ends as if undisturbed."""
+"""SIGKILL at any moment: the run resumes from a complete checkpoint and ends like an undisturbed one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BY_AGENT = 5
 
 
 def _kill(run: Run, whole: Run, fault: Fault, forker: Forker | None) -> None:
-    """One attempt that ends by SIGKILL, and leaves what a resumed run can go on from."""
+    """One attempt that ends by SIGKILL and leaves a state that a run can resume from."""
     ended = run.attempt(fault, forker=forker)
     assert ended.fault_happened, ended.output[-4000:]
     assert ended.status not in (0, 85), ended.output[-4000:]

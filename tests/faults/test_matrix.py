@@ -1,4 +1,4 @@
-"""The command that tries every fault: a fault that was not tried is not reported as good."""
+"""The command that tries every fault: it does not report an untried fault as good."""
 
 from __future__ import annotations
 

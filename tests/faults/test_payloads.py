@@ -1,4 +1,4 @@
-"""Files that would run code if they were opened without checks: a sentinel file shows that they do not."""
+"""Files that would run code if opened without checks. The code would make a sentinel file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class _RunsCode:
-    """Unpickling it creates the sentinel."""
+    """An object whose unpickling creates the sentinel."""
 
     def __init__(self, sentinel: Path) -> None:
         self.sentinel = sentinel
@@ -50,7 +50,7 @@ class _RunsCode:
 
 @pytest.fixture
 def sentinel(tmp_path: Path) -> Path:
-    """Is absent after the test; a control shows that the payload would create it."""
+    """The sentinel must not exist after the test. A control shows that the payload would create it."""
     control = tmp_path / "control"
     pickle.loads(pickle.dumps(_RunsCode(control)))  # noqa: S301
     assert control.exists()
@@ -67,7 +67,7 @@ def _forge_index(folder: Path, sentinel: Path) -> None:
 
 
 def _forge_part_of_index(folder: Path, sentinel: Path) -> None:
-    """An index that is right but for one value: the payload runs while the rest is read."""
+    """An index with one value replaced by a payload, which would run while the rest is read."""
     index = integrity.read_index(folder / "weights")
     index.planner_data = _RunsCode(sentinel)
     (folder / "weights/.metadata").write_bytes(pickle.dumps(index))
@@ -78,7 +78,7 @@ def _forge_common(folder: Path, sentinel: Path) -> None:
 
 
 def _append(folder: Path, sentinel: Path) -> tuple[str, int, int]:
-    """A payload at the end of a file of weights: its file, offset and length."""
+    """Append a payload to a file of weights; returns file, offset and length."""
     buffer = io.BytesIO()
     torch.save(_RunsCode(sentinel), buffer)
     path = next(iter((folder / "weights").glob("*.distcp")))
@@ -89,7 +89,7 @@ def _append(folder: Path, sentinel: Path) -> tuple[str, int, int]:
 
 
 def _forge_tensor(folder: Path, sentinel: Path) -> None:
-    """A pickle where the index says that a tensor lies."""
+    """A pickle at the place that the index gives for a tensor."""
     index = integrity.read_index(folder / "weights")
     info = next(iter(index.storage_data.values()))
     info.relative_path, info.offset, info.length = _append(folder, sentinel)
@@ -97,7 +97,7 @@ def _forge_tensor(folder: Path, sentinel: Path) -> None:
 
 
 def _forge_object(folder: Path, sentinel: Path) -> None:
-    """A pickle where the index says that a plain object lies: torch reads those without a guard."""
+    """A pickle at the place that the index gives for a plain object, which torch reads without a check."""
     index = integrity.read_index(folder / "weights")
     place = MetadataIndex("optimizer.step")
     index.state_dict_metadata[place.fqn] = BytesStorageMetadata()
@@ -106,7 +106,7 @@ def _forge_object(folder: Path, sentinel: Path) -> None:
 
 
 def _forge_object_like_a_tensor(folder: Path, sentinel: Path) -> None:
-    """A pickle in the place of a weight; its entry has what a tensor's has, but not its class."""
+    """A pickle in place of a weight; its entry has a tensor's fields, but not its class."""
     index = integrity.read_index(folder / "weights")
     key = "embedding.word_embeddings.weight"
     entry = BytesStorageMetadata()
@@ -131,7 +131,7 @@ REFUSED = r"not opened|Weights only load failed"
 def test_a_forged_student_runs_nothing(
     forge: Callable, student: Path, inputs: Path, tmp_path: Path, sentinel: Path, table, request
 ) -> None:
-    """Even with a manifest that matches: whoever can write the folder can write one."""
+    """It is refused even if the manifest matches: anybody who can write the folder can write a manifest."""
     forge(student, sentinel)
     store.write_manifest(student)
     config = apply_overrides(
@@ -200,7 +200,7 @@ def test_an_index_with_unknown_classes_is_refused(
 
 
 def test_an_index_changes_no_class(student: Path) -> None:
-    """A pickle can set attributes of a class that it refers to, and all its instances have them."""
+    """A pickle can set attributes of a class that it names; all instances then have them."""
     path = student / "weights/.metadata"
     build = (
         b"\x80\x04ctorch.distributed.checkpoint.metadata\nTensorStorageMetadata\n"
@@ -229,7 +229,7 @@ def test_names_in_a_manifest_stay_inside(name: str, student: Path, tmp_path: Pat
 
 
 def _reseal(path: Path, body: dict) -> None:
-    """Write a manifest with a digest that fits, as a forger would."""
+    """Write a manifest with a matching digest, as a forger would."""
     import hashlib
 
     body = {"digest": "0" * 64} | {k: v for k, v in body.items() if k != "digest"}
@@ -294,9 +294,9 @@ _LACKS_TRUST = "trust_remote_code=True|--trust-remote-code"
 
 @pytest.fixture
 def hf_folder(tmp_path: Path, sentinel: Path) -> Path:
-    """A whole model folder, but its own code, pickled weights and tokenizer all want to run too.
+    """A complete model folder whose own code, pickled weights and tokenizer would all run code.
 
-    Of the family for whose tokenizers transformers has no class, and so would ask on stdin.
+    Its family has no tokenizer class in transformers, so transformers would ask on stdin.
     """
     folder = make_hf(tmp_path / "hf", "llama")
     config = json.loads((folder / "config.json").read_text()) | {
@@ -343,7 +343,7 @@ _COMMANDS = {
 def test_code_and_pickles_of_a_model_folder_do_not_run(
     name: str, hf_folder: Path, sentinel: Path, tmp_path: Path, table, monkeypatch, capsys
 ) -> None:
-    """Not even if somebody answers yes: transformers asks on stdin where it is not told."""
+    """It does not run even if a user answers yes: transformers asks on stdin if it gets no setting."""
     words, status, reason = _COMMANDS[name]
     ids = tmp_path / "ids.jsonl"
     ids.write_text('{"tokens": [1, 2, 3]}\n')
@@ -378,7 +378,7 @@ def test_the_tokenizer_of_a_config_runs_nothing(
 
 
 def test_tokens_are_written_nowhere(inputs: Path, tmp_path: Path) -> None:
-    """Neither into the run's folder nor to its output, in success and in failure."""
+    """Secrets appear neither in the run's folder nor in its output, in success and in failure."""
     secret = "hf_SENTINEL0123456789"
     run = start_run(inputs, tmp_path / "run", 1, verb="finetune")
     environment = os.environ | {

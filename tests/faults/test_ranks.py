@@ -1,4 +1,4 @@
-"""A fault on one rank: all ranks act together, or all end within a set time."""
+"""A fault on one rank: all ranks act together, or all end within a given time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.faults.runs import Run, differences, same_bits, start_run
 from tests.faults.worker import Fault
 from tests.training import tiny
 
-pytestmark = pytest.mark.timeout(1800)  # an attempt takes minutes on a busy machine
+pytestmark = pytest.mark.timeout(1800)  # on a busy machine, an attempt takes minutes
 
 TIMEOUT = 8
 QUICK = {"timeout_seconds": TIMEOUT}
@@ -32,7 +32,7 @@ def test_a_hung_rank_ends_the_job(inputs: Path, tmp_path: Path, forker: Forker, 
     run = start_run(inputs, tmp_path, 40, faults=QUICK, checkpoint={"interval": 2})
     ended = run.attempt(Fault("hang", 4, 1), forker=forker)
     _assert_gone_with_stacks(ended)
-    assert "_hang" in ended.output  # where rank 1 hung
+    assert "_hang" in ended.output  # the place where rank 1 hung
     assert "train_step" in ended.output
     store.verify_checkpoint(store.resolve_checkpoint(run.checkpoints))
     table(
@@ -48,9 +48,9 @@ def test_a_dead_rank_ends_the_job(everyone: bool, inputs: Path, tmp_path: Path, 
     run = start_run(inputs, tmp_path, 40, faults={"timeout_seconds": 30})
     ended = run.attempt(Fault("kill", 4, 1, everyone))
     assert ended.fault_happened
-    assert ended.status == 137  # 128 + SIGKILL, of the rank that died first
+    assert ended.status == 137  # 128 + SIGKILL, from the rank that died first
     assert ended.left_over == []
-    assert "Timeout (" not in ended.output  # nobody had to wait for the watchdog
+    assert "Timeout (" not in ended.output  # no rank had to wait for the watchdog
     who = "both ranks die" if everyone else "a rank dies"
     table(
         who, 1, 1, f"all processes have ended {ended.seconds_after_fault:.0f} s later, status 137"
@@ -69,7 +69,7 @@ def test_a_rank_that_hangs_under_torchrun(inputs: Path, tmp_path: Path, table) -
 
 
 def _assert_gone_with_stacks(ended) -> None:
-    """By the watchdog: a hung rank would sleep for longer than an attempt may take."""
+    """The watchdog ends it: the hung rank would sleep longer than an attempt may take."""
     assert ended.fault_happened, ended.output[-3000:]
     assert ended.status not in (0, 85)
     assert ended.left_over == []
@@ -95,7 +95,7 @@ def test_a_bad_step_on_one_rank_is_skipped_on_all(
     fed = [steps[6] for steps in run.samples()]
     assert event["samples"] == sorted(sample for samples in fed for sample in samples)
     assert all(str(samples) in ended.output for samples in fed)  # every rank logs its own
-    # What the bad step did to the weights and the optimizer: nothing.
+    # The bad step changed neither weights nor optimizer.
     before, after = (tiny.everything(run.checkpoints / f"step_0000000{s}") for s in (5, 7))
     assert all(t.isfinite().all() for t in after.values() if t.is_floating_point())
     same = start_run(inputs, tmp_path / "again", 9, faults=faults, checkpoint={"interval": 6})
@@ -103,7 +103,7 @@ def test_a_bad_step_on_one_rank_is_skipped_on_all(
     assert differences(same, run) == []
     moments = [key for key in before if "exp_avg" in key]
     assert moments
-    assert not all(same_bits(before[key], after[key]) for key in moments)  # step 7 was made
+    assert not all(same_bits(before[key], after[key]) for key in moments)  # step 7 was applied
     table(
         f"{'NaN' if kind == 'nan' else 'a loss 5 times the usual'} on rank {rank}", 1, 1,
         "both ranks skip the step; samples are logged; no checkpoint of this step",
@@ -122,7 +122,7 @@ def test_a_bad_step_on_one_rank_can_stop_all(
     assert ended.output.count("faults.max_skipped_steps is 0; the last checkpoint is good") == 2
     assert run.steps() == [1, 2, 3, 4, 5]
     store.verify_checkpoint(store.resolve_checkpoint(run.checkpoints))
-    again = run.attempt(forker=forker)  # the fault was of this attempt: the same command goes on
+    again = run.attempt(forker=forker)  # only this attempt had the fault: the same command resumes
     assert again.status == 0
     table(
         f"{'NaN' if kind == 'nan' else 'a spike'} on one rank, faults.max_skipped_steps=0", 1, 1,
@@ -143,7 +143,7 @@ def test_a_signal_to_one_rank_stops_all(
     ended = run.attempt(Fault("signal", 5, rank), forker=forker)
     assert ended.status == 85, ended.output[-3000:]
     (stop,) = _events(run, "stop")
-    # In the background, that of step 4 may still be on its way: a stop writes once.
+    # The background save of step 4 may still be running: a stop saves once.
     assert max(run.steps()) == stop["saved_step"] in ((4, 5) if asynchronous else (5,))
     assert run.attempt(forker=forker).status == 0
     # The undisturbed run has no checkpoint of step 5; every other number must agree.
@@ -160,7 +160,7 @@ def test_a_signal_to_one_rank_stops_all(
 
 
 SIGNALS_IN_SAVES = [("planned", 1), ("written", 1), ("sealed", 0), ("pointed", 0)]
-"""Points of a save, and the rank that gets the signal there."""
+"""Points of a save, and the rank that gets the signal at this point."""
 
 
 @pytest.mark.slow
@@ -186,15 +186,15 @@ def test_a_signal_in_a_save_stops_all(
     assert ended.fault_happened, ended.output[-3000:]
     assert ended.status == 85, ended.output[-3000:]
     assert ended.left_over == []
-    assert run.steps()[0] == 2  # the save that was disturbed
+    assert run.steps()[0] == 2  # the disturbed save
     for folder in step_folders(run.checkpoints):
         store.verify_checkpoint(folder)
     (stop,) = _events(run, "stop")
     assert max(run.steps()) == stop["saved_step"] <= stop["step"] < 8
     if not asynchronous:
-        assert run.steps() == [2]  # no step more, no second save
+        assert run.steps() == [2]  # no further step, no second save
     assert run.attempt(forker=forker).status == 0
-    for step in set(run.steps()) - {2, 4, 6, 8}:  # where it was stopped: the other has none of it
+    for step in set(run.steps()) - {2, 4, 6, 8}:  # that of the stop
         (run.checkpoints / f"step_{step:08d}").rename(tmp_path / f"stopped-at-{step}")
     assert differences(run, undisturbed(8)) == []
     kind = "in the background" if asynchronous else "at the step boundary"
@@ -208,7 +208,7 @@ def test_a_signal_in_a_save_stops_all(
 def test_no_rank_leaves_before_the_log_is_closed(
     inputs: Path, tmp_path: Path, forker: Forker
 ) -> None:
-    """Where one did, a launcher could end rank 0 while it still sends what it has logged."""
+    """Otherwise a launcher could end rank 0 while it still sends its log."""
     run = start_run(inputs, tmp_path, 2)
     ended = run.attempt(Fault("slow_close", 1, 0), forker=forker)
     assert ended.status == 0, ended.output[-3000:]
@@ -237,7 +237,7 @@ def test_a_second_signal_leaves_at_once(
 def test_the_time_limit_of_the_job_stops_all(
     inputs: Path, undisturbed: Callable[[int], Run], tmp_path: Path, forker: Forker, table
 ) -> None:
-    """Known from SLURM's environment; no signal comes."""
+    """The time limit comes from SLURM's environment; no signal is sent."""
     run = start_run(
         inputs, tmp_path, 110, checkpoint={"interval": 2, "keep": 0},
         faults={"stop_seconds_before_limit": 5},

@@ -1,4 +1,4 @@
-"""Selection and evaluation stop like training: finished work is on disk, status 85, and a rerun resumes."""
+"""Selection and evaluation stop like training: finished work is saved, the status is 85, a rerun resumes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from megatron_hydra.stopping import REQUEUE_EXIT_CODE, Stopped
 from tests.selection.helpers import tiny_model
 
-pytestmark = pytest.mark.timeout(1800)  # processes that import torch, on a machine that may be busy
+pytestmark = pytest.mark.timeout(1800)  # processes import torch, and the machine may be busy
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _stopped(command: list[str], until: Callable[[], bool], whom: Callable[[int], int]) -> str:
-    """Start, signal one process when there is partial work, and wait; returns stderr."""
+    """Start the command, signal one process when it has partial work, and wait; returns stderr."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
         text=True,
@@ -110,8 +110,8 @@ def test_a_hung_rank_ends_the_selection(model: Path, tmp_path: Path, table) -> N
     assert (tmp_path / "mark").exists(), done.stderr[-3000:]
     seconds = time.time() - (tmp_path / "mark").stat().st_mtime
     assert done.returncode not in (0, 85), done.stderr[-3000:]
-    assert "Timeout (" in done.stderr  # the watchdog: the hang itself lasts an hour
-    assert "in hang" in done.stderr  # where rank 1 hung
+    assert "Timeout (" in done.stderr  # the watchdog ended it: the hang lasts an hour
+    assert "in hang" in done.stderr  # the place where rank 1 hung
     table(
         "a rank of head selection hangs (--timeout 8)", 1, 1,
         f"both processes have ended {seconds:.0f} s later, non-zero exit, stacks",
@@ -133,7 +133,7 @@ def test_evaluation_stops_and_resumes(tmp_path: Path, table) -> None:
     first = sorted(cells.glob("*.json"))[0]
     before = first.stat().st_mtime_ns
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
-    assert first.stat().st_mtime_ns == before  # kept, not done again
+    assert first.stat().st_mtime_ns == before  # reused, not done again
     assert (tmp_path / "out/results.json").exists()
     table("SIGTERM to an evaluation", 1, 1, "exits with 85; finished cells are kept")
 

@@ -1,5 +1,5 @@
-"""A rank of a real training that goes wrong on purpose, once: ``python -m megatron_hydra.train`` plus a
-fault from the environment variable ``HYDRA_TEST_FAULT`` (JSON; see :class:`Fault`).
+"""A rank of a real training with one fault: ``python -m megatron_hydra.train`` and a fault from the environment
+variable ``HYDRA_TEST_FAULT`` (JSON; see :class:`Fault`).
 
 Every rank also writes which samples it was fed, step by step, to ``HYDRA_TEST_RECORD``.
 """
@@ -19,12 +19,12 @@ import psutil
 
 SAVE_POINTS = (
     "begin",  # nothing is on the disk yet
-    "planned",  # ranks know who writes what; the folder is there
+    "planned",  # ranks know who writes what; the folder exists
     "writing",  # in the middle of a file
     "written",  # this rank's files are complete
     "indexed",  # rank 0 has written the index
-    "sealed",  # the manifest is there, under the temporary name
-    "renamed",  # the folder has its name, the pointer is still on the last one
+    "sealed",  # the manifest exists, under the temporary name
+    "renamed",  # the folder has its name, the pointer still names the last one
     "pointed",  # the pointer has moved
     "retaining",  # an old checkpoint is being deleted
 )
@@ -38,11 +38,11 @@ class Fault:
     Attributes:
         kind: ``kill`` | ``kill_in_save`` | ``hang`` | ``nan`` | ``spike`` | ``signal`` | ``signal_twice``
             | ``signal_in_save`` | ``slow_close``.
-        step: before which step (or, in a save, which save of this attempt; from 1).
-        rank: where.
-        everyone: SIGKILL all ranks at once, not the one.
+        step: the step before which it happens; in a save: the number of the save in this attempt, from 1.
+        rank: the rank that has the fault.
+        everyone: whether all ranks get SIGKILL at once.
         point: one of :data:`SAVE_POINTS`.
-        mark: a file that is written right before.
+        mark: a file that is written just before the fault.
     """
 
     kind: str
@@ -94,7 +94,7 @@ _steps_done = [0]
 
 
 def _poison(fault: Fault) -> None:
-    """The hidden states of one step on one rank times ``factor``."""
+    """Multiply the hidden states of one step on one rank by ``factor``."""
     from megatron_hydra.training import loop
     from megatron_hydra.transfer import distill, finetune
 
@@ -118,7 +118,7 @@ def _poison(fault: Fault) -> None:
 
 
 def _in_save(fault: Fault, action: Callable[[Fault], None]) -> None:
-    """Let ``action`` happen at the fault's point of the fault's save."""
+    """Run ``action`` at the fault's point of the fault's save."""
     from megatron_hydra.checkpoint import store
     from megatron_hydra.training import checkpoint, checkpoint_write, run_folder
 
@@ -182,7 +182,7 @@ def _die_in_the_middle_of_a_file(fault: Fault, is_due: Callable[[], bool]) -> No
 
 
 def _close_slowly(fault: Fault) -> None:
-    """As W&B does, which sends what it has left."""
+    """Close slowly, as W&B does while it sends the rest of its data."""
     from megatron_hydra.training.metrics import MetricsLog
 
     close = MetricsLog.close
@@ -197,7 +197,7 @@ def _close_slowly(fault: Fault) -> None:
 
 
 def _count_and_record() -> None:
-    """Innermost wrapper of the step: which samples this rank got."""
+    """The innermost wrapper of the step: records which samples this rank got."""
     from megatron_hydra.training import loop
 
     original = loop.train_step

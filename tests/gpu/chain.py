@@ -1,7 +1,7 @@
 """The jobs of the GPU suite: the public commands of the whole chain, faults in them, layouts over NCCL.
 
-Every process is a command that a user could give; where a fault has to strike at a chosen moment, the trainer
-is started through ``tests.faults.worker``, which is ``python -m megatron_hydra.train`` and that fault.
+Every process is a command that a user could give. For a fault at a chosen moment, ``tests.faults.worker``
+starts the trainer: it is ``python -m megatron_hydra.train`` with this fault.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ STOP_EXIT = 85
 TASK = "megatron_hydra.quickstart.tasks:retrieval"
 CONFIGS = Path("configs/quickstart")
 WATCHDOG_SECONDS = 20
-"""``faults.timeout_seconds`` of the hung and the dead rank."""
+"""``faults.timeout_seconds`` of the runs with a hung or a dead rank."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How much of everything.
+    """Sizes of the jobs.
 
     Attributes:
-        steps: of the chain's stages.
+        steps: of each stage of the chain.
         stop_at: step of ``distill`` after which SIGTERM is sent.
         interval: steps between checkpoints of ``distill``.
         samples: of the evaluation, at each length.
@@ -46,7 +46,7 @@ class Sizes:
 
     @classmethod
     def of(cls, machine: Machine) -> Sizes:
-        """The real ones, or what two CPU cores can do in minutes."""
+        """Sizes for GPUs, or sizes that two CPU cores can do in minutes."""
         if machine.is_dry_run:
             return cls({"align": 8, "distill": 8, "finetune": 3}, 3, 3, 4, 128, 1)
         return cls({"align": 40, "distill": 80, "finetune": 30}, 20, 25, 20, 512, 0)
@@ -70,11 +70,11 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
         ],
     ),
 }  # fmt: skip
-"""By name: GPUs, overrides."""
+"""Name -> number of GPUs, overrides."""
 LAYOUT_VERBS = ("align", "distill")
 LAYOUT_STEPS = 3
 CASE_SECONDS = 60
-"""What each of the runs that share a process adds to its limit."""
+"""Seconds that each run adds to the limit of the process that it shares."""
 
 
 class Chain:
@@ -98,7 +98,7 @@ class Chain:
         ]  # fmt: skip
 
     def jobs(self) -> list[Job]:
-        """All of them; what this machine has too few GPUs for among them."""
+        """All jobs, including those that need more GPUs than this machine has."""
         return [
             Job("inputs", self._inputs, gpus=0),
             Job("convert", self._convert_teacher, after=("inputs",)),
@@ -137,7 +137,7 @@ class Chain:
                               "--quiet", "--output", self.teacher])  # fmt: skip
 
     def _select(self, place: Place) -> dict[str, Any]:
-        """The head map that the command has written, on as many GPUs as there are."""
+        """The head map that the command writes, on all GPUs."""
         several = len(place.gpus) > 1
         output = (
             self.head_map.with_name(f"head_map_{len(place.gpus)}.json")
@@ -179,12 +179,12 @@ class Chain:
         return self.folder / "runs" / name
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
-        """The lines of its metrics, so far."""
+        """The lines of its metrics file."""
         path = self.run_folder(name) / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """The lines of its events."""
+        """The lines of its events file."""
         text = (self.run_folder(name) / "events.jsonl").read_text()
         return [json.loads(line) for line in text.splitlines()]
 
@@ -196,7 +196,7 @@ class Chain:
         return self.metrics("align")
 
     def _distill(self, name: str) -> list[object]:
-        """Deterministic, with checkpoints on the way: runs of it are held against each other, bit for bit."""
+        """A deterministic stage with checkpoints: its runs are compared bit for bit."""
         return self.stage(
             "distill", self.run_folder("align") / "checkpoints", name, "deterministic=true",
             f"checkpoint.interval={self.sizes.interval}", "checkpoint.save_optimizer=true",
@@ -208,7 +208,7 @@ class Chain:
         return self.metrics("distill_whole")
 
     def _distill_stopped(self, place: Place) -> list[dict[str, Any]]:
-        """SIGTERM in the middle, and the same command once more."""
+        """SIGTERM in the middle, then the same command again."""
         words = self._distill("distill")
         begin = [0.0]
 
@@ -230,7 +230,7 @@ class Chain:
             time.sleep(0.05)
 
     def _distill_killed(self, place: Place) -> list[dict[str, Any]]:
-        """SIGKILL in the middle of its second save, and the same command once more."""
+        """SIGKILL in the middle of its second save, then the same command again."""
         words, mark = self._distill("distill_killed"), self.folder / "killed_here"
         fault = {"kind": "kill_in_save", "step": 2, "point": "written", "mark": str(mark)}
         environment = {"HYDRA_TEST_FAULT": json.dumps(fault)}
@@ -243,7 +243,7 @@ class Chain:
         return self.metrics("distill_killed")
 
     def _same_end(self, place: Place) -> dict[str, list[str]]:
-        """By run: what of its last checkpoint differs from that of the undisturbed run, bit for bit."""
+        """Run -> bitwise differences between its last checkpoint and that of the undisturbed run."""
         runs = [self.run_folder(name) for name in ("distill_whole", "distill", "distill_killed")]
         return _answer(place.run("compare", ["-m", "tests.gpu.compare", "bits", *runs]))
 
@@ -262,7 +262,7 @@ class Chain:
         )
 
     def _evaluate_checkpoint(self, place: Place) -> dict[str, float]:
-        """On one GPU, or tensor-parallel on several."""
+        """Evaluate on one GPU, or tensor-parallel on several."""
         checkpoint = self.run_folder("finetune") / "checkpoints"
         layout = [f"parallel.tensor={len(place.gpus)}"] if len(place.gpus) > 1 else []
         words = [*place.ranks("tools.evaluate"), "--checkpoint", checkpoint, *layout]
@@ -282,13 +282,13 @@ class Chain:
     # -- layouts ------------------------------------------------------------------------------------
 
     def layouts_of(self, gpus: int) -> list[str]:
-        """Names of the layouts that take so many GPUs."""
+        """Names of the layouts that need so many GPUs."""
         return [name for name, (count, _) in LAYOUTS.items() if count == gpus]
 
     def _layouts(self, place: Place) -> None:
         """A few steps of stages 1 and 2 in bf16, layout after layout in the same processes.
 
-        On one GPU: what they are held against, in bf16 (``one``), and in fp32 by the torch twins (``exact``).
+        On one GPU it makes their references: in bf16 (``one``), and in fp32 by the torch twins (``exact``).
         """
         bf16 = ["precision=bf16", *self.kernels]
         runs = {name: [*bf16, *LAYOUTS[name][1]] for name in self.layouts_of(len(place.gpus))}
@@ -311,7 +311,7 @@ class Chain:
         ended = place.run(
             "layouts",
             [*launcher, "-m", "tests.parallel.training_runs", self.random, listing],
-            # Each compiles kernels of its own; a hang is what faults.timeout_seconds is for.
+            # Each compiles its own kernels; faults.timeout_seconds ends a hang.
             limit=LIMIT_SECONDS + CASE_SECONDS * len(cases),
         )
         lines = [json.loads(x) for x in ended.output.splitlines() if x.startswith('{"output"')]
@@ -325,12 +325,12 @@ class Chain:
             "batch": {"micro_batch_size": 1, "global_batch_size": 4},
             "data": {"sequence_length": self.sizes.sequence, "packing": "split_long"},
             "loss": {"chunk_tokens": 256},
-            "checkpoint": {"interval": 1, "keep": 0},  # that of step 1 holds its gradients
+            "checkpoint": {"interval": 1, "keep": 0},  # step 1's holds its gradients
             "faults": {"timeout_seconds": 300},
         }
 
     def _gradients(self, place: Place) -> dict[str, dict[str, Any]]:
-        """By run: relative errors of step 1's gradients, parameter by parameter, and losses and norms."""
+        """Run -> relative errors of step 1's gradients for each parameter, losses and norms."""
         gpus = int(place.folder.name.rpartition("_")[2])
         runs = [f"{verb}-{name}" for name in self.layouts_of(gpus) for verb in LAYOUT_VERBS]
         words = ["-m", "tests.gpu.compare", "gradients", self.random, *runs]
@@ -339,7 +339,7 @@ class Chain:
     # -- faults over NCCL ---------------------------------------------------------------------------
 
     def _fault(self, place: Place, kind: str) -> Any:
-        """A rank hangs or dies in step 4 of a run of two, under launch/agent.py."""
+        """A rank hangs or dies in step 4 of a run of two ranks, under launch/agent.py."""
         from tests.faults.runs import Run
         from tests.faults.worker import Fault
 
@@ -354,14 +354,14 @@ class Chain:
         )  # fmt: skip
 
     def _too_many(self, place: Place) -> tuple[Ended, int, Path]:
-        """The trainer on one process more than there are GPUs for this place."""
+        """Start the trainer on one process more than this place has GPUs."""
         count, output = len(place.gpus) + 1, self.run_folder("too_many")
         launcher = ["launch/agent.py", "--standalone", "--nproc-per-node", str(count), "-m"]
         words = [*launcher, "megatron_hydra.train", *self._smallest_run(output, f"context={count}")]
         return place.run("refused", words, status=None, limit=180), count, output
 
     def _too_large(self, place: Place) -> tuple[Ended, Path]:
-        """One process, and a layout of two."""
+        """One process with a layout for two."""
         output = self.run_folder("too_large")
         words = ["-m", "megatron_hydra.train", *self._smallest_run(output, "tensor=2")]
         return place.run("refused", words, status=None, limit=180), output
@@ -375,5 +375,5 @@ class Chain:
 
 
 def _answer(ended: Ended) -> Any:
-    """The JSON object on the last line of what it printed."""
+    """The JSON object on the last line of its output."""
     return json.loads(ended.output.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Checkpoints of the GPU suite's runs against each other, on the CPU; the last line printed is JSON.
+"""Compare checkpoints of the GPU suite's runs on the CPU; the last line printed is JSON.
 
 python -m tests.gpu.compare bits WHOLE OTHER…        # tensors of the last checkpoints that differ
 python -m tests.gpu.compare gradients FOLDER RUN…    # against FOLDER's VERB-one and VERB-exact
@@ -17,7 +17,7 @@ from tests.training import tiny
 
 
 def bits(whole: Path, *others: Path) -> dict[str, list[str]]:
-    """By name of a run: what of its last checkpoint is not that of ``whole``."""
+    """Run -> parts of its last checkpoint that differ from those of ``whole``."""
     from tests.faults.runs import compare_checkpoints, newest
 
     expected = newest(whole / "checkpoints")
@@ -25,7 +25,7 @@ def bits(whole: Path, *others: Path) -> dict[str, list[str]]:
 
 
 def _moments(run: Path) -> dict[str, torch.Tensor]:
-    """Adam's first moments after step 1: the gradients, times a number."""
+    """Adam's first moments after step 1: the gradients times a constant."""
     tensors = tiny.everything(run / "checkpoints/step_00000001")
     return {name: x.float() for name, x in tensors.items() if ".exp_avg." in name}
 
@@ -33,8 +33,8 @@ def _moments(run: Path) -> dict[str, torch.Tensor]:
 def _errors(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, float]:
     """Relative error of each parameter's gradient.
 
-    What is zero in theory (a key bias without rotary, say), or nearly, is measured against a thousandth of
-    the whole gradient.
+    The floor of the divisor is a thousandth of the whole gradient: some gradients are zero in theory (a key
+    bias without rotary), or nearly zero.
     """
     assert got.keys() == exact.keys(), got.keys() ^ exact.keys()
     floor = 1e-3 * float(torch.stack([x.norm() for x in exact.values()]).norm())
@@ -44,7 +44,7 @@ def _errors(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dic
 
 
 def gradients(folder: Path, *runs: str) -> dict[str, Any]:
-    """By run: errors against fp32, those of one GPU in bf16, and what both logged."""
+    """Run -> errors against fp32, errors of one GPU in bf16, and both logs."""
     results = {}
     references: dict[str, Any] = {}
     for run in runs:

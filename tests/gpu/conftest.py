@@ -1,4 +1,4 @@
-"""The GPU suite's session: its jobs start when the tests have been collected, its report is written at the end.
+"""The GPU suite's session: jobs start after the tests are collected; the report is written at the end.
 
 ``HYDRA_GPU_REPORT`` names the folder for ``report.json``, ``table.md`` and all logs (default: ``gpu-report``).
 """
@@ -31,7 +31,7 @@ _PACKAGES = (
 
 
 class Session:
-    """Machine, chain and scheduler of one run of the suite, and what its tests noted."""
+    """Machine, chain and scheduler of one run of the suite, and the facts that its tests report."""
 
     def __init__(self) -> None:
         self.begin = time.monotonic()
@@ -39,7 +39,7 @@ class Session:
         self.folder = Path(os.environ.get("HYDRA_GPU_REPORT", "gpu-report")).resolve()
         work, logs = self.folder / "work", self.folder / "logs"
         for old in (work, logs):
-            shutil.rmtree(old, ignore_errors=True)  # or its runs would be resumed
+            shutil.rmtree(old, ignore_errors=True)  # otherwise its runs would resume
         work.mkdir(parents=True)
         self.chain = Chain(self.machine, work)
         self.scheduler = Scheduler(self.machine, self.chain.jobs(), logs)
@@ -53,11 +53,11 @@ class Session:
         }
 
     def can_run(self, name: str) -> bool:
-        """Whether there are GPUs enough for a job and what it needs."""
+        """Whether the machine has enough GPUs for a job and the jobs that it needs."""
         return self.scheduler.gpus_needed(name) <= len(self.machine.gpus)
 
     def write_report(self) -> None:
-        """``report.json`` and ``table.md``, of the tests that have ended."""
+        """Write ``report.json`` and ``table.md`` of the finished tests."""
         body = self._head | {
             "seconds": time.monotonic() - self.begin,
             "jobs": dict(self.scheduler.seconds),
@@ -97,18 +97,18 @@ _session: list[Session] = []
 
 
 def jobs_of(item: pytest.Item) -> tuple[str, ...]:
-    """The jobs that a test asks for (:func:`tests.gpu.needing.needs`)."""
+    """The jobs that a test needs (:func:`tests.gpu.needing.needs`)."""
     return getattr(getattr(item, "function", None), "gpu_jobs", ())
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start what the chosen tests need; tests of other folders run meanwhile."""
+    """Start the jobs that the chosen tests need; tests of other folders run meanwhile."""
     chosen = [item for item in session.items if jobs_of(item) and not _is_skipped(item)]
     if not chosen or session.config.option.collectonly:
         return
-    # As Ctrl-C: what the jobs have started is ended, and the report written.
+    # As Ctrl-C: end the jobs' processes and write the report.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # Here and not in a job's thread: importing makes loggers, and pytest walks over them meanwhile.
+    # Import here, not in a job's thread: an import makes loggers while pytest iterates over them.
     importlib.import_module("tests.faults.runs")
     suite = Session()
     _session.append(suite)
@@ -121,7 +121,7 @@ def _is_skipped(item: pytest.Item) -> bool:
 
 
 def pytest_sessionfinish() -> None:
-    """End what nobody waits for any more, and write the report."""
+    """End the remaining jobs and write the report."""
     if _session:
         _session[0].scheduler.close()
         _session[0].write_report()
@@ -130,19 +130,19 @@ def pytest_sessionfinish() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo
-) -> Iterator[None]:  # a wrapper hands the result on
+) -> Iterator[None]:  # a wrapper must return the result
     report = yield
     if _session and not jobs_of(item) and item.get_closest_marker("gpu"):
         _count(_session[0], item, report)
     if _session and jobs_of(item):
         _note(_session[0], item, report)
         if report.when == "teardown":
-            _session[0].write_report()  # now: a machine may be taken away before the end
+            _session[0].write_report()  # write it now: the machine may disappear before the end
     return report
 
 
 def _count(suite: Session, item: pytest.Item, report: pytest.TestReport) -> None:
-    """Tests of other folders: a line a file."""
+    """Tests of other folders: one line for each file."""
     if report.when != "call" and report.passed:
         return
     file = item.path.relative_to(ROOT).as_posix()
@@ -174,7 +174,7 @@ def _title(item: pytest.Item) -> str:
 
 @pytest.fixture
 def suite(request: pytest.FixtureRequest) -> Session:
-    """The session; a test that this machine has too few GPUs for is skipped, by name."""
+    """The session; a test that needs more GPUs than this machine has is skipped by name."""
     session = _session[0]
     count = max(session.scheduler.gpus_needed(name) for name in jobs_of(request.node))
     if count > len(session.machine.gpus):
@@ -184,7 +184,7 @@ def suite(request: pytest.FixtureRequest) -> Session:
 
 @pytest.fixture
 def result(suite: Session) -> Callable[[str], Any]:
-    """Waits for a job and gives its result; the test fails where the job has."""
+    """Wait for a job and return its result; the test fails if the job has failed."""
 
     def of(name: str) -> Any:
         try:
@@ -197,7 +197,7 @@ def result(suite: Session) -> Callable[[str], Any]:
 
 @pytest.fixture
 def note(suite: Session, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Puts facts into the report: ``note(loss=…)``."""
+    """Put facts into the report: ``note(loss=…)``."""
 
     def keep(**facts: object) -> None:
         entry = suite.tests.setdefault(

@@ -1,4 +1,4 @@
-"""What the GPU suite starts from, made on the spot: ``python -m tests.gpu.inputs FOLDER``.
+"""Make the inputs of the GPU suite: ``python -m tests.gpu.inputs FOLDER``.
 
 ``teacher_hf/``: the tiny teacher that solves its tasks, with larger heads (:mod:`tests.gpu.teacher`), with
 the prompts and the calibration text of the quickstart. ``random/``: a random teacher, its student and a text
@@ -21,7 +21,7 @@ from tests.training import tiny
 
 PROMPTS = 16
 RANDOM = dataclasses.replace(tiny.DEEP, hidden_size=256, ffn_hidden_size=384, head_dim=HEAD_DIM)
-"""Four layers for a pipeline, among them one without FA heads; heads that FLA's kernels take."""
+"""Four layers for a pipeline, one of them without FA heads; FLA's kernels support the heads."""
 
 
 def main(folder: Path) -> None:

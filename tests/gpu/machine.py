@@ -1,8 +1,8 @@
-"""The GPUs of this machine, dealt out to jobs that run beside each other.
+"""Give the GPUs of this machine to jobs, which run concurrently.
 
-A job is a function that starts processes on the GPUs that it was given. Jobs name the jobs that they need;
-whatever can run, runs. Without GPUs, ``HYDRA_GPU_DRY_RUN=N`` plays a machine of N: the same commands over
-gloo on the CPU, one job at a time.
+A job is a function that starts processes on its GPUs. Jobs name the jobs that they need; a job runs as soon as
+it can. Without GPUs, ``HYDRA_GPU_DRY_RUN=N`` pretends a machine with N GPUs: the same commands run over gloo on
+the CPU, one job at a time.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from benchmarks._processes import Family
 ROOT = Path(__file__).resolve().parents[2]
 DRY_RUN = "HYDRA_GPU_DRY_RUN"
 JOBS_PER_GPU = 4
-"""Small models: several processes fit on a card, and each of them waits for its host most of the time."""
+"""Processes on one GPU. The models are small: several fit, and each waits for its host most of the time."""
 LIMIT_SECONDS = 600
-"""Of one process: a hang must not cost more than that."""
+"""Seconds that one process may take: a hang costs no more than this."""
 
 
 class JobFailed(Exception):
-    """What a job was to do did not come out; the message ends with the end of its log."""
+    """A job failed; the message ends with the last lines of its log."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What there is to run on.
+    """The machine that jobs run on.
 
     Attributes:
-        gpus: indices that ``CUDA_VISIBLE_DEVICES`` takes; of a dry run, numbers without a meaning.
-        is_dry_run: processes run on the CPU.
+        gpus: indices for ``CUDA_VISIBLE_DEVICES``; in a dry run, numbers without a meaning.
+        is_dry_run: whether processes run on the CPU.
     """
 
     gpus: tuple[str, ...]
@@ -46,7 +46,7 @@ class Machine:
 
     @classmethod
     def here(cls) -> Machine:
-        """This machine, or the one that ``HYDRA_GPU_DRY_RUN`` plays."""
+        """This machine, or the one that ``HYDRA_GPU_DRY_RUN`` pretends."""
         played = os.environ.get(DRY_RUN, "")
         if played:
             return cls(tuple(map(str, range(int(played)))), True)
@@ -58,7 +58,7 @@ class Machine:
         return cls(tuple(map(str, range(torch.cuda.device_count()))), False)
 
     def environment(self, gpus: Sequence[str]) -> dict[str, str]:
-        """Of a process that shall see these GPUs alone; none: the CPU."""
+        """Environment of a process that sees only these GPUs; without any: only the CPU."""
         return os.environ | {
             "CUDA_VISIBLE_DEVICES": "" if self.is_dry_run else ",".join(gpus),
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
@@ -71,10 +71,10 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """A process that has ended.
+    """An ended process.
 
     Attributes:
-        status: its exit status; negative: the signal that ended it.
+        status: the exit status; negative: the signal that ended it.
         seconds: from its start to its end.
         log: the file with its output.
     """
@@ -89,7 +89,7 @@ class Ended:
 
 
 class Place:
-    """GPUs that a job has, and the processes that it runs on them.
+    """A job's GPUs, and the processes that it runs on them.
 
     Args:
         machine: whose GPUs.
@@ -112,17 +112,17 @@ class Place:
         environment: Mapping[str, str] | None = None,
         meanwhile: Callable[[subprocess.Popen], None] | None = None,
     ) -> Ended:
-        """Run Python with these words, in the repository's root, to its end.
+        """Run Python with these words in the repository's root until it ends.
 
         Args:
             name: of the log.
             words: arguments of Python.
-            status: what it must end with; ``None``: anything.
+            status: the expected exit status; ``None``: any.
             environment: additions.
-            meanwhile: called while it runs, with the process; what it raises ends the process.
+            meanwhile: called with the process while it runs; an exception from it ends the process.
 
         Raises:
-            JobFailed: another status, or the limit was reached; then all of its processes are killed.
+            JobFailed: the status is another one, or the time limit was reached; all its processes are killed.
         """
         log = self.folder / f"{name}.log"
         command = [sys.executable, *map(str, words)]
@@ -152,9 +152,9 @@ class Place:
         return Ended(code, time.monotonic() - begin, log)
 
     def ranks(self, module: str) -> list[str]:
-        """The words that run a module on all of this place's GPUs, one process each.
+        """The words of a command that runs a module on all GPUs of this place, one process each.
 
-        One needs no launcher, as the documentation says.
+        One process needs no launcher, as the documentation says.
         """
         if len(self.gpus) == 1:
             return ["-m", module]
@@ -171,13 +171,13 @@ def tail(log: Path, characters: int = 5000) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Something to run once.
+    """A job, which runs once.
 
     Attributes:
-        name: of the job, and of its folder of logs.
-        body: does it; what it returns is the job's result.
-        gpus: how many it needs; 0: it runs on the CPU.
-        after: jobs that have to have ended well before.
+        name: of the job and its folder of logs.
+        body: function that does the work; it returns the job's result.
+        gpus: number of GPUs it needs; 0: it runs on the CPU.
+        after: jobs that must have succeeded before.
     """
 
     name: str
@@ -187,12 +187,12 @@ class Job:
 
 
 class Scheduler:
-    """Runs jobs as soon as their needs are met, the first of the list first.
+    """Runs each job as soon as its needs are met, in the order of the list.
 
     Args:
-        machine: where.
-        jobs: all that there are, each after those that it needs.
-        folder: for logs, a folder a job.
+        machine: where jobs run.
+        jobs: all jobs; each comes after those that it needs.
+        folder: for logs; each job has its own folder in it.
     """
 
     def __init__(self, machine: Machine, jobs: Sequence[Job], folder: Path) -> None:
@@ -206,7 +206,7 @@ class Scheduler:
         self._running: dict[str, Place] = {}
 
     def close(self) -> None:
-        """End what still runs: nobody waits for it."""
+        """End all running jobs, because no test waits for them."""
         with self._changed:
             self._wanted = []
             for place in self._running.values():
@@ -214,7 +214,7 @@ class Scheduler:
                     family.kill()
 
     def want(self, names: Iterable[str]) -> None:
-        """Let jobs run, with all that they need, as soon as it can be."""
+        """Schedule jobs, with all that they need, as soon as possible."""
         with self._changed:
             needed: set[str] = set()
             for name in names:
@@ -228,10 +228,10 @@ class Scheduler:
             self._collect(other, into)
 
     def result(self, name: str) -> Any:
-        """What a job returned, when it has ended.
+        """Wait until a job has ended; returns its result.
 
         Raises:
-            JobFailed: it has failed, or one that it needs has.
+            JobFailed: the job has failed, or one that it needs.
         """
         self.want([name])
         with self._changed:
@@ -242,7 +242,7 @@ class Scheduler:
         return outcome
 
     def gpus_needed(self, name: str) -> int:
-        """By a job and all that it needs."""
+        """The most GPUs that a job, or any job that it needs, takes."""
         needed: set[str] = set()
         self._collect(name, needed)
         return max(self.jobs[n].gpus for n in needed)
@@ -266,7 +266,7 @@ class Scheduler:
             gpus = self._free_gpus(job)
             if gpus is None:
                 if job.gpus > 1:
-                    break  # or smaller ones behind it would keep it waiting for ever
+                    break  # otherwise smaller jobs behind it could delay it for ever
                 continue
             self._running[name] = place = Place(self.machine, gpus, self.folder / name)
             for gpu in gpus:
@@ -276,7 +276,7 @@ class Scheduler:
             self._changed.notify_all()
 
     def _free_gpus(self, job: Job) -> list[str] | None:
-        """GPUs for a job, the emptiest first; ``None``: not now."""
+        """GPUs for a job, the emptiest first; ``None``: too few are free."""
         if self.machine.is_dry_run and self._running:
             return None
         free = sorted(

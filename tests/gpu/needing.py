@@ -11,7 +11,7 @@ Test = TypeVar("Test", bound=Callable)
 
 
 def needs(*jobs: str) -> Callable[[Test], Test]:
-    """Mark a test ``gpu`` and ``slow``, and name the jobs of :mod:`tests.gpu.chain` that it asks for."""
+    """Mark a test ``gpu`` and ``slow``, and name the jobs of :mod:`tests.gpu.chain` that it needs."""
 
     def mark(test: Test) -> Test:
         test.gpu_jobs = jobs  # type: ignore[attr-defined]

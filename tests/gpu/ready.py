@@ -1,4 +1,4 @@
-"""Check whether the GPU suite can run here, before it starts: ``python -m tests.gpu.ready``."""
+"""Before the GPU suite starts, check whether it can run here: ``python -m tests.gpu.ready``."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ NEEDED = (
     "torch", "triton", "megatron.core", "fla", "transformers", "datasets", "safetensors", "yaml", "tqdm",
     "matplotlib", "tensorboard", "psutil", "pytest", "accelerate",
 )  # fmt: skip
-"""Modules that the commands of the suite import, and those whose absence would mean another kernel."""
+"""Modules that the suite's commands import, and modules without which other kernels would run."""
 
 
 def _is_there(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent package is absent
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
 def problem() -> str | None:
-    """What is missing; ``None``: nothing."""
+    """The missing requirement; ``None``: nothing is missing."""
     missing = [name for name in NEEDED if not _is_there(name)]
     if missing:
         return (
             f"{sys.executable} lacks {', '.join(missing)}: docs/gpu.md lists the wheels; where they are "
             "in a folder of their own, name it in PYTHONPATH"
         )
-    try:  # a release of Megatron-Core that is not supported is refused here
+    try:  # this refuses an unsupported release of Megatron-Core
         importlib.import_module("megatron_hydra.parallel.platform")
     except HydraError as error:
         return str(error)

@@ -1,7 +1,7 @@
 """The table of a run of the GPU suite: ``python -m tests.gpu.report REPORT.json [--write docs/gpu.md]``.
 
-With ``--write``, the table takes the place of the last one, between the two comments that mark it. Several
-reports of one machine and commit, as after ``-k``, make one table: a test has the outcome of the last of them.
+With ``--write``, the table replaces the last one, between the two comments that mark it. Several reports of one
+machine and commit, as after ``-k``, make one table; a test has its last outcome.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def table(body: dict[str, Any]) -> str:
 
 
 def together(bodies: list[dict[str, Any]]) -> dict[str, Any]:
-    """One report of several; of tests that ran more than once, the last outcome counts.
+    """Merge reports into one; a test that ran more than once has its last outcome.
 
     Raises:
-        SystemExit: they are not of the same machine, commit and versions.
+        SystemExit: the reports differ in machine, commit or versions.
     """
     first, *others = bodies
     whole = {**first, "tests": list(first["tests"]), "jobs": dict(first["jobs"])}

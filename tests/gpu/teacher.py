@@ -1,8 +1,8 @@
 """The quickstart's teacher with heads of 64 channels instead of 16, and the same function.
 
-FLA's kernels and a GPU's tensor cores want larger heads than the tiny model has; a random model would solve no
-task. So every head gets channels that are zero: rotary pairs keep their frequency (pair i of 8 turns as pair
-4·i of 32), and the norm of the queries takes back what the larger head changes in the norms and in 1/√d.
+FLA's kernels and a GPU's tensor cores need larger heads than the tiny model has, and a random model would solve
+no task. So every head gets channels that are zero. Rotary pairs keep their frequency (pair i of 8 turns as pair
+4·i of 32). The norm of the queries cancels the changes that the larger head makes to the norms and to 1/√d.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ HEAD_DIM = 64
 
 
 def _places(old: int, new: int) -> torch.Tensor:
-    """Where the channels of a head of ``old`` channels go in one of ``new``: ``[old]`` indices."""
+    """Indices ``[old]`` of a head's channels in a head with ``new`` channels."""
     pairs = torch.arange(old // 2) * (new // old)
     return torch.cat((pairs, new // 2 + pairs))
 
 
 def _spread(x: torch.Tensor, axis: int, old: int, new: int) -> torch.Tensor:
-    """Channels of all heads along ``axis`` at their new places, zeros between them."""
+    """Move the channels of all heads along ``axis`` to their new places, with zeros between them."""
     heads = x.unflatten(axis, (-1, old))
     shape = list(heads.shape)
     shape[axis + 1] = new
@@ -37,7 +37,7 @@ def _spread(x: torch.Tensor, axis: int, old: int, new: int) -> torch.Tensor:
 def widen(
     source: Path, target: Path, head_dim: int = HEAD_DIM, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """Write the model in ``source``, a Qwen3, to ``target`` with larger heads, and its tokenizer."""
+    """Write the Qwen3 model in ``source`` to ``target`` with larger heads, and its tokenizer."""
     config = json.loads((source / "config.json").read_text())
     old = config["head_dim"]
     weights = {}
@@ -49,8 +49,8 @@ def widen(
         elif name.endswith(("q_norm.weight", "k_norm.weight")):
             tensor = _spread(tensor, 0, old, head_dim)
             if "q_norm" in name:
-                # Both norms see head_dim/old as many channels for the same sum of squares, so queries and
-                # keys grow by √(head_dim/old) each; 1/√d shrinks by the same factor once.
+                # Both norms have head_dim/old times as many channels for the same sum of squares, so queries
+                # and keys grow by √(head_dim/old) each. 1/√d shrinks by this factor once.
                 tensor = tensor / math.sqrt(head_dim / old)
         weights[name] = tensor.to(dtype).contiguous()
     target.mkdir(parents=True, exist_ok=True)

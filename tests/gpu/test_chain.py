@@ -1,6 +1,6 @@
-"""The chain that the README promises, by its public commands, on GPUs in bf16 with FLA's kernels.
+"""The chain of the README by its public commands, on GPUs in bf16 with FLA's kernels.
 
-Retrieval by a tiny teacher, whose heads are as large as FLA's kernels want them (:mod:`tests.gpu.teacher`).
+A tiny teacher retrieves; its heads are large enough for FLA's kernels (:mod:`tests.gpu.teacher`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tests.gpu.needing import needs
 from tests.training.tiny import OF_THE_CLOCK
 
 SAMPLES_OFF = 0.05
-"""Share of answers that may differ between two ways to compute in bf16: near-ties turn over."""
+"""Share of answers that may differ between two computations in bf16, because near-ties change."""
 
 
 def lines_without_clock(lines):
@@ -37,7 +37,7 @@ def _assert_learns(lines, steps, note):
 
 @needs("convert")
 def test_convert(result):
-    """With ``--verify``: every tensor and transformers' logits."""
+    """``--verify`` compares every tensor and transformers' logits."""
     result("convert")
 
 
@@ -80,7 +80,7 @@ def test_distill_stopped_by_sigterm_and_resumed(result, suite, note):
 
 @needs("distill", "distill_whole")
 def test_resuming_is_bit_equal_to_not_stopping(result, note):
-    """With ``deterministic=true``: every logged number of every step."""
+    """With ``deterministic=true``, every logged number of every step is equal."""
     stopped, whole = result("distill"), result("distill_whole")
     assert lines_without_clock(stopped) == lines_without_clock(whole)
     note(steps_compared=len(whole))
@@ -95,7 +95,7 @@ def test_sigkill_during_a_save_loses_nothing(result, note):
 
 @needs("same_end")
 def test_interrupted_runs_end_in_the_same_bits(result, suite, note):
-    """Weights, optimizer and generators of the last checkpoint."""
+    """Weights, optimizer and generators of the last checkpoint are equal."""
     assert result("same_end") == {"distill": [], "distill_killed": []}
     note(tensors="all equal")
 
@@ -109,7 +109,7 @@ def test_finetune(result, suite, note):
 
 @needs("export")
 def test_export(result, suite):
-    """With ``--verify``: every tensor, and logits of both models."""
+    """``--verify`` compares every tensor, and logits of both models."""
     result("export")
     assert (suite.chain.export / "modeling_hydrahead.py").is_file()
 

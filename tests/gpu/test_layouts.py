@@ -1,7 +1,7 @@
 """Layouts over NCCL in bf16 with FLA's kernels against one GPU: losses, gradient norms, every gradient.
 
-The yardstick is the same run in fp32 by the torch twins: one GPU in bf16 is so far from it, and a layout may
-not be much further. So no bound of a gradient is a number of a card or of a kernel.
+The reference is the same run in fp32 by the torch twins. One GPU in bf16 differs from it by some error; a
+layout may not differ much more. So no bound of a gradient depends on a card or a kernel.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from tests.gpu.chain import LAYOUT_STEPS, LAYOUT_VERBS, LAYOUTS
 from tests.gpu.needing import needs
 
 GRADIENT_FACTOR, GRADIENT_FLOOR = 2.0, 0.02
-"""A parameter's gradient may be off by so many times what it is on one GPU, and this share beside."""
+"""Bound of a gradient's error: so many times the error of one GPU, plus this share."""
 LOSS_BOUND, NORM_BOUND = 2e-3, 2e-2
-"""Relative, of step 1: same weights. Loss: bf16 has 8 bits, and errors of tokens average out."""
+"""Relative bounds of step 1, whose weights are equal. In the loss, bf16 errors of tokens average out."""
 LATER_BOUND = 3e-2
-"""Of the losses of later steps: Adam's first updates are signs, and rounding turns those of small gradients."""
+"""Bound of later losses: Adam's first updates are signs, and rounding changes the signs of small gradients."""
 
 
 def _assert_close(run, note):

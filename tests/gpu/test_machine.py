@@ -106,7 +106,7 @@ def test_what_exceeds_its_limit_is_killed_with_its_children(tmp_path):
     child = "import time; time.sleep(600)"
     program = (
         f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}], "
-        "start_new_session=True); print(p.pid, flush=True); time.sleep(600)"  # as torchrun does
+        "start_new_session=True); print(p.pid, flush=True); time.sleep(600)"  # as under torchrun
     )
     place = Place(FOUR, (), tmp_path)
     with pytest.raises(JobFailed, match="not through"):

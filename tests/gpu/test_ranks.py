@@ -9,7 +9,7 @@ from tests.gpu.chain import WATCHDOG_SECONDS
 from tests.gpu.needing import needs
 
 GRACE_SECONDS = 60
-"""From the end of a rank to the end of the job: torchrun gives the other ranks 30 s, then all has to end."""
+"""Seconds from the end of a rank to the end of the job: torchrun gives the other ranks 30 s."""
 
 
 def _assert_gone(ended, limit):
@@ -28,9 +28,9 @@ def _assert_checkpoint_is_good(suite, job):
 def test_a_hung_rank_ends_the_job(result, suite, note):
     ended = result("hung")
     _assert_gone(ended, WATCHDOG_SECONDS + GRACE_SECONDS)
-    assert ended.seconds_after_fault >= WATCHDOG_SECONDS  # not by something else
+    assert ended.seconds_after_fault >= WATCHDOG_SECONDS  # not by another error
     assert "Timeout (" in ended.output
-    assert "_hang" in ended.output  # the stacks: where rank 1 hung, what rank 0 did meanwhile
+    assert "_hang" in ended.output  # the stacks show where rank 1 hung and what rank 0 did
     assert "train_step" in ended.output
     _assert_checkpoint_is_good(suite, "hung")
     note(
@@ -42,14 +42,14 @@ def test_a_hung_rank_ends_the_job(result, suite, note):
 def test_a_dead_rank_ends_the_job(result, suite, note):
     ended = result("dead")
     _assert_gone(ended, WATCHDOG_SECONDS + GRACE_SECONDS)
-    assert ended.status == 137  # 128 + SIGKILL, of the rank that died
+    assert ended.status == 137  # 128 + SIGKILL, from the dead rank
     _assert_checkpoint_is_good(suite, "dead")
     note(gone_after=f"{ended.seconds_after_fault:.0f} s", status=ended.status)
 
 
 @needs("too_many")
 def test_more_ranks_than_gpus_are_refused(result, suite, note):
-    """Before a model is built, in words."""
+    """A readable error comes before a model is built."""
     if suite.machine.is_dry_run:
         pytest.skip("a CPU machine has no number of GPUs that could be too small")
     ended, count, output = result("too_many")
@@ -66,7 +66,7 @@ def test_a_layout_of_more_gpus_than_the_run_has_is_refused(result, note):
 
 
 def _assert_refused(ended, output):
-    """Its message: one, in words, and nothing was begun."""
+    """Assert one readable error, and that nothing was started; returns the error."""
     assert ended.status == 2, ended.output[-3000:]
     messages = {line for line in ended.output.splitlines() if line.startswith("error: ")}
     assert messages, ended.output[-3000:]

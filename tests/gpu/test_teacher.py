@@ -24,7 +24,7 @@ def test_larger_heads_compute_the_same(tmp_path):
     assert after.config.head_dim == HEAD_DIM
     with torch.no_grad():
         want, got = before(tokens).logits, after(tokens).logits
-    # ε stands beside a mean of squares that is a quarter of what it was.
+    # ε is added to a mean of squares that is a quarter of the old one.
     assert float((got - want).abs().max() / want.abs().max()) < 1e-3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 
 from megatron_hydra.config.run import BackendConfig
 from megatron_hydra.errors import HydraError
-from megatron_hydra.ops import backends, gpu_attention, packages, varlen_attention
+from megatron_hydra.ops import backends, fla_tuning, gpu_attention, packages, varlen_attention
 from megatron_hydra.ops.backends import BACKENDS, choose_kernels
 from megatron_hydra.ops.kernels import Case, Kernels
+from megatron_hydra.ops.linear_rules import GATED_DELTA_RULE
 
 CPU = Case(torch.device("cpu"), torch.float32, 64)
 GPU = Case(torch.device("cuda"), torch.bfloat16, 128)
@@ -166,6 +168,36 @@ def test_what_is_loaded_twice_is_the_same(installed, monkeypatch):
     first, second = (choose_kernels(BackendConfig(), GPU, check=False) for _ in range(2))
     assert first == second
     assert first.attention is not varlen_attention.varlen_attention
+
+
+def test_rules_with_decays_of_one_shape_have_kernels_of_their_own(installed, monkeypatch):
+    installed("fla", "triton")
+    monkeypatch.setattr(fla_tuning, "import_fla", lambda: None)
+    monkeypatch.setattr(fla_tuning, "use_choices", lambda case, flas_own_cp: None)
+    rule = dataclasses.replace(
+        GATED_DELTA_RULE,
+        twin=lambda *tensors, **options: tensors,
+        fla=dataclasses.replace(GATED_DELTA_RULE.fla, function="another"),
+    )
+    case = dataclasses.replace(GPU, rule=rule)
+    backend = BackendConfig(full_attention="torch", fused_kernels="torch")
+    by_fla, by_torch = (
+        choose_kernels(
+            dataclasses.replace(backend, gated_delta_net=name), case, check=False
+        ).delta_rule
+        for name in ("fla", "torch")
+    )
+    assert by_fla.keywords == {"fla": rule.fla}
+    assert by_torch is rule.twin
+
+
+def test_a_rule_that_fla_does_not_have_runs_as_its_twin(installed):
+    installed("fla", "triton")
+    rule = dataclasses.replace(GATED_DELTA_RULE, title="new rule", fla=None)
+    case = dataclasses.replace(GPU, rule=rule)
+    assert chosen("gated_delta_net", case) == "torch"
+    with pytest.raises(HydraError, match="flash-linear-attention has no kernels of the new rule"):
+        chosen("gated_delta_net", case, "fla")
 
 
 def test_modules_are_found_without_importing_them():

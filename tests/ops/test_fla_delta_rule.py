@@ -20,7 +20,7 @@ from megatron_hydra.ops.gated_delta_rule import (
     recurrent_gated_delta_rule,
 )
 from megatron_hydra.ops.kernels import Case, Kernels
-from megatron_hydra.ops.linear_rules import KIMI_DELTA_ATTENTION, RULES
+from megatron_hydra.ops.linear_rules import GATED_DELTA_RULE, KIMI_DELTA_ATTENTION, RULES
 from megatron_hydra.ops.self_check import TOLERANCE, check_kernels
 
 T, HEADS, D = 11, 2, 4
@@ -86,7 +86,7 @@ def test_equals_the_definition_with_gradients(calls, cu, with_state, rule):
     tensors = [x.detach().requires_grad_() for x in inputs(rule)]
     documents = 1 if cu is None else len(cu) - 1
     state = torch.randn(documents, HEADS, D, D, dtype=torch.float64) if with_state else None
-    got, final = fla_gated_delta_rule(*tensors, cu, state)
+    got, final = fla_gated_delta_rule(*tensors, cu, state, fla=RULES[rule].fla)
     want, _ = recurrent_gated_delta_rule(*tensors, cu, state)
     assert final is None
     torch.testing.assert_close(got, want)
@@ -114,10 +114,14 @@ def test_documents_of_one_length_are_rows_for_flas_own_kernels_only(calls, monke
     ]
     cu = (0, 4, 8, 12)
     want, _ = recurrent_gated_delta_rule(*tensors, cu)
-    torch.testing.assert_close(fla_gated_delta_rule(*tensors, cu)[0], want)
+    torch.testing.assert_close(
+        fla_gated_delta_rule(*tensors, cu, fla=GATED_DELTA_RULE.fla)[0], want
+    )
     monkeypatch.setattr(fla_tuning, "_refused", {HEADS})
-    torch.testing.assert_close(fla_gated_delta_rule(*tensors, cu)[0], want)
-    fla_gated_delta_rule(*tensors, cu, dense_rows=False)
+    torch.testing.assert_close(
+        fla_gated_delta_rule(*tensors, cu, fla=GATED_DELTA_RULE.fla)[0], want
+    )
+    fla_gated_delta_rule(*tensors, cu, dense_rows=False, fla=GATED_DELTA_RULE.fla)
     assert [call["rows"] for call in calls] == [3 if head_dim == 4 else 1, 3, 1]
 
 
@@ -133,7 +137,7 @@ def test_flas_own_context_parallelism_gets_the_group_and_the_whole_streams_docum
     calls, rule, function
 ):
     exchange = types.SimpleNamespace(group="the group", cu_seqlens_global=(0, 5, 22))
-    function(*inputs(rule), (0, 5, T), exchange=exchange)
+    function(*inputs(rule), (0, 5, T), exchange=exchange, fla=RULES[rule].fla)
     (call,) = calls
     boundaries, group, on_host = call["cp_context"]
     assert group == "the group"
@@ -189,15 +193,16 @@ def test_heads_that_flash_qla_refuses_go_past_flas_dispatch(calls, monkeypatch):
 
     monkeypatch.setattr(module, "chunk_gated_delta_rule", dispatched)
     with pytest.raises(RuntimeError, match="no available layout"):
-        fla_gated_delta_rule(*inputs())
+        fla_gated_delta_rule(*inputs(), fla=GATED_DELTA_RULE.fla)
     monkeypatch.setattr(fla_tuning, "_refused", {HEADS})
     tensors = inputs()
     torch.testing.assert_close(
-        fla_gated_delta_rule(*tensors)[0], recurrent_gated_delta_rule(*tensors)[0]
+        fla_gated_delta_rule(*tensors, fla=GATED_DELTA_RULE.fla)[0],
+        recurrent_gated_delta_rule(*tensors)[0],
     )
     monkeypatch.setattr(fla_tuning, "_refused", {HEADS + 1})  # each number for itself
     with pytest.raises(RuntimeError, match="no available layout"):
-        fla_gated_delta_rule(*inputs())
+        fla_gated_delta_rule(*inputs(), fla=GATED_DELTA_RULE.fla)
 
 
 GPU_TOKENS = 330
@@ -222,7 +227,7 @@ def test_flas_kda_equals_the_twin_on_a_gpu(fastest, d, cu):
     given = [x.to(torch.bfloat16).requires_grad_() for x in (q, k, v)]
     given += [x.requires_grad_() for x in (log_alpha, beta)]
     exact = [x.detach().float().requires_grad_() for x in given]
-    got, _ = fla_gated_delta_rule(*given, cu)
+    got, _ = fla_gated_delta_rule(*given, cu, fla=KIMI_DELTA_ATTENTION.fla)
     want, _ = chunked_gated_delta_rule(*exact, cu)
     results = {"output": (got, want)}
     gradients = zip(
@@ -246,7 +251,8 @@ def test_the_start_up_check_passes_flas_kda_on_a_gpu(d, monkeypatch):
     fla_tuning.import_fla()
     monkeypatch.setenv("HYDRA_CHECK_AGAIN", "1")
     names = {**Kernels().names, "gated_delta_net": "fla"}
-    kernels = Kernels(delta_rule=fla_gated_delta_rule, names=names)
+    kernel = functools.partial(fla_gated_delta_rule, fla=KIMI_DELTA_ATTENTION.fla)
+    kernels = Kernels(delta_rule=kernel, names=names)
     case = Case(
         torch.device("cuda"), torch.bfloat16, d, gdn_heads=(2, 7), rule=KIMI_DELTA_ATTENTION
     )

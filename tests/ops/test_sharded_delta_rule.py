@@ -9,6 +9,7 @@ import torch
 
 from megatron_hydra.ops import flash_qla_shard_kernels
 from megatron_hydra.ops.gated_delta_rule import chunked_gated_delta_rule
+from megatron_hydra.ops.linear_rules import GATED_DELTA_RULE
 from megatron_hydra.ops.sharded_delta_rule import (
     RuleKernels,
     ShardsHere,
@@ -236,7 +237,7 @@ def test_kernels_of_shards_equal_the_whole_stream_on_a_gpu(kernels, name, heads)
         return [output.detach().float(), *(grad.float() for grad in grads)]
 
     want = results(lambda x: chunked_gated_delta_rule(*x, cu)[0], wide)
-    whole = results(lambda x: fla_gated_delta_rule(*x, cu)[0], low)
+    whole = results(lambda x: fla_gated_delta_rule(*x, cu, fla=GATED_DELTA_RULE.fla)[0], low)
     exchange = ShardsHere(cu, 4)
     got = results(lambda x: sharded_gated_delta_rule(shard_kernels, tuple(x), exchange), low)
     for what, a, b, c in zip(("o", "q", "k", "v", "log α", "β"), got, want, whole, strict=True):

@@ -16,21 +16,15 @@ from megatron_hydra.ops.gated_delta_rule import (
     step_groups,
     widest_elements,
 )
-from megatron_hydra.ops.linear_rules import CHUNK, rule_of_model
+from megatron_hydra.ops.linear_rules import CHUNK, FlaKernels, rule_of_model
 from megatron_hydra.ops.sharded_delta_rule import shards_of
 from megatron_hydra.planning.tape import operators as op
 from megatron_hydra.planning.tape.preparation import prepare_heads
 from megatron_hydra.planning.tape.rank import Program
 from megatron_hydra.planning.tape.tensors import Storage, Tensor
 
-SHARD_LAUNCHES = (2, 1)
-"""How many more of them a context-parallel shard runs (``ops.fla_shard_kernels``)."""
-
 EXCHANGE_LAUNCHES = (12, 8)
-"""Of torch, around them: start states, the gather, the scan of the maps."""
-
-FLA_SHARD_LAUNCHES = (3, 3)
-"""How many more a shard of KDA runs, by FLA's own context parallelism."""
+"""Of torch, around a shard's kernels: start states, the gather, the scan of the maps."""
 
 MOST_GROUPS, MOST_STRIDES = 64, 64
 """More groups of chunks, or steps of a scan, than that are described in so many strides: the memory is
@@ -55,7 +49,8 @@ def delta_rule(program: Program, heads: LocalHeads, parts: dict[str, Tensor]) ->
     k = prepare_heads(
         program, k, rope, scaled=False, l2=True, calls=0 if switches.short_conv else 1
     )
-    if rank.gpu and not rule_of_model(switches).decays_by_channel:
+    rule = rule_of_model(switches)
+    if rank.gpu and not rule.decays_by_channel:
         log_alpha, beta = _fused_gates(program, a, b, n)
     else:
         log_alpha = _gates(program, a, n)
@@ -65,8 +60,8 @@ def delta_rule(program: Program, heads: LocalHeads, parts: dict[str, Tensor]) ->
         log_alpha, beta = (_delayed(program, x) for x in (log_alpha, beta))
     if heads.gdn_kv_of_heads != tuple(range(n)):
         k, v = (op.copy(tape, op.narrow(tape, x, (tokens, n, d))) for x in (k, v))
-    if rank.fla:
-        return _fla(program, q, k, v, log_alpha, beta)
+    if rank.fla and rule.fla is not None:
+        return _fla(program, rule.fla, q, k, v, log_alpha, beta)
     return _chunked(program, q, k, v, log_alpha, beta)
 
 
@@ -142,39 +137,40 @@ def _exchange_bytes(program: Program, n: int) -> tuple[float, float]:
 
 
 def _fla(
-    program: Program, q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor
+    program: Program,
+    fla: FlaKernels,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_alpha: Tensor,
+    beta: Tensor,
 ) -> Tensor:
-    """FLA's kernels: they keep q, k, v, gates and the inverse of (I + A); states are made again.
-
-    Those of KDA keep P too, and make gradients of q, k and log α in fp32.
-    """
+    """FLA's kernels, as the rule declares them: they keep q, k, v and gates; states are made again."""
     tape, (tokens, n, d) = program.tape, q.shape
     rule, chunks = rule_of_model(program.model.switches), -(-tokens // CHUNK)
     row, states = tokens * n * d * q.size, chunks * n * d * d * q.size
-    inverse, gate = tokens * n * CHUNK * q.size, log_alpha.numel * op.WIDE
-    matrices, keys, wide = inverse, 3 * row, 0
-    more, around = SHARD_LAUNCHES, EXCHANGE_LAUNCHES
-    if rule.decays_by_channel:
-        matrices, keys, wide = 2 * inverse, 4 * row, 3 * tokens * n * d * op.WIDE
-        more, around = FLA_SHARD_LAUNCHES, (0, 0)
+    squares = fla.kept_squares * tokens * n * CHUNK * q.size
+    rows, gate = fla.forward_rows * row, log_alpha.numel * op.WIDE
+    gradients = fla.fp32_gradients * tokens * n * d * op.WIDE
     flops = float(n * rule.flops(tokens, d))
-    can_be_qla = d == rule.flash_qla_head_dim
+    can_be_qla = d == fla.flash_qla_head_dim
     shared = program.rank.cp > 1
+    launches, more = fla.launches, fla.shard_launches
+    around = EXCHANGE_LAUNCHES if shared and not fla.exchanges_states else (0, 0)
     if shared:
         forward_bytes, backward_bytes = _exchange_bytes(program, n)
-        if rule.decays_by_channel:  # FLA gathers every shard's state and transition, both ways
+        if fla.exchanges_states:  # FLA gathers every shard's state and transition, both ways
             forward_bytes = backward_bytes = (program.rank.cp - 1.0) * n * d * 2 * d * op.WIDE
         tape.send("state", "context", forward_bytes)
     out = op.fused(
         tape, [q, k, v, log_alpha, beta], (q.shape, q.size),
-        save=[q, k, v, beta], keep=matrices + gate,
-        # W, U, the new values (KDA: and weighted keys); the states
-        forward_bytes={"gdn": keys, "gdn states": states},
-        # W, U, new values, their gradients and the second one by k; states and theirs.
-        backward_bytes={"gdn": keys + 3 * row + wide, "gdn states": 2 * states},
+        save=[q, k, v, beta], keep=squares + gate,
+        forward_bytes={"gdn": rows, "gdn states": states},
+        # The forward's rows and states again, three gradients of q's size, those in fp32, those of states.
+        backward_bytes={"gdn": rows + 3 * row + gradients, "gdn states": 2 * states},
         work=[("flash_qla" if can_be_qla else "delta_rule", flops, 2.5 * flops)],
-        launches=around if shared else (0, 0),
-        triton=(rule.fla_launches[0] + shared * more[0], rule.fla_launches[1] + shared * more[1]),
+        launches=around,
+        triton=(launches[0] + shared * more[0], launches[1] + shared * more[1]),
     )  # fmt: skip
     if shared and out.needs_grad:
         _send_in_backward(program, out, backward_bytes)
