@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Prefill and decoding of the exported model against the dense model of the same shape, in Hugging Face format.
 
-Both have random weights. Peers take turns: one prefill, or one token, of the one, then of the other.
+Both have random weights and Qwen3-1.7B's shape, or are read from folders: ``--hf-path`` (an export) and
+``--dense`` (its teacher). Peers take turns: one prefill, or one token, of the one, then of the other.
 
 Prefill (``--prefill-sizes``): a prompt is read in one call, as generate() does it.
 
@@ -23,6 +24,7 @@ import argparse
 import functools
 import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +32,14 @@ import transformers
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from benchmarks import _harness as harness
+from megatron_hydra.arguments import path_argument
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.hf import decode_hydrahead
 from megatron_hydra.hf.cache_hydrahead import HydraHeadCacheLayer
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
 from megatron_hydra.hf.modeling_hydrahead import CACHE_NAME, HydraHeadForCausalLM
+from megatron_hydra.hf_identity import read_config_json, resolve_hf_folder
+from megatron_hydra.hf_loading import load_hf_model
 
 EXAMPLE = (
     "python -m benchmarks.decode --device cpu --layers 2 --sizes 8K --threads 2 --prefill-sizes 8K"
@@ -51,6 +56,14 @@ TINY = {
 }  # fmt: skip
 """What ``--tiny`` changes."""
 
+LAYERS, FA_HEADS = 28, 2
+"""Defaults of ``--layers`` and ``--fa-heads``, of Qwen3-1.7B's 16 heads a layer."""
+SAME = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+    "vocab_size",
+)  # fmt: skip
+"""What an export and its peer have in common."""
+
 ROOM = 256
 """Columns of a static cache beyond the prompt; when they are full, decoding goes back to the prompt's end."""
 
@@ -58,12 +71,14 @@ Step = Callable[[], None]
 
 
 def build(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Dense and hybrid with random weights; a 7:1 head map, the same in all layers."""
+    """Dense and hybrid: as read from their folders, or with random weights."""
     torch.manual_seed(args.seed)
     dtype = torch.bfloat16 if device.type == "cuda" or args.bf16 else torch.float32
-    shape = SHAPE | {"num_hidden_layers": args.layers} | (TINY if args.tiny else {})
+    if args.hf_path:
+        return opened(args.hf_path, args.dense, dtype, device)
+    shape = SHAPE | {"num_hidden_layers": args.layers or LAYERS} | (TINY if args.tiny else {})
     dense = transformers.Qwen3Config(**shape)
-    heads = [list(range(0, 16, 16 // args.fa_heads))] * shape["num_hidden_layers"]
+    heads = [list(range(0, 16, 16 // (args.fa_heads or FA_HEADS)))] * shape["num_hidden_layers"]
     hydra = HydraHeadConfig(
         **shape, family="qwen3", qk_norm=True, full_attention_heads=heads, hydra={}
     )
@@ -77,6 +92,47 @@ def build(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     finally:
         torch.set_default_dtype(default)
     return {name: model.to(dtype).eval().requires_grad_(False) for name, model in made.items()}
+
+
+def opened(export: Path, teacher: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """An export, run by this package's code, and its dense peer.
+
+    Raises:
+        HydraError: a folder is not a model, ``export`` is not an export, or their shapes differ.
+    """
+    if read_config_json(resolve_hf_folder(export)).get("model_type") != HydraHeadConfig.model_type:
+        raise HydraError(f"--hf-path {export} is not an export of tools/megatron_to_hf.py")
+    found = {
+        "dense": load_hf_model(teacher, dtype=dtype, device=device),
+        "hydra": load_hf_model(
+            export, dtype=dtype, device=device, model_class=HydraHeadForCausalLM
+        ),
+    }
+    configs = [model.config for model in found.values()]
+    for key in SAME:
+        dense, hydra = (getattr(config, key) for config in configs)
+        if dense != hydra:
+            raise HydraError(
+                f"--dense {teacher} has {key} {dense}, --hf-path {export} has {hydra}: give the model that "
+                "the export was made from"
+            )
+    return {name: model.requires_grad_(False) for name, model in found.items()}
+
+
+def checked(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags, if they can be given together.
+
+    Raises:
+        HydraError: they cannot.
+    """
+    if bool(args.hf_path) != bool(args.dense):
+        given, other = ("--hf-path", "--dense") if args.hf_path else ("--dense", "--hf-path")
+        raise HydraError(f"{given} needs {other}: an export is compared with a dense model")
+    if args.hf_path:
+        flags = {"--layers": args.layers, "--fa-heads": args.fa_heads, "--tiny": args.tiny}
+        if chosen := [flag for flag, value in flags.items() if value]:
+            raise HydraError(f"{', '.join(chosen)}: the shape is that of --hf-path")
+    return args
 
 
 def free(device: torch.device) -> None:
@@ -373,8 +429,12 @@ def main(arguments: list[str] | None = None) -> int:
                             help=f"{what}, comma-separated, or none (default {default})")  # fmt: skip
     parser.add_argument("--modes", type=modes_of, default=modes_of("eager,graph"),
                         help="of eager, graph, compiled (default eager,graph)")  # fmt: skip
-    parser.add_argument("--layers", type=int, default=28, help="default 28, Qwen3-1.7B's")
-    parser.add_argument("--fa-heads", type=int, default=2, help="of 16 a layer (default 2)")
+    parser.add_argument("--hf-path", type=path_argument, metavar="DIR",
+                        help="measure this export (default: random weights of Qwen3-1.7B's shape)")  # fmt: skip
+    parser.add_argument("--dense", type=path_argument, metavar="DIR",
+                        help="with --hf-path: the dense model that it is compared with")  # fmt: skip
+    parser.add_argument("--layers", type=int, help=f"default {LAYERS}, Qwen3-1.7B's")
+    parser.add_argument("--fa-heads", type=int, help=f"of 16 a layer (default {FA_HEADS})")
     parser.add_argument(
         "--largest-batch", type=int, default=0, help="no larger batch (default: memory's)"
     )
@@ -386,7 +446,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the script out")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU (default 1)")
     parser.set_defaults(repeats=16, warmup=3)
-    args = parser.parse_args(arguments)
+    args = checked(parser.parse_args(arguments))
     device = harness.chosen_device(args)
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
@@ -395,8 +455,10 @@ def main(arguments: list[str] | None = None) -> int:
     models = build(args, device)
     report = harness.Report("decode", args, device)
     config = models["dense"].config
+    of_layers = models["hydra"].config.full_attention_heads
     report.note(f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
-                f"{args.fa_heads} of 16 heads FA, {next(models['dense'].parameters()).dtype}")  # fmt: skip
+                f"{sum(map(len, of_layers))} of {len(of_layers) * config.num_attention_heads} heads FA, "
+                f"{next(models['dense'].parameters()).dtype}")  # fmt: skip
     for length in args.prefill_sizes:
         measure_prefill(length, models, args, device, report)
     for length in args.sizes:

@@ -64,6 +64,8 @@ GPU_LIBRARIES = (
 
 OF_VLLM = tuple(f"megatron_hydra.serving.vllm.{module}" for module in ("gated_delta_net", "model"))
 """Modules that import vLLM, which has an environment of its own."""
+OF_LM_EVAL = ("megatron_hydra.evaluation.question_tasks",)
+"""Modules that only lm-eval imports, which is an extra."""
 
 
 def _files() -> list[Path]:
@@ -261,7 +263,7 @@ assert not heavy, f"import megatron_hydra loads {{heavy}}"
 names = [m.name for m in pkgutil.walk_packages(megatron_hydra.__path__, "megatron_hydra.")]
 kernels = [name for name in names if name.rpartition(".")[2].startswith("triton_")]
 assert all(name.startswith("megatron_hydra.ops.") for name in kernels), kernels
-names = [name for name in names if name not in kernels and name not in {of_vllm!r}]
+names = [name for name in names if name not in kernels and name not in {of_others!r}]
 for name in names:
     importlib.import_module(name)
 print(len(names), "modules")
@@ -269,14 +271,15 @@ print(len(names), "modules")
 
 
 def test_every_module_imports_without_gpu_libraries() -> None:
-    """Only Triton's kernels, ``ops/triton_*.py``, and two modules of vLLM's plug-in need a library; they are
-    imported when used.
+    """Only Triton's kernels, ``ops/triton_*.py``, two modules of vLLM's plug-in and one of lm-eval's need a
+    library; they are imported when used.
 
     Megatron-Core 0.18 and later import triton themselves: there it is seen only that no other is needed.
     """
     needed = ("triton",) if megatron_versions.needs_triton() else ()
     program = _IMPORT_ALL.format(
-        blocked=(*sorted(set(GPU_LIBRARIES) - set(needed)), "vllm"), of_vllm=OF_VLLM
+        blocked=(*sorted(set(GPU_LIBRARIES) - set(needed)), "vllm", "lm_eval"),
+        of_others=(*OF_VLLM, *OF_LM_EVAL),
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False

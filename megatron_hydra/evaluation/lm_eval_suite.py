@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 from megatron_hydra.errors import HydraError
@@ -48,7 +50,8 @@ def run_lm_eval(
         model: in evaluation mode, on its device.
         tokenizer: its tokenizer.
         task: lm-eval's name.
-        include: a folder with the user's own task files (YAML), or ``""``.
+        include: a folder with the user's own task files (YAML), or ``""``. Relative ``data_files`` in them are
+            relative to this folder.
         limit: number of questions of each task, from the first; 0: all.
         batch_tokens: approximate number of tokens of a batch (at least one request).
         seed: seed of few-shot examples and of other random numbers of lm-eval.
@@ -58,19 +61,26 @@ def run_lm_eval(
         group also for its members.
 
     Raises:
-        HydraError: lm-eval is not installed, the tokenizer is missing, or the task does not exist.
+        HydraError: lm-eval is not installed, the tokenizer is missing, or the folder or task does not exist.
     """
     require_lm_eval()
     if tokenizer is None:
         raise HydraError("--lm-eval needs the model's tokenizer: give --tokenizer")
+    if include and not Path(include).is_dir():
+        raise HydraError(f"--lm-eval-include {include} is not a folder")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    include = include and str(Path(include).absolute())
     tasks = _tasks_with(task, include)
+    with contextlib.chdir(include or "."):  # data_files are opened here
+        loaded = tasks.load([task])
+    groups = loaded.get("groups") or {}
+    chosen = [groups[task]] if task in groups else list(loaded["tasks"].values())
     batch = max(1, batch_tokens // TOKENS_OF_A_REQUEST)
     found = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
-        tasks=[task],
+        tasks=chosen,
         task_manager=tasks,
         limit=limit or None,
         bootstrap_iters=0,

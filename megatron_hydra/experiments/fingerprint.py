@@ -43,14 +43,15 @@ def _digest(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def of_folder(folder: Path) -> str:
-    """Hash of all files in a folder, and of theirs in it.
+    """Hash of all files in a folder and its subfolders, apart from Python's caches.
 
     Raises:
         HydraError: it is not a folder, or a file cannot be read.
     """
     if not folder.is_dir():
         raise HydraError(f"{folder} is not a folder")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = (path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in found if "__pycache__" not in path.parts)
     return of_json({str(path.relative_to(folder)): of_file(path) for path in files})[:_DIGITS]
 
 

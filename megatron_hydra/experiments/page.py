@@ -14,6 +14,7 @@ from megatron_hydra.experiments.results import Results, split_column
 from megatron_hydra.experiments.table import (
     facts_columns,
     footnotes,
+    question_table,
     row,
     spread_text,
     training_table,
@@ -54,8 +55,7 @@ def section(results: Results) -> list[str]:
         headers = [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths]
         lines += _table(results, f"`{task}`", headers, [f"{task}@{n}" for n in lengths])
     others = [column for column, (_, length) in zip(columns, parts, strict=True) if length is None]
-    if others:
-        lines += _table(results, "questions", others, others)
+    lines += question_table(results, others)
     lines += row(["", "FA heads", "KV bytes/token", "state bytes"])
     lines += row(["---", "---:", "---:", "---:"])
     for variant in results.experiment.variants:
@@ -66,14 +66,22 @@ def section(results: Results) -> list[str]:
 
 def _samples(results: Results) -> list[str]:
     """How many questions stand behind a figure."""
-    found = []
+    retrieval, questions = [], []
     for evaluation in (cell.spec.evaluation for cell in results.experiment.cells):
-        text = f"{evaluation.samples} samples at each of {len(evaluation.depths)} depths"
+        if evaluation.tasks:
+            depths = len(evaluation.depths)
+            retrieval.append(f"{evaluation.samples} samples at each of {depths} depths")
         if evaluation.lm_eval:
             limit = evaluation.lm_eval_limit
-            text += f"; of lm-eval's sets {f'the first {limit}' if limit else 'all'} questions"
-        found.append(text)
-    return [f"Retrieval: {' or '.join(dict.fromkeys(found))}."]
+            questions.append(f"{f'the first {limit}' if limit else 'all'} questions")
+    parts = {"Retrieval: ": retrieval, "Of lm-eval's sets ": questions}
+    return [
+        " ".join(
+            f"{begin}{' or '.join(dict.fromkeys(found))}."
+            for begin, found in parts.items()
+            if found
+        )
+    ]
 
 
 def _table(results: Results, corner: str, headers: list[str], columns: list[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_hydra.experiments.results import CellResult, Results, Spread, split_column
 
@@ -11,26 +11,30 @@ from megatron_hydra.experiments.results import CellResult, Results, Spread, spli
 def markdown(results: Results) -> str:
     """The whole page.
 
-    A cell of the first table is mean ± sample standard deviation over seeds; a number in brackets
-    says that seeds are missing. The second table holds every value of these columns.
+    A cell of the first tables is mean ± sample standard deviation over seeds; a number in brackets
+    says that seeds are missing. lm-eval's metrics, which may be many, have a table with a line each,
+    unless ``table.columns`` names them. The last table holds every value of these columns.
     """
     experiment = results.experiment
     columns = list(experiment.table.columns) or results.columns()
-    lengths = [split_column(column)[1] for column in columns]
+    named = bool(experiment.table.columns)
+    across = [c for c in columns if named or split_column(c)[1] is not None]
+    down = [c for c in columns if c not in across]
     lines = [f"# {experiment.title}", ""]
     if experiment.paper:
         lines += [f"The paper: {' '.join(experiment.paper.split())}", ""]
     lines += [f"Share of right answers, {_over(experiment.seeds)}."]
-    if None in lengths:
-        lines += ["Columns with a slash are lm-eval's tasks and metrics."]
+    if any(split_column(column)[1] is None for column in columns):
+        lines += ["Names with a slash are lm-eval's tasks and metrics."]
     lines += [""]
-    lines += row(["", *columns, "FA heads", "KV bytes/token", "state bytes"])
-    lines += row(["---", *["---:"] * (len(columns) + 3)])
+    lines += row(["", *across, "FA heads", "KV bytes/token", "state bytes"])
+    lines += row(["---", *["---:"] * (len(across) + 3)])
     for variant in experiment.variants:
         cells = results.of(variant)
-        values = [spread_text(results.spread(variant, column), cells) for column in columns]
+        values = [spread_text(results.spread(variant, column), cells) for column in across]
         lines += row([f"**{variant}**", *values, *facts_columns(cells)])
-    lines += ["", *_differences(results, columns)]
+    lines += ["", *question_table(results, down)]
+    lines += _differences(results, across, down)
     lines += training_table(results)
     lines += ["## Every value", ""]
     lines += row(["", "seed", *columns, "FA heads (layer.head)"])
@@ -111,31 +115,54 @@ def _short(cell: CellResult) -> str:
     return " ".join(names) if len(names) <= 8 else f"{len(names)} heads"
 
 
-def _differences(results: Results, columns: list[str]) -> list[str]:
+def question_table(results: Results, columns: Sequence[str]) -> list[str]:
+    """lm-eval's metrics, one a line; the rows of the experiment are its columns."""
+    variants = results.experiment.variants
+    shown = {
+        v: [spread_text(results.spread(v, c), results.of(v)) for c in columns] for v in variants
+    }
+    return _down("questions", columns, shown)
+
+
+def _down(corner: str, columns: Sequence[str], shown: Mapping[str, Sequence[str]]) -> list[str]:
+    """A table with a line for each of ``columns``, and a column for each key of ``shown``."""
+    if not columns:
+        return []
+    lines = [*row([corner, *shown]), *row(["---", *["---:"] * len(shown)])]
+    for n, column in enumerate(columns):
+        lines += row([column, *(values[n] for values in shown.values())])
+    return [*lines, ""]
+
+
+def _differences(results: Results, across: Sequence[str], down: Sequence[str]) -> list[str]:
     """Paired by seed: how far every row is from the baseline."""
     baseline = results.experiment.table.baseline
     if not baseline:
         return []
     lines = [f"Difference from **{baseline}**, paired by seed:", ""]
-    lines += row(["", *columns])
-    lines += row(["---", *["---:"] * len(columns)])
-    for variant in results.experiment.variants:
-        if variant == baseline:
-            continue
-        shown = []
-        for column in columns:
-            ours, theirs = results.spread(variant, column), results.spread(baseline, column)
-            both = set(ours.values) & set(theirs.values) if ours and theirs else set()
-            if not both or ours is None or theirs is None:
-                shown.append("")
-                continue
-            gaps = [ours.values[seed] - theirs.values[seed] for seed in sorted(both)]
-            spread = statistics.stdev(gaps) if len(gaps) > 1 else 0.0
-            mean = round(statistics.fmean(gaps), 3) + 0.0  # no "-0.000"
-            several = len(results.experiment.seeds) > 1
-            shown.append(f"{mean:+.3f} ± {spread:.3f}" if several else f"{mean:+.3f}")
-        lines += row([variant, *shown])
-    return [*lines, ""]
+    others = [variant for variant in results.experiment.variants if variant != baseline]
+    if across:
+        lines += row(["", *across])
+        lines += row(["---", *["---:"] * len(across)])
+        for variant in others:
+            lines += row([variant, *(_difference(results, variant, c) for c in across)])
+        lines += [""]
+    gaps = {variant: [_difference(results, variant, c) for c in down] for variant in others}
+    return [*lines, *_down("questions", down, gaps)]
+
+
+def _difference(results: Results, variant: str, column: str) -> str:
+    """Mean and deviation of a row minus the baseline; empty where no seed has both."""
+    ours = results.spread(variant, column)
+    theirs = results.spread(results.experiment.table.baseline, column)
+    both = set(ours.values) & set(theirs.values) if ours and theirs else set()
+    if not both or ours is None or theirs is None:
+        return ""
+    gaps = [ours.values[seed] - theirs.values[seed] for seed in sorted(both)]
+    spread = statistics.stdev(gaps) if len(gaps) > 1 else 0.0
+    mean = round(statistics.fmean(gaps), 3) + 0.0  # no "-0.000"
+    several = len(results.experiment.seeds) > 1
+    return f"{mean:+.3f} ± {spread:.3f}" if several else f"{mean:+.3f}"
 
 
 def footnotes(results: Results) -> list[str]:

@@ -7,8 +7,12 @@ import json
 import math
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import gdn
+from benchmarks import decode, gdn
+from megatron_hydra.errors import HydraError
+from tests.hf.models import HEADS, SHAPE, export, make_model
 
 TOY = {
     "gdn": ["--sizes", "64,128", "--heads", "2", "--head-dim", "16"],
@@ -71,3 +75,53 @@ def test_another_rule_runs_at_a_toy_size(tmp_path):
     assert {row["peer"] for row in saved["rows"]} == {"ours (torch)"}
     assert not [row for row in saved["rows"] if row["failure"]]
     assert not [row for row in saved["ratios"] if math.isnan(row["median"])]
+
+
+LLAMA = SHAPE | {"hidden_size": 48}  # a multiple of its heads, as Llama wants
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Flags that name a tiny export and a dense model of its shape."""
+    folder = tmp_path_factory.mktemp("pair")
+    export(make_model(HEADS, hidden_size=48), folder / "hydra")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(folder / "dense")
+    return ["--hf-path", str(folder / "hydra"), "--dense", str(folder / "dense")]
+
+
+@pytest.mark.slow
+def test_decode_measures_an_export_against_its_teacher(pair, tmp_path):
+    flags = ["--device", "cpu", "--repeats", "2", "--warmup", "1", "--output", str(tmp_path)]
+    sizes = ["--sizes", "32,64", "--prefill-sizes", "32", "--batch-sizes", "16"]
+    assert decode.main([*flags, *pair, *sizes]) == 0
+    saved = json.loads((tmp_path / "decode.json").read_text())
+    assert not [row for row in saved["rows"] if row["failure"]]
+    assert "3 layers, hidden size 48, 9 of 18 heads FA, torch.float32" in saved["notes"]
+    cache = {r["size"]: r["median"] for r in saved["ratios"] if r["label"].startswith("cache")}
+    assert set(cache) == {32, 64} and cache[64] < cache[32]  # the states are of fixed size
+
+
+def test_decode_refuses_models_that_are_no_pair(pair, tmp_path):
+    def error_of(*flags):
+        with pytest.raises(HydraError) as caught:
+            decode.opened(*flags, torch.float32, torch.device("cpu"))
+        return str(caught.value)
+
+    hydra, dense = pair[1], pair[3]
+    assert "is not an export" in error_of(dense, dense)
+    LlamaForCausalLM(LlamaConfig(**LLAMA | {"num_hidden_layers": 1})).save_pretrained(tmp_path)
+    assert "num_hidden_layers 1, --hf-path" in error_of(hydra, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--hf-path", "a"], "--hf-path needs --dense"),
+        (["--dense", "a"], "--dense needs --hf-path"),
+        (["--hf-path", "a", "--dense", "b", "--tiny", "--layers", "2"], "--layers, --tiny: the"),
+    ],
+)
+def test_decode_refuses_flags_that_contradict(flags, words, capsys):
+    assert decode.main(flags) != 0
+    assert words in capsys.readouterr().err

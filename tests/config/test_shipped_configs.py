@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from megatron_hydra.config import ModelConfig, load_run_config
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.config.validate import check_layout
+from megatron_hydra.experiments.spec import load_experiment
 from megatron_hydra.parallel.head_partition import plan_model
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -87,6 +89,29 @@ def test_a_recipe_of_the_paper_has_the_papers_tokens_and_lengths(recipe: str) ->
         )
         check_layout(layout, 8, STUDENT, TEACHER if config.teacher.checkpoint else None)
     assert rates == [(1e-3, 1e-5, "cosine"), (1e-4, 1e-5, "cosine"), (1e-5, 1e-5, "constant")]
+
+
+def test_the_questions_of_experiments_name_task_files_and_what_they_use() -> None:
+    """Each of our tasks that a base names has its file; functions and classes in the files exist."""
+    files = sorted((CONFIGS / "lm_eval_tasks").glob("*.yaml"))
+    used = {}
+    for path in files:
+        text = path.read_text()
+        assert re.findall(r"^task: (.*)$", text, re.M) == [path.stem]
+        used[path.stem] = re.findall(r"!function (\S+)\.(\w+)$", text, re.M)
+    assert files and all(used.values())
+    for module, name in {pair for pairs in used.values() for pair in pairs}:
+        source = (CONFIGS.parent / f"{module.replace('.', '/')}.py").read_text()
+        assert re.search(rf"^(class|def) {name}\(", source, re.M), (module, name)
+    for base in ("real/base.yaml", "shared/qwen3_1.7b.yaml"):
+        experiment = load_experiment(
+            CONFIGS / "experiments/real/reasoning.yaml", CONFIGS / "experiments" / base
+        )
+        for cell in experiment.cells:
+            questions = cell.spec.evaluation
+            assert Path(questions.lm_eval_include).resolve() == CONFIGS / "lm_eval_tasks"
+            assert not questions.tasks and not questions.lm_eval_limit
+            assert set(used) <= set(questions.lm_eval)
 
 
 def test_tiny_example_is_valid() -> None:

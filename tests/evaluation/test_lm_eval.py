@@ -1,10 +1,12 @@
-"""lm-eval on an export, offline: its accuracy equals one from log-likelihoods computed by hand."""
+"""lm-eval on an export, offline: its metrics equal those of log-likelihoods and answers computed by hand."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +52,20 @@ def folder(tmp_path):
     return tmp_path / "tasks"
 
 
+SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "lm_eval_tasks"
+
+
+def write_shipped(folder, name, rows, changes):
+    """A shipped task on rows of a file of its own; further keys replace the file's."""
+    lines = (SHIPPED / f"{name}.yaml").read_text().splitlines()
+    changes = {"dataset_path": "json", "dataset_kwargs": f"{{data_files: {{test: {name}.jsonl}}}}",
+               "test_split": "test", **changes}  # fmt: skip
+    kept = [line for line in lines if line.partition(":")[0] not in {"dataset_name", *changes}]
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    body = [*kept, *(f"{key}: {value}" for key, value in changes.items())]
+    (folder / f"{name}.yaml").write_text("\n".join(body) + "\n")
+
+
 def log_likelihood(model, tokenizer, question: str, choice: str) -> float:
     prompt = tokenizer(question)["input_ids"]
     ids = torch.tensor([prompt + tokenizer(choice)["input_ids"]])
@@ -92,8 +108,83 @@ def test_accuracy_is_that_of_our_own_log_likelihoods(
 
     with pytest.raises(HydraError, match="has no task 'no_such_task'"):
         lm_eval_suite.run_lm_eval(model, tokenizer, "no_such_task", include=str(folder))
+    with pytest.raises(HydraError, match=r"--lm-eval-include .*gone is not a folder"):
+        lm_eval_suite.run_lm_eval(model, tokenizer, "tiny_choice", include=str(tmp_path / "gone"))
     with pytest.raises(HydraError, match="needs the model's tokenizer"):
         lm_eval_suite.run_lm_eval(model, None, "tiny_choice", include=str(folder))
+
+
+@needs_lm_eval
+@pytest.mark.slow
+def test_our_tasks_score_as_by_hand(model, tokenizer, tmp_path, monkeypatch):
+    """The options in all orders, generated answers and bits of code, on rows of our own."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    questions = [(q, [c.strip() for c in choices], a) for q, choices, a in QUESTIONS]
+    rows = [{"q": q, "choices": c, "gold": a} for q, c, a in questions]
+    fields = {"doc_to_text": '"{{q}}"', "doc_to_choice": "choices", "doc_to_target": "gold"}
+    right, same, texts_right, norm_right = [], [], [], []
+    for question, choices, gold in questions:
+        n, picked, picked_texts, picked_norm = len(choices), [], [], []
+        for shift in range(n):
+            turned = choices[shift:] + choices[:shift]
+            listed = "".join(f"\n{x}. {option}" for x, option in zip("ABC", turned, strict=False))
+            prompt = f"{question}{listed}\nAnswer:"
+            by_letter = [log_likelihood(model, tokenizer, prompt, f" {x}") for x in "ABC"[:n]]
+            by_text = [log_likelihood(model, tokenizer, prompt, f" {option}") for option in turned]
+            by_norm = [log / len(option) for log, option in zip(by_text, turned, strict=True)]
+            picked.append(turned[by_letter.index(max(by_letter))])
+            picked_texts.append(turned[by_text.index(max(by_text))])
+            picked_norm.append(turned[by_norm.index(max(by_norm))])
+        right.append(sum(option == choices[gold] for option in picked) / n)
+        texts_right.append(sum(option == choices[gold] for option in picked_texts) / n)
+        norm_right.append(sum(option == choices[gold] for option in picked_norm) / n)
+        same.append(len(set(picked)) == 1)
+    write_shipped(tmp_path, "sciq_letters", rows, fields)
+    write_shipped(tmp_path, "sciq_texts", rows, fields)
+
+    prompts = ["Question: grass?\nAnswer:", "Question: rain?\nAnswer:"]
+    said = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            out = model.generate(ids, max_new_tokens=4, do_sample=False)
+        said.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    answers = [{"question": q, "aliases": a} for q, a in
+               (("grass?", ["green", said[0]]), ("rain?", ["something else"]))]  # fmt: skip
+    write_shipped(tmp_path, "triviaqa_answers", answers, {
+        "num_fewshot": 0, "fewshot_config": "null", "doc_to_target": "aliases",
+        "generation_kwargs": "{until: [], do_sample: false, max_gen_toks: 4}",
+    })  # fmt: skip
+    code = [{"prompt": "def one():\n", "canonical_solution": "    return 1\n"},
+            {"prompt": "def two():\n    ", "canonical_solution": "return 2\n"}]  # fmt: skip
+    write_shipped(tmp_path, "humaneval_bits", code, {})
+    logs = [
+        log_likelihood(model, tokenizer, f"def {name}():", f"\n    return {value}\n")
+        for name, value in (("one", 1), ("two", 2))
+    ]
+
+    monkeypatch.chdir(tmp_path.parent)  # data_files are relative to the folder of the tasks
+    settings = EvaluationSettings(
+        lm_eval=("sciq_letters", "sciq_texts", "triviaqa_answers", "humaneval_bits"),
+        lm_eval_include=tmp_path.name,
+        cache_length=0,
+        progress=False,
+    )
+    found = evaluate(model, tokenizer, [], [], settings)["lm_eval"]["tasks"]
+    assert found["sciq_letters"]["acc,none"] == pytest.approx(sum(right) / len(right))
+    assert found["sciq_letters"]["same_choice,none"] == pytest.approx(sum(same) / len(same))
+    assert 0 < found["sciq_letters"]["acc,none"] < 1
+    assert found["sciq_texts"]["acc,none"] == pytest.approx(sum(texts_right) / len(texts_right))
+    assert found["sciq_texts"]["acc_norm,none"] == pytest.approx(sum(norm_right) / len(norm_right))
+    assert texts_right != norm_right  # or one would do
+    assert found["triviaqa_answers"]["exact_match,none"] == 0.5
+    bits = -sum(logs) / math.log(2) / len("\n    return 1\n\n    return 2\n")
+    assert found["humaneval_bits"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-4)
+
+    write_shipped(tmp_path, "sciq_letters", rows, fields | {"num_fewshot": 1})
+    with pytest.raises(HydraError, match="sciq_letters: num_fewshot must be 0"):
+        lm_eval_suite.run_lm_eval(model, tokenizer, "sciq_letters", include=str(tmp_path))
 
 
 def test_without_lm_eval_the_extra_is_named(model, tokenizer, monkeypatch):

@@ -52,11 +52,12 @@ def test_only_what_stands_between_the_markers_changes(request_of, tmp_path):
     assert text.startswith("Before.\n<!-- experiment trial -->\nRetrieval: 2 samples at each of 5")
     assert text.endswith("\n<!-- end -->\nAfter.\n") and "old" not in text
     for line in (
-        "the first 20 questions",
         "| `facts` | 100 | 1K |",
         "| a | 0.750 | 0.250 |",
         "| b | not run | not run |",
-        "| questions | sciq/acc |",
+        "Of lm-eval's sets the first 20 questions.",
+        "| questions | a | b |",
+        "| sciq/acc | 0.500 | not run |",
         "| b | align | 4 | 400 | 2.0 | 20 | 8 → 2 |",
         "- b, seed 0: missing",
     ):

@@ -228,9 +228,17 @@ def test_the_chain_plans_with_its_own_base(tmp_path, monkeypatch):
         indexed(tmp_path / "data" / "smollm2_135m" / name, name.encode())
     monkeypatch.chdir(tmp_path)
 
-    files = [*(CONFIGS / "experiments").glob("*.yaml"), real / "main.yaml", real / "scaling.yaml"]
-    tables = [load_experiment(path, base) for path in files]
+    files = [*(CONFIGS / "experiments").glob("*.yaml"), *(real.glob("*.yaml"))]
+    tables = [load_experiment(path, base) for path in files if path.name != "base.yaml"]
     assert make_plan((cell for table in tables for cell in table.cells), fetch=False).cells
+
+    def planned(*names):
+        cells = [c for name in names for c in load_experiment(real / name, base).cells]
+        return make_plan(cells, fetch=False).steps
+
+    chain, both = planned("chain.yaml"), planned("chain.yaml", "reasoning.yaml")
+    new = [step.action for key, step in both.items() if key not in chain]
+    assert new == ["evaluate"] * 4  # questions train nothing
 
     def training(scale):
         cells = load_experiment(real / "chain.yaml", base, tokens_scale=scale).cells
@@ -256,6 +264,9 @@ def test_a_folder_of_tasks_counts_by_content(write, tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "x.yaml").write_text("task: x\n")
     first = key()
+    assert first == key()
+    (tmp_path / "tasks" / "__pycache__").mkdir()
+    (tmp_path / "tasks" / "__pycache__" / "x.pyc").write_bytes(b"written by the first run")
     assert first == key()
     (tmp_path / "tasks" / "x.yaml").write_text("task: x \n")
     assert first != key()

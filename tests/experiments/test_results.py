@@ -117,8 +117,27 @@ def test_lm_eval_has_columns_of_its_own(write, tmp_path):
     results = collect(experiment, plan, store)
     assert results.columns() == ["facts@128", "arc_easy/acc", "arc_easy/f1,strict"]
     text = markdown(results)
-    assert line(text, "**a**")[2] == "0.500 ± 0.354" and "lm-eval's tasks" in text
+    assert line(text, "**a**")[1] == "0.500 ± 0.000" and "lm-eval's tasks" in text
+    assert line(text, "questions") == ["questions", "a"]
+    assert line(text, "arc_easy/acc") == ["arc_easy/acc", "0.500 ± 0.354"]
+    table = dataclasses.replace(experiment.table, columns=("arc_easy/acc",), baseline="a")
+    named = dataclasses.replace(results, experiment=dataclasses.replace(experiment, table=table))
+    assert line(markdown(named), "**a**")[1] == "0.500 ± 0.354"  # named columns stay columns
     assert [path.name for path in draw(results, tmp_path)] == ["trial_bars.png"]
+
+
+def test_differences_of_lm_evals_metrics_have_a_line_each(made):
+    results = made({("a", 0): 0.25, ("a", 1): 0.5, ("b", 0): 0.75, ("b", 1): 0.5})
+    cells = [
+        dataclasses.replace(cell, accuracy={"sciq/acc": cell.accuracy["facts@128"]})
+        for cell in results.cells
+    ]
+    text = markdown(dataclasses.replace(results, cells=tuple(cells)))
+    values, gaps = text.split("Difference from **a**")
+    assert line(values, "questions") == ["questions", "a", "b"]
+    assert line(values, "sciq/acc") == ["sciq/acc", "0.375 ± 0.177", "0.625 ± 0.177"]
+    assert line(gaps, "questions") == ["questions", "b"]
+    assert line(gaps, "sciq/acc") == ["sciq/acc", "+0.250 ± 0.354"]  # +0.5 and 0
 
 
 def drawn(results, monkeypatch, folder):
