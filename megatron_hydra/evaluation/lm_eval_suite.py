@@ -78,8 +78,10 @@ def run_lm_eval(
     groups = loaded.get("groups") or {}
     chosen = [groups[task]] if task in groups else list(loaded["tasks"].values())
     batch = max(1, batch_tokens // TOKENS_OF_A_REQUEST)
+    # By default, lm-eval rounds and adds log-likelihoods in the model's dtype: in bf16, options would tie.
+    scored = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, softmax_dtype="float32")
     found = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
+        model=scored,
         tasks=chosen,
         task_manager=tasks,
         limit=limit or None,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation import EvaluationSettings, evaluate, lm_eval_suite
@@ -185,6 +186,33 @@ def test_our_tasks_score_as_by_hand(model, tokenizer, tmp_path, monkeypatch):
     write_shipped(tmp_path, "sciq_letters", rows, fields | {"num_fewshot": 1})
     with pytest.raises(HydraError, match="sciq_letters: num_fewshot must be 0"):
         lm_eval_suite.run_lm_eval(model, tokenizer, "sciq_letters", include=str(tmp_path))
+
+
+@needs_lm_eval
+@pytest.mark.slow
+def test_log_likelihoods_of_a_bf16_model_are_added_in_fp32(tokenizer, tmp_path, monkeypatch):
+    """All tokens have logit 1 but "b", which has the next number of bf16: options of "a" and "b" do not tie."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    (b,) = tokenizer("b")["input_ids"]
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()  # hidden states are the embeddings: ones
+        model.model.embed_tokens.weight.fill_(1)
+        model.lm_head.weight.zero_()[:, 0] = 1
+        model.lm_head.weight[b, 0] = 1 + 2**-7
+    rows = [{"question": "x", "choices": ["aaaa", "aaab"], "answer": 1}]
+    (tmp_path / "choice.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    (tmp_path / "tiny_choice.yaml").write_text(TASK.format(file="choice.jsonl"))
+    found = lm_eval_suite.run_lm_eval(
+        model.bfloat16(), tokenizer, "tiny_choice", include=str(tmp_path)
+    )
+    assert found["tiny_choice"]["acc,none"] == 1.0
 
 
 def test_without_lm_eval_the_extra_is_named(model, tokenizer, monkeypatch):
