@@ -39,6 +39,7 @@ import inspect
 import itertools
 import math
 import os
+import types
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -281,6 +282,75 @@ def _by_fla(rule: Callable[..., Any], heads: int, inputs: dict[str, Any]) -> Any
         return result
 
 
+class HydraHeadDeltaRule(nn.Module):
+    """The chunked rule as a module, which a kernel from the Hub may replace (``use_kernels=True``).
+
+    It has no parameters. Name and signature are those of Qwen3-Next's rule in transformers. The ``kernels``
+    package finds the module by its class's ``kernel_layer_name``, compares signatures, and sets ``forward``.
+    """
+
+    kernel_layer_name = "chunk_gated_delta_rule"
+    replaced = False
+    """Whether ``forward`` is a kernel from the Hub."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `kernels` sets a method, the class's own where it has no kernel. accelerate's hooks set no method.
+        if name == "forward" and isinstance(value, types.MethodType):
+            self.replaced = value.__func__ is not type(self).forward
+        super().__setattr__(name, value)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        chunk_size: int = CHUNK,
+        initial_state: torch.Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The twin of a kernel. :func:`gated_delta_rule` calls this module only where a kernel replaces it."""
+        if use_qk_l2norm_in_kernel or kwargs.get("cu_seqlens") is not None:
+            raise NotImplementedError("the twin neither normalises q and k nor knows documents")
+        rule = chunked_gated_delta_rule if query.shape[1] > 1 else recurrent_gated_delta_rule
+        out, state = rule(query, key, value, g, beta, initial_state)
+        return out, state if output_final_state else None
+
+
+class HydraHeadDeltaStep(HydraHeadDeltaRule):
+    """The recurrent rule as a module, for a kernel from the Hub; see :class:`HydraHeadDeltaRule`."""
+
+    kernel_layer_name = "fused_recurrent_gated_delta_rule"
+
+    def forward(  # type: ignore[override]
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        initial_state: torch.Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The twin of a kernel; see :meth:`HydraHeadDeltaRule.forward`."""
+        return super().forward(
+            query,
+            key,
+            value,
+            g,
+            beta,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            **kwargs,
+        )
+
+
 def gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -290,27 +360,30 @@ def gated_delta_rule(
     state: torch.Tensor | None,
     kernel: str = "auto",
     documents: Documents | None = None,
+    hub: tuple[HydraHeadDeltaRule, HydraHeadDeltaStep] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The delta rule by the fastest implementation that supports the case.
 
     Arguments and results are those of :func:`chunked_gated_delta_rule`. With ``documents``, each document
-    begins with an empty state, and no state is returned.
+    begins with an empty state, and no state is returned. Kernels from the Hub come first, then FLA's.
     """
     supported = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
     by_channel = log_alpha.shape[-1] != q.shape[2]
+    # The Hub's kernels for GPUs are FLA's, with its limits. One for a CPU only a user can have named.
+    module = None if hub is None else hub[q.shape[1] == 1]
+    if module is not None and not (module.replaced and (supported or q.device.type == "cpu")):
+        module = None
+    inputs: dict[str, Any] = {"initial_state": state, "output_final_state": documents is None}
+    if documents is not None:
+        inputs["cu_seqlens"] = documents.bounds
     kernels = _fla_kernels(by_channel) if kernel == "auto" and supported else None
+    if module is not None or kernels is not None:
+        inputs["beta"] = beta.to(v.dtype) if q.shape[1] > 1 else beta.float()
+    if module is not None:
+        return module(q, k, v, log_alpha.float(), **inputs)
     if kernels is not None:
-        inputs = {
-            "q": q,
-            "k": k,
-            "v": v,
-            "g": _by_head(log_alpha, q).float() if by_channel else log_alpha.float(),
-            "beta": beta.to(v.dtype) if q.shape[1] > 1 else beta.float(),
-            "initial_state": state,
-            "output_final_state": documents is None,
-        }
-        if documents is not None:
-            inputs["cu_seqlens"] = documents.bounds
+        g = _by_head(log_alpha, q).float() if by_channel else log_alpha.float()
+        inputs |= {"q": q, "k": k, "v": v, "g": g}
         if q.shape[1] > 1:
             return kernels[0](**inputs) if by_channel else _by_fla(kernels[0], q.shape[2], inputs)
         return kernels[1](**inputs)
@@ -844,6 +917,9 @@ class HydraHeadAttention(nn.Module):
         self.gdn_b_proj = nn.Linear(self.config.hidden_size, num_heads, bias=False)
         self.gdn_A_log = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32))
         self.gdn_dt_bias = nn.Parameter(torch.zeros(decays, dtype=torch.float32))
+        self.for_hub = self.config.gdn_kernel == "auto" and self.switches["linear"] != "kda"
+        if self.for_hub:
+            self.gdn_rule, self.gdn_step = HydraHeadDeltaRule(), HydraHeadDeltaStep()
         if self.switches["short_conv"]:
             num_kv = max(self.gdn_groups) + 1
             for part, count in (("q", num_heads), ("k", num_kv), ("v", num_kv)):
@@ -995,7 +1071,9 @@ class HydraHeadAttention(nn.Module):
         cache: HydraHeadCacheLayer | None,
     ) -> torch.Tensor:
         """The delta rule on q, k, v, log α, β; ``[B, T, n, d]``."""
-        rule: Rule = functools.partial(gated_delta_rule, kernel=self.config.gdn_kernel)
+        # The modules, not this layer: what a cache keeps of the rule is copied with it.
+        hub = (self.gdn_rule, self.gdn_step) if self.for_hub else None
+        rule: Rule = functools.partial(gated_delta_rule, kernel=self.config.gdn_kernel, hub=hub)
         if cache is None:
             return rule(*inputs, None, documents=context.documents)[0]
         state, outputs = cache.state, []

@@ -102,11 +102,14 @@ class _Batch:
     def kind(self) -> str:
         """Steps of one kind launch the same kernels."""
         if self.prefills:
-            return "tokens and prompts" if self.decodes else "prompts"
+            found = "tokens and prompts" if self.decodes else "prompts"
         # vLLM's convolution takes the number as an argument; Triton compiles 1 and multiples of 16 apart.
-        if self.decodes == 1:
-            return "one token"
-        return "a multiple of 16 tokens" if self.decodes % 16 == 0 else "tokens"
+        elif self.decodes == 1:
+            found = "one token"
+        else:
+            found = "tokens" if self.decodes % 16 else "a multiple of 16 tokens"
+        step = self.slots.stride(0)  # compiled in: vLLM gives a column of a table, or a row
+        return found if step == 1 else f"{found}, pages {step} apart"
 
     @classmethod
     def of(cls, metadata: GDNAttentionMetadata) -> "_Batch":
@@ -318,7 +321,13 @@ class GatedDeltaNet(nn.Module, MambaBase):
     def launch_step(self, metadata: GDNAttentionMetadata) -> None:
         """See :class:`~megatron_hydra.serving.vllm.kernel_start.Layer`."""
         batch = _Batch.of(metadata)
-        batch = dataclasses.replace(batch, slots=torch.zeros_like(batch.slots))
+        slots = torch.empty_strided(
+            batch.slots.shape,
+            batch.slots.stride(),
+            dtype=batch.slots.dtype,
+            device=batch.slots.device,
+        )
+        batch = dataclasses.replace(batch, slots=slots.zero_())
         tokens, n, d = batch.tokens, self.local_heads, self.head_dim
         weight = self.A_log
         dtype = self.vllm_config.model_config.dtype

@@ -48,23 +48,24 @@ MOST_THREADS = 32
 """Each compiles with tens of megabytes of memory."""
 
 
-def read_tuning(additional_config: Any) -> str:
+def read_tuning(additional_config: Any, first_only: bool = False) -> str:
     """The value of :data:`OPTION`.
 
     Args:
         additional_config: vLLM's, usually a dict.
+        first_only: vLLM takes the first configuration of every kernel (``VLLM_TRITON_FORCE_FIRST_CONFIG``), so
+            there is no choice that could be shared.
 
     Raises:
         HydraError: a value that is none of :data:`TUNINGS`.
     """
     given = additional_config.get(OPTION) if isinstance(additional_config, Mapping) else None
-    if given is None:
-        return TUNINGS[0]
-    if given not in TUNINGS:
+    if given is not None and given not in TUNINGS:
         raise HydraError(
             f"--additional-config: {OPTION}={given!r} is not one of {', '.join(TUNINGS)}"
         )
-    return str(given)
+    tuning = TUNINGS[0] if given is None else str(given)
+    return "off" if first_only and tuning == "once" else tuning
 
 
 def delta_rule_tuners(package: str = PACKAGE) -> list[Any]:

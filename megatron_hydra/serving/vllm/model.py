@@ -58,6 +58,7 @@ from vllm.model_executor.models.utils import (
     maybe_prefix,
 )
 from vllm.sequence import IntermediateTensors
+from vllm.triton_utils import force_first_config
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
@@ -350,7 +351,7 @@ class HydraHeadModel(nn.Module):
         if linear:
             start = KernelStart(
                 linear,
-                read_tuning(vllm_config.additional_config),
+                read_tuning(vllm_config.additional_config, force_first_config.is_installed()),
                 vllm_config.scheduler_config.max_num_batched_tokens,
                 logger.info,
             )

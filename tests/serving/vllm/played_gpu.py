@@ -7,6 +7,7 @@ capability 9.0. They are not run: their tensors lie on the CPU. ``seconds`` tell
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import sys
 import time
@@ -143,11 +144,12 @@ def layers() -> None:
     from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
     from vllm.v1.attention.backends.utils import compute_causal_conv1d_metadata
 
+    from megatron_hydra.serving.vllm.gated_delta_net import _Batch
     from megatron_hydra.serving.vllm.kernel_start import KernelStart
 
     made = make_layers(4, 2, 64, [[], [1]])
 
-    def metadata(decodes: int, prompts: tuple[int, ...]) -> GDNAttentionMetadata:
+    def metadata(decodes: int, prompts: tuple[int, ...], apart: int = 1) -> GDNAttentionMetadata:
         lengths = (*[1] * decodes, *prompts)
         bounds = torch.tensor([0, *lengths]).cumsum(0).int()
         found = GDNAttentionMetadata(
@@ -159,7 +161,7 @@ def layers() -> None:
             num_spec_decode_tokens=0,
             num_actual_tokens=sum(lengths),
             non_spec_query_start_loc=bounds,
-            non_spec_state_indices_tensor=torch.arange(1, len(lengths) + 1, dtype=torch.int32),
+            non_spec_state_indices_tensor=torch.ones(len(lengths), apart, dtype=torch.int32)[:, 0],
         )
         if prompts:
             found.has_initial_state = torch.zeros(len(lengths), dtype=torch.bool)
@@ -170,11 +172,20 @@ def layers() -> None:
         return found
 
     launched: list[str] = []
+    steps: set[int] = set()  # between the pages that the kernels were given
+
+    def kwargs_of(kernel: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+
     launch = JITFunction.run
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         assert warmup, f"{self.fn.__name__} would run"
         launched.append(self.fn.__name__)
+        for index in ("stride_cache_indices", "stride_state_indices", "stride_indices_seq"):
+            if index in self.arg_names:
+                bound = inspect.signature(self.fn).bind(*args, **kwargs_of(self, kwargs))
+                steps.add(bound.arguments[index])
         return launch(self, *args, grid=grid, warmup=True, **kwargs)
 
     JITFunction.run = note
@@ -190,12 +201,20 @@ def layers() -> None:
         for kind, step, kernels in (
             ("prompts", metadata(0, (3, 70)), prompt),
             ("tokens", metadata(2, ()), {"_causal_conv1d_update_kernel", recurrent}),
-            ("both", metadata(1, (70,)), {*prompt, recurrent}),
+            ("tokens and prompts", metadata(1, (70,)), {*prompt, recurrent}),
+            (
+                "tokens, pages 7 apart",
+                metadata(2, (), 7),
+                {"_causal_conv1d_update_kernel", recurrent},
+            ),
         ):
             launched.clear()
+            steps.clear()
+            assert _Batch.of(step).kind == kind
             start.step(kind, lambda layer, step=step: step)
             assert set(launched) == kernels, (kind, launched)
             assert len(launched) == len(made) * len(kernels), (kind, launched)
+            assert steps == {step.non_spec_state_indices_tensor.stride(0)}, (kind, steps)
     for layer in made:
         assert all(x.eq(3.0).all() for x in layer.kv_cache), "a state was written"
     print("\n".join(said), "as expected")

@@ -106,6 +106,8 @@ def test_option():
     assert kernel_start.read_tuning({}) == kernel_start.read_tuning(None) == "once"
     assert kernel_start.read_tuning({"gdn_prefill_backend": "triton"}) == "once"
     assert kernel_start.read_tuning({"hydrahead_tuning": "off"}) == "off"
+    assert kernel_start.read_tuning({}, first_only=True) == "off"
+    assert kernel_start.read_tuning({"hydrahead_tuning": "full"}, first_only=True) == "full"
     with pytest.raises(HydraError, match=r"--additional-config: hydrahead_tuning='never' .* once"):
         kernel_start.read_tuning({"hydrahead_tuning": "never"})
 
