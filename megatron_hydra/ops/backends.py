@@ -112,13 +112,15 @@ def _sdpa_missing(case: Case) -> str | None:
 
 @functools.cache
 def _load_sdpa() -> dict[str, Any]:
-    from megatron_hydra.ops import gpu_attention
+    from megatron_hydra.ops import gpu_attention, tail_attention
 
-    packed = next(load for module, load in _PACKED.items() if packages.is_installed(module))()[
-        "attention"
-    ]
+    module = next(module for module in _PACKED if packages.is_installed(module))
+    packed = _PACKED[module]()["attention"]
+    # flash-attn 3 has Hopper's instructions itself, the other kernels of packed documents have not.
+    faster = module != "flash_attn_interface" and torch.cuda.is_available()
+    tail = tail_attention.cudnn_kernel() if faster else None
     dense = gpu_attention.sdpa_attention
-    return {"attention": gpu_attention.dense_or_packed(dense, packed)}
+    return {"attention": gpu_attention.dense_or_packed(dense, packed, tail)}
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_hydra.ops import tail_attention
 from megatron_hydra.ops.determinism import is_deterministic
 from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.ops.varlen_attention import varlen_attention
@@ -179,9 +180,16 @@ def transformer_engine_varlen() -> Attention:
     return attention
 
 
-def dense_or_packed(dense: Attention, packed: Attention) -> Attention:
+def dense_or_packed(
+    dense: Attention, packed: Attention, tail: tail_attention.DenseKernel | None = None
+) -> Attention:
     """``dense`` where a stream is a dense batch (one document, say) and no window cuts it, ``packed``
     elsewhere.
+
+    Args:
+        dense, packed: kernels.
+        tail: computes the last queries of one long document, if given
+            (:func:`~megatron_hydra.ops.tail_attention.tail_attention`).
     """
 
     def attention(
@@ -194,6 +202,11 @@ def dense_or_packed(dense: Attention, packed: Attention) -> Attention:
     ) -> torch.Tensor:
         if window is None and is_uniform(cu_q, cu_k):
             return dense(q, k, v, cu_q, cu_k)
+        is_tail = tail is not None and window is None and len(cu_q) == 2
+        # cuDNN's backward adds in no fixed order.
+        if is_tail and not is_deterministic() and tail_attention.suits(q, k):
+            assert tail is not None
+            return tail_attention.tail_attention(q, k, v, tail)
         return packed(q, k, v, cu_q, cu_k, window)
 
     return attention
