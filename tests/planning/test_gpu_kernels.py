@@ -1,6 +1,6 @@
-"""The descriptions of GPU kernels against what was measured of these kernels on an H200.
+"""The planner's descriptions of GPU kernels against measurements on an H200.
 
-The figures are those of the benchmarks' own files in ``docs/performance``; nothing runs here.
+The figures come from the benchmarks' files in ``docs/performance``; no kernel runs here.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _seconds(tape: Tape) -> float:
 
 @pytest.mark.parametrize("row", _rows("gdn", "FLA"), ids=lambda row: str(row["size"]))
 def test_gdn_kernels(row: dict[str, Any]) -> None:
-    """Peak bytes beyond the inputs; and at 128K, where launches are hidden, the time."""
+    """Peak bytes without the inputs; at 128K, where launches are hidden, also the time."""
     heads, d = 14, 128
     program = _program(row["size"])
     tape = program.tape
@@ -86,7 +86,7 @@ def test_loss(row: dict[str, Any]) -> None:
 
 
 def test_flash_qla_is_a_setting() -> None:
-    """Its kernels reach the share that the help names, where they can run."""
+    """FlashQLA's kernels reach the share of the peak that the help names, if they can run."""
     (fla,) = (row for row in _rows("gdn", "FLA") if row["size"] == 131_072)
     (qla,) = (row for row in _rows("gdn", "FlashQLA") if row["size"] == 131_072)
     share = Efficiency().delta_rule * fla["median_seconds"] / qla["median_seconds"]
