@@ -215,7 +215,7 @@ def test_found_layouts_fit_and_are_ranked() -> None:
 
 @pytest.mark.parametrize("gpus", [24, 48, 96])
 def test_machines_of_no_power_of_two_have_a_plan(gpus: int) -> None:
-    """Two sequences a step and three replicas: three sequences."""
+    """If a step should have two sequences, three replicas take three."""
     job = _job(gpus=gpus, sequence_length=524_288)
     sizes = {
         (job.batch(parallel, micro), parallel.tensor * parallel.context * parallel.pipeline)

@@ -403,7 +403,7 @@ def test_maps_of_other_ratios_are_nested(found: tuple[HeadMap, str]) -> None:
 def test_another_ranking_or_ratio_does_not_change_the_learned_ranking(
     found: tuple[HeadMap, str], tmp_path: Path
 ) -> None:
-    """The other prompts' curve is also measured, and a cut of the map is the map of that ratio."""
+    """The other ranking's curve is also measured, and a cut of the map is the map of that ratio."""
     head_map, path = found
     backwards = dataclasses.replace(
         head_map, strategy="attribution", ranking=tuple(reversed(head_map.ranking))
