@@ -106,7 +106,7 @@ def test_kinds_have_the_ratio_that_was_asked_for() -> None:
 
 
 def _map(path: Path, dense: ModelConfig, heads: int, **changes: object) -> str:
-    """A head map with ``count`` FA heads, all in the first layers."""
+    """Write a head map with ``heads`` FA heads, all in the first layers; returns its path."""
     identity = dataclasses.replace(dense.identity(), **changes)  # type: ignore[arg-type]
     chosen = tuple(
         tuple(range(min(16, max(0, heads - 16 * layer)))) for layer in range(dense.num_layers)
