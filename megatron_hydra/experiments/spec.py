@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hydra.config.evaluation import EvaluationOptions
-from megatron_hydra.config.loading import from_dict, parse_yaml
+from megatron_hydra.config.loading import from_dict, merge_sections, parse_yaml
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.config.selection import SelectionOptions
 from megatron_hydra.config.student import StudentStart
@@ -272,7 +272,7 @@ def load_experiment(
             named), no rows, a row given twice, no seeds.
     """
     path = Path(path)
-    body = _merge(_read(path, None if base is None else Path(base)), changes or {})
+    body = merge_sections(_read(path, None if base is None else Path(base)), changes or {})
     file = from_dict(_File, body, str(path))
     if not file.seeds or len(set(file.seeds)) != len(file.seeds):
         raise HydraError(f"{path}: seeds {list(file.seeds)} must be there, each one once")
@@ -282,7 +282,7 @@ def load_experiment(
     cells = []
     for variant, differing in rows.items():
         where = f"{path}, row {variant!r}"
-        spec, stages = _cell_spec(_merge(file.base, differing), where, tokens_scale)
+        spec, stages = _cell_spec(merge_sections(file.base, differing), where, tokens_scale)
         cells += [
             Cell(path.stem, variant, seed, spec, stages, path.resolve().parent)
             for seed in file.seeds
@@ -312,7 +312,7 @@ def _read(path: Path, base: Path | None) -> dict[str, Any]:
         constants |= head.constants
     merged: dict[str, Any] = {}
     for file, body, _ in reversed(files):
-        merged = _merge(merged, _checked(body, constants, file))
+        merged = merge_sections(merged, _checked(body, constants, file))
     return merged
 
 
@@ -410,16 +410,6 @@ def _filled(value: Any, constants: Mapping[str, Any], where: str) -> Any:
     return constants[value[1:]]
 
 
-def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
-    """``update`` over ``base``, section by section; lists and scalars are replaced."""
-    merged = dict(base)
-    for key, value in update.items():
-        old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
 def _rows(file: _File, path: Path) -> dict[str, dict[str, Any]]:
     rows = {
         str(name): _mapping(body, f"{path}: variants.{name}")
@@ -432,7 +422,7 @@ def _rows(file: _File, path: Path) -> dict[str, dict[str, Any]]:
             raise HydraError(f"{path}: row {label!r} is given twice")
         body: dict[str, Any] = {}
         for _, differing in points:
-            body = _merge(body, differing)
+            body = merge_sections(body, differing)
         rows[label] = body
     return rows
 
