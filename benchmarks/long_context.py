@@ -5,10 +5,10 @@ First it makes a student of Qwen3-1.7B's shape with random weights (two FA heads
 document that fills the sequence. Then every layout trains on them for a few steps, by ``torchrun … -m
 megatron_hydra.train`` with finetune.yaml and finetune_512k.yaml of configs/qwen3_1.7b/ours. A layout has
 ``--limit`` seconds. After these its processes are killed, and its row shows its last step. Losses and gradient
-norms of one model's layouts of one length must agree within bf16's rounding. If they do not, or if a layout made
-too few steps, the status is 1. ``--models hydra,dense`` also trains the dense model of the same shape in every
-layout, and prints how many times faster the hybrid's step is. Without a GPU, ``--tiny`` tries the script over
-gloo.
+norms of one model and length must agree within bf16's rounding over layouts. If they do not, or if a layout
+made too few steps, the status is 1. ``--models hydra,dense`` also trains the dense model of the same shape in
+every layout, and prints how many times faster the hybrid's step is. Without a GPU, ``--tiny`` tries the script
+over gloo.
 """
 
 from __future__ import annotations
