@@ -68,8 +68,7 @@ def run_quickstart(
         What ``metrics.json`` holds.
 
     Raises:
-        HydraError: ``output`` holds something else, a config is wrong, or a step failed; its log is
-            named.
+        HydraError: ``output`` has other contents, a config is wrong, or a step failed; names its log.
         Stopped: on a signal or Ctrl-C.
     """
     started = time.monotonic()
@@ -94,7 +93,7 @@ def load_recipe(configs: Path, settings: Settings) -> Experiment:
     """The experiment of ``configs`` with these settings.
 
     Raises:
-        HydraError: there is no recipe, or it is wrong; an override is not of its form.
+        HydraError: the recipe is missing or wrong, or an override has a wrong form.
     """
     path = configs / RECIPE
     if not path.is_file():
@@ -127,7 +126,7 @@ def student_of(experiment: Experiment) -> Cell:
 
 
 def commands_by_hand(experiment: Experiment, plan: Plan, store: StepStore) -> str:
-    """HydraHead's way through the chain as shell commands, for who wants to go it alone."""
+    """HydraHead's steps of the chain as shell commands, for users who want to run them one by one."""
     cell = student_of(experiment)
     steps = {plan.steps[key].kind: plan.steps[key] for key in plan.ancestors(plan.cells[cell.name])}
     out = {kind: store.out(step) for kind, step in steps.items()}
