@@ -13,6 +13,7 @@ import pytest
 
 from megatron_hydra.config.loading import from_dict
 from megatron_hydra.config.run import RunConfig
+from megatron_hydra.ops.linear_rules import GATED_DELTA_RULE
 from megatron_hydra.planning.hardware import Efficiency, find_gpu
 from megatron_hydra.planning.models import read_model
 from megatron_hydra.planning.tape import decoder
@@ -58,7 +59,8 @@ def test_gdn_kernels(row: dict[str, Any]) -> None:
     gates = [tape.leaf(tape.empty((row["size"], heads), 4))[0] for _ in range(2)]
     before = tape.live
     tape.reset_peak()
-    out = _fla(program, *inputs, *gates)
+    assert GATED_DELTA_RULE.fla is not None
+    out = _fla(program, GATED_DELTA_RULE.fla, *inputs, *gates)
     root = Tensor(None, out.shape, out.size, out.edge)
     del out
     tape.backward([(root, tape.empty(root.shape, root.size))])
