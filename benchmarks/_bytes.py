@@ -1,4 +1,4 @@
-"""What a rank sends, counted where it calls torch's collectives."""
+"""Bytes that a rank sends, counted at its calls of torch's collectives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 @contextlib.contextmanager
 def counted_bytes() -> Iterator[dict[str, int]]:
-    """Bytes that this rank sends in collectives and point-to-point, ring algorithms assumed.
+    """Count the bytes that this rank sends in collectives and point-to-point, assuming ring algorithms.
 
     Yields:
         ``{"bytes": …}``, growing.

@@ -1,9 +1,9 @@
-"""What the benchmarks share: peers timed in turns in one process, ratios with spread, JSON, a plot.
+"""Shared code of the benchmarks: peers timed in turns in one process, ratios with spread, JSON, a plot.
 
-A peer is a function without arguments that does the work once. Peers of one size are warmed up, then
-timed round by round, each once a round, so that whatever else slows the machine falls on all alike.
-A ratio is the median over rounds of the ratio within a round; its spread is the smallest and the
-largest of them. A size that does not fit in memory becomes a row that says so.
+A peer is a function without arguments that does the work once. Peers of one size are warmed up, then timed
+round by round, each once in a round. So other load on the machine slows all peers alike. A ratio is the median
+over rounds of the ratio within a round; its spread is the smallest and the largest of them. If a size does not
+fit in memory, its row says so.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from megatron_hydra.parallel import platform
 
 Peer = Callable[[], Any]
 MIN_SAMPLE_SECONDS = 0.02
-"""A GPU sample repeats its peer until it lasts so long: launches overlap as they do in training."""
+"""A GPU sample repeats its peer for so many seconds: launches then overlap as in training."""
 
 
 class Sample:
     """Timings of one peer at one size.
 
     Attributes:
-        wall: seconds per call, one a round; empty where memory did not suffice.
+        wall: seconds per call, one for each round; empty if memory did not suffice.
         cpu: CPU seconds of this process per call (of use on a busy machine).
-        peak_bytes: what torch's allocator had handed out at its highest during a call, beyond what
-            was held before (:func:`measured_memory`); ``None`` where that was not measured.
-        failure: why there are none.
+        peak_bytes: peak of torch's allocator during a call, minus the bytes before it
+            (:func:`measured_memory`); ``None`` if it was not measured.
+        failure: why there are no timings.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Sample:
 
     @property
     def median(self) -> float:
-        """Median seconds of a call; NaN where there is none."""
+        """Median seconds of a call; NaN without timings."""
         return statistics.median(self.wall) if self.wall else math.nan
 
     @property
@@ -91,7 +91,7 @@ def parser(doc: str, example: str, *, sizes: str = "", what: str = "") -> argpar
     Args:
         doc: the module's docstring.
         example: a command line.
-        sizes: default of ``--sizes``; no such flag where empty.
+        sizes: default of ``--sizes``; empty: no such flag.
         what: what a size is.
     """
     made = command_parser(description=doc, epilog=f"example:\n  {example}\n")
@@ -132,7 +132,7 @@ def chosen_device(arguments: argparse.Namespace) -> torch.device:
     """The device that ``--device`` names.
 
     Raises:
-        HydraError: there is none of this kind.
+        HydraError: this machine has no such device.
     """
     name = arguments.device
     if name == "auto":
@@ -158,10 +158,10 @@ def cpu_only(arguments: argparse.Namespace, benchmark: str) -> torch.device:
 
 
 def measured_memory(peer: Peer, device: torch.device) -> int:
-    """Peak bytes of one call beyond what was held before it, results included, as torch's allocator counts.
+    """Peak bytes of one call by torch's allocator, minus the bytes before it; results are included.
 
-    On the CPU that is the sum over the allocator's own records. The resident set would say less: what
-    the C library keeps of freed blocks, or maps anew, moves it by more than a loss's chunks.
+    On the CPU it is the sum over the allocator's own records. The resident set is less exact: the C library
+    keeps freed blocks and maps new ones, which changes it by more than a loss's chunks.
     Memory that torch did not allocate (mapped files, a library's buffers) is not counted.
     """
     gc.collect()
@@ -199,7 +199,7 @@ def _timed(peer: Peer, device: torch.device, calls: int) -> tuple[float, float]:
 
 
 def _failure(error: Exception) -> str:
-    """One line for a table; the whole story goes to stderr: one peer's failure stops no other."""
+    """The error as one line for a table; the traceback goes to stderr, and other peers continue."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return "OOM"
     traceback.print_exception(error)
@@ -213,12 +213,12 @@ def time_in_turns(
     warmup: int,
     memory: bool = True,
 ) -> dict[str, Sample]:
-    """Warm every peer up, then time all of them, each once a round.
+    """Warm every peer up, then time all of them, each once in a round.
 
-    A peer that fails, at whatever call, has no timings; the others go on.
+    A peer that fails at any call has no timings; the others continue.
 
     Args:
-        memory: measure the memory of one of the warm-up calls.
+        memory: whether to measure the memory of one warm-up call.
     """
     samples = {name: Sample() for name in peers}
     alive: dict[str, tuple[Peer, int]] = {}
@@ -245,7 +245,7 @@ def _warm_up(peer: Peer, device: torch.device, warmup: int, sample: Sample | Non
     """Call a peer ``warmup`` times, at least once; returns the calls that a timing should repeat.
 
     Args:
-        sample: takes the memory of the last of these calls; ``None`` leaves it unmeasured.
+        sample: gets the memory of the last of these calls; ``None``: it is not measured.
     """
     for _ in range(max(warmup - 1, 0)):
         peer()
@@ -257,13 +257,13 @@ def _warm_up(peer: Peer, device: torch.device, warmup: int, sample: Sample | Non
     if device.type != "cuda":
         return 1
     once = time.perf_counter() - begin
-    if once < 1:  # a long one would be known well enough
+    if once < 1:  # one long call is exact enough
         once, _ = _timed(peer, device, 1)
     return max(1, min(100, round(MIN_SAMPLE_SECONDS / once)))
 
 
 def _give_up(sample: Sample, error: Exception, device: torch.device) -> None:
-    """Leave the reason in place of the timings, and free what the failed call held."""
+    """Store the reason instead of timings, and free the failed call's memory."""
     sample.failure = _failure(error)
     sample.wall.clear()
     sample.cpu.clear()
@@ -273,14 +273,14 @@ def _give_up(sample: Sample, error: Exception, device: torch.device) -> None:
 
 
 class Report:
-    """Rows of one benchmark: printed as they come, kept as JSON, drawn at the end.
+    """Rows of one benchmark: printed at once, kept as JSON, drawn at the end.
 
     Args:
         name: the benchmark's.
         arguments: its flags.
         device: where it runs.
-        ratios: label → (slower peer, faster peer): which ratios every size shows.
-        unit: what sizes count.
+        ratios: label → (slower peer, faster peer): the ratios of every size.
+        unit: the unit of sizes.
     """
 
     def __init__(
@@ -309,7 +309,7 @@ class Report:
         print(f"{name} on {machine_name}, torch {torch.__version__}", flush=True)
 
     def ran(self, **kernels: str) -> None:
-        """Keep and print which implementations ran, beside the versions that are installed."""
+        """Keep and print which implementations ran, and the installed versions."""
         if kernels.items() <= self.body["ran"].items():
             return
         self.body["ran"] |= kernels
@@ -322,15 +322,15 @@ class Report:
         """Time the peers of one size and report them.
 
         Args:
-            memory: measure peak memory as well.
-            facts: put into every row's JSON.
+            memory: whether to measure peak memory, too.
+            facts: entries of every row's JSON.
         """
         samples = time_in_turns(peers, self.device, self.repeats, self.warmup, memory)
         self.add(size, samples, **facts)
         return samples
 
     def add(self, size: int, samples: dict[str, Sample], **facts: Any) -> None:
-        """Report timings that were taken elsewhere."""
+        """Report timings that the caller has taken."""
         for name, sample in samples.items():
             self.body["rows"].append(
                 {
@@ -367,13 +367,13 @@ class Report:
         print(f"  {size_name(size):>6}  {label:<40} {ratio}", flush=True)
 
     def note(self, text: str) -> None:
-        """Keep and print a line that is no timing."""
+        """Keep and print a line of text."""
         self.body["notes"].append(text)
         print(f"  {text}", flush=True)
         self.save()
 
     def save(self) -> None:
-        """Write what there is so far: a run that is cut off leaves its rows."""
+        """Write the rows so far, so that an interrupted run leaves them."""
         if self.output is not None:
             self.output.mkdir(parents=True, exist_ok=True)
             text = json.dumps(self.body, indent=1)
@@ -397,11 +397,11 @@ class Report:
 
 
 def graphed(peer: Peer, stream: torch.cuda.Stream | None = None) -> Peer:
-    """The peer as a replayed CUDA graph: the device's time alone, without the host's launches.
+    """The peer as a replayed CUDA graph: only the device's time, without the host's launches.
 
     Args:
         peer: what to capture, at its first call.
-        stream: to capture on; a backward must be captured on the stream of its forward.
+        stream: the stream to capture on; for a backward, the stream of its forward.
     """
     graph: list[torch.cuda.CUDAGraph] = []
 
@@ -419,7 +419,7 @@ def graphed(peer: Peer, stream: torch.cuda.Stream | None = None) -> Peer:
 
 
 def profile(peer: Peer, title: str, calls: int = 3, rows: int = 30) -> str:
-    """Where the time of a few calls goes on the GPU, by kernel; the peer is warm already."""
+    """GPU time of a few calls by kernel; the peer must be warm."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
@@ -434,16 +434,16 @@ def profile(peer: Peer, title: str, calls: int = 3, rows: int = 30) -> str:
 
 
 def used_delta_rule(name: str, operation: str = "gated_delta_rule") -> str:
-    """The chosen delta rule; FLA's with the kernels that its own dispatch took in this process so far.
+    """The chosen delta rule; for FLA, also the kernels that its dispatch has chosen in this process so far.
 
     Args:
         name: ``names["gated_delta_net"]`` of the chosen kernels.
-        operation: what FLA calls the rule.
+        operation: FLA's name of the rule.
     """
     if name != "fla":
         return name
     try:
-        # The entries that FLA's dispatch has logged: "operation:function:backend", ":fail" if refused.
+        # FLA's dispatch logs entries "operation:function:backend", with ":fail" if refused.
         registries = importlib.import_module("fla.backends")._operation_registries
         entries = registries[operation]._logged
     except (ImportError, AttributeError, KeyError):
@@ -453,13 +453,13 @@ def used_delta_rule(name: str, operation: str = "gated_delta_rule") -> str:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Where it ran: the device, and the versions that are installed."""
+    """The device and the installed versions."""
     facts = {"torch": torch.__version__, "python": host.python_version()}
     for package in ("triton", "fla", "transformers", "megatron.core", "flash_qla"):
         try:
             module = __import__(package, fromlist=["__version__"])
             facts[package] = str(getattr(module, "__version__", "installed"))
-        except Exception:  # absent, or broken here
+        except Exception:  # not installed, or broken
             facts[package] = "not installed"
     if device.type == "cuda":
         facts["device"] = torch.cuda.get_device_name(device)
@@ -480,7 +480,7 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def plot(body: dict[str, Any], path: Path) -> None:
-    """Time against size, log-log, a line a peer; nothing for fewer than two sizes."""
+    """Plot time against size, log-log, one line for each peer; needs two sizes."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in body["rows"]:
         if row["seconds"]:

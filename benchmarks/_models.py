@@ -1,4 +1,4 @@
-"""The shapes that benchmarks run at, and weights without a checkpoint."""
+"""Model shapes of the benchmarks, and weights without a checkpoint."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ TINY = dataclasses.replace(
     QWEN3_1_7B, num_layers=2, hidden_size=64, ffn_hidden_size=128, vocab_size=512,
     num_query_heads=8, num_kv_heads=4, head_dim=16,
 )  # fmt: skip
-"""For trying a script out on a CPU (``--tiny``)."""
+"""A shape for trying a script on a CPU (``--tiny``)."""
 
 
 def hybrid(model: ModelConfig, fa_per_layer: int = 2) -> ModelConfig:
-    """HydraHead of a dense shape, the same number of FA heads in every layer, of different groups."""
+    """HydraHead of a dense shape: every layer has the same number of FA heads, of different groups."""
     step = model.num_query_heads // max(fa_per_layer, 1)
     heads = tuple(range(0, step * fa_per_layer, step))
     return dataclasses.replace(
@@ -71,9 +71,9 @@ def hybrid(model: ModelConfig, fa_per_layer: int = 2) -> ModelConfig:
 
 
 def hybrid_at_ratio(model: ModelConfig, ratio: int = 7) -> ModelConfig:
-    """HydraHead of a dense shape at ``ratio``:1, at least one FA head in every layer.
+    """HydraHead of a dense shape at ``ratio``:1, with at least one FA head in every layer.
 
-    What is left over after one a layer goes to the first layers; the heads differ from layer to layer.
+    FA heads beyond one for each layer are in the first layers; layers have different heads.
     """
     num_heads, num_layers = model.num_query_heads, model.num_layers
     budget = max(num_layers, num_heads * num_layers // (ratio + 1))
@@ -86,7 +86,7 @@ def hybrid_at_ratio(model: ModelConfig, ratio: int = 7) -> ModelConfig:
 
 
 def smaller(model: ModelConfig, layers: int) -> ModelConfig:
-    """The same with fewer layers; reports must say so."""
+    """The same model with fewer layers; reports must say so."""
     heads = model.full_attention_heads
     return dataclasses.replace(
         model, num_layers=layers, full_attention_heads=None if heads is None else heads[:layers]
@@ -99,7 +99,7 @@ def run_config(
     recompute: str = "none",
     backend: BackendConfig | None = None,
 ) -> RunConfig:
-    """A finetune run of one process over one sequence a step.
+    """A finetune run of one process with one sequence in each step.
 
     Args:
         recompute: ``none``, ``full``, or modules such as ``mlp`` and ``attention+mlp``.
@@ -118,7 +118,7 @@ def run_config(
 
 
 def used_kernels(run: RunConfig, model: ModelConfig, device: torch.device) -> dict[str, str]:
-    """By key of the ``backend`` section, what runs of this config took; to be asked after a run."""
+    """By key of the ``backend`` section, the back ends that runs of this config took; call it after a run."""
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     case = Case(device, dtype, model.head_dim)
     names = choose_kernels(run.backend, case, check=False).names
@@ -127,7 +127,7 @@ def used_kernels(run: RunConfig, model: ModelConfig, device: torch.device) -> di
 
 @torch.no_grad()
 def randomise(module: torch.nn.Module, seed: int = 0) -> None:
-    """Weights of a sensible size: time depends on none, but NaN and zeros would flatter kernels."""
+    """Set weights of a realistic size: NaN and zeros would make kernels faster."""
     generator = torch.Generator(platform.device()).manual_seed(seed)
     for name, parameter in module.named_parameters():
         if name.endswith(("layernorm.weight", "_norm", "gamma")):
@@ -144,10 +144,10 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> None:
 def random_weights(
     model: ModelConfig, dtype: torch.dtype, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Canonical tensors of a sensible size, drawn on the GPU where there is one, kept on the host.
+    """Canonical tensors of a realistic size, drawn on the GPU if there is one, kept on the host.
 
     Args:
-        dtype: of all but the decays, which are fp32.
+        dtype: of all tensors except decays, which are fp32.
     """
     device = platform.device()
     generator = torch.Generator(device).manual_seed(seed)
@@ -161,7 +161,7 @@ def random_weights(
         elif key.endswith("dt_bias"):
             value.uniform_(-6.0, -2.0, generator=generator)
         else:
-            # The output projection, stored by head, sums over heads as well.
+            # The output projection is stored by head and also sums over heads.
             inputs = shape[-1] * (shape[0] if key.endswith("self_attention.out") else 1)
             value.normal_(std=inputs**-0.5, generator=generator)
         weights[key] = value.cpu()

@@ -1,7 +1,7 @@
-"""A process and all that it starts, ended together.
+"""A process and all that it starts, which end together.
 
-Killing a process group does not do it: torchrun gives every rank a session of its own, and a rank that waits
-in a collective outlives a torchrun that was killed. So a family is known by a variable in its environment.
+Killing a process group is not enough: torchrun gives every rank a session of its own, and a rank that waits in
+a collective outlives a killed torchrun. So a variable in the environment identifies a family.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Family:
 
     Args:
         words: the command.
-        environment: of it; ``None``: this process's.
+        environment: the command's; ``None``: this process's.
         options: of :class:`subprocess.Popen`.
     """
 
@@ -38,19 +38,19 @@ class Family:
         self.process: subprocess.Popen = subprocess.Popen(words, env=variables, **options)
 
     def members(self) -> list[psutil.Process]:
-        """Those that are alive."""
+        """The family's live processes."""
         found = []
         for process in psutil.process_iter():
-            # Another user's process, or one that has just ended: neither is of this family.
+            # Another user's process, or one that has just ended: not of this family.
             with contextlib.suppress(psutil.Error, OSError):
                 if process.environ().get(_VARIABLE) == self._token:
                     found.append(process)
         return found
 
     def kill(self) -> None:
-        """End all of them, at once; does nothing where none is left.
+        """End all of them at once; does nothing if none is alive.
 
-        What a driver keeps from ending for a minute is named on stderr and left.
+        A process that a driver keeps alive for a minute is named on stderr and left.
         """
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while members := self.members():
@@ -60,7 +60,7 @@ class Family:
             for member in members:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.kill()
-            # Not ours: psutil would take its exit status, and Popen then reports 0.
+            # Not our child: psutil would take its exit status, and Popen would then report 0.
             psutil.wait_procs([m for m in members if m.pid != self.process.pid], timeout=5)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(5)

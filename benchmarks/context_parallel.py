@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Two context-parallel processes against one on the same tokens, every process with one thread.
+"""Two context-parallel processes against one process on the same tokens; each process has one thread.
 
-A step is forward, backward and the sum of the gradients over the processes. The model is a small hybrid
-with a long sequence; the two processes hold half of it each. Both layouts run in turns, each in its own
-processes, which stay alive and block on a pipe while the other layout works.
+A step is forward, backward and the sum of the gradients over the processes. The model is a small hybrid with a
+long sequence; each of the two processes has half of the sequence. Both layouts run in turns, each in its own
+processes. They stay alive and wait on a pipe while the other layout works.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAYOUTS = {"one process": 1, "two processes": 2}
 
 
 class Group:
-    """The processes of one layout: told to run steps, they answer with seconds."""
+    """The processes of one layout. They run steps on request and return seconds."""
 
     def __init__(self, ranks: int, tokens: int, args: argparse.Namespace, port: int) -> None:
         self.processes: list[subprocess.Popen] = []
@@ -65,7 +65,7 @@ class Group:
             HydraError: a process has died.
         """
         for process in self.processes:
-            with contextlib.suppress(BrokenPipeError):  # its answer, or the lack of one, tells
+            with contextlib.suppress(BrokenPipeError):  # a missing answer will show it
                 _pipe(process.stdin).write("step\n")
                 _pipe(process.stdin).flush()
         return max(json.loads(self._answer(process)) for process in self.processes)
@@ -77,7 +77,7 @@ class Group:
         raise HydraError(f"a worker process ended with status {process.wait()}; its error is above")
 
     def close(self) -> None:
-        """End the processes: by the end of their input, or by force where one does not answer."""
+        """End the processes by closing their input, or by force if one does not answer."""
         for process in self.processes:
             with contextlib.suppress(BrokenPipeError):
                 _pipe(process.stdin).close()
@@ -95,7 +95,7 @@ def _pipe(stream: IO[str] | None) -> IO[str]:
 
 
 def work(args: argparse.Namespace) -> int:
-    """One process: a step whenever a line comes in."""
+    """One process: it runs a step for each input line."""
     import dataclasses
 
     import torch

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Converting a checkpoint against loading and re-saving the same safetensors.
 
-A random Qwen3 of about ``--megabytes`` (bf16) is written once. In turns: safetensors' own load_file
-and save_file of all its tensors; the same with what every conversion of ours does besides (the file
-hashed and on the disk when the call returns); our conversion to a Megatron checkpoint; our export of
-that back to Hugging Face format. Whole functions in one process, imports not counted; everything in
-one folder. With ``--profile``, the functions that each conversion spends its time in.
+A random Qwen3 of about ``--megabytes`` (bf16) is written once. Then these run in turns: safetensors' own
+load_file and save_file of all its tensors; the same, with the file hashed and synced to the disk, as in all our
+conversions; our conversion to a Megatron checkpoint; our export of this checkpoint to Hugging Face format.
+Whole functions are timed in one process and one folder, without imports. ``--profile`` lists the functions that
+take most of each conversion's time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EXAMPLE = "python -m benchmarks.conversion --megabytes 1000 --repeats 5"
 
 
 def write_model(folder: Path, megabytes: int, seed: int) -> int:
-    """A random Qwen3 of about this size; returns its bytes."""
+    """Write a random Qwen3 of about this size; returns its bytes."""
     hidden, vocabulary = 1024, 16384
     per_layer = 2 * (hidden * 3072 * 3 + hidden * 128 * (16 + 8 + 8 + 16))
     layers = max(1, round((megabytes * 1e6 - 2 * hidden * vocabulary) / per_layer))
@@ -54,7 +54,7 @@ def write_model(folder: Path, megabytes: int, seed: int) -> int:
 
 
 def check_round_trip(source: Path, exported: Path) -> None:
-    """What came back is what went in.
+    """Check that the exported tensors equal the original ones.
 
     Raises:
         HydraError: a tensor is missing or differs.
@@ -69,7 +69,7 @@ def check_round_trip(source: Path, exported: Path) -> None:
 
 
 def profiled(peer: harness.Peer, rows: int = 20) -> str:
-    """The functions of one call with the most time of their own."""
+    """The functions of one call that take the most time themselves."""
     profiler = cProfile.Profile()
     profiler.runcall(peer)
     text = io.StringIO()

@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
-"""How fast data is prepared and opened.
+"""Speed of preparing and opening data.
 
-``tokenize``: Megatron-LM's ``tools/preprocess_data.py`` against ``data_prep/tokenize.py``, in
-turns, with the same tokenizer, input and number of workers; whole commands are timed, imports
-included, and the two outputs must be the same files. ``index``: opening a pair of ten million documents
-with our reader and with Megatron-Core's, and our first batch, each in a fresh process. ``waste``: time,
-padding and cuts of every packing strategy on a log-normal corpus, against cutting every S tokens.
-``stream``: batches of text and of generated tasks. ``memory``: most memory of ``data_prep/tokenize.py``, of the
-main process and a worker, by size of the corpus. ``shards``: opening a blend of so many pairs for the first and
-the second time, resuming it, and merging the pairs.
+``tokenize``: Megatron-LM's ``tools/preprocess_data.py`` against ``data_prep/tokenize.py``, in turns, with the
+same tokenizer, input and number of workers. Whole commands are timed with imports, and both outputs must be
+equal. ``index``: opening a pair of ten million documents with our reader and with Megatron-Core's, and our
+first batch, each in a new process. ``waste``: time, padding and cuts of every packing strategy on a log-normal
+corpus, against cutting every S tokens. ``stream``: batches of text and of generated tasks. ``memory``: peak
+memory of ``data_prep/tokenize.py`` (main process and a worker) by size of the corpus. ``shards``: opening a
+blend of so many pairs for the first and the second time, resuming it, and merging the pairs.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ QWEN_PATTERN = (
 
 
 def make_corpus(path: Path, megabytes: float) -> None:
-    """JSONL of log-normal documents cut from the text of the installed Python packages."""
+    """Write JSONL of log-normal documents, cut from the text of the installed Python packages."""
     folders = (sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
     suffixes = (".py", ".md", ".rst", ".txt")
     files = (p for f in folders for p in sorted(Path(f).rglob("*")) if p.suffix in suffixes)
@@ -110,7 +109,7 @@ def make_tokenizer(corpus: Path, folder: Path, vocab_size: int = 32_000) -> None
 
 
 def timed(arguments: list[str], environment: dict[str, str], sample: harness.Sample) -> None:
-    """Add the wall seconds, and the CPU seconds of a command and its children, to a sample."""
+    """Add wall seconds, and CPU seconds of a command and its children, to a sample."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     begin = time.perf_counter()
     run_command(arguments, environment)
@@ -120,10 +119,10 @@ def timed(arguments: list[str], environment: dict[str, str], sample: harness.Sam
 
 
 def run_command(arguments: list[str], environment: dict[str, str] | None = None) -> str:
-    """What a command prints.
+    """The output of a command.
 
     Raises:
-        HydraError: it failed.
+        HydraError: the command failed.
     """
     done = subprocess.run(
         arguments,
@@ -138,7 +137,7 @@ def run_command(arguments: list[str], environment: dict[str, str] | None = None)
 
 
 def bench_tokenize(args: argparse.Namespace, report: harness.Report) -> None:
-    """Both commands, in turns, for every size of a generated input or for ``--input``."""
+    """Run both commands in turns, for every size of a generated input or for ``--input``."""
     script = Path(args.megatron_lm or "") / "tools" / "preprocess_data.py"
     if not args.megatron_lm or not script.exists():
         raise HydraError(f"--megatron-lm: {script} does not exist; give a checkout of Megatron-LM")
@@ -219,7 +218,7 @@ READERS = (
 
 
 def bench_index(args: argparse.Namespace, report: harness.Report) -> None:
-    """A large pair: building its packing, opening it, the first batch."""
+    """A large pair: time building its packing, opening it, and the first batch."""
     for documents in [args.documents] if args.documents else args.sizes:
         with tempfile.TemporaryDirectory(dir=args.folder) as name:
             prefix = str(Path(name) / "large")
@@ -247,7 +246,7 @@ def bench_index(args: argparse.Namespace, report: harness.Report) -> None:
 
 
 def write_random_pair(prefix: str, documents: int, args: argparse.Namespace) -> int:
-    """Log-normal documents of random tokens as ``.bin`` and ``.idx``; returns their tokens."""
+    """Write log-normal documents of random tokens as ``.bin`` and ``.idx``; returns the number of tokens."""
     rng = np.random.default_rng(args.seed)
     drawn = rng.lognormal(np.log(args.median or 60), 1.0, documents)
     lengths = np.maximum(drawn, 1).astype(np.int64)
@@ -311,7 +310,7 @@ def bench_stream(args: argparse.Namespace, report: harness.Report) -> None:
 
 
 def stream_peers(folder: Path, length: int) -> dict[str, harness.Peer]:
-    """One step's batch of one sequence, the next at every call, by what it is made of."""
+    """By kind of data: a function that returns the next batch of one sequence."""
     parts = {"text from disk": SourceConfig(path=str(folder / "text"))}
     parts |= {task: SourceConfig(kind="synthetic", task=task) for task in TASKS}
 
@@ -330,7 +329,7 @@ def stream_peers(folder: Path, length: int) -> dict[str, harness.Peer]:
 
 
 def bench_memory(args: argparse.Namespace, report: harness.Report) -> None:
-    """The command on growing heads of one corpus: highest resident size of each of its processes."""
+    """Run the command on more and more of one corpus: peak resident size of each process."""
     for megabytes in args.sizes:
         with tempfile.TemporaryDirectory(dir=args.folder) as name:
             folder = Path(name)
@@ -373,7 +372,7 @@ def copy_head(source: Path, target: Path, megabytes: float) -> None:
 
 
 def watch(command_line: list[str], sample: harness.Sample) -> dict[str, int]:
-    """Run and time a command; the highest resident size of its main process and of a child, in bytes."""
+    """Run and time a command; returns the peak resident size of its main process and of a child, in bytes."""
     most = {"main": 0, "worker": 0}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     begin = time.perf_counter()
@@ -393,7 +392,7 @@ def watch(command_line: list[str], sample: harness.Sample) -> dict[str, int]:
 
 
 def children_of(pid: int) -> list[int]:
-    """Child processes, from /proc; none if it has just gone."""
+    """Child processes, from /proc; none if the process has just ended."""
     try:
         text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     except OSError:
@@ -402,7 +401,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def highest_resident(pid: int) -> int:
-    """``VmHWM`` of a process in bytes; 0 if it has just gone."""
+    """``VmHWM`` of a process in bytes; 0 if it has just ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -411,7 +410,7 @@ def highest_resident(pid: int) -> int:
 
 
 def bench_shards(args: argparse.Namespace, report: harness.Report) -> None:
-    """A blend of many small pairs."""
+    """Time a blend of many small pairs."""
     for count in args.sizes:
         with tempfile.TemporaryDirectory(dir=args.folder) as name:
             prefixes = write_shards(Path(name), count, args.seed)
@@ -444,7 +443,7 @@ def bench_shards(args: argparse.Namespace, report: harness.Report) -> None:
 
 
 def open_pairs(prefixes: list[str]) -> list[IndexedDocuments]:
-    """All of them at once."""
+    """Time all pairs of one size."""
     return [IndexedDocuments(prefix) for prefix in prefixes]
 
 
@@ -490,7 +489,7 @@ SUBJECTS = {
                {"time to open again / with packing": ("open the blend", "open the blend, packing")},
                "pairs", "100,1000", 1),
 }  # fmt: skip
-"""By name: function, ratios, what a size is, default sizes, default rounds."""
+"""Name -> function, ratios, meaning of a size, default sizes, default rounds."""
 
 
 def _parser() -> argparse.ArgumentParser:

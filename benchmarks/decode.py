@@ -2,12 +2,12 @@
 """Prefill and decoding of the exported model against the dense model of the same shape, in Hugging Face format.
 
 Both have random weights and Qwen3-1.7B's shape, or are read from folders: ``--hf-path`` (an export) and
-``--dense`` (its teacher). Peers take turns: one prefill, or one token, of the one, then of the other.
+``--dense`` (its teacher). Peers take turns: one prefill, or one token, of each.
 
-Prefill (``--prefill-sizes``): a prompt is read in one call, as generate() does it.
+Prefill (``--prefill-sizes``): one call reads a prompt, as in generate().
 
-Decode (``--sizes``): batch 1, one greedy token a call. The caches are not read from a prompt but filled with
-random numbers: what a token costs does not depend on them. ``--modes`` names the ways:
+Decode (``--sizes``): batch 1, one greedy token for each call. Caches are filled with random numbers instead of
+reading a prompt, because the time of a token does not depend on them. ``--modes`` names the modes:
 
   eager     without CUDA graphs, transformers' dynamic cache, as generate() does it by default
   graph     transformers' static cache, the whole step captured as one CUDA graph by hand
@@ -65,13 +65,13 @@ SAME = (
 """What an export and its peer have in common."""
 
 ROOM = 256
-"""Columns of a static cache beyond the prompt; when they are full, decoding goes back to the prompt's end."""
+"""Columns of a static cache after the prompt; when they are full, decoding restarts at the prompt's end."""
 
 Step = Callable[[], None]
 
 
 def build(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Dense and hybrid: as read from their folders, or with random weights."""
+    """Dense and hybrid models: from their folders, or with random weights."""
     torch.manual_seed(args.seed)
     dtype = torch.bfloat16 if device.type == "cuda" or args.bf16 else torch.float32
     if args.hf_path:
@@ -136,7 +136,7 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def free(device: torch.device) -> None:
-    """Give back what nobody holds any more."""
+    """Free unused memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -146,7 +146,7 @@ def free(device: torch.device) -> None:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of what a cache holds, by its own tensors."""
+    """Bytes of a cache's tensors."""
     total = 0
     for layer in cache.layers:
         names = ("keys", "values", *getattr(layer, "MEMORIES", ()))
@@ -157,17 +157,17 @@ def cache_bytes(cache: Any) -> int:
 
 @torch.inference_mode()
 def filled_cache(model: Any, batch: int, length: int, room: int | None) -> Any:
-    """A cache as after a prompt of ``length`` tokens, of random numbers.
+    """A cache of random numbers, as after a prompt of ``length`` tokens.
 
     Args:
-        room: columns of a static cache beyond them; ``None``: a dynamic cache.
+        room: further columns of a static cache; ``None``: a dynamic cache.
     """
     if room is None:
         cache: Any = DynamicCache(config=model.config)
     else:
         cache = StaticCache(config=model.config, max_cache_len=length + room)
     token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
-    model(token, use_cache=True, **{CACHE_NAME: cache})  # makes every tensor
+    model(token, use_cache=True, **{CACHE_NAME: cache})  # this makes every tensor
     for layer in cache.layers:
         for name in getattr(layer, "MEMORIES", ()):
             if getattr(layer, name) is not None:
@@ -185,10 +185,10 @@ def filled_cache(model: Any, batch: int, length: int, room: int | None) -> Any:
 
 
 def rewind(cache: Any, length: int) -> None:
-    """Say that a cache holds ``length`` tokens.
+    """Set a cache's number of tokens to ``length``.
 
     Raises:
-        HydraError: it keeps no such number.
+        HydraError: the cache does not keep this number.
     """
     for layer in cache.layers:
         if isinstance(layer, HydraHeadCacheLayer):
@@ -338,10 +338,10 @@ def fits(model: Any, batch: int, length: int, mode: str, device: torch.device) -
 def largest_batch(
     model: Any, length: int, mode: str, limit: int, device: torch.device
 ) -> tuple[int, str]:
-    """The largest batch that fits, to a thirty-second of it, and how it was found.
+    """The largest batch that fits, within a thirty-second of it, and how it was found.
 
     Args:
-        limit: no more than so many; 0: as memory allows.
+        limit: the largest batch to try; 0: limited by memory only.
     """
     _, cache = decode_step(model, 1, length, mode)
     each = cache_bytes(cache)
@@ -350,7 +350,7 @@ def largest_batch(
     if device.type != "cuda":
         return limit or 2, "as told: no bisection on the CPU"
     available = torch.cuda.mem_get_info(device)[0]
-    over = available // each + 1  # so many caches alone do not fit
+    over = available // each + 1  # the caches alone do not fit
     if limit and limit < over:
         if fits(model, limit, length, mode, device):
             return limit, "--largest-batch"
@@ -376,7 +376,7 @@ def measure_batch(
     device: torch.device,
     report: harness.Report,
 ) -> None:
-    """Tokens a second at the largest batch; the two do not fit in memory together, so one after the other."""
+    """Tokens per second at the largest batch. The models run one after the other, because both do not fit."""
     seconds: dict[str, list[float]] = {}
     for name, model in models.items():
         for other in models.values():
@@ -413,7 +413,7 @@ def modes_of(text: str) -> list[str]:
 
 
 def sizes_or_none(text: str) -> list[int]:
-    """As ``--sizes``; ``none`` for no such rows."""
+    """As ``--sizes``; ``none``: no such rows."""
     return [] if text == "none" else harness.sizes_of(text)
 
 

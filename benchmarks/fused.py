@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
-"""Our fused kernels against the bandwidth that a plain copy reaches on this device.
+"""Our fused kernels against the bandwidth of a plain copy on this device.
 
-Bytes are counted once for every tensor that has to be read and once for every tensor that has to be
-written; time is of one kernel call, forward or backward, replayed as a CUDA graph so that launches do
-not count. The torch twin stands beside it.
+Every tensor that a kernel must read or write counts once. Time is of one kernel call, forward or backward,
+replayed as a CUDA graph, so that launches do not count. The torch twin is timed, too.
 ``--sweep`` tries block heights and warps. One size is the number of tokens.
 """
 
@@ -29,8 +28,8 @@ class Kernel:
 
     Attributes:
         fused, twin: the two implementations, of ``inputs``.
-        inputs: tensors; gradients are taken by those that require them.
-        forward_bytes, backward_bytes: what each has to move.
+        inputs: tensors; those that require gradients get them.
+        forward_bytes, backward_bytes: bytes that each must move.
     """
 
     fused: Callable
@@ -45,7 +44,7 @@ def size_of(*tensors: torch.Tensor) -> int:
 
 
 def fused_functions(device: torch.device) -> dict[str, Callable]:
-    """The Triton kernels; on the CPU the twins stand in, to try this script out."""
+    """The Triton kernels; on the CPU the twins replace them, to try this script."""
     if device.type == "cpu":
         return {
             "tail": fusion_tail.fusion_tail,
@@ -118,7 +117,7 @@ def _heads(x: torch.Tensor, d: int) -> torch.Tensor:
 
 
 def copy_bandwidth(device: torch.device, args: argparse.Namespace) -> float:
-    """Bytes read and written per second by a large device-to-device copy."""
+    """Bytes read and written per second in a large device-to-device copy."""
     elements = 1 << (30 if device.type == "cuda" else 25)
     source = torch.empty(elements, dtype=torch.bfloat16, device=device).normal_()
     target = torch.empty_like(source)
@@ -127,7 +126,7 @@ def copy_bandwidth(device: torch.device, args: argparse.Namespace) -> float:
 
 
 def peers(kernel: Kernel) -> tuple[dict[str, harness.Peer], dict[str, harness.Peer]]:
-    """Forward and backward peers; a backward runs over one kept graph."""
+    """Forward and backward peers; all backwards use one kept graph."""
     forward, backward = {}, {}
     for name, function in (("fused", kernel.fused), ("torch twin", kernel.twin)):
         with torch.no_grad():

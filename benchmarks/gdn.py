@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
 """A linear rule, forward and backward, by every implementation that runs here.
 
-On a GPU: FLA's Triton kernels, FlashQLA's through FLA's dispatch (if installed) and our torch twin.
-``--rule kda``: Kimi Delta Attention, by our torch rule and FLA.
-On the CPU: our torch rule against transformers' ``torch_chunk_gated_delta_rule``. All get the same
-inputs; outputs are compared before anything is timed. Time per token over that at the first size says
-how linear it is; on the CPU the sizes take turns within a round, so that this ratio too is taken
-within rounds.
+On a GPU: FLA's Triton kernels, FlashQLA's through FLA's dispatch (if installed) and our torch twin. ``--rule
+kda``: Kimi Delta Attention, by our torch rule and FLA. On the CPU: our torch rule against transformers'
+``torch_chunk_gated_delta_rule``. All get the same inputs; outputs are compared before the timing. The time per
+token, divided by that of the first size, shows how linear a rule is. On the CPU the sizes take turns within a
+round, so this ratio is also one within rounds.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 def transformers_rule() -> Rule:
-    """The torch rule of transformers; with FLA importable it would pick FLA's kernels."""
+    """The torch rule of transformers. FLA is hidden, because transformers would use its kernels."""
     name = "transformers.models.qwen3_next.modeling_qwen3_next"
     hidden, sys.modules["fla"] = sys.modules.get("fla"), None  # type: ignore[assignment]
     try:
@@ -88,7 +87,7 @@ def make_inputs(length: int, args: argparse.Namespace, device: torch.device) -> 
 
 @torch.no_grad()
 def check_agreement(rules: dict[str, Rule], inputs: list[torch.Tensor], linear: str) -> None:
-    """All implementations must compute the same.
+    """Check that all implementations give the same.
 
     Raises:
         HydraError: naming the one that does not.
@@ -159,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _report_linearity(
     report: harness.Report, name: str, by_length: dict[int, harness.Peer]
 ) -> None:
-    """Time per token over that of the first length; lengths take turns, with about equal work a turn."""
+    """Time per token, divided by that of the first length; lengths take turns with about equal work."""
     longest, first = max(by_length), next(iter(by_length))
 
     def repeated(length: int) -> harness.Peer:

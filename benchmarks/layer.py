@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """The attention core of one layer, forward and backward: HydraHead against all heads full attention.
 
-The core is everything between the input projection's output and the output projection's input:
-short convolution, q/k preparation, both branches, gates, norm, scale. ``all-FA`` is the dense model's
-core of the same shape (QK-norm, rotary, attention), once for every FA kernel that runs here; the best
-of them is the peer. ``FA alone`` and ``GDN alone`` are the hybrid's own branches with their share of
-the tail; the mixing tax is the hybrid's time over the sum of the two. ``… kernel`` rows time the bare
-kernels. One document of the given length; one size is its tokens.
+The core is everything between the input projection's output and the output projection's input: short
+convolution, q/k preparation, both branches, gates, norm, scale. ``all-FA`` is the dense model's core of the
+same shape (QK-norm, rotary, attention), once for every FA kernel that runs here; the best of them is the peer.
+``FA alone`` and ``GDN alone`` are the hybrid's branches with their share of the tail. The mixing tax is the
+hybrid's time divided by the sum of the two. ``… kernel`` rows time the bare kernels. The input is one document;
+a size is its number of tokens.
 
-With ``--graph`` hybrid and best peer are timed as replayed CUDA graphs as well: without the host's
-launch time, which short sequences do not hide.
+``--graph`` also times hybrid and best peer as replayed CUDA graphs. They exclude the host's launch time, which
+short sequences do not hide.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from megatron_hydra.parallel.world import start_world, stop_world
 
 EXAMPLE = "python -m benchmarks.layer --sizes 8K,32K,128K,512K --repeats 5"
 SLOW_KERNELS = ("flash", "varlen")
-"""Full-attention kernels without Hopper's instructions; not run at the largest sizes."""
+"""Full-attention kernels without Hopper's instructions; they do not run at the largest sizes."""
 
 
 def build_core(model: ModelConfig, kernels: Kernels, device: torch.device) -> HydraAttention:
@@ -58,12 +58,12 @@ def build_core(model: ModelConfig, kernels: Kernels, device: torch.device) -> Hy
 
 
 class Core:
-    """A layer's core on one stream of tokens: a fused projection in, o_proj's input out.
+    """A layer's core on one stream of tokens: from a fused projection to o_proj's input.
 
     Args:
         layer: the attention layer.
         tokens: T.
-        device: where.
+        device: where it runs.
         seed: of the projection's values.
         branch: ``fa`` or ``gdn`` for that branch's projections alone; empty for both.
     """
@@ -81,7 +81,7 @@ class Core:
         self.packed = PackedSequence((0, tokens), device=device)
         generator = torch.Generator(device).manual_seed(seed)
         dtype = layer.config.params_dtype
-        # As the layer's are; a branch's alone would be no multiple either.
+        # As the layer's; a branch's own number would not be a multiple either.
         rows = padded_rows(self.segments)
         self.projected = torch.randn(
             tokens, rows, generator=generator, device=device, dtype=dtype
@@ -92,7 +92,7 @@ class Core:
         self.cotangent: dict[int, torch.Tensor] = {}
 
     def inputs(self) -> HeadInputs:
-        """What the branches read."""
+        """The branches' inputs."""
         rows = split_segments(self.projected, self.segments, 1)
         fa = {name: rows.get(f"fa.{name}") for name in FullAttentionInputs._fields}
         gdn = {name: rows.get(f"gdn.{name}") for name in GatedDeltaNetInputs._fields}
@@ -124,7 +124,7 @@ class Core:
         return layer.fusion.tail([(output, inputs.gate)], gamma)
 
     def step(self, forward: Callable[[], torch.Tensor]) -> harness.Peer:
-        """Forward and backward; gradients by the projections and by the branches' parameters."""
+        """Forward and backward, with gradients by the projections and the branches' parameters."""
 
         def run() -> None:
             output = forward()
@@ -198,7 +198,7 @@ LIBRARIES: dict[str, Callable[[], gpu_attention.Attention]] = {
     "flash-attn 4": flash_attn_4,
     "Transformer Engine": gpu_attention.transformer_engine_varlen,
 }
-"""Full-attention kernels beside SDPA's, by name."""
+"""Full-attention kernels in addition to SDPA's, by name."""
 
 
 def full_attention_kernels(
@@ -301,7 +301,7 @@ def measure_size(
 
 
 def fastest(samples: dict[str, harness.Sample]) -> str:
-    """The name with the least median; empty where none has timings."""
+    """The name with the least median; empty without timings."""
     timed = [name for name, sample in samples.items() if sample.wall]
     return min(timed, key=lambda name: samples[name].median, default="")
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Long documents through the trainer, layout by layout: does it run, how fast, with how much memory.
+"""Train on long documents with several layouts: whether each runs, its speed and its memory.
 
-A student of Qwen3-1.7B's shape with random weights (two FA heads in every layer) and one document that
-fills the sequence are made first. Then every layout trains on them for a few steps, by
-``torchrun … -m megatron_hydra.train`` with finetune.yaml and finetune_512k.yaml of
-configs/qwen3_1.7b/ours. A layout has ``--limit`` seconds; then its processes are killed, and its row says
-how far it came. Losses and gradient norms of one model's layouts of the same length have to agree as bf16
-does; otherwise, or where a layout made too few steps, the status is 1. ``--models hydra,dense`` trains the
-dense model of the same shape in every layout too, and writes down how many times faster the hybrid's step is.
-Without a GPU, ``--tiny`` tries the script out over gloo.
+First it makes a student of Qwen3-1.7B's shape with random weights (two FA heads in every layer) and one
+document that fills the sequence. Then every layout trains on them for a few steps, by ``torchrun … -m
+megatron_hydra.train`` with finetune.yaml and finetune_512k.yaml of configs/qwen3_1.7b/ours. A layout has
+``--limit`` seconds. After these its processes are killed, and its row shows its last step. Losses and gradient
+norms of one model and length must agree within bf16's rounding over layouts. If they do not, or if a layout
+made too few steps, the status is 1. ``--models hydra,dense`` also trains the dense model of the same shape in
+every layout, and prints how many times faster the hybrid's step is. Without a GPU, ``--tiny`` tries the script
+over gloo.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ EXAMPLE = (
 )
 CONFIGS = ROOT / "configs" / "qwen3_1.7b" / "ours"
 LOSS_BOUND, NORM_BOUND = 5e-3, 5e-2
-"""Most that losses and gradient norms of one step may differ between layouts, relative: bf16 has 8 bits, and
-every layout sums in another order."""
+"""Largest relative difference of a step's losses and gradient norms between layouts: bf16 has 8 bits, and every
+layout has another order of sums."""
 _SEQUENCE = ["parallel.sequence=true", "parallel.fa_partition=sequence"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A layout and the length that it is for.
+    """A layout for one length.
 
     Attributes:
-        gpus: it takes.
+        gpus: number of GPUs.
         tokens: of the sequence.
         overrides: of the config.
     """
@@ -81,7 +81,7 @@ LAYOUTS = {
     "one GPU": Layout(1, 128 * 1024, ()),
 }
 DEFAULT = {4: "context 4;tensor 2, context 2", 2: "context 2;tensor 2", 1: "one GPU"}
-"""By the number of GPUs that there are, or the next smaller one."""
+"""Layouts by number of GPUs; a machine uses its number, or the next smaller one."""
 
 
 def make_inputs(folder: Path, chosen: dict[str, ModelConfig], tokens: list[int], seed: int) -> None:
@@ -104,13 +104,13 @@ def make_inputs(folder: Path, chosen: dict[str, ModelConfig], tokens: list[int],
 def _overrides(
     layout: Layout, tokens: int, folder: Path, model: str, output: Path, args: argparse.Namespace
 ) -> list[str]:
-    """Of the config, in the words of the command line."""
+    """Overrides of the config, as words of the command line."""
     return [
         f"output={output}", f"student.checkpoint={folder / model}",
         f"data.blend=[{{path: {folder / f'document_{tokens}'}}}]", "data.tokenizer=''",
         f"data.sequence_length={tokens}", f"data.cache_dir={folder / 'packs'}",
         "batch.global_batch_size=1", "optimizer.lr=1e-4", "schedule.kind=constant",
-        # One more than is waited for: what is measured ends before the last step's checkpoint begins.
+        # One more step than measured, so that the measurement ends before the last step's checkpoint.
         "schedule.warmup_steps=0", f"schedule.steps={args.steps + 1}",
         "recompute.granularity=full", "logging.tensorboard=false", "logging.progress=false",
         *(["loss.chunk_tokens=128"] if args.tiny else []), *layout.overrides,
@@ -166,7 +166,7 @@ def run_layout(words: list[str], output: Path, steps: int, limit: float) -> dict
 
 
 def _metrics(output: Path) -> list[dict[str, Any]]:
-    """The whole lines so far."""
+    """The complete lines so far."""
     path = output / METRICS_FILE
     if not path.exists():
         return []
@@ -178,7 +178,7 @@ def _metrics(output: Path) -> list[dict[str, Any]]:
 
 
 def expected(model: ModelConfig, layout: Layout, overrides: list[str]) -> dict[str, float]:
-    """What the planner says: GiB of the fullest rank, seconds of a step on H100s by its assumptions."""
+    """The planner's prediction: GiB of the fullest rank, and seconds of a step on H100s."""
     from megatron_hydra.planning.hardware import GPUS, Efficiency
     from megatron_hydra.planning.plan import plan_run
     from megatron_hydra.planning.timing import Machine
@@ -205,7 +205,7 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def disagreements(rows: list[dict[str, Any]]) -> list[str]:
-    """What is wrong: a layout without a step, a loss that is not finite, layouts that differ."""
+    """Errors: a layout without a step, a loss that is not finite, layouts that differ."""
     found = []
     for row in rows:
         values = [*row["losses"], *row["grad_norms"]]
@@ -353,7 +353,7 @@ def _provide_inputs(
         shutil.rmtree(folder / name, ignore_errors=True)
     made.unlink(missing_ok=True)
     begin = time.monotonic()
-    # A process of its own: it has a GPU's context, and memory, only while it makes the weights.
+    # A process of its own frees the GPU's context and memory when the weights are made.
     maker = [sys.executable, "-m", "benchmarks.long_context", "--make", *words]
     if status := subprocess.run(maker, cwd=ROOT, check=False).returncode:
         raise HydraError(
@@ -370,7 +370,7 @@ def _measure(
     folder: Path,
     words: list[str],
 ) -> int:
-    # As Ctrl-C: the ranks of the layout that runs are ended, too.
+    # As Ctrl-C: also end the ranks of the running layout.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "runs", ignore_errors=True)

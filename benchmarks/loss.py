@@ -1,19 +1,17 @@
 #!/usr/bin/env python3
 """The chunked KD loss against full logits: time and peak memory, forward and backward.
 
-``materialised`` is what one would write: both heads' logits, KL of two log-softmaxes plus
-cross-entropy, autograd. In ``materialised (compiled)`` torch.compile has fused what it can of it.
-Losses are compared before anything is timed.
+``materialised`` is the plain code: both heads' logits, KL of two log-softmaxes plus cross-entropy, autograd.
+``materialised (compiled)`` is the same with torch.compile. Losses are compared before the timing.
 
-With ``--liger`` Liger-Kernel's fused losses are peers (``pip install liger-kernel==0.8.5``). They know no
-cross-entropy beside the divergence, so the weight of KL is then 1 for all; ours computes the cross-entropy
-all the same. ``FusedLinearKLDivLoss`` takes the teacher's probabilities of all tokens, which are made within
-its time, in the inputs' dtype. ``FusedLinearJSD`` takes the teacher's hidden states, as ours does; at β = 0
-it is KL.
+``--liger`` adds Liger-Kernel's fused losses (``pip install liger-kernel==0.8.5``). They have no cross-entropy
+beside the divergence, so all peers then use 1 as the weight of KL; ours still computes the cross-entropy.
+``FusedLinearKLDivLoss`` takes the teacher's probabilities of all tokens, in the inputs' dtype; making them is
+within its time. ``FusedLinearJSD`` takes the teacher's hidden states, as ours does; at β = 0 it is KL.
 
-Peak memory is what torch's allocator hands out beyond the inputs. It is reported twice: as it is, with
-the gradients that every implementation returns (by the hidden states, N·D, and by the weight, V·D);
-and less the gradient by the hidden states, the one part that has to grow with the tokens.
+Peak memory is that of torch's allocator without the inputs. It is reported twice: with the gradients that every
+implementation returns (by the hidden states, N·D, and by the weight, V·D), and without the gradient by the
+hidden states, the only part that must grow with the tokens.
 """
 
 from __future__ import annotations
@@ -59,7 +57,7 @@ def liger_losses() -> dict[str, Loss]:
     """Liger-Kernel's fused losses of a linear layer, both KL(teacher ‖ student).
 
     Raises:
-        HydraError: it is not installed, or too old to have both.
+        HydraError: it is not installed, or too old for both.
     """
     try:
         from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
@@ -101,7 +99,7 @@ def make_inputs(tokens: int, args: argparse.Namespace, device: torch.device) -> 
 
 
 def peers_of(inputs: dict, args: argparse.Namespace, device: torch.device) -> dict:
-    """Name → loss of the inputs."""
+    """Name → function of the inputs that returns the loss."""
     mask = torch.ones(inputs["labels"].shape, device=device)
     kl_weight = 1.0 if args.liger else KL_WEIGHT
 
@@ -184,13 +182,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check_agreement(losses: dict[str, Loss], inputs: dict) -> None:
-    """All must compute the same loss.
+    """Check that all compute the same loss.
 
     Raises:
         HydraError: naming the one that does not.
     """
     values = {name: float(loss(**inputs)) for name, loss in losses.items()}
-    if LIGER_JSD in values:  # a mean; summed here, not where it is timed
+    if LIGER_JSD in values:  # it is a mean; the sum is taken here, outside the timing
         values[LIGER_JSD] *= len(inputs["labels"])
     first, expected = next(iter(values.items()))
     for name, value in values.items():
@@ -217,7 +215,7 @@ def _report_memory(report: harness.Report, tokens: int, samples: dict[str, harne
 def _report_growth(
     report: harness.Report, peaks: dict[str, list[int]], args: argparse.Namespace, bytes_each: int
 ) -> None:
-    """Peaks over that of the first size, with and without the gradient by the hidden states."""
+    """Peaks divided by the first size's peak, with and without the gradient by the hidden states."""
     for name, peak in peaks.items():
         if len(peak) != len(args.sizes):
             continue

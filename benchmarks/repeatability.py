@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Do equal runs give equal bits? And if they do not, which kernel makes the difference?
+"""Whether equal runs give equal bits; if not, which kernel makes the difference.
 
-Three parts. ``kernels``: every kernel forward and backward several times on the same input. ``gradients``: the
-first training step's gradients several times in one process, for the chosen kernels, on one stream
-and on two, and with each kernel's twin in turn; every run is compared with the first of its kind, and the first
-with the one on a single stream. ``runs``: several whole steps, twice from the start.
+It has three parts. ``kernels``: every kernel runs forward and backward several times on the same input.
+``gradients``: the first training step's gradients several times in one process, for the chosen kernels, on one
+stream and on two, and with each kernel's twin in turn. Every run is compared with the first of its kind, and
+the first with the one on a single stream. ``runs``: several whole steps, twice from the start.
 
-A difference is max |a − b| over max |a| of a tensor; parameters of all layers are one row. Atomic additions
-differ from run to run on any number of streams. What differs on two streams only is a race.
+A difference is max |a − b| divided by max |a| of a tensor; a row has a parameter's largest over all layers.
+Atomic additions differ between runs on any number of streams. A difference on two streams only is a race.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Max |a − b| over max |a|; 0 only for equal bits, infinite where one is not finite."""
+    """Max |a − b| divided by max |a|; 0 only for equal bits, infinite if one is not finite."""
     if torch.equal(a, b):
         return 0.0
     gap = (a.double() - b.double()).abs().max() / a.double().abs().max()
@@ -56,7 +56,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def kernel_cases(
     config: RunConfig, model: ModelConfig, packed: PackedSequence, device: torch.device, seed: int
 ) -> Iterator[tuple[str, Callable[[], Tensors]]]:
-    """(kernel, what runs it once on inputs that stay the same and gives results and gradients)."""
+    """Pairs (kernel, function that runs it once on fixed inputs and returns results and gradients)."""
     generator = torch.Generator(device).manual_seed(seed)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     length, d, hidden = packed.length_local, model.head_dim, model.hidden_size
@@ -138,7 +138,7 @@ def kernel_cases(
         case(lambda a: a.index_select(1, index), random(length, 3, d)),
     )
     tokens = torch.randint(model.vocab_size, (length,), generator=generator, device=device)
-    tokens = torch.where(tokens % 3 == 0, tokens % 50, tokens)  # some words are common
+    tokens = torch.where(tokens % 3 == 0, tokens % 50, tokens)  # some tokens are frequent
     table, weight = random(model.vocab_size, hidden), random(hidden)
     yield "embedding", case(lambda w: F.embedding(tokens, w), table)
     yield "embedding by indexing", case(lambda w: w[tokens], table)
@@ -160,7 +160,7 @@ def kernel_cases(
 
 
 def gradients(train_state: TrainState, batch: PackedBatch) -> Tensors:
-    """Loss sums and every parameter's gradient of a step that is not made."""
+    """Loss sums and every parameter's gradient of a step, without the update."""
     _accumulate_gradients(train_state, [batch])
     found = {"loss": train_state.verb.sums.clone()}
     for chunk in train_state.chunks:
@@ -171,7 +171,7 @@ def gradients(train_state: TrainState, batch: PackedBatch) -> Tensors:
 
 
 def compared(first: Tensors, other: Tensors) -> tuple[str, float, int]:
-    """(a line that names what differs by kind, the largest difference, tensors that differ)."""
+    """A line with the differences by kind, the largest difference, and the number of tensors that differ."""
     by_kind: dict[str, list[float]] = {}
     for name, tensor in first.items():
         kind = re.sub(r"\.\d+\.", ".*.", name)
@@ -192,7 +192,7 @@ def norm_of(tensors: Tensors) -> float:
 
 
 def variants(args: argparse.Namespace, twins: bool) -> Iterator[tuple[str, BackendConfig]]:
-    """(name, back ends): the first one is what the others are compared with."""
+    """Pairs (name, back ends); the others are compared with the first one."""
     auto, on_gpu = BackendConfig(), torch.cuda.is_available()
     yield "one stream", dataclasses.replace(auto, streams="one")
     if on_gpu:
@@ -230,7 +230,7 @@ def _clear(device: torch.device) -> None:
 
 
 def kernels_part(report: harness.Report, args: argparse.Namespace, shape: ModelConfig) -> None:
-    """Every kernel by itself, on the same input again and again."""
+    """Run every kernel several times on the same input."""
     device = report.device
     config = profiled_config(args, "distill", device)
     batch = next(packed_batches(config, shape.vocab_size, False, args.seed))
@@ -330,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.set_defaults(repeats=4, streams="auto")
     args = parser.parse_args(arguments)
     device = harness.chosen_device(args)
-    if args.deterministic:  # torch asks for it before the first product of a process
+    if args.deterministic:  # torch needs it before the first product of a process
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     shape = models.TINY if args.tiny else models.SMOLLM2_135M
     student = models.hybrid_at_ratio(shape)

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Are our RULER tasks RULER's? Its own generators and scorer against ours, property by property.
+"""Compare our RULER tasks with NVIDIA's: generators and scorer, property by property.
 
     git clone https://github.com/NVIDIA/RULER peers/RULER
     pip install --target peers/site wonderwords tenacity scipy
     python benchmarks/ruler_peer.py --ruler peers/RULER --site peers/site
 
-Runs NVIDIA/RULER's generators (every task of its ``synthetic.yaml``) in processes of their own, on the
-same tokenizer and the same documents, and compares what no seed decides: how many needles, what
-answers and keys look like, the wording around them, repetitions of words, and the length. RULER's
-essays and question files are downloads; here both sides get text and questions made offline, and
-RULER's sentence splitter (nltk's, which needs a download too) is replaced by one at full stops. Then
-both scorers score the same predictions. Exit status 1 where anything differs.
+It runs NVIDIA/RULER's generators (every task of its ``synthetic.yaml``) in processes of their own, on the same
+tokenizer and the same documents. It compares what does not depend on the seed: number of needles, form of
+answers and keys, the wording around them, repetitions of words, and the length. RULER downloads its essays and
+question files; here both sides get text and questions made offline. RULER's sentence splitter (nltk's, which
+also needs a download) is replaced by one at full stops. Then both scorers score the same predictions. The exit
+status is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ SEED = 7
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """One sample of either side: the whole prompt, its answers, the tokens that may follow."""
+    """One sample of either side: the whole prompt, its answers, and the number of tokens that may follow."""
 
     prompt: str
     answers: tuple[str, ...]
     new_tokens: int
 
 
-# -- what both sides get ---------------------------------------------------------------------------
+# -- inputs of both sides --------------------------------------------------------------------------
 
 
 def write_data(folder: Path) -> None:
@@ -110,7 +110,7 @@ def make_tokenizer(folder: Path) -> None:
 
 
 class Peer:
-    """RULER's scripts in a scratch folder, with the files that they would download."""
+    """RULER's scripts in a temporary folder, with the files that they would download."""
 
     def __init__(self, checkout: Path, site: str, scratch: Path) -> None:
         if not (checkout / "scripts" / "synthetic.yaml").is_file():
@@ -132,7 +132,7 @@ class Peer:
         self.metrics = _load(self.scripts / "eval" / "synthetic" / "constants.py").TASKS
 
     def samples(self, task: str, length: int, count: int, tokenizer: Path) -> list[Made]:
-        """What its generator writes."""
+        """The samples that RULER's generator writes."""
         facts = self.tasks[task]
         base = self.constants[facts["task"]]
         out = self.scripts / "out" / str(length)
@@ -178,7 +178,7 @@ def _load(path: Path) -> Any:
 def our_samples(
     task: str, length: int, count: int, tokenizer: Any, peer: Peer
 ) -> tuple[list[Made], list[GenerationSample]]:
-    """The same task here, on the same documents."""
+    """The samples of our task, on the same documents."""
     files = {"qa_1": "squad.json", "qa_2": "hotpotqa.json"}
     made = load_task(f"qa:{peer.data / 'json' / files[task]}" if task in files else task)
     request = SampleRequest(
@@ -193,7 +193,7 @@ def our_samples(
 
 
 def _shape(words: list[str]) -> str:
-    """What a value looks like: a number of n digits, a UUID, two joined words, or its letters."""
+    """The form of a value: a number of n digits, a UUID, two joined words, or its letters."""
     kinds = set()
     for word in words:
         if re.fullmatch(UUID, word):
@@ -332,7 +332,7 @@ class Comparison:
 def compare(
     task: str, length: int, ours: list[Made], theirs: list[Made], kind: str, tokenizer: Any
 ) -> Comparison:
-    """Property by property: the values that samples of each side have."""
+    """For each property, the values of both sides' samples."""
     read = PROPERTIES[kind]
     seen: list[dict[str, set[str]]] = []
     for side in (ours, theirs):
@@ -370,7 +370,7 @@ def predictions(answers: tuple[str, ...], rng: random.Random) -> str:
 def compare_scores(
     task: str, samples: list[GenerationSample], metric: Callable[..., float], tries: int
 ) -> tuple[float, float]:
-    """The score of the same predictions, in percent: ours, theirs."""
+    """Our score and RULER's score of the same predictions, in percent."""
     rng = random.Random(f"{SEED}/{task}")
     drawn = [rng.choice(samples) for _ in range(tries)]
     said = [predictions(tuple(map(str, s.answers)), rng) for s in drawn]
@@ -400,7 +400,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Compare; a line a task and length."""
+    """Compare both sides; prints one line for each task and length."""
     args = _parser().parse_args(argv)
     if args.ruler is None:
         print("skipped: give --ruler (or $RULER), a checkout of NVIDIA/RULER")

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""What a save costs a run: seconds for which training stands still, at once and in the background.
+"""The cost of a save: seconds for which training waits, for saves at once and in the background.
 
-A student with random weights and a text are made first. Then ``python -m megatron_hydra.train`` (under
-torchrun where there are several processes) trains on them, once for each mode, and saves on the way. Blocked
-is the time from the step's end until the next step may begin: all of a save at once; of one in the background,
-the copy to the host, and completing the folder when the files are written. The step after a save shares the
-host with the threads that write; its time is printed beside the time of the other steps.
+First it makes a student with random weights and a text. Then ``python -m megatron_hydra.train`` (under torchrun
+for several processes) trains on them, once for each mode, and saves several times. Blocked is the time from a
+step's end until the next step may begin. For a save at once it is the whole save. For a save in the background
+it is the copy to the host, and completing the folder when the files are written. The step after a save shares
+the host with the writing threads; its time is printed beside that of the other steps.
 
-What is saved does not depend on kernels: ``backend.gated_delta_net=torch backend.fused_kernels=torch`` spares
-their compilation.
-A run holds two checkpoints at a time: of the 1.7B shape, 2 × 28 GB. Where the disk is smaller, ``--layers``.
+Checkpoints do not depend on kernels: ``backend.gated_delta_net=torch backend.fused_kernels=torch`` avoids their
+compilation. A run keeps two checkpoints at a time: 2 × 28 GB for the 1.7B shape. Use ``--layers`` on a smaller
+disk.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ MODES = {"at once": False, "in the background": True}
 
 
 def make_inputs(folder: Path, model: ModelConfig, tokens: int, seed: int) -> None:
-    """``student`` and ``text.bin/.idx``: documents that fill a sequence, of random tokens."""
+    """Write ``student`` and ``text.bin/.idx``: documents of random tokens that fill a sequence."""
     weights = models.random_weights(model, torch.bfloat16, seed)
     save_canonical(folder / "student", weights, model)
     rng = np.random.default_rng(seed)
-    lengths = np.full(64, tokens - 1, dtype=np.int32)  # one more is its end
+    lengths = np.full(64, tokens - 1, dtype=np.int32)  # one more token is its end
     text = rng.integers(0, model.vocab_size, int(lengths.sum()))
     (folder / "text.bin").write_bytes(text.astype("<i4").tobytes())
     write_index(str(folder / "text.idx"), np.int32, lengths, np.arange(len(lengths) + 1))
@@ -93,7 +93,7 @@ def train(config: Path, processes: int) -> None:
     """Run the public command on a config.
 
     Raises:
-        HydraError: it ended with an error; its last lines.
+        HydraError: it ended with an error; shows its last lines.
     """
     module = ["-m", "megatron_hydra.train", "--config", str(config)]
     if processes > 1:
@@ -119,13 +119,13 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_saves(output: Path) -> list[dict[str, float]]:
-    """Of each save but the last step's: ``begun`` and ``finished`` (seconds blocked), ``blocked``."""
+    """For each save except the last step's: ``begun`` and ``finished`` (seconds blocked), ``blocked``."""
     saves: dict[str, dict[str, float]] = {}
     for event in _lines(output / EVENTS_FILE):
         if event["event"] in ("save", "save begun"):
             part = "begun" if event["event"] == "save begun" else "finished"
             saves.setdefault(event["checkpoint"], {})[part] = event["seconds"]
-    # The last step's save waits for its files in both modes.
+    # In both modes, the last step's save waits for its files.
     timed = [save for name, save in sorted(saves.items())][:-1]
     return [
         {
@@ -138,9 +138,9 @@ def read_saves(output: Path) -> list[dict[str, float]]:
 
 
 def read_steps(output: Path, interval: int) -> dict[str, float]:
-    """Median seconds of forward, backward and update: of steps right after a save, and of the others.
+    """Median seconds of forward, backward and update: for steps just after a save, and for the others.
 
-    The first two steps are left out: kernels are still being made.
+    The first two steps do not count, because they compile kernels.
     """
     after, other = [], []
     for line in _lines(output / METRICS_FILE):
@@ -154,7 +154,7 @@ def read_steps(output: Path, interval: int) -> dict[str, float]:
 
 
 def measure(shape: str, folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs of one shape in every mode, as rows of the report."""
+    """Run one shape in every mode; each is a row of the report."""
     model = SHAPES[shape]
     if args.layers:
         model = models.smaller(model, args.layers)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""How fast the exact total effects of all heads are, against a sweep of one forward a head.
+"""Speed of the exact total effects of all heads, against a sweep with one forward for each head.
 
-The time of a whole selection at a model's shape is :mod:`benchmarks.selection_time`'s.
+:mod:`benchmarks.selection_time` measures a whole selection at a model's shape.
 
-The sweep is what TransformerLens' ``get_act_patch_attn_head_out_all_pos`` does: for every (layer,
-head) one full forward of all corrupted prompts with a hook that puts the clean head output in at
-all positions. Here it runs on the same Hugging Face model, prompts and threads as the engine; with
-``--transformer-lens`` (if it is installed) the original runs as well, on the same weights. One size is
-the length of an induction prompt's repeated segment. All must agree on every head, or the command fails.
+The sweep is TransformerLens' ``get_act_patch_attn_head_out_all_pos``: for every (layer, head) one full forward
+of all corrupted prompts, in which a hook puts the clean head output at all positions. It runs on the same
+Hugging Face model, prompts and threads as the engine. ``--transformer-lens`` (if installed) also runs the
+original, on the same weights. A size is the length of an induction prompt's repeated segment. The command fails
+if results differ for any head.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SHAPE = {
 
 
 def build_model(args: argparse.Namespace) -> Any:
-    """A random Qwen3 of the asked shape with weights large enough for heads to matter."""
+    """A random Qwen3 of the given shape, with weights large enough that heads have effects."""
     torch.manual_seed(args.seed)
     config = transformers.Qwen3Config(
         vocab_size=args.vocabulary,
@@ -63,7 +63,7 @@ def build_model(args: argparse.Namespace) -> Any:
 
 
 def engine(model: Any, pairs: list[PromptPair], tokens_per_batch: int) -> torch.Tensor:
-    """All heads by the engine: m ``[L, H, P]``."""
+    """Effects m of all heads by the engine, ``[L, H, P]``."""
     runner = DecoderRunner(model)
     heads = [(i, h) for i in range(runner.num_layers) for h in range(runner.num_heads)]
     m = torch.empty(runner.num_layers, runner.num_heads, len(pairs), dtype=torch.float64)
@@ -81,7 +81,7 @@ def _answers(logits: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
 
 @torch.no_grad()
 def hook_sweep(model: Any, batch: PromptBatch) -> torch.Tensor:
-    """All heads by one full forward each: m ``[L, H, P]``."""
+    """Effects m of all heads by one full forward each, ``[L, H, P]``."""
     projections = [layer.self_attn.o_proj for layer in model.model.layers]
     clean: dict[int, torch.Tensor] = {}
     handles = [
@@ -108,7 +108,7 @@ def hook_sweep(model: Any, batch: PromptBatch) -> torch.Tensor:
 
 
 def transformer_lens_sweep(model: Any, batch: PromptBatch) -> Callable[[], torch.Tensor]:
-    """TransformerLens' own sweep on the same weights, ready to run: its mean m ``[L, H]``."""
+    """A function that runs TransformerLens' own sweep on the same weights: mean m ``[L, H]``."""
     try:
         import transformer_lens
         from transformer_lens import patching
@@ -152,7 +152,7 @@ def transformer_lens_sweep(model: Any, batch: PromptBatch) -> Callable[[], torch
 
 
 def check_agreement(results: dict[str, torch.Tensor], batch: PromptBatch) -> dict[str, float]:
-    """The largest difference of every peer from the engine, by name.
+    """By name, the largest difference between a peer and the engine.
 
     Raises:
         HydraError: naming the peer that computes something else.
@@ -171,7 +171,7 @@ def check_agreement(results: dict[str, torch.Tensor], batch: PromptBatch) -> dic
 def measure_size(
     segment: int, model: Any, args: argparse.Namespace, report: harness.Report
 ) -> None:
-    """All peers on prompts of one length."""
+    """Time all peers on prompts of one length."""
     pairs = Induction(length=segment).prompts(None, args.vocabulary, args.prompts, args.seed)
     (batch,) = make_batches(pairs, 10**9)
     sweeps: dict[str, Callable[[], torch.Tensor]] = {

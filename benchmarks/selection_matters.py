@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
-"""Does it matter which heads keep full attention? Accuracy against transfer tokens, by strategy.
+"""Whether the choice of FA heads matters: accuracy against transfer tokens, by strategy.
 
-For each seed: a teacher of six layers with several kinds of retrieval is trained; head maps are
-made from it (causal effects, attention mass, uniform, layer-wise, random draws) at two ratios;
-every map is transferred alike (layer alignment, then distillation), and the student is scored again
-and again on the way. Everything is synthetic: facts are triples (key, first, second) hidden among
-noise; the end of a sequence asks for key → first, key → second, or first → key; copying is the
-fourth kind.
+For each seed, a teacher of six layers with several kinds of retrieval is trained. Head maps are made from it at
+two ratios (causal effects, attention mass, uniform, layer-wise, random draws). Every map is transferred alike
+(layer alignment, then distillation), and the student is scored several times during the transfer. All data are
+synthetic: facts are triples (key, first, second) hidden in noise. The end of a sequence asks for key → first,
+key → second, or first → key; copying is the fourth kind.
 
-Writes into ``--output``: the teachers, the maps, one JSON for each transfer (what is there is not
-done again), ``table.md`` and ``curves.png``. ``--workers`` processes train and transfer.
+It writes into ``--output``: the teachers, the maps, one JSON for each transfer (existing ones are not computed
+again), ``table.md`` and ``curves.png``. ``--workers`` processes train and transfer.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ LOOKUPS = {"key_to_first": (0, 1), "key_to_second": (0, 2), "first_to_key": (1, 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Sequences with the kind of every answer.
+    """Sequences, and the kind of every answer.
 
     Attributes:
         tokens: ``[B, S]`` int64.
@@ -82,7 +81,7 @@ class Batch:
 def draw(
     rng: np.random.Generator, size: int, length: int, triples: tuple[int, int], copying: float
 ) -> Batch:
-    """``size`` sequences, a share of them copying, the rest lookups among some triples."""
+    """``size`` sequences; a share of them is copying, the rest are lookups among some triples."""
     rows = []
     for _ in range(size):
         if rng.random() < copying:
@@ -129,7 +128,7 @@ def _lookups(rng: np.random.Generator, length: int, triples: int) -> tuple[np.nd
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:
-    """A kind of lookup as a capability. Corrupted: two facts have exchanged what is shown."""
+    """A kind of lookup as a capability. In the corrupted prompt, two facts have exchanged the shown member."""
 
     name: str
 
@@ -175,7 +174,7 @@ def accuracy(model: Any, batch: Batch) -> dict[str, float]:
 
 
 def evaluation_batch() -> Batch:
-    """The same for every model: lookups among all triples, and a quarter copying."""
+    """The evaluation data, equal for every model: lookups among all triples, and a quarter copying."""
     return draw(np.random.default_rng(10**6), 64, LENGTH, (TRIPLES, TRIPLES), 0.25)
 
 
@@ -274,7 +273,7 @@ def build_student(teacher: Any, folder: Path, head_map: HeadMap, seed: int) -> A
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The transfer: steps of both stages, learning rates, sequences of a step."""
+    """Settings of the transfer: steps of both stages, learning rates, sequences of a step."""
 
     align_steps: int = 40
     distill_steps: int = 120
@@ -375,7 +374,7 @@ def transfer(teacher: Any, student: Any, seed: int, recipe: Recipe) -> Iterator[
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One transfer, as another process needs it."""
+    """One transfer, as data for another process."""
 
     teacher: Path
     head_map: Path
@@ -475,7 +474,7 @@ def report(output: Path, ratios: list[str], seeds: list[int], recipe: Recipe) ->
 
 
 def _results(output: Path, ratio: str, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
-    """Map name -> its results, one a seed."""
+    """Map name -> its results, one for each seed."""
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in seeds:
         for path in sorted(_place(output, seed, ratio).glob("result_*.json")):
@@ -485,7 +484,7 @@ def _results(output: Path, ratio: str, seeds: list[int]) -> dict[str, list[dict[
 
 
 def _grouped(results: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Random draws pooled, and the best of them by seed (at the end of the transfer)."""
+    """All random draws together, and for each seed the best one at the end of the transfer."""
     draws = [runs for name, runs in results.items() if name.startswith("random_")]
     groups = {name: runs for name, runs in results.items() if not name.startswith("random_")}
     if draws:
@@ -557,7 +556,7 @@ def _jobs(args: argparse.Namespace, recipe: Recipe, pool: concurrent.futures.Exe
             result = _place(args.output, seed, ratio) / f"result_{name}.json"
             if not result.exists():
                 jobs.append(Job(teachers[seed], file, result, seed, recipe, args.device))
-    # Strategies in turns: an experiment that is cut short has some of everything.
+    # Strategies take turns, so that an interrupted experiment has some results of each.
     random.Random(0).shuffle(jobs)
     return jobs
 
@@ -589,7 +588,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @command
 def main() -> int:
-    """Teachers, maps, transfers, report."""
+    """Make teachers, maps, transfers and the report."""
     args = _parser().parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     recipe = Recipe(args.align_steps, args.distill_steps)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""How long the paper's scoring takes at a model's shape, with random weights: receivers, senders, control.
+"""Time of the paper's scoring at a model's shape, with random weights: receivers, senders, control.
 
-Which heads receive is a matter of the weights, so their number is given (Qwen3-1.7B has about 29 critical
-heads): receivers in the upper half of the layers, senders in the lower half, which are the receivers of the
-second round. Prompts are random tokens that differ from a random place on, with answers of seven tokens. Under
-torchrun the processes share the work, as in a selection. A size is the number of tokens of a prompt.
+Which heads are receivers depends on the weights, so their number is given (Qwen3-1.7B has about 29 critical
+heads). Receivers are in the upper half of the layers. Senders are in the lower half and are the receivers of
+the second round. Prompts are random tokens that differ from a random position on; answers have seven tokens.
+Under torchrun the processes share the work, as in a selection. A size is the number of tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def random_pairs(vocabulary: int, length: int, count: int, seed: int) -> list[Pr
 
 
 def spread(count: int, layers: range, heads: int) -> list[Head]:
-    """Heads spread over some layers."""
+    """Heads that are spread over some layers."""
     return [(layers[i % len(layers)], (3 * i + i // len(layers)) % heads) for i in range(count)]
 
 
 class Selection:
-    """The steps of one capability's scoring, each computed anew."""
+    """The steps of one capability's scoring, each of which is computed again."""
 
     def __init__(self, runner: DecoderRunner, args: argparse.Namespace, tokens: int) -> None:
         self.runner, self.args = runner, args
@@ -121,7 +121,7 @@ class Selection:
             engine.knock_out("t", solved, heads, means)
 
     def operations(self, name: str) -> float:
-        """By the cost model that tells the time left."""
+        """Costs by the model that estimates the time left."""
         cost, runner = DecoderCost.of(self.runner), self.runner
         counts = [
             {layer: sum(at == layer for at, _ in heads) for layer, _ in heads}
@@ -147,7 +147,7 @@ class Selection:
 
 
 def timed(step: Callable[[], Any], repeats: int, device: torch.device) -> harness.Sample:
-    """A step's seconds. It takes minutes, so it is not called for warming up."""
+    """A step's seconds. A step takes minutes, so no call warms it up."""
     sample = harness.Sample()
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()
@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for tokens in args.sizes:
         warm_up = argparse.Namespace(**{**vars(args), "pairs": ranks.size})
-        for name in STEPS:  # what first calls pay for is no part of a selection's minutes
+        for name in STEPS:  # a selection's minutes do not include the cost of first calls
             Selection(runner, warm_up, min(tokens, WARM_UP_TOKENS)).step(name)()
         selection = Selection(runner, args, tokens)
         samples: dict[str, harness.Sample] = {}

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """Serving with vLLM: HydraHead 7:1 with scattered FA heads against the dense model of the same shape.
 
-Both have random weights (vLLM's dummy ones: only a config.json is written) and run one after the other, each in
-a process of its own, with the same share of the memory and without reuse of prefixes. For every prompt length:
+Both have random weights (vLLM's dummy weights: only a config.json is written). They run one after the other,
+each in its own process, with the same share of memory and without reuse of prefixes. For every prompt length:
 
-- time to first token of a request alone (median of ``--repeats``);
-- the largest batch: requests of that length that vLLM's cache holds at once, by its own plan;
-- requests per second, where as many requests as that arrive at once (``--requests`` at most); the most that
-  ran together and how many lost their pages are counted while it runs.
+- time to first token of a single request (median of ``--repeats``);
+- the largest batch: how many requests of this length vLLM's cache holds at once, by vLLM's plan;
+- requests per second, if so many requests arrive at once (``--requests`` at most). The largest number that ran
+  together, and the number of preemptions, are counted.
 
-Runs in the environment of `make test-vllm`, or any that has vLLM and this package. Megatron is not needed.
+It runs in the environment of `make test-vllm`, or any other with vLLM and this package. Megatron is not needed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TINY: dict[str, Any] = QWEN3_1_7B | {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
 }  # fmt: skip
 RATIO = 8
-"""Of all heads, one in so many is FA (7:1)."""
+"""One head in so many is FA (7:1)."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,7 +87,7 @@ def sizes(args: argparse.Namespace) -> list[int]:
 
 
 def write_config(kind: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The model's config.json; returns what a report says of it."""
+    """Write the model's config.json; returns its description for the report."""
     shape = TINY if args.tiny else QWEN3_1_7B
     config = shape | {
         "max_position_embeddings": sizes(args)[-1] + args.new_tokens,
@@ -113,7 +113,7 @@ def write_config(kind: str, args: argparse.Namespace, folder: Path) -> dict[str,
 
 
 def largest_batch(llm: Any, tokens: int) -> float:
-    """Requests of so many tokens that the cache holds at once, by vLLM's own reckoning."""
+    """The number of requests of so many tokens that the cache holds at once, by vLLM's own count."""
     from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 
     config = llm.llm_engine.vllm_config
@@ -127,11 +127,11 @@ def largest_batch(llm: Any, tokens: int) -> float:
 
 
 def serve(llm: Any, length: int, count: int, new: int, seed: int) -> dict[str, float]:
-    """Let ``count`` requests arrive at once and run to their ends.
+    """Send ``count`` requests at once and wait until all have ended.
 
     Returns:
-        Seconds to the first token (median over requests) and in all, the most that ran together, and
-        preemptions.
+        Seconds to the first token (median over requests), total seconds, the largest number that ran together,
+        and preemptions.
     """
     from vllm import SamplingParams
 
@@ -166,7 +166,7 @@ def _preemptions(llm: Any) -> int:
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one model, a length each."""
+    """Rows of one model, one for each length."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
         "0"  # the plan of the cache is read from the engine
     )
@@ -199,7 +199,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             tokens = length + args.new_tokens
             held = largest_batch(llm, tokens)
             seed = args.seed + 1000 * (number + 1)
-            serve(llm, length, 1, 2, seed)  # warm: kernels are compiled for a shape when it is met
+            serve(llm, length, 1, 2, seed)  # a shape's first use compiles its kernels
             alone = [serve(llm, length, 1, 1, seed + i + 1) for i in range(args.repeats)]
             count = max(1, min(args.requests, int(held)))
             run = serve(llm, length, count, args.new_tokens, seed + 100)

@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
 """The gated delta rule of one context-parallel rank, forward and backward, against an independent shard.
 
-Every way to share a sequence: ours over FlashQLA's and over FLA's kernels, FLA's own context parallelism,
-and all-to-all over heads; and the same shard as a sequence of its own, which is the least that any can take.
+It times every way to share a sequence: ours with FlashQLA's and with FLA's kernels, FLA's own context
+parallelism, and all-to-all over heads. It also times the same shard as an independent sequence, the lower limit
+for all.
 
     python -m benchmarks.sharded_gdn --ranks 4                                  # one GPU plays each rank
     torchrun --nproc-per-node 4 -m benchmarks.sharded_gdn                       # one GPU a rank, NCCL
 
 One GPU plays rank 0, rank 1 and the last rank, one after the other. It computes all that a rank computes;
-collectives return at once and move no data. It also times each of our four steps alone. Under
-torchrun a round lasts as long as its slowest rank, collectives move data, and outputs and gradients are
-compared with the whole stream's first. The bytes that a rank sends are counted where it calls collectives.
-Cold kernels take minutes to compile, FLA's own ways the longest: --skip "FLA's own" leaves it out.
+collectives return at once and move no data. It also times each of our four steps alone. Under torchrun a round
+takes as long as its slowest rank, collectives move data, and outputs and gradients are first compared with the
+whole stream's. The bytes that a rank sends are counted at its calls of collectives. Kernels that are not
+compiled yet take minutes, FLA's own the longest: --skip "FLA's own" leaves them out.
 """
 
 from __future__ import annotations
@@ -53,14 +54,14 @@ EXAMPLE = (
 ALONE = "independent shard"
 ALL_TO_ALL = "all-to-all over heads"
 CHECKED_TOKENS = 1024
-"""Of a shard whose results are compared."""
+"""Tokens of a shard whose results are compared."""
 
 Rule = Callable[..., torch.Tensor]
 Way = Callable[[torch.Tensor, dist.ProcessGroup], torch.Tensor]
 
 
 def shard_kernels(device: torch.device) -> dict[str, ShardKernels]:
-    """What can compute a shard here, by name."""
+    """The kernels that can compute a shard here, by name."""
     if device.type == "cpu":
         return {"torch": RuleKernels(chunked_gated_delta_rule)}
     from megatron_hydra.ops.fla_shard_kernels import FlaShardKernels
@@ -73,7 +74,7 @@ def shard_kernels(device: torch.device) -> dict[str, ShardKernels]:
 
 
 def whole_rule(device: torch.device, flash_qla: bool = True) -> Rule:
-    """The rule of a sequence that is not shared: the fastest here, or FLA's own."""
+    """The rule for a sequence that is not shared: the fastest here, or FLA's own."""
     if device.type == "cpu":
         return lambda *x: chunked_gated_delta_rule(*x)[0]
     from megatron_hydra.ops.fla_delta_rule import fla_gated_delta_rule
@@ -119,7 +120,7 @@ def _to_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def all_to_all(rule: Rule, group: dist.ProcessGroup) -> Rule:
-    """Every rank gets all tokens of its share of the heads, and gives the outputs back."""
+    """Every rank gets all tokens of its share of the heads, and returns the outputs."""
 
     def shared(*inputs: torch.Tensor) -> torch.Tensor:
         d = inputs[0].shape[-1]
@@ -184,7 +185,7 @@ def steps_alone(
     inputs: list[torch.Tensor],
     cotangent: torch.Tensor,
 ) -> dict[str, harness.Peer]:
-    """Ours, step by step (``ops/sharded_delta_rule.py``)."""
+    """Our rule, step by step (``ops/sharded_delta_rule.py``)."""
     (shard,), x = exchange.held, tuple(t.detach() for t in inputs)
     like = x[0].new_empty(x[0].shape[1], x[0].shape[2], x[2].shape[2], dtype=torch.float32)
     shard_map, begun = kernels.shard_map(shard, x)
@@ -214,18 +215,19 @@ def check_agreement(
 
     Args:
         args: the command's.
-        device: where.
-        ranks: how many shards.
+        device: where rules run.
+        ranks: number of shards.
         group: the ranks; ``None``: this process computes all shards, one after the other.
 
     Raises:
-        HydraError: one differs; it is named.
+        HydraError: a rule differs; names it.
     """
     tokens = ranks * min(CHECKED_TOKENS, args.sizes[0] // ranks)
     inputs = make_inputs(tokens, args, 1e-3, device, args.seed)
     with torch.no_grad():
         inputs[4] *= 0.05
-    cotangent = make_inputs(tokens, args, 0.0, device, args.seed + 1)[2].detach()  # all ranks' same
+    # equal on all ranks
+    cotangent = make_inputs(tokens, args, 0.0, device, args.seed + 1)[2].detach()
     twin = [x.detach().float().requires_grad_() for x in inputs]
     want = _results(lambda *x: chunked_gated_delta_rule(*x)[0], twin, cotangent)
     part = slice(0, tokens)
@@ -261,7 +263,7 @@ def first_calls(
     """Call every peer once, which compiles what it needs.
 
     Returns:
-        By peer the seconds and the bytes that this rank sent, and why others failed: the same on all ranks.
+        By peer, the seconds and the bytes that this rank sent; and why other peers failed, equal on all ranks.
     """
     facts: dict[str, dict[str, float]] = {}
     failures: dict[str, str] = {}
@@ -283,8 +285,9 @@ def first_calls(
 def timed_together(
     peers: dict[str, harness.Peer], args: argparse.Namespace, device: torch.device
 ) -> dict[str, harness.Sample]:
-    """As :func:`harness.time_in_turns`, but each call counts as long as its slowest rank, and every rank
-    calls equally often.
+    """As :func:`harness.time_in_turns`, but a call takes as long as its slowest rank.
+
+    All ranks make equally many calls.
     """
     samples = {name: harness.Sample() for name in peers}
     for peer in peers.values():
@@ -311,7 +314,7 @@ def _wait(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def played(rank: int, ranks: int) -> Iterator[dist.ProcessGroup]:
-    """A process group in which this process is one of so many ranks, and nothing is sent."""
+    """A process group in which this process is one of ``ranks`` ranks, and nothing is sent."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
@@ -330,7 +333,7 @@ def measure(
     decay: float,
     together: bool,
 ) -> None:
-    """One length and decay on one rank, or on all together."""
+    """Measure one length and decay on one rank, or on all together."""
     device, rank, ranks = report.device, group.rank(), group.size()
     where = "slowest rank" if together else f"rank {rank}"
     where += f", log α ≥ {-decay:g}"

@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
 """Whole training steps on one device: the hybrid against the dense model of the same shape.
 
-A step is the trainer's own (forward, backward, gradient norm, AdamW update) of stage 3, one sequence
-of the given length, random tokens and weights. The two models are built one after the other, since
-their optimizer states rarely fit side by side. ``--recompute`` says what is recomputed in the
-backward: none, mlp, attention, attention+mlp or full. With several, the first that fits is taken for
-each model, and named in the ratio, which is not one of like with like where they differ.
-With ``--layers`` below the model's, the rows say
-so and no ratio stands for the whole model.
+A step is the trainer's own step of stage 3 (forward, backward, gradient norm, AdamW update) on one sequence of
+the given length, with random tokens and weights. The two models are built one after the other, because both
+optimizer states rarely fit together. ``--recompute`` selects what the backward recomputes: none, mlp,
+attention, attention+mlp or full. With several values, each model takes the first that fits; the ratio names
+them, because models with different values are not comparable. With fewer ``--layers`` than the model's, the
+rows say so, and no ratio is that of the whole model.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def random_batch(tokens: int, vocabulary: int, seed: int) -> PackedBatch:
 def build_train_state(
     model: ModelConfig, teacher: ModelConfig, config: RunConfig, world: World
 ) -> TrainState:
-    """Model, optimizer and verb with random weights."""
+    """A model with random weights, its optimizer and its verb."""
     frozen = []
     if VERBS[config.verb].uses_teacher:
         frozen = freeze(build_chunks(teacher, config))

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Where the time of a training step goes: kernels by group, launches, the host against the device.
+"""Profile of a training step: kernels by group, launches, the host against the device.
 
-The steps are the trainer's own (batch to the device, forward, backward, gradient norm, AdamW update) on
-packed documents, new ones every step as in training, with random weights. First some steps are timed
-without a profiler, then a few are recorded: the table's seconds a step are the recorder's, its
-tokens/s are not. Then one step is made with torch's warnings of host synchronisations on, and each
-place that waits for the device is listed with its stack.
+The steps are the trainer's own (batch to the device, forward, backward, gradient norm, AdamW update) with
+random weights, on packed documents that are new in every step, as in training. First some steps are timed
+without a profiler, then a few are recorded: the table's seconds per step are with the profiler, its tokens/s
+are without. Then one step runs with torch's warnings of host synchronisations, and the stack of each place that
+waits for the device is listed.
 
-A kernel is counted under the first group whose pattern its name matches; "elementwise" is what is left of
-torch's own pointwise kernels, "other" what no pattern knows.
+A kernel belongs to the first group whose pattern matches its name. "elementwise" are torch's remaining
+pointwise kernels, "other" are kernels that no pattern matches.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ("reductions", "reduce"),
     ("elementwise", "elementwise|triton_poi|triton_red|triton_per|pointwise|softmax"),
 )
-"""Group and pattern of names."""
+"""Groups and their patterns of names."""
 
 OUR_OPS = {
     "_FusionTail": "our kernels: fusion tail",
@@ -78,7 +78,7 @@ OUR_OPS = {
     "_ShortConv": "our kernels: short convolution",
     "_LinearDistillationLoss": "loss",
 }
-"""By a part of their autograd node's name: all our kernels have one of the two names below."""
+"""Part of an autograd node's name -> group: all our kernels have one of the two names below."""
 
 
 def packed_batches(
@@ -87,8 +87,8 @@ def packed_batches(
     """Micro-batches of random tokens for ever.
 
     Args:
-        equal: every document fills its sequence; else lengths are log-normal (median of the sequence
-            length, a factor of e either way) and packed as ``data.packing`` says.
+        equal: whether every document fills its sequence. Otherwise lengths are log-normal (the median is the
+            sequence length, the spread a factor of e) and packed by ``data.packing``.
     """
     length, count = config.data.sequence_length, config.batch.micro_batch_size
     rng = np.random.default_rng(seed)
@@ -103,7 +103,7 @@ def packed_batches(
             packs = pack_documents(
                 offsets, documents, length, config.data.packing, number, "random"
             )
-            drawn = rng.permutation(len(packs))[:count].tolist()  # they are sorted by their fill
+            drawn = rng.permutation(len(packs))[:count].tolist()  # packs are sorted by their fill
             pieces = [[size for _, size in packs.pieces(pack)] for pack in drawn]
         sizes = [size for pack in pieces for size in (*pack, length - sum(pack)) if size]
         tokens = torch.from_numpy(rng.integers(vocabulary, size=count * length + 1))
@@ -115,7 +115,7 @@ def packed_batches(
 
 
 def profiled_config(args: argparse.Namespace, verb: str, device: torch.device) -> RunConfig:
-    """The run that a profile is taken of."""
+    """The run to profile."""
     config = models.run_config(device)
     return dataclasses.replace(
         config,
@@ -129,12 +129,12 @@ def profiled_config(args: argparse.Namespace, verb: str, device: torch.device) -
 
 
 class Trace:
-    """What a recording says, per step.
+    """The figures of a recording, for each step.
 
     Args:
         events: of a Chrome trace.
         steps: steps that were recorded.
-        seconds: wall time of all of them.
+        seconds: wall time of all steps.
     """
 
     def __init__(self, events: list[dict[str, Any]], steps: int, seconds: float) -> None:
@@ -150,7 +150,7 @@ class Trace:
         self._launched_by = self._launchers()
 
     def _launchers(self) -> dict[int, list[str]]:
-        """By correlation of a launch, the operations around it on its thread, outermost first."""
+        """Correlation of a launch -> the operations around it on its thread, outermost first."""
         launches = collections.defaultdict(list)
         for event in self._runtime:
             launches[event["tid"]].append(
@@ -186,11 +186,11 @@ class Trace:
         return "other"
 
     def by_group(self) -> dict[str, tuple[float, float]]:
-        """Seconds and launches a step by group, the largest first."""
+        """Seconds and launches per step by group, the largest first."""
         return self._summed(self.group)
 
     def by_kernel(self) -> dict[str, tuple[float, float]]:
-        """Likewise by kernel and the operation that launched it."""
+        """Seconds and launches by kernel and the operation that launched it."""
 
         def named(event: dict[str, Any]) -> str:
             operations = self._launched_by.get(event.get("args", {}).get("correlation"), [])
@@ -200,7 +200,7 @@ class Trace:
         return self._summed(named)
 
     def by_operation(self) -> dict[str, tuple[float, float]]:
-        """Host seconds of operations themselves (without those inside them), and their number."""
+        """Host seconds of operations (without the operations inside them), and their number."""
         by_thread = collections.defaultdict(list)
         for event in (*self._operations, *self._runtime):
             by_thread[event["tid"]].append(event)
@@ -219,7 +219,7 @@ class Trace:
         return self._sorted(totals)
 
     def busy_seconds(self) -> float:
-        """Time a step in which at least one stream of the device works."""
+        """Seconds per step in which at least one stream of the device works."""
         busy, until = 0.0, -1.0
         for event in sorted(self._device, key=lambda event: event["ts"]):
             start, end = event["ts"], event["ts"] + event["dur"]
@@ -228,13 +228,13 @@ class Trace:
         return busy * 1e-6 / self.steps
 
     def waited_seconds(self) -> float:
-        """Time a step that the host spends waiting for the device."""
+        """Seconds per step in which the host waits for the device."""
         waits = ("Synchronize", "cudaMemcpy")
         own = [event["dur"] for event in self._runtime if any(w in event["name"] for w in waits)]
         return float(sum(own)) * 1e-6 / self.steps
 
     def launches(self) -> float:
-        """Kernels, copies and fills a step."""
+        """Kernels, copies and fills per step."""
         return len(self._device) / self.steps
 
     def _summed(self, key: Any) -> dict[str, tuple[float, float]]:
@@ -304,7 +304,7 @@ def _synchronize(device: torch.device) -> None:
 def training_steps(
     train_state: TrainState, batches: Iterator[PackedBatch]
 ) -> Iterator[tuple[PackedBatch, StepResult]]:
-    """A step for every batch: the batch, and what came of it."""
+    """Run a step for every batch; yields the batch and the step's result."""
     timers = PhaseTimers()
     for batch in batches:
         result = train_step(train_state, [batch], lambda: (False, False), timers)
@@ -323,7 +323,7 @@ def profile_verb(
     try:
         train_state = build_train_state(model, teacher, config, world)
         endless = packed_batches(config, model.vocab_size, args.equal, args.seed)
-        # Made before: a run reads its batches ahead in a thread of their own.
+        # Batches are made before: a run reads them in advance in another thread.
         batches = list(itertools.islice(endless, args.warmup + args.repeats + args.steps + 1))
         steps = training_steps(train_state, iter(batches))
         for _ in range(args.warmup):

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""What it costs the exported model to take back tokens that assisted decoding has refused.
+"""Time for the exported model to remove the tokens that assisted decoding has refused.
 
 In a round, ``--draft`` + 1 tokens are verified after a prompt of ``--sizes``, and ``--refused`` of them are
-refused. Peers: nothing is taken back; ``crop`` runs the delta rule again over the tokens that stay; the whole
-model reads them again from a snapshot of its states, as one does whose cache cannot be cropped.
+refused. The peers are: no token is removed; ``crop`` runs the delta rule again over the remaining tokens; the
+whole model reads these tokens again from a snapshot of its states, as a model must whose cache cannot be
+cropped.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ EXAMPLE = "python -m benchmarks.taking_back --device cpu --layers 4 --sizes 512 
 
 
 def build(args: argparse.Namespace, device: torch.device) -> Any:
-    """Random weights in Qwen3-1.7B's shape, 2 of 16 heads FA in every layer."""
+    """A model of Qwen3-1.7B's shape with random weights; 2 of 16 heads are FA in every layer."""
     torch.manual_seed(args.seed)
     config = HydraHeadConfig(
         **SHAPE | {"num_hidden_layers": args.layers},
@@ -41,7 +42,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Any:
 def rounds(
     model: Any, prompt: torch.Tensor, args: argparse.Namespace
 ) -> dict[str, Callable[[], None]]:
-    """A round by each peer; every one has a cache of its own, which grows as tokens are kept."""
+    """A round of each peer; each has its own cache, which grows by the kept tokens."""
     drafted = prompt[:, : args.draft + 1]
     kept = drafted.shape[1] - args.refused
 

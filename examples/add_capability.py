@@ -2,9 +2,9 @@
 """Add a capability of your own, and choose heads by it.
 
 A capability draws pairs of prompts: a clean one, whose answer the model knows, and a corrupted one of equal
-length, after which another answer is right. Heads that carry the difference keep full attention.
+length with another right answer. Heads that cause the difference keep full attention.
 
-    python examples/add_capability.py                      # the tiny teacher that the package brings
+    python examples/add_capability.py                      # the package's tiny teacher
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import megatron_hydra as mh
 
 @dataclasses.dataclass(frozen=True)
 class CopyTwice:
-    """A random sequence twice: the model has to copy the token that came after the last one before.
+    """A random sequence twice: the model must copy the token that followed the last token before.
 
     Attributes:
         name: as in ``--tasks``.
@@ -33,7 +33,7 @@ class CopyTwice:
     def prompts(
         self, tokenizer: Any | None, vocab_size: int, count: int, seed: int
     ) -> list[mh.PromptPair]:
-        """``count`` pairs; the tokenizer is not needed, for the prompts are token ids."""
+        """``count`` pairs. The tokenizer is not needed, because prompts are token ids."""
         generator = random.Random(f"{self.name}/{seed}")
         return [self._pair(generator, vocab_size) for _ in range(count)]
 
@@ -55,7 +55,7 @@ def copy_twice(task: str, options: Mapping[str, str]) -> CopyTwice:
 
 
 def main(argv: list[str] | None = None) -> mh.HeadMap:
-    """Register the capability, select by it and by a built-in one, and compare the scores."""
+    """Register the capability, select heads by it and by a built-in one, and compare the scores."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(mh.shipped_teacher()), help="a folder or a Hub name")
     args = parser.parse_args(argv)

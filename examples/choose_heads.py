@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Choose the heads of your own model that keep full attention.
 
-    python examples/choose_heads.py                        # the tiny teacher that the package brings
+    python examples/choose_heads.py                        # the package's tiny teacher
     python examples/choose_heads.py --model Qwen/Qwen3-0.6B --tasks retrieval
 
 The command with all options is tools/select_heads.py.
@@ -15,7 +15,7 @@ import megatron_hydra as mh
 
 
 def main(argv: list[str] | None = None) -> mh.HeadMap:
-    """Select on prompts that the model solves, and say which heads were chosen."""
+    """Select heads on prompts that the model solves, and print them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(mh.shipped_teacher()), help="a folder or a Hub name")
     parser.add_argument("--tasks", nargs="+", default=["induction:length=12"])

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Use an exported hybrid with transformers.
 
-    python examples/use_export.py                          # makes one of the tiny teacher first
+    python examples/use_export.py                          # first exports the tiny teacher
     python examples/use_export.py --export exports/hydra --trust-remote-code --prompt "Once upon a time"
 
-An export carries its own modelling code, so that it works where megatron_hydra is not installed:
+An export has its own modelling code, so that it works without megatron_hydra:
 AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True). Read the code first if it is not yours.
 """
 
@@ -20,7 +20,7 @@ import megatron_hydra as mh
 
 
 def make_export(folder: Path) -> Path:
-    """A student as it is before training: of the tiny teacher, heads drawn at random."""
+    """An untrained student of the tiny teacher, with random FA heads."""
     head_map = mh.select_heads(mh.shipped_teacher(), ratio="3:1", strategy="global_random")
     head_map.save(folder / "head_map.json")
     student = mh.StudentOptions(folder / "head_map.json", calibrate=False)
@@ -30,7 +30,7 @@ def make_export(folder: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> str:
-    """Continue a prompt greedily, and say what its cache takes."""
+    """Continue a prompt greedily, and print the size of its cache."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--export", type=Path, help="the folder; default: make a tiny one")
     parser.add_argument(

@@ -3,9 +3,9 @@
     import megatron_hydra as mh
     mh.select_heads("path/to/model", ratio="3:1").save("head_map.json")
 
-``examples/`` shows the three uses that the names below are for: choose heads, use an export, add a capability.
-They are imported when they are first used: importing this package needs no GPU library, and imports neither
-torch nor Megatron-Core.
+``examples/`` shows the three uses of the names below: choose heads, use an export, add a capability. Names are
+imported at their first use, so importing this package needs no GPU library, and imports neither torch nor
+Megatron-Core.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module of a name of ``__all__`` when it is asked for (PEP 562)."""
+    """Import the module of a name of ``__all__`` at its first use (PEP 562)."""
     for module, names in _MODULES.items():
         if name in names:
             return getattr(importlib.import_module(f"megatron_hydra.{module}"), name)

@@ -17,7 +17,7 @@ from megatron_hydra.paths import expanded
 def command_parser(
     description: str | None, epilog: str, prog: str | None = None
 ) -> argparse.ArgumentParser:
-    """A command's parser, which shows its description and its examples as they are written."""
+    """A command's parser, which shows description and examples unchanged."""
     return argparse.ArgumentParser(
         prog,
         description=description,
@@ -27,7 +27,7 @@ def command_parser(
 
 
 def path_text(text: str) -> str:
-    """A path or a Hub name, ``~`` and variables expanded."""
+    """A path or a Hub name, with ``~`` and variables expanded."""
     try:
         return expanded(text)
     except HydraError as error:
@@ -35,12 +35,12 @@ def path_text(text: str) -> str:
 
 
 def path_argument(text: str) -> Path:
-    """A path, ``~`` and variables expanded."""
+    """A path, with ``~`` and variables expanded."""
     return Path(path_text(text))
 
 
 def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
-    """A whole number of ``least`` at least; ``5e9`` is one."""
+    """A whole number of at least ``least``; ``5e9`` is allowed."""
 
     def parse(text: str) -> int:
         number = real(least)(text)
@@ -54,7 +54,7 @@ def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
 
 
 def real(least: float, above: bool = False) -> Callable[[str], float]:
-    """A finite number of ``least`` at least, or above it."""
+    """A finite number of at least ``least``, or above it."""
 
     def parse(text: str) -> float:
         try:

@@ -1,4 +1,4 @@
-"""Numbers that launchers put into the environment."""
+"""Numbers that launchers set in the environment."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def environment_number(name: str, default: int) -> int:
 
 
 def world_size_from_environment() -> int:
-    """Processes of this run, before anything is initialised: torchrun's ``WORLD_SIZE``, or 1.
+    """Number of processes of this run, before any initialisation: torchrun's ``WORLD_SIZE``, or 1.
 
     Raises:
         HydraError: it is not a number above 0, or ``RANK`` is not below it.

@@ -38,11 +38,11 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except OSError as error:
             if error.filename is None or os.environ.get("MEGATRON_HYDRA_TRACEBACK") == "1":
                 raise
-            # Of a rename, the second is the name that somebody gave.
+            # For a rename, the second name is the user's.
             name = os.fsdecode(error.filename if error.filename2 is None else error.filename2)
             print(f"error: {name}: {error.strerror}", file=sys.stderr, flush=True)
             return 1
-        except MemoryError as error:  # a size that was given, more often than not
+        except MemoryError as error:  # the cause is mostly a size that the user gave
             print(f"error: out of memory: {error}", file=sys.stderr, flush=True)
             return 2
 

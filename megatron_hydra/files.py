@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, read with errors that name them, recognised by hash and header."""
+"""Files: atomic writes, reads with errors that name the file, hashes and headers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from megatron_hydra.errors import HydraError
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write a temporary sibling of ``path``, which takes its name when the block ends well.
+    """Write a temporary file beside ``path``, which gets its name when the block ends without an error.
 
-    File and folder are synced: a reader, a crash or a power cut finds the old file or the new one. On any
-    exception the sibling is removed and ``path`` is as it was before. The folder is made if need be.
+    File and folder are synced: after a crash or a power cut, a reader finds the old file or the new one. On any
+    exception the temporary file is removed and ``path`` does not change. A missing folder is created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,13 +57,13 @@ def write_json_atomic(path: str | os.PathLike[str], body: Any) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """Fill a temporary sibling of ``path``, which takes its name when the block ends well.
+    """Fill a temporary folder beside ``path``, which gets its name when the block ends without an error.
 
-    On any exception the sibling is removed and ``path`` is as it was before.
+    On any exception the temporary folder is removed and ``path`` does not change.
 
     Args:
         path: the folder to make.
-        force: replace an existing folder; the old one goes only when the new one is complete.
+        force: replace an existing folder; it is removed only when the new one is complete.
 
     Raises:
         HydraError: ``path`` exists and ``force`` is not given.
@@ -84,7 +84,7 @@ def atomic_folder(path: str | os.PathLike[str], *, force: bool = False) -> Itera
 
 
 def _sibling(path: Path, kind: str) -> Path:
-    """A hidden name beside ``path`` that no other process or machine takes."""
+    """A hidden name beside ``path`` that no other process or machine uses."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.{kind}")
 
 
@@ -92,7 +92,7 @@ def _take_over(temporary: Path, path: Path) -> None:
     if not path.exists():
         temporary.rename(path)
         return
-    # A folder cannot be replaced by rename: the old one steps aside, and back if that fails.
+    # A rename cannot replace a folder: the old one is renamed first, and back if the second rename fails.
     aside = _sibling(path, "old")
     path.rename(aside)
     try:
@@ -146,7 +146,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def sha256_of_file(path: str | os.PathLike[str]) -> str:
-    """Hex digest of a file's content; what ``sha256sum`` prints."""
+    """Hex digest of a file's content, as from ``sha256sum``."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -157,9 +157,9 @@ class JsonFormat:
 
     Attributes:
         name: the value of ``format``.
-        version: the one that this release writes and reads.
-        title: what messages call such a file.
-        advice: what to do about a file of another version, for the message.
+        version: that this release writes and reads.
+        title: name of such a file in messages.
+        advice: for the message: what to do about a file of another version.
     """
 
     name: str
@@ -168,7 +168,7 @@ class JsonFormat:
     advice: str = ""
 
     def add_header(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """``body`` with the two keys before its own."""
+        """``body``, with the two keys before its own keys."""
         return {"format": self.name, "version": self.version, **body}
 
     def without_header(self, body: Any, source: str | os.PathLike[str]) -> dict[str, Any]:
@@ -176,10 +176,10 @@ class JsonFormat:
 
         Args:
             body: the parsed file.
-            source: what it was read from, for messages.
+            source: its origin, for messages.
 
         Raises:
-            HydraError: no object, or one of another format or version.
+            HydraError: it is not an object, or has another format or version.
         """
         if not isinstance(body, Mapping) or body.get("format") != self.name:
             raise HydraError(

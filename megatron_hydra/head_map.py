@@ -1,7 +1,7 @@
 """The head map: the file that says which query heads keep full attention (design §3).
 
-It is the one artefact that joins selection, conversion, training and export, so everything that
-reads one goes through :meth:`HeadMap.load` and :meth:`HeadMap.check_model`.
+It connects selection, conversion, training and export. All code reads it by :meth:`HeadMap.load` and
+:meth:`HeadMap.check_model`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_hydra.files import JsonFormat, read_json, write_json_atomic
 FORMAT = JsonFormat("hydra-head-map", 1, "head map")
 
 DEFAULT_STRATEGY = "global_interp_c"
-"""How heads are selected where nothing else is asked for."""
+"""The default selection strategy."""
 
 OLD_STRATEGY_NAMES = {
     "interp": "global_interp",
@@ -33,13 +33,13 @@ OLD_STRATEGY_NAMES = {
     "uniform": "layer_random",
     "per_layer_quota": "layer_interp",
 }
-"""Names of strategies from before they had the paper's, which maps and experiment files may still have."""
+"""Old names of strategies, which maps and experiment files may still have; today's names are the paper's."""
 
 _log = logging.getLogger(__name__)
 
 
 def strategy_name(name: str) -> str:
-    """A strategy's name as the paper has it; an old name is accepted with a word in the log."""
+    """A strategy's name in the paper; an old name is accepted with a log message."""
     if name in OLD_STRATEGY_NAMES:
         _warn_renamed(name)
     return OLD_STRATEGY_NAMES.get(name, name)
@@ -47,21 +47,21 @@ def strategy_name(name: str) -> str:
 
 @functools.cache
 def _warn_renamed(old: str) -> None:
-    """Once a process: an experiment names its strategy in every row."""
+    """Log it once for each process, because every row of an experiment names its strategy."""
     _log.warning("strategy %s was renamed to %s, as in the paper", old, OLD_STRATEGY_NAMES[old])
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelIdentity:
-    """What a head map was made for; every field but ``name`` and ``revision`` must match at use.
+    """The model of a head map; every field except ``name`` and ``revision`` must match at use.
 
     Attributes:
-        name: where the model came from (a path or a Hub name); informative only.
+        name: source of the model (a path or a Hub name); informative only.
         revision: Hub revision, or ``""``.
         family: ``qwen3``, ``qwen2`` or ``llama``.
         num_layers, num_query_heads, num_kv_heads, head_dim, hidden_size: the model's shape.
-        fingerprint: hash of the weights that the heads are read from (see
-            :func:`fingerprint_tensors`), or ``""`` where the map does not depend on weights.
+        fingerprint: hash of weights of the heads (see :func:`fingerprint_tensors`), or ``""`` if the map does
+            not depend on weights.
     """
 
     name: str
@@ -76,7 +76,7 @@ class ModelIdentity:
 
 
 DEFAULT_RATIO = "3:1"
-"""GDN:FA, the paper's default; 7:1 is its aggressive one."""
+"""GDN:FA, the paper's default; the paper's aggressive ratio is 7:1."""
 
 
 def parse_ratio(text: str) -> int | None:
@@ -86,7 +86,7 @@ def parse_ratio(text: str) -> int | None:
         ``r`` of ``r:1``; ``0`` for ``"dense"`` (every head FA); ``None`` for ``"all-gdn"``.
 
     Raises:
-        HydraError: the text is no ratio.
+        HydraError: the text is not a ratio.
     """
     if text == "all-gdn":
         return None
@@ -102,7 +102,7 @@ def parse_ratio(text: str) -> int | None:
 
 
 def num_full_attention_heads(num_layers: int, num_query_heads: int, ratio: str) -> int:
-    """How many heads are FA at a ratio: round(L·H / (r+1)), at least one for any ``r:1``."""
+    """Number of FA heads at a ratio: round(L·H / (r+1)), at least one for any ``r:1``."""
     r = parse_ratio(ratio)
     if r is None:
         return 0
@@ -116,15 +116,14 @@ def whole_layers(
     num_full_attention: int,
     scores: Sequence[float] | None = None,
 ) -> tuple[tuple[int, ...], ...]:
-    """Whole layers FA, as close to a number of heads as whole layers get; at least one for any head.
+    """FA layers, with a number of heads as near to the given one as possible; at least one layer for any head.
 
     Args:
-        scores: of each layer: those with the highest are FA; when absent, layers at equal distances,
-            the last of each block of equal size (three linear layers, then a full one, as in
-            Qwen3-Next).
+        scores: of each layer; layers with the highest scores are FA. ``None``: layers at equal distances, the
+            last one of each block of equal size (three linear layers, then a full one, as in Qwen3-Next).
 
     Returns:
-        For each layer all of its heads, or none.
+        For each layer, all of its heads or none.
     """
     nearest = (2 * num_full_attention + num_query_heads) // (2 * num_query_heads)
     count = max(1, nearest) if num_full_attention else 0
@@ -137,10 +136,11 @@ def whole_layers(
 
 
 def fingerprint_tensors(tensors: Mapping[str, Any]) -> str:
-    """SHA-256 over names, shapes and float32 bytes of a few torch tensors, independent of dict order.
+    """SHA-256 of names, shapes and float32 bytes of a few torch tensors; it does not depend on the dict's
+    order.
 
-    Callers pass the attention projections of the first and last layers: enough to tell two
-    checkpoints apart without reading tens of gigabytes.
+    Callers pass the attention projections of the first and last layers. They distinguish two checkpoints
+    without reading tens of gigabytes.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -152,18 +152,18 @@ def fingerprint_tensors(tensors: Mapping[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class HeadMap:
-    """Which heads keep full attention, and how that was decided.
+    """The heads that keep full attention, and how they were chosen.
 
     Attributes:
         model: the model this map is for.
         full_attention_heads: for each layer, the sorted original indices of its FA heads.
-        strategy: name of the selection strategy (``global_interp_c``, ``global_random``, ...); maps of
-            before may have a name of :data:`OLD_STRATEGY_NAMES`.
+        strategy: name of the selection strategy (``global_interp_c``, ``global_random``, ...); old maps may
+            have a name of :data:`OLD_STRATEGY_NAMES`.
         ratio: the requested GDN:FA ratio, e.g. ``"7:1"``.
         seed: seed of the strategy and of its prompts.
         granularity: ``query_head`` or ``kv_group``.
         prompts_fingerprint: hash of the prompts used, or ``""``.
-        scores: capability -> ``[layer][head]`` scores, as the strategy produced them.
+        scores: capability -> ``[layer][head]`` scores of the strategy.
         ranking: all heads ``[layer, head]``, best first; may be empty for maps without ranking.
         details: strategy-specific facts (dropped prompts, receivers and senders, options).
     """
@@ -186,11 +186,11 @@ class HeadMap:
         object.__setattr__(self, "ranking", ranking)
         self._validate("head map")
 
-    # -- reading it ---------------------------------------------------------------------------
+    # -- reading ------------------------------------------------------------------------------
 
     @property
     def num_full_attention(self) -> int:
-        """FA heads in all layers together."""
+        """Number of FA heads in all layers."""
         return sum(len(layer) for layer in self.full_attention_heads)
 
     def gated_delta_net_heads(self, layer: int) -> tuple[int, ...]:
@@ -242,7 +242,7 @@ class HeadMap:
                 )
 
     def _validate_scores(self, source: str) -> None:
-        """Ranking and scores are of this model's layers and heads."""
+        """Check that ranking and scores are for this model's layers and heads."""
         m = self.model
         for layer, head in self.ranking:
             if not (0 <= layer < m.num_layers and 0 <= head < m.num_query_heads):
@@ -260,10 +260,10 @@ class HeadMap:
                 )
 
     def check_model(self, other: ModelIdentity, source: str = "head map") -> None:
-        """Refuse a map that was made for another model.
+        """Refuse a map for another model.
 
         Args:
-            other: the model at hand. An empty fingerprint on either side is not compared.
+            other: the current model. If one fingerprint is empty, fingerprints are not compared.
             source: the file's name, for the message.
 
         Raises:
@@ -324,10 +324,10 @@ class HeadMap:
             raise HydraError(f"{source}: a value has the wrong type: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file atomically (never half-written), one layer a line.
+        """Write the file atomically, one layer for each line.
 
         Raises:
-            HydraError: it cannot be written.
+            HydraError: the file cannot be written.
         """
         try:
             write_json_atomic(path, self.to_dict())
@@ -339,14 +339,14 @@ class HeadMap:
         """Read and validate a file.
 
         Raises:
-            HydraError: no such file, no JSON, or not a valid head map; the file is named.
+            HydraError: no such file, no JSON, or not a valid head map; names the file.
         """
         if not Path(path).exists():
             raise HydraError(f"head map {path} does not exist; make one with tools/select_heads.py")
         return cls.from_dict(read_json(path), source=str(path))
 
     def fingerprint(self) -> str:
-        """Hash of what the map decides (the heads and the model), not of how it was made."""
+        """Hash of heads and model only, not of the way in which the map was made."""
         body = {
             "heads": [list(x) for x in self.full_attention_heads],
             "model": dataclasses.asdict(self.model) | {"name": "", "revision": ""},
@@ -355,7 +355,7 @@ class HeadMap:
 
 
 def _index(value: Any) -> int:
-    """An index as it is, never one made of a fraction, a truth value or a character."""
+    """An index; fractions, truth values and characters are refused, not converted."""
     if isinstance(value, bool):
         raise TypeError(f"{value} is no index")
     return operator.index(value)

@@ -1,10 +1,10 @@
-"""Who a Hugging Face model is, as a head map sees it: shape and fingerprint of its attention.
+"""The identity of a Hugging Face model for head maps: shape and fingerprint of its attention.
 
     identity = model_identity_from_hf(path_or_model, config=None, name="", revision="")
 
-Needs neither Megatron nor the whole model in memory: of a folder it reads ``config.json`` and,
-lazily, the attention projections of the first and the last layer. Selection and conversion both
-call it, so that a map can be refused wherever it is read.
+It needs neither Megatron nor the whole model in memory: from a folder it reads ``config.json`` and, lazily, the
+attention projections of the first and the last layer. Selection and conversion both call it, so every reader of
+a map can refuse it.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from megatron_hydra.files import read_json
 from megatron_hydra.head_map import ModelIdentity, fingerprint_tensors
 
 FAMILIES = ("qwen3", "qwen2", "llama")
-"""``model_type`` values of ``config.json`` that can be selected on and converted."""
+"""``model_type`` values of ``config.json`` that selection and conversion support."""
 
 DEFAULT_HEAD_DIM: dict[str, int | None] = {"qwen3": 128, "qwen2": None, "llama": None}
-"""What transformers takes where the config has no ``head_dim``; ``None``: D/H."""
+"""transformers' default for configs without ``head_dim``; ``None``: D/H."""
 
 DEFAULT_KV_HEADS: dict[str, int | None] = {"qwen3": 32, "qwen2": 32, "llama": None}
-"""What transformers takes where the config has no ``num_key_value_heads``; ``None``: H."""
+"""transformers' default for configs without ``num_key_value_heads``; ``None``: H."""
 
 HUB_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 HUB_WEIGHTS = ("*.safetensors",)
-"""What is fetched of a Hub model: nothing of it is code, nor a pickle."""
+"""Files that are fetched from a Hub model; none of them is code or a pickle."""
 
 HUB_CODE = ("*.py", "*.tiktoken")
-"""What is fetched too where the user trusts the model's own code: it, and vocabularies that it reads."""
+"""Files that are also fetched if the user trusts the model's own code: code, and vocabularies that it reads."""
 
 _MOST = 2**20
-"""Layers, heads and channels of any model are fewer."""
+"""Larger than the layers, heads and channels of any model."""
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def fingerprint_keys(num_layers: int) -> list[str]:
-    """Names of the weights that the fingerprint covers: q, k, v, o of the first and last layer."""
+    """Names of the fingerprint's weights: q, k, v, o of the first and last layer."""
     layers = sorted({0, num_layers - 1})
     return [f"model.layers.{i}.self_attn.{p}.weight" for i in layers for p in PROJECTIONS]
 
@@ -64,12 +64,11 @@ def model_identity_from_hf(
             file has another fingerprint.
         config: its configuration as a dict or a transformers config; read from the folder or taken
             from the model if omitted.
-        name: what the identity is called; default: the folder, or the config's ``_name_or_path``.
+        name: of the identity; default: the folder, or the config's ``_name_or_path``.
         revision: Hub revision, informative.
 
     Raises:
-        HydraError: no such folder or file, an unsupported ``model_type``, a missing key; each
-            named.
+        HydraError: no such folder or file, an unsupported ``model_type``, or a missing key; names it.
     """
     if isinstance(path_or_model, torch.nn.Module):
         source = "the model"
@@ -96,7 +95,7 @@ def identity_shape(config: Mapping[str, Any], source: str = "config.json") -> di
         HydraError: an unsupported ``model_type`` or a missing key.
     """
     family = config.get("model_type")
-    if family not in list(FAMILIES):  # compared, not hashed: it may be of any type
+    if family not in list(FAMILIES):  # compare instead of hash: it may have any type
         raise HydraError(
             f"{source}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
@@ -135,7 +134,7 @@ def read_config_json(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether it reads as ``owner/name``, and not as a path."""
+    """Whether it has the form ``owner/name`` and is not a path."""
     return not (Path(text).is_absolute() or text.startswith(".") or text.count("/") > 1)
 
 
@@ -147,17 +146,17 @@ def resolve_hf_folder(
     with_weights: bool = True,
     fetch: bool = True,
 ) -> Path:
-    """A local folder for a path or a Hub name (downloaded into the Hub's cache if need be).
+    """A local folder for a path or a Hub name, which is downloaded into the Hub's cache if necessary.
 
     Args:
         name_or_path: a folder, or ``owner/name``.
         revision: of a Hub name: branch, tag or commit.
-        with_code: fetch the model's own Python as well, which whoever loads it may then run.
-        with_weights: fetch the weights.
-        fetch: download; without, only what the Hub's cache has counts.
+        with_code: whether to fetch the model's own Python, too, which a loader may then run.
+        with_weights: whether to fetch the weights.
+        fetch: whether to download; otherwise only the Hub's cache is used.
 
     Raises:
-        HydraError: neither a folder nor a model that the Hub (or its cache) has.
+        HydraError: it is neither a folder nor a model in the Hub (or its cache).
     """
     path = Path(name_or_path)
     if path.is_dir():
@@ -191,7 +190,7 @@ def read_tensors(folder: str | os.PathLike[str], keys: list[str]) -> dict[str, t
     """Some tensors of a safetensors folder by Hugging Face name; no other weight is read.
 
     Raises:
-        HydraError: no safetensors, a broken index, a missing shard or key; the file is named.
+        HydraError: no safetensors, a broken index, a missing shard or key; names the file.
     """
     from safetensors import SafetensorError, safe_open
 

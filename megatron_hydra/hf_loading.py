@@ -1,4 +1,4 @@
-"""Opening Hugging Face models and tokenizers: weights as safetensors only, foreign code only on request."""
+"""Open Hugging Face models and tokenizers: weights as safetensors only, foreign code only on request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_hydra.files import read_json
 from megatron_hydra.hf_identity import read_config_json, resolve_hf_folder
 
 COMPUTED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""In which this package converts and selects."""
+"""Dtypes in which this package converts and selects."""
 
 DTYPES: dict[str, str | torch.dtype] = {"auto": "auto", **COMPUTED_DTYPES, "fp16": torch.float16}
 
@@ -42,21 +42,21 @@ def load_hf_model(
     model_class: Any = None,
     changes: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A model in eval mode, by default a causal one.
+    """A model in eval mode, by default a causal language model.
 
     Args:
-        folder: a local Hugging Face model folder, or a Hub name (downloaded if need be).
+        folder: a local Hugging Face model folder, or a Hub name (downloaded if necessary).
         revision: of a Hub name: branch, tag or commit.
-        trust_remote_code: run the modelling code that the folder carries.
+        trust_remote_code: whether to run the folder's modelling code.
         dtype: a key of :data:`DTYPES` (``auto``: as stored) or a dtype of torch.
-        device: ``auto`` (the GPU where there is one), a device of torch, or ``None``: leave it on the CPU.
-        model_class: whose ``from_pretrained`` reads the folder; default: ``AutoModelForCausalLM``. One of
-            this package makes the folder's own code unnecessary.
-        changes: keys of the folder's ``config.json`` with other values, as ``rope_parameters`` of YaRN.
+        device: ``auto`` (the GPU if there is one), a device of torch, or ``None`` for the CPU.
+        model_class: class whose ``from_pretrained`` reads the folder; default: ``AutoModelForCausalLM``. With a
+            class of this package, the folder's own code does not run.
+        changes: other values for keys of the folder's ``config.json``, such as ``rope_parameters`` of YaRN.
 
     Raises:
-        HydraError: no such folder, no safetensors in it, its own code and no permission to run it, a
-            changed key that the model's config does not have.
+        HydraError: no such folder, no safetensors in it, own code without permission to run it, or a changed
+            key that the model's config does not have.
     """
     from transformers import AutoModelForCausalLM
 
@@ -83,13 +83,13 @@ def load_hf_model(
         )
     except HydraError:
         raise
-    except Exception as error:  # of a damaged config, transformers raises what it likes
+    except Exception as error:  # for a damaged config, transformers may raise any error
         raise HydraError(f"model {path} cannot be loaded: {error}") from error
     if device is None:
         return model.eval()
     try:
         return model.to(device).eval()
-    except (RuntimeError, AssertionError) as error:  # no such device; torch without CUDA
+    except (RuntimeError, AssertionError) as error:  # no such device, or torch without CUDA
         problem = str(error).splitlines()[0]
         raise HydraError(f"device {device}: the model cannot be put there: {problem}") from error
 
@@ -112,7 +112,7 @@ def _changed_config(path: Path, trust_remote_code: bool, changes: Mapping[str, A
 def checked_folder(
     folder: str | os.PathLike[str], trust_remote_code: bool, revision: str = ""
 ) -> Path:
-    """The folder (of a Hub name: its snapshot), if it is a model whose code may be run."""
+    """The folder (for a Hub name, its snapshot), if it is a model whose code may run."""
     try:
         path = resolve_hf_folder(folder, revision, with_code=trust_remote_code)
     except HydraError as error:
@@ -138,16 +138,16 @@ def find_tokenizer(
 ) -> Any | None:
     """The tokenizer of a folder, a ``tokenizer.json`` or a Hub name; ``None`` if a folder has none.
 
-    It is tried on a character. Truncation and padding that its files ask for are turned off.
+    It is tested on a character. Truncation and padding of its files are turned off.
 
     Args:
-        source: a folder with one of :data:`VOCABULARY_FILES`, of a model or not; a file; a Hub name, of
-            which no weights are fetched.
+        source: a folder with one of :data:`VOCABULARY_FILES`, with or without a model; a file; or a Hub name,
+            whose weights are not fetched.
         revision: of a Hub name: branch, tag or commit.
-        trust_remote_code: run the code that the folder's tokenizer needs.
+        trust_remote_code: whether to run the code of the folder's tokenizer.
 
     Raises:
-        HydraError: no such source, or its files cannot be read, or need code that may not be run.
+        HydraError: no such source, or its files cannot be read or need code that may not run.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -166,10 +166,10 @@ def find_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(
                 path, trust_remote_code=trust_remote_code, local_files_only=True
             )
-        tokenizer("a")  # some settings of a wrong type are noticed only now
+        tokenizer("a")  # some settings of a wrong type fail only here
     except HydraError as error:
         raise HydraError(f"tokenizer {source}: {error}") from None
-    except Exception as error:  # of a damaged file, its library raises a bare Exception
+    except Exception as error:  # for a damaged file, its library raises a bare Exception
         raise HydraError(f"the tokenizer in {path} cannot be loaded: {error}") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -179,7 +179,7 @@ def find_tokenizer(
 
 
 def _has_tokenizer_code(folder: Path) -> bool:
-    """Whether a config names a class in a Python file as the tokenizer's."""
+    """Whether a config names a class in a Python file as the tokenizer's class."""
     for name in ("tokenizer_config.json", "config.json"):
         if (folder / name).is_file():
             classes = read_json(folder / name).get("auto_map")
@@ -192,10 +192,10 @@ def _has_tokenizer_code(folder: Path) -> bool:
 def load_tokenizer(
     source: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """:func:`find_tokenizer`, once per process, where there has to be one.
+    """:func:`find_tokenizer`, once for each process; a missing tokenizer is an error.
 
     Raises:
-        HydraError: also where there is none.
+        HydraError: as there, and if there is no tokenizer.
     """
     if not source:
         raise HydraError("data.tokenizer is empty: give the folder or Hub name of an HF tokenizer")

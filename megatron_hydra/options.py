@@ -1,11 +1,11 @@
-"""Options of a step, declared once: a dataclass whose fields a command line and a YAML section both read.
+"""Options of a step, declared once: a dataclass for both a command line and a YAML section.
 
     @dataclasses.dataclass(frozen=True)
     class Options:
         num_prompts: int = option(40, "pairs drawn for each capability")
 
-Messages of the library name an option by its flag. Where a file gave the values, :func:`worded` puts the
-file's keys in place of the flags.
+Messages of the library name an option by its flag. If a file gave the values, :func:`worded` replaces the flags
+by the file's keys.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ def option(
     metavar: str | tuple[str, ...] | None = None,
     group: str = "",
 ) -> Any:
-    """A field that is an option.
+    """Declare a field as an option.
 
     Args:
-        default: its value where nobody gives one.
+        default: the default value.
         help: of the flag; ``%(default)s`` stands for the default.
-        flag: default: the field's name with dashes, after ``no-`` for a truth value that is true.
-        parse: of a word on the command line; default: the field's type.
-        in_one: of a list that is one word there; default: it is several words.
-        count: words of a list that has so many, or none; 0: any number, each word once.
+        flag: default: the field's name with dashes, with ``no-`` in front for a truth value that is true by
+            default.
+        parse: function for a word of the command line; default: the field's type.
+        in_one: function for a list that is one word there; default: a list is several words.
+        count: number of words of a list, which has so many or none; 0: any number, each word once.
         metavar: in the help; with ``count``, one for each word.
-        group: the title of the group of flags that it belongs to; empty: none.
+        group: title of its group of flags; empty: none.
     """
     facts = {
         "help": help,
@@ -64,14 +65,14 @@ def option(
 
 
 def flag_of(field: dataclasses.Field[Any]) -> str:
-    """``--num-prompts`` of the field ``num_prompts``."""
+    """``num_prompts`` -> ``--num-prompts``."""
     given = field.metadata[_KEY]["flag"]
     name = field.name.replace("_", "-")
     return given or (f"--no-{name}" if field.default is True else f"--{name}")
 
 
 def flags(cls: type) -> dict[str, str]:
-    """Field → flag, of the fields that are options."""
+    """Field → flag, for all fields that are options."""
     return {field.name: flag_of(field) for field in _options(cls)}
 
 
@@ -92,9 +93,9 @@ def add_options(
     Args:
         parser: the command's.
         cls: the dataclass.
-        about: title of a group → what its help says.
-        only: the fields that the command has a flag for; empty: all of them.
-        groups: those that an earlier call returned, for more options in them.
+        about: title of a group → its help.
+        only: the fields with a flag of this command; empty: all fields.
+        groups: groups from an earlier call, to add options to them.
 
     Returns:
         The groups by title.
@@ -117,7 +118,7 @@ def add_options(
 
 
 def _settings(hint: Any, default: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What argparse is told of a field of this type."""
+    """Arguments for argparse for a field of this type."""
     if hint is bool:
         return {"action": "store_false" if default else "store_true"}
     if hint is dict:
@@ -147,13 +148,13 @@ def _weight(text: str) -> tuple[str, float]:
 def from_arguments(
     cls: type[Any], given: argparse.Namespace, *, only: tuple[str, ...] = (), **others: Any
 ) -> Any:
-    """The dataclass with what a command line gave.
+    """The dataclass with the values of a command line.
 
     Args:
-        cls: with which :func:`add_options` was called.
+        cls: the dataclass given to :func:`add_options`.
         given: the parsed command line.
-        only: as there.
-        others: further fields, over what the command line gave.
+        only: as for :func:`add_options`.
+        others: further fields, which override the command line.
     """
     hints = typing.get_type_hints(cls)
     fields = [field for field in _options(cls) if field.name in (only or given)]
@@ -169,7 +170,7 @@ def from_arguments(
 
 
 def changed(cls: type, source: Any) -> list[str]:
-    """Flags of the options of ``cls`` that an object of it, or of a subclass, has not at their defaults."""
+    """Flags of the options of ``cls`` that do not have their defaults in an object of it or a subclass."""
     default = cls()
     return [
         flag for name, flag in flags(cls).items() if getattr(source, name) != getattr(default, name)
@@ -177,7 +178,7 @@ def changed(cls: type, source: Any) -> list[str]:
 
 
 def values(cls: type, source: Any) -> dict[str, Any]:
-    """What an object of a subclass says of the options of ``cls``."""
+    """The options of ``cls`` in an object of a subclass."""
     return {field.name: getattr(source, field.name) for field in _options(cls)}
 
 
@@ -188,10 +189,10 @@ def keys(cls: type, section: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def worded(names: Mapping[str, str]) -> Iterator[None]:
-    """Name options in errors as whoever gave them does.
+    """In errors, name options as the source of their values does.
 
     Args:
-        names: flag → its name there.
+        names: flag → name in the source.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Out of memory on a GPU: an error that says how much was used and which setting to change."""
+"""Out of memory on a GPU: an error that names the used memory and the settings to change."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ GIB = 2**30
 
 @contextlib.contextmanager
 def convert_out_of_memory(message: Callable[[BaseException], str]) -> Iterator[None]:
-    """Turn torch's error inside the block into ours.
+    """Convert torch's error within the block to ours.
 
     Args:
         message: makes the text, from torch's error.
 
     Raises:
-        HydraError: in place of ``torch.OutOfMemoryError``.
+        HydraError: instead of ``torch.OutOfMemoryError``.
     """
     try:
         yield
@@ -30,24 +30,24 @@ def convert_out_of_memory(message: Callable[[BaseException], str]) -> Iterator[N
 
 
 def out_of_memory_names(what: str, *advice: str) -> AbstractContextManager[None]:
-    """As :func:`convert_out_of_memory`, with a text that names what to change.
+    """As :func:`convert_out_of_memory`, with a message that names settings to change.
 
     Args:
-        what: was being done.
-        advice: settings that make it smaller, the likeliest first.
+        what: the activity, for the message.
+        advice: settings that reduce memory, the best one first.
     """
     return convert_out_of_memory(lambda error: explained(what, error, advice))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch has found no memory on a device; asked without importing torch."""
+    """Whether it is torch's out-of-memory error of a device; does not import torch."""
     return any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
 
 
 def explained(
     what: str, error: BaseException, advice: list[str] | tuple[str, ...], expected: str = ""
 ) -> str:
-    """One line: what was used of how much, what was expected, what to change."""
+    """One line: used and total memory, expected memory, settings to change."""
     from megatron_hydra.parallel import platform
 
     used = f"{platform.peak_memory_bytes() / GIB:.1f} GiB were in use at most"

@@ -1,4 +1,4 @@
-"""Paths as people write them: ``~`` and ``$VARIABLE`` stand for what a shell would put there."""
+"""Paths of users: ``~`` and ``$VARIABLE`` are expanded as in a shell."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 from megatron_hydra.errors import HydraError
 
 PathText = Annotated[str, "path"]
-"""A field of a config that holds a path; :func:`megatron_hydra.config.from_dict` expands it."""
+"""Type of a config field with a path; :func:`megatron_hydra.config.from_dict` expands it."""
 
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
 
@@ -18,7 +18,8 @@ def expanded(text: str) -> str:
     """A path with ``~``, ``~user``, ``$VARIABLE`` and ``${VARIABLE}`` replaced.
 
     Raises:
-        HydraError: a variable is not set, there is no such user, or the text holds a NUL, which no path can.
+        HydraError: a variable is not set, the user does not exist, or the text has a NUL, which no path may
+            have.
     """
     if "\0" in text:
         raise HydraError(f"{text!r} has a NUL character, which is not allowed in a path")

@@ -1,4 +1,4 @@
-"""What the time from a command to its first step is made of."""
+"""The parts of the time from a command to its first step."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _is_new_process = False
 
 
 def process_is_one_run() -> None:
-    """The next :class:`StartupClock` counts from this process's start on, imports included.
+    """Let the next :class:`StartupClock` count from this process's start, with imports.
 
-    Without it a clock counts from its own making: a process that did other things before (a worker of an
-    experiment, a test) would count those as its imports.
+    By default a clock counts from its creation. Otherwise a process with earlier work (a worker of an
+    experiment, a test) would count this work as imports.
     """
     global _is_new_process
     _is_new_process = True
 
 
 class StartupClock:
-    """Seconds of a run by part of its start, from the launcher's first moment on.
+    """Seconds of a run's start by part, from the launcher's start on.
 
-    Parts are measured by :func:`startup_phase` wherever they happen; a part inside another counts for
-    itself alone. What no part covers is ``other``.
+    :func:`startup_phase` measures parts. A part within another counts separately. Time outside all parts is
+    ``other``.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class StartupClock:
         _is_new_process = False
         started = psutil.Process().create_time()
         self._began = started
-        if "LOCAL_RANK" in os.environ:  # under torchrun, which is this process's parent
+        if "LOCAL_RANK" in os.environ:  # the launcher is torchrun, this process's parent
             self._began = min(started, psutil.Process(os.getppid()).create_time())
             self._seconds["launcher"] = started - self._began
         self._seconds["imports"] = max(0.0, self._since - started)
@@ -54,12 +54,12 @@ class StartupClock:
         _running.remove(self)
 
     def enter(self, name: str) -> None:
-        """Begin a part, inside the one that is running or after it."""
+        """Begin a part, within the current one or after it."""
         self._count()
         self._open.append(name)
 
     def leave(self) -> None:
-        """End the part that began last."""
+        """End the current part."""
         self._count()
         self._open.pop()
 
@@ -70,18 +70,18 @@ class StartupClock:
         self._since = now
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by part so far, in the order in which they began."""
+        """Seconds by part so far, in the order of their starts."""
         self._count()
         return {name: round(value, 3) for name, value in self._seconds.items()}
 
     def total(self) -> float:
-        """Seconds since the launcher, without one this process, or in a used process the clock was started."""
+        """Seconds since the start of the launcher or of this process; in a used process, of the clock."""
         return round(time.time() - self._began, 3)
 
 
 @contextlib.contextmanager
 def startup_phase(name: str) -> Iterator[None]:
-    """Measure the block as part of the start, if a start is being measured in this process."""
+    """Measure the block as a part of the start, if this process measures its start."""
     clock = _running[-1] if _running else None
     if clock is None:
         yield
@@ -94,6 +94,6 @@ def startup_phase(name: str) -> Iterator[None]:
 
 
 def in_words(seconds: dict[str, float]) -> str:
-    """``imports 9.2 s, weights 3.1 s``: the parts of a tenth of a second and more, largest first."""
+    """``imports 9.2 s, weights 3.1 s``: parts of at least a tenth of a second, the largest first."""
     parts = sorted(seconds.items(), key=lambda part: -part[1])
     return ", ".join(f"{name} {value:.1f} s" for name, value in parts if value >= 0.05)

@@ -23,7 +23,8 @@ REQUEUE_EXIT_CODE = 85
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _SAME_REQUEST_SECONDS = 3.0
-"""A signal to a whole job reaches a rank twice: from the scheduler and through its launcher."""
+"""Seconds between two signals that count as one: a signal to a whole job reaches a rank twice, from the
+scheduler and through its launcher."""
 
 _listening: list[StopRequest] = []
 

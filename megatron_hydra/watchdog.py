@@ -1,4 +1,4 @@
-"""A process that hangs ends itself, and says where it hung."""
+"""A watchdog: a hung process ends itself and prints where it hung."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import datetime as dt
 import faulthandler
 
 PATIENCE = 5
-"""What takes longer than a step by its nature (starting, saving) has so many times the limit."""
+"""Work that takes longer than a step (starting, saving) has so many times the limit."""
 
 _watching: list[Watchdog] = []
 
 
 class Watchdog:
-    """Dumps all threads' stacks and exits if it is not fed in time, while its block runs.
+    """While its block runs, dumps all threads' stacks and exits if it is not fed in time.
 
-    A dead or hung rank leaves the others inside a collective; each of them then ends by its own
-    watchdog, so the whole job is gone within the limit whichever rank was at fault. The timer is C
-    code: it fires also while the interpreter waits in a collective.
+    If a rank is dead or hung, the others wait in a collective. Each of them ends by its own watchdog, so the
+    whole job ends within the limit, whichever rank has the fault. The timer is C code: it also fires while the
+    interpreter waits in a collective.
 
     Args:
-        seconds: the limit from one feeding to the next; the first is :data:`PATIENCE` times that.
+        seconds: the limit between feedings; the first limit is :data:`PATIENCE` times as long.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -27,7 +27,7 @@ class Watchdog:
 
     def feed(self, factor: float = 1.0) -> None:
         """Allow ``factor`` times the limit until the next feeding."""
-        # 2: standard error itself, whatever Python's has been replaced by.
+        # 2: standard error itself, even if Python's sys.stderr has been replaced.
         faulthandler.dump_traceback_later(self.seconds * factor, exit=True, file=2)
 
     def __enter__(self) -> Watchdog:
@@ -47,13 +47,13 @@ def feed_watchdog(factor: float = 1.0) -> None:
 
 
 def collective_timeout(seconds: float | None = None) -> dt.timedelta | None:
-    """How long a collective may wait: as long as the watchdog ever does, which has the first word.
+    """The timeout of a collective: the longest limit of the watchdog, which therefore fires first.
 
     Args:
-        seconds: the watchdog's limit; ``None``: of the one whose block runs.
+        seconds: the watchdog's limit; ``None``: that of the active watchdog.
 
     Returns:
-        ``None``, which is torch's default, where no limit is known.
+        ``None``, which is torch's default, if there is no limit.
     """
     if seconds is None and _watching:
         seconds = _watching[-1].seconds

@@ -1,4 +1,4 @@
-"""Triton kernels in a process without a GPU: interpreted, or compiled for another machine's GPU."""
+"""Triton kernels in a process without a GPU: interpreted, or compiled for the GPU of another machine."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ needs_triton = pytest.mark.skipif(not is_installed("triton"), reason="needs trit
 
 
 def output_lines(module: str, *arguments: str, interpreted: bool, timeout: float) -> list[str]:
-    """What the module prints. Triton reads its variable when it is imported, so the process is a new one."""
+    """The lines that a module prints. It runs in a new process, because Triton reads its variable at import."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     if interpreted:
         environment["TRITON_INTERPRET"] = "1"
-    else:  # the interpreter accepts what the compiler refuses
+    else:  # the interpreter accepts some code that the compiler refuses
         environment.pop("TRITON_INTERPRET", None)
         environment["PYTHONWARNINGS"] = "ignore"
     result = subprocess.run(  # noqa: PLW1510

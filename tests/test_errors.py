@@ -1,4 +1,4 @@
-"""The end of a command: one line and an exit status for every error that a user can fix."""
+"""The end of a command: every error that a user can fix gives one line and an exit status."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_hydra.errors import HydraError, command
 
 
 def ended(act, capsys):
-    """Status and stderr of a command that does ``act``."""
+    """Exit status and stderr of a command that runs ``act``."""
     status = command(act)()
     return status, capsys.readouterr().err
 

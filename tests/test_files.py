@@ -1,4 +1,4 @@
-"""Files and folders that are written atomically, and headers."""
+"""Files and folders are written atomically; headers are checked."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 # ruff: noqa: E501  (tables of arguments)
-"""Whatever is written into a file, an argument or the environment ends in a result or a named error.
+"""Any content of a file, an argument or the environment gives a result or a named error.
 
     pytest -m slow tests/test_fuzzing.py --fuzz-seconds 600 --fuzz-seed 7
 
-tries other inputs for ten minutes in all. A case that fails prints its number: --fuzz-seed with it tries it
-first.
+tries other inputs for ten minutes in total. A failed case prints its number; --fuzz-seed with this number runs
+it first.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from tests.training import tiny
 
 ROOT = Path(__file__).parents[1]
 CASE_SECONDS = 180
-"""One that takes longer hangs."""
+"""Seconds: a case that takes longer hangs."""
 MEMORY_BYTES = 24 * 2**30
-"""Address space of a case: an absurd size must not take the machine's memory."""
+"""Address space of a case: an absurdly large size must not take the machine's memory."""
 
 
 def _main(module: str) -> Callable[[list[str]], int]:
@@ -170,7 +170,7 @@ ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_JO
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the commands of :data:`TARGETS` read; every case has a copy."""
+    """The files that the commands of :data:`TARGETS` read; every case has a copy."""
     folder = tmp_path_factory.mktemp("fuzzed") / "files"
     tiny.write_all(folder)
     (folder / "tokenizer").mkdir()
@@ -179,7 +179,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model("qwen3", vocab_size=512).save_pretrained(folder / "hf")
     config = tiny.run_config(folder, "finetune", "run")
     (folder / "run.yaml").write_text(to_yaml(config), encoding="utf-8")
-    # Small: a changed argument may let it run.
+    # It is small, because a changed argument may let it run.
     (folder / "experiment.yaml").write_text(
         BODY.format(configs=ROOT / "configs").replace("seeds: [0, 1]", "seeds: [0]")
         + "variants:\n  HydraHead: {}\n  random: {selection: {strategy: global_random}}\n",
@@ -207,15 +207,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def budget(request: pytest.FixtureRequest) -> tuple[int, float]:
-    """The first case's seed and the seconds to go on for."""
+    """The seed of the first case, and the seconds to run."""
     return request.config.getoption("--fuzz-seed"), request.config.getoption("--fuzz-seconds")
 
 
 def _run(target: Target, folder: Path, files: Path, seed: int) -> tuple[str, str, int]:
-    """One case in a process of its own; of a negative seed, without any change.
+    """Run one case in a process of its own; a negative seed changes nothing.
 
     Returns:
-        What was changed; what the command printed; its status, negative if a signal ended it.
+        The change, the command's output, and its status; negative if a signal ended it.
     """
     rng = random.Random(seed)
     changes_wanted = rng.choice((1, 1, 1, 2)) if seed >= 0 else 0
@@ -256,7 +256,7 @@ def _run(target: Target, folder: Path, files: Path, seed: int) -> tuple[str, str
 def _child(
     target: Target, folder: Path, arguments: list[str], environment: dict[str, str], log: Path
 ) -> None:
-    """Never returns."""
+    """Run the case in this fork; never returns."""
     status = 99
     try:
         (folder / "here").mkdir()
@@ -294,7 +294,7 @@ def _check(what: str, printed: str, status: int, folder: Path) -> None:
 def test_the_command_works_before_anything_is_changed(
     name: str, files: Path, tmp_path: Path
 ) -> None:
-    """Else every case would be refused for the same reason."""
+    """The unchanged case works. Otherwise every case would be refused for the same reason."""
     _, printed, status = _run(TARGETS[name], tmp_path / "files", files, -1)
     assert status == 0, printed[-3000:]
 
@@ -357,7 +357,7 @@ def test_the_config_loader_ends_in_a_config_or_a_named_error(
 
 
 def test_a_case_that_raises_is_a_failure(tmp_path: Path) -> None:
-    """The check above can fail: a command that raises, dies or makes a folder ~ does not pass."""
+    """The check above can fail: it finds commands that raise, die or make a folder ~."""
     for code, body in (("raise", lambda _: 1 / 0), ("die", lambda _: os.kill(os.getpid(), 9)),
                        ("folder", lambda _: os.mkdir("~") or 0)):  # fmt: skip
         place = tmp_path / code

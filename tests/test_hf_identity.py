@@ -1,4 +1,4 @@
-"""The identity of a Hugging Face model, from folder and from memory."""
+"""The identity of a Hugging Face model, from its folder and from memory."""
 
 from __future__ import annotations
 

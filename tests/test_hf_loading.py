@@ -1,4 +1,4 @@
-"""The files of a Hub model that are fetched; there is no network here, so the Hub's client is a fake."""
+"""Which files of a Hub model are fetched. The Hub's client is a fake, because tests have no network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tokenizer():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The calls that were made; the snapshot is a model with code of its own."""
+    """A fake client; returns its calls. The snapshot is a model with its own code."""
     (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "code.C"}}))
     calls = []
 
@@ -42,7 +42,7 @@ def test_code_is_fetched_only_where_it_is_trusted(hub, tmp_path):
 
 
 def test_a_tokenizer_may_stand_alone(tokenizer, tmp_path):
-    """As in a checkpoint's folder: without a model beside it."""
+    """A tokenizer without a model beside it, as in a checkpoint's folder."""
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     found = find_tokenizer(tmp_path / "tokenizer")
     assert found("abc")["input_ids"] == tokenizer("abc")["input_ids"]
@@ -56,7 +56,7 @@ def test_no_weights_are_fetched_for_a_tokenizer(hub):
 
 
 def test_whether_a_folder_has_a_tokenizer_is_one_rule(tmp_path):
-    """Its files decide: none is no tokenizer, and files that do not load are never passed over."""
+    """The files decide: without files there is no tokenizer; files that fail to load are an error."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     assert find_tokenizer(tmp_path) is None
     (tmp_path / "vocab.json").write_text("{")

@@ -1,4 +1,4 @@
-"""Options that a command line and a file read from one dataclass."""
+"""A command line and a file read their options from one dataclass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_hydra.options import add_options, changed, flags, from_arguments, 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """One field of each kind."""
+    """Options with one field of each kind."""
 
     num_prompts: int = option(40, "(default %(default)s)", group="prompts")
     solved: Literal["top1", "off"] = option("top1", "")

@@ -23,7 +23,7 @@ from megatron_hydra.version import __version__
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_hydra"
 
-# Imports go from a later entry to an earlier or the same one, never the other way.
+# A module may import from its own entry and from earlier ones, never from later ones.
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "arguments",
@@ -49,7 +49,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training", "evaluation", "planning"),
     ("train", "warm", "quickstart"),
     ("experiments",),
-    ("serving", "__init__"),  # nothing may import the plug-in, nor the names at the package's root
+    ("serving", "__init__"),  # no module may import the plug-in or the names at the package's root
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -63,13 +63,13 @@ GPU_LIBRARIES = (
 )
 
 OF_VLLM = tuple(f"megatron_hydra.serving.vllm.{module}" for module in ("gated_delta_net", "model"))
-"""Modules that import vLLM, which has an environment of its own."""
+"""Modules that import vLLM, which is in a separate environment."""
 OF_LM_EVAL = ("megatron_hydra.evaluation.question_tasks",)
 """Modules that only lm-eval imports, which is an extra."""
 
 
 def _files() -> list[Path]:
-    """Everything that is, or could be, committed."""
+    """All files that are, or could be, committed."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -157,7 +157,7 @@ def test_a_placeholder_is_no_code_owner() -> None:
 
 
 def test_the_release_is_the_same_everywhere() -> None:
-    """The newest dated section of the changelog, and the citation, are of the package's version."""
+    """The newest dated section of the changelog and the citation have the package's version."""
     dated = re.search(r"^## \[([\d.]+)\] - ([\d-]+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert dated and dated[1] == __version__
     citation = (ROOT / "CITATION.cff").read_text()
@@ -165,7 +165,7 @@ def test_the_release_is_the_same_everywhere() -> None:
 
 
 def test_no_package_is_outside_the_layers() -> None:
-    """A new subpackage gets a place in LAYERS, or nothing checks what it imports."""
+    """A new subpackage needs a place in LAYERS; otherwise its imports are not checked."""
     names = {path.stem for path in PACKAGE.glob("*.py")}
     names |= {path.parent.name for path in PACKAGE.glob("*/*.py")}
     assert names <= set(LEVEL)
@@ -176,9 +176,9 @@ def test_no_package_is_outside_the_layers() -> None:
 
 @functools.cache
 def _imported(path: Path) -> frozenset[str]:
-    """All that a file of the package imports from the package, dotted, at its top or within a function.
+    """Dotted names that a file imports from the package, at its top level or within functions.
 
-    A literal name given to ``importlib.import_module`` counts as well.
+    A literal name in ``importlib.import_module`` also counts.
     """
     package = ("megatron_hydra", *path.relative_to(PACKAGE).parent.parts)
     names: list[str] = []
@@ -206,7 +206,7 @@ def _module_name(path: Path) -> str:
 
 
 def _circles(graph: Mapping[str, set[str]]) -> list[str]:
-    """Nodes that can be reached from themselves, by leaving out again and again what leads nowhere."""
+    """Nodes that remain when nodes without successors or predecessors are removed repeatedly: circles."""
     left = {node: set(others) for node, others in graph.items()}
     while ends := [node for node, others in left.items() if not others & left.keys()]:
         for node in ends:
@@ -218,7 +218,7 @@ def _circles(graph: Mapping[str, set[str]]) -> list[str]:
 
 
 def test_no_module_imports_itself_through_others() -> None:
-    """Lazily neither. A package's ``__init__`` is a module like any other where a name is taken from it."""
+    """Lazy imports form no circle either. A package's ``__init__`` counts if a name is imported from it."""
     modules = {_module_name(path): path for path in PACKAGE.rglob("*.py")}
 
     def module_of(name: str) -> str:
@@ -246,7 +246,7 @@ def test_imports_go_one_way() -> None:
 
 
 def test_hf_imports_nothing_of_the_rest() -> None:
-    """It is copied into exports, where megatron_hydra is not installed."""
+    """hf/ is copied into exports, where megatron_hydra is not installed."""
     wrong = {
         _relative(path): _imported_parts(path) - {"hf"} for path in (PACKAGE / "hf").rglob("*.py")
     }
@@ -271,10 +271,10 @@ print(len(names), "modules")
 
 
 def test_every_module_imports_without_gpu_libraries() -> None:
-    """Only Triton's kernels, ``ops/triton_*.py``, two modules of vLLM's plug-in and one of lm-eval's need a
-    library; they are imported when used.
+    """Only Triton kernels (``ops/triton_*.py``), two modules for vLLM and one for lm-eval need a library.
 
-    Megatron-Core 0.18 and later import triton themselves: there it is seen only that no other is needed.
+    They are imported when used. Megatron-Core 0.18 and later import triton themselves; with these releases the
+    test checks the other libraries only.
     """
     needed = ("triton",) if megatron_versions.needs_triton() else ()
     program = _IMPORT_ALL.format(
@@ -297,8 +297,9 @@ _DEVICE_QUESTION = re.compile(
 
 
 def test_only_the_platform_module_distinguishes_machines() -> None:
-    """Kernels (``ops``) go by their tensors, exports (``hf``) stand alone, ``layer_spec`` chooses kernels; in a
-    serving engine the engine has chosen the device.
+    """Exceptions: kernels (``ops``) use their tensors' device; exports (``hf``) stand alone.
+
+    ``layer_spec`` chooses kernels, and a serving engine has chosen its device.
     """
     free = ("parallel/platform.py", "model/layer_spec.py", "ops/", "hf/", "serving/")
     wrong = []
@@ -323,7 +324,7 @@ def _imports_of(path: Path) -> list[str]:
 
 
 def test_the_platform_comes_before_megatron() -> None:
-    """Whichever module is imported first: Megatron-Core binds CUDA's names as it is imported."""
+    """Any module may be imported first, and Megatron-Core binds CUDA's names at its import."""
     platform = "megatron_hydra.parallel.platform"
     wrong = []
     for path in PACKAGE.rglob("*.py"):
@@ -338,13 +339,13 @@ def test_the_platform_comes_before_megatron() -> None:
 
 
 _ONE_PLACE = {
-    # Those of data move files and folders that are synced.
+    # The modules of data move synced files and folders.
     r"os\.replace\(": {"files.py", "data/parts.py", "data/pack_index.py", "data/generation.py"},
     r"file_digest\(": {"files.py"},
     r"\.from_pretrained\(": {"hf_loading.py"},
     r"RawDescriptionHelpFormatter": {"arguments.py"},
 }
-"""What one function does, and the files of the package that may do it."""
+"""Operations that one function wraps, and the files that may call them directly."""
 
 
 def test_shared_functions_are_not_duplicated() -> None:
@@ -439,7 +440,7 @@ def test_link_checker_finds_what_is_broken(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_no_private_path_is_committed() -> None:
-    """A path of somebody's machine in a config or a page fails for everybody else."""
+    """A path of one machine in a config or a page fails on all other machines."""
     roots = "|".join(("root", "work", "home/[a-z]", "Users/[A-Za-z]", "mnt/[a-z]", "scratch/[a-z]"))
     private = re.compile(rf"(?<![\w.)}}])/(?:{roots})(?![\w-]*\.h)(?=[/\w]|\b)")
     found = []
@@ -465,9 +466,9 @@ def _shell_commands() -> list[list[str]]:
 
 @functools.cache
 def _python_helps() -> dict[str, dict]:
-    """What every command in Python says of itself, by its last word, and the files that it left.
+    """For every Python command, by its last word: the output of --help, and the files that it left.
 
-    All of them are forks of one process, which has imported torch and transformers once for all.
+    They are forks of one process, which imports torch and transformers once for all.
     """
     asked = [json.dumps([*words, "--help"]) for words in _python_commands()]
     with tempfile.TemporaryDirectory() as folder:
@@ -486,7 +487,7 @@ def _python_helps() -> dict[str, dict]:
 
 @functools.cache
 def _help(command: str) -> tuple[int, str, str]:
-    """Status, stdout and stderr of ``--help``, asked in a folder of its own that has to stay empty."""
+    """Status, stdout and stderr of ``--help``, run in its own folder, which must stay empty."""
     if not command.endswith(".sh"):
         said = _python_helps()[command]
         assert not said["left"], said
@@ -505,7 +506,7 @@ def _help(command: str) -> tuple[int, str, str]:
 
 
 def test_every_command_explains_itself() -> None:
-    """``--help`` works from any folder, shows an example and asks for no GPU and no model."""
+    """``--help`` works in any folder, shows an example, and needs no GPU and no model."""
     wrong = []
     for name in [words[-1] for words in (*_python_commands(), *_shell_commands())]:
         status, text, errors = _help(name)
@@ -517,7 +518,7 @@ def test_every_command_explains_itself() -> None:
 
 
 def _readme_commands() -> list[list[str]]:
-    """The words of every command line in the README's shell blocks."""
+    """The words of each command line in the README's shell blocks."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines]
@@ -562,7 +563,7 @@ def _is_true(node: ast.expr | None) -> bool:
 
 
 def _unsafe_calls(source: str) -> list[str]:
-    """Calls that may run code from a file: pickles, and a model repository's own Python."""
+    """Calls that may run code from a file: pickles, and Python of a model repository."""
     unsafe = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):

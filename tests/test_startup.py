@@ -1,4 +1,4 @@
-"""The parts of the time to the first step: they add up, and a nested part counts once."""
+"""The parts of the time to the first step add up, and a nested part counts once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_hydra.startup import StartupClock, in_words, startup_phase
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, which tests move on."""
+    """A clock that tests move forward."""
     now = [time.time() + 100.0]
     monkeypatch.setattr(startup.time, "time", lambda: now[0])
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -34,7 +34,7 @@ def test_parts_add_up_to_the_whole(clock: list[float]) -> None:
         assert {name: seconds[name] for name in ("other", "model", "check")} == {
             "other": 1, "model": 26, "check": 4,
         }  # fmt: skip
-        assert seconds["imports"] > 99  # from the process's own beginning
+        assert seconds["imports"] > 99  # from the start of the process
         assert sum(seconds.values()) == pytest.approx(start.total(), abs=0.01)
 
 

@@ -23,7 +23,7 @@ def test_a_signal_is_noted_and_the_old_handler_comes_back(number: signal.Signals
         assert not stop.requested
         exit_if_stopped()
         os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)  # through the launcher as well: the same request
+        os.kill(os.getpid(), number)  # also through the launcher: the same request
         assert stop.requested
         assert stop.reason == "signal"
         with pytest.raises(Stopped) as left:
@@ -80,7 +80,7 @@ with stopping.StopRequest(), stopping.exit_on_stop_signal("compiling"), stopping
     "work",
     [
         "time.sleep(60)",
-        # Compiled code that does not come back to the interpreter: no handler in Python is called.
+        # Compiled code that does not return to the interpreter, so no Python handler is called.
         "import ctypes; mutex = ctypes.create_string_buffer(64); "
         "lock = ctypes.CDLL(None).pthread_mutex_lock; lock(mutex); lock(mutex)",
     ],
@@ -94,7 +94,7 @@ def test_with_nothing_to_save_a_signal_ends_the_process_and_its_helpers(work: st
     assert process.stdout is not None
     helper = int(process.stdout.readline())
     assert process.stdout.readline() == "inside\n"
-    time.sleep(0.2)  # into the work
+    time.sleep(0.2)  # while the work runs
     process.terminate()
     _, errors = process.communicate(timeout=30)
     assert process.returncode == stopping.REQUEUE_EXIT_CODE

@@ -15,7 +15,7 @@ from megatron_hydra.watchdog import PATIENCE, Watchdog, collective_timeout, feed
 
 @pytest.fixture
 def meals(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
-    """Seconds allowed by every feeding; ``None`` for the end of the watch."""
+    """The seconds that each feeding allows; ``None`` for the end of the watch."""
     found: list[float | None] = []
     monkeypatch.setattr(
         faulthandler, "dump_traceback_later", lambda seconds, **_: found.append(seconds)
@@ -42,7 +42,7 @@ def test_every_chunk_of_a_selection_feeds_it(meals: list[float | None]) -> None:
 
     with Watchdog(10):
         WorkBench(Ranks()).run(Stage("stage", "task"), chunks, compute)
-    # Before the first chunk and after every one; then others may be slower.
+    # Before the first chunk and after each chunk; other chunks may be slower.
     assert meals == [50, 10, 0, 10, 0, 10, 0, 10, 50, None]
 
 

@@ -274,13 +274,13 @@ def apply_overrides(config: T, overrides: Sequence[str]) -> T:
     return from_dict(type(config), body, source="override")
 
 
-def _merge(base: dict, update: Mapping) -> dict:
+def merge_sections(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
     """Merge ``update`` into ``base``, section by section; lists and scalars are replaced."""
     merged = dict(base)
     for key, value in update.items():
         old = merged.get(key)
-        both = isinstance(old, dict) and isinstance(value, Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge_sections(merged[key], value) if both else value
     return merged
 
 
@@ -307,7 +307,7 @@ def read_config(path: str | os.PathLike[str], nested: bool = False) -> dict[str,
             raise _wrong(str(path), ["include"], "a path", name)
         base = read_config(Path(path).parent / expanded(name), nested=True)
     from_dict(RunConfig, body, source=str(path))
-    return _merge(base, body)
+    return merge_sections(base, body)
 
 
 def load_run_config(
@@ -328,7 +328,7 @@ def load_run_config(
 
     body: dict = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-        body = _merge(body, read_config(path))
+        body = merge_sections(body, read_config(path))
     config = apply_overrides(from_dict(RunConfig, body), overrides)
     check_run(config)
     return config

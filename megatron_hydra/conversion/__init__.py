@@ -1,1 +1,1 @@
-"""Hugging Face ⇄ Megatron, and the student's making: names, configs, weights, start values, calibration."""
+"""Hugging Face ⇄ Megatron, and making the student: names, configs, weights, start values, calibration."""

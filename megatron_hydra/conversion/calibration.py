@@ -34,11 +34,11 @@ def calibration_batches(
     """Token sequences for calibration.
 
     Args:
-        tokenizer: of the model; ``None`` if it has none: ``file`` must then hold token ids.
+        tokenizer: of the model, or ``None``; without it, ``file`` must have token ids.
         vocab_size: V, to check ids against.
         file: plain text, or ``.jsonl`` of ``{"text": …}``, ``{"tokens": [ids]}`` or ``[ids]``
             lines; ``None`` for a bundled English text.
-        max_tokens: stop after so many.
+        max_tokens: largest number of tokens.
         length: of the longest sequence.
         advice: what to do without a tokenizer, for the message.
 
@@ -46,7 +46,8 @@ def calibration_batches(
         int64 ``[1, S]`` tensors, S at most ``length``, each from one document.
 
     Raises:
-        HydraError: text without a tokenizer, a line of another form, or a token id outside the vocabulary.
+        HydraError: the file has text but there is no tokenizer, a line has another form, or a token id is
+            outside the vocabulary.
     """
     batches: list[torch.Tensor] = []
     left = max_tokens

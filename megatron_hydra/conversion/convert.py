@@ -52,7 +52,7 @@ class StudentOptions(StudentStart):
     :class:`~megatron_hydra.config.student.StudentStart` has those of its initial values.
 
     Attributes:
-        head_map: the map's file; ``None`` where every head is both FA and GDN (``hydra.mixer``).
+        head_map: the map's file; ``None`` if every head is both FA and GDN (``hydra.mixer``).
         hydra: the layer's switches.
         seed: order of the decays over heads.
     """
@@ -63,7 +63,7 @@ class StudentOptions(StudentStart):
 
     @property
     def initial_values(self) -> StudentInit:
-        """What parameters without a dense counterpart begin with."""
+        """Start values of parameters without a dense counterpart."""
         return StudentInit(*self.half_life, kind=self.init)
 
 
@@ -85,21 +85,22 @@ def hf_to_megatron(
 
     Args:
         hf_path: a folder, or a Hub name.
-        output: the checkpoint folder; it appears whole or not at all.
-        student: make a HydraHead of the dense model; ``None`` converts the model as it is (an
-            exported HydraHead too).
+        output: the checkpoint folder; it is written atomically.
+        student: options for making a HydraHead from the dense model; ``None`` converts the model unchanged
+            (also an exported HydraHead).
         revision: Hub revision.
-        dtype: of the weights; ``None`` keeps the file's.
-        verify: before the folder takes its name, read it back and compare every tensor, and the
-            fp32 logits with transformers' if the model is small, unconverted and no new student.
+        dtype: of the weights; ``None`` keeps the file's dtype.
+        verify: whether to read the folder before it gets its name and to compare every tensor. For a small
+            model with its own dtype that is not a new student, fp32 logits are compared with transformers',
+            too.
         force: replace an existing ``output``.
         progress: show bars on stderr.
 
     Returns:
-        The config of what was written.
+        The config of the written model.
 
     Raises:
-        HydraError: input that cannot be converted exactly; nothing is written then.
+        HydraError: the input cannot be converted exactly; nothing is written.
     """
     from megatron_hydra.hf_identity import resolve_hf_folder
 
@@ -134,7 +135,7 @@ def hf_to_megatron(
 
 
 def _log_skipped_files(folder: Path) -> None:
-    """Log the files of a folder that are not converted: all but weights, config and tokenizer."""
+    """Log the files of a folder that are not converted: all except weights, config and tokenizer."""
     from megatron_hydra.hf.export_files import hf_export_files
 
     names = left_out(folder, (HEAD_MAP_FILE, *hf_export_files()))
@@ -238,7 +239,7 @@ def _measured(
     batches = calibration_batches(
         tokenizer, dense.vocab_size, options.calibration_file or None, options.calibration_tokens
     )
-    # The backbone without its LM head, in the dtype that the student will have.
+    # The backbone without its LM head, in the student's dtype.
     backbone = load_hf_model(folder, dtype=dtype or "auto", model_class=AutoModel)
     gamma = calibrate_gamma(backbone, batches) if wants_gamma else None
     heads = (
@@ -262,24 +263,24 @@ def megatron_to_hf(
 ) -> ModelConfig:
     """Convert a Megatron checkpoint to a Hugging Face folder; one shard is in memory at a time.
 
-    A dense model becomes a plain folder of its family, a hybrid one a ``HydraHeadForCausalLM``
-    folder that carries its modelling code.
+    A dense model becomes a plain folder of its family. A hybrid becomes a ``HydraHeadForCausalLM`` folder with
+    its modelling code.
 
     Args:
-        checkpoint: a checkpoint folder, or the ``checkpoints`` folder of a run (its latest).
-        output: the Hugging Face folder; it appears whole or not at all.
+        checkpoint: a checkpoint folder, or the ``checkpoints`` folder of a run (its latest one).
+        output: the Hugging Face folder; it is written atomically.
         dtype: convert the weights; ``None`` keeps the checkpoint's dtype.
         max_shard_bytes: size of one safetensors file.
-        verify: before the folder takes its name, read it back and compare every tensor, and the
-            fp32 logits if the model is small and ``dtype`` did not change it.
+        verify: whether to read the folder before it gets its name and to compare every tensor. For a small
+            model that ``dtype`` does not change, fp32 logits are compared, too.
         force: replace an existing ``output``.
         progress: show a bar on stderr.
 
     Returns:
-        The config of what was written: the finished model's.
+        The config of the written model, which is the finished one.
 
     Raises:
-        HydraError: a checkpoint that is damaged, foreign or incomplete; nothing is written then.
+        HydraError: the checkpoint is damaged, foreign or incomplete; nothing is written.
     """
     from tqdm import tqdm
 

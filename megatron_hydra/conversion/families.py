@@ -1,9 +1,9 @@
-"""Name maps as data: which Hugging Face tensors make which canonical tensor, family by family.
+"""Name maps as data: which Hugging Face tensors make each canonical tensor, for every family.
 
-A row of a table reads: canonical key, how, Hugging Face names. Those of the attention come from
-:data:`~megatron_hydra.model.parameters.PARAMETERS`. Which rows a model uses follows from
-:func:`~megatron_hydra.checkpoint.canonical.canonical_shapes`; a canonical key that no row covers,
-or a Hugging Face tensor that no row asks for, is an error in :mod:`.hf_io`.
+A row of a table has: canonical key, form, Hugging Face names. Rows of the attention come from
+:data:`~megatron_hydra.model.parameters.PARAMETERS`.
+:func:`~megatron_hydra.checkpoint.canonical.canonical_shapes` decides which rows a model uses. A canonical key
+without a row, or a Hugging Face tensor without a row, is an error in :mod:`.hf_io`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """One way in which Hugging Face tensors and a canonical tensor correspond; exact both ways.
+    """One form of the relation between Hugging Face tensors and a canonical tensor; exact in both directions.
 
     Attributes:
         to_canonical: (HF tensors, canonical shape) -> canonical tensor.
@@ -49,7 +49,7 @@ SAME = Form(
     to_hf=lambda tensor: [tensor.contiguous()],
     hf_shapes=lambda shape: [shape],
 )
-"""The tensor as it is."""
+"""The tensor is unchanged."""
 
 HEADS = Form(
     to_canonical=lambda parts, shape: parts[0].reshape(shape),
@@ -121,8 +121,7 @@ class Family:
     Attributes:
         architecture: class name in ``config.json``.
         qk_norm: QK-norm on q and k.
-        qkv_bias: biases on q, k, v: ``True``, ``False``, or ``None`` for what ``attention_bias`` of
-            the config says.
+        qkv_bias: biases on q, k, v: ``True``, ``False``, or ``None``: the config's ``attention_bias``.
         out_bias: bias on the output projection, likewise.
     """
 
@@ -157,7 +156,7 @@ HARMLESS_EXTRAS = (
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
     r"model\.rotary_emb\.inv_freq",
 )
-"""HF tensors of old exports that follow from the config: skipped, and nothing else is."""
+"""HF tensors of old exports that follow from the config. These, and no others, are skipped."""
 
 
 # -- the map of one model ------------------------------------------------------------------------
@@ -165,7 +164,7 @@ HARMLESS_EXTRAS = (
 
 @dataclasses.dataclass(frozen=True)
 class Mapping:
-    """How one canonical tensor of a model corresponds to Hugging Face tensors.
+    """The relation between one canonical tensor of a model and Hugging Face tensors.
 
     Attributes:
         canonical, canonical_shape: its key and shape.

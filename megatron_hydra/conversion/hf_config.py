@@ -24,10 +24,10 @@ HYBRID_MODEL_TYPE = "hydrahead"
 HEAD_MAP_FILE = "head_map.json"
 
 DEFAULT_ROPE_THETA = 10000.0
-"""What transformers takes where a config names no ``rope_theta`` (the first Llamas do not)."""
+"""transformers' default for configs without ``rope_theta`` (as of the first Llamas)."""
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary types whose frequencies do not depend on the sequence at hand."""
+"""Rotary types whose frequencies do not depend on the current sequence."""
 
 # key -> the values that mean "not in use".
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -39,7 +39,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1, 1.0),
 }
 
-# Keys of the dense config that say nothing about the weights but are wanted in an export.
+# Keys of the dense config that do not concern the weights but belong into an export.
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache")
 
 
@@ -50,8 +50,8 @@ def read_hf_config(folder: str | os.PathLike[str]) -> ModelConfig:
     """The model that ``folder/config.json`` describes: a dense family or an exported hybrid.
 
     Raises:
-        HydraError: an unknown ``model_type``, a setting that the model cannot represent, or a
-            head map that is not this model's; the file and the key are named.
+        HydraError: an unknown ``model_type``, a setting that the model cannot represent, or a head map of
+            another model; names the file and the key.
     """
     model = model_from_hf_config(read_config_json(folder), str(Path(folder) / "config.json"))
     head_map = Path(folder) / HEAD_MAP_FILE
@@ -170,14 +170,14 @@ def _refuse_sliding_window(config: Mapping[str, Any], source: str) -> None:
 def read_rope(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Read rotary settings from ``rope_parameters`` (new form) or from the old keys.
 
-    The old ones are ``rope_theta`` beside ``rope_scaling``. Where both places speak they must
-    agree: taking either without a word would be wrong for somebody.
+    The old keys are ``rope_theta`` and ``rope_scaling``. If a config has both forms, they must agree: a silent
+    choice would be wrong for some models.
 
     Returns:
-        transformers 5's ``rope_parameters``: ``rope_type``, ``rope_theta`` and what the type needs.
+        transformers 5's ``rope_parameters``: ``rope_type``, ``rope_theta`` and the type's parameters.
 
     Raises:
-        HydraError: a type that is not supported, or two places that contradict each other.
+        HydraError: an unsupported type, or two forms that differ.
     """
     new, old = config.get("rope_parameters"), config.get("rope_scaling")
     if new and old and _normal_rope(new) != {**_normal_rope(new), **_normal_rope(old)}:
@@ -207,7 +207,7 @@ def read_rope(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _normal_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy with ``rope_type`` under its new name (it was ``type`` once)."""
+    """A copy with the key ``rope_type``, which was ``type`` in the past."""
     body = {key: value for key, value in rope.items() if key not in ("type", "rope_type")}
     return {"rope_type": rope.get("rope_type") or rope.get("type") or "default", **body}
 
@@ -220,12 +220,12 @@ def hf_config_from_model(
 ) -> dict[str, Any]:
     """The ``config.json`` of ``model``.
 
-    A dense model whose original config is kept gets that back, key for key (but for the dtype). A hybrid
-    is written as it is when finished (:meth:`ModelConfig.finished`).
+    A dense model with its original config gets it back, key for key, except the dtype. A hybrid is written as
+    the finished model (:meth:`ModelConfig.finished`).
 
     Args:
         dtype: name of the weights' dtype, e.g. ``bfloat16``.
-        auto_map: for a hybrid, where its modelling code lies.
+        auto_map: for a hybrid, the place of its modelling code.
 
     Raises:
         HydraError: the family's config cannot express this model.

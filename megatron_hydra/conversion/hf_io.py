@@ -34,7 +34,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
-# Names of safetensors dtypes, as they stand in a file's header.
+# Names of safetensors dtypes in a file's header.
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -44,18 +44,19 @@ _SAFETENSORS_DTYPES = {
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.bfloat16`` -> ``bfloat16``, as ``config.json`` writes it."""
+    """``torch.bfloat16`` -> ``bfloat16``, as in ``config.json``."""
     return str(dtype).removeprefix("torch.")
 
 
 def left_out(folder: str | os.PathLike[str], known: Sequence[str]) -> list[str]:
-    """What of a model folder no conversion carries, sorted; a folder's name ends in a slash.
+    """The files and folders of a model folder that no conversion copies, sorted; a folder's name ends in a
+    slash.
 
     Args:
         folder: of a model or of a tokenizer.
-        known: names that are read or made again, and patterns of such.
+        known: names, and patterns of names, that are read or made again.
 
-    Files that are hidden or hold the weights that are read are none of them.
+    Hidden files and files of converted weights are not listed.
     """
     folder = Path(folder)
     carried = set(tokenizer_files(folder))
@@ -77,13 +78,13 @@ def left_out(folder: str | os.PathLike[str], known: Sequence[str]) -> list[str]:
 
 
 class HfWeights(Mapping[str, torch.Tensor]):
-    """The tensors of a Hugging Face folder by name, each read from its file when asked for.
+    """The tensors of a Hugging Face folder by name; each is read from its file on request.
 
-    Reading maps the file: a tensor that is dropped again costs no memory.
+    Reading maps the file: a tensor needs no memory after it is dropped.
 
     Raises:
-        HydraError: no safetensors, only pickles, a shard that is missing or broken, or an index and
-            shards that disagree; the file is named.
+        HydraError: no safetensors, only pickles, a missing or broken shard, or an index that does not match the
+            shards; names the file.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -134,7 +135,7 @@ class HfWeights(Mapping[str, torch.Tensor]):
         return len(self._file_of)
 
     def file_of(self, key: str) -> Path:
-        """The file that holds ``key``; the folder, if none does."""
+        """The file with ``key``; the folder if no file has it."""
         return self.folder / self._file_of.get(key, "")
 
     def shape(self, key: str) -> Shape:
@@ -145,7 +146,7 @@ class HfWeights(Mapping[str, torch.Tensor]):
         """Dtype of ``key``, from the file's header.
 
         Raises:
-            HydraError: an integer or 8-bit float: quantised weights are not converted.
+            HydraError: an integer or 8-bit float, because quantised weights are not converted.
         """
         name = self._handles[self._file_of[key]].get_slice(key).get_dtype()
         if name not in _SAFETENSORS_DTYPES:
@@ -155,7 +156,7 @@ class HfWeights(Mapping[str, torch.Tensor]):
 
 def _open(path: Path) -> Any:
     try:
-        # The handle stays open as long as the tensors may be asked for.
+        # The handle stays open as long as tensors may be requested.
         return safe_open(path, framework="pt", device="cpu").__enter__()
     except (OSError, SafetensorError) as error:
         raise HydraError(f"{path} cannot be read as safetensors: {error}") from None
@@ -179,10 +180,10 @@ def hf_to_canonical(
     Args:
         weights: the folder's tensors.
         model: its config, from :func:`~megatron_hydra.conversion.hf_config.read_hf_config`.
-        dtype: convert to it (all but the fp32 parameters); ``None`` keeps what the file has.
+        dtype: convert to it (all except fp32 parameters); ``None`` keeps the file's dtype.
 
     Returns:
-        Lazy tensors: each is read and rearranged when asked for.
+        Lazy tensors: each is read and rearranged on request.
 
     Raises:
         HydraError: a missing, extra or misshapen tensor, or a tied model with its own LM head.
@@ -248,9 +249,9 @@ def plan_shards(
     dtype_of: Callable[[str], torch.dtype],
     max_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> list[list[families.Mapping]]:
-    """Split a model over files, canonical tensors in order, each file at most ``max_bytes``.
+    """Split a model over files of at most ``max_bytes``, canonical tensors in order.
 
-    A canonical tensor is never split, so one that is larger has a file of its own.
+    A canonical tensor is never split, so a larger one has its own file.
     """
     shards: list[list[families.Mapping]] = [[]]
     filled = 0
@@ -279,7 +280,7 @@ def write_hf_weights(
 
     Args:
         folder: an existing folder.
-        shards: what :func:`plan_shards` gave.
+        shards: from :func:`plan_shards`.
         load: canonical keys -> their tensors; called once for each shard.
         on_shard: called with the bytes of every shard that is written, for a progress bar.
     """

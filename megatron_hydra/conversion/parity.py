@@ -21,14 +21,14 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.hf_loading import load_hf_model
 
 LOGITS_TOLERANCE = 1e-4
-"""Largest difference of fp32 logits, relative to the largest logit where that is above 1."""
+"""Largest difference of fp32 logits; relative to the largest logit if this is above 1."""
 
 SMALL_MODEL = 500_000_000
-"""Parameters up to which ``--verify`` compares logits as well (two fp32 copies in memory)."""
+"""Largest number of parameters for which ``--verify`` also compares logits (two fp32 copies in memory)."""
 
 
 def num_parameters(checkpoint: str | os.PathLike[str]) -> int:
-    """Parameters of the model of a checkpoint, from its index."""
+    """Number of parameters of a checkpoint's model, from its index."""
     shapes = [shape for shape, _ in store.stored_tensors(checkpoint).values()]
     return sum(torch.Size(shape).numel() for shape in shapes)
 
@@ -47,15 +47,15 @@ def verify_export(
     hf_folder: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
 ) -> int:
-    """Read a Hugging Face folder back and compare it with a checkpoint, bit for bit.
+    """Read a Hugging Face folder and compare it with a checkpoint, bit for bit.
 
     Args:
-        checkpoint: a checkpoint folder that was verified.
-        hf_folder: what was written from it.
+        checkpoint: a verified checkpoint folder.
+        hf_folder: the folder written from it.
         dtype: the dtype that the export was converted to, if any.
 
     Returns:
-        How many canonical tensors were compared.
+        The number of compared canonical tensors.
 
     Raises:
         HydraError: naming the first tensor or config that differs.
@@ -83,14 +83,14 @@ def _compare(
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equality that also holds for NaN with NaN."""
+    """Equality, in which NaN equals NaN."""
     return one.shape == other.shape and torch.equal(
         one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
     )
 
 
 def megatron_logits(checkpoint: str | os.PathLike[str], tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of the Megatron model of a checkpoint, finished, in fp32 on one process.
+    """Logits of a checkpoint's finished Megatron model, in fp32 on one process.
 
     Args:
         checkpoint: a checkpoint folder that was verified.
@@ -131,14 +131,14 @@ def _load_weights(model: Any, folder: os.PathLike[str]) -> None:
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     state = model.sharded_state_dict(metadata={"dp_cp_group": group})
-    # Stock linears declare an (empty) extra state, which no layout-free checkpoint holds.
+    # Stock linears declare an (empty) extra state, which checkpoints of any layout do not have.
     state = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
     loaded = load_sharded(state, store.resolve_checkpoint(folder) / store.WEIGHTS)
     model.load_state_dict(loaded, strict=False)
 
 
 def hf_logits(folder: str | os.PathLike[str], tokens: torch.Tensor) -> torch.Tensor:
-    """``[T, V]`` fp32 logits of a Hugging Face folder; a HydraHead's code is this package's own.
+    """``[T, V]`` fp32 logits of a Hugging Face folder; a HydraHead runs this package's own code.
 
     Args:
         folder: a dense family's folder, or an export of ours.

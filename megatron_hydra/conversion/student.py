@@ -1,6 +1,6 @@
 """Initialise the student: a HydraHead made from the dense model's weights (design §5).
 
-Works on canonical state dicts, so it knows nothing of Hugging Face, of Megatron or of parallelism.
+It works on canonical state dicts, so it does not depend on Hugging Face, Megatron or parallelism.
 """
 
 from __future__ import annotations
@@ -37,19 +37,18 @@ from megatron_hydra.model.parameters import (
 class StudentInit:
     """Initial values of parameters that the dense model does not have.
 
-    The output gates begin with W_g = 0: those of GDN heads at 1, those of FA heads at 2σ(1), a constant
-    that the norm behind takes away (at 1 without bias or norm: ``hydra.fa_gate_bias``). β begins at 1/2
-    (W_b = 0), the convolution as the identity.
+    The output gates start with W_g = 0: GDN heads' gates at 1, FA heads' gates at 2σ(1), a constant that the
+    following norm removes (at 1 without bias or norm: ``hydra.fa_gate_bias``). β starts at 1/2 (W_b = 0), the
+    convolution as the identity.
 
     Attributes:
-        half_life_min, half_life_max: tokens after which an idle GDN head has forgotten half of its
-            state. By default 32 (where they are measured 1) … 16384.
-        kind: where decay and β of a head come from. ``spread``: the heads of a layer are spread over the
-            half-lives evenly in the logarithm, in an order drawn from the seed, and β begins at 1/2
-            [choice: slow decays, as the teacher's heads forget nothing; training makes them faster where
-            that helps]. ``statistics``: both from the teacher's attention
-            (:mod:`~megatron_hydra.conversion.teacher_statistics`), half-lives within the range; ``decay``: the
-            half-lives alone.
+        half_life_min, half_life_max: tokens after which an idle GDN head has forgotten half of its state. By
+            default 32 … 16384; for measured half-lives 1 … 16384.
+        kind: source of decay and β of a head. ``spread``: the half-lives of a layer's heads are spread evenly
+            in the logarithm, in an order drawn from the seed, and β starts at 1/2 [choice: slow decays, because
+            the teacher's heads forget nothing; training makes them faster if that helps]. ``statistics``: both
+            come from the teacher's attention (:mod:`~megatron_hydra.conversion.teacher_statistics`), half-lives
+            within the range. ``decay``: only the half-lives do.
     """
 
     half_life_min: float | None = None
@@ -58,7 +57,7 @@ class StudentInit:
 
     @property
     def is_measured(self) -> bool:
-        """Whether statistics of the teacher's heads are needed."""
+        """Whether it needs statistics of the teacher's heads."""
         return self.kind != "spread"
 
     @property
@@ -82,7 +81,7 @@ class StudentInit:
 def half_lives(count: int, layer: int, seed: int, init: StudentInit) -> torch.Tensor:
     """``[count]`` fp64 half-lives in tokens for the GDN heads of a layer."""
     low, high = map(math.log, init.half_life)
-    # One head alone takes the middle of the range.
+    # A single head gets the middle of the range.
     steps = torch.linspace(0, 1, count, dtype=torch.float64) if count > 1 else torch.tensor([0.5])
     generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
     order = torch.randperm(count, generator=generator)
@@ -92,8 +91,8 @@ def half_lives(count: int, layer: int, seed: int, init: StudentInit) -> torch.Te
 def initial_dt_bias(half_life: torch.Tensor) -> torch.Tensor:
     """dt_bias for which a head with A_log = 0 and W_a = 0 has this half-life (fp32).
 
-    log α = −softplus(dt_bias) = −ln 2 / half-life. Keeping the slowness in dt_bias and not in A_log
-    lets W_a x reach any decay: there softplus is an exponential.
+    log α = −softplus(dt_bias) = −ln 2 / half-life. dt_bias, not A_log, makes the decay slow. So W_a x can reach
+    any decay, because softplus is an exponential there.
     """
     rate = math.log(2) / half_life.double()
     return torch.log(torch.expm1(rate)).float()
@@ -119,18 +118,17 @@ def initialise_student(
     Args:
         dense: canonical state dict of ``student.dense()``, lazy or not.
         student: the hybrid's config.
-        gamma: ``[L, H]`` head scales from :func:`calibrate_gamma`; ``None`` for ones. Unused where
-            the fusion has no norm: outputs then keep their own size, so γ is 1 whatever is given.
-            Where every head is both FA and GDN, its two outputs get half of it each [choice: the mix
-            begins as their mean].
-            A normalised ``concat`` has no γ of its own: it goes into the columns of the output
-            projection [choice: every fusion then starts from the same function].
+        gamma: ``[L, H]`` head scales from :func:`calibrate_gamma`; ``None`` for ones. Without a norm in the
+            fusion, outputs keep their size, so γ is 1 for any ``gamma``. If every head is both FA and GDN, each
+            of its two outputs gets half of it [choice: the mix starts as their mean]. A normalised ``concat``
+            has no γ; it goes into the columns of the output projection [choice: every fusion then starts from
+            the same function].
         seed: order of the decays over the heads of each layer.
         init: see :class:`StudentInit`.
-        statistics: of the teacher's heads; needed where ``init.is_measured``.
+        statistics: of the teacher's heads; needed if ``init.is_measured``.
 
     Returns:
-        Lazy tensors (a read-only mapping; ``dict(...)`` makes them all).
+        Lazy tensors: a read-only mapping; ``dict(...)`` computes all of them.
 
     Raises:
         HydraError: ``student`` is not a hybrid, ``gamma`` has the wrong shape, or statistics are missing.
@@ -163,7 +161,7 @@ _OUT = "self_attention.out"
 
 
 def _source(row: HeadParameter) -> str:
-    """The dense model's tensor from which a tensor of the student is made: the one of the FA heads."""
+    """The dense model's tensor from which a student's tensor is made: that of the FA heads."""
     parts = [part for part in row.key.split(".") if part not in ("fa", "gdn")]
     if row.branch or row.holder in (INPUT, INPUT_BIAS) or row.key.endswith("_norm"):
         parts.insert(len(parts) - 1, "fa")
@@ -181,12 +179,12 @@ class _Context:
 
     @functools.cached_property
     def rows(self) -> dict[str, HeadParameter]:
-        """What the tensors of the attention are, by name in a layer."""
+        """Rows of the attention's tensors, by name in a layer."""
         by_key = parameters_by_key(self.student)
         return {f"self_attention.{key}": row for key, row in by_key.items()}
 
     def dtype(self, key: str) -> torch.dtype:
-        """Of the dense counterpart, or of the output projection where there is none."""
+        """The dtype of the dense counterpart, or of the output projection without a counterpart."""
         prefix, _, name = _split(key)
         row = self.rows.get(name)
         if row is not None:
@@ -204,7 +202,7 @@ class _Context:
     def _make(self, key: str, shape: Shape) -> torch.Tensor:
         prefix, layer, name = _split(key)
         row = self.rows.get(name)
-        if row is None:  # not of the attention
+        if row is None:  # not a tensor of the attention
             return self.dense[key]
         dtype, start = self.dtype(key), row.start
         if start == "teacher":
@@ -233,7 +231,7 @@ class _Context:
         return torch.zeros(shape, dtype=dtype)
 
     def _half_lives(self, layer: int, count: int) -> torch.Tensor:
-        """Of a layer's GDN heads, in tokens."""
+        """Half-lives of a layer's GDN heads, in tokens."""
         if self.statistics is None:
             return half_lives(count, layer, self.seed, self.init)
         return self.statistics.half_life[layer, list(self.student.gdn_heads(layer))]
@@ -260,7 +258,7 @@ def calibrate_gamma(hf_model: Any, token_batches: Iterable[torch.Tensor]) -> tor
         token_batches: int64 ``[B, S]`` tensors without padding.
 
     Returns:
-        ``[L, H]`` fp32: root mean square over tokens and channels of what enters ``o_proj``.
+        ``[L, H]`` fp32: root mean square of ``o_proj``'s input over tokens and channels.
 
     Raises:
         HydraError: no tokens, or a model whose outputs are not finite.

@@ -1,23 +1,23 @@
 """Initial values of Gated DeltaNet heads from the teacher's attention (``--init statistics``).
 
-Of every query head, on calibration text:
+For every query head, on calibration text:
 
 *half-life*
-    The attention-weighted mean distance d̄ between a query and what it looks at. A state that decays by α
-    a token weighs a token at distance Δ by α^Δ; α is chosen so that its mean distance, over the same
-    queries and the same keys, is d̄. On an endless text that is d̄ = α / (1 − α).
+    d̄ is the attention-weighted mean distance between a query and the tokens that it attends to. A state that
+    decays by α per token gives a token at distance Δ the weight α^Δ. α is chosen so that its mean distance,
+    over the same queries and keys, is d̄. For an infinite text, d̄ = α / (1 − α).
 *write*
-    What distance does not explain: r_t, the attention that token t receives from all later queries, over
-    what it would receive from weights α^Δ. A ridge regression of ln r_t on the layer's input x_t gives
-    W_b, so that β_t = σ(W_b x_t) writes more of what the head looks at, and 1/2 of what it treats as any
-    other token.
+    r_t is what distance does not explain: the attention that token t receives from all later queries, divided
+    by what it would receive from weights α^Δ. A ridge regression of ln r_t on the layer's input x_t gives W_b.
+    So β_t = σ(W_b x_t) is larger for tokens that the head attends to, and 1/2 for average tokens.
 
-The first token is omitted from both, because attention that has nowhere to go is parked there; a query counts
-by the attention that it spends elsewhere. Value scale and output gate have nothing to take from these
-statistics in this layer [choice]: γ has the teacher's RMS already (:func:`~.student.calibrate_gamma`), and a
-gate stands before a norm, which undoes whatever scales all channels of a head alike.
+Both omit the first token, because heads put attention without a target there. A query has the weight of its
+attention to other tokens. Value scale and output gate do not use these statistics [choice]: γ already has the
+teacher's RMS (:func:`~.student.calibrate_gamma`), and a norm follows the gate, which cancels any common scale
+of a head's channels.
 
-After the idea of Taylor-Calibrate (arXiv 2606.16429), of which we know the abstract; the formulas are ours.
+The idea is that of Taylor-Calibrate (arXiv 2606.16429), of which we know only the abstract; the formulas are
+ours.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ import torch
 from megatron_hydra.errors import HydraError
 
 GRID = 97
-"""Half-lives that are tried, evenly spaced in the logarithm; between two of them is interpolated."""
+"""The tested half-lives, evenly spaced in the logarithm; values between them are interpolated."""
 
 RIDGE = 0.1
-"""Penalty of the regression: what is added to each channel's mean square, as a share of it."""
+"""Penalty of the regression: this share of each channel's mean square is added to it."""
 
 LARGEST_LOG_RATIO = 4.0
-"""|ln r_t| is cut here: β stays within 0.02 … 0.98 of what it is fitted to."""
+"""Bound of |ln r_t|, which keeps the targets of β within 0.02 … 0.98."""
 
 _RECEIVED_FLOOR = 1e-3
-"""Attention, in queries' worth, that is added above and below in r_t: unseen tokens have no infinite ratio."""
+"""Attention, in units of queries, added to numerator and denominator of r_t, so that unseen tokens have finite
+ratios."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class HeadStatistics:
     Attributes:
         half_life: ``[L, H]`` fp64, tokens.
         write: ``[L, H, D]`` fp32, rows of W_b.
-        distance: ``[L, H]`` fp64, mean distance in tokens; NaN where a head looks at the first token only.
+        distance: ``[L, H]`` fp64, mean distance in tokens; NaN if a head attends only to the first token.
     """
 
     half_life: torch.Tensor
@@ -67,11 +68,11 @@ def measure_heads(
     """Measure every head of a dense model.
 
     Args:
-        hf_model: a transformers model of any supported dense family, with or without LM head; its
-            attention is run eagerly meanwhile.
+        hf_model: a transformers model of any supported dense family, with or without LM head; it runs with
+            eager attention.
         token_batches: int64 ``[B, S]`` tensors without padding.
-        half_life: the least and the most that a head can get, in tokens. A head that looks back
-            farther than evenly over its text gets the most.
+        half_life: smallest and largest half-life of a head, in tokens. A head whose mean distance exceeds that
+            of uniform attention gets the largest.
 
     Raises:
         HydraError: no sequence of at least three tokens, or attention that is not finite.
@@ -109,14 +110,14 @@ def _watch(
         if not weights.isfinite().all():
             raise HydraError(f"calibration: layer {index} has attention that is not finite")
         see(index, x, weights)
-        return (output[0], None, *output[2:])  # of all layers together they would fill the memory
+        return (output[0], None, *output[2:])  # those of all layers together would fill the memory
 
     handles = [
         layer.self_attn.register_forward_hook(functools.partial(hook, index), with_kwargs=True)
         for index, layer in enumerate(backbone.layers)
     ]
     try:
-        hf_model.set_attn_implementation("eager")  # the only one that gives its weights
+        hf_model.set_attn_implementation("eager")  # only eager attention returns its weights
         for tokens in batches:
             backbone(input_ids=tokens.to(hf_model.device), use_cache=False)
     finally:
@@ -162,7 +163,7 @@ class _Distances:
         means = mean_distances(grid, self.spent.shape[1])  # [GRID, longest − 1]
         expected = self.spent @ means.T / self.spent.sum(1, keepdim=True)  # [H, GRID], ascending
         expected = expected.nan_to_num(0.0)
-        # A head that looks at the first token only has no distance; it may as well keep everything.
+        # A head that attends only to the first token has no distance; it gets the longest half-life.
         wanted = self.mean().nan_to_num(float("inf"))[:, None]
         after = torch.searchsorted(expected, wanted).clamp(1, GRID - 1)
         low, high = expected.gather(1, after - 1), expected.gather(1, after)
@@ -172,7 +173,7 @@ class _Distances:
 
 
 def mean_distances(half_life: torch.Tensor, length: int) -> torch.Tensor:
-    """Mean distance of weights 2^(−Δ / half-life) over the keys at and before each of ``length`` places.
+    """Mean distance of weights 2^(−Δ / half-life), over the keys up to each of ``length`` places.
 
     Args:
         half_life: ``[n]`` fp64, tokens.
@@ -189,7 +190,7 @@ class _Writes:
     """The regression of one layer's W_b.
 
     Args:
-        half_life: ``[H]`` fp64, of its heads.
+        half_life: ``[H]`` fp64, of the layer's heads.
     """
 
     def __init__(self, half_life: torch.Tensor) -> None:

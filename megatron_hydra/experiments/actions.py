@@ -33,8 +33,8 @@ class Context:
     """Arguments of an action.
 
     Attributes:
-        step: what to do.
-        out: the folder (or the place of it) that the action makes.
+        step: the step to compute.
+        out: the folder that the action makes.
         inputs: name → ``out`` of the steps it reads.
     """
 
@@ -48,7 +48,7 @@ class Context:
         return self.inputs.get("teacher_hf") or Path(self.step.places["teacher_hf"])
 
     def place(self, name: str) -> str:
-        """A file name with the prepared folder filled in."""
+        """A file name, with the prepared folder inserted."""
         return name.replace(PREPARED, str(self.inputs["prepare"])) if PREPARED in name else name
 
 
@@ -83,7 +83,7 @@ def teacher(context: Context) -> None:
 
 
 def select(context: Context) -> None:
-    """Head selection: the map, and its pictures beside it."""
+    """Head selection: the map, with its pictures beside it."""
     from megatron_hydra.selection.plots import draw_head_map
 
     context.out.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def export(context: Context) -> None:
 
 
 def evaluate(context: Context) -> None:
-    """Score a model; finished (task, length) pairs of a stopped try are kept."""
+    """Score a model; reuses finished (task, length) pairs of a stopped try."""
     from megatron_hydra.evaluation import EvaluationSettings
     from megatron_hydra.evaluation import evaluate as run_evaluation
     from megatron_hydra.hf.export_files import carries_our_code
@@ -245,7 +245,7 @@ def evaluate(context: Context) -> None:
 def _renew_code(folder: Path) -> None:
     """Replace the model code of an exported student by the package's current code.
 
-    What lies there was written by an earlier version, or by somebody else: neither is run.
+    The code beside the weights is from an earlier version or another author; neither runs.
     """
     from megatron_hydra.hf.export_files import carries_our_code, hf_export_files
 
@@ -255,16 +255,16 @@ def _renew_code(folder: Path) -> None:
 
 
 def _checkpoint(context: Context, name: str) -> Path:
-    """A converted student is a checkpoint; a stage's is in its run folder."""
+    """The checkpoint of a student: a converted student is one; a stage's is in its run folder."""
     folder = context.inputs[name]
     return folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
 
 
 def _run(command: list[str]) -> None:
-    """Run a command; a request to stop this process is passed on to it.
+    """Run a command; a request to stop this process is forwarded to it.
 
     Raises:
-        Stopped: it was stopped.
+        Stopped: the command was stopped.
         HydraError: it failed.
     """
     process = subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"})

@@ -32,16 +32,16 @@ class Request:
     Attributes:
         files: experiment files.
         output: folder of steps and results.
-        workers: steps at a time; ``None``: one a GPU, two without.
+        workers: number of steps at a time; ``None``: one for each GPU, or two without a GPU.
         threads: of each worker.
-        gpus: the GPUs to share out, by their numbers among those that this process sees; ``None``: all.
-        stop_after: no step begins after so many minutes; ``None``: no limit.
-        tokens_scale: every stage's budget in tokens is multiplied by it.
+        gpus: GPUs for the workers, as indices of those that this process sees; ``None``: all.
+        stop_after: minutes after which no step starts; ``None``: no limit.
+        tokens_scale: factor of every stage's budget in tokens.
         only: rows; empty: all.
         cell: one cell, by its name (:func:`~.slurm.as_word`); empty: all.
-        base: included by every file in place of what it names, or ``None``.
+        base: file that every file includes instead of the one that it names, or ``None``.
         dry_run: list the steps.
-        slurm: options for ``launch/slurm.sh``, or ``None``: compute here.
+        slurm: options for ``launch/slurm.sh``; ``None``: compute here.
         to: where ``pack`` copies results.
         page: a Markdown file that ``table`` writes its tables into.
     """
@@ -62,7 +62,7 @@ class Request:
     page: Path | None = None
 
     def load(self, path: Path) -> Experiment:
-        """One of the files."""
+        """Load one of the files."""
         return load_experiment(path, self.base, tokens_scale=self.tokens_scale)
 
 
@@ -70,7 +70,7 @@ def run(request: Request, say: Say) -> int:
     """Run the missing steps.
 
     Returns:
-        0; 1 if a cell failed; 85 if none has, and some are not finished because the time was over.
+        0; 1 if a cell failed; 85 if none failed, and some are not finished because the time has ended.
     """
     began = time.monotonic()
     experiments = [request.load(path) for path in request.files]
@@ -118,11 +118,11 @@ def gpus_of_workers(plan: Plan, wanted: Sequence[int] | None) -> list[str]:
     """GPUs for the workers, as values of ``CUDA_VISIBLE_DEVICES``; empty: every worker sees all GPUs.
 
     Args:
-        wanted: numbers among the GPUs that this process sees; ``None``: all of them, unless a stage has
-            several ranks, which find their GPUs themselves.
+        wanted: indices of the GPUs that this process sees. ``None``: all of them, unless a stage has several
+            ranks, which find their GPUs themselves.
 
     Raises:
-        HydraError: a GPU that is not there, or GPUs by number for a stage of several ranks.
+        HydraError: a GPU does not exist, or GPUs are given for a stage of several ranks.
     """
     ranks = max((step.params.get("processes", 1) for step in plan.steps.values()), default=1)
     if ranks > 1:
@@ -186,7 +186,7 @@ def pack(request: Request, say: Say) -> int:
 
 
 def write_results(results: Results, store: StepStore, say: Say) -> None:
-    """``table.md`` and ``results.json`` in the experiment's folder."""
+    """Write ``table.md`` and ``results.json`` into the experiment's folder."""
     folder = store.root / results.experiment.name
     folder.mkdir(exist_ok=True)
     write_json_atomic(folder / "results.json", results.to_dict())
@@ -199,7 +199,7 @@ def _collected(experiment: Experiment, store: StepStore) -> Results:
 
 
 def _words(request: Request) -> list[str]:
-    """What a task of an array reads: the same experiments, into the same folder."""
+    """Arguments for a task of an array: the same experiments and the same folder."""
     base = [] if request.base is None else ["--base", str(request.base.resolve())]
     scale = [] if request.tokens_scale == 1 else ["--tokens-scale", str(request.tokens_scale)]
     return [*(str(path.resolve()) for path in request.files), *base, *scale]

@@ -23,7 +23,7 @@ from megatron_hydra.stopping import Stopped, StopRequest
 _POLL_SECONDS = 0.5
 _LEAVE_SECONDS = 60.0
 _GUESS_SECONDS = 20.0
-"""For a kind of step of which none is finished yet."""
+"""Assumed seconds of a kind of step without a finished one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +50,16 @@ def run_plan(
         workers: steps at a time.
         say: prints a line for the user.
         threads: torch threads of each worker.
-        gpus: words for ``CUDA_VISIBLE_DEVICES``, one a worker, in turn; empty: every worker sees what
-            this process sees.
-        begin_until: after this ``time.monotonic()`` no step begins; those that run come to their end.
+        gpus: values of ``CUDA_VISIBLE_DEVICES``, one for each worker in turn; empty: every worker sees the GPUs
+            of this process.
+        begin_until: value of ``time.monotonic()`` after which no step starts; running steps continue to their
+            end.
 
     Returns:
         The failed steps.
 
     Raises:
-        Stopped: SIGTERM, SIGUSR1 or Ctrl-C; the workers have saved what they had.
+        Stopped: SIGTERM, SIGUSR1 or Ctrl-C; the workers have saved their work.
     """
     todo = missing_steps(plan, store)
     say(f"{len(plan.steps)} steps, {_finished(plan, store, todo)}")
@@ -92,7 +93,7 @@ def run_plan(
 
 
 def _finished(plan: Plan, store: StepStore, todo: Mapping[str, Step]) -> str:
-    """How many steps need not be computed, and how many of them other code than today's has computed."""
+    """The number of finished steps, and the number of those that other code than today's has computed."""
     records = [store.record(step) for key, step in plan.steps.items() if key not in todo]
     here = fingerprint.of_package()
     others = sum(record is not None and record.get("package_source") != here for record in records)
@@ -103,8 +104,7 @@ def _finished(plan: Plan, store: StepStore, todo: Mapping[str, Step]) -> str:
 def missing_steps(plan: Plan, store: StepStore) -> dict[str, Step]:
     """Missing steps of the unfinished cells, in the order of the plan.
 
-    A finished step whose weights were omitted (:mod:`~.pack`) is needed again only where an unfinished
-    one reads it.
+    A finished step without weights (:mod:`~.pack`) is computed again only if an unfinished one reads it.
     """
     needed: set[str] = set()
 
@@ -137,7 +137,7 @@ class _Schedule:
         self.started: dict[str, float] = {}
 
     def ready(self, count: int) -> Iterator[Step]:
-        """At most ``count`` steps whose inputs are there; they count as running."""
+        """At most ``count`` steps whose inputs exist; they count as running."""
         for key in list(self.waiting):
             if count == 0:
                 return
@@ -153,7 +153,7 @@ class _Schedule:
         return not blocked and all(failure.step.key != key for failure in self.failures)
 
     def note(self, key: str, message: str, workers: int) -> str:
-        """Take in a finished step; the line for the user."""
+        """Record a finished step; returns the line for the user."""
         step = self.running.pop(key)
         taken = time.monotonic() - self.started.pop(key)
         self.number += 1
@@ -178,7 +178,7 @@ class _Schedule:
         return sum(here) / len(here) if here else self.before.get(kind, _GUESS_SECONDS)
 
     def left(self, workers: int) -> str:
-        """About how long the rest will take."""
+        """The estimated time of the remaining steps."""
         now = time.monotonic()
         left = sum(self._cost(step.kind) for step in self.waiting.values())
         left += sum(
@@ -193,7 +193,7 @@ class _Pool:
 
     def __init__(self, store: StepStore, count: int, threads: int, gpus: Sequence[str]) -> None:
         self.store, self.count, self.threads = store, count, threads
-        # The device of each worker that may be started; a worker that dies gives its own back.
+        # The devices for workers that may still start; a worker that dies returns its device.
         self.devices = [gpus[n % len(gpus)] if gpus else None for n in reversed(range(count))]
         self.device_of: dict[BaseProcess, str | None] = {}
         self.context = multiprocessing.get_context("spawn")
@@ -220,11 +220,11 @@ class _Pool:
 
     @property
     def idle(self) -> int:
-        """How many more steps may run."""
+        """The number of further steps that may run."""
         return self.count - len(self.busy)
 
     def start(self, step: Step, folders: dict) -> None:
-        """Hand a step to a worker."""
+        """Give a step to a worker."""
         process, connection = self.free.pop() if self.free else self._spawn()
         connection.send((step, folders))
         self.busy[connection] = (process, step)
@@ -237,13 +237,13 @@ class _Pool:
             OMP_NUM_THREADS=str(self.threads),
             TOKENIZERS_PARALLELISM="false",
             TRANSFORMERS_VERBOSITY="error",
-            # transformers copies an export's code there before it imports it: processes that share the
-            # folder import each other's half-written files.
+            # transformers copies an export's code to this folder and imports it. Processes that shared the
+            # folder would import each other's half-written files.
             HF_MODULES_CACHE=tempfile.mkdtemp(dir=self.modules.name),
             **variables,
         ):
             process = self.context.Process(target=serve, args=(theirs, str(self.store.root)))
-            # Until the worker has its own handler, Ctrl-C must not end it.
+            # Ctrl-C must not end the worker before it has its own handler.
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
             try:
                 process.start()
@@ -254,7 +254,7 @@ class _Pool:
         return process, mine
 
     def finished(self, timeout: float) -> list[tuple[str, str]]:
-        """(key, error) of the steps that ended meanwhile."""
+        """(key, error) of the steps that have ended."""
         done = []
         for connection in wait(list(self.busy), timeout):
             assert isinstance(connection, Connection)

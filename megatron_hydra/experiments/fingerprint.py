@@ -1,4 +1,4 @@
-"""Hashes of what steps read: JSON, files, model folders, the package itself."""
+"""Hashes of the inputs of steps: JSON, files, model folders, the package itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DIGITS = 32
 
 
 def of_json(body: Mapping[str, Any]) -> str:
-    """Hash of plain data, the same for any order of keys; 64 hexadecimal digits."""
+    """Hash of plain data, for any order of keys; 64 hexadecimal digits."""
     text = json.dumps(body, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -25,7 +25,7 @@ def of_json(body: Mapping[str, Any]) -> str:
 def of_file(path: Path) -> str:
     """SHA-256 of a file's content, its first 32 hexadecimal digits.
 
-    A process reads a file once, however many cells name it, as long as its size and its time stay.
+    A process reads a file once for all cells, unless its size or its time changes.
 
     Raises:
         HydraError: the file cannot be read.
@@ -43,7 +43,7 @@ def _digest(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def of_folder(folder: Path) -> str:
-    """Hash of all files in a folder and its subfolders, apart from Python's caches.
+    """Hash of all files in a folder and its subfolders, except Python's caches.
 
     Raises:
         HydraError: it is not a folder, or a file cannot be read.
@@ -64,10 +64,10 @@ def of_model(folder: Path) -> str:
 
 
 def of_data(prefix: str) -> dict[str, str]:
-    """Hashes of an indexed data set's two files, as its manifest has them, else read in whole.
+    """Hashes of an indexed data set's two files, from its manifest or by reading them.
 
     Raises:
-        HydraError: a file is missing, or is not the one that the manifest describes.
+        HydraError: a file is missing, or does not match the manifest.
     """
     files = {"index": Path(f"{prefix}.idx"), "tokens": Path(f"{prefix}.bin")}
     for path in files.values():
@@ -82,7 +82,7 @@ def of_data(prefix: str) -> dict[str, str]:
 
 @functools.cache
 def of_package() -> str:
-    """Hash of the package's own Python: kept with every result, so that mixtures show."""
+    """Hash of the package's own Python. Every result has it, which shows results of mixed versions."""
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):

@@ -13,9 +13,9 @@ from megatron_hydra.experiments.spec import Experiment
 from megatron_hydra.experiments.store import WITHOUT_WEIGHTS, StepStore
 
 _WEIGHTS_ALONE = ("train_teacher", "teacher", "convert", "export")
-"""Actions that make nothing but a model."""
+"""Actions that make only a model."""
 _LEFT_OUT = {"stage": ("checkpoints", ".packs"), "select": ("work",)}
-"""Of what other actions make, the folders that stay behind."""
+"""Folders of other actions' outputs that are not copied."""
 
 
 def pack(
@@ -27,12 +27,12 @@ def pack(
 ) -> None:
     """Copy records, logs, head maps, metrics and scores of the plan's steps to another folder.
 
-    The copy is a folder of experiments of its own: ``table`` and ``plot`` read it, ``run`` resumes from
-    it, computing again only those weights that an unfinished step reads. Packing into a folder that
-    holds results already adds to them.
+    The copy is a complete folder of experiments: ``table`` and ``plot`` read it, and ``run`` resumes from it.
+    Then only weights that an unfinished step reads are computed again. Packing into a folder with results adds
+    to them.
 
     Raises:
-        HydraError: the target is the store's own folder, or holds something else.
+        HydraError: the target is the store's own folder, or has other contents.
     """
     if target.resolve() == store.root:
         raise HydraError(f"--to {target} is the --output itself: give another folder")
@@ -51,13 +51,13 @@ def pack(
 
 
 def _copy_step(step: Step, store: StepStore, copy: StepStore) -> None:
-    """One step; its record comes last, so that a copy that was stopped is not taken for whole."""
+    """Copy one step; its record comes last, so that a stopped copy does not count as finished."""
     folder = copy.folder(step)
     folder.mkdir(parents=True, exist_ok=True)
     has_weights = step.action in _WEIGHTS_ALONE or step.action == "stage"
     if has_weights:
         (folder / WITHOUT_WEIGHTS).touch()
-    # Half a stage cannot go on without its checkpoints, half an evaluation can.
+    # A stopped stage cannot resume without its checkpoints; a stopped evaluation can.
     keeps = step.action not in _WEIGHTS_ALONE and (store.is_done(step) or not has_weights)
     if store.out(step).is_dir() and keeps:
         ignored = shutil.ignore_patterns(*_LEFT_OUT.get(step.action, ()))

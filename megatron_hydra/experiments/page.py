@@ -1,4 +1,4 @@
-"""An experiment's tables inside a page that people write: the text between two marker lines.
+"""An experiment's tables in a page with other text: they are between two marker lines.
 
 <!-- experiment NAME -->
 … rewritten by ``tools/experiment.py table FILE --page PAGE`` …
@@ -46,7 +46,7 @@ def write_into(page: Path, results: Results) -> None:
 
 
 def section(results: Results) -> list[str]:
-    """A table a task with lengths as columns, one of lm-eval's metrics, the cache, the training."""
+    """Tables: one for each task with lengths as columns, lm-eval's metrics, the cache, the training."""
     columns = results.columns()
     parts = [split_column(column) for column in columns]
     lines = [*_samples(results), ""]
@@ -65,7 +65,7 @@ def section(results: Results) -> list[str]:
 
 
 def _samples(results: Results) -> list[str]:
-    """How many questions stand behind a figure."""
+    """The number of questions of a figure."""
     retrieval, questions = [], []
     for evaluation in (cell.spec.evaluation for cell in results.experiment.cells):
         if evaluation.tasks:

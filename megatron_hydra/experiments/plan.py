@@ -1,9 +1,9 @@
-"""Turn cells into steps: the key of a step is the hash of everything that determines its result.
+"""Expand cells into steps. The key of a step is the hash of everything that determines its result.
 
     teacher ─ prepare ─ select ─ convert ─ stage … stage ─ export ─ evaluate
 
-A key covers the step's parameters, the content of the files it reads and the keys of the steps it
-reads from, and no path: cells whose first steps agree share them, in one experiment and in several.
+A key covers the step's parameters, the content of its files and the keys of its input steps, but no paths. So
+cells with equal first steps share them, in one experiment and in several.
 """
 
 from __future__ import annotations
@@ -33,42 +33,42 @@ from megatron_hydra.head_map import HeadMap, strategy_name
 from megatron_hydra.hf_identity import is_hub_name, resolve_hf_folder
 
 FORMAT = 1
-"""Raised when a step's meaning changes, so that nothing computed before is taken for it."""
+"""It increases when the meaning of a step changes, so that earlier results are not used."""
 
 PREPARED = "{prepare}"
-"""In file names: the folder that the cell's prepare step wrote."""
+"""In file names: the folder of the cell's prepare step."""
 
 PLACE = "<input>"
-"""Stands in a run's config for a path that is known only when the stage runs."""
+"""Placeholder in a run's config for a path that is known only when the stage runs."""
 
 _NEW_KEYS = {
     "data": ("held_out",),
     "schedule": ("patience", "min_improvement"),
     "validation": ("interval", "blend", "sequences", "probes", "probe_sequences"),
 }
-"""Keys of a run that are younger than steps which are kept."""
+"""Keys of a run that are newer than existing steps."""
 
 _SEEDLESS = ("layerwise", "fixed")
-"""Strategies that look at no prompts and draw nothing."""
+"""Strategies without prompts and without random draws."""
 _DRAWN = ("global_random", "layer_random")
-"""Strategies that look at no prompts and draw heads."""
+"""Strategies without prompts that draw heads at random."""
 _BLIND_KEYS = ("strategy", "ratio", "granularity", "min_per_layer", "max_per_layer")
-"""What matters to strategies that look at no prompts."""
+"""Options that matter to strategies without prompts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step, which is computed once.
+    """A step, which is computed only once.
 
     Attributes:
         key: hash of ``action``, ``params`` and ``inputs``.
         kind: name of its folder: the action, or the stage's name.
-        action: what is done (:data:`megatron_hydra.experiments.actions.ACTIONS`).
-        title: the first cell that asked for it, for logs.
-        params: what decides the result, plain data.
-        inputs: name → key of a step that is read.
-        places: name → where a thing is on this machine; decides nothing.
-        row: that cell's row, for the progress line.
+        action: its action (:data:`megatron_hydra.experiments.actions.ACTIONS`).
+        title: the first cell that needs it, for logs.
+        params: parameters that decide the result, as plain data.
+        inputs: name → key of an input step.
+        places: name → path on this machine; does not affect the result.
+        row: the first cell's row, for the progress line.
     """
 
     key: str
@@ -86,7 +86,7 @@ class Plan:
     """All steps of some cells.
 
     Attributes:
-        steps: key → step; a step comes after those it reads.
+        steps: key → step; a step comes after its inputs.
         cells: cell name → its evaluation's key.
     """
 
@@ -94,7 +94,7 @@ class Plan:
     cells: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def ancestors(self, key: str) -> list[str]:
-        """``key`` and all that it needs, inputs first."""
+        """``key`` and all steps that it needs, inputs first."""
         found: dict[str, None] = {}
 
         def visit(one: str) -> None:
@@ -110,11 +110,11 @@ def make_plan(cells: Iterable[Cell], *, fetch: bool = True) -> Plan:
     """Expand cells into steps.
 
     Args:
-        fetch: download Hub models that are not here: their content is part of the keys. Without,
-            such a model is known by its name alone, under which nothing can have been computed.
+        fetch: whether to download missing Hub models, whose content is a part of the keys. Without it, a key
+            has only such a model's name, and no finished step has this key.
 
     Raises:
-        HydraError: a stage's config is wrong, a file is missing; the cell is named.
+        HydraError: a stage's config is wrong, or a file is missing; names the cell.
     """
     plan = Plan()
     for cell in cells:
@@ -150,10 +150,10 @@ class _CellPlanner:
             )
         return key
 
-    # -- what everything reads ------------------------------------------------------------------
+    # -- common inputs --------------------------------------------------------------------------
 
     def _teacher_model(self) -> tuple[dict[str, Any], dict[str, str | None], dict[str, Any]]:
-        """The dense model as (params, inputs, places) of a step that reads it."""
+        """The dense model as (params, inputs, places) for a step that reads it."""
         teacher = self.spec.teacher
         if teacher.train:
             params: dict[str, Any] = {
@@ -167,7 +167,7 @@ class _CellPlanner:
         return {"model": hashed}, {}, {"teacher_hf": place}
 
     def _model(self, name: str, revision: str = "", *, with_code: bool = False) -> tuple[Any, str]:
-        """A Hugging Face model as it is hashed, and its folder."""
+        """The hashed description of a Hugging Face model, and its folder."""
         if name == SHIPPED:
             from megatron_hydra.quickstart.shipped import shipped_teacher
 
@@ -198,7 +198,7 @@ class _CellPlanner:
         return self._add("prepare", params, inputs, places)
 
     def _file(self, name: str) -> tuple[Any, str]:
-        """A file as it is hashed, and where it is; a prepared one is covered by its step's key."""
+        """The hashed description of a file, and its path; a prepared file is covered by its step's key."""
         if PREPARED in name or not name:
             return name, name
         path = self.cell.folder / name
@@ -216,7 +216,7 @@ class _CellPlanner:
 
     def _select(self) -> str:
         selection = self.spec.selection
-        if selection.ratio in ("all-gdn", "dense"):  # nothing to choose
+        if selection.ratio in ("all-gdn", "dense"):  # no heads to choose
             selection = SelectionSpec(
                 strategy="layer_random", ratio=selection.ratio, granularity=selection.granularity
             )
@@ -236,7 +236,7 @@ class _CellPlanner:
             body |= {"text": text}
         if compared:
             body |= {"compare": [hashed for hashed, _ in compared]}
-        if blind:  # options of prompts and effects decide nothing
+        if blind:  # options of prompts and effects do not matter
             body = {key: body[key] for key in _BLIND_KEYS}
         params, inputs, places = self._teacher_model()
         params |= {"selection": body}
@@ -249,7 +249,7 @@ class _CellPlanner:
         return self._add("select", params, inputs, places)
 
     def _given_map(self, selection: SelectionSpec) -> str:
-        """The one of ``selection.head_maps`` that this cell takes; empty: its heads are to be chosen."""
+        """The file of ``selection.head_maps`` for this cell; empty: heads are selected."""
         facts = ("strategy", "ratio", "granularity")
         wanted = [getattr(selection, name) for name in facts]
         found = []
@@ -307,7 +307,7 @@ class _CellPlanner:
                 f"output={PLACE}",
                 f"data.tokenizer={PLACE}",
                 f"seed={self.cell.seed}",
-                # Another seed for each stage: a stage must not see the batches of another again.
+                # Each stage has another seed, so that no stage sees another one's batches again.
                 f"data.seed={1000 * self.cell.seed + number}",
                 *overrides,
             ],
@@ -371,9 +371,9 @@ class _CellPlanner:
 
 
 def _changed_switches(hydra: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that differ from the defaults; an explicit default does not change the key.
+    """Options that differ from the defaults. An explicit default does not change the key.
 
-    From the first defaults: where a default has changed since, an old step's student is not today's.
+    It uses the first defaults: if a default has changed, an old step's student differs from today's.
     """
     default = {**to_dict(HydraConfig()), **stored_switches({})}
     chosen = to_dict(from_dict(HydraConfig, hydra, "hydra"))
@@ -381,12 +381,12 @@ def _changed_switches(hydra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _yaml(value: Any) -> str:
-    """A value as an override's text: JSON is YAML."""
+    """A value as text for an override: JSON is YAML."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _without_paths(config: RunConfig) -> RunConfig:
-    """Remove data paths: the content of the data is hashed separately."""
+    """Remove data paths; the content of the data is hashed separately."""
 
     def nowhere(blend: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
         return tuple(dataclasses.replace(part, path=PLACE) if part.path else part for part in blend)

@@ -12,11 +12,11 @@ _MARKERS = "os^Dv<>Pp*hX"
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Draw what is there.
+    """Draw the available results.
 
     Returns:
-        ``<name>_<task>.png`` (mean and range over seeds against length) for every task with several
-        lengths, ``<name>_bars.png``, and ``<name>_losses.png`` if any stage left its metrics.
+        ``<name>_<task>.png`` (mean and range over seeds against length) for every task with several lengths,
+        ``<name>_bars.png``, and ``<name>_losses.png`` if a stage has metrics.
     """
     parts = [split_column(column) for column in results.columns()]
     columns = [(task, length) for task, length in parts if length is not None]
@@ -26,7 +26,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         lengths = [length for other, length in columns if other == task]
         if len(lengths) > 1:
             paths.append(_lengths(results, task, lengths, folder / f"{name}_{task}.png"))
-    # Columns that the table leaves out may be there for some rows only.
+    # Columns that the table leaves out may exist for some rows only.
     chosen = results.experiment.table.columns
     shown = [(task, n) for task, n in columns if not chosen or f"{task}@{n}" in chosen]
     if shown:
@@ -94,7 +94,7 @@ def _bars(results: Results, columns: list[tuple[str, int]], path: Path) -> Path:
     width = 0.85 / len(variants)
     colors = colormaps["tab10" if len(variants) <= 10 else "tab20"]
     for number, variant in enumerate(variants):
-        label: str | None = variant  # of its first bar, wherever that is
+        label: str | None = variant  # label of its first bar, at any position
         for place, (task, length) in enumerate(shown):
             spread = results.spread(variant, f"{task}@{length}")
             if spread is None:
@@ -120,7 +120,7 @@ def _bars(results: Results, columns: list[tuple[str, int]], path: Path) -> Path:
 
 
 def _losses(results: Results, path: Path) -> Path:
-    """Loss against tokens: a panel a stage, a line a seed."""
+    """Loss against tokens: one panel for each stage, one line for each seed."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The running steps on one line, redrawn on a terminal: step and loss of those that train."""
+"""One line on a terminal with the running steps; training steps show step and loss."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megatron_hydra.experiments.store import StepStore
 from megatron_hydra.reporting import METRICS_FILE
 
 _TAIL_BYTES = 8192
-"""More than the longest line of metrics."""
+"""More bytes than the longest line of metrics."""
 
 
 class ProgressLine:
-    """Shows nothing where ``stream`` is no terminal: there is a line for every finished step.
+    """Shows nothing if ``stream`` is not a terminal; every finished step has its line anyway.
 
     Args:
         store: where the steps are.
@@ -31,7 +31,7 @@ class ProgressLine:
         self.is_terminal = self.stream.isatty()
 
     def show(self, running: Iterable[Step], left: str) -> None:
-        """Draw the line, cut to the terminal's width."""
+        """Draw the line, cut at the terminal's width."""
         if self.is_terminal:
             text = " | ".join([*(self._describe(step) for step in running), left])
             width = shutil.get_terminal_size().columns - 1

@@ -1,7 +1,7 @@
 """The quickstart: ``configs/quickstart/quickstart.yaml`` on the engine of all experiments, and its page.
 
-Three students go through the same training side by side: HydraHead with the selected heads, and two
-controls, random heads at the same ratio and no full-attention head at all.
+Three students get the same training in parallel: HydraHead with the selected heads, and two controls, one with
+random heads at the same ratio and one without full-attention heads.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from megatron_hydra.files import write_text_atomic
 
 RECIPE = "quickstart.yaml"
 STUDENT = "hydra"
-"""The row whose way ``commands.sh`` writes down."""
+"""The row whose steps ``commands.sh`` lists."""
 _COMMANDS = "commands.sh"
 _WORKERS = 3
-"""One a student, with one thread each: on two cores, no core is idle while one of them loads a model."""
+"""One worker with one thread for each student: on two cores, no core is idle while one worker loads a model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the command line changes in the recipe.
+    """Changes of the command line to the recipe.
 
     Attributes:
         seed: of the selection's prompts, the random heads, the order of decays, the training data
             and the evaluation's samples.
-        samples: sequences of each evaluation cell; every one has several answers; 0: the recipe's.
+        samples: sequences of each evaluation cell, each with several answers; 0: the recipe's number.
         overrides: ``section.key=value`` for every stage of training.
     """
 
@@ -58,18 +58,17 @@ def run_quickstart(
     """Compute the missing steps, and write the results.
 
     Args:
-        output: the folder for everything; a folder of experiments like any other.
+        output: the folder for everything, an ordinary folder of experiments.
         configs: the folder with ``quickstart.yaml`` and the configs that it names.
-        settings: steps of a run with other settings stay in ``output`` and are found again.
-        fresh: compute all steps of these settings again.
+        settings: of this run; steps of runs with other settings stay in ``output`` and are reused by them.
+        fresh: whether to compute all steps of these settings again.
         say: prints a line for the user.
 
     Returns:
-        What ``metrics.json`` holds.
+        The content of ``metrics.json``.
 
     Raises:
-        HydraError: ``output`` holds something else, a config is wrong, or a step failed; its log is
-            named.
+        HydraError: ``output`` has other contents, a config is wrong, or a step failed; names its log.
         Stopped: on a signal or Ctrl-C.
     """
     started = time.monotonic()
@@ -94,7 +93,7 @@ def load_recipe(configs: Path, settings: Settings) -> Experiment:
     """The experiment of ``configs`` with these settings.
 
     Raises:
-        HydraError: there is no recipe, or it is wrong; an override is not of its form.
+        HydraError: the recipe is missing or wrong, or an override has a wrong form.
     """
     path = configs / RECIPE
     if not path.is_file():
@@ -127,7 +126,7 @@ def student_of(experiment: Experiment) -> Cell:
 
 
 def commands_by_hand(experiment: Experiment, plan: Plan, store: StepStore) -> str:
-    """HydraHead's way through the chain as shell commands, for who wants to go it alone."""
+    """HydraHead's steps of the chain as shell commands, for users who want to run them one by one."""
     cell = student_of(experiment)
     steps = {plan.steps[key].kind: plan.steps[key] for key in plan.ancestors(plan.cells[cell.name])}
     out = {kind: store.out(step) for kind, step in steps.items()}

@@ -38,7 +38,7 @@ def write_page(
     Writes ``metrics.json``, ``head_maps/`` and three pictures into the store's folder.
 
     Returns:
-        What ``metrics.json`` holds.
+        The content of ``metrics.json``.
     """
     root = store.root
     metrics = collect_metrics(results, plan, store)
@@ -104,7 +104,7 @@ def _cell_name(results: Results, variant: str) -> str:
 
 
 def _ratio(specs: list[CellSpec]) -> str:
-    """That of the first student."""
+    """The value of the first student."""
     return next(spec.selection.ratio for spec in specs if not spec.hf_model)
 
 
@@ -138,7 +138,7 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
 
 
 def _copy_heads(results: Results, plan: Plan, store: StepStore) -> Path:
-    """Every student's head map and its pictures into ``head_maps/``; the first ranked score beside them.
+    """Write every student's head map and its pictures to ``head_maps/``, with the first ranked score.
 
     Raises:
         HydraError: a map has no pictures.
@@ -196,7 +196,7 @@ def _draw_retrieval(metrics: dict[str, Any], path: Path) -> Path:
 
 
 def _draw_losses(results: Results, path: Path) -> Path:
-    """The training loss of every student, one panel a stage."""
+    """The training loss of every student, one panel for each stage."""
     stages = list(dict.fromkeys(stage for cell in results.cells for stage in cell.training))
     figure, panels = _figure(11, 3.4, len(stages))
     for stage, axes in zip(stages, panels, strict=True):

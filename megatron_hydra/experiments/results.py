@@ -20,13 +20,13 @@ from megatron_hydra.reporting import METRICS_FILE
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What a stage's ``metrics.jsonl`` says.
+    """The figures of a stage's ``metrics.jsonl``.
 
     Attributes:
         steps, tokens: of the whole stage; tokens with padding.
-        seconds: of the whole step of the experiment, loading and saving included.
+        seconds: of the whole step of the experiment, with loading and saving.
         tokens_per_s: median over the entries.
-        curve: (tokens, loss) of at most :data:`CURVE_POINTS` entries, the last one among them.
+        curve: (tokens, loss) of at most :data:`CURVE_POINTS` entries, with the last one.
     """
 
     steps: int
@@ -49,12 +49,12 @@ class CellResult:
         accuracy: ``task@length`` → share of right answers, ``task/metric`` → lm-eval's.
         kv_bytes_per_token, state_bytes: of the cache, measured on the running model.
         fa_heads: for each layer the FA heads; ``None``: no head map chose them.
-        attention: where none did, what heads do instead; ``–``: not known.
+        attention: without a head map, the kind of attention; ``–``: not known.
         log: of the step that failed, or ``""``.
         step: name of the step that failed, or ``""``.
         seconds: of every step.
-        training: stage → what its metrics say.
-        sources: hashes of the package's code that its steps were computed with.
+        training: stage → its figures.
+        sources: hashes of the package's code that computed its steps.
     """
 
     variant: str
@@ -73,7 +73,7 @@ class CellResult:
 
     @property
     def num_fa_heads(self) -> int | None:
-        """How many heads are FA."""
+        """Number of FA heads."""
         return None if self.fa_heads is None else sum(map(len, self.fa_heads))
 
 
@@ -82,8 +82,8 @@ class Spread:
     """Mean and spread over seeds.
 
     Attributes:
-        values: seed → value, for the seeds that are there.
-        seeds: all seeds that should be there.
+        values: seed → value, for available seeds.
+        seeds: all expected seeds.
     """
 
     values: dict[int, float]
@@ -91,7 +91,7 @@ class Spread:
 
     @property
     def mean(self) -> float:
-        """Over the seeds that are there."""
+        """Mean over the available seeds."""
         return statistics.fmean(self.values.values())
 
     @property
@@ -117,7 +117,7 @@ class Results:
         return [cell for cell in self.cells if cell.variant == variant]
 
     def columns(self) -> list[str]:
-        """All that are there: ``task@length``, tasks as they came, lengths ascending; lm-eval's."""
+        """All columns: ``task@length`` in the order of tasks with ascending lengths, then lm-eval's."""
         tasks: dict[str, set[int]] = {}
         others: dict[str, None] = {}
         for column in (column for cell in self.cells for column in cell.accuracy):
@@ -130,7 +130,7 @@ class Results:
         return [*known, *others]
 
     def spread(self, variant: str, column: str) -> Spread | None:
-        """Accuracy of a row in a column; ``None`` where no seed has it."""
+        """Accuracy of a row in a column; ``None`` if no seed has it."""
         values = {c.seed: c.accuracy[column] for c in self.of(variant) if column in c.accuracy}
         return Spread(values, self.experiment.seeds) if values else None
 
@@ -139,7 +139,7 @@ class Results:
         return [cell for cell in self.cells if cell.state == "failed"]
 
     def to_dict(self) -> dict[str, Any]:
-        """For ``results.json``."""
+        """The content of ``results.json``."""
         experiment = self.experiment
         return {
             "format": "hydra-experiment-results",
@@ -151,10 +151,10 @@ class Results:
 
 
 def split_column(column: str) -> tuple[str, int | None]:
-    """``task@length`` as its parts; lm-eval's ``task/metric`` whole and with no length.
+    """``task@length`` in its parts; lm-eval's ``task/metric`` is one part without a length.
 
     Raises:
-        HydraError: it is of neither form.
+        HydraError: it has neither form.
     """
     task, _, length = column.rpartition("@")
     if task and length.isdecimal():
@@ -186,7 +186,7 @@ def _accuracy(body: dict[str, Any]) -> dict[str, float]:
 
 
 def _training(step: Step, store: StepStore) -> Training | None:
-    """A finished stage's curve and speed; ``None`` where it left no metrics."""
+    """A finished stage's curve and speed; ``None`` without metrics."""
     path = store.out(step) / METRICS_FILE
     entries = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     curve = [(e["tokens"], e["loss"]) for e in entries if e.get("loss") is not None]
@@ -204,7 +204,7 @@ def _training(step: Step, store: StepStore) -> Training | None:
 
 
 def _attention(spec: CellSpec) -> str:
-    """What the heads of a row are that has no head map."""
+    """The kind of attention in a row without a head map."""
     if spec.hf_model:
         return "all" if spec.hf_model == TEACHER else "–"
     switches = from_dict(HydraConfig, spec.hydra, "hydra")

@@ -1,4 +1,4 @@
-"""An experiment as a SLURM array: one task a cell, through ``launch/slurm.sh``."""
+"""An experiment as a SLURM array: one task for each cell, through ``launch/slurm.sh``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_hydra.files import write_text_atomic
 
 
 def as_word(cell: str) -> str:
-    """A cell's name without blanks, which an array's line would be split at."""
+    """A cell's name without blanks, at which an array's line would be split."""
     return urllib.parse.quote(cell, safe="")
 
 
@@ -33,20 +33,20 @@ def submit(
 ) -> int:
     """Submit every cell of the plan that is not finished.
 
-    A task computes what its cell needs. A step that another task is computing is waited for, and
-    one that it has finished is read from the shared folder, so shared steps are computed once. Cells
-    are submitted by name, in a file named by its content: neither a row added to an experiment file
-    nor another submission changes what a pending task computes.
+    A task computes the steps of its cell. It waits for a step that another task computes, and reads finished
+    steps from the shared folder. So shared steps are computed once. Cells are submitted by name, in a file
+    named by its content. So neither a new row of an experiment file nor another submission changes a pending
+    task.
 
     Args:
-        reads: the experiment files, absolute, with the flags that say how they are read.
+        reads: absolute paths of the experiment files, with the flags for reading them.
         options: words for ``launch/slurm.sh`` (``--gpus-per-node 1 --time 4:00:00``).
 
     Returns:
         slurm.sh's exit status.
 
     Raises:
-        HydraError: a path holds a blank, which an array's line cannot.
+        HydraError: a path has a blank, which an array's line cannot have.
     """
     missing = [name for name, key in plan.cells.items() if not store.is_done(plan.steps[key])]
     if not missing:
@@ -67,7 +67,7 @@ def submit(
     array = store.root / f"array-{hashlib.sha256(lines.encode()).hexdigest()[:12]}.txt"
     write_text_atomic(array, lines)
     command = ["bash", str(root / "launch" / "slurm.sh"), *options, "--array", str(array)]
-    # However many GPUs a task has: it is one process, which starts the ranks of a stage itself.
+    # For any number of GPUs, a task is one process, which starts the ranks of a stage itself.
     command += ["--procs-per-node", "1", str(root / "tools" / "experiment.py"), *words]
     say(f"{len(missing)} of {len(plan.cells)} cells are not finished")
     return subprocess.run(command, check=False).returncode

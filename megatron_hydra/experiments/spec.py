@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hydra.config.evaluation import EvaluationOptions
-from megatron_hydra.config.loading import from_dict, parse_yaml
+from megatron_hydra.config.loading import from_dict, merge_sections, parse_yaml
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.config.selection import SelectionOptions
 from megatron_hydra.config.student import StudentStart
@@ -20,10 +20,10 @@ from megatron_hydra.head_map import DEFAULT_RATIO, DEFAULT_STRATEGY, strategy_na
 from megatron_hydra.options import keys, worded
 
 TEACHER = "teacher"
-"""As ``hf_model``: the row is the teacher itself."""
+"""Value of ``hf_model``: the row is the teacher itself."""
 
 SHIPPED = "quickstart"
-"""As ``teacher.model``: the one that the package brings."""
+"""Value of ``teacher.model``: the package's teacher."""
 
 _FIRST = {
     "SelectionSpec": "strategy ratio tasks num_prompts min_prompts probe_tokens solved max_rounds control "
@@ -33,12 +33,12 @@ _FIRST = {
     "EvaluationSpec": "tasks lengths depths samples batch_tokens haystack cache_length dtype device "
     "trust_remote_code",
 }
-"""The keys that specs had at first. Any other is omitted from the hashes of steps at its default, so that what
-was computed before there was such a key is still found."""
+"""The first keys of specs. Any other key is omitted from the hashes of steps at its default, so that steps from
+before this key are still found."""
 
 
 def as_plain(spec: SelectionSpec | StudentStart | EvaluationSpec) -> dict[str, Any]:
-    """A spec as the plain data that steps are hashed by."""
+    """A spec as plain data for the hashes of steps."""
     default, first = type(spec)(), _FIRST[type(spec).__name__].split()
     values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
     return {
@@ -50,13 +50,13 @@ def as_plain(spec: SelectionSpec | StudentStart | EvaluationSpec) -> dict[str, A
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSpec:
-    """The dense model that everything starts from.
+    """The dense model from which everything starts.
 
     Attributes:
-        model: a Hugging Face folder or Hub name, or ``quickstart``: the teacher that is shipped.
+        model: a Hugging Face folder or Hub name, or ``quickstart``, the shipped teacher.
         revision: Hub revision.
-        train: instead of a model: a module that trains one, as ``python -m MODULE ARGUMENTS
-            --output DIR``, and its arguments; ``{seed}`` is the cell's seed.
+        train: instead of a model, a module that trains one, and its arguments; it runs as ``python -m MODULE
+            ARGUMENTS --output DIR``. ``{seed}`` is the cell's seed.
     """
 
     model: str = ""
@@ -66,7 +66,7 @@ class TeacherSpec:
 
 @dataclasses.dataclass(frozen=True)
 class PrepareSpec:
-    """Files that a selection or calibration reads, made by a function, once a seed.
+    """Files for selection or calibration, which a function makes once for each seed.
 
     Attributes:
         function: ``module:function``, called with (folder, model folder, seed, **options).
@@ -81,10 +81,11 @@ class PrepareSpec:
 class SelectionSpec(SelectionOptions):
     """Options of the head selection (``tools/select_heads.py``).
 
-    ``tasks`` may name the prepared folder as ``{prepare}``; none: the default ones that the teacher solves.
-    ``text`` likewise (``learned_gates``). ``strategy`` may be a name from before; a step is hashed by today's.
-    ``head_maps``: files of ``tools/select_heads.py`` for this teacher. The one that has a cell's strategy,
-    ratio and granularity (and seed, where heads are drawn) is used, and the cell's other options are not read.
+    ``tasks`` may name the prepared folder as ``{prepare}``; without tasks, the default tasks that the teacher
+    solves are used. ``text`` may, too (``learned_gates``). ``strategy`` may be an old name; the hash of a step
+    has today's. ``head_maps``: files of ``tools/select_heads.py`` for this teacher. A cell uses the file with
+    its strategy, ratio and granularity (and seed, if heads are drawn at random); its other options are then not
+    read.
     """
 
     strategy: str = DEFAULT_STRATEGY
@@ -102,13 +103,13 @@ class StageSpec:
     """One stage of the transfer.
 
     Attributes:
-        configs: run configs, later files over earlier ones; paths relative to the experiment file.
-        set: ``section.key: value``, over the files.
-        tokens: train on so many tokens (times the command's ``--tokens-scale``), rounded up to whole
-            steps; 0: as many steps as the configs say.
+        configs: run configs, which later files override; paths are relative to the experiment file.
+        set: ``section.key: value``, which overrides the files.
+        tokens: number of training tokens (times the command's ``--tokens-scale``), rounded up to whole steps;
+            0: the configs' steps.
         warmup: with ``tokens``, the share of these steps in which the learning rate rises.
-        skip: leave the stage out.
-        processes: ranks on this machine; more than one start through ``launch/local.sh``.
+        skip: whether to leave the stage out.
+        processes: number of ranks on this machine; ``launch/local.sh`` starts more than one.
     """
 
     configs: tuple[str, ...] = ()
@@ -119,7 +120,7 @@ class StageSpec:
     processes: int = 1
 
     def schedule(self, tokens_per_step: int) -> dict[str, Any]:
-        """What a budget in tokens says of a run's ``schedule``; nothing without a budget."""
+        """Keys of a run's ``schedule`` for a budget in tokens; empty without a budget."""
         if not self.tokens:
             return {}
         steps = max(1, math.ceil(self.tokens / tokens_per_step))
@@ -130,7 +131,7 @@ class StageSpec:
 class EvaluationSpec(EvaluationOptions):
     """Options of the evaluation (``tools/evaluate.py``).
 
-    ``model_config``: keys of the model's ``config.json`` with other values, in a row with ``hf_model``.
+    ``model_config``: other values for keys of the model's ``config.json``, in a row with ``hf_model``.
     """
 
     tasks: tuple[str, ...] = ()
@@ -148,7 +149,7 @@ class CellSpec:
     Attributes:
         hf_model: score this Hugging Face model (folder or Hub name) instead of a student;
             ``teacher``: the teacher itself.
-        hf_revision: of a Hub name in ``hf_model``: branch, tag or commit.
+        hf_revision: branch, tag or commit of a Hub name in ``hf_model``.
         hydra: switches of the layer (keys of :class:`~megatron_hydra.config.model.HydraConfig`).
         stages: name → stage, in this order.
     """
@@ -166,12 +167,12 @@ class CellSpec:
 
 @dataclasses.dataclass(frozen=True)
 class TableSpec:
-    """What the table and the pictures show.
+    """Contents of the table and the pictures.
 
     Attributes:
         columns: the main table's columns, ``task@length``, or ``task/metric`` of lm-eval; empty: all.
-        baseline: the row that differences are taken from, or empty.
-        train_length: marked in the pictures; 0: not.
+        baseline: the row to which differences are computed, or empty.
+        train_length: length that the pictures mark; 0: none.
         bars: lengths of the bar chart; empty: the shortest and the longest.
     """
 
@@ -187,9 +188,9 @@ class Cell:
 
     Attributes:
         experiment, variant, seed: its place in the table.
-        spec: what is done.
+        spec: of the row.
         stages: the stages that are not skipped, in order.
-        folder: of the experiment file, which paths are relative to.
+        folder: of the experiment file; paths are relative to it.
     """
 
     experiment: str
@@ -201,7 +202,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The cell's name in messages."""
         return f"{self.experiment} / {self.variant} / seed {self.seed}"
 
 
@@ -212,11 +213,11 @@ class Experiment:
     Attributes:
         name: the file's stem.
         title: of the table.
-        paper: what the paper says about it, in words.
-        seeds: all of them appear in the table.
+        paper: the paper's statement about it, in words.
+        seeds: all seeds; all appear in the table.
         variants: names of the rows, in order.
         cells: rows × seeds, row by row.
-        table: what is shown.
+        table: contents of the table.
     """
 
     name: str
@@ -233,13 +234,14 @@ class _File:
     """The keys of an experiment file.
 
     Attributes:
-        include: another file under this one, path relative to it; it may include one in turn.
-        constants: name → value; ``$name`` in place of a value stands for it. Those of this file are
-            over those of included ones.
-        base: what all rows share (a :class:`CellSpec`).
-        variants: row → what differs from base.
-        axes: a grid: each axis is ``dotted.key: [values]`` or ``name: {label: what differs}``; the
-            rows are the product of all axes.
+        include: another file, which this file overrides; its path is relative to this file. It may include a
+            further one.
+        constants: name → value, for ``$name`` in place of a value. This file's constants override those of
+            included files.
+        base: keys that all rows share (a :class:`CellSpec`).
+        variants: row → differences from base.
+        axes: a grid: each axis is ``dotted.key: [values]`` or ``name: {label: differences}``; the rows are the
+            product of all axes.
     """
 
     include: str = ""
@@ -263,16 +265,16 @@ def load_experiment(
     """Read an experiment file and expand it.
 
     Args:
-        base: a file to include in place of the one that the experiment file names.
-        tokens_scale: every stage's ``tokens`` are multiplied by it.
-        changes: keys of the file with other values, section by section; paths are absolute.
+        base: a file to include instead of the one that the experiment file names.
+        tokens_scale: factor of every stage's ``tokens``.
+        changes: other values for keys of the file, section by section; paths are absolute.
 
     Raises:
-        HydraError: an unreadable file, an unknown key, constant or type (file, row and key are
-            named), no rows, a row given twice, no seeds.
+        HydraError: an unreadable file; an unknown key, constant or type (names file, row and key); no rows; a
+            repeated row; no seeds.
     """
     path = Path(path)
-    body = _merge(_read(path, None if base is None else Path(base)), changes or {})
+    body = merge_sections(_read(path, None if base is None else Path(base)), changes or {})
     file = from_dict(_File, body, str(path))
     if not file.seeds or len(set(file.seeds)) != len(file.seeds):
         raise HydraError(f"{path}: seeds {list(file.seeds)} must be there, each one once")
@@ -282,7 +284,7 @@ def load_experiment(
     cells = []
     for variant, differing in rows.items():
         where = f"{path}, row {variant!r}"
-        spec, stages = _cell_spec(_merge(file.base, differing), where, tokens_scale)
+        spec, stages = _cell_spec(merge_sections(file.base, differing), where, tokens_scale)
         cells += [
             Cell(path.stem, variant, seed, spec, stages, path.resolve().parent)
             for seed in file.seeds
@@ -301,7 +303,7 @@ def load_experiment(
 
 
 def _read(path: Path, base: Path | None) -> dict[str, Any]:
-    """The file over what it includes, which may include another, constants filled in."""
+    """The file merged over its included files, with constants inserted."""
     files = [(path, *_parse(path))]
     while include := _included(*files[-1], base if len(files) == 1 else None):
         if include.resolve() in {other.resolve() for other, _, _ in files}:
@@ -312,7 +314,7 @@ def _read(path: Path, base: Path | None) -> dict[str, Any]:
         constants |= head.constants
     merged: dict[str, Any] = {}
     for file, body, _ in reversed(files):
-        merged = _merge(merged, _checked(body, constants, file))
+        merged = merge_sections(merged, _checked(body, constants, file))
     return merged
 
 
@@ -321,7 +323,7 @@ def _included(path: Path, body: dict[str, Any], head: _File, base: Path | None) 
 
 
 def _parse(path: Path) -> tuple[dict[str, Any], _File]:
-    """A file's keys, and those of them that hold before constants are filled in."""
+    """A file's keys, and the keys that are valid before constants are inserted."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -334,7 +336,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], _File]:
 
 
 def _checked(body: dict[str, Any], constants: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """One file with its constants filled in and its keys looked at."""
+    """One file, with its constants inserted and its keys checked."""
     filled = _filled(body, constants, str(path))
     file = from_dict(_File, filled, str(path))
     folder = path.resolve().parent
@@ -344,33 +346,33 @@ def _checked(body: dict[str, Any], constants: Mapping[str, Any], path: Path) -> 
 
 
 def _anchored(body: Any, folder: Path) -> Any:
-    """A row's keys with their paths made absolute: they are relative to the file they stand in."""
+    """A row's keys with absolute paths; in the file they are relative to it."""
     for where, absolute in _PATHS.items():
         body = _applied(body, where, functools.partial(absolute, folder))
     return body
 
 
 def _applied(body: Any, keys: tuple[str, ...], change: Callable[[str], str]) -> Any:
-    """``change`` applied to the text, or each text of the list, that stands at ``keys``."""
+    """``change`` applied to the text at ``keys``, or to each text of a list there."""
     if not keys:
         if isinstance(body, list):
             return [_applied(part, keys, change) for part in body]
         return change(body) if isinstance(body, str) else body
     if not isinstance(body, dict):
-        return body  # of the wrong type: the reader of the whole row says so
+        return body  # a wrong type: the reader of the whole row reports it
     chosen = body if keys[0] == "*" else {keys[0]} & set(body)
     return body | {key: _applied(body[key], keys[1:], change) for key in chosen}
 
 
 def _file_path(folder: Path, text: str) -> str:
-    # A prepared file is found in the folder that the prepare step has written.
+    # A prepared file is in the folder of the prepare step.
     return text if not text or text.startswith("{") else str(folder / text)
 
 
 def _model_path(folder: Path, text: str) -> str:
     if text in ("", TEACHER, SHIPPED):
         return text
-    return str(folder / text) if (folder / text).is_dir() else text  # else a Hub name
+    return str(folder / text) if (folder / text).is_dir() else text  # otherwise a Hub name
 
 
 def _task_path(folder: Path, text: str) -> str:
@@ -393,11 +395,11 @@ _PATHS: dict[tuple[str, ...], Callable[[Path, str], str]] = {
     ("evaluation", "haystack"): _file_path,
     ("evaluation", "lm_eval_include"): _file_path,
 }
-"""Where a row's keys name files or folders."""
+"""Keys of a row that name files or folders."""
 
 
 def _filled(value: Any, constants: Mapping[str, Any], where: str) -> Any:
-    """``value`` with every ``$name`` replaced by that constant."""
+    """``value`` with every ``$name`` replaced by its constant."""
     if isinstance(value, dict):
         return {key: _filled(part, constants, f"{where}: {key}") for key, part in value.items()}
     if isinstance(value, list):
@@ -408,16 +410,6 @@ def _filled(value: Any, constants: Mapping[str, Any], where: str) -> Any:
         known = ", ".join(constants) or "none"
         raise HydraError(f"{where}: no constant is called {value[1:]!r}; there are: {known}")
     return constants[value[1:]]
-
-
-def _merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
-    """``update`` over ``base``, section by section; lists and scalars are replaced."""
-    merged = dict(base)
-    for key, value in update.items():
-        old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
 
 
 def _rows(file: _File, path: Path) -> dict[str, dict[str, Any]]:
@@ -432,7 +424,7 @@ def _rows(file: _File, path: Path) -> dict[str, dict[str, Any]]:
             raise HydraError(f"{path}: row {label!r} is given twice")
         body: dict[str, Any] = {}
         for _, differing in points:
-            body = _merge(body, differing)
+            body = merge_sections(body, differing)
         rows[label] = body
     return rows
 

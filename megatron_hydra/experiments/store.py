@@ -1,12 +1,12 @@
 """Store of finished steps, with claims of the processes that compute a step.
 
-<root>/steps/<kind>-<key>/out/         what the step made
-                         record.json   that it is finished, with its inputs and seconds
-                         log.txt       what it printed
-                         failed.json   how its last try ended, if it failed
+<root>/steps/<kind>-<key>/out/         output of the step
+                         record.json   shows that it is finished; has its inputs and seconds
+                         log.txt       its printed output
+                         failed.json   error of its last try, if it failed
                          stopped.json  seconds of the tries that were stopped
-                         without_weights   (empty) what it made is here but for its weights
-                         claim.json    the process that is computing it
+                         without_weights   (empty) its output is here without weights
+                         claim.json    the process that computes it
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class StepStore:
     """The steps under one folder. Several processes, on several machines, may share it.
 
     Args:
-        root: made if it does not exist.
+        root: created if it does not exist.
 
     Raises:
-        HydraError: the folder holds something else.
+        HydraError: the folder has other contents.
     """
 
     def __init__(self, root: Path) -> None:
@@ -64,15 +64,15 @@ class StepStore:
             write_json_atomic(marker, {"format": "hydra-experiments"})
 
     def folder(self, step: Step) -> Path:
-        """All files of a step."""
+        """The folder of a step."""
         return self.root / "steps" / f"{step.kind}-{step.key}"
 
     def out(self, step: Step) -> Path:
-        """What the step makes."""
+        """The folder of the step's output."""
         return self.folder(step) / "out"
 
     def log(self, step: Step) -> Path:
-        """What it printed."""
+        """The file of its printed output."""
         return self.folder(step) / "log.txt"
 
     def is_done(self, step: Step) -> bool:
@@ -80,11 +80,11 @@ class StepStore:
         return (self.folder(step) / "record.json").is_file()
 
     def is_whole(self, step: Step) -> bool:
-        """Whether it is finished and other steps can read all that it made."""
+        """Whether it is finished and other steps can read all its output."""
         return self.is_done(step) and not (self.folder(step) / WITHOUT_WEIGHTS).exists()
 
     def discard_leftovers(self, step: Step) -> None:
-        """Delete the remains of a step that was copied without weights."""
+        """Delete the files of a step that was copied without weights."""
         marker = self.folder(step) / WITHOUT_WEIGHTS
         if marker.exists():
             shutil.rmtree(self.out(step), ignore_errors=True)
@@ -100,13 +100,13 @@ class StepStore:
         return None if self.is_done(step) else _json(self.folder(step) / "failed.json")
 
     def stop(self, step: Step, seconds: float, cpu_seconds: float) -> None:
-        """Record the seconds of a stopped try: the next one continues, and they count as the step's."""
+        """Record the seconds of a stopped try. The next try continues, and they count for the step."""
         write_json_atomic(
             self.folder(step) / "stopped.json", self._seconds(step, seconds, cpu_seconds)
         )
 
     def _seconds(self, step: Step, seconds: float, cpu_seconds: float) -> dict[str, float]:
-        """The seconds of this try and of those that were stopped before it."""
+        """The seconds of this try and of stopped tries before it."""
         before = _json(self.folder(step) / "stopped.json") or {}
         spent = {"seconds": seconds, "cpu_seconds": cpu_seconds}
         return {name: round(before.get(name, 0.0) + value, 2) for name, value in spent.items()}
@@ -149,7 +149,7 @@ class StepStore:
         for folder in folders:
             doomed = folder.with_name(f".{folder.name}.old")
             shutil.rmtree(doomed, ignore_errors=True)
-            folder.rename(doomed)  # a step that is half deleted must not look finished
+            folder.rename(doomed)  # a partly deleted step must not look finished
             shutil.rmtree(doomed, ignore_errors=True)
 
     def seconds_by_kind(self) -> dict[str, float]:
@@ -165,8 +165,8 @@ class StepStore:
     def claimed(self, step: Step, say: Callable[[str], None] = _say) -> Iterator[bool]:
         """Claim a step, so that no other process computes it.
 
-        Waits while another process does, which ``say`` tells once; yields whether there is anything
-        left to do.
+        Waits while another process computes it, which ``say`` reports once; yields whether it must still be
+        computed.
         """
         path = self.folder(step) / "claim.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def _try_claim(path: Path) -> str | None:
-    """Make the claim's file, whose text is returned, or put aside that of a process that is gone."""
+    """Create the claim's file and return its text, or remove the claim of a process that has ended."""
     mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "claim": uuid.uuid4().hex})
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -217,10 +217,10 @@ def _try_claim(path: Path) -> str | None:
 
 
 def _abandoned(path: Path) -> str | None:
-    """The text of a claim whose process has ended or fallen silent; ``None``: it is being kept.
+    """The text of a claim whose process has ended or become silent; ``None``: the claim is active.
 
-    A process of this machine that has ended is known at once. One that runs may be another that was
-    given its number, so it has to beat as well.
+    If a process of this machine has ended, this is known at once. If it runs, it may be another process with
+    the same id, so its claim must also be renewed regularly.
     """
     try:
         age = time.time() - path.stat().st_mtime
@@ -233,19 +233,19 @@ def _abandoned(path: Path) -> str | None:
 
 
 def _remove_abandoned_claim(path: Path, abandoned: str) -> None:
-    """Remove an abandoned claim; of several processes that see it, one does, and all try again."""
+    """Remove an abandoned claim. One of several processes removes it, and all try again."""
     aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
         path.rename(aside)
         if aside.read_text() != abandoned:
-            # Another process was faster, and this is its new claim: give it back.
+            # Another process was faster, and this is its new claim: restore it.
             with contextlib.suppress(FileExistsError):
                 os.link(aside, path)
         aside.unlink()
 
 
 def _owner(path: Path) -> str:
-    """Who holds a claim, for a message; ``""`` where nobody does."""
+    """The owner of a claim, for a message; ``""`` without a claim."""
     owner = _parsed(_text(path))
     return f"{owner['pid']} on {owner['host']}" if owner else ""
 
@@ -258,7 +258,7 @@ def _text(path: Path) -> str:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """A claim's facts; none while it is being written."""
+    """A claim's facts; none during its writing."""
     try:
         return json.loads(text or "{}")
     except ValueError:
@@ -276,7 +276,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _beat(path: Path, mine: str, stop: threading.Event) -> None:
-    """Show that the claim is kept, as long as it is this process's."""
+    """Renew the claim, as long as it is this process's."""
     while not stop.wait(_HEARTBEAT_SECONDS) and _text(path) == mine:
         with contextlib.suppress(FileNotFoundError):
             os.utime(path)

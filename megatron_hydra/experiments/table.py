@@ -11,9 +11,9 @@ from megatron_hydra.experiments.results import CellResult, Results, Spread, spli
 def markdown(results: Results) -> str:
     """The whole page.
 
-    A cell of the first tables is mean ± sample standard deviation over seeds; a number in brackets
-    says that seeds are missing. lm-eval's metrics, which may be many, have a table with a line each,
-    unless ``table.columns`` names them. The last table holds every value of these columns.
+    A cell of the first tables is mean ± sample standard deviation over seeds; a number in brackets shows that
+    seeds are missing. lm-eval's metrics have a table with one line each, unless ``table.columns`` names them.
+    The last table has every value of these columns.
     """
     experiment = results.experiment
     columns = list(experiment.table.columns) or results.columns()
@@ -82,7 +82,7 @@ def row(cells: list[str]) -> list[str]:
 
 
 def spread_text(spread: Spread | None, cells: list[CellResult]) -> str:
-    """Mean and deviation over seeds, or why there is none."""
+    """Mean and deviation over seeds, or the reason for a missing value."""
     if spread is None:
         states = {cell.state for cell in cells}
         return "failed" if "failed" in states else "–" if states == {"done"} else "not run"
@@ -93,7 +93,7 @@ def spread_text(spread: Spread | None, cells: list[CellResult]) -> str:
 
 
 def facts_columns(cells: list[CellResult]) -> list[str]:
-    """FA heads, bytes a token, bytes of state: one number, or least–most over seeds."""
+    """FA heads, bytes per token, bytes of state: one number, or the range over seeds."""
     shown = []
     for name in ("num_fa_heads", "kv_bytes_per_token", "state_bytes"):
         values = [value for cell in cells if (value := getattr(cell, name)) is not None]
@@ -116,7 +116,7 @@ def _short(cell: CellResult) -> str:
 
 
 def question_table(results: Results, columns: Sequence[str]) -> list[str]:
-    """lm-eval's metrics, one a line; the rows of the experiment are its columns."""
+    """lm-eval's metrics, one on each line; the experiment's rows are its columns."""
     variants = results.experiment.variants
     shown = {
         v: [spread_text(results.spread(v, c), results.of(v)) for c in columns] for v in variants
@@ -135,7 +135,7 @@ def _down(corner: str, columns: Sequence[str], shown: Mapping[str, Sequence[str]
 
 
 def _differences(results: Results, across: Sequence[str], down: Sequence[str]) -> list[str]:
-    """Paired by seed: how far every row is from the baseline."""
+    """Difference of every row from the baseline, paired by seed."""
     baseline = results.experiment.table.baseline
     if not baseline:
         return []
@@ -152,7 +152,7 @@ def _differences(results: Results, across: Sequence[str], down: Sequence[str]) -
 
 
 def _difference(results: Results, variant: str, column: str) -> str:
-    """Mean and deviation of a row minus the baseline; empty where no seed has both."""
+    """Mean and deviation of a row minus the baseline; empty if no seed has both."""
     ours = results.spread(variant, column)
     theirs = results.spread(results.experiment.table.baseline, column)
     both = set(ours.values) & set(theirs.values) if ours and theirs else set()
@@ -166,7 +166,7 @@ def _difference(results: Results, variant: str, column: str) -> str:
 
 
 def footnotes(results: Results) -> list[str]:
-    """Cells that are not there; states of the code, if several."""
+    """Missing cells; versions of the code, if several."""
     lines = []
     missing = [c for c in results.cells if c.state != "done"]
     if missing:

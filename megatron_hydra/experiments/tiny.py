@@ -1,8 +1,8 @@
-"""The data of the shipped experiments: the quickstart's teacher and tokens, four kinds of question.
+"""The data of the shipped experiments: the quickstart's teacher and tokens, four kinds of questions.
 
-Stand-ins for the paper's benchmarks, on a model of a quarter of a million weights: ``single`` for
-S-NIAH, ``facts`` for MK-NIAH, ``copying`` for in-context use of a pattern, ``text`` (next characters of
-English) for what a model does without looking back far.
+They replace the paper's benchmarks for a model with a quarter of a million weights: ``single`` for S-NIAH,
+``facts`` for MK-NIAH, ``copying`` for in-context use of a pattern, ``text`` (next characters of English) for
+tasks that need only near tokens.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from megatron_hydra.quickstart.tasks import (
 
 
 def write_inputs(folder: Path, model: Path, seed: int, prompts: int = 32) -> None:
-    """``selection.jsonl`` and ``calibration.jsonl``, as the quickstart makes them."""
+    """Write ``selection.jsonl`` and ``calibration.jsonl``, as in the quickstart."""
     tokenizer = find_tokenizer(model)
     write_selection_prompts(folder / "selection.jsonl", tokenizer, prompts, seed)
     write_calibration(folder / "calibration.jsonl", tokenizer, seed)
 
 
 def single() -> Retrieval:
-    """One fact in the whole text, asked for at its end."""
+    """One fact in the whole text; the end asks for it."""
     return Retrieval(pairs=1, queries=1, name="single")
 
 
 def facts() -> Retrieval:
-    """24 facts, eight of them asked for: the quickstart's evaluation."""
+    """24 facts; the end asks for eight of them, as in the quickstart's evaluation."""
     return Retrieval()
 
 
@@ -62,7 +62,7 @@ class Copying:
         drawn = []
         for _ in range(request.count):
             sample = tasks.copying(rng, request.length)
-            # Not the first repeated token: what follows is told by what came before it.
+            # Not the first repeated token: earlier tokens do not determine it.
             asked = np.sort(rng.choice(sample.answers[1:], self.answers, replace=False))
             drawn.append(ScoredSample(sample.tokens.tolist(), asked.tolist()))
         return drawn
@@ -72,8 +72,8 @@ class Copying:
 class Text:
     """The next character of English text, at places in its second half.
 
-    The text is the one that teacher and students are trained on (there is no other in the package),
-    so this says whether a student keeps what the teacher knows, not how well it generalises.
+    Teacher and students are trained on this text, because the package has no other. So it shows whether a
+    student keeps what the teacher knows, not how well it generalises.
 
     Attributes:
         answers: how many positions of a sequence are asked.

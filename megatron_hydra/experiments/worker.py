@@ -21,16 +21,16 @@ from megatron_hydra.stopping import Stopped, StopRequest
 
 
 def compute(store: StepStore, step: Step, folders: dict[str, Path]) -> str:
-    """Compute one step if it is missing; its output goes to the step's log.
+    """Compute one step if it is missing; the step's log gets its output.
 
     Args:
         folders: name of an input → its ``out`` folder.
 
     Returns:
-        ``""``, or the reason why it failed (also noted in the store).
+        ``""``, or the reason of its failure (also recorded in the store).
 
     Raises:
-        Stopped: it was asked to stop; what it had is kept.
+        Stopped: it was asked to stop; its work is saved.
     """
     with store.claimed(step) as todo:
         if not todo:
@@ -59,12 +59,13 @@ def compute(store: StepStore, step: Step, folders: dict[str, Path]) -> str:
 
 
 def serve(connection: Connection, root: str) -> None:
-    """Compute the steps that arrive; answers each with (key, error)."""
-    # Ctrl-C reaches every process of a terminal. The executor hears it and stops its workers by SIGTERM, at
-    # which they save; an ignored signal would be ignored by the processes that a step starts, too.
+    """Compute incoming steps; sends (key, error) for each."""
+    # Ctrl-C reaches every process of a terminal. The executor handles it and sends SIGTERM to its workers,
+    # which save. If workers ignored the signal, the processes that a step starts would also ignore it.
     signal.signal(signal.SIGINT, lambda *_: None)
-    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")  # what a CPU machine lacks
-    from megatron_hydra.parallel import platform  # Megatron-Core with it
+    # a CPU machine does not have some libraries
+    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
+    from megatron_hydra.parallel import platform  # this also imports Megatron-Core
 
     platform.keep_freed_memory()
     store = StepStore(Path(root))
@@ -79,13 +80,13 @@ def serve(connection: Connection, root: str) -> None:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and the ended ones that it started."""
+    """CPU seconds of this process and of ended processes that it has started."""
     return sum(os.times()[:4])
 
 
 @contextlib.contextmanager
 def _output_to(path: Path) -> Iterator[None]:
-    """Send file descriptors 1 and 2 to a file, so that nothing of a step is lost."""
+    """Redirect file descriptors 1 and 2 to a file, so that no output of a step is lost."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)

@@ -1,4 +1,4 @@
-"""Run a ``GPTModel`` without its LM head: losses apply the head per chunk, so full logits never exist."""
+"""Run a ``GPTModel`` without its LM head. Losses apply the head in chunks, so full logits never exist."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from megatron_hydra.parallel.packed_sequence import PackedSequence
 def final_hidden_states(
     model: GPTModel, tokens_local: torch.Tensor | None, packed: PackedSequence
 ) -> torch.Tensor:
-    """Everything of a ``GPTModel`` but its LM head, so that logits need not exist.
+    """Run everything of a ``GPTModel`` except its LM head, so that no logits are needed.
 
     Args:
-        model: the bare ``GPTModel`` of this pipeline stage; a stage after the first takes its input
-            from ``set_input_tensor``, as in any Megatron-Core schedule.
+        model: the bare ``GPTModel`` of this pipeline stage. A stage after the first gets its input by
+            ``set_input_tensor``, as in any Megatron-Core schedule.
         tokens_local: ``[T_local]`` token ids of this context-parallel shard (first stage).
         packed: documents and shard.
 
     Returns:
-        ``[T_local, 1, D]`` (``T_local/TP`` under sequence parallelism): after the final norm on the
-        last stage, else what goes to the next stage.
+        ``[T_local, 1, D]`` (``T_local/TP`` under sequence parallelism): on the last stage after the final norm,
+        otherwise the next stage's input.
     """
     hidden = None
     if model.pre_process:

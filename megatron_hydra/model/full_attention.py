@@ -20,7 +20,7 @@ from megatron_hydra.parallel.token_window import windowed_attention
 
 
 class FullAttentionInputs(NamedTuple):
-    """What the FA heads of a rank read, over the tokens that it computes them for.
+    """Inputs of a rank's FA heads, for the tokens that it computes.
 
     Attributes:
         q: ``[T, n·d]``.
@@ -39,7 +39,7 @@ class FullAttention(torch.nn.Module):
 
     Args:
         model: shapes and switches.
-        heads: the rank's heads, and which local KV head each reads (:attr:`.LocalHeads.fa_kv_of_heads`).
+        heads: the rank's heads, and the local KV head of each (:attr:`.LocalHeads.fa_kv_of_heads`).
         dtype: parameter dtype.
         kernels: the chosen implementations.
     """
@@ -72,15 +72,15 @@ class FullAttention(torch.nn.Module):
         positions: torch.Tensor,
         tied_norms: QkNorms = (None, None),
     ) -> torch.Tensor:
-        """Attend.
+        """Compute attention.
 
         Args:
-            q: ``[T_shard, n·d]``, the shard of the sequence that ``sequence_group.rank()`` holds.
+            q: ``[T_shard, n·d]``, the shard of ``sequence_group.rank()``.
             k, v: ``[T_shard, g·d]``.
             packed: documents of the stream.
             sequence_group: ranks that share the sequence.
             positions: ``[T_shard]`` of these tokens in their documents.
-            tied_norms: weights of the QK-norms that both branches share, in place of own ones.
+            tied_norms: weights of the QK-norms that both branches share, instead of separate ones.
 
         Returns:
             ``[T_shard, n, d]``, before the gate.
@@ -106,7 +106,7 @@ class FullAttention(torch.nn.Module):
         return sharded_attention(q, k, v, packed, sequence_group, attention)
 
     def _grouped(self, x: torch.Tensor) -> torch.Tensor:
-        """KV heads such that query head i reads KV head i·g/n: as they are, or one per query head."""
+        """KV heads for which query head i reads KV head i·g/n: unchanged, or one for each query head."""
         heads, groups = len(self.groups_of_heads), x.shape[1]
         if heads % groups == 0 and self.groups_of_heads == tuple(
             i // (heads // groups) for i in range(heads)

@@ -25,11 +25,11 @@ from megatron_hydra.parallel.token_window import delayed
 
 
 class GatedDeltaNetInputs(NamedTuple):
-    """What the GDN heads of a rank read.
+    """Inputs of a rank's GDN heads.
 
     Attributes:
         qkv: ``[T_local, (n + 2m)·d]``, the heads of q, of k and of v one after the other.
-        b, a: ``[T_local, n]`` logits of β and α; those of α ``[T_local, n·d]`` with a decay a channel.
+        b, a: ``[T_local, n]`` logits of β and α; with a decay for each channel, a is ``[T_local, n·d]``.
         gate: ``[T_local, n·d]`` logits of the output gate, or ``None``.
     """
 
@@ -42,14 +42,14 @@ class GatedDeltaNetInputs(NamedTuple):
 class GatedDeltaNet(torch.nn.Module):
     """The linear rule of this rank's GDN heads (``hydra.linear``).
 
-    Parameters are padded, so that they are equally large on all tensor-parallel ranks (Megatron's optimizer
-    wants equal buffers); only the first entries are used.
+    Parameters are padded to equal sizes on all tensor-parallel ranks, because Megatron's optimizer needs equal
+    buffers. Only the first entries are used.
 
     Args:
         model: shapes and switches.
-        heads: the rank's heads. Their k and v come in the order of :attr:`.LocalHeads.gdn_kv_of_heads`: first
+        heads: the rank's heads. Their k and v have the order of :attr:`.LocalHeads.gdn_kv_of_heads`: first
             those that only this rank reads, then shared ones.
-        dtype: of parameters that are not fp32 always.
+        dtype: of parameters that are not always fp32.
         kernels: the chosen implementations.
         cp_group: context-parallel ranks.
     """
@@ -90,7 +90,7 @@ class GatedDeltaNet(torch.nn.Module):
         Args:
             inputs: projections.
             packed: documents and shard.
-            tied_norms: weights of the QK-norms that both branches share, in place of own ones.
+            tied_norms: weights of the QK-norms that both branches share, instead of separate ones.
 
         Returns:
             ``[T_local, n, d]``, before the gate.
@@ -116,7 +116,7 @@ class GatedDeltaNet(torch.nn.Module):
         )
         a_log, dt_bias = leading(self.A_log, n), leading(self.dt_bias, a.shape[1])
         gates = self.kernels.delta_rule_gates
-        if self.decays_of_head:  # every channel as a head, with the A_log of its own head
+        if self.decays_of_head:  # every channel counts as a head, with the A_log of its head
             gates, a_log = delta_rule_gates, a_log.repeat_interleave(self.head_dim)
         log_alpha, beta = gates(a, b, a_log, dt_bias)
         log_alpha = log_alpha.view(-1, n, *self.decays_of_head)
@@ -144,8 +144,8 @@ class GatedDeltaNet(torch.nn.Module):
         beta: torch.Tensor,
         packed: PackedSequence,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A token is written when it leaves the window of the softmax: the state then holds what
-        lies beyond it. Before the first one leaves, nothing is written (β = 0) or decays (α = 1).
+        """A token is written when it leaves the window of the softmax, so the state has all earlier tokens.
+        Before the first token leaves, nothing is written (β = 0) and nothing decays (α = 1).
         """
         window = self.switches.window
         kv = delayed(torch.cat((k, v), dim=-1), window, packed, self.cp_group)

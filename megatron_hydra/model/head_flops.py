@@ -1,7 +1,7 @@
-"""Forward FLOPs of one head, for judging how evenly a head partition loads its ranks.
+"""Forward FLOPs of one head, which show how evenly a head partition loads its ranks.
 
-A multiplication and an addition count as two. Norms, gates and rotary are omitted: they are linear
-in the tokens and small beside the projections.
+A multiplication and an addition count as two. Norms, gates and rotary are omitted: they are linear in the
+tokens and small compared with projections.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from megatron_hydra.parallel.head_partition import LayerPartition
 
 
 def full_attention_flops(length: int, head_dim: int, window: int | None = None) -> int:
-    """Scores and weighted values of one causal head over ``length`` tokens: 4·d for every pair.
+    """FLOPs of scores and weighted values of one causal head over ``length`` tokens: 4·d for every pair.
 
-    A query sees the last ``window`` tokens, its own included, or all.
+    A query sees the last ``window`` tokens, with its own, or all tokens.
     """
     beyond = max(0, length - window) if window else 0
     return 2 * head_dim * (length * (length + 1) - beyond * (beyond + 1))
@@ -39,14 +39,14 @@ class RankLoad:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all."""
         return self.full_attention + self.gated_delta_net + self.projections
 
 
 def rank_loads(
     model: ModelConfig, partition: LayerPartition, sequence_length: int
 ) -> tuple[RankLoad, ...]:
-    """What every rank computes in one layer for one sequence of ``sequence_length`` tokens."""
+    """FLOPs of every rank in one layer, for one sequence of ``sequence_length`` tokens."""
     loads = []
     d, hidden = model.head_dim, model.hidden_size
     rule = rule_of_model(model.switches)
@@ -69,6 +69,6 @@ def rank_loads(
 
 
 def imbalance(loads: tuple[RankLoad, ...]) -> float:
-    """Largest total over the mean: the slowest rank's work against the work of an even split."""
+    """Largest total divided by the mean: the slowest rank's work, relative to an even split."""
     totals = [load.total for load in loads]
     return max(totals) / (sum(totals) / len(totals))

@@ -54,7 +54,7 @@ class HeadFusion(torch.nn.Module):
     def shares(self, x_slice: torch.Tensor | None) -> torch.Tensor | None:
         """Gated competition: H · softmax over all heads of W_f x, ``[T_local, H]`` on every rank.
 
-        Where every head is both, its two outputs compete: 2σ(W_f x) and 2σ(−W_f x), ``[T_local, 2H]``.
+        If every head is both FA and GDN, its two outputs compete: 2σ(W_f x) and 2σ(−W_f x), ``[T_local, 2H]``.
         ``None`` for any other fusion.
 
         Args:
@@ -70,7 +70,7 @@ class HeadFusion(torch.nn.Module):
         return gather_sequence(shares, self.tp_group)
 
     def forward(self, branches: Sequence[Branch], shares: torch.Tensor | None) -> torch.Tensor:
-        """Heads that only this rank has, ``[T_local, n·d]``.
+        """Fuse the heads that only this rank has, ``[T_local, n·d]``.
 
         Args:
             branches: outputs ``[T_local, n, d]`` of FA heads, of GDN heads, and their gates' logits.
@@ -89,7 +89,7 @@ class HeadFusion(torch.nn.Module):
         return fused
 
     def on_slice(self, branch: Branch, shares: torch.Tensor | None) -> torch.Tensor:
-        """FA heads that every rank has, ``[T_local/TP, m·d]``; arguments as for :meth:`forward`."""
+        """Fuse the FA heads that every rank has, ``[T_local/TP, m·d]``; arguments as for :meth:`forward`."""
         scale: torch.Tensor | None = self.fa_gamma
         if scale is not None and shares is not None:
             length = shares.shape[0] // self.tp_group.size()
@@ -98,7 +98,7 @@ class HeadFusion(torch.nn.Module):
         return self.tail([branch], scale)
 
     def tail(self, branches: Sequence[Branch], scale: torch.Tensor | None) -> torch.Tensor:
-        """Gate, norm and scale of the branches' heads, side by side: ``[T, n·d]``."""
+        """Gate, norm and scale of the branches' heads, joined: ``[T, n·d]``."""
         shaped: list[Branch] = [
             (output, None if gate is None else gate.unflatten(-1, (-1, self.model.head_dim)))
             for output, gate in branches

@@ -1,8 +1,8 @@
 """Project a layer's input to q, k, v and gates of each head, and head outputs to the layer's output.
 
-One GEMM projects for all heads of a rank. Two more do where tensor-parallel ranks hold something together: FA
-heads that every rank has work on its slice of the sequence, and KV groups that several ranks read are projected
-by slices, which are gathered. The branches see none of that.
+One GEMM projects for all heads of a rank. Two more are needed if tensor-parallel ranks share heads. FA heads
+that every rank has are computed on its slice of the sequence. KV groups that several ranks read are projected
+by slices, which are gathered. The branches do not see this.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class KeyValues(NamedTuple):
 
 
 class HeadInputs(NamedTuple):
-    """What the branches read. ``None`` where this rank has no head of the kind.
+    """The branches' inputs; ``None`` if this rank has no head of the kind.
 
     Attributes:
-        fa: of FA heads: over ``[T_local]``, or this rank's slice of it where every rank has them.
+        fa: of FA heads: for ``[T_local]``, or for this rank's slice of it if every rank has the heads.
         gdn: of GDN heads.
-        idle: ``[T_local, rows]`` on a rank without heads of its own, which still takes part in collectives.
+        idle: ``[T_local, rows]`` on a rank without own heads, which still takes part in collectives.
     """
 
     fa: FullAttentionInputs | None
@@ -96,15 +96,15 @@ class HeadProjections(torch.nn.Module):
         )
         self.in_segments, self.bias_segments = heads.in_segments, heads.in_bias_segments
         if not (heads.tied or "gdn.k" in heads.shared_kv_used):
-            # One convolution for the three, without a copy.
+            # One convolution for all three, without a copy.
             self.in_segments, self.bias_segments = (
                 joined(segments, _QKV_OF_GDN, "gdn.qkv")
                 for segments in (self.in_segments, self.bias_segments)
             )
 
     def _build_linears(self, submodules: HydraAttentionSubmodules) -> None:
-        """Linears whose sizes are per rank, and padded to the largest: ranks may hold different heads, but
-        Megatron's distributed optimizer wants the same buffer layout on all of them.
+        """Linears of local sizes, padded to the largest rank's: ranks may have different heads, but Megatron's
+        distributed optimizer needs the same buffer layout on all ranks.
         """
         hidden, ranks = self.heads.model.hidden_size, self.tp_group.size()
         common: dict[str, Any] = {
@@ -139,8 +139,7 @@ class HeadProjections(torch.nn.Module):
 
         Args:
             x: ``[T_local, 1, D]`` (``[T_local/TP, 1, D]`` under sequence parallelism).
-            x_slice: ``[T_local/TP, D]``, this tensor-parallel rank's slice; where
-                :attr:`.LocalHeads.needs_slice`.
+            x_slice: ``[T_local/TP, D]``, this tensor-parallel rank's slice, if :attr:`.LocalHeads.needs_slice`.
         """
         own: Rows = {}
         idle = None
@@ -153,7 +152,7 @@ class HeadProjections(torch.nn.Module):
     def branch_inputs(
         self, own: Rows, x_slice: torch.Tensor | None, idle: torch.Tensor | None
     ) -> HeadInputs:
-        """Join what this rank has alone, ``own``, with what it holds together with others."""
+        """Join ``own``, which only this rank has, with the heads that it shares with others."""
         heads, replicated, shared_slice, shared = self.heads, Rows(), Rows(), Rows()
         if self.fa_in is not None and x_slice is not None:
             projected = F.linear(x_slice, self.fa_in)
@@ -161,15 +160,15 @@ class HeadProjections(torch.nn.Module):
                 projected, heads.fa_in_segments, self.fa_in_bias, heads.fa_bias_segments
             )
         if self.shared_kv is not None and x_slice is not None:
-            # Each rank projects its slice and the slices are gathered, so no work is repeated, and the gradient
-            # is the sum over all readers.
+            # Each rank projects its slice, and the slices are gathered. So no work is repeated, and the
+            # gradient is the sum over all readers.
             projected = F.linear(x_slice, self.shared_kv, self.shared_kv_bias)
             if heads.tied and heads.replicated_fa:
                 shared_slice = split_segments(projected, heads.shared_kv_segments, 1)
             if heads.gathers_shared_kv:
                 gathered = gather_sequence(projected, self.tp_group)
                 shared = split_segments(gathered, heads.shared_kv_segments, 1)
-                if not heads.shared_kv_used:  # this rank reads none of it
+                if not heads.shared_kv_used:  # this rank reads no shared group
                     if idle is not None:
                         idle = keep_in_graph(idle, gathered)
                     else:
@@ -219,9 +218,7 @@ class HeadProjections(torch.nn.Module):
         return GatedDeltaNetInputs(qkv, *_named(GatedDeltaNetInputs, own, "gdn."))
 
     def _key_values(self, prefix: str, own: Rows, shared: Rows) -> KeyValues | None:
-        """Keys and values that are read over the whole sequence: of KV groups that only this rank reads, then
-        of shared ones.
-        """
+        """Keys and values for the whole sequence: first of KV groups that only this rank reads, then shared."""
         found = []
         for key in (f"{prefix}k", f"{prefix}v"):
             pieces = [own[key]] if key in own else []
@@ -239,7 +236,7 @@ class HeadProjections(torch.nn.Module):
         return KeyValues(*(self._columns(x, places) for x in both))
 
     def _columns(self, x: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
-        """These heads of ``[T, n·d]``, in this order; a copy unless they are all of them."""
+        """These heads of ``[T, n·d]``, in this order; a copy unless they are all heads."""
         by_head = x.unflatten(-1, (-1, self.head_dim))
         if heads == tuple(range(by_head.shape[1])):
             return x
@@ -251,7 +248,7 @@ class HeadProjections(torch.nn.Module):
         """W_o: ``[T, 1, D]`` laid out like the layer's input.
 
         Args:
-            own: ``[T_local, n·d]`` of the heads that only this rank has; ``None`` where no rank has any.
+            own: ``[T_local, n·d]`` of the heads that only this rank has; ``None`` if no rank has such heads.
             replicated: ``[T_local/TP, m·d]`` of the FA heads that every rank has, or ``None``.
         """
         output = None
@@ -265,7 +262,7 @@ class HeadProjections(torch.nn.Module):
             assert self.fa_out is not None
             added = F.linear(replicated, self.fa_out).unsqueeze(1)
             if not self.config.sequence_parallel:
-                # From slices to the whole; every rank's gradient of the whole is complete already.
+                # Gather the slices; every rank's gradient of the whole is already complete.
                 added = gather_from_sequence_parallel_region(
                     added, tensor_parallel_output_grad=False, group=self.tp_group
                 )
@@ -275,7 +272,7 @@ class HeadProjections(torch.nn.Module):
 
 
 def _named(inputs: Any, rows: Rows, prefix: str) -> list[Any]:
-    """A branch's gates and logits, each by its field's name; ``None`` for what the model lacks."""
+    """A branch's gates and logits by field name; ``None`` for those that the model does not have."""
     fields = [name for name in inputs._fields if name not in ("q", "k", "v", "qkv")]
     return [rows.get(prefix + name) for name in fields]
 

@@ -1,7 +1,7 @@
 """The HydraHead layer's attention: a Megatron-Core self-attention that mixes FA and GDN heads.
 
-The forward is design §2; :mod:`.head_projections` gives each branch its q, k, v, and the head partition decides
-which heads a rank has. The dense teacher is this module with every head FA and the switches of
+The forward is design §2. :mod:`.head_projections` makes the q, k, v of each branch, and the head partition
+decides which heads a rank has. The dense teacher is this module with FA heads only and the switches of
 :data:`megatron_hydra.config.model.DENSE_ATTENTION`.
 """
 
@@ -40,7 +40,7 @@ from megatron_hydra.parallel.packed_sequence import PackedSequence
 
 
 class HydraAttention(MegatronModule):
-    """Head-level hybrid attention (design §2), tensor-, sequence- and context-parallel (§6).
+    """Head-level hybrid attention (design §2) with tensor, sequence and context parallelism (§6).
 
     Args:
         config: Megatron-Core's config.
@@ -49,14 +49,14 @@ class HydraAttention(MegatronModule):
         model: shapes, switches, and the FA heads of every layer.
         partitions: head partition of every layer.
         kernels: the chosen implementations.
-        recompute: what is computed again in the backward pass instead of kept: of ``fa``, ``gdn`` and
-            ``tail`` (gate, norm and scale) each with its own inputs, ``attention`` all three as one.
-        two_streams: on a GPU, run the branches side by side where neither communicates.
+        recompute: parts that the backward computes again: ``fa``, ``gdn`` and ``tail`` (gate, norm and scale),
+            each from its own inputs; or ``attention``, all three as one.
+        two_streams: on a GPU, run the branches in parallel if neither communicates.
         pg_collection: process groups (tp, cp, tp_cp are used).
-        name: the module's name, which later releases of Megatron-Core give; not used.
+        name: the module's name, which later releases of Megatron-Core pass; not used.
     """
 
-    q_norm: torch.nn.Parameter | None  # of both branches; else each has its own
+    q_norm: torch.nn.Parameter | None  # of both branches; otherwise each branch has its own
     k_norm: torch.nn.Parameter | None
 
     def __init__(
@@ -92,7 +92,7 @@ class HydraAttention(MegatronModule):
         self._idle = self._idle_parameters()
 
     def _idle_parameters(self) -> tuple[torch.nn.Parameter, ...]:
-        """Parameters without work on this rank: it has no head of their branch, or none at all."""
+        """Parameters without work on this rank, because it has no head of their branch, or no head at all."""
         working = {"fa": bool(self.heads.num_fa_here), "gdn": bool(self.heads.gdn)}
         return tuple(
             self.get_parameter(local.name)
@@ -109,14 +109,14 @@ class HydraAttention(MegatronModule):
         packed_seq_params: PackedSequence | None = None,
         **unused: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Mix tokens.
+        """Compute attention.
 
         Args:
             hidden_states: ``[T_local, 1, D]`` of one packed stream (``T_local/TP`` under sequence
                 parallelism), after the input norm.
             attention_mask: not used; documents come from ``packed_seq_params``.
             packed_seq_params: the stream's documents and this rank's shard.
-            unused: what a stock ``TransformerLayer`` passes for other attentions.
+            unused: arguments that a stock ``TransformerLayer`` passes for other attentions.
 
         Returns:
             Output like ``hidden_states``, and a bias to add to it or ``None``.
@@ -130,9 +130,9 @@ class HydraAttention(MegatronModule):
         shares = self.fusion.shares(x_slice)
         mixed = self.recompute("attention", self.mix, inputs, packed_seq_params, shares)
         output = self.projections.output(*mixed)
-        # Overlapped gradient reduction waits for every parameter. Kept at the output, not at the
-        # input: an input that needs no gradient (stage 1) would get one on ranks with idle
-        # parameters only, and with it collectives that the others do not join.
+        # Overlapped gradient reduction waits for every parameter. Idle parameters are added at the output, not
+        # at the input: an input without gradient (stage 1) would get one on ranks with idle parameters only,
+        # with collectives that other ranks do not join.
         for parameter in self._idle:
             output = keep_in_graph(output, parameter)
         return output, self.projections.out_bias
@@ -141,7 +141,7 @@ class HydraAttention(MegatronModule):
         self, inputs: HeadInputs, packed: PackedSequence, shares: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Both branches and the fusion: ``[T_local, n·d]`` of the heads that only this rank has, and
-        ``[T_local/TP, m·d]`` of the FA heads that every rank has (``None`` where there are none).
+        ``[T_local/TP, m·d]`` of the FA heads that every rank has (``None`` without such heads).
         """
         o_fa, o_gdn = self._branches(inputs, packed)
         own, replicated = [], None
@@ -161,7 +161,7 @@ class HydraAttention(MegatronModule):
     def _branches(
         self, inputs: HeadInputs, packed: PackedSequence
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Head outputs o_h of both branches, side by side where they share nothing."""
+        """Head outputs o_h of both branches, computed in parallel if they share nothing."""
 
         def full_attention(*qkv: torch.Tensor) -> torch.Tensor:
             output: torch.Tensor = self.recompute("fa", self.full_attention, *qkv, packed)
@@ -183,7 +183,7 @@ class HydraAttention(MegatronModule):
     def full_attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSequence
     ) -> torch.Tensor:
-        """The FA branch, on this rank's slice of the sequence where every rank has its heads."""
+        """The FA branch; on this rank's slice of the sequence if every rank has its heads."""
         positions = packed.positions_local
         if self.heads.replicated_fa:
             length = q.shape[0]
@@ -204,15 +204,15 @@ class HydraAttention(MegatronModule):
     def _branches_are_independent(self) -> bool:
         """Whether the branches share nothing while they run.
 
-        Collectives of one group must not be in flight on two streams, and rotary tables are cached
-        by whichever branch comes first.
+        Collectives of one group must not run on two streams at once. Rotary tables are cached by the branch
+        that runs first.
         """
         own_tables = self.model.switches.fa_position in ("log-scale", "none")
         return self.two_streams and own_tables and self._fa_group.size() == 1
 
     @property
     def _fa_group(self) -> dist.ProcessGroup:
-        """The ranks that share the sequence in the FA branch; those of GDN are among them."""
+        """The ranks that share the sequence in the FA branch; they include those of the GDN branch."""
         return self.tp_cp_group if self.heads.replicated_fa else self.cp_group
 
     def sharded_state_dict(
@@ -222,7 +222,7 @@ class HydraAttention(MegatronModule):
 
         Args:
             prefix: this module's prefix, ending in a dot; checkpoint keys start with it.
-            sharded_offsets: must be empty: layers are stored one by one.
+            sharded_offsets: must be empty, because layers are stored one by one.
             metadata: Megatron-Core's, with ``dp_cp_group``.
         """
         assert not sharded_offsets, "layers of a head-level hybrid are stored one by one"

@@ -37,7 +37,7 @@ def uses_transformer_engine(run: RunConfig) -> bool:
     """Whether linears and norms come from Transformer Engine (``backend.transformer_impl``).
 
     Raises:
-        HydraError: it is asked for by name and not installed.
+        HydraError: the config names it, but it is not installed.
     """
     choice = run.backend.transformer_impl
     if choice == "transformer_engine" and not HAVE_TE:
@@ -48,10 +48,10 @@ def uses_transformer_engine(run: RunConfig) -> bool:
 
 
 def uses_two_streams(run: RunConfig) -> bool:
-    """Whether the two branches may run side by side (``backend.streams``).
+    """Whether the two branches may run in parallel (``backend.streams``).
 
     Raises:
-        HydraError: it is asked for by name and there is no GPU.
+        HydraError: the config requires two streams, but there is no GPU.
     """
     if run.backend.streams == "two" and not platform.has_gpu():
         raise HydraError("backend.streams=two cannot run here: it needs a GPU; set it to auto")
@@ -67,8 +67,8 @@ def transformer_config(model: ModelConfig, run: RunConfig) -> TransformerConfig:
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        # Head counts are ours alone (HydraAttention lays heads out, evenly or not); Megatron's own
-        # fields only have to pass its divisibility check.
+        # HydraAttention lays out the heads, evenly or not. Megatron's own head counts only have to pass its
+        # divisibility check.
         num_attention_heads=parallel.tensor,
         num_query_groups=parallel.tensor,
         kv_channels=model.head_dim,
@@ -92,12 +92,12 @@ def transformer_config(model: ModelConfig, run: RunConfig) -> TransformerConfig:
         # Megatron's overlapped interleaved schedule does not allow batched sends.
         overlap_p2p_comm=pipelined and parallel.virtual_pipeline > 1,
         batch_p2p_comm=not (pipelined and parallel.virtual_pipeline > 1),
-        # A lookup whose backward adds rows in a fixed order.
+        # The lookup's backward then adds rows in a fixed order.
         deterministic_mode=run.deterministic,
         params_dtype=dtype,
         bf16=run.precision == "bf16",
         calculate_per_token_loss=True,
-        # Weights always come from a checkpoint; memory that no file filled must not look trained.
+        # Weights always come from a checkpoint; memory that no file has filled must not look trained.
         perform_initialization=False,
         use_cpu_initialization=not platform.has_gpu(),
         gradient_accumulation_fusion=False,
@@ -117,8 +117,8 @@ def transformer_config(model: ModelConfig, run: RunConfig) -> TransformerConfig:
 def hydra_layer_spec(model: ModelConfig, run: RunConfig, kernels: Kernels) -> ModuleSpec:
     """The spec of every decoder layer, dense or hybrid.
 
-    A layer finds its FA heads and its rank's share of them by its own layer number, so one spec
-    serves layers that differ.
+    A layer finds its FA heads and its rank's share of them by its layer number, so one spec is enough for
+    different layers.
     """
     if uses_transformer_engine(run):
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
@@ -162,12 +162,12 @@ def hydra_layer_spec(model: ModelConfig, run: RunConfig, kernels: Kernels) -> Mo
 
 
 def kernel_case(model: ModelConfig, run: RunConfig, tp_rank: int | None = None) -> Case:
-    """What a run's kernels are chosen and checked for.
+    """The case for which a run's kernels are chosen and checked.
 
     Args:
         model: shapes.
         run: precision and layout.
-        tp_rank: whose numbers of GDN heads; ``None``: those of all tensor-parallel ranks.
+        tp_rank: the rank whose numbers of GDN heads count; ``None``: all tensor-parallel ranks.
     """
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     partitions = plan_model(model, run.parallel.tensor, run.parallel.fa_partition)
@@ -196,9 +196,9 @@ def build_gpt_model(
 ) -> GPTModel:
     """The stock ``GPTModel`` of this rank, with HydraHead layers.
 
-    Parameters are allocated, not initialised: load a checkpoint before use. ``vocabulary_shard`` says which
-    rows of embedding and LM head are no padding. Rotary embedding is ours
-    (``position_embedding_type='none'``); the model is called with a
+    Parameters are allocated, not initialised: load a checkpoint before use. ``vocabulary_shard`` tells which
+    rows of embedding and LM head are not padding. Rotary embedding is ours
+    (``position_embedding_type='none'``). Calls need a
     :class:`~megatron_hydra.parallel.packed_sequence.PackedSequence` as ``packed_seq_params``.
 
     Args:

@@ -1,9 +1,8 @@
-"""What one tensor-parallel rank holds of one layer: heads, and the parameters with their rows.
+"""The part of one layer on one tensor-parallel rank: heads, parameters and their rows.
 
-Everything that is uneven about a head partition is worked out here, once, on the host: which heads,
-which KV groups are this rank's alone and which several ranks read, how many rows that makes, and how
-far to pad so that every rank's parameters have the same shape. Which parameters a layer has is in
-:mod:`.parameters`.
+This module computes all uneven parts of a head partition, once, on the host: the rank's heads, the KV groups
+that only this rank reads, the KV groups that several ranks read, the number of rows, and the padding that gives
+every rank's parameters the same shape. :mod:`.parameters` lists the parameters of a layer.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ from megatron_hydra.parallel.head_partition import LayerPartition, shared_groups
 from megatron_hydra.parallel.head_weights import Segment, padded_rows, total_rows
 
 _Places = dict[Axis, tuple[tuple[int, ...], int]]
-"""By what a tensor's first axis counts: places along it that a parameter holds, and its length."""
+"""First axis -> the places along it that a parameter has, and the axis' length."""
 
 
 class _Branch:
     """KV bookkeeping of one branch (FA or GDN, or both at once) of one layer over all ranks.
 
-    A *kv id* is what a query head reads its k and v from: its KV group, or, where every head has its
-    own (multi-head GDN), the head itself.
+    A *kv id* is the source of a query head's k and v: its KV group, or the head itself if every head has its
+    own (multi-head GDN).
 
     Args:
         heads_by_rank: the heads of each rank.
         kv_of: kv id of every head.
-        everywhere: kv ids that every rank reads, whatever its own heads are.
+        everywhere: kv ids that every rank reads, whatever its heads are.
     """
 
     def __init__(
@@ -65,34 +64,34 @@ class _Branch:
         return tuple(i for i, kv in enumerate(self.shared) if kv in read)
 
     def local_kv(self, rank: int) -> tuple[int, ...]:
-        """Kv ids that this rank's heads read: own ones first, then shared ones."""
+        """Kv ids that this rank's heads read: first those that only this rank reads, then shared ones."""
         return (*self.own_kv(rank), *(self.shared[i] for i in self.shared_used(rank)))
 
     def kv_of_heads(self, rank: int) -> tuple[int, ...]:
-        """For each of the rank's heads the place of its kv id among the local ones."""
+        """For each of the rank's heads, the place of its kv id in the local ones."""
         local = self.local_kv(rank)
         return tuple(local.index(self.kv_of[head]) for head in self.heads_by_rank[rank])
 
     def place(self, heads: Sequence[int]) -> tuple[tuple[int, ...], int]:
-        """Places of heads in the layer's canonical tensors of this branch, and how many there are."""
+        """Places of heads in the layer's canonical tensors of this branch, and their number."""
         return tuple(self.heads.index(head) for head in heads), len(self.heads)
 
     def place_kv(self, kv: Sequence[int]) -> tuple[tuple[int, ...], int]:
-        """Places of kv ids in the layer's canonical k and v tensors of this branch, and how many there are."""
+        """Places of kv ids in the layer's canonical k and v tensors of this branch, and their number."""
         return tuple(self.kv.index(i) for i in kv), len(self.kv)
 
 
 class LocalHeads:
-    """One rank's part of one layer. ``sharded`` heads are this rank's alone; ``replicated_fa`` heads
-    are on every rank and work on slices of the sequence (FA partition ``sequence``).
+    """One rank's part of one layer. Only this rank has the ``sharded`` heads. Every rank has the
+    ``replicated_fa`` heads and computes them on its slice of the sequence (FA partition ``sequence``).
 
     Attributes:
-        fa, gdn: original indices of the sharded FA and GDN heads of this rank; the same ones where
-            every head is both (``hydra.mixer``).
-        sharded: the heads of this rank's output projection, in the order in which outputs are
-            joined: ``fa + gdn``, or ``fa`` where every head is both.
-        replicated_fa: FA heads held by every rank.
-        tied: FA and GDN heads of a KV group read the same k and v projections (``hydra.qkv``).
+        fa, gdn: original indices of the sharded FA and GDN heads of this rank; equal if every head is both
+            (``hydra.mixer``).
+        sharded: the heads of this rank's output projection, in the order of the joined outputs: ``fa + gdn``,
+            or ``fa`` if every head is both.
+        replicated_fa: FA heads that every rank has.
+        tied: whether FA and GDN heads of a KV group read the same k and v projections (``hydra.qkv``).
         *_padded: sizes after padding to the largest rank (and the input projection's to a multiple).
     """
 
@@ -107,8 +106,8 @@ class LocalHeads:
         own = {head: head for head in range(model.num_query_heads)}
         self._gdn = _Branch(partition.gdn, own if self._multi_head else group_of)
         self.tied = model.switches.ties_qkv
-        # Which branches project k and v for themselves; tied, one projection serves both. FA heads that
-        # every rank holds read its slice of the sequence, GDN heads the whole of it: their groups are
+        # Which branches have their own k and v projections; if tied, one projection serves both. FA heads that
+        # every rank has read its slice of the sequence, GDN heads the whole sequence: their groups are
         # projected by slices, which are gathered for GDN.
         self._projected = [("fa.", self._fa), ("gdn.", self._gdn)]
         if self.tied:
@@ -132,14 +131,14 @@ class LocalHeads:
 
     @property
     def fa_kv_of_heads(self) -> tuple[int, ...]:
-        """For each FA head computed here, its KV head among the local ones."""
+        """For each FA head computed here, its KV head's place in the local ones."""
         if self.replicated_fa:
             return self._replicated.kv_of_heads(0)
         return self._fa.kv_of_heads(self.rank)
 
     @property
     def gdn_kv_of_heads(self) -> tuple[int, ...]:
-        """For each GDN head of this rank, its k and v among the local ones."""
+        """For each GDN head of this rank, the place of its k and v in the local ones."""
         return self._gdn.kv_of_heads(self.rank)
 
     @property
@@ -149,12 +148,12 @@ class LocalHeads:
 
     @property
     def num_gdn_shared_kv(self) -> int:
-        """How many KV groups of GDN heads several ranks read."""
+        """Number of KV groups of GDN heads that several ranks read."""
         return len(self._gdn.shared)
 
     @property
     def needs_slice(self) -> bool:
-        """Whether something is computed on this rank's slice of the sequence."""
+        """Whether some heads are computed on this rank's slice of the sequence."""
         gated = self.model.switches.fusion == "gated"
         return bool(self.replicated_fa or self.shared_kv_segments or gated)
 
@@ -162,7 +161,7 @@ class LocalHeads:
 
     @functools.cached_property
     def parameters(self) -> tuple[LocalParameter, ...]:
-        """Every parameter of the layer's attention that this rank holds."""
+        """Every parameter of the layer's attention on this rank."""
         held: dict[Holder, list[HeadParameter]] = {holder: [] for holder in HOLDERS}
         for row in parameters_of(self.model, self.layer_has_fa, self.layer_has_gdn):
             held.setdefault(row.holder or Holder(row.key, row.key), []).append(row)
@@ -178,7 +177,7 @@ class LocalHeads:
         return tuple(found)
 
     def _held(self, holder: Holder, rows: Sequence[HeadParameter]) -> Iterator[LocalParameter]:
-        """Parameters that hold these canonical tensors, but for those without rows on any rank."""
+        """Parameters with rows of these canonical tensors; without those that have no rows on any rank."""
         tail = rows[0].tail
         assert all({*row.tail, "d"} == {*tail, "d"} for row in rows), holder
         axis = tail.index("d") if "d" in tail else 0
@@ -211,7 +210,7 @@ class LocalHeads:
         return tuple(segments)
 
     def _own(self, rank: int) -> _Places:
-        """What only ``rank`` has."""
+        """Rows that only ``rank`` has."""
         places: _Places = {
             "fa": self._fa.place(self._fa.heads_by_rank[rank]),
             "gdn": self._gdn.place(self._gdn.heads_by_rank[rank]),
@@ -220,7 +219,7 @@ class LocalHeads:
         return places | {a: b.place_kv(b.own_kv(rank)) for a, b in self._kv_branches.items()}
 
     def _everywhere(self) -> _Places:
-        """FA heads that every rank has, and their KV groups where FA projects its own."""
+        """Rows of FA heads that every rank has, and of their KV groups if FA has its own projections."""
         branch, heads = self._replicated, tuple(self.replicated_fa)
         return {
             "fa": branch.place(heads),
@@ -244,11 +243,11 @@ class LocalHeads:
         return (*fa,) if self.mixed else (*fa, *gdn)
 
     def parameter(self, name: str) -> LocalParameter | None:
-        """The parameter of this name, or ``None`` where no rank has any of its rows."""
+        """The parameter of this name, or ``None`` if no rank has rows of it."""
         return next((p for p in self.parameters if p.name == name), None)
 
     def segments(self, name: str) -> tuple[Segment, ...]:
-        """Rows of a parameter that are this rank's, without padding."""
+        """This rank's rows of a parameter, without padding."""
         parameter = self.parameter(name)
         return () if parameter is None or parameter.segments is None else parameter.segments
 
@@ -300,7 +299,7 @@ class LocalHeads:
 
     @property
     def shared_kv_used(self) -> dict[str, tuple[int, ...]]:
-        """By canonical key, which of the shared KV groups this rank reads over the whole sequence."""
+        """Canonical key -> shared KV groups that this rank reads over the whole sequence."""
         used = {}
         for prefix, branch in self._projected:
             places = branch.shared_used(self.rank)
@@ -312,18 +311,18 @@ class LocalHeads:
     def gathers_shared_kv(self) -> bool:
         """Whether some rank reads a shared KV group over the whole sequence.
 
-        Not so where all its readers work on slices: FA heads that every rank holds, k and v tied.
+        ``False`` if all its readers work on slices: FA heads that every rank has, with tied k and v.
         """
         ranks = range(len(self._gdn.heads_by_rank))
         return any(branch.shared_used(rank) for _, branch in self._projected for rank in ranks)
 
     @functools.cached_property
     def tied_kv_places(self) -> dict[str, tuple[int, ...]]:
-        """Where each branch of this rank finds its KV heads in the tied k and v of this rank.
+        """The places of each branch's KV heads in the tied k and v of this rank.
 
-        Those are, over the whole sequence, the groups that only this rank reads and then the shared
-        ones that it uses; for FA heads that every rank holds, all shared ones, over its slice. The
-        order is that of :attr:`fa_kv_of_heads` and :attr:`gdn_kv_of_heads`.
+        For the whole sequence, the tied k and v have the groups that only this rank reads, then the shared ones
+        that it uses. For FA heads that every rank has, they have all shared groups, over its slice. The order
+        is that of :attr:`fa_kv_of_heads` and :attr:`gdn_kv_of_heads`.
         """
         assert self.tied
         local, places = self._both.local_kv(self.rank), {}

@@ -1,4 +1,4 @@
-"""One parameter of a layer on one rank, and how a module gets it: shape, rows, and marks for the optimizer."""
+"""One parameter of a layer on one rank: shape, rows, marks for the optimizer, and its place in a module."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class LocalParameter:
 
     Attributes:
         name: as in the module, e.g. ``projections.in_proj.weight`` or ``gdn.A_log``.
-        key: what its canonical keys below ``self_attention.`` begin with.
+        key: prefix of its canonical keys below ``self_attention.``.
         shape: local, with padding.
         segments: its rows; ``None``: the whole canonical tensor ``key``.
         axis: the axis of the rows.
-        sharded: its heads are this rank's alone; else every rank holds all of it.
+        sharded: whether only this rank has its heads; otherwise every rank has all of it.
         like_norm, fp32, decays: see :class:`.HeadParameter`.
     """
 
@@ -43,7 +43,7 @@ class LocalParameter:
 
     @property
     def is_used(self) -> bool:
-        """Whether anything of it is not padding. A linear of padding alone still takes part in collectives."""
+        """Whether any row is not padding. A linear with only padding still takes part in collectives."""
         return self.segments != () or self.name.endswith(".weight")
 
 
@@ -68,16 +68,17 @@ def declare(
     dtype: torch.dtype,
     sequence_parallel: bool = False,
 ) -> None:
-    """Give a module the parameters whose names begin with ``prefix``; ``None`` for those that the layer lacks.
+    """Set a module's parameters whose names begin with ``prefix``; ``None`` for those that the layer does not
+    have.
 
-    Values come from a checkpoint; until then they are zero. Parameters of linears (``….weight``) are theirs.
+    Values come from a checkpoint; before that they are zero. Linears have their own parameters (``….weight``).
 
     Args:
         module: gets one attribute for each name.
-        parameters: all that the rank holds of the layer.
-        prefix: of the module's own names in the layer, ``gdn.`` for example.
-        dtype: of parameters that are not fp32 always.
-        sequence_parallel: whether tensor-parallel ranks hold slices of the sequence between layers.
+        parameters: all parameters of the layer on this rank.
+        prefix: of the module's names in the layer, for example ``gdn.``.
+        dtype: of parameters that are not always fp32.
+        sequence_parallel: whether tensor-parallel ranks have slices of the sequence between layers.
     """
     held = {parameter.name: parameter for parameter in parameters}
     for name in _NAMES:
@@ -93,7 +94,7 @@ def declare(
 def _allocated(
     local: LocalParameter, dtype: torch.dtype, sequence_parallel: bool
 ) -> torch.nn.Parameter:
-    """The parameter, with the marks that say how its gradient and its optimizer state are treated."""
+    """The parameter, with the marks for its gradient and its optimizer state."""
     parameter = torch.nn.Parameter(
         torch.zeros(
             local.shape,
@@ -113,8 +114,9 @@ def _allocated(
 
 
 def leading(parameter: torch.Tensor, count: int) -> torch.Tensor:
-    """The first ``count`` rows; without padding the parameter itself.
+    """The first ``count`` rows, or the parameter itself if it has no padding.
 
-    The backward of a slice fills a tensor with zeros and writes a part of it: two launches for nothing.
+    The backward of a slice fills a tensor with zeros and writes a part of it, which would be two needless
+    launches.
     """
     return parameter if parameter.shape[0] == count else parameter[:count]

@@ -8,17 +8,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_hydra.ops.rms_norm import weighted_rms_norm
 
 QkNorms = tuple[torch.nn.Parameter | None, torch.nn.Parameter | None]
-"""Weights ``[d]`` of the RMSNorms of q and of k, or ``None`` where the model has no QK-norm."""
+"""Weights ``[d]`` of the RMSNorms of q and of k; ``None`` without QK-norm."""
 
 
 class RMSNorm(torch.nn.Module):
     """RMSNorm with a weight, for Megatron-Core layer specs.
 
-    Megatron's own torch norm refuses sequence parallelism; this one marks its weight so that
+    Megatron's own torch norm refuses sequence parallelism. This norm marks its weight, so that
     ``finalize_model_grads`` sums the gradient over the tensor-parallel ranks.
 
     Args:
-        config: supplies the parameter dtype and the sequence-parallel flag.
+        config: has the parameter dtype and the sequence-parallel flag.
         hidden_size: D.
         eps: added to the mean square.
     """

@@ -1,8 +1,8 @@
-"""The parameters of a layer's attention, a row each (design §2); everything about them derives from here.
+"""The parameters of a layer's attention, one row each (design §2). Everything about them derives from here.
 
-From a row follow the canonical key of checkpoints, the names in an export, how a student begins, shape and
-padding on each tensor-parallel rank, where each head is stored, which gradients are summed, weight decay, and
-the planner's sizes.
+A row decides the canonical key of checkpoints, the names in an export, the student's start value, shape and
+padding on each tensor-parallel rank, the place of each head, which gradients are summed, weight decay, and the
+planner's sizes.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.ops.linear_rules import rule_of_model
 
 Axis = Literal["fa", "fa_kv", "gdn", "gdn_kv", "kv", "head", ""]
-"""What the first axis of a tensor counts: FA heads; KV groups that FA heads read; GDN heads; key-value heads
-of GDN (:func:`gdn_kv_sources`); all KV groups; all query heads. Empty: every rank has the whole tensor."""
+"""Meaning of a tensor's first axis: FA heads; KV groups that FA heads read; GDN heads; key-value heads of GDN
+(:func:`gdn_kv_sources`); all KV groups; all query heads. Empty: every rank has the whole tensor."""
 
 Form = Literal["same", "heads", "columns", "channels"]
-"""How it is rearranged in an export, see :mod:`megatron_hydra.conversion.families`."""
+"""How a tensor is rearranged in an export, see :mod:`megatron_hydra.conversion.families`."""
 
 Start = Literal["teacher", "zeros", "gate_bias", "identity", "decay", "write", "gamma", "output"]
-"""How it begins in a student, see :mod:`megatron_hydra.conversion.student`."""
+"""How a tensor starts in a student, see :mod:`megatron_hydra.conversion.student`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Parameters of a rank whose rows are those of several canonical tensors, or of several kinds of heads.
+    """Parameters of a rank with rows of several canonical tensors, or of several kinds of heads.
 
     Attributes:
-        prefix: what the canonical keys of its tensors begin with.
-        own: the parameter with what only this rank has, or with a tensor that is whole on every rank.
-        replicated: with the FA heads that every rank has (FA partition ``sequence``); empty: there is none.
-        shared: with the KV groups that several ranks read; empty: there is none.
+        prefix: of the canonical keys of its tensors.
+        own: the parameter with the rows that only this rank has, or with a tensor that every rank has.
+        replicated: the parameter with the FA heads that every rank has (FA partition ``sequence``), or empty.
+        shared: the parameter with the KV groups that several ranks read, or empty.
     """
 
     prefix: str
@@ -60,18 +60,19 @@ class HeadParameter:
 
     Attributes:
         key: canonical key below ``self_attention.``.
-        axis: what the first axis counts.
+        axis: meaning of the first axis.
         tail: the other axes: ``d`` (head dimension), ``D`` (hidden size), ``H`` (query heads), ``W`` (width of
             the convolution).
         hf: name in an export below ``self_attn.``; the dense model's has no ``fa_`` in front.
-        start: how it begins in a student.
-        when: whether a model has it, where the layer has heads of its branch.
+        start: how it starts in a student.
+        when: whether a model has it, in layers with heads of its branch.
         form: how it is rearranged in an export.
-        holder: what holds it on a rank; ``None``: a parameter of its own, called by its key.
-        fp32: it is fp32 whatever the model's dtype.
-        decays: weight decay applies.
-        like_norm: it acts once on every token, as a layer norm's weight does, and so does its gradient.
-            Any other parameter that all ranks hold acts on each rank's heads, or its slice of the sequence.
+        holder: the parameters of a rank that contain it; ``None``: it is a separate parameter, named by its
+            key.
+        fp32: whether it is fp32 in a model of any dtype.
+        decays: whether it has weight decay.
+        like_norm: whether it acts once on every token, like a layer norm's weight, and so does its gradient.
+            Any other parameter that all ranks have acts on each rank's heads, or its slice of the sequence.
     """
 
     key: str
@@ -88,7 +89,7 @@ class HeadParameter:
 
     @property
     def branch(self) -> str:
-        """``fa`` or ``gdn`` where it belongs to heads of one kind; else empty."""
+        """``fa`` or ``gdn`` if it belongs to heads of one kind; else empty."""
         return next((part for part in self.key.split(".") if part in ("fa", "gdn")), "")
 
     def shape(self, model: ModelConfig, entries: int) -> tuple[int, ...]:
@@ -253,7 +254,7 @@ PARAMETERS: tuple[HeadParameter, ...] = (
     *_norms("gdn.", _apart),
     *_kernels("q", "gdn"),
     *_kernels("kv", "gdn_kv"),
-    # Decays near 1 do not survive bf16.
+    # bf16 cannot represent decays near 1.
     HeadParameter("gdn.A_log", "gdn", (), "gdn_A_log", "zeros", _always, fp32=True, decays=False),
     HeadParameter("gdn.dt_bias", "gdn", (), "gdn_dt_bias", "decay", _head_decays, fp32=True, decays=False),
     HeadParameter(
@@ -293,7 +294,7 @@ def parameters_of_layer(model: ModelConfig, layer: int) -> tuple[HeadParameter, 
     return parameters_of(model, bool(model.fa_heads(layer)), bool(model.gdn_heads(layer)))
 
 
-# -- what the first axis counts ------------------------------------------------------------------
+# -- meaning of the first axis --------------------------------------------------------------------
 
 
 def fa_kv_groups(model: ModelConfig, layer: int) -> tuple[int, ...]:
@@ -312,7 +313,7 @@ def gdn_kv_sources(model: ModelConfig, layer: int) -> tuple[int, ...]:
 
 
 def entries(model: ModelConfig, layer: int, axis: Axis) -> tuple[int, ...]:
-    """Heads, or KV heads, of the dense model that the entries along a first axis come from."""
+    """The heads or KV heads of the dense model from which the entries of a first axis come."""
     if axis == "fa":
         return model.fa_heads(layer)
     if axis == "gdn":

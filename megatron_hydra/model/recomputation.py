@@ -1,4 +1,4 @@
-"""Parts of the attention that are computed again in the backward pass instead of kept."""
+"""Parts of the attention that the backward computes again instead of keeping their tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 
 class Recomputation:
-    """Calls functions; again in the backward pass where their part is named.
+    """Calls functions, and calls them again in the backward if their part is named.
 
     Args:
         parts: ``attention``, or of ``fa``, ``gdn`` and ``tail``.

@@ -1,7 +1,7 @@
-"""Rotary position embedding from explicit positions, so that packing and sharding cannot shift it.
+"""Rotary position embedding from explicit positions, so that packing and sharding cannot shift positions.
 
-Megatron-Core's packed rotary infers offsets from tensor lengths, and its context-parallel rotary
-assumes zigzag shards; we pass every token's own position instead.
+Megatron-Core's packed rotary infers offsets from tensor lengths, and its context-parallel rotary assumes zigzag
+shards. We pass every token's own position instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 def inverse_frequencies(
     rope_parameters: dict[str, Any], head_dim: int, max_position_embeddings: int
 ) -> tuple[torch.Tensor, float]:
-    """Frequencies of rotary embedding, computed by transformers for every type but the default.
+    """Frequencies of rotary embedding; transformers computes them for every type except the default.
 
     Args:
         rope_parameters: transformers 5's dict (``rope_type``, ``rope_theta``, …).
@@ -47,7 +47,7 @@ def inverse_frequencies(
 
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    # The functions read a handful of attributes; a config class of one family would add others.
+    # The functions read a few attributes; a config class of one family would add others.
     config = SimpleNamespace(
         rope_parameters=rope_parameters,
         head_dim=head_dim,
@@ -73,13 +73,13 @@ class Rotary:
         self.frequencies, self.factor = inverse_frequencies(
             rope_parameters, head_dim, max_position_embeddings
         )
-        # Teacher and student may run over one stream: the key says whose table it is.
+        # Teacher and student may run on one stream; the key identifies the table's owner.
         self._key = json.dumps([rope_parameters, head_dim, max_position_embeddings], sort_keys=True)
 
     def tables(
         self, positions: torch.Tensor, packed: PackedSequence
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cos and sin ``[T, 1, d]`` of tokens that stand at ``positions [T]`` of their documents."""
+        """Cos and sin ``[T, 1, d]`` of tokens at ``positions [T]`` in their documents."""
         tables: tuple[torch.Tensor, torch.Tensor] = packed.cached(
             ("rotary", self._key, positions.data_ptr(), len(positions)),
             lambda: rotary_tables(positions, self.frequencies, self.factor),

@@ -1,9 +1,9 @@
 """Select the implementation of each kernel, once per run, by name or by ``auto`` (design §7).
 
-Every kernel has a torch twin that runs anywhere. On a GPU, ``auto`` takes the fastest that is
-installed and supports the model's shape and precision; a named one that cannot run here is an error
-that says why. Before the first use on a GPU, what was chosen is compared with the twins on small
-inputs (:mod:`megatron_hydra.ops.self_check`).
+Every kernel has a torch twin that runs anywhere. On a GPU, ``auto`` takes the fastest one that is installed and
+supports the model's shape and precision. A named kernel that cannot run here is an error with the reason.
+Before their first use on a GPU, the chosen kernels are compared with the twins on small inputs
+(:mod:`megatron_hydra.ops.self_check`).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Backend:
 
     Attributes:
         name: as in the config.
-        missing: why it cannot run a case here, or ``None`` where it can.
-        load: imports it and returns its kernels by their names in :class:`Kernels`; the same ones at
-            every call.
-        install: what ``pip install`` takes to have it; empty: it needs nothing.
+        missing: why it cannot run a case here; ``None``: it can.
+        load: imports it and returns its kernels by their names in :class:`Kernels`; every call returns the same
+            objects.
+        install: arguments of ``pip install`` for it; empty: it needs no package.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Backend:
 
 
 def _needs(*modules: str, low_precision: bool = True, head_dims: int = 256) -> Callable:
-    """A capability check: a GPU, installed modules, bf16 or fp16, a head dimension."""
+    """A check of requirements: a GPU, installed modules, bf16 or fp16, a head dimension."""
 
     def missing(case: Case) -> str | None:
         if case.device.type != "cuda":
@@ -99,8 +99,8 @@ _PACKED = {
     "torch.nn.attention.varlen": _load_torch_varlen,
     "flash_attn": _load_flash_attn,
 }
-"""By its module, what computes packed documents and shards beside SDPA, the fastest first: version 3
-of flash-attn, torch's own, version 2."""
+"""Module -> loader of the kernel that computes packed documents and shards in addition to SDPA. The fastest
+comes first: version 3 of flash-attn, torch's own, version 2."""
 
 
 def _sdpa_missing(case: Case) -> str | None:
@@ -165,7 +165,7 @@ _TORCH = Backend("torch", lambda case: None, dict)
 FLASH_ATTN = "--no-build-isolation flash-attn>=2.7"
 TRITON = "triton>=3.3"
 FLA = "fla-core==0.6.0 flash-linear-attention==0.6.0"
-"""What ``pip install`` takes; the versions that were run. A test holds them to pyproject.toml."""
+"""Arguments of ``pip install``; the tested versions. A test compares them with pyproject.toml."""
 
 _SLOW = {
     "gated_delta_net": "the recurrence runs as thousands of small operations, most of a step's time, and "
@@ -174,7 +174,7 @@ _SLOW = {
     "of a document's length",
     "fused_kernels": "q/k preparation, short convolution, fusion tail and losses run operation by operation",
 }
-"""By key, what the torch twin means on a GPU."""
+"""Key -> effect of the torch twin on a GPU."""
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "full_attention": (
@@ -199,11 +199,11 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         _TORCH,
     ),
 }
-"""By key of the ``backend`` section, its back ends, the one that ``auto`` prefers first."""
+"""Key of the ``backend`` section -> its back ends, in the order that ``auto`` prefers."""
 
 
 def choose_kernels(backend: BackendConfig, case: Case, *, check: bool = True) -> Kernels:
-    """Resolve a run's ``backend`` section, and on a GPU check what was chosen.
+    """Resolve a run's ``backend`` section; on a GPU, check the chosen kernels.
 
     Args:
         backend: names, or ``auto``.
@@ -237,14 +237,14 @@ def choose_kernels(backend: BackendConfig, case: Case, *, check: bool = True) ->
     return kernels
 
 
-@functools.cache  # the same function at every call, as all kernels are
+@functools.cache  # every call returns the same function, as for all kernels
 def _of_rule(kernel: DeltaRule, fla: FlaKernels) -> DeltaRule:
     """FLA's function for one rule."""
     return functools.partial(kernel, fla=fla)
 
 
 def resolved_names(backend: BackendConfig, case: Case) -> dict[str, str]:
-    """By key, the back end that :func:`choose_kernels` takes; nothing is loaded or checked.
+    """Key -> the back end that :func:`choose_kernels` takes; loads and checks nothing.
 
     Raises:
         HydraError: a name that does not exist or cannot run here.
@@ -263,7 +263,7 @@ def slow_paths(backend: BackendConfig, case: Case) -> list[str]:
         case: as for :func:`choose_kernels`; nothing is loaded or checked.
 
     Returns:
-        One sentence or two for each such key; none without a GPU.
+        One or two sentences for each such key; an empty list without a GPU.
     """
     if case.device.type != "cuda":
         return []
@@ -282,7 +282,7 @@ def slow_paths(backend: BackendConfig, case: Case) -> list[str]:
 
 
 def _remedy(backend: Backend, case: Case) -> str:
-    """``; pip install …`` for a back end that is not installed; else nothing."""
+    """``; pip install …`` for a back end that is not installed; else an empty string."""
     reason = backend.missing(case) or ""
     if not backend.install or "installed" not in reason:
         return ""

@@ -27,7 +27,7 @@ LIBRARIES = (
     "torch._inductor",
     "torch._dynamo",
 )
-"""Packages whose loggers and warnings are compilers' talk."""
+"""Packages whose log records and warnings are compiler output."""
 
 
 _FOLDERS = tuple(name.replace(".", "/") for name in LIBRARIES)
@@ -56,14 +56,14 @@ def _is_other_log(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def compiler_output_to(path: Path, errors: bool = False) -> Iterator[None]:
-    """While the block runs, append what compilers say to a file.
+    """While the block runs, append compiler output to a file.
 
-    Taken are file descriptor 1, of subprocesses too, and records and warnings of :data:`LIBRARIES`. Our
-    own logs and progress bars go to descriptor 2 and stay where they are.
+    This redirects file descriptor 1, also of subprocesses, and log records and warnings of :data:`LIBRARIES`.
+    Our own logs and progress bars use descriptor 2 and are not redirected.
 
     Args:
-        path: made if it is absent.
-        errors: take descriptor 2 as well: for a process that has no log of its own.
+        path: created if it is missing.
+        errors: whether to redirect descriptor 2, too, for a process without a log of its own.
 
     Raises:
         HydraError: the file cannot be written.

@@ -1,7 +1,7 @@
 """From logits to the decay α and the write strength β of the gated delta rule (design §2).
 
-On a GPU one Triton kernel does it (:mod:`megatron_hydra.ops.triton_delta_rule_gates`); here is its torch
-twin, the CPU path.
+On a GPU one Triton kernel computes them (:mod:`megatron_hydra.ops.triton_delta_rule_gates`). This module is its
+torch twin, the CPU path.
 """
 
 from __future__ import annotations

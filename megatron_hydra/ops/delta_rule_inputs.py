@@ -1,7 +1,7 @@
 """From the projections of a GDN branch to the q, k, v of its recurrence: convolution, norm, rotary, l2.
 
-On a GPU two Triton kernels do it, one over all channels and one over the heads of q and k
-(:mod:`megatron_hydra.ops.triton_delta_rule_inputs`); here is their torch twin, the CPU path.
+On a GPU two Triton kernels compute them, one over all channels and one over the heads of q and k
+(:mod:`megatron_hydra.ops.triton_delta_rule_inputs`). This module is their torch twin, the CPU path.
 """
 
 from __future__ import annotations

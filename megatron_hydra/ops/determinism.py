@@ -1,9 +1,9 @@
 """``deterministic: true``: equal runs give equal bits on a GPU, too.
 
-What makes equal runs differ there: kernels that add up by atomics, libraries that choose a different sum
-order by what is in flight, and autotuners that take whatever was fastest at that moment, which is
-another kernel, with another order of its sums, in the next process. Kernels that have a deterministic
-variant ask :func:`is_deterministic` when they run.
+Three things make equal runs differ on a GPU: kernels that add by atomics; libraries whose order of sums depends
+on the current load; and autotuners that take the kernel that is fastest at the moment, so that the next process
+may take another one with another order of sums. Kernels with a deterministic variant call
+:func:`is_deterministic` when they run.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ ENVIRONMENT: dict[str, tuple[str, ...]] = {
     "NCCL_ALGO": ("^NVLS", "Tree", "Ring", "CollnetDirect", "CollnetChain"),
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
 }
-"""What cuBLAS, FLA, NCCL and Transformer Engine read when they start: deterministic values, the default
-first. FLA's cache holds configurations that were chosen by their speed, NVLS adds in the network's switch
-in the order of arrival."""
+"""Variables that cuBLAS, FLA, NCCL and Transformer Engine read when they start, with deterministic values; the
+default comes first. FLA's cache has configurations chosen by their speed; NVLS adds in the network's switch, in
+the order of arrival."""
 
 
 def is_deterministic() -> bool:
-    """Whether this process was asked for equal bits."""
+    """Whether this process must give equal bits."""
     return torch.are_deterministic_algorithms_enabled()
 
 
 def make_deterministic() -> None:
-    """Ask torch, and every library that can be asked, for equal bits in equal runs of this process.
+    """Configure torch, and every library that allows it, to give equal bits in equal runs of this process.
 
-    To be called before any of them is used: cuBLAS and NCCL read the environment only once.
+    Call it before any of them is used: cuBLAS and NCCL read the environment only once.
 
     Raises:
-        HydraError: the environment asks one of them for the opposite.
+        HydraError: an environment variable requests the opposite.
     """
     for name, values in ENVIRONMENT.items():
         found = os.environ.setdefault(name, values[0])
@@ -52,15 +52,15 @@ def make_deterministic() -> None:
 
 
 def pin_autotuning() -> None:
-    """Make every Triton autotuner of this process take the first of its configurations that runs here.
+    """Make every Triton autotuner of this process take its first configuration that runs here.
 
     Raises:
-        HydraError: this Triton has another autotuner than the one that is known here.
+        HydraError: the autotuner of this Triton is not known here.
     """
     try:
         from triton.runtime.autotuner import Autotuner
     except ImportError:
-        return  # no Triton, no autotuner
+        return  # without Triton there is no autotuner
     if not (hasattr(Autotuner, "_bench") and hasattr(Autotuner, "check_disk_cache")):
         raise HydraError(
             "deterministic: true cannot pin the kernels that this version of Triton chooses by their "
@@ -70,13 +70,13 @@ def pin_autotuning() -> None:
 
 
 def pin(autotuner: Any) -> None:
-    """Change an autotuner class as :func:`pin_autotuning` says; once."""
+    """Change an autotuner class as in :func:`pin_autotuning`; only once."""
     if getattr(autotuner, "_hydra_pinned", False):
         return
     timed = autotuner._bench
 
     def first_runnable_config(self: Any, *args: Any, config: Any, **meta: Any) -> list[float]:
-        # Triton makes a new dict of arguments for every call, and asks for all configurations in order.
+        # Triton makes a new dict of arguments for every call, and tries all configurations in order.
         if getattr(self, "_hydra_settled", None) is self.nargs:
             return [float("inf")] * 3
         times: list[float] = timed(self, *args, config=config, **meta)
@@ -85,7 +85,7 @@ def pin(autotuner: Any) -> None:
         return times
 
     def without_disk_cache(self: Any, key: Any, configs: Any, benchmark: Any) -> bool:
-        benchmark()  # what is on the disk was chosen by its speed
+        benchmark()  # entries on the disk were chosen by their speed
         return False
 
     autotuner._bench = first_runnable_config

@@ -1,4 +1,4 @@
-"""Host integers as device tensors, made once: layers of a model share them and none waits."""
+"""Host integers as device tensors. They are made once; layers of a model share them, and none waits."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ def int_tensor(
 ) -> torch.Tensor:
     """``values`` on ``device``, the same tensor object for the same arguments.
 
-    Building a tensor from host integers copies from pageable memory, which stalls the host until the
-    device has caught up; in every layer, that would be a synchronisation per layer.
+    Making a tensor from host integers copies from pageable memory, and the host waits until the device has
+    caught up. Without a cache, this would be a synchronisation in every layer.
 
     Args:
         values: document boundaries, head indices and the like.
         dtype: int32 or int64.
-        device: where to.
+        device: of the tensor.
 
     Returns:
-        ``[len(values)]``; shared, so never write to it.
+        ``[len(values)]``; callers share it and must not write to it.
     """
     tensor, device = torch.tensor(values, dtype=dtype), torch.device(device)
     return tensor.to(device) if device.type != "cuda" else _copy_aside(tensor, device)
@@ -38,7 +38,7 @@ def _copy_aside(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     with torch.cuda.stream(stream):
         copied = tensor.pin_memory().to(device, non_blocking=True)
     stream.synchronize()
-    # Once the cache drops it, its memory waits for what the current stream still reads.
+    # After the cache drops it, its memory is reused only when the current stream has read it.
     copied.record_stream(torch.cuda.current_stream(device))
     return copied
 

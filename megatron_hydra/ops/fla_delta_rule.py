@@ -1,8 +1,8 @@
-"""FLA's chunked linear rules behind the signature of our own (its torch twin).
+"""FLA's chunked linear rules, with the signature of our torch twin.
 
-flash-linear-attention's Triton kernels, or FlashQLA's through FLA's own dispatch where that is
-installed. Under context parallelism the same kernels compute a shard (:mod:`.sharded_delta_rule`); FLA's
-own context parallelism, which never takes FlashQLA and compiles kernels of its own, has a name of its own.
+They are flash-linear-attention's Triton kernels, or FlashQLA's through FLA's own dispatch if it is installed.
+Under context parallelism the same kernels compute a shard (:mod:`.sharded_delta_rule`). FLA's own context
+parallelism never takes FlashQLA and compiles other kernels; it is a separate back end.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def fla_gated_delta_rule(
     Args:
         q, k, v: bf16 or fp16 on a GPU.
         log_alpha, beta: fp32.
-        exchange: connects the shard to the others; ``initial_state`` must then be absent.
-        dense_rows: whether documents of one length may be given to FLA as rows of a batch. Not where the
-            number of rows changes: TileLang compiles FLA's backward for each number again, in ten seconds.
-        fla: those of the model's rule.
+        exchange: connects the shard to the others; ``initial_state`` must then be ``None``.
+        dense_rows: whether FLA may get documents of one length as rows of a batch. Use ``False`` if the number
+            of rows changes: TileLang compiles FLA's backward for each number again, for ten seconds.
+        fla: FLA's kernels of the model's rule.
 
     Returns:
-        Output, and ``None``: FLA's final states are not asked for.
+        The output, and ``None`` in place of final states, which FLA does not compute here.
     """
     inputs = (q, k, v, log_alpha, beta)
     if exchange is not None:
@@ -102,7 +102,7 @@ def shard_kernels(
     log_alpha: torch.Tensor,
     beta: torch.Tensor,
 ) -> ShardKernels:
-    """What computes a shard of such inputs: FlashQLA's kernels if FLA would take them, else FLA's own."""
+    """The kernels for a shard of such inputs: FlashQLA's if FLA would take them, else FLA's own."""
     from fla.ops.gated_delta_rule.backends import FlashQLABackend
 
     backend, heads = FlashQLABackend(), q.shape[1]
@@ -124,7 +124,7 @@ def shard_kernels(
 
 @functools.cache
 def _say(heads: int, reason: str | None) -> None:
-    """Once for each number of heads."""
+    """Log the choice, once for each number of heads."""
     _log.info(
         "context-parallel shards of %d GDN heads are computed by %s", heads,
         "FlashQLA" if reason is None else f"FLA's Triton kernels ({reason})",
@@ -134,7 +134,7 @@ def _say(heads: int, reason: str | None) -> None:
 def _whole(
     fla: FlaKernels, inputs: tuple[torch.Tensor, ...], rows: int, **options: Any
 ) -> torch.Tensor:
-    """FLA's function on a stream as so many rows, with its dispatch unless FlashQLA refuses so many heads."""
+    """Run FLA's function on a stream cut into ``rows``, without its dispatch if FlashQLA refuses the heads."""
     kernel = fla.load()
     if fla.flash_qla_head_dim and fla_tuning.flash_qla_refuses(inputs[0].shape[1]):
         kernel = inspect.unwrap(kernel)  # without FLA's dispatch to FlashQLA
@@ -143,10 +143,10 @@ def _whole(
 
 
 def _is_dense_batch(cu: tuple[int, ...], q: torch.Tensor, fla: FlaKernels) -> bool:
-    """Whether documents of one length are better given as rows of a batch.
+    """Whether documents should become rows of a batch, because all have one length.
 
     Without boundaries, FLA's own kernels need no indices of chunks. FlashQLA cuts a long document into pieces
-    that run side by side, and does so for streams with boundaries only.
+    that run in parallel, but only in streams with boundaries.
     """
     if len({b - a for a, b in zip(cu, cu[1:], strict=False)}) != 1:
         return False

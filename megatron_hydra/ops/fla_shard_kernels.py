@@ -1,9 +1,9 @@
 """A context-parallel shard's steps by FLA's Triton kernels (:class:`.sharded_delta_rule.ShardKernels`).
 
-The same kernels as without context parallelism, in the order of ``fla/ops/gated_delta_rule/chunk.py``, so
-that nothing more is compiled and tuned: the map is two runs of the kernel that computes states alone, from
-a zero state and from the identity with new values of zero, over the fragment that goes on; the entering
-gradient is a run of its backward over the fragment that has begun.
+They are the kernels of runs without context parallelism, in the order of ``fla/ops/gated_delta_rule/chunk.py``,
+so no more kernels are compiled and tuned. The map is two runs of the kernel that computes only states, over the
+fragment that continues in the next shard: from a zero state, and from the identity with new values of zero. The
+entering gradient is a run of this kernel's backward over the fragment that began in an earlier shard.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHUNK = 64
 
 @functools.lru_cache(maxsize=64)
 def _chunks(cu_seqlens: tuple[int, ...], device: torch.device) -> dict[str, torch.Tensor]:
-    """Boundaries of fragments and the chunks in them, as FLA's kernels take them."""
+    """Boundaries of fragments and their chunks, as arguments of FLA's kernels."""
     pairs = [
         (fragment, chunk)
         for fragment, (a, b) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False))
@@ -113,7 +113,7 @@ class FlaShardKernels:
     def entering_gradient(
         self, shard: Shard, inputs: tuple[torch.Tensor, ...], saved: Saved, grad: torch.Tensor
     ) -> tuple[torch.Tensor | None, Saved]:
-        """As :meth:`.ShardKernels.entering_gradient`; keeps what step 4 would compute again."""
+        """As :meth:`.ShardKernels.entering_gradient`; keeps tensors that step 4 also needs."""
         from fla.ops.common.chunk_delta_h import (
             chunk_gated_delta_rule_bwd_dhu,
             chunk_gated_delta_rule_fwd_h,

@@ -1,10 +1,10 @@
-"""How long FLA's kernels take to be ready: what is imported, what is tuned, what is compiled at once.
+"""Shorten the preparation of FLA's kernels: imports, tuning, and parallel compilation.
 
-FLA's Triton kernels are compiled again for every number of heads, each in several configurations, which
-are timed; the fastest is kept. In a head-level hybrid the number differs from layer to layer, so that
-would be done ten times over. Here it is done once: the choice is written down in FLA's own format, and
-FLA takes it for other numbers of heads (``FLA_CACHE_MODE=fuzzy``), which then compile one configuration.
-The configurations of one kernel are compiled side by side.
+For every number of heads, FLA's Triton kernels are compiled again, each in several configurations. These are
+timed, and the fastest is kept. In a head-level hybrid the number of heads differs between layers, so this would
+happen ten times. Here it happens once: the choice is written in FLA's own format, and FLA uses it for other
+numbers of heads (``FLA_CACHE_MODE=fuzzy``), which then compile one configuration. The configurations of one
+kernel are compiled in parallel.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ _MODE, _FOLDER = "FLA_CACHE_MODE", "FLA_CONFIG_DIR"
 _FLASH_QLA, _FLASH_QLA_PACKAGE = "FLA_FLASH_QLA", "flash_qla"
 
 _PREFIX = "fla-"
-"""Of the folders of choices, beside the records of the kernel cache."""
+"""Prefix of the folders of choices, which are beside the records of the kernel cache."""
 
 _NOT_NEEDED = ("fla.layers", "fla.models")
-"""Of flash-linear-attention: they import transformers' models, for seconds, and are not used here."""
+"""Packages of flash-linear-attention that are not used here. They import transformers' models, which takes
+seconds."""
 
 
 _refused: set[int] = set()
@@ -49,9 +50,9 @@ def flash_qla_refuses(heads: int) -> bool:
 
 
 def is_flash_qla(case: Case, heads: int) -> bool:
-    """Whether FLA would hand so many heads to FlashQLA, and may be told not to.
+    """Whether FLA would give so many heads to FlashQLA, and we may prevent it.
 
-    A user who sets ``FLA_FLASH_QLA`` has decided; then a failure of FlashQLA stays one.
+    If the user sets ``FLA_FLASH_QLA``, we do not prevent it, and a failure of FlashQLA is an error.
     """
     fla = case.rule.fla
     if fla is None or case.head_dim != fla.flash_qla_head_dim or _FLASH_QLA in os.environ:
@@ -62,11 +63,11 @@ def is_flash_qla(case: Case, heads: int) -> bool:
 
 
 def refuse_flash_qla(case: Case, heads: int, why: str) -> None:
-    """From now on FLA's own kernels compute so many heads, here and in later processes.
+    """Let FLA's own kernels compute so many heads from now on, here and in later processes.
 
-    TileLang finds no layout for FlashQLA's kernels for some numbers of heads (7, with FlashQLA 0.1.3 and
-    TileLang 0.1.15), and other layers of the same run are fine. The record is for this card, these versions
-    and sources.
+    For some numbers of heads, TileLang finds no layout for FlashQLA's kernels (7, with FlashQLA 0.1.3 and
+    TileLang 0.1.15), while other layers of the same run work. The record is for this card, these versions and
+    sources.
     """
     _refused.add(heads)
     kernel_cache.record(_refusal(case, heads), {"heads": heads, "why": why})
@@ -83,16 +84,16 @@ def _refusal(case: Case, heads: int) -> str:
 
 
 def use_choices(case: Case, flas_own_cp: bool = False) -> None:
-    """Point FLA to the configurations that were chosen for this card, dtype and head dimension.
+    """Let FLA use the configurations that were chosen for this card, dtype and head dimension.
 
-    Numbers of heads that FlashQLA was found to fail on go to FLA's own kernels.
+    FLA's own kernels compute the numbers of heads on which FlashQLA has failed.
 
-    Call it before FLA is imported. Variables that the user has set stay as they are.
+    Call it before FLA is imported. It does not change variables that the user has set.
 
     Args:
         case: the run's.
-        flas_own_cp: whether FLA passes states between ranks itself. It then declines FlashQLA at every call
-            under context parallelism, which is switched off, so that the start-up check does not compile it.
+        flas_own_cp: whether FLA passes states between ranks itself. FLA then refuses FlashQLA at every call
+            under context parallelism. FlashQLA is switched off, so that the start-up check does not compile it.
     """
     _refused.update(
         heads
@@ -109,7 +110,7 @@ def use_choices(case: Case, flas_own_cp: bool = False) -> None:
 
 
 def choices_folder(case: Case) -> Path:
-    """Where the choices of a case are kept: in Triton's cache, and gone with it."""
+    """The folder of a case's choices. It is in Triton's cache and disappears with it."""
     facts = [kernel_cache.fingerprint(case.device), str(case.dtype), case.head_dim]
     name = _PREFIX + kernel_cache.key_of(facts)
     return kernel_cache.triton_folder() / kernel_cache.RECORDS / name
@@ -132,17 +133,17 @@ def import_fla() -> None:
 
 
 def write_choices() -> int:
-    """Write down which configuration every FLA kernel of this process has settled on.
+    """Write the chosen configuration of every FLA kernel of this process.
 
     Returns:
-        How many choices the folder got that it did not have.
+        The number of new choices in the folder.
     """
     folder = os.environ.get(_FOLDER, "")
     if kernel_cache.RECORDS not in folder:
         return 0
     from fla.ops.utils.cache import CachedAutotuner
 
-    # By type: isinstance also asks an object for its class, and some answer with a warning.
+    # By type: isinstance also reads an object's __class__, for which some objects warn.
     tuned = [x for x in gc.get_objects() if issubclass(type(x), CachedAutotuner) and x.cache]
     return sum(_write(Path(folder), kernel) for kernel in tuned)
 
@@ -179,10 +180,10 @@ def _as_json(config: Any) -> dict[str, Any]:
 def configurations_compiled_together(
     threads: int, tell: Callable[[str], None] = lambda name: None
 ) -> Iterator[None]:
-    """While the block runs, a Triton kernel that is to be tuned compiles all configurations at once.
+    """While the block runs, a Triton kernel compiles all configurations in parallel before it is tuned.
 
-    They are then timed one after the other, as always. Without this, each is compiled when its turn to
-    be timed has come.
+    They are then timed one after the other, as usual. Without this block, each is compiled just before its
+    timing.
 
     Args:
         threads: compilations at a time; most of each is outside the interpreter's lock.
@@ -191,7 +192,7 @@ def configurations_compiled_together(
     try:
         from triton.runtime._async_compile import AsyncCompileMode
         from triton.runtime.autotuner import Autotuner
-    except ImportError:  # no Triton, or one without: kernels compile one by one
+    except ImportError:  # no Triton, or one without these: kernels compile one by one
         yield
         return
     one_by_one = Autotuner.run
@@ -233,5 +234,5 @@ def _compile_all(
     try:
         with mode(pool, ignore_errors=True):
             kernel.warmup(*args, **options)
-    except Exception as error:  # then they compile one by one, and say what is wrong
+    except Exception as error:  # then they compile one by one and report the error
         _log.debug("%s: not compiled ahead: %s", kernel.base_fn.__name__, error)

@@ -1,15 +1,15 @@
 """A context-parallel shard's steps by FlashQLA's kernels (:class:`.sharded_delta_rule.ShardKernels`).
 
-On one card FlashQLA cuts long fragments into parts of some chunks, because heads alone do not fill the
-card, and already computes each part's map for that: the state that a zero state leaves behind and the
-transition (``fused_gdr_h``), in the backward the gradient by the part's entering state (``fused_gdr_dh``).
-A shard's own map is the product of its parts' maps, so context parallelism adds next to nothing: that
-product (:func:`composed`), one collective, and the maps of the parts at the shard's edges, which one card
-alone leaves out.
+On one card FlashQLA cuts long fragments into parts of some chunks, because heads alone do not fill the card.
+For this it already computes each part's map: the final state from a zero state and the transition
+(``fused_gdr_h``), and in the backward the gradient by the part's entering state (``fused_gdr_dh``). A shard's
+own map is the product of its parts' maps. So context parallelism adds little work: this product
+(:func:`composed`), one collective, and the maps of the parts at the shard's edges, which a single card does not
+need.
 
-The order of the calls is FlashQLA's own (``flash_qla/ops/gated_delta_rule/chunk``, release 0.1.3, which has
-a context parallelism of its own, with another exchange). As there, a part whose decay has forgotten its
-past (e^−10) is computed from its last chunks alone.
+The order of the calls is FlashQLA's own (``flash_qla/ops/gated_delta_rule/chunk``, release 0.1.3, whose own
+context parallelism has another exchange). As in FlashQLA, if the decay of a part has removed its past (e^−10),
+only its last chunks are computed.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from megatron_hydra.ops.sharded_delta_rule import (
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """How a shard's fragments are cut for one card; all tensors int32 on the device, unless said otherwise.
+    """The parts of a shard's fragments on one card. Tensors are int32 on the device, unless stated otherwise.
 
     Attributes:
         fragments: boundaries of the fragments.
-        parts: boundaries of their parts; the fragments' where nothing is cut.
+        parts: boundaries of their parts; without cuts, those of the fragments.
         split: whether fragments are cut.
-        of_fragment: ``[N + 1]``, the first part of every fragment, and how many there are.
-        of_part: ``[P]``, the fragment of every part; ``None`` where nothing is cut.
-        of_first, of_last: how many parts the first and the last fragment have.
-        first, last: ``[2]``, boundaries of the first and the last fragment; where nothing is cut.
-        first_chunks, last_chunks: ``[1, H]``, how many chunks those have; where nothing is cut.
+        of_fragment: ``[N + 1]``, the first part of every fragment, and the number of parts.
+        of_part: ``[P]``, the fragment of every part; ``None`` without cuts.
+        of_first, of_last: number of parts of the first and the last fragment.
+        first, last: ``[2]``, boundaries of the first and the last fragment; only without cuts.
+        first_chunks, last_chunks: ``[1, H]``, number of chunks of these; only without cuts.
         no_final, no_start: ``[P]`` bool, parts whose final state, or entering gradient, is not needed.
-        ragged: chunks of the last part if its length is no multiple of a chunk, else 0.
+        ragged: chunks of the last part if its length is not a multiple of a chunk; else 0.
     """
 
     fragments: torch.Tensor
@@ -67,8 +67,8 @@ class _Parts:
 
 @functools.lru_cache(maxsize=64)
 def _parts(shard: Shard, heads: int, device: torch.device) -> _Parts:
-    """FlashQLA's own cut of the fragments (for training; forward and backward must agree), with what it
-    leaves out at a stream's ends added at a shard's.
+    """FlashQLA's own cut of the fragments (for training; forward and backward must agree). FlashQLA omits some
+    maps at a stream's ends; a shard's ends need them, so they are added.
     """
     from flash_qla.ops.gated_delta_rule.chunk import CHUNK_SIZE, build_cp_context
 
@@ -102,12 +102,12 @@ def _parts(shard: Shard, heads: int, device: torch.device) -> _Parts:
         ragged=-(-length // CHUNK_SIZE) if length % CHUNK_SIZE else 0,
     )  # fmt: skip
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # once; any stream may read it now
+        torch.cuda.current_stream(device).synchronize()  # copied once; any stream may read it now
     return result
 
 
 def _counted(boundaries: torch.Tensor, on_host: Sequence[int]) -> torch.Tensor:
-    """The same tensor, with what FlashQLA would else read back from the device to count its chunks."""
+    """The same tensor, with the values that FlashQLA would otherwise read from the device to count chunks."""
     from flash_qla.utils.index import prepare_varlen_metadata
 
     prepare_varlen_metadata(boundaries, torch.tensor(on_host, dtype=boundaries.dtype))
@@ -115,8 +115,8 @@ def _counted(boundaries: torch.Tensor, on_host: Sequence[int]) -> torch.Tensor:
 
 
 class FlashQlaShardKernels:
-    """FlashQLA's kernels: d = dv = 128, bf16 or fp16 inputs, fp32 gates; maps are rounded to the inputs'
-    dtype where FlashQLA passes them between its kernels.
+    """FlashQLA's kernels: d = dv = 128, bf16 or fp16 inputs, fp32 gates. FlashQLA passes maps between its
+    kernels in the inputs' dtype.
     """
 
     def shard_map(self, shard: Shard, inputs: tuple[torch.Tensor, ...]) -> tuple[ShardMap, Saved]:
@@ -144,7 +144,7 @@ class FlashQlaShardKernels:
             chunk_size=qla.CHUNK_SIZE, seq_map_r2c=cut.of_fragment,
         )  # fmt: skip
         if cut.ragged and shard.goes_on:
-            # FlashQLA counts warm-up chunks back from a part's end, which must be a chunk's end then.
+            # FlashQLA counts warm-up chunks backwards from a part's end, which must then be a chunk's end.
             warm[-1:].fill_(cut.ragged)
             falls_back[-1:].fill_(True)
         _, finals, transitions = states(cu_seqlens=cut.parts, num_warmup_chunks=warm)
@@ -201,7 +201,7 @@ class FlashQlaShardKernels:
         by_state = None
         if shard.begun and cut.split:
             assert transitions is not None and falls_back_back is not None
-            # From right to left, by the adjoint of every part's map.
+            # From right to left, with the adjoint of every part's map.
             adjoint = transitions[: cut.of_first].transpose(-1, -2).flip(0)
             back = falls_back_back[: cut.of_first].flip(0)
             by_state, _ = composed(by_states[: cut.of_first].flip(0), adjoint, back)
@@ -252,10 +252,10 @@ def composed(
     """One map of states from the maps of successive parts, in fp32, by products of neighbours.
 
     Args:
-        states: ``[P, H, d, dv]``, what each leaves behind of a zero state.
+        states: ``[P, H, d, dv]``, each part's final state from a zero state.
         transitions: ``[P, H, d, d]``.
-        remembered: ``[P, H]`` bool; where not, a part has forgotten what entered it, and its transition is
-            not read.
+        remembered: ``[P, H]`` bool; false: the part has forgotten the entering state, and its transition is not
+            read.
 
     Returns:
         State ``[H, d, dv]`` and transition ``[H, d, d]``.

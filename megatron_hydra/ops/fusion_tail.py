@@ -1,7 +1,7 @@
 """The end of both branches: output gate, per-head RMSNorm, per-head scale (design §2, fusion).
 
-On a GPU a Triton kernel does this in one pass over each branch's output and writes straight into
-o_proj's input (:mod:`megatron_hydra.ops.triton_fusion_tail`); here is its torch twin, the CPU path.
+On a GPU a Triton kernel does this in one pass over each branch's output and writes directly into o_proj's input
+(:mod:`megatron_hydra.ops.triton_fusion_tail`). This module is its torch twin, the CPU path.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def fusion_tail(
 
 
 def has_no_step(branches: Sequence[Branch], scale: torch.Tensor | None, eps: float | None) -> bool:
-    """Whether the tail has nothing to compute or to join, as in a dense model."""
+    """Whether the tail computes and joins nothing, as in a dense model."""
     return len(branches) == 1 and branches[0][1] is None and scale is None and eps is None
 
 

@@ -12,11 +12,11 @@ the recurrence into matrix products: with g the running sum of log α inside the
 
 so every chunk is an affine map of its incoming state, S' = M S + B. With a decay a channel, g has d columns,
 diag(e^g) K is e^g ∘ K, e^{g_C} I is diag(e^{g_C}), and Γ moves into the sums over channels, as in
-(K Kᵀ ∘ Γ)_ij = Σ_c k_ic k_jc exp(g_ic − g_jc). Three steps follow, for a few chunks at a time: build their
-maps, scan the states over the chunks of each document, read the outputs.
-Only the scan is sequential, and only it knows about documents and shards, which is why packing and
-context parallelism change nothing else: a shard's own map (M, S_ext) is a scan of its last document
-fragment, and the states that enter later shards are a scan over the gathered maps.
+(K Kᵀ ∘ Γ)_ij = Σ_c k_ic k_jc exp(g_ic − g_jc). There are three steps, for a few chunks at a time: build their
+maps, scan the states over the chunks of each document, compute the outputs. Only the scan is sequential, and
+only the scan depends on documents and shards. So packing and context parallelism change nothing else: a shard's
+own map (M, S_ext) is a scan of its last document fragment, and the states that enter later shards are a scan
+over the gathered maps.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from megatron_hydra.ops.device_cache import int_tensor
 from megatron_hydra.ops.sharded_delta_rule import StateExchange
 
 MIN_CHUNK, MAX_CHUNK = 16, 64
-"""Bounds of the chunk length in tokens. Intra-chunk work grows with it and scan work shrinks; the two
-meet near the head dimension, which is the default inside these bounds."""
+"""Bounds of the chunk length in tokens. Work within chunks grows with it, and work of the scan shrinks. Both
+are about equal at the head dimension, which is the default within these bounds."""
 
 GROUP_ELEMENTS = 1 << 19
-"""Elements of the widest tensor of a group of chunks whose maps are built together: 2 MB in fp32, so
-that what one operation writes is still in the cache for the next."""
+"""Elements of the widest tensor of a group of chunks whose maps are built together: 2 MB in fp32, so that the
+output of one operation is still in the cache for the next."""
 
 
 def recurrent_gated_delta_rule(
@@ -52,7 +52,8 @@ def recurrent_gated_delta_rule(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition, token by token: the plain twin of :func:`chunked_gated_delta_rule`.
 
-    Same arguments and results; computes in the dtype it is given. Slow; for tests and self-checks.
+    It has the same arguments and results and computes in the inputs' dtype. It is slow, for tests and
+    self-checks.
     """
     cu = cu_seqlens or (0, q.shape[0])
     outputs, finals = [], []
@@ -74,17 +75,17 @@ def recurrent_gated_delta_rule(
 
 @dataclasses.dataclass(frozen=True)
 class ChunkLayout:
-    """How documents are cut into chunks; a function of the document lengths alone.
+    """How documents are cut into chunks; it depends only on the document lengths.
 
     Chunks are numbered step-major: first the first chunk of every document (longest document
     first), then the second chunks, and so on, so that a scan step works on one contiguous slice.
 
     Attributes:
         chunk: tokens of a chunk.
-        gather: ``[N·C]`` stream index of every chunk slot, ``T`` where the slot is padding; ``None``
-            when slots are exactly the stream's tokens in order.
+        gather: ``[N·C]`` stream index of every chunk slot, ``T`` for padding; ``None`` if slots are exactly the
+            stream's tokens in order.
         scatter: ``[T]`` chunk slot of every token, ``None`` likewise.
-        widths: for each scan step, how many documents still have a chunk.
+        widths: for each scan step, the number of documents that still have a chunk.
         order: scan position → document, longest first.
         last_step: for each document, the step of its last chunk.
     """
@@ -111,7 +112,7 @@ class ChunkLayout:
         return tuple(starts)
 
 
-@functools.lru_cache(maxsize=8)  # 16 bytes a token: the streams of a few micro-batches
+@functools.lru_cache(maxsize=8)  # 16 bytes per token: the streams of a few micro-batches
 def chunk_layout(cu_seqlens: tuple[int, ...], chunk: int, device: torch.device) -> ChunkLayout:
     """The chunks of documents with the given boundaries (cached: layers of a model share it)."""
     lengths = [b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
@@ -186,7 +187,7 @@ def chunked_gated_delta_rule(
     decays = log_alpha.view(*log_alpha.shape[:2], -1)
     chunks = [_to_chunks(x.to(wide), layout) for x in (q, k, v, decays, beta[..., None])]
     maps = None
-    if exchange is not None:  # the state that enters is known only once all maps are
+    if exchange is not None:  # the entering state is known only after all maps
         maps = _chunk_maps(*chunks)
         transition, state = _shard_map(maps, layout, len(cu) - 2)
         first = exchange(transition, state)
@@ -266,9 +267,9 @@ def _products_by_head(k: torch.Tensor, g: torch.Tensor, causal: torch.Tensor) ->
 def _products_by_channel(k: torch.Tensor, g: torch.Tensor, causal: torch.Tensor) -> _Products:
     """The same with Γ of each channel inside the sum; ``g [N, H, C, d]``.
 
-    exp(−g) alone would overflow where a channel decays fast. So rows go block by block: keys before a block
-    are weighed by exp(g_i − r) · exp(r − g_j), where r is g just before the block and both exponents are
-    negative. Inside a block every pair has an exponent of its own.
+    exp(−g) alone would overflow if a channel decays fast. So rows are computed in blocks. Keys before a block
+    have the weight exp(g_i − r) · exp(r − g_j), where r is g just before the block and both exponents are
+    negative. Within a block every pair has its own exponent.
     """
     size, block = k.shape[-2], min(MIN_CHUNK, k.shape[-2])
     starts = range(block, size, block)
@@ -297,19 +298,19 @@ def _products_by_channel(k: torch.Tensor, g: torch.Tensor, causal: torch.Tensor)
 
 
 def _running_sum(x: torch.Tensor, causal: torch.Tensor) -> torch.Tensor:
-    """Sums of ``x [N, H, C, 1 or d]`` up to every token of a chunk, in a fixed order if that is asked for."""
-    if x.is_cuda and is_deterministic():  # torch has no such cumsum there
+    """Sums of ``x [N, H, C, 1 or d]`` up to every token of a chunk, in deterministic runs in fixed order."""
+    if x.is_cuda and is_deterministic():  # torch has no deterministic cumsum on a GPU
         return causal.to(x.dtype) @ x
     return x.cumsum(-2)
 
 
 def widest_elements(queries: int, values: int, by_channel: bool) -> int:
-    """Elements of the widest tensor of a chunk that has so many in q and in v."""
+    """Elements of the widest tensor of a chunk; ``queries`` and ``values`` are those of its q and v."""
     return queries * MIN_CHUNK if by_channel else queries + values
 
 
 def step_groups(widths: Sequence[int], elements: int) -> list[tuple[int, ...]]:
-    """Widths of the scan's steps in groups of neighbours that stay small.
+    """Widths of the scan's steps in groups of neighbours; groups are small.
 
     Args:
         widths: of all steps.
@@ -333,9 +334,9 @@ def _outputs(
 
     Args:
         chunks: q, k, v, log α and β, ``[N, H, C, ·]``.
-        layout: how they follow each other.
+        layout: the order of the chunks.
         initial_state: ``[n, H, d, dv]``; zeros when absent.
-        all_maps: the maps of all chunks, where they are made already.
+        all_maps: the maps of all chunks, if they exist already.
     """
     q, v, by_channel = chunks[0], chunks[2], chunks[3].shape[-1] > 1
     if initial_state is None:
@@ -346,7 +347,7 @@ def _outputs(
     if all_maps is None:
         groups = step_groups(layout.widths, widest_elements(q[0].numel(), v[0].numel(), by_channel))
     sizes = [sum(group) for group in groups]
-    # split, not slices: the gradient of n slices is n tensors of full size.
+    # split instead of slices: the gradient of n slices would be n tensors of full size.
     parts = zip(*(x.split(sizes) for x in chunks), strict=True)
     after = iter((*layout.widths[1:], 0))
     outputs, finals = [], []
@@ -371,7 +372,7 @@ def _outputs(
 
 
 def _permuted(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """``x[order]`` along the first axis, without work when the order is the identity."""
+    """``x[order]`` along the first axis; returns ``x`` if the order is the identity."""
     if order == tuple(range(len(order))):
         return x
     return x.index_select(0, int_tensor(order, torch.int64, x.device))
@@ -386,7 +387,7 @@ def _affine(transition: torch.Tensor, state: torch.Tensor, write: torch.Tensor) 
 def _shard_map(
     maps: _ChunkMaps, layout: ChunkLayout, fragment: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Transition ``[H, d, d]`` and final state from zero ``[H, d, dv]`` of one fragment."""
+    """Transition ``[H, d, d]`` of one fragment, and its final state ``[H, d, dv]`` from a zero state."""
     position = layout.order.index(fragment)
     starts = layout.first_chunk_of_step
     chunks = tuple(starts[step] + position for step in range(layout.last_step[fragment] + 1))

@@ -1,7 +1,6 @@
-"""Full-attention kernels of GPUs, behind the signature of ``varlen_attention`` (its torch twin).
+"""Full-attention kernels of GPUs, with the signature of their torch twin ``varlen_attention``.
 
-No kernel here repeats the keys of grouped queries or sees a mask, and none reads boundaries back
-from the device.
+No kernel here repeats the keys of grouped queries, uses a mask, or reads boundaries from the device.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from megatron_hydra.ops.varlen_attention import varlen_attention
 
 Boundaries = tuple[int, ...]
 Attention = Callable[..., torch.Tensor]
-"""As ``varlen_attention``, its ``window`` included."""
+"""As ``varlen_attention``, with its ``window``."""
 
 DENSE_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-"""In order of preference: cuDNN's kernel uses Hopper's own instructions, torch's flash does not."""
+"""In order of preference: cuDNN's kernel uses Hopper's instructions; torch's flash attention does not."""
 
 DETERMINISTIC_KERNELS = [SDPBackend.FLASH_ATTENTION]
-"""Those whose backward has a variant without atomics, which torch takes if it is asked for."""
+"""Kernels with a backward without atomics, which torch takes in deterministic runs."""
 
 
 def _lengths(cu: Boundaries) -> list[int]:
@@ -36,7 +35,7 @@ def _lengths(cu: Boundaries) -> list[int]:
 
 
 def is_uniform(cu_q: Boundaries, cu_k: Boundaries) -> bool:
-    """Whether all documents have one length and every query its own key: a dense batch."""
+    """Whether the stream is a dense batch: all documents have one length, and every query has its own key."""
     return cu_q == cu_k and len(set(_lengths(cu_q))) == 1
 
 
@@ -51,7 +50,7 @@ def sdpa_attention(
     """Torch's SDPA (cuDNN, else flash) on documents of equal length; see ``varlen_attention``.
 
     Args:
-        kernels: what SDPA may choose from, the preferred one first; all that are known when absent.
+        kernels: SDPA's candidates, the preferred one first; ``None``: all known ones.
 
     Raises:
         ValueError: documents of different lengths, or queries that are a document's tail.
@@ -73,11 +72,11 @@ def torch_varlen() -> Attention:
     """Torch's ``varlen_attn`` (flash attention over packed documents).
 
     Raises:
-        ImportError: this torch has none (2.10 brought it).
+        ImportError: this torch does not have it (2.10 was the first).
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    # The API is young: causality moved from a flag into the window between releases.
+    # The API is new: later releases have causality in the window instead of a flag.
     known = inspect.signature(varlen_attn).parameters
     grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in known else {}
 
@@ -93,7 +92,7 @@ def torch_varlen() -> Attention:
             causal: dict[str, Any] = {"window_size": (_left(window), 0)}
         elif window is None:
             causal = {"is_causal": True}
-        else:  # that release knows no windows
+        else:  # this release has no windows
             return varlen_attention(q, k, v, cu_q, cu_k, window)
         boundaries = device_boundaries(cu_q, cu_k, q.device)
         output: torch.Tensor = varlen_attn(q, k, v, *boundaries, **causal, **grouped)  # type: ignore
@@ -146,7 +145,7 @@ def transformer_engine_varlen() -> Attention:
 
     @functools.cache
     def module(heads: int, groups: int, d: int) -> Callable[..., torch.Tensor]:
-        # It has no parameters, so layers of one shape share it.
+        # It has no parameters, so layers of equal shape share it.
         return DotProductAttention(
             heads,
             d,
@@ -183,8 +182,8 @@ def transformer_engine_varlen() -> Attention:
 def dense_or_packed(
     dense: Attention, packed: Attention, tail: tail_attention.DenseKernel | None = None
 ) -> Attention:
-    """``dense`` where a stream is a dense batch (one document, say) and no window cuts it, ``packed``
-    elsewhere.
+    """A kernel that takes ``dense`` for a dense batch (such as one document) without a window, and ``packed``
+    otherwise.
 
     Args:
         dense, packed: kernels.
@@ -213,14 +212,14 @@ def dense_or_packed(
 
 
 def _left(window: int | None) -> int:
-    """Keys left of a query's own; −1 for all of them, as flash attention counts."""
+    """Number of keys left of a query's own, as in flash attention; −1: all."""
     return -1 if window is None else window - 1
 
 
 def device_boundaries(
     cu_q: Boundaries, cu_k: Boundaries, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    """What varlen kernels take: int32 boundaries on the device, the longest lengths on the host."""
+    """Arguments of varlen kernels: int32 boundaries on the device, the longest lengths on the host."""
     return (
         int_tensor(cu_q, torch.int32, device),
         int_tensor(cu_k, torch.int32, device),

@@ -1,11 +1,11 @@
-"""The compilers' caches on this node: where they are, what was done with them, and by whom next.
+"""The compilers' caches on this node: their folders, records of finished work, and locks.
 
-Triton, TileLang and torch's inductor keep what they compiled in folders of their own, each entry
-written under another name and renamed when it is complete (Triton 3.6: ``triton/runtime/cache.py``,
-TileLang 0.1.15: ``tilelang/cache/kernel_cache.py``, torch: ``codecache.write_atomic``), so a process
-that is killed leaves nothing that another one would read. What this module adds are *records*: small
-files beside those entries that say which work has been done for which versions, card and sources.
-They go with the folder that they speak of: whoever empties a cache removes its records.
+Triton, TileLang and torch's inductor keep compiled code in their own folders. Each entry is written under
+another name and renamed when it is complete (Triton 3.6: ``triton/runtime/cache.py``, TileLang 0.1.15:
+``tilelang/cache/kernel_cache.py``, torch: ``codecache.write_atomic``). So other processes never read an entry
+of a killed process. This module adds *records*: small files beside these entries that name finished work with
+its versions, card and sources. A record is in the folder that it describes: emptying a cache also removes its
+records.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _PACKAGES = (
     "flash-attn", "flash-attn-3", "transformer-engine", "megatron-core", "nvidia-cudnn-cu12",
     "nvidia-cudnn-cu13", "nvidia-cuda-nvcc",
 )  # fmt: skip
-"""Distributions whose version may change what a kernel is compiled to or what it computes."""
+"""Distributions whose version may change a kernel's compiled code or results."""
 
 _SOURCES = ("fla", "flash_qla")
-"""Packages whose files are hashed as ours are: they are what people edit in place."""
+"""Packages whose files are hashed like ours, because people edit them in place."""
 
 _STEERING = ("FLA_", "TRITON_", "TILELANG_", "TL_", "TORCHINDUCTOR_", "NVTE_")
 """Variables that change which kernels run, or how they are compiled."""
@@ -53,7 +53,7 @@ _WHERE = (
     "TRITON_CACHE_DIR", "TRITON_HOME", "TILELANG_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "FLA_CONFIG_DIR",
     "FLA_CACHE_MODE",
 )  # fmt: skip
-"""Variables that only say where something lies; the last two are set here (:mod:`.fla_tuning`)."""
+"""Variables that only name places; the last two are set in this package (:mod:`.fla_tuning`)."""
 
 
 def _is_steering(name: str) -> bool:
@@ -61,11 +61,11 @@ def _is_steering(name: str) -> bool:
 
 
 _given = {name: value for name, value in os.environ.items() if _is_steering(name)}
-"""The steering variables as this process was given them, and as :func:`decide` has set them since.
+"""The steering variables at the start of this process, with the later changes by :func:`decide`.
 
-Not as they are: TileLang sets ``TL_CUTLASS_PATH`` and others when it is imported, Megatron-Core
-``NVTE_FLASH_ATTN`` when it builds a model, inductor ``TRITON_PTXAS_PATH``. With those, a process would not
-find what another one, or itself a minute ago, has recorded.
+Current values would differ: TileLang sets ``TL_CUTLASS_PATH`` and others at its import, Megatron-Core sets
+``NVTE_FLASH_ATTN`` when it builds a model, and inductor sets ``TRITON_PTXAS_PATH``. With these, a process would
+not find records of other processes, nor its own earlier ones.
 """
 
 
@@ -75,7 +75,7 @@ def decide(name: str, value: str) -> None:
 
 
 def environment_as_given() -> dict[str, str]:
-    """The environment for another process of this job: without what libraries have set in this one."""
+    """The environment for another process of this job, without variables that libraries have set here."""
     others = {name: value for name, value in os.environ.items() if not _is_steering(name)}
     return {**others, **_given}
 
@@ -87,7 +87,7 @@ def triton_folder() -> Path:
 
 
 def keep_triton_folder() -> None:
-    """Fix Triton's cache for this process and its children where it is now.
+    """Keep Triton's cache in its current folder, for this process and its children.
 
     torch's inductor sets ``TRITON_CACHE_DIR``, if it is unset, to a folder of its own for each device when
     it compiles its first kernel (``torch/_inductor/runtime/triton_heuristics.py``). From then on no Triton
@@ -109,10 +109,10 @@ def cache_folders() -> list[Path]:
 
 
 def fingerprint(device: torch.device) -> dict[str, Any]:
-    """What decides how kernels are compiled and what they compute, but for their arguments.
+    """Everything except arguments that decides how kernels are compiled and what they compute.
 
-    Versions of torch, Triton, FLA, TileLang and others, the card, its driver, the variables that steer
-    them as the user has set them, and a hash of our kernels' sources and of FLA's and FlashQLA's.
+    It has versions of torch, Triton, FLA, TileLang and others, the card, its driver, the steering variables as
+    the user has set them, and a hash of the sources of our kernels, FLA's and FlashQLA's.
     """
     versions = {name: _version(name) for name in _PACKAGES}
     return {
@@ -127,7 +127,7 @@ def fingerprint(device: torch.device) -> dict[str, Any]:
 
 
 def card(device: torch.device) -> str:
-    """Name and compute capability of a GPU; of other devices their type."""
+    """Name and compute capability of a GPU; for other devices, the type."""
     if device.type != "cuda":
         return device.type
     major, minor = torch.cuda.get_device_capability(device)
@@ -168,12 +168,12 @@ def key_of(facts: Any) -> str:
 
 
 def is_recorded(key: str) -> bool:
-    """Whether the work of this name was done with every one of the caches as they are now."""
+    """Whether the work of this name is recorded in every current cache."""
     return all((folder / RECORDS / key).is_file() for folder in cache_folders())
 
 
 def record(key: str, facts: dict[str, Any]) -> None:
-    """Note in every cache that the work of this name is done. Not being able to is not an error."""
+    """Record in every cache that the work of this name is done. A failed write is not an error."""
     for folder in cache_folders():
         try:
             text = json.dumps(facts, indent=1, sort_keys=True, default=str)
@@ -186,13 +186,13 @@ def record(key: str, facts: dict[str, Any]) -> None:
 def alone_on_this_node(
     key: str, waiting: Callable[[float], None], poll_seconds: float = 1.0
 ) -> Iterator[None]:
-    """Keep the work of this name to one process at a time; the lock goes with the process.
+    """Let only one process at a time do the work of this name; the lock ends with the process.
 
-    Where the cache is on a disk that several nodes share, it is one process of all of them.
+    If several nodes share the cache's disk, it is one process of all nodes.
 
     Args:
-        key: which work.
-        waiting: called every ``poll_seconds`` while another process has it, with the seconds waited.
+        key: name of the work.
+        waiting: called every ``poll_seconds`` with the seconds waited, while another process has the lock.
     """
     path = triton_folder() / RECORDS / f"{key}.lock"
     try:

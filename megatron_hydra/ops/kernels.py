@@ -1,4 +1,4 @@
-"""The kernels that a model's layers call, and the case that they are chosen for (design §7)."""
+"""The kernels that a model's layers call, and the case for which they are chosen (design §7)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """The kernels that a model's layers call; the torch twins unless chosen otherwise.
+    """The kernels that a model's layers call; by default the torch twins.
 
     Attributes:
         attention: as :func:`~megatron_hydra.ops.varlen_attention.varlen_attention`.
@@ -43,7 +43,7 @@ class Kernels:
         delta_rule_inputs: as :func:`~megatron_hydra.ops.delta_rule_inputs.delta_rule_inputs`.
         delta_rule_gates: as :func:`~megatron_hydra.ops.delta_rule_gates.delta_rule_gates`.
         fusion_tail: as :func:`~megatron_hydra.ops.fusion_tail.fusion_tail`.
-        names: by key of the ``backend`` section, what was chosen; for logs and the self-check.
+        names: key of the ``backend`` section -> chosen back end; for logs and the self-check.
     """
 
     attention: Kernel = varlen_attention
@@ -61,16 +61,16 @@ class Kernels:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What kernels are chosen for.
+    """The case for which kernels are chosen.
 
     Attributes:
         device: where the model runs.
         dtype: of its activations.
         head_dim: d.
-        windowed: whether attention is within a window of tokens.
-        gdn_heads: how many GDN heads its layers have on this rank, each number once: FLA compiles its
-            kernels for every one of them again, so the start-up check goes by them too.
-        context_parallel: whether ranks share a sequence: the start-up check then runs the delta rule's shards.
+        windowed: whether attention has a window of tokens.
+        gdn_heads: the different numbers of GDN heads of its layers on this rank. FLA compiles its kernels for
+            each number again, so the start-up check tests each number.
+        context_parallel: whether ranks share a sequence; the start-up check then runs the delta rule's shards.
         gdn_rotary: whether q and k of GDN heads are rotated.
         rule: of its linear heads.
     """

@@ -1,12 +1,12 @@
-"""KL to a teacher and cross-entropy, straight from hidden states: logits exist one chunk at a time.
+"""KL to a teacher and cross-entropy, computed from hidden states; only one chunk of logits exists at a time.
 
 The loss of stage 2 (and, without a teacher, of pretrain and finetune), summed over unmasked tokens:
 
     L = Σ_t  λ·τ²·KL(softmax(z^T_t/τ) ‖ softmax(z^S_t/τ)) + (1−λ)·CE(z^S_t, y_t),     z = W h
 
-At 512K tokens and a vocabulary of 150K, full logits of one model would take 300 GB in fp32. Here
-the gradient is formed in the forward, chunk by chunk, so memory beyond the inputs and their
-gradients does not depend on the number of tokens. The vocabulary may be split over a
+At 512K tokens and a vocabulary of 150K, full logits of one model would take 300 GB in fp32. Here the forward
+computes the gradient chunk by chunk. So memory in addition to inputs and their gradients does not depend on the
+number of tokens. The vocabulary may be split over a
 tensor-parallel group.
 
 :func:`linear_distillation_loss_reference` is the same mathematics with full logits and autograd.
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 
 class DistillationLoss(NamedTuple):
-    """Sums over unmasked tokens, fp32 scalars. Only ``loss`` carries a gradient."""
+    """Sums over unmasked tokens, fp32 scalars. Only ``loss`` has a gradient."""
 
     loss: Tensor
     kl: Tensor
@@ -51,7 +51,7 @@ def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _logits(hidden: Tensor, weight: Tensor, settings: _Settings) -> Tensor:
-    """``[C, V_local]``, in fp32 or in the weight's dtype; the torch passes take fp32 alone."""
+    """``[C, V_local]`` in fp32 or in the weight's dtype; the torch passes accept only fp32."""
     if settings.fp32_logits:
         return _matmul_fp32(hidden, weight.t())
     logits = hidden.to(weight.dtype) @ weight.t()
@@ -59,7 +59,7 @@ def _logits(hidden: Tensor, weight: Tensor, settings: _Settings) -> Tensor:
 
 
 def _add_matmul_fp32(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` in fp32: on a GPU by the product itself, without a pass over ``total``."""
+    """``total += a @ b`` in fp32; on a GPU the product itself adds, without another pass over ``total``."""
     if a.is_cuda and a.dtype != torch.float32:
         torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
     else:
@@ -197,7 +197,7 @@ class _LinearDistillationLoss(torch.autograd.Function):
         teacher_weight: Tensor | None,
         settings: _Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # Inside forward grad mode is off, so what the caller needs is read from the inputs.
+        # Within forward, grad mode is off, so the inputs show which gradients the caller needs.
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = (
@@ -209,7 +209,7 @@ class _LinearDistillationLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], settings.chunk_tokens):
             part = slice(start, start + settings.chunk_tokens)
             keep = mask[part]
-            # A masked token's hidden state may be anything, NaN included.
+            # A masked token's hidden state may have any value, also NaN.
             h = torch.where(keep[:, None], hidden[part], 0)
             logits = _logits(h, weight, settings)
             teacher_logits = None
@@ -276,25 +276,24 @@ def linear_distillation_loss(
     fused: bool | None = None,
     fp32_logits: bool = True,
 ) -> DistillationLoss:
-    """The loss above without ever holding more than ``chunk_tokens`` rows of logits.
+    """The loss above, with at most ``chunk_tokens`` rows of logits in memory.
 
     Args:
         student_hidden: ``[N, D]`` last hidden states after the final norm; all tokens, also where
             sequence parallelism shards the model's activations (gather them first).
         student_weight: ``[V_local, D]`` this rank's rows of the LM head (of a tied embedding, too).
         labels: ``[N]`` int64, global vocabulary indices.
-        loss_mask: ``[N]``; a token counts where it is not 0. Masked tokens contribute nothing, not
-            even a NaN.
+        loss_mask: ``[N]``; a token counts if it is not 0. Masked tokens contribute nothing, not even a NaN.
         teacher_hidden, teacher_weight: ``[N, D_teacher]``, ``[V_local, D_teacher]``; no gradient.
             Without them the loss is the cross-entropy alone.
         kl_weight, temperature: λ and τ.
-        chunk_tokens: rows of logits alive at a time; need not divide N.
-        tp_group: the group that the vocabulary is split over in rank order.
+        chunk_tokens: rows of logits in memory at a time; N need not be a multiple.
+        tp_group: the group over which the vocabulary is split, in rank order.
         first_label: the label of this rank's first row; ``None``: parts are equal. No rank may have none.
-        fused: whether our Triton kernels make losses and gradient of a chunk's logits; ``None``: on
-            a GPU where Triton is installed.
-        fp32_logits: keep a chunk's logits in fp32; else in the weights' dtype, which for bf16 rounds them to
-            8 bits and halves what is moved for them. Sums and gradients are formed in fp32 either way.
+        fused: whether our Triton kernels compute losses and gradient of a chunk's logits; ``None``: on a GPU if
+            Triton is installed.
+        fp32_logits: keep a chunk's logits in fp32; else in the weights' dtype. bf16 rounds them to 8 bits and
+            halves their memory traffic. Sums and gradients are computed in fp32 in both cases.
 
     Returns:
         Sums over unmasked tokens: ``loss`` (with gradient), ``kl`` (τ² included) and ``ce``, the
@@ -318,7 +317,7 @@ def linear_distillation_loss(
     teacher: tuple[Tensor | None, Tensor | None] = (None, None)
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = (teacher_hidden.detach(), teacher_weight.detach())
-    if not torch.is_grad_enabled():  # else the loss prepares gradients that nobody asks for
+    if not torch.is_grad_enabled():  # otherwise the loss would compute unused gradients
         student_hidden, student_weight = student_hidden.detach(), student_weight.detach()
     return DistillationLoss(
         *_LinearDistillationLoss.apply(

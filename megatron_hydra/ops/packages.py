@@ -1,4 +1,4 @@
-"""What of the kernels' packages is installed, and what this GPU needs of them."""
+"""Which of the kernels' packages are installed, and which this GPU needs."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import torch
 from megatron_hydra.ops.kernels import Case
 
 TILELANG = "tilelang==0.1.15"
-"""What ``pip install`` takes; the version that was run."""
+"""Argument of ``pip install``; the tested version."""
 
 _TILELANG_TRITON = ((3, 4), (3, 7, 1))
-"""On Hopper, FLA 0.6.0 refuses its backward with a Triton from the first version up to the second
-(excluded) unless TileLang is there (``fla/ops/common/chunk_o.py``)."""
+"""On Hopper without TileLang, FLA 0.6.0 refuses its backward with a Triton from the first version up to the
+second one, which is excluded (``fla/ops/common/chunk_o.py``)."""
 
 
 def is_installed(module: str) -> bool:
     """Whether a module can be found, without importing it.
 
-    A folder that only holds packages of others is none: flash-attn 4 comes as ``flash_attn.cute`` in a
-    ``flash_attn`` without content.
+    A folder with only packages of other distributions is not a module: flash-attn 4 is ``flash_attn.cute`` in
+    an otherwise empty ``flash_attn``.
     """
     try:
         spec = importlib.util.find_spec(module)
         return spec is not None and spec.origin is not None
-    except ModuleNotFoundError:  # its parent package is absent
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
 def needs_tilelang(case: Case) -> bool:
-    """Whether FLA's backward runs here with TileLang only, and that is not installed."""
+    """Whether FLA's backward needs TileLang here, and TileLang is not installed."""
     first, fixed = _TILELANG_TRITON
     version = tuple(int(part) for part in re.findall(r"\d+", triton_version())[:3])
     return (
@@ -44,7 +44,7 @@ def needs_tilelang(case: Case) -> bool:
 
 
 def triton_version() -> str:
-    """``""`` where it is not installed."""
+    """The installed version of Triton; ``""`` without Triton."""
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -52,5 +52,5 @@ def triton_version() -> str:
 
 
 def is_hopper(device: torch.device) -> bool:
-    """Whether this machine's GPU is an H100, an H200 or their like."""
+    """Whether this machine's GPU is a Hopper, such as H100 or H200."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9

@@ -1,8 +1,8 @@
-"""From projections to what the kernels of both branches read: norm, rotary, scale, l2 (design §2).
+"""From projections to the inputs of both branches' kernels: norm, rotary, scale, l2 (design §2).
 
-Queries and keys of a branch go through the same steps, each of them optional. On a GPU one Triton
-kernel does them in one pass (:mod:`megatron_hydra.ops.triton_qk_preparation`); the functions here
-are its torch twin and the CPU path.
+Queries and keys of a branch have the same steps, each of which is optional. On a GPU one Triton kernel does
+them in one pass (:mod:`megatron_hydra.ops.triton_qk_preparation`). The functions here are its torch twin and
+the CPU path.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def prepare_heads(
     scale: torch.Tensor | None,
     l2: bool,
 ) -> torch.Tensor:
-    """l2(s_t · R_t N(x)), each step where it is asked for.
+    """l2(s_t · R_t N(x)) with the requested steps.
 
     Args:
         x: ``[T, n, d]`` queries or keys; any strides with contiguous channels.

@@ -1,7 +1,7 @@
 """Start-up check: the chosen kernels against their torch twins, on this machine, with gradients.
 
-Compiled kernels have been wrong on some versions of their compiler without a word, backward passes
-above all. Seconds at the start of a run are cheaper than a model trained on wrong gradients.
+With some compiler versions, kernels have silently given wrong results, mostly in backward passes. Seconds at
+the start of a run are cheaper than a model trained on wrong gradients.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from megatron_hydra.startup import startup_phase
 from megatron_hydra.watchdog import PATIENCE, feed_watchdog
 
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""Largest ‖got − twin‖ / ‖twin‖ of an output or a gradient; the twin computes in fp32 from the same
-rounded inputs. Rounding stays well below, a wrong kernel is off by a tenth and more."""
+"""Largest ‖got − twin‖ / ‖twin‖ of an output or a gradient. The twin computes in fp32 from the same rounded
+inputs. Rounding is far below this bound; a wrong kernel has an error of a tenth or more."""
 
 BOUNDARIES = (0, 70, 71, 200, 330)
-"""Documents of the test stream: unequal, one of a single token, none a multiple of a chunk."""
+"""Documents of the test stream: lengths are unequal, one is a single token, none is a multiple of a chunk."""
 
 TAIL_BOUNDARIES = (0, 30, 31, 130, 195)
-"""Of queries that are the last of each document, as a context-parallel shard has them."""
+"""Boundaries of queries that are the last ones of each document, as in a context-parallel shard."""
 
 SHARDS = 3
-"""Of a stream under context parallelism: one in the middle, which a document may go through."""
+"""Shards of a stream under context parallelism. The middle one may lie within one document."""
 
 SHARDED = {
     "packed {} of {} heads over shards": (BOUNDARIES, -0.05, 1.0),
@@ -42,16 +42,17 @@ SHARDED = {
     ),
     "one long document's {} of {} heads over shards": ((0, 6144), -0.001, 0.05),
 }  # fmt: skip
-"""Streams of so many shards, short ones and such as kernels cut into parts: boundaries, and the smallest
-log α and the largest β. The last forgets so slowly that its first shard is felt in its last one."""
+"""Streams of so many shards: short ones, and ones that kernels cut into parts. Each has boundaries, the
+smallest log α and the largest β. The last stream forgets so slowly that its first shard changes its last
+one."""
 
 Run = Callable[[Kernels, list[torch.Tensor]], torch.Tensor]
 
 Check = tuple[str, str, dict[str, torch.Tensor], Run]
-"""A key of the ``backend`` section, what the kernel is called, its inputs by name, the call."""
+"""A key of the ``backend`` section, the kernel's name in messages, its inputs by name, the call."""
 
 _passed: set[str] = set()
-"""Names (:func:`_name_of`) of the checks that were found right in this process."""
+"""Names (:func:`_name_of`) of the checks that have passed in this process."""
 
 _postponed = False
 
@@ -60,8 +61,8 @@ _postponed = False
 def postponed() -> Iterator[None]:
     """While the block runs, :func:`check_kernels` checks nothing.
 
-    For a first call at the run's own lengths: kernels tune themselves at the length at which they are
-    first called, and the checks are short.
+    It is for a first call at the run's own lengths: kernels tune themselves at the length of their first call,
+    and the checks' streams are short.
     """
     global _postponed
     before, _postponed = _postponed, True
@@ -72,14 +73,14 @@ def postponed() -> Iterator[None]:
 
 
 def check_kernels(kernels: Kernels, case: Case) -> None:
-    """Compare every chosen kernel with its twin; does nothing for twins and after it has passed.
+    """Compare every chosen kernel with its twin; skips twins and kernels that have passed.
 
-    On a GPU, what has passed is recorded beside the compilers' caches, for this card, these versions,
-    sources and settings (:func:`~.kernel_cache.fingerprint`), and is not checked again by other
-    processes. ``HYDRA_CHECK_AGAIN=1`` checks all the same.
+    On a GPU, passed checks are recorded beside the compilers' caches, for this card, these versions, sources
+    and settings (:func:`~.kernel_cache.fingerprint`). Other processes do not repeat them.
+    ``HYDRA_CHECK_AGAIN=1`` repeats them.
 
     Raises:
-        HydraError: a kernel fails, or an output or gradient is off; names the key that avoids it.
+        HydraError: a kernel fails, or an output or gradient is wrong; names the key that avoids it.
     """
     if _postponed:
         return
@@ -113,7 +114,7 @@ def _check_all(kernels: Kernels, case: Case) -> None:
 
 
 def _on_record(case: Case) -> dict[str, Any] | None:
-    """What a pass is recorded for; ``None`` where passes are not: without a GPU nothing is compiled."""
+    """The fingerprint for which passes are recorded; ``None`` without a GPU, where nothing is compiled."""
     return kernel_cache.fingerprint(case.device) if case.device.type == "cuda" else None
 
 
@@ -142,7 +143,7 @@ def _device_name(device: torch.device) -> str:
 def _difference(
     kernels: Kernels, twins: Kernels, inputs: dict[str, torch.Tensor], run: Run, tolerance: float
 ) -> str | None:
-    """What is wrong with the kernel on these inputs, or ``None``."""
+    """The kernel's error on these inputs, or ``None``."""
     got_in = [x.clone().requires_grad_() for x in inputs.values()]
     want_in = [x.float().requires_grad_() for x in inputs.values()]
     generator = torch.Generator(device=got_in[0].device).manual_seed(1)
@@ -168,7 +169,7 @@ def _difference(
 
 
 class _Inputs:
-    """Random tensors of a case, always the same ones."""
+    """Random tensors of a case, equal in every process."""
 
     def __init__(self, case: Case, seed: int) -> None:
         self.case = case
@@ -193,7 +194,7 @@ class _Inputs:
 
 
 def all_checks(case: Case) -> Iterator[Check]:
-    """The checks of every kernel, each for the ways in which layers and losses call it."""
+    """The checks of every kernel, for each way in which layers and losses call it."""
     yield from _attention_checks(case)
     yield from _delta_rule_checks(case)
     yield from _delta_rule_gates_checks(case)
@@ -242,7 +243,7 @@ def _delta_rule_checks(case: Case) -> Iterator[Check]:
                 "q": make.unit(tokens, heads, d),
                 "k": make.unit(tokens, heads, d),
                 "v": make.normal(tokens, heads, d),
-                # Half-lives from tens to hundreds of tokens: a leak between documents shows.
+                # Half-lives are tens to hundreds of tokens, which shows a leak between documents.
                 "log alpha": -0.05 * make.uniform(tokens, heads, *case.rule.decays_of_head(d)),
                 "beta": make.uniform(tokens, heads),
             },
@@ -251,7 +252,7 @@ def _delta_rule_checks(case: Case) -> Iterator[Check]:
 
 
 def _delta_rule_gates_checks(case: Case) -> Iterator[Check]:
-    """As a model begins: a bias that makes a token's decay smaller than the rounding of 1."""
+    """Gates as at the start of a model: the bias makes a token's decay smaller than the rounding of 1."""
     make, tokens, heads = _Inputs(case, 6), BOUNDARIES[-1], 5
     yield (
         "fused_kernels",
@@ -295,7 +296,7 @@ def _sharded_delta_rule_checks(case: Case) -> Iterator[Check]:
 
 
 def _preparation_checks(case: Case) -> Iterator[Check]:
-    """As GDN branches and as FA branches do it: a unit norm would hide a wrong scale."""
+    """As in GDN branches and as in FA branches: a unit norm would hide a wrong scale."""
     make, d, tokens = _Inputs(case, 2), case.head_dim, BOUNDARIES[-1]
     positions = make.positions(BOUNDARIES)
     tables, log_scale = _tables(make, positions, d), 1 + positions.float() / tokens
@@ -323,7 +324,7 @@ def _delta_rule_inputs_checks(case: Case) -> Iterator[Check]:
         "qkv": make.normal(tokens, channels), "convolution": make.normal(channels, 4),
         "q norm": make.normal(d), "k norm": make.normal(d),
     }  # fmt: skip
-    # The first document began two tokens before this shard; what lies before those is another's.
+    # The first document began two tokens before this shard; earlier tokens are another document's.
     shard = positions.clone()
     shard[: BOUNDARIES[1]] += 2
     for where, at, halo in (

@@ -1,9 +1,9 @@
-"""The gated delta rule of a context-parallel shard, over any kernels that take and give states.
+"""The gated delta rule of a context-parallel shard, for any kernels with states as inputs and outputs.
 
-A fragment of a document maps the state that enters it to the one that leaves it, S' = M S + B (the
-equations are in :mod:`.gated_delta_rule`), and a shard needs one thing from the others: the state that
-enters its first fragment. So a shard works in four steps (:class:`ShardKernels`), with one small
-collective in the forward pass and one in the backward:
+A fragment of a document maps the state that enters it to the state that leaves it, S' = M S + B (equations in
+:mod:`.gated_delta_rule`). A shard needs one thing from the others: the state that enters its first fragment. So
+a shard computes in four steps (:class:`ShardKernels`), with one small collective in the forward and one in the
+backward:
 
     1. its own map: the transition M and the state B that a zero state leaves behind; all ranks get all maps
     2. outputs from the right entering state: a scan over the maps of the shards before this one
@@ -11,8 +11,8 @@ collective in the forward pass and one in the backward:
     4. the gradients of its inputs, from the right gradient by the state that leaves: the same scan from
        right to left, where the adjoint of a map is dS = Mᵀ dS' + dS_own
 
-Only the fragments at a shard's edges take part. Documents that begin and end inside a shard, and shards
-in whose middle a document ends, cut the scan off.
+Only the fragments at a shard's edges take part. The scan stops at documents that begin and end within a shard,
+and at shards within which a document ends.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 Saved = tuple[torch.Tensor | None, ...]
-"""What a step keeps for the later ones."""
+"""Tensors that a step keeps for later steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Shard:
         start, end: global indices of its first token and after its last.
         cu_seqlens: boundaries of its fragments, ``0 … T_local``.
         begun: whether its first fragment's document began in an earlier shard.
-        goes_on: whether its last fragment's document goes on in the next shard.
+        goes_on: whether its last fragment's document continues in the next shard.
     """
 
     start: int
@@ -47,8 +47,8 @@ class Shard:
 
     @property
     def through(self) -> bool:
-        """Whether it lies inside one document that began before it and goes on after it: only then does
-        what leaves it depend on what enters it.
+        """Whether it lies within one document that began before it and continues after it. Only then does the
+        leaving state depend on the entering state.
         """
         return self.begun and self.goes_on and len(self.cu_seqlens) == 2
 
@@ -59,7 +59,7 @@ def shards_of(cu_seqlens: tuple[int, ...], size: int) -> tuple[Shard, ...]:
 
     Args:
         cu_seqlens: document boundaries of the whole stream, ``0 … T_global``.
-        size: how many shards; divides T_global.
+        size: number of shards; T_global is a multiple.
     """
     length = cu_seqlens[-1] // size
     inner = frozenset(cu_seqlens)
@@ -76,8 +76,8 @@ class ShardMap(NamedTuple):
     """A shard's last fragment as a map of states, fp32 or fp64.
 
     Attributes:
-        state: ``[H, d, dv]``, what a zero state leaves behind; ``None`` where the document ends here.
-        transition: ``[H, d, d]``; ``None`` where nothing goes through.
+        state: ``[H, d, dv]``, the final state from a zero state; ``None`` if the document ends here.
+        transition: ``[H, d, d]``; ``None`` if no document goes through the shard.
     """
 
     state: torch.Tensor | None
@@ -87,11 +87,11 @@ class ShardMap(NamedTuple):
 def entering_state(
     states: torch.Tensor, transitions: torch.Tensor | None, shards: Sequence[Shard], rank: int
 ) -> torch.Tensor | None:
-    """The state ``[H, d, dv]`` that enters shard ``rank``; ``None`` where a document begins with it.
+    """The state ``[H, d, dv]`` that enters shard ``rank``; ``None`` if a document begins with it.
 
     Args:
-        states: ``[N, H, d, dv]``, of all shards' maps; unused where a shard's document ends in it.
-        transitions: ``[N, H, d, d]``; may be absent where no shard is :attr:`Shard.through`.
+        states: ``[N, H, d, dv]``, of all shards' maps; not read for a shard in which its last document ends.
+        transitions: ``[N, H, d, d]``; may be ``None`` if no shard is :attr:`Shard.through`.
         shards: all N.
         rank: whose.
     """
@@ -110,7 +110,7 @@ def entering_state(
 def leaving_gradient(
     gradients: torch.Tensor, transitions: torch.Tensor | None, shards: Sequence[Shard], rank: int
 ) -> torch.Tensor | None:
-    """The gradient ``[H, d, dv]`` by the state that leaves shard ``rank``; ``None`` where none does.
+    """The gradient ``[H, d, dv]`` by the state that leaves shard ``rank``; ``None`` if no state leaves it.
 
     Args:
         gradients: ``[N, H, d, dv]``, of each shard's outputs by the state that enters it.
@@ -132,7 +132,7 @@ def leaving_gradient(
 
 
 class StateExchange(Protocol):
-    """How the shards that a process holds learn the states of the others.
+    """How the shards of a process get the states of the other shards.
 
     ``parallel.context_parallel.ShardStates`` holds one shard of a process group, :class:`ShardsHere` all.
     """
@@ -179,8 +179,8 @@ class StateExchange(Protocol):
         ...
 
     def __call__(self, transition: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """Differentiable, for a process that holds one shard: given the transition ``[H, d, d]`` and state
-        ``[H, d, dv]`` of its last fragment, the state ``[H, d, dv]`` that enters its first fragment.
+        """The state ``[H, d, dv]`` that enters the first fragment, from the transition ``[H, d, d]`` and state
+        ``[H, d, dv]`` of the last fragment. It is differentiable, and for a process with one shard.
         """
         ...
 
@@ -189,7 +189,7 @@ class StateExchange(Protocol):
 class ShardsHere:
     """All shards of a stream in one process, one after the other, without any communication.
 
-    What the start-up check, tests and benchmarks use: the kernels do what they do on so many ranks.
+    The start-up check, tests and benchmarks use it: kernels compute the same as on so many ranks.
 
     Attributes:
         cu_seqlens_global: document boundaries of the stream.
@@ -232,7 +232,7 @@ class ShardsHere:
         return [leaving_gradient(stacked, transitions, self.held, r) for r in range(self.size)]
 
     def __call__(self, transition: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """For a rule that takes the whole stream as one shard: nothing enters it."""
+        """For a rule that takes the whole stream as one shard: no state enters it."""
         return torch.zeros_like(state)
 
 
@@ -241,12 +241,12 @@ def _stacked(parts: Sequence[torch.Tensor | None], like: torch.Tensor) -> torch.
 
 
 class ShardKernels(Protocol):
-    """Kernels of one shard's four steps. Each returns what it computed and what it keeps for later.
+    """Kernels of one shard's four steps. Each returns its result and the tensors that later steps need.
 
     ``inputs`` are q, k, v, log α and β of the shard, as for
     :func:`~megatron_hydra.ops.gated_delta_rule.chunked_gated_delta_rule`. States are ``[H, d, dv]`` in
-    fp32 (fp64 for fp64 inputs). Where a :class:`Shard` says that something is not needed, the kernels leave
-    it out: a map where nothing goes on, an entering gradient where nothing has begun.
+    fp32 (fp64 for fp64 inputs). The kernels leave out what a :class:`Shard` does not need: the map if no
+    document continues, the entering gradient if no document began earlier.
     """
 
     def shard_map(self, shard: Shard, inputs: tuple[torch.Tensor, ...]) -> tuple[ShardMap, Saved]:
@@ -260,13 +260,13 @@ class ShardKernels(Protocol):
         saved: Saved,
         entering: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Saved]:
-        """Step 2: the output ``[T, H, dv]``, and all that the backward needs besides the inputs."""
+        """Step 2: the output ``[T, H, dv]``, and all further tensors that the backward needs."""
         ...
 
     def entering_gradient(
         self, shard: Shard, inputs: tuple[torch.Tensor, ...], saved: Saved, grad: torch.Tensor
     ) -> tuple[torch.Tensor | None, Saved]:
-        """Step 3: the gradient ``[H, d, dv]`` by the state that enters, as if nothing left the shard."""
+        """Step 3: the gradient ``[H, d, dv]`` by the entering state, as if no state left the shard."""
         ...
 
     def gradients(
@@ -285,7 +285,7 @@ class ShardKernels(Protocol):
             saved: of step 2.
             partial: of step 3.
             grad: ``[T, H, dv]``, of the output.
-            leaving: ``[H, d, dv]``, by the state that leaves the shard; ``None`` where none does.
+            leaving: ``[H, d, dv]``, by the state that leaves the shard; ``None`` if no state leaves it.
         """
         ...
 
@@ -295,7 +295,7 @@ def sharded_gated_delta_rule(
     inputs: tuple[torch.Tensor, ...],
     exchange: StateExchange,
 ) -> torch.Tensor:
-    """The output ``[T, H, dv]`` of the shards that this process holds; differentiable in the inputs.
+    """The output ``[T, H, dv]`` of this process's shards; differentiable in the inputs.
 
     Args:
         kernels: compute a shard.
@@ -388,11 +388,11 @@ Rule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 @dataclasses.dataclass(frozen=True)
 class RuleKernels:
-    """A shard's steps by a whole rule that takes start states and gives final ones: the plain twin.
+    """A shard's steps by a whole rule with start states and final states: the plain twin.
 
-    The map is two runs of the last fragment: from a zero state, and from the identity with v = 0. The
-    backward runs the shard twice, with and without the gradient by the state that leaves. Several times the
-    work of kernels that compute states alone.
+    The map is two runs of the last fragment: from a zero state, and from the identity with v = 0. The backward
+    runs the shard twice, with and without the gradient by the leaving state. This is several times the work of
+    kernels that compute only states.
 
     Attributes:
         rule: as :func:`~megatron_hydra.ops.gated_delta_rule.chunked_gated_delta_rule`.

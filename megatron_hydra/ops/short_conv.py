@@ -32,7 +32,7 @@ def short_conv(
     y = x * weight[:, width - 1].to(x.dtype)
     for back in range(1, width):
         shifted = extended[width - 1 - back : width - 1 - back + length]
-        # masked_fill, not a product: a NaN of another document must not pass as 0 · NaN.
+        # masked_fill instead of a product: another document's NaN must not become 0 · NaN.
         shifted = shifted.masked_fill((positions < back)[:, None], 0.0)
         y = y + shifted * weight[:, width - 1 - back].to(x.dtype)
     return y
@@ -41,7 +41,7 @@ def short_conv(
 def final_conv_state(
     x: torch.Tensor, width: int, initial: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The last W−1 rows of the stream ``[W−1, C]``: ``initial`` for what follows ``x``."""
+    """The last W−1 rows of the stream, ``[W−1, C]``: ``initial`` for the tokens after ``x``."""
     if initial is None:
         initial = x.new_zeros(width - 1, x.shape[1])
     return torch.cat((initial.to(x.dtype), x), dim=0)[x.shape[0] :]

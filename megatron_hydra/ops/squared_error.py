@@ -13,9 +13,9 @@ def squared_error(
     """Σ_t mask_t · mean over channels (output_t − target_t)², and its gradient by ``output``.
 
     Args:
-        output, target: ``[T, D]``. What a masked token holds is not looked at, NaN included.
+        output, target: ``[T, D]``. Values of masked tokens are not read; they may be NaN.
         mask: ``[T]`` bool.
-        fused: whether one Triton kernel does it; ``None``: on a GPU where Triton is installed.
+        fused: whether one Triton kernel computes it; ``None``: on a GPU if Triton is installed.
 
     Returns:
         The sum, an fp32 scalar, and the gradient ``[T, D]`` in ``output``'s dtype.

@@ -1,11 +1,10 @@
-"""Two independent pieces of work on two CUDA streams, so that one fills the gaps of the other.
+"""Run two independent functions on two CUDA streams, so that one fills the gaps of the other.
 
-The scan of a few GDN heads keeps a fraction of the multiprocessors busy, and so do the last waves of
-an attention kernel. Autograd runs every backward on the stream of its forward, so the backwards
-overlap too.
+The scan of a few GDN heads uses a fraction of the multiprocessors, and so do the last waves of an attention
+kernel. Autograd runs every backward on the stream of its forward, so backwards overlap, too.
 
-Memory belongs to the stream that allocated it: once freed on the host, it may be handed out again to
-that stream at once. So nothing may be freed while the other stream still reads it (:func:`held`).
+Memory belongs to the stream that allocated it: after the host frees it, this stream may get it again at once.
+So no tensor may be freed while the other stream still reads it (:func:`held`).
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ class _Held(torch.autograd.Function):
 
 
 def held(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The tensors, whose memory stays theirs until the gradients of all of them have come back.
+    """The tensors; their memory is not freed before the gradients of all of them have been computed.
 
-    Autograd frees what a node has saved as soon as the host has launched its backward. Where that runs
-    on another stream than the one that allocated the tensor, the memory could be used again before
-    it has been read. The node made here keeps it; its own backward runs when the current stream waits
-    for the gradients of all these tensors, and with them for everything that made them.
+    Autograd frees a node's saved tensors as soon as the host has launched its backward. If this backward runs
+    on another stream than the one that allocated a tensor, its memory could be reused before it is read. The
+    node made here keeps it. Its own backward runs when the current stream waits for the gradients of all these
+    tensors, and so for everything that computes them.
 
     Args:
         tensors: views of them are returned; their consumers must not change them in place.
@@ -46,7 +45,7 @@ def held(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 
 @functools.lru_cache(maxsize=16)
 def _side_stream(index: int) -> torch.cuda.Stream:
-    """One side stream a device: its memory pool is shared by all layers."""
+    """One side stream for each device; all layers share its memory pool."""
     return torch.cuda.Stream(index)
 
 
@@ -58,11 +57,10 @@ def side_by_side(
     """``(aside(*reads), here())``, on a GPU at the same time.
 
     Args:
-        aside: runs on the side stream. Of the tensors that were made on the current stream and that
-            something may free before the end of the backward, it reads no others than ``reads``; what
-            it caches must be read aside only.
-        reads: ready on the current stream by now, at least one; their device is where both compute, and
-            anything but a GPU runs them one after the other.
+        aside: runs on the side stream. Of the current stream's tensors that could be freed before the end of
+            the backward, it reads only ``reads``. Only the side stream may read what it caches.
+        reads: at least one tensor, ready on the current stream. Both functions compute on its device; without a
+            GPU they run one after the other.
         here: runs on the current stream.
 
     Returns:
@@ -74,7 +72,7 @@ def side_by_side(
     current, side = torch.cuda.current_stream(device), _side_stream(torch.cuda.current_device())
     if torch.is_grad_enabled():
         for x in reads:
-            if not x.requires_grad:  # no gradient that could be waited for
+            if not x.requires_grad:  # no gradient to wait for
                 x.record_stream(side)
         reads = held(reads)
     side.wait_stream(current)
@@ -82,6 +80,6 @@ def side_by_side(
         first = aside(*reads)
     second = here()
     current.wait_stream(side)
-    # Made in the side stream's pool, used here: not to be handed out again before that is done.
+    # It is from the side stream's pool and used here, so the pool must not reuse it before the use ends.
     first.record_stream(current)
     return first, second

@@ -1,8 +1,8 @@
 """Triton kernels of a chunk's KL and cross-entropy; twin: ``linear_distillation_loss._chunk_loss``.
 
-The logits of a chunk are read twice and nothing of their size is written but the gradient: one pass
-gathers each row's statistics online (running maximum, sums rescaled when it grows), one forms the
-gradient from them. The twin makes some thirty passes over the same memory.
+The logits of a chunk are read twice, and the only tensor of their size that is written is the gradient. One
+pass computes each row's statistics online (running maximum; sums are rescaled when it grows). The second pass
+computes the gradient from them. The twin makes about thirty passes over the same memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ BLOCK, WARPS = 4096, 8
 """Columns of a step and warps of a program: 64 bytes of each tensor per thread in fp32."""
 
 GRADIENT_STEPS = 8
-"""Column blocks that one program of the gradient pass walks over."""
+"""Column blocks of one program of the gradient pass."""
 
 STATISTICS = 7
 """Rows of the statistics: student maximum, Σ e^{z−m}, label's logit, Σ e^{(z−m)/τ}; teacher maximum,
@@ -113,7 +113,7 @@ def chunk_statistics(
         tau: temperature.
 
     Returns:
-        ``[7, C]`` fp32, see :data:`STATISTICS`; zeros in the teacher's rows where there is none.
+        ``[7, C]`` fp32, see :data:`STATISTICS`; without a teacher its rows are zero.
     """
     rows, columns = student.shape
     statistics = torch.zeros(STATISTICS, rows, dtype=torch.float32, device=student.device)

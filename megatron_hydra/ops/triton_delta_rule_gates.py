@@ -1,8 +1,8 @@
 """The gates of the delta rule by one launch each way; twin:
 :func:`megatron_hydra.ops.delta_rule_gates.delta_rule_gates`.
 
-Operator by operator they are eight launches forward and a dozen backward, on tensors of a few numbers a token.
-A program has all heads of a block of tokens. Everything between load and store is fp32.
+As separate operators they are eight launches forward and a dozen backward, on tensors of a few numbers per
+token. A program has all heads of a block of tokens. Everything between load and store is fp32.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch.autograd.function import once_differentiable
 ELEMENTS, WARPS = 1024, 4
 """Elements of a program's block, tokens times heads."""
 MOST_PROGRAMS = 512
-"""Of a backward at most: each leaves a partial sum of the parameters' gradients."""
+"""Largest number of programs of a backward: each writes a partial sum of the parameters' gradients."""
 
 
 @triton.jit
 def _softplus(x):
-    """log(1 + eˣ); below −2.8 by its series, where 1 + eˣ would round away what matters."""
+    """log(1 + eˣ); below −2.8 by its series, because rounding of 1 + eˣ would lose the result."""
     u = tl.exp(tl.minimum(x, 20.0))
     series = u * (1 - u * (1 / 2 - u * (1 / 3 - u * (1 / 4 - u * (1 / 5 - u / 6)))))
     return tl.where(x > 20.0, x, tl.where(u < 0.06, series, tl.log(1.0 + u)))
 
 
-@triton.jit(do_not_specialize=["heads"])  # layers differ in it
+@triton.jit(do_not_specialize=["heads"])  # layers have different values
 def _forward_kernel(
     a, b, a_log, dt_bias, log_alpha, beta, tokens, heads, a_t, b_t,
     TOKENS: tl.constexpr, HEADS: tl.constexpr,

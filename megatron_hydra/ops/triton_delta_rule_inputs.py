@@ -1,8 +1,8 @@
 """The inputs of the delta rule by two launches each way; twin:
 :func:`megatron_hydra.ops.delta_rule_inputs.delta_rule_inputs`.
 
-One by one, the three convolutions and the two preparations are ten launches a layer and five nodes of
-autograd: on a small model, the host's time for them is longer than the device's.
+Separately, the three convolutions and the two preparations are ten launches and five autograd nodes per layer.
+On a small model, they take the host longer than the device.
 """
 
 from __future__ import annotations

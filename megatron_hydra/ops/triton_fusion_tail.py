@@ -24,12 +24,12 @@ ROWS, WARPS = 16, 4
 
 @triton.jit
 def _rows(program, tokens, heads, ROWS: tl.constexpr):
-    """Tokens and head of this program: one division a program, where rows of mixed heads need many."""
+    """Tokens and head of this program: it needs one division, while rows of mixed heads would need many."""
     t = (program // heads).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     return t, program % heads, t < tokens
 
 
-@triton.jit(do_not_specialize=["heads", "rest_heads"])  # one may take the other's place
+@triton.jit(do_not_specialize=["heads", "rest_heads"])  # their values may be exchanged
 def _forward_kernel(
     o, gate, scale, y, o_rest, gate_rest, tokens, heads, rest_heads, eps,
     o_t, o_h, g_t, g_h, o_rest_t, o_rest_h, g_rest_t, g_rest_h, s_t, s_h, y_t,
@@ -116,7 +116,7 @@ def _channels_contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, int]:
-    """Strides of the token and head axes; of a per-head scale ``[N]`` the former is 0."""
+    """Strides of the token and head axes; for a per-head scale ``[N]`` the first is 0."""
     if x is None:
         return 0, 0
     return (0, x.stride(0)) if x.dim() == 1 else (x.stride(0), x.stride(1))
@@ -126,7 +126,7 @@ Tensors = list[torch.Tensor | None]
 
 
 def _launches(tensors: Tensors) -> list[tuple[int, list[torch.Tensor], Tensors]]:
-    """(first head, outputs, gates) of each launch: two branches at a time where both have a gate or none."""
+    """Each launch as (first head, outputs, gates): two branches share a launch if both have a gate or none."""
     outputs = [x for x in tensors[::2] if x is not None]
     gates = tensors[1::2]
     launches, start, i = [], 0, 0
@@ -183,7 +183,7 @@ class _FusionTail(torch.autograd.Function):
         scale, *tensors = ctx.saved_tensors
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         tokens, heads = dy.shape[0], sum(o.shape[1] for o in tensors[::2])
-        # One number per head of every token; for a per-head scale torch sums it over the tokens.
+        # One number for each head of every token; for a per-head scale torch sums over the tokens.
         d_scale = None if scale is None else dy.new_empty(tokens, heads, dtype=torch.float32)
         grads: Tensors = [
             None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -1,10 +1,9 @@
 """Triton kernels of q/k preparation; twin: :func:`megatron_hydra.ops.qk_preparation.prepare_heads`.
 
-A row is one head of one token, held as its two rotary halves. A program walks over the heads of a
-block of tokens, whose rotary tables it holds: read again for every head, they would be more traffic
-in the cache than the heads themselves. The forward reads it once and writes
-it once; the backward recomputes every step from the input. Everything in between is fp32 (the twin
-rounds after every step, as Hugging Face's models do).
+A row is one head of one token, held as its two rotary halves. A program loops over the heads of a block of
+tokens and keeps the block's rotary tables: reading them again for every head would be more cache traffic than
+the heads themselves. The forward reads and writes a row once; the backward recomputes every step from the
+input. Everything in between is fp32 (the twin rounds after every step, as Hugging Face's models do).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def _prepared(
     D: tl.constexpr, HAS_NORM: tl.constexpr, HAS_ROTARY: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_L2: tl.constexpr,
 ):  # fmt: skip
-    """The chain in fp32; returns the result's halves and what the backward needs of the steps."""
+    """The steps in fp32; returns the result's halves and the values that the backward needs."""
     rstd = tl.zeros([x1.shape[0]], tl.float32) + 1.0
     if HAS_NORM:
         rstd = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / D + eps)
@@ -51,7 +50,7 @@ def _prepared(
     return r1, r2, rstd, length
 
 
-@triton.jit(do_not_specialize=["heads", "rest_heads"])  # one may take the other's place
+@triton.jit(do_not_specialize=["heads", "rest_heads"])  # their values may be exchanged
 def _forward_kernel(
     x, weight, cos_table, sin_table, scale, y, rest_weight, y_rest, tokens, heads, rest_heads,
     x_t, x_h, table_t, eps, l2_eps, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -108,7 +107,7 @@ def _backward_kernel(  # noqa: PLR0915
                 dw += tl.num_programs(0) * tl.num_programs(1) * D
     c = tl.arange(0, BLOCK)
     inside = c < HALF
-    # Summed over the rows once, at the end: a sum over rows goes through shared memory.
+    # One sum over the rows at the end, because it uses shared memory.
     sum1 = tl.zeros([ROWS, BLOCK], tl.float32)
     sum2 = tl.zeros([ROWS, BLOCK], tl.float32)
     w1, w2 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -118,7 +117,7 @@ def _backward_kernel(  # noqa: PLR0915
     for block in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
         t = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         mask = (t < tokens)[:, None] & inside[None, :]
-        # Here and not before the loop: what a loop carries may not change its shape.
+        # Set within the loop: a variable that a loop carries may not change its shape.
         cos, sin, s = 0.0, 0.0, tl.zeros([ROWS], tl.float32)
         if HAS_ROTARY:
             cos = tl.load(cos_table + (t * table_t)[:, None] + c[None, :], mask, 0.0)
@@ -287,12 +286,12 @@ class _PrepareHeads(torch.autograd.Function):
 
 
 def tables_of(cos: torch.Tensor | None, sin: torch.Tensor | None) -> Tables:
-    """Both tables, or ``None`` where there are none."""
+    """Both tables, or ``None`` without rotary."""
     return None if cos is None or sin is None else (cos, sin)
 
 
 def _head_groups(blocks: int, heads: int, device: torch.device) -> int:
-    """Programs that share the heads of a block of tokens: more only where blocks are few."""
+    """Number of programs that share the heads of a block of tokens: more than one only for few blocks."""
     return max(1, min(heads, triton.cdiv(PROGRAMS_PER_UNIT * _units(device), blocks)))
 
 

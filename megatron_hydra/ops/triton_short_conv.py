@@ -1,8 +1,7 @@
 """Triton kernels of the short convolution; twin: :func:`megatron_hydra.ops.short_conv.short_conv`.
 
-A program owns a block of channels and walks over blocks of tokens. The W shifted reads of a block
-come from the cache, so device memory sees every tensor once. Sums are fp32. Kernels are at
-most eight tokens wide.
+A program has a block of channels and loops over blocks of tokens. The W shifted reads of a block come from the
+cache, so every tensor is read from device memory once. Sums are fp32. Kernels are at most eight tokens wide.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from torch.autograd.function import once_differentiable
 
 TOKENS, CHANNELS, WARPS = 32, 128, 4
 BACKWARD_TOKENS, BACKWARD_CHANNELS = 4, 256
-"""One warp has whole rows of channels, so that sums over tokens stay inside a thread."""
+"""One warp has whole rows of channels, so that one thread computes each sum over tokens."""
 MAX_BLOCKS = 64
-"""Token blocks of one backward program at most: each program leaves a partial weight gradient."""
+"""Largest number of token blocks of a backward program: each program writes a partial weight gradient."""
 
 
 @triton.jit
 def _shifted(x, halo, index, columns, x_t, halo_t, allowed, inside, W, HAS_HALO: tl.constexpr):
-    """Rows ``index`` of x, taken from the halo where negative and zero where not ``allowed``."""
+    """Rows ``index`` of x: negative ones from the halo, and zero if not ``allowed``."""
     ok = (allowed & (index >= 0))[:, None] & inside[None, :]
     value = tl.load(x + (index * x_t)[:, None] + columns[None, :], ok, 0.0).to(tl.float32)
     if HAS_HALO:
@@ -36,7 +35,7 @@ def _shifted(x, halo, index, columns, x_t, halo_t, allowed, inside, W, HAS_HALO:
 
 @triton.jit
 def _tap(weight, c, w_c, inside, back: tl.constexpr, W: tl.constexpr):
-    """The weight of the token ``back`` tokens before; 0 where the kernel is not that wide."""
+    """The weight of the token ``back`` tokens before; 0 if the kernel is narrower."""
     if back < W:
         return tl.load(weight + c * w_c + (W - 1 - back), inside, 0.0).to(tl.float32)
     else:
@@ -72,7 +71,7 @@ def _backward_kernel(  # noqa: C901, PLR0915  (Triton has no arrays of accumulat
     x, weight, positions, dy, d_rest, dx, dw, length, channels, split, x_t, w_c, dy_t, rest_t, blocks,
     W: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_REST: tl.constexpr,
 ):  # fmt: skip
-    """Token t feeds outputs t … t+W−1: with their gradients at hand, dx and dw need x once."""
+    """Outputs t … t+W−1 read token t: with all their gradients loaded, dx and dw read x once."""
     if HAS_REST:  # noqa: SIM102
         if tl.program_id(0) * CHANNELS >= split:
             dy, dy_t = d_rest - split, rest_t
@@ -80,7 +79,7 @@ def _backward_kernel(  # noqa: C901, PLR0915  (Triton has no arrays of accumulat
     inside = c < channels
     zero = tl.zeros([CHANNELS], tl.float32)
     s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
-    # Read before the loop: the compiler cannot know that what the loop stores is not these.
+    # Read before the loop: the compiler cannot know that the loop does not write these.
     w0 = _tap(weight, c, w_c, inside, 0, W)
     w1 = _tap(weight, c, w_c, inside, 1, W)
     w2 = _tap(weight, c, w_c, inside, 2, W)
@@ -147,8 +146,8 @@ def _backward_kernel(  # noqa: C901, PLR0915  (Triton has no arrays of accumulat
 def _halo_gradients(
     dy: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor, halo: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients by the W−1 tokens before the stream, and theirs by the weight (fp32): a handful of
-    rows, left to torch.
+    """Gradients by the W−1 tokens before the stream, and their part of the weight's gradient (fp32). They are a
+    few rows, which torch computes.
     """
     width = weight.shape[1]
     by_halo = torch.zeros(halo.shape, dtype=torch.float32, device=dy.device)
@@ -173,8 +172,7 @@ def conv_forward(
 
     Args:
         x, weight, positions, halo: as of the twin, channels contiguous.
-        split: channels that go into the first result; the others go into the second. All into the
-            first when absent.
+        split: number of channels of the first result; the second has the others. ``None``: the first has all.
 
     Returns:
         ``[T, split]`` and ``[T, C − split]``.

@@ -1,7 +1,7 @@
 """Triton kernel of ``align``'s loss; twin: :func:`megatron_hydra.ops.squared_error.squared_error`.
 
-Output and target are read once and the gradient is written once; torch's operators move ten times as much
-and are launched some fifteen times a layer.
+It reads output and target once and writes the gradient once. torch's operators move ten times as much memory
+and need about fifteen launches per layer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _squared_error_kernel(
 def squared_error(
     output: torch.Tensor, target: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every token's mean squared difference ``[T]`` fp32, 0 where masked, and the gradient of their sum.
+    """Every token's mean squared difference ``[T]`` in fp32 (0 if masked), and the gradient of their sum.
 
     Args:
         output, target, mask: as of the twin.

@@ -1,9 +1,9 @@
-"""Causal softmax attention over packed documents, queries and keys of different lengths; of all keys
-before a query, or of a window of the last ones.
+"""Causal softmax attention over packed documents, with different numbers of queries and keys.
 
-The torch implementation here is the reference and the CPU path. It groups documents of equal
-lengths into one batched call, so a stream of equal rows costs no Python loop and never sees a mask
-of size T².
+A query sees all keys before it, or a window of the last ones.
+
+The torch implementation here is the reference and the CPU path. It groups documents of equal lengths into one
+batched call. So a stream of equal rows needs no Python loop and no mask of size T².
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def varlen_attention(
     cu_k: tuple[int, ...],
     window: int | None = None,
 ) -> torch.Tensor:
-    """softmax(q kᵀ/√d) v per segment, causal, the last query aligned with the last key.
+    """softmax(q kᵀ/√d) v of each segment, causal; the last query is aligned with the last key.
 
     Args:
         q: ``[Tq, n, d]``.
         k, v: ``[Tk, g, d]`` with g dividing n (grouped queries: query head i reads kv head i·g/n).
         cu_q, cu_k: segment boundaries, ``0 … Tq`` and ``0 … Tk``; a segment has at least as many keys
             as queries.
-        window: keys that a query sees, its own included; ``None``: all before it.
+        window: number of keys that a query sees, with its own; ``None``: all before it.
 
     Returns:
         ``[Tq, n, d]`` in ``q``'s dtype.
@@ -85,7 +85,7 @@ def _banded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> t
     Work and memory grow with T·w, not with T². All ``[s, n, ·, d]``; see ``varlen_attention``.
     """
     len_q, len_k = q.shape[2], k.shape[2]
-    seen = min(len_k, len_q + window - 1)  # what lies before is in nobody's window
+    seen = min(len_k, len_q + window - 1)  # earlier keys are in no query's window
     front, back = seen - len_q, -seen % window
     q = F.pad(q, (0, 0, front, back))
     k, v = (F.pad(x[:, :, len_k - seen :], (0, 0, 0, back)) for x in (k, v))

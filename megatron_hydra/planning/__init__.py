@@ -1,7 +1,6 @@
-"""A planner for machines one does not have: memory, FLOPs, traffic, time and cost of a stage.
+"""A planner for machines that are not at hand: memory, FLOPs, traffic, time and cost of a stage.
 
-The layer is written down once more in :mod:`.tape`, operator by operator, on tensors that have a shape
-and a lifetime but no numbers. One run of that description says what is alive when, what is multiplied,
-and what is sent, for the torch twins (the CPU path, which the tests hold against real allocations) and
-for the GPU kernels.
+:mod:`.tape` describes the layer a second time, operator by operator, on tensors with a shape and a lifetime but
+without numbers. One run of this description gives the live bytes at every moment, the products, and the bytes
+sent. It covers the torch twins (the CPU path, which tests compare with real allocations) and the GPU kernels.
 """

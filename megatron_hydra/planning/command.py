@@ -1,4 +1,4 @@
-"""The planner as a command: a request in, a report out."""
+"""The planner as a command: it takes a request and returns a report."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from megatron_hydra.planning.timing import Machine
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked for; see ``tools/plan.py --help``. Of a recipe the sequence length, the verb and the
-    tokens are its own.
-    """
+    """The request; see ``tools/plan.py --help``. A recipe has its own sequence length, verb and tokens."""
 
     model: str
     sequence_length: int
@@ -58,7 +56,7 @@ def plan(request: Request, show: Callable[[str], None]) -> int:
     model = read_model(request.model)
     kinds = model_kinds(model, request.ratio, request.head_map)
     if request.verb in ("align", "distill"):
-        kinds.pop("dense")  # the teacher: it is not trained to be itself
+        kinds.pop("dense")  # this is the teacher, which is not trained towards itself
     job = _job(request)
     plans, refused = report.compare(kinds, job, machine)
     costs, no_stage = _costs(request, kinds, job, machine, plans)
@@ -139,13 +137,13 @@ def _costs(
     machine: Machine,
     plans: dict[str, list[report.Plan]],
 ) -> tuple[dict[str, list[report.StageCost]], dict[str, dict[str, str]]]:
-    """Of the kinds that have a plan: their stages, and why some stages have none."""
+    """Stages of the kinds that have a plan, and why some stages have none."""
     if request.verb is not None:
         return {name: [_only_stage(request, job, found[0])] for name, found in plans.items()}, {}
     costs: dict[str, list[report.StageCost]] = {}
     refused: dict[str, dict[str, str]] = {}
     for name in plans:
-        if name == "dense":  # it is there already
+        if name == "dense":  # it exists already
             continue
         costs[name], missing = report.all_stages(
             kinds[name],
@@ -161,7 +159,7 @@ def _costs(
 
 
 def _only_stage(request: Request, job: Job, plan: report.Plan) -> report.StageCost:
-    """The one stage that was asked for, with all tokens."""
+    """The requested stage, with all tokens."""
     budget = next(s for s in STAGES if s.verb == request.verb)
     budget = dataclasses.replace(
         budget, sequence_length=job.sequence_length, tokens_per_step=job.tokens_per_step

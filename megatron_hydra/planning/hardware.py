@@ -1,4 +1,4 @@
-"""GPUs by their data sheets, and the share of those figures that kernels are assumed to reach."""
+"""GPUs by their data sheets, and assumed shares of these figures that kernels reach."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Gpu:
         peak: bf16 matrix FLOP/s.
         bandwidth: of its memory, bytes/s.
         memory: bytes.
-        nvlink: bytes/s that it can send to the GPUs of its node (one direction).
-        network: bytes/s that it can send to other nodes (one adapter a GPU).
+        nvlink: bytes/s that it sends to GPUs of its node (one direction).
+        network: bytes/s that it sends to other nodes (one adapter for each GPU).
     """
 
     name: str
@@ -45,39 +45,39 @@ GPUS = {
     "h200": _gpu("h200", 4.8, 141, 450, 50),
     "b200": _gpu("b200", 8.0, 180, 900, 50),
 }
-"""Of NVIDIA's data sheets: A100 80GB, H100, H200, HGX B200; networks as in NVIDIA's DGX systems of the
-same generation (200 Gbit/s a GPU for A100, 400 for the others)."""
+"""From NVIDIA's data sheets: A100 80GB, H100, H200, HGX B200. Networks are those of NVIDIA's DGX systems of the
+same generation (200 Gbit/s per GPU for A100, 400 for the others)."""
 
 GPUS_PER_NODE = 8
 
 
 SECONDS = ("latency", "launch", "triton_launch")
 MAY_BE_ZERO = ("overlap", "flash_qla")
-"""Of the efficiencies: those that are no shares, and shares that may be 0."""
+"""Efficiencies that are not shares, and shares that may be 0."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-    """Shares of the data sheet that are reached: **assumptions** about a whole step.
+    """Shares of the data sheet's figures: **assumptions** about a whole step.
 
-    Those of kernels are near what they gave alone on one H200 (docs/PERFORMANCE.md; a test compares
-    them); docs/planning.md holds whole steps against measured ones.
+    Shares of kernels are near their measurements on one H200 (docs/PERFORMANCE.md; a test compares them).
+    docs/planning.md compares whole steps with measured ones.
 
     Attributes:
         matmul, attention, attention_backward: of the matrix peak.
-        varlen: share of that speed that flash attention of packed documents reaches, which runs where
-            blocks are not a dense batch (context parallelism, documents of unequal length).
+        varlen: share of this speed that flash attention of packed documents reaches. It runs if blocks are not
+            a dense batch (context parallelism, documents of unequal length).
         delta_rule: of the matrix peak, of FLA's Triton kernels at 128K tokens.
-        flash_qla: likewise, of FlashQLA's (0.27) where they can run: heads of 128. 0: not installed, FLA's
-            run.
+        flash_qla: the same for FlashQLA's kernels (0.27) if they can run (heads of 128). 0: they are not
+            installed, and FLA's run.
         bandwidth: of the memory bandwidth.
         nvlink, network: of the links.
-        usable: of the memory; the rest is CUDA's context, NCCL's buffers, fragmentation.
+        usable: share of the memory; the rest is CUDA's context, NCCL's buffers and fragmentation.
         overlap: share of data-parallel traffic that computation hides.
-        latency: seconds that a collective takes however small it is.
-        launch: seconds of the host for a kernel that torch launches, what leads up to it included
-            (modules, autograd, dispatch).
-        triton_launch: seconds of the host for a kernel that Triton launches from Python.
+        latency: seconds of even the smallest collective.
+        launch: host seconds for a kernel that torch launches, including the code before it (modules, autograd,
+            dispatch).
+        triton_launch: host seconds for a kernel that Triton launches from Python.
     """
 
     matmul: float = 0.65
@@ -96,7 +96,7 @@ class Efficiency:
     triton_launch: float = 177e-6
 
     def changed(self, settings: list[str]) -> Efficiency:
-        """With some factors set, from ``name=value`` words.
+        """A copy with some factors set, from ``name=value`` words.
 
         Raises:
             HydraError: an unknown name, a value that is not a share, seconds below 0.

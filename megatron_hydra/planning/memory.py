@@ -1,4 +1,4 @@
-"""A rank's memory at its highest moment, by part."""
+"""A rank's peak memory by part."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Memory:
     """Bytes of one rank.
 
     Attributes:
-        held: from step to step, by part.
-        peak: at the highest moment, by part, ``held`` included.
+        held: bytes that stay between steps, by part.
+        peak: bytes at the peak, by part, with ``held``.
         trained: elements that this rank trains.
-        parameters: elements that it holds of the trained model.
+        parameters: elements of the trained model on this rank.
     """
 
     held: Bytes
@@ -28,7 +28,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Bytes at the highest moment."""
+        """Bytes at the peak."""
         return sum(self.peak.values())
 
 
@@ -46,7 +46,7 @@ def in_flight(builder: StageBuilder, micro_batches: int) -> float:
 
 
 def rank_memory(builder: StageBuilder, stage: Stage, micro_batches: int) -> Memory:
-    """Everything together.
+    """The memory of a rank.
 
     Args:
         builder: the stage, for its shapes.
@@ -101,5 +101,5 @@ def _tables(builder: StageBuilder) -> int:
     turned = rank.tokens if any(model.gdn_heads(i) for i in range(model.num_layers)) else 0
     dense = not model.is_hybrid or builder.teacher is not None
     if dense or model.switches.fa_position in ("rope", "both"):
-        turned = rank.tokens  # one table: teacher and student share its key
+        turned = rank.tokens  # teacher and student share one table, because their keys are equal
     return turned * model.head_dim * 2 * 4

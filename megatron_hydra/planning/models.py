@@ -1,4 +1,4 @@
-"""Which model is planned for, and the kinds that it is compared with."""
+"""The planned model, and the kinds of models to compare it with."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-14B": _qwen3(40, 5120, 17408, 40, tied=False),
     "Qwen/Qwen3-32B": _qwen3(64, 5120, 25600, 64, tied=False),
 }
-"""Hub name → what its ``config.json`` there says of the shape; planning needs neither network nor weights."""
+"""Hub name → the shape from its ``config.json``; planning needs neither network nor weights."""
 
 SEED = 0
-"""Of the head map that stands in for a missing one."""
+"""Seed of the random head map that replaces a missing one."""
 
 
 def read_model(name: str) -> ModelConfig:
     """A model's shape: a name that ships here, a ``config.json`` or its folder, a Megatron checkpoint.
 
     Raises:
-        HydraError: none of them; the known names are listed.
+        HydraError: it is none of these; lists the known names.
     """
     if name in SHAPES:
         return model_from_hf_config(SHAPES[name], name)
@@ -67,7 +67,7 @@ def read_model(name: str) -> ModelConfig:
 
 
 def hydrahead(dense: ModelConfig, ratio: str) -> ModelConfig:
-    """A HydraHead model with heads drawn at random: the counts of a map, not its choice."""
+    """A HydraHead model with random FA heads: it has a map's numbers of heads, but not its choice."""
     budget = num_full_attention_heads(dense.num_layers, dense.num_query_heads, ratio)
     places = [
         (layer, head) for layer in range(dense.num_layers) for head in range(dense.num_query_heads)
@@ -81,7 +81,7 @@ def hydrahead(dense: ModelConfig, ratio: str) -> ModelConfig:
 
 
 def layer_wise(dense: ModelConfig, budget: int) -> ModelConfig:
-    """A hybrid of whole layers with as many FA heads, evenly spaced; at least one layer."""
+    """A hybrid of whole layers with as many FA heads; FA layers are evenly spaced, at least one."""
     heads = whole_layers(dense.num_layers, dense.num_query_heads, budget)
     return dataclasses.replace(dense, hydra=HydraConfig(), full_attention_heads=heads)
 
@@ -90,8 +90,8 @@ def model_kinds(model: ModelConfig, ratio: str, head_map: str) -> dict[str, Mode
     """The dense model, the layer-wise hybrid of the same number of FA heads, and HydraHead.
 
     Args:
-        model: dense, or a hybrid, which is then taken as it is.
-        ratio: GDN:FA, where neither a hybrid nor a head map says which heads are FA.
+        model: dense, or a hybrid, which is not changed.
+        ratio: GDN:FA, if neither a hybrid nor a head map gives the FA heads.
         head_map: a file, or empty.
 
     Raises:

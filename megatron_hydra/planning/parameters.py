@@ -1,4 +1,4 @@
-"""What a rank holds all the time: weights, gradient buffer, optimizer states."""
+"""Memory that a rank always needs: weights, gradient buffer, optimizer states."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.model.local_heads import LocalHeads
 
 BUFFER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128
-"""Megatron-Core pads parameters and buckets to so many elements under the distributed optimizer."""
+"""With the distributed optimizer, Megatron-Core pads parameters and buckets to multiples of these."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Parameter:
     Attributes:
         name: as in the model.
         numel: elements.
-        wide: fp32 whatever the model's precision.
+        wide: whether it is fp32 at any precision.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Parameter:
 
 
 def layer_parameters(model: ModelConfig, heads: LocalHeads, tp: int) -> list[Parameter]:
-    """Parameters of one layer on a tensor-parallel rank, as ``HydraAttention`` and its layer make them."""
+    """Parameters of one layer on a tensor-parallel rank, as in ``HydraAttention`` and its layer."""
     hidden, ffn = model.hidden_size, model.ffn_hidden_size // tp
     return [
         Parameter("input_layernorm", hidden),
@@ -59,13 +59,13 @@ def stage_parameters(
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """Bytes that stay from step to step, and for a moment of every step.
+    """Bytes that stay between steps, and those of the optimizer's update.
 
     Attributes:
         parameters, gradients, optimizer: of the trained model.
-        teacher: weights of the frozen one.
+        teacher: weights of the frozen teacher.
         update: temporaries of the optimizer's update.
-        trained: elements that are trained.
+        trained: number of trained elements.
     """
 
     parameters: int
@@ -86,14 +86,14 @@ def held_bytes(
     shards: int,
     gpu: bool,
 ) -> Held:
-    """What Megatron-Core's DDP, distributed optimizer and AdamW make of a rank's parameters.
+    """Memory of Megatron-Core's DDP, distributed optimizer and AdamW for a rank's parameters.
 
     Args:
         size: bytes of a weight.
-        trained: part of the name of what is trained; empty: everything.
+        trained: a part of the names of trained parameters; empty: all are trained.
         distributed: whether optimizer states are sharded.
-        shards: ranks that share them: data times context parallel.
-        gpu: torch's AdamW goes over all parameters at once there, one by one on the CPU.
+        shards: number of ranks that share them: data times context parallel.
+        gpu: whether it runs on a GPU, where torch's AdamW updates all parameters at once, not one by one.
     """
     weights = sum(p.numel * (4 if p.wide else size) for p in parameters)
     chosen = [p for p in parameters if trained in p.name]
@@ -104,7 +104,7 @@ def held_bytes(
         padded = sum(math.ceil(p.numel / BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT for p in chosen)
         weights += (padded - total) * size
     share = math.ceil(total / shards) if distributed else total
-    # fp32 weights are their own main copies; bf16 ones get one.
+    # fp32 weights are their own main copies; bf16 weights get a copy.
     copies = 0 if size == 4 else (total - wide) * share // max(total, 1) * 4
     states = 2 * 4 * share
     largest = max((p.numel for p in chosen), default=0)

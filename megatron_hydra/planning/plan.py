@@ -1,4 +1,4 @@
-"""A run on a machine: memory, FLOPs, traffic and time of one layout."""
+"""The plan of a run on a machine: memory, FLOPs, traffic and time of one layout."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from megatron_hydra.planning.timing import Machine, StepTime, step_time
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one layout comes to.
+    """The figures of one layout.
 
     Attributes:
         run: the layout.
         world: GPUs.
         micro_batches: of a step, on each data-parallel rank.
-        memory: of the fullest rank looked at.
+        memory: of the fullest rank.
         flops: of a step on the busiest rank, by phase; recomputation is ``recompute``.
         sent: bytes that a rank sends in a step, by kind.
         time: of a step.
@@ -41,16 +41,16 @@ class Plan:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of a step, all ranks together."""
+        """Tokens of a step on all ranks together."""
         return self.run.batch.global_batch_size * self.run.data.sequence_length
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the whole job."""
+        """Tokens per second of the whole job."""
         return self.tokens_per_step / self.time.total
 
     def validation_seconds(self, sequences: int) -> float:
-        """Of one validation: the replicas share its sequences, micro-batch by micro-batch."""
+        """Seconds of one validation, whose sequences the replicas share by micro-batches."""
         at_a_time = self.run.batch.micro_batch_size * self.data_parallel
         return -(-sequences // at_a_time) * self.time.forward_only
 
@@ -60,7 +60,7 @@ class Plan:
         return data_parallel_size(self.run, self.world)
 
     def layout(self) -> dict[str, object]:
-        """The layout in the config's own words."""
+        """The layout in the config's words."""
         parallel, recompute = self.run.parallel, self.run.recompute
         again: str = recompute.granularity
         if again == "selective":
@@ -74,7 +74,7 @@ class Plan:
 
 
 def _traffic(run: RunConfig, model: ModelConfig, rank: Rank, trained: int) -> dict[str, float]:
-    """Bytes that a rank sends once a step for data parallelism, and for a micro-batch between stages."""
+    """Bytes that a rank sends once per step for data parallelism, and per micro-batch between stages."""
     shards = rank.data_parallel * rank.cp
     share = (shards - 1) / shards
     # fp32 gradients are scattered and weights gathered, or gradients are all-reduced.
@@ -91,15 +91,15 @@ def plan_run(
 ) -> Plan:
     """Memory, FLOPs, traffic and time of a run.
 
-    The ranks looked at are the first and the last pipeline stage (most micro-batches in flight; the
-    loss), on each the tensor-parallel rank with the most FA heads.
+    It computes the first pipeline stage (most micro-batches in flight) and the last one (the loss), each on the
+    tensor-parallel rank with the most FA heads.
 
     Args:
-        model: what is trained.
+        model: the trained model.
         run: verb, layout, batch, precision, recomputation.
         world: GPUs.
-        machine: what they are.
-        gpu: GPU kernels; else the torch twins.
+        machine: the kind of GPU.
+        gpu: whether GPU kernels run; otherwise the torch twins.
 
     Raises:
         HydraError: the layout cannot work for this model, world or batch.
@@ -134,7 +134,7 @@ def plan_run(
 
 
 def expected_memory(model: ModelConfig, run: RunConfig, world: int, *, gpu: bool = True) -> Memory:
-    """Memory of the fullest rank, as :func:`plan_run` has it, on whatever machine.
+    """Memory of the fullest rank, as in :func:`plan_run`; it does not depend on the machine.
 
     Raises:
         HydraError: the layout cannot work for this model, world or batch.

@@ -1,4 +1,4 @@
-"""What the planner says, as a table for people or as JSON."""
+"""The planner's report, as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ BASIS = {
     "launches": "counted operator by operator; held within 15 % of the operators of a step on the CPU",
     "documents": "ASSUMED: every sequence is one document (the most attention there can be)",
 }
-"""What each figure rests on."""
+"""The assumptions of the figures."""
 
 TORCH_GDN = (
     "torch: the plain twin, as a GPU without FLA runs it. Memory is that of its operators, and so are the "
     "launches, which make up most of a small model's step (38,000 were measured in align of a 135M model on "
     "an H200, 85 % of the step); install flash-linear-attention"
 )
-"""Of a plan without FLA."""
+"""The note of a plan without FLA."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +43,12 @@ class StageCost:
 
     Attributes:
         budget: the stage.
-        tokens: that it reads.
+        tokens: number of tokens that it reads.
         plan: its layout.
-        hours: of wall-clock, validations included.
-        validating: hours of these.
+        hours: wall-clock hours, with validations.
+        validating: hours of validations.
         gpu_hours: of all GPUs.
-        price: of them, or ``None`` where no price was given.
+        price: of the GPU hours; ``None`` without a price per hour.
     """
 
     budget: StageBudget
@@ -61,7 +61,7 @@ class StageCost:
 
 
 def cost_of(budget: StageBudget, tokens: float, plan: Plan, price: float | None) -> StageCost:
-    """What a stage's tokens and validations take under a layout."""
+    """The cost of a stage's tokens and validations under a layout."""
     wanted = budget.validation
     validating = 0.0
     if wanted is not None:
@@ -80,7 +80,7 @@ def stage_cost(
     machine: Machine,
     price: float | None,
 ) -> StageCost:
-    """The fastest layout of a stage, and what its tokens take.
+    """The fastest layout of a stage, and the cost of its tokens.
 
     Raises:
         HydraError: nothing fits.
@@ -102,7 +102,7 @@ def all_stages(
     machine: Machine,
     price: float | None,
 ) -> tuple[list[StageCost], dict[str, str]]:
-    """What stages that share ``tokens`` cost, and why some have no plan."""
+    """Costs of stages that share ``tokens``, and why some have no plan."""
     costs: list[StageCost] = []
     refused: dict[str, str] = {}
     for budget in budgets:
@@ -181,7 +181,7 @@ def _short(plan: Plan) -> str:
 
 
 def ranked(plans: list[Plan], top: int) -> list[str]:
-    """The best layouts, one a line."""
+    """The best layouts, one for each line."""
     rows = [["layout", "sequences", "GiB", "s/step", "tokens/s"]]
     for plan in plans[:top]:
         rows.append(
@@ -230,7 +230,7 @@ def details(name: str, model: ModelConfig, plan: Plan) -> list[str]:
 
 
 def stage_lines(costs: dict[str, list[StageCost]], refused: dict[str, dict[str, str]]) -> list[str]:
-    """Every stage of every kind of model: hours and price; the sum names what it leaves out."""
+    """Hours and price of every stage of every kind of model; the sum names stages that it omits."""
     rows = [
         ["stage", "model", "tokens", "length", "tokens/s", "hours", "GPU-hours", "price", "layout"]
     ]
@@ -275,7 +275,7 @@ def compare(
     """Plans of every kind of model, and why there are none for the others.
 
     Raises:
-        HydraError: nothing fits for the last kind, the one that is planned for.
+        HydraError: nothing fits for the last kind, which is the planned model.
     """
     plans: dict[str, list[Plan]] = {}
     refused: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Layouts of a job, all that can be built, the fastest that fit first."""
+"""All possible layouts of a job, and those that fit, the fastest first."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ RECOMPUTE = (
     RecomputeConfig("selective", ("attention", "mlp")),
     RecomputeConfig("full"),
 )
-"""In order: the cheapest that fits is the fastest, so the search stops at the first."""
+"""In order of cost: the cheapest one that fits is the fastest, so the search stops there."""
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SHORTEST_SHARD = 1024
 """Tokens below which a sequence is not cut further."""
 
 MOST_BATCH_GROWTH = 2
-"""Rounding up leaves a step with less than so many times the sequences that were asked for."""
+"""After rounding up, a step has less than so many times the requested sequences."""
 
 MOST_TOKENS_PER_RANK = 2**15
-"""No micro-batch is made larger than that by putting more sequences into it."""
+"""Further sequences are not added to a micro-batch of this size."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is to be trained on what.
+    """The job: what to train, and on how many GPUs.
 
     Attributes:
         verb: the stage.
         sequence_length: tokens.
-        tokens_per_step: of all ranks, at least one sequence; replicas share it. Rounded up to as
-            many sequences as they can share equally.
-        gpus: how many.
+        tokens_per_step: of all ranks, at least one sequence. It is rounded up to a number of sequences that the
+            replicas can share equally.
+        gpus: number of GPUs.
         precision: ``bf16`` or ``fp32``.
-        distributed_optimizer: shard optimizer states.
-        loss_chunk: tokens whose logits exist at a time.
-        gated_delta_net: ``fla``, or ``torch``: the plain twin, as a GPU without FLA runs it.
+        distributed_optimizer: whether optimizer states are sharded.
+        loss_chunk: number of tokens whose logits exist at a time.
+        gated_delta_net: ``fla``, or ``torch``: the plain twin, as on a GPU without FLA.
     """
 
     verb: Verb
@@ -68,11 +68,11 @@ class Job:
 
     @property
     def sequences(self) -> int:
-        """Of a step, as asked for."""
+        """Requested number of sequences of a step."""
         return max(1, self.tokens_per_step // self.sequence_length)
 
     def batch(self, parallel: ParallelConfig, micro: int) -> int:
-        """Sequences of a step under a layout: every replica has as many micro-batches."""
+        """Sequences of a step under a layout: all replicas have equally many micro-batches."""
         ranks = parallel.tensor * parallel.context * parallel.pipeline
         at_a_time = micro * (self.gpus // ranks)
         return -(-self.sequences // at_a_time) * at_a_time
@@ -137,7 +137,7 @@ def search(model: ModelConfig, job: Job, machine: Machine) -> list[Plan]:
     """Plans that fit, the most tokens per second first.
 
     Raises:
-        HydraError: none fits; says how much the leanest one is short of, and of what it is made.
+        HydraError: none fits; names the missing memory of the smallest one, and its parts.
     """
     _check(job)
     found: list[Plan] = []
@@ -161,7 +161,7 @@ def search(model: ModelConfig, job: Job, machine: Machine) -> list[Plan]:
                 break
     if not found:
         raise HydraError(_does_not_fit(job, machine, leanest, refused))
-    # Of layouts that differ in nothing but the micro-batch, the fastest is enough.
+    # Of layouts that differ only in the micro-batch, the fastest is enough.
     best: dict[tuple[object, ...], Plan] = {}
     for plan in sorted(found, key=lambda p: -p.tokens_per_second):
         parallel = plan.run.parallel

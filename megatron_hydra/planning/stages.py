@@ -18,8 +18,8 @@ class ValidationBudget:
     """Validations of a run.
 
     Attributes:
-        times: how many.
-        sequences: that each reads, its probes' included.
+        times: number of validations.
+        sequences: number of sequences that each reads, with its probes.
     """
 
     times: int
@@ -27,7 +27,7 @@ class ValidationBudget:
 
 
 def validation_budget(run: RunConfig) -> ValidationBudget | None:
-    """What a run's ``validation`` section asks for; ``None`` where it is off."""
+    """The validations of a run's ``validation`` section; ``None`` without validation."""
     wanted, steps = run.validation, run.schedule.steps
     if not wanted.interval:
         return None
@@ -40,12 +40,12 @@ class StageBudget:
     """One stage.
 
     Attributes:
-        name: of its config in the recipe's folder.
-        verb: what it does.
+        name: of its config file in the recipe's folder.
+        verb: of the run.
         sequence_length: tokens of a sequence.
         tokens_per_step: of the global batch.
         share: of all tokens of the transfer.
-        validation: what is read beside the training, if anything.
+        validation: its validations, or ``None``.
     """
 
     name: str
@@ -62,14 +62,14 @@ STAGES = (
     StageBudget("finetune", "finetune", 65_536, 1_048_576, 0.14),
     StageBudget("finetune_512k", "finetune", 524_288, 1_048_576, 0.02),
 )
-"""As in ``configs/qwen3_1.7b/ours`` (a test holds them together)."""
+"""As in ``configs/qwen3_1.7b/ours`` (a test compares them)."""
 
 
 def recipe_stages(folder: str | os.PathLike[str]) -> tuple[list[StageBudget], int]:
     """The stages of a recipe, and the tokens of all of them.
 
-    A recipe is a folder of run configs, one a stage, in the order of their names; a file that names no
-    verb goes over the one before it.
+    A recipe is a folder of run configs, one for each stage, in the order of their names. A file without a verb
+    is merged into the one before it.
 
     Raises:
         HydraError: no such folder, no configs in it, or a config that cannot be read.

@@ -1,4 +1,4 @@
-"""From work, traffic and launches to seconds: a roofline with assumed efficiencies, and the host beside it."""
+"""From work, traffic and launches to seconds: a roofline with assumed efficiencies, and the host's time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from megatron_hydra.planning.tape.assembly import Part, Stage
 from megatron_hydra.planning.tape.tensors import Sent, Work
 
 UPDATE_BYTES = 102
-"""Read and written per parameter in an update. Torch's AdamW over lists makes a pass for each operation:
-decay of the weight 8 bytes, first moment 12, second 8 and 12, its root, correction and ε 8 each, the weight
-16. Beside it the gradient's norm 4, clipping 8, the bf16 copy 6, and the zeroed buffer 4."""
+"""Bytes read and written for each parameter in an update. Torch's AdamW over lists makes a pass for each
+operation: decay of the weight 8 bytes, first moment 12, second moment 8 and 12, its root, correction and ε 8
+each, the weight 16. In addition: the gradient's norm 4, clipping 8, the bf16 copy 6, the zeroed buffer 4."""
 
 FOREACH_ELEMENTS = 320 * 65_536
 """Elements that one launch of torch's operators on lists of tensors covers (its blocks, their chunk)."""
@@ -24,18 +24,18 @@ FOREACH_CALLS = 15
 """Such operators in a step: 12 of AdamW, the gradient's norm, clipping, the copy to bf16 weights."""
 
 STEP_LAUNCHES, BATCH_LAUNCHES = 30, 20
-"""Of a step besides: zeroed buffers, what ranks agree on, its numbers. Of a micro-batch: its tensors'
-copies to the device, boundaries of documents, rotary tables."""
+"""Further launches. Of a step: zeroed buffers, agreement of ranks, logged numbers. Of a micro-batch: copies to
+the device, boundaries of documents, rotary tables."""
 
 Seconds = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Launches:
-    """Kernels, by who launches them.
+    """Numbers of kernels, by what launches them.
 
     Attributes:
-        torch: torch's operators, collectives included.
+        torch: torch's operators, with collectives.
         triton: Triton, from Python.
     """
 
@@ -48,7 +48,7 @@ class Launches:
         return self.torch + self.triton
 
     def plus(self, other: Launches, times: float = 1.0) -> Launches:
-        """These, and the others so many times."""
+        """These launches, plus ``times`` times the others."""
         return Launches(self.torch + times * other.torch, self.triton + times * other.triton)
 
 
@@ -63,11 +63,11 @@ def count_launches(work: Iterable[Work], sent: Iterable[Sent]) -> Launches:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What runs the job.
+    """The machine of a job.
 
     Attributes:
         gpu: its data sheet.
-        efficiency: assumed shares of it.
+        efficiency: assumed shares of the data sheet.
     """
 
     gpu: Gpu
@@ -93,12 +93,12 @@ class Machine:
         return max(arithmetic, traffic) * work.repeats
 
     def host(self, launches: Launches) -> float:
-        """The host's seconds for launches."""
+        """Host seconds for launches."""
         share = self.efficiency
         return launches.torch * share.launch + launches.triton * share.triton_launch
 
     def link(self, ranks_below: int) -> float:
-        """Bytes/s between ranks of a group of that reach: inside a node or between nodes."""
+        """Bytes/s between ranks of a group, within a node or between nodes."""
         if ranks_below <= GPUS_PER_NODE:
             return self.gpu.nvlink * self.efficiency.nvlink
         return self.gpu.network * self.efficiency.network
@@ -110,11 +110,11 @@ class StepTime:
 
     Attributes:
         compute: arithmetic and memory traffic on the device, by phase.
-        communication: by kind, what is not hidden.
-        waiting: time in which the device waits for the host's launches.
-        bubble: waiting for other pipeline stages.
+        communication: seconds that are not hidden, by kind.
+        waiting: seconds in which the device waits for the host's launches.
+        bubble: seconds of waiting for other pipeline stages.
         update: the optimizer.
-        host: seconds that the host needs for all launches; most of them pass while the device works.
+        host: host seconds for all launches; most of them pass while the device works.
         launches: of the step.
         forward_only: seconds of one micro-batch of a validation: a forward without a gradient.
     """
@@ -141,7 +141,7 @@ class StepTime:
 
 
 def reach(axis: str, run: RunConfig, world: int) -> int:
-    """How many neighbouring ranks a group along ``axis`` spans (order: tensor, context, data, pipeline)."""
+    """Number of neighbouring ranks that a group along ``axis`` spans (tensor, context, data, pipeline)."""
     parallel = run.parallel
     inner = parallel.tensor * parallel.context
     return {
@@ -154,32 +154,32 @@ def reach(axis: str, run: RunConfig, world: int) -> int:
 
 
 class Clocks:
-    """The host, which launches ahead, and the device, which works in order.
+    """The host, which launches in advance, and the device, which works in order.
 
-    A part's kernels cannot start before the host begins to launch them, nor end before it has launched
-    the last one. So where the host needs longer, the device waits; where it does not, it gets ahead, and
-    what it has gained is not lost before the two meet.
+    A part's kernels cannot start before the host begins to launch them, nor end before it has launched the last
+    one. So if the host needs longer, the device waits. If the host is faster, it gets ahead, and it keeps this
+    lead until the device catches up.
     """
 
     def __init__(self) -> None:
         self.host = self.device = 0.0
 
     def run(self, host: float, device: float) -> None:
-        """One part: seconds of the host's launches and of the device's work."""
+        """Add one part: seconds of the host's launches and of the device's work."""
         begin = max(self.device, self.host)
         self.host += host
         self.device = max(begin + device, self.host)
 
     @property
     def end(self) -> float:
-        """When all that was launched is done."""
+        """The time when all launched work is done."""
         return max(self.host, self.device)
 
 
 def elapsed(parts: list[tuple[float, float]], micro_batches: int) -> float:
-    """Seconds of micro-batches one after the other, each of ``(host, device)`` parts."""
+    """Seconds of consecutive micro-batches, each of ``(host, device)`` parts."""
     clocks, ends = Clocks(), [0.0]
-    simulated = min(micro_batches, 4)  # from then on each one adds the same
+    simulated = min(micro_batches, 4)  # from here on, each one adds the same time
     for _ in range(simulated):
         for host, device in parts:
             clocks.run(host, device)
@@ -190,7 +190,7 @@ def elapsed(parts: list[tuple[float, float]], micro_batches: int) -> float:
 def _seconds(
     machine: Machine, run: RunConfig, world: int, part: Part
 ) -> tuple[Seconds, Seconds, Launches]:
-    """Of a part: computation by phase, communication by kind, launches."""
+    """Times of a part: computation by phase, communication by kind, launches."""
     compute: Seconds = defaultdict(float)
     sent: Seconds = defaultdict(float)
     for work in part.work:
@@ -203,8 +203,8 @@ def _seconds(
 
 @dataclasses.dataclass(frozen=True)
 class _Pace:
-    """Of one stage's micro-batches: device by phase and kind, launches of one, seconds of all, and of the
-    forward of one.
+    """Times of one stage's micro-batches: device by phase and kind, launches of one, seconds of all, and
+    seconds of one forward.
     """
 
     compute: Seconds
@@ -224,7 +224,7 @@ def _pace(
     launches = Launches(BATCH_LAUNCHES)
     pairs = [(machine.host(launches), 0.0)]
     forward = list(pairs)
-    for part in order:  # parts of equal layers are one object
+    for part in order:  # parts of equal layers are the same object
         if id(part) not in known:
             known[id(part)] = _seconds(machine, run, world, part)
             by_phase, by_kind, count = _seconds(machine, run, world, part.forward())
@@ -241,7 +241,7 @@ def _pace(
 
 
 def update_launches(trained: int) -> Launches:
-    """Of gradient norm, clipping and AdamW over lists of all tensors, and of the rest of a step.
+    """Launches of gradient norm, clipping and AdamW over lists of all tensors, and of the rest of a step.
 
     Args:
         trained: elements that the rank updates.
@@ -261,9 +261,8 @@ def step_time(
     """Seconds of a step.
 
     Args:
-        stages: of the pipeline ranks that were looked at; the slowest one sets the pace.
-        traffic: bytes that a rank sends once a step (``data``) and for every micro-batch
-            (``pipeline``).
+        stages: of the computed pipeline ranks; the slowest one decides the time.
+        traffic: bytes that a rank sends once per step (``data``) and per micro-batch (``pipeline``).
         trained: parameters that the rank updates.
     """
     efficiency, parallel = machine.efficiency, run.parallel
@@ -279,7 +278,7 @@ def step_time(
     sent["data"] += data * (1 - efficiency.overlap)
     once = update_launches(trained)
     update = trained * UPDATE_BYTES / (machine.gpu.bandwidth * efficiency.bandwidth)
-    # An operator on a list is one call, however many kernels it launches.
+    # An operator on a list is one call, for any number of kernels.
     calls = machine.host(Launches(FOREACH_CALLS + STEP_LAUNCHES))
     waits = slowest.elapsed - busy + max(0.0, calls - update)
     launches = once.plus(slowest.launches, micro_batches)

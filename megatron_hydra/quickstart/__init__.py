@@ -1,5 +1,5 @@
-"""The world of the quickstart and of the tiny experiments: a teacher that trains in minutes, and its tasks.
+"""Models and tasks of the quickstart and the tiny experiments: a teacher that trains in minutes.
 
-``shipped`` finds the teacher that comes with the package, which ``teacher`` has trained; ``vocabulary`` has its
-tokens; ``tasks`` generates what it learns and is asked. ``experiments.quickstart`` runs the method on it.
+``shipped`` finds the package's teacher, which ``teacher`` has trained. ``vocabulary`` has its tokens. ``tasks``
+generates its training data and questions. ``experiments.quickstart`` runs the method on it.
 """

@@ -1,4 +1,4 @@
-"""The files that come with the package: the tiny teacher, and the text that it was trained on."""
+"""Files of the package: the tiny teacher, and its training text."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 
 def shipped_teacher() -> Path:
-    """The folder of the teacher that comes with the package (Hugging Face format)."""
+    """The folder of the package's teacher (Hugging Face format)."""
     return Path(str(resources.files("megatron_hydra.quickstart").joinpath("shipped_teacher")))
 
 
 @functools.cache
 def shipped_text() -> str:
-    """The real text that comes with the package (see ``shipped_teacher/NOTICE.txt``)."""
+    """The package's real text (see ``shipped_teacher/NOTICE.txt``)."""
     return (shipped_teacher() / "text.txt").read_text()

@@ -1,8 +1,8 @@
-"""What the quickstart's models learn: real text with facts hidden in it, copying, and plain text.
+"""Tasks of the quickstart's models: real text with hidden facts, copying, and plain text.
 
-A *fact* is a key token followed by a value token. Facts sit at random places of a piece of real
-text; the end of the sequence asks for some of them: the key again, then the value, which is the
-answer. Every answer is one token, at a known position, so one forward scores all of them.
+A *fact* is a key token followed by a value token. Facts are at random places in real text. The end of the
+sequence asks for some of them: it has the key again, then the value, which is the answer. Every answer is one
+token at a known position, so one forward scores all answers.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Sample:
 
     Attributes:
         tokens: ``[S]`` int64.
-        loss_mask: ``[S]`` bool; whether the token *at* a position is a target of the loss. Keys and
-            values of facts are drawn at random, nothing can be learned from them: they are not.
-        answers: positions of the answer tokens, ascending; the prediction is made one before.
+        loss_mask: ``[S]`` bool; whether the token *at* a position is a target of the loss. Keys and values of
+            facts are random, so no model can learn them: they are not targets.
+        answers: positions of the answer tokens, ascending; the prediction is one position before.
         sources: for each answer, the position of the fact's value that it repeats.
     """
 
@@ -53,7 +53,7 @@ def _text_ids(tokenizer: Any) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class TaskGenerator:
-    """Draws samples. Holds no random state: the caller's ``rng`` decides everything.
+    """Draws samples. It has no random state: the caller's ``rng`` decides everything.
 
     Attributes:
         vocabulary: roles of the token ids.
@@ -69,7 +69,7 @@ class TaskGenerator:
         return cls(Vocabulary.of(tokenizer), _text_ids(tokenizer))
 
     def plain_text(self, rng: np.random.Generator, length: int) -> Sample:
-        """A piece of real text; every token but the first is a target."""
+        """A piece of real text; every token except the first is a target."""
         tokens = self._text_piece(rng, length)
         mask = np.ones(length, dtype=bool)
         mask[0] = False
@@ -87,12 +87,12 @@ class TaskGenerator:
     def needles(
         self, rng: np.random.Generator, length: int, pairs: int = PAIRS, queries: int = QUERIES
     ) -> Sample:
-        """``pairs`` facts hidden in real text, ``queries`` of them asked for at the end.
+        """``pairs`` facts hidden in real text; the end asks for ``queries`` of them.
 
         Args:
             length: S; facts are spread over the whole of the text, S − 2·queries tokens.
             pairs: facts with distinct keys, at most the number of key tokens.
-            queries: how many are asked for, at most ``pairs``.
+            queries: number of questions, at most ``pairs``.
 
         Raises:
             HydraError: the facts and questions do not fit into ``length``.
@@ -144,8 +144,8 @@ def needles(
     """Facts in text; see :meth:`TaskGenerator.needles`.
 
     Args:
-        loss: ``targets``: text and answers; ``all``: the facts' random tokens as well (for stage 1,
-            where every position shows what the teacher's attention does).
+        loss: ``targets``: text and answers; ``all``: also the facts' random tokens (for stage 1, which learns
+            from the teacher's attention at every position).
     """
     return _documents(TaskGenerator.of(tokenizer).needles(rng, length, pairs, queries), loss)
 
@@ -175,7 +175,7 @@ def _documents(sample: Sample, loss: Loss) -> list[Document]:
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval:
-    """Needles with as many facts at every length; one forward for all answers of a sequence.
+    """Needles with equally many facts at every length; one forward scores all answers of a sequence.
 
     Attributes:
         pairs, queries: see :meth:`TaskGenerator.needles`.
@@ -187,7 +187,7 @@ class Retrieval:
     name: str = "facts"
 
     def samples(self, request: SampleRequest) -> list[ScoredSample]:
-        """``request.count`` sequences of ``request.length`` tokens; depths come as they fall."""
+        """``request.count`` sequences of ``request.length`` tokens; depths are random."""
         tasks = TaskGenerator.of(request.tokenizer)
         rng = np.random.default_rng([request.seed, request.length])
         drawn = [
@@ -213,9 +213,9 @@ def retrieval() -> Retrieval:
 def write_selection_prompts(path: Path, tokenizer: Any, count: int, seed: int) -> None:
     """Clean and corrupted prompts, aligned token by token, as JSON lines of token ids.
 
-    The last token asks for a fact. In the corrupted prompt the asked key and the key of another
-    fact have changed places, so the right answer is the other fact's value: what a head must
-    notice is where the key stands, not only which value is there.
+    The last token asks for a fact. In the corrupted prompt the asked key and the key of another fact are
+    exchanged, so the right answer is the other fact's value. So a head must find the place of the key, not only
+    a value.
     """
     tasks = TaskGenerator.of(tokenizer)
     rng = np.random.default_rng(seed)
@@ -223,7 +223,7 @@ def write_selection_prompts(path: Path, tokenizer: Any, count: int, seed: int) -
     while len(lines) < count:
         sample = tasks.needles(rng, TRAIN_LENGTH, queries=2)
         clean = sample.tokens[: sample.answers[1]]
-        # The first query only says which other fact takes part; it must not stand in the prompt.
+        # The first query only selects the other fact; it must not be in the prompt.
         other, asked = sample.sources
         clean = np.delete(clean, [sample.answers[0] - 1, sample.answers[0]])
         corrupted = clean.copy()
@@ -241,7 +241,7 @@ def write_selection_prompts(path: Path, tokenizer: Any, count: int, seed: int) -
 
 
 def write_calibration(path: Path, tokenizer: Any, seed: int, count: int = 64) -> None:
-    """Sequences of the training length on which γ is calibrated, as JSON lines of token ids."""
+    """Sequences of the training length for calibrating γ, as JSON lines of token ids."""
     tasks, rng = TaskGenerator.of(tokenizer), np.random.default_rng([seed, 1])
     lines = [
         json.dumps({"tokens": tasks.needles(rng, TRAIN_LENGTH, queries=16).tokens.tolist()})

@@ -2,8 +2,8 @@
 
     python -m megatron_hydra.quickstart.teacher --output DIR --seed 0
 
-A curriculum, because needles learned from scratch sit on a plateau: copying first (induction heads
-form within a minute), then few facts, then all of them mixed with real text.
+It trains with a curriculum, because training on needles from scratch stays on a plateau. Copying comes first
+(induction heads form within a minute), then few facts, then all facts mixed with real text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Phase:
 
     Attributes:
         name: for the log.
-        steps: at most so many.
+        steps: largest number of steps.
         length: tokens of a sequence.
         copying, needles: shares of the sequences.
         pairs: least and most facts of a needle sequence.
@@ -150,7 +150,7 @@ def train(model: Any, tasks: TaskGenerator, seed: int, lr: float, batch: int) ->
 
 @command
 def main() -> int:
-    """Train, score, write the folder."""
+    """Train and score the teacher, and write its folder."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--output", type=path_argument, required=True, help="folder to write (Hugging Face format)"

@@ -31,8 +31,8 @@ class Vocabulary:
     """Token ids by their role.
 
     Attributes:
-        keys, values: ids that facts are made of, int64.
-        size: number of tokens in all.
+        keys, values: ids of facts' tokens, int64.
+        size: number of all tokens.
         end: id of the end-of-document token.
     """
 

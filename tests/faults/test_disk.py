@@ -70,7 +70,7 @@ def _after_first_checkpoint(
 
 
 def _fill(folder: Path, leave: int = 64 * 1024) -> None:
-    """Fill the disk until ``left`` bytes are free."""
+    """Fill the disk until so many bytes are free."""
     free = shutil.disk_usage(folder).free
     with (folder / "filler").open("wb") as file:
         file.write(b"\0" * max(0, free - leave))

@@ -1,4 +1,4 @@
-"""Fused decode steps against the plain layers, their twin: on a GPU, or in Triton's interpreter.
+"""Fused decode steps against their twin, the plain layers: on a GPU, or in Triton's interpreter.
 
 TRITON_INTERPRET=1 python -m tests.hf.decode_cases quick    # on a CPU
 TRITON_INTERPRET=1 python -m tests.hf.decode_cases all      # minutes
@@ -17,8 +17,8 @@ from megatron_hydra.hf import modeling_hydrahead as modeling
 from tests.hf.models import ALL, DENSE, HEADS, MIXED, make_model, tokens
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1}
-"""Relative; on a GPU, where sums have another order, ten times as much in fp32. In bf16 the models' own
-rounding comes to some percent: see :func:`no_worse`.
+"""Relative error bounds. On a GPU sums have another order, so the bound in fp32 is ten times as large. In bf16
+the models' own rounding is some percent: see :func:`no_worse`.
 """
 MODELS = {
     "head": (MIXED, {}, {}),
@@ -62,7 +62,7 @@ def model_of(kind, device, dtype):
 
 
 def filled(model, name, padding, device, length=9, room=8):
-    """A cache of two prompts, the first one padded at its left."""
+    """A cache of two prompts; the first one has padding on the left."""
     ids = tokens(2, length).to(device)
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
@@ -76,7 +76,7 @@ def filled(model, name, padding, device, length=9, room=8):
 
 
 def memories(cache):
-    """All that a cache holds, by layer and name."""
+    """All tensors of a cache, by layer and name."""
     for number, layer in enumerate(cache.layers):
         for name in (*layer.STORES, *layer.MEMORIES):
             tensor = getattr(layer, name)
@@ -94,7 +94,7 @@ def close(got, want, dtype, what):
 
 
 def no_worse(got, plain, want, what):
-    """As near to fp32 as the layers in the same dtype are; the interpreter rounds to bf16 by cutting off."""
+    """Assert that a result is as near to fp32 as the layers in its dtype; the interpreter truncates to bf16."""
     errors = [
         float((x.double() - want.double()).norm() / want.double().norm()) for x in (got, plain)
     ]
@@ -103,9 +103,9 @@ def no_worse(got, plain, want, what):
 
 
 def check(kind, name, padding, steps, device, dtype):
-    """Some steps by the fused kernels, and by the layers, from the same cache."""
+    """Run some steps by the fused kernels and by the layers, from the same cache."""
     model = model_of(kind, device, dtype)
-    # Keys enough for several programs, and a store that is hardly used.
+    # Enough keys for several programs, and a store that is nearly empty.
     length, room = (900, 3000) if kind == "wide" else (9, 8)
     fused = filled(model, name, padding, device, length, room)
     plain = copy.deepcopy(fused)
@@ -130,7 +130,7 @@ def check(kind, name, padding, steps, device, dtype):
 
 
 def check_prompt(kind, name, padding, device, dtype):
-    """A prompt in two calls by the fused kernels, and by the layers: all logits and all that is kept."""
+    """A prompt in two calls, by the fused kernels and by the layers: compare all logits and caches."""
     model = model_of(kind, device, dtype)
     length = 700 if kind == "wide" else 21
     ids = tokens(2, length).to(device)
@@ -166,7 +166,7 @@ QUICK = [("without-fa-or-gdn", "static", 3, 1)]
 CASES = [
     ("head", "dynamic", 0, 2),
     ("head", "dynamic", 3, 2),
-    *((kind, "static", 3, 1) for kind in MODELS if kind != "wide"),  # the interpreter takes it long
+    *((kind, "static", 3, 1) for kind in MODELS if kind != "wide"),  # slow in the interpreter
 ]
 ON_GPU = [
     (kind, name, padding, 3)
@@ -176,7 +176,7 @@ ON_GPU = [
 
 
 def check_full(device, dtype):
-    """A token for which a static cache has no room must not pass unnoticed."""
+    """A token that does not fit into a static cache is an error."""
     model = model_of("head", device, dtype)
     cache = StaticCache(config=model.config, max_cache_len=10)
     with torch.no_grad():

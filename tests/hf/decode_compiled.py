@@ -1,6 +1,6 @@
 """Worker: compile the kernels of fused decode steps for a Hopper GPU, on a machine that has none.
 
-As tests/ops/compiled.py does with the kernels of the package. Prints one line a kernel.
+It works like tests/ops/compiled.py. It prints one line for each kernel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KINDS = ("without-fa-or-gdn", "biases", "wide")
 
 
 def main() -> None:
-    """Launches are recorded, not run."""
+    """Record launches instead of running them."""
     compiled: dict = {}
     for name, value in list(vars(decode).items()):
         if name.endswith("_kernel"):

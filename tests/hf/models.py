@@ -92,7 +92,7 @@ def close(a, b, tolerance=1e-4):
 
 
 def flattened(lengths, *, positions=True, bounds=False, numbers=False):
-    """What transformers' collator makes of documents of these lengths."""
+    """Inputs that transformers' collator makes from documents of these lengths."""
     from transformers import DataCollatorWithFlattening
 
     collate = DataCollatorWithFlattening(
@@ -102,7 +102,7 @@ def flattened(lengths, *, positions=True, bounds=False, numbers=False):
 
 
 def export(model, folder):
-    """What the converter does with the files and the auto_map."""
+    """Write the files and the auto_map as the converter does."""
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {"auto_map": auto_map(), "architectures": [ARCHITECTURE]}

@@ -1,7 +1,7 @@
-"""Several devices on a machine that has a CPU only: tensors are on the CPU and say that they are elsewhere.
+"""Several devices on a CPU-only machine: tensors are on the CPU but report other devices.
 
-As with GPUs, an operation whose tensors lie on two devices fails, a single number excepted; and a tensor
-that is made without naming a device lies on none of the pretended ones.
+As with GPUs, an operation with tensors of two devices fails, except for single numbers. A tensor that is made
+without a device is on none of the pretended devices.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ _PLACE = "_pretended_device"
 
 
 def place_of(x: torch.Tensor) -> torch.device:
-    """Where a tensor says that it is."""
+    """The device that a tensor reports."""
     return getattr(x, _PLACE, HOST)
 
 
 def put(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Let a tensor say that it is there."""
+    """Let a tensor report this device."""
     setattr(x, _PLACE, device)
     return x
 
 
 class PretendedDevices(TorchFunctionMode):
-    """While it is entered, every function of torch checks its tensors' devices and places what it makes."""
+    """While active, every torch function checks its tensors' devices and sets the device of its results."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func == torch.Tensor.device.__get__:  # a new object every time
+        if func == torch.Tensor.device.__get__:  # a new object each time
             return place_of(args[0])
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
         places = {place_of(x) for x in tensors if x.dim()}
@@ -68,7 +68,7 @@ class PretendedDevices(TorchFunctionMode):
 
 
 def spread(model: torch.nn.Module, places: Mapping[str, torch.device]) -> None:
-    """What accelerate's ``dispatch_model`` does with a ``device_map`` of GPUs."""
+    """Do what accelerate's ``dispatch_model`` does with a ``device_map`` of GPUs."""
     from accelerate.hooks import attach_align_device_hook_on_blocks
 
     def device(name: str) -> torch.device:

@@ -1,6 +1,6 @@
-"""The caches of the exported model: transformers' containers, static shapes, offload, and taking tokens back.
+"""The exported model's caches: transformers' containers, static shapes, offload, and removing tokens.
 
-Truth is the model on one sequence, without padding and without a cache, in fp32.
+The reference is the model on one sequence in fp32, without padding and without a cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SEQUENCES = [tokens(1, n, seed=n) for n in (1, 3, 12)]
 
 
 def batch_of(sequences):
-    """Padded on the left."""
+    """Pad prompts on the left."""
     width = max(s.shape[1] for s in sequences)
     ids, mask = torch.zeros(2, len(sequences), width, dtype=torch.long)
     for row, sequence in enumerate(sequences):
@@ -58,7 +58,7 @@ CACHES = {
 @EVERY
 @pytest.mark.parametrize("name", CACHES)
 def test_every_cache_generates_what_no_cache_does(kind, name):
-    """Batches with padding, beams with several answers, and a second call that finds a used static cache."""
+    """Padded batches, beams with several answers, and a second call with a used static cache."""
     model = make_model(*KINDS[kind])
     batch = batch_of(SEQUENCES)
     expected = [truth(model, sequence) for sequence in SEQUENCES]
@@ -132,14 +132,14 @@ def tensors_of(layer):
 @EVERY
 @pytest.mark.parametrize("name", ["dynamic", "static"])
 def test_an_offloaded_cache_is_in_the_hosts_memory_between_its_layers(kind, name):
-    """Devices are pretended: what is used without being fetched first would meet another one."""
+    """Devices are pretended: a tensor that is used before it is fetched causes an error."""
     model, ids = make_model(*KINDS[kind]), tokens(2, 9)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
     for tensor in (*model.parameters(), *model.buffers()):
         put(tensor, FIRST)
     cache = CACHES[name](model.config)["past_key_values"]
-    cache.offloading = True  # as its argument does, which wants an accelerator for its stream
+    cache.offloading = True  # its argument does the same, but needs an accelerator for its stream
     pieces = []
     with torch.no_grad(), PretendedDevices():
         for start, end in ((0, 6), (6, 7), (7, 9)):
@@ -154,7 +154,7 @@ def test_an_offloaded_cache_is_in_the_hosts_memory_between_its_layers(kind, name
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["head", "token-gqa"])
 def test_a_step_with_a_static_cache_is_compiled_once_as_one_graph(kind):
-    """Of fixed shapes, as CUDA graphs need them; also after the cache was reset, and with a padded prompt."""
+    """Shapes are fixed, as CUDA graphs need; also after a reset of the cache, and with a padded prompt."""
     from torch._dynamo.testing import CompileCounter  # slow to import
 
     model, graphs = make_model(*KINDS[kind]), CompileCounter()
@@ -183,10 +183,10 @@ def test_a_step_with_a_static_cache_is_compiled_once_as_one_graph(kind):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_generate_compiles_the_steps_of_a_static_cache():
-    """As generate() does by itself on a GPU."""
+    """generate() does this by itself on a GPU."""
     model, graphs = make_model(), []
 
-    def noted(graph, inputs):  # a function: generate() copies all else
+    def noted(graph, inputs):  # a function, because generate() copies any other object
         graphs.append(graph)
         return graph.forward
 
@@ -201,17 +201,17 @@ def test_generate_compiles_the_steps_of_a_static_cache():
             **GREEDY,
         )
         assert out[0, -NEW:].tolist() == truth(model, sequence)
-    assert graphs  # they were compiled; and as one graph, or it would have raised
+    assert graphs  # steps were compiled; fullgraph raises if there are several graphs
 
 
-# -- taking tokens back ---------------------------------------------------------------------------
+# -- removing tokens ------------------------------------------------------------------------------
 
 
 @EVERY
 @pytest.mark.parametrize("padding", [0, 4])
 @pytest.mark.parametrize("undo", [512, 9])
 def test_tokens_are_removed(kind, padding, undo, monkeypatch):
-    """Out of one call, out of several, all of a call; then other tokens follow. Also where few are recorded."""
+    """Remove a part of a call, of several calls, or a whole call; then feed other tokens."""
     monkeypatch.setattr(cache_hydrahead, "UNDO", undo)
     model = make_model(*KINDS[kind])
     cache = HydraHeadCache(model.config)
@@ -225,7 +225,7 @@ def test_tokens_are_removed(kind, padding, undo, monkeypatch):
             if not number:
                 fresh[0, :padding] = 0
             if padding and number == 6:
-                fresh[1, 2:4] = 0  # in the middle of what is taken back
+                fresh[1, 2:4] = 0  # within the removed tokens
             mask = torch.cat((mask, fresh), dim=1)
             logits = model(ids[:, -new:], attention_mask=mask, past_key_values=cache).logits
             expected = model(ids, attention_mask=mask, use_cache=False).logits[:, -new:]
@@ -273,7 +273,7 @@ def test_tokens_that_were_not_recorded_cannot_be_removed(kind):
     model, ids = make_model(*KINDS[kind]), tokens(2, 12)
     with torch.no_grad():
         cache = model(ids[:, :8], use_cache=True).past_key_values
-        if kind == "dense":  # keys are all that there is
+        if kind == "dense":  # the layers have only keys
             cache.crop(-3)
             logits = model(ids[:, 5:], past_key_values=cache).logits
             close(logits, model(ids, use_cache=False).logits[:, 5:])
@@ -287,7 +287,7 @@ def test_tokens_that_were_not_recorded_cannot_be_removed(kind):
         with pytest.raises(ValueError, match="1 of them were not recorded"):
             cache.crop(-3)
         logits = model(ids[:, 10:], past_key_values=cache).logits
-        close(logits, model(ids, use_cache=False).logits[:, 10:])  # nothing was half removed
+        close(logits, model(ids, use_cache=False).logits[:, 10:])  # nothing was removed in part
         static = StaticCache(config=model.config, max_cache_len=20)
         model(ids, past_key_values=static)
         with pytest.raises(ValueError, match="static cache of a HydraHead model cannot be cropped"):
@@ -295,7 +295,7 @@ def test_tokens_that_were_not_recorded_cannot_be_removed(kind):
 
 
 def doubtful(model, share=0.02):
-    """A draft that agrees with the model now and then."""
+    """A draft model that sometimes agrees with the model."""
     draft = copy.deepcopy(model)
     torch.manual_seed(7)
     with torch.no_grad():
@@ -314,7 +314,7 @@ def qwen3():
 
 
 def counted(monkeypatch):
-    """How many tokens each ``crop`` of a layer of ours took back."""
+    """Number of tokens that each ``crop`` of our layers removed."""
     removed = []
     crop = cache_hydrahead.HydraHeadCacheLayer.crop
 
@@ -331,14 +331,14 @@ def counted(monkeypatch):
     "kind", [k if k == "head" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
 )
 def test_assisted_decoding_gives_the_models_own_tokens(kind, monkeypatch):
-    """A HydraHead model as the one that is helped, as the one that helps, as both; prompt lookup."""
+    """A HydraHead model as the main model, as the draft model, and as both; also prompt lookup."""
     model, dense = make_model(*KINDS[kind]), qwen3()
     text = torch.cat(
         [tokens(1, 6, seed=3)] * 3, dim=1
-    )  # it repeats itself: there is something to look up
+    )  # it repeats itself, so that a lookup finds something
     new = 16
     options = {**GREEDY, "max_new_tokens": new, "attention_mask": torch.ones_like(text)}
-    options["eos_token_id"] = 10**6  # transformers 5.0 wants one here; this never comes
+    options["eos_token_id"] = 10**6  # transformers 5.0 requires one; the model never produces it
     cases = {
         "lookup": (model, {"prompt_lookup_num_tokens": 4}),
         "own draft": (model, {"assistant_model": doubtful(model)}),
@@ -350,7 +350,7 @@ def test_assisted_decoding_gives_the_models_own_tokens(kind, monkeypatch):
         removed = counted(monkeypatch)
         out = target.generate(text, **options, **extra)
         assert out[0, -new:].tolist() == truth(target, text, new), name
-        assert sum(removed) > 0, name  # some were refused
+        assert sum(removed) > 0, name  # some drafts were refused
         monkeypatch.undo()
 
 
@@ -401,7 +401,7 @@ def test_a_cache_without_support_for_states_is_refused():
 @pytest.mark.parametrize("name", ["dynamic", "offloaded", "static", "offloaded_static"])
 @pytest.mark.parametrize("kind", ["head", "token"])
 def test_every_cache_generates_what_no_cache_does_on_a_gpu(kind, name):
-    """There generate() compiles the steps of a static cache, with CUDA graphs."""
+    """On a GPU generate() compiles the steps of a static cache with CUDA graphs."""
     model = make_model(*KINDS[kind], head_dim=64).cuda()
     batch = {k: v.cuda() for k, v in batch_of(SEQUENCES).items()}
     expected = [truth(model, sequence.cuda()) for sequence in SEQUENCES]

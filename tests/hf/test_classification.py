@@ -1,4 +1,4 @@
-"""Labels of sequences and of tokens by the exported model, loaded from an export like a user does."""
+"""The exported model labels sequences and tokens; tests load it from an export as a user does."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def padded(side):
         ("token", "right", True),
         ("sequence", "left", True),
         ("sequence", "right", True),
-        ("sequence", "right", False),  # the pad token says where a text ends
+        ("sequence", "right", False),  # the pad token marks the end of a text
     ],
 )
 def test_a_padded_batch_equals_single_sequences(folder, task, side, masked):
@@ -69,7 +69,7 @@ def test_a_padded_batch_equals_single_sequences(folder, task, side, masked):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_few_steps_of_training_then_saved_and_loaded(folder, task, tmp_path):
-    """The loss falls, every weight of the decoder learns, and what is saved loads as it was."""
+    """The loss falls, every weight of the decoder changes, and the saved model loads unchanged."""
     model = load(folder, task).train()
     ids, mask = padded("right")
     labels = ids % 4 if task == "token" else torch.tensor([0, 1, 2])

@@ -1,4 +1,4 @@
-"""Fused decode steps: equal to the plain layers, and not used if they could differ."""
+"""Fused decode steps equal the plain layers, and are not used if they could differ."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_fused_weights_are_the_parameters_under_their_own_names(as_on_a_gpu, tmp
     own = sum(p.numel() * p.element_size() for p in model.parameters())
     assert (
         sum(held.values()) < 1.02 * own + 3 * 16 * 40 * 4
-    )  # but for the padded rows, nothing twice
+    )  # except for padded rows, nothing is stored twice
     want = plain.state_dict()
     assert model.state_dict().keys() == want.keys()
     assert all(torch.equal(x, want[name]) for name, x in model.state_dict().items())
@@ -68,7 +68,7 @@ def test_fused_weights_are_the_parameters_under_their_own_names(as_on_a_gpu, tmp
     model.save_pretrained(tmp_path)
     again = modeling.HydraHeadForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(x, want[name]) for name, x in again.state_dict().items())
-    # They can be trained: an update of a parameter is one of the fused weights.
+    # Parameters can be trained: an update also changes the fused weights.
     layer = model.model.layers[0]
     layer.self_attn.fa_q_proj.weight.data.fill_(3.0)
     begin = layer.fused.heads.columns["fa_q_proj"]
@@ -98,13 +98,13 @@ def test_any_change_of_a_layer_switches_to_the_plain_path(as_on_a_gpu):
     decode.prepare(layer, X)
     handle.remove()
     decode.prepare(layer, X)
-    assert layer.fused is not None  # as before
+    assert layer.fused is not None  # unchanged
     for p in layer.parameters():
-        p.data = p.data.clone()  # as load_state_dict(assign=True), say
+        p.data = p.data.clone()  # as load_state_dict(assign=True) does
     old = layer.fused
     decode.prepare(layer, X)
     assert layer.fused not in (None, old)
-    model.to("cpu")  # nothing moves
+    model.to("cpu")  # no tensor moves
     assert all(layer.fused is not None for layer in model.model.layers)
     model.to(torch.float64)
     assert all(layer.fused is None for layer in model.model.layers)
@@ -113,7 +113,7 @@ def test_any_change_of_a_layer_switches_to_the_plain_path(as_on_a_gpu):
 
 
 def test_parameters_in_a_shared_storage_are_not_moved(as_on_a_gpu):
-    """As FSDP keeps them."""
+    """Parameters are views of one flat tensor, as under FSDP."""
     layer = make_model().model.layers[0]
     weight = layer.self_attn.fa_q_proj.weight
     flat = torch.cat((weight.detach().flatten(), torch.zeros(3)))
@@ -195,7 +195,7 @@ def test_compiled_and_captured_steps_are_fused_and_equal_eager_ones(how):
         with torch.no_grad():
             for _ in range(
                 2 if how == "graph" and not number else 1
-            ):  # before a capture it runs once
+            ):  # a step runs once before its capture
                 want = model(new, past_key_values=eager).logits
         decode_cases.close(results[0], want, torch.bfloat16, f"{how}, step {number}")
     assert all(layer.fused is not None for layer in model.model.layers)

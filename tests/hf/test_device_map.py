@@ -1,6 +1,6 @@
-"""The exported model where ``device_map`` puts it: over two devices, in the host's memory, on disk.
+"""The exported model with a ``device_map``: on two devices, in host memory, on disk.
 
-Truth is the same model in one place; transformers' own Qwen3 shows that the means are sound.
+The reference is the same model on one device. transformers' own Qwen3 shows that the method works.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ EVERY = pytest.mark.parametrize(
 
 
 def cut(first, second, layers=3):
-    """Where each block goes: the decoder is cut after its first layer; the tables of the rotary embedding
-    are where a ``device_map`` puts what comes last.
+    """The device of each block: the decoder is cut after its first layer. The rotary tables are on the device
+    of the last blocks.
     """
     places = {"model.embed_tokens": first, "model.layers.0": first}
     places |= {f"model.layers.{i}": second for i in range(1, layers)}
@@ -47,7 +47,7 @@ BEAMS = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
 
 
 def everything(model, inputs, *, packed=True):
-    """What a user does with it, by name; ``inputs`` places a batch."""
+    """A user's calls by name; ``inputs`` moves a batch to its device."""
     with torch.no_grad():
         batch, right = inputs(padded()), inputs(padded())
         right["attention_mask"] = right["attention_mask"].flip(1)
@@ -56,7 +56,7 @@ def everything(model, inputs, *, packed=True):
         results |= {f"hidden {i}": x for i, x in enumerate(out.hidden_states)}
         results["greedy"] = model.generate(**batch, **GREEDY)
         results["beams"] = model.generate(**batch, **BEAMS)
-        empty = DynamicCache(config=model.config)  # transformers 5.0 makes none for chunks
+        empty = DynamicCache(config=model.config)  # transformers 5.0 makes no cache for chunks
         results["chunked"] = model.generate(
             **batch, prefill_chunk_size=5, past_key_values=empty, **GREEDY
         )
@@ -92,7 +92,7 @@ def as_is(batch):
 
 @EVERY
 def test_two_devices_equal_one(kind):
-    """No operation meets two devices, and everything that comes out is the same to the bit."""
+    """No operation has tensors of two devices, and all results are bitwise equal."""
     model = MODELS[kind]()
     expected = everything(model, as_is, packed=kind != "qwen3")
     spread(model, cut(FIRST, SECOND))
@@ -117,7 +117,7 @@ def test_offloaded_weights_equal_those_in_place(kind, where, tmp_path):
 
 
 def load(folder, device_map, **options):
-    """As a user does, with the export's own code."""
+    """Load as a user does, with the export's own code."""
     return AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, device_map=device_map, **options
     ).eval()
@@ -136,7 +136,7 @@ def test_an_export_of_which_a_part_stays_on_disk(tmp_path):
 
 
 def test_a_layer_is_never_cut_in_two():
-    """Of a ``device_map`` that is found for the room there is, blocks are whole layers."""
+    """A ``device_map`` that is computed from the free memory keeps layers whole."""
     model = make_model(*KINDS["head"])
     layers = model.model.layers
     embedding, first, second = (
@@ -154,7 +154,7 @@ def test_a_layer_is_never_cut_in_two():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
 @pytest.mark.parametrize("kind", ["head", "token"])
 def test_two_gpus_equal_one(kind, dtype, tolerance, tmp_path):
-    """In bf16 by the fast kernels; their tuning may differ between two cards, so tokens are not compared."""
+    """In bf16 by the fast kernels. Tokens are not compared: the kernels' tuning may differ between cards."""
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs 2 GPUs, this machine has {torch.cuda.device_count()}")
     export(make_model(*KINDS[kind], head_dim=64), tmp_path)

@@ -1,6 +1,6 @@
-"""Every row of the paper's comparison, exported and loaded as a user would: what it generates, what it keeps.
+"""Each row of the paper's comparison, exported and loaded as by a user: its output and its cache.
 
-The weights are random with slow decays, so that a token lost, doubled or leaked between sequences shows.
+Weights are random with slow decays, so that a lost, doubled or leaked token changes the output.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DENSE = ModelConfig(
     family="qwen3", num_layers=LAYERS, hidden_size=40, ffn_hidden_size=56, vocab_size=61,
     num_query_heads=HEADS, num_kv_heads=GROUPS, head_dim=D, qk_norm=True, max_position_embeddings=256,
     rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-    # see tests/parallel/layouts.py: a first GDN output that vanishes by chance magnifies rounding
+    # a first GDN output near zero magnifies rounding, see tests/parallel/layouts.py
     norm_eps=1e-4,
 )  # fmt: skip
 EVERY = tuple(range(HEADS))
@@ -49,7 +49,7 @@ def random_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
     return weights
 
 
-SLOW = {"shared"}  # its layer is hydrahead's; tests/hf/test_modeling_hydrahead.py has its cache
+SLOW = {"shared"}  # its layer is hydrahead's; tests/hf/test_modeling_hydrahead.py tests its cache
 
 
 @pytest.fixture(
@@ -62,7 +62,7 @@ def kind(request):
 
 @pytest.fixture(scope="module")
 def model(kind, tmp_path_factory):
-    """From a Megatron checkpoint to a folder to transformers."""
+    """Export a Megatron checkpoint and load the folder in transformers."""
     hydra, heads = KINDS[kind]
     config = DENSE
     if hydra is not None:
@@ -108,7 +108,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": 0, "eos_toke
 
 
 def generate(model, ids, mask=None, **options):
-    """New tokens, and the logits that each was chosen by."""
+    """New tokens, and the logits that chose each of them."""
     mask = torch.ones_like(ids) if mask is None else mask
     out = model.generate(
         ids, attention_mask=mask, **GREEDY, **options, output_logits=True,
@@ -128,7 +128,7 @@ def test_greedy_with_cache_equals_without(model, length):
 
 @pytest.mark.parametrize("chunk", [None, 11])
 def test_a_left_padded_batch_equals_single_sequences(model, chunk):
-    """Also where the prompt goes in by chunks, of which the first are padding for most rows."""
+    """Also for a prompt in chunks, the first of which are padding in most rows."""
     widest = max(PROMPTS)
     ids = torch.zeros(len(PROMPTS), widest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -144,7 +144,7 @@ def test_a_left_padded_batch_equals_single_sequences(model, chunk):
         torch.testing.assert_close(batch_logits[row], logits[0], rtol=0, atol=1e-4)
 
 
-KV = 2 * GROUPS * D * 4  # bytes of one token's keys and values, all KV groups of one layer, fp32
+KV = 2 * GROUPS * D * 4  # bytes of one token's keys and values: all KV groups of one layer, fp32
 STATE = HEADS * (D * D + 3 * (CONV - 1) * D) * 4  # all heads of one layer: state, convolution tail
 KEPT = (WINDOW - 1) * KV + WINDOW * (2 * HEADS * D + 2 * HEADS) * 4  # keys, values; waiting writes
 EXPECTED = {
@@ -152,18 +152,18 @@ EXPECTED = {
     "layer-wise": (KV, 2 * STATE),
     "token-wise": (0, LAYERS * (STATE + KEPT)),
     "mixing": (LAYERS * KV, LAYERS * STATE),
-    # heads 1, 2, 3 read two KV groups, heads 0 and 5 two
+    # heads 1, 2, 3 read two KV groups; so do heads 0 and 5
     "hydrahead": (4 * KV / GROUPS, (3 + 6 + 4) * STATE / HEADS),
     "shared": (
         4 * KV / GROUPS,
         (3 + 6 + 4) * STATE / HEADS,
-    ),  # one projection serves what is kept apart
+    ),  # one projection, but separate caches
     "all-gdn": (0, LAYERS * STATE),
 }
 
 
 def test_the_cache_in_use_has_only_the_tensors_of_the_kind(kind, model):
-    """KV bytes per token, and bytes per sequence that do not grow (with one 64-bit counter)."""
+    """KV bytes of a token, and fixed bytes of a sequence (with one 64-bit counter)."""
     measured = measure_cache_bytes(model, 64)
     per_token, fixed = EXPECTED[kind]
     assert measured["kv_bytes_per_token"] == per_token

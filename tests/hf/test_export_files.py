@@ -1,4 +1,4 @@
-"""The check that a folder has only this package's code for transformers to run."""
+"""The check that a folder contains no code for transformers except this package's."""
 
 from __future__ import annotations
 

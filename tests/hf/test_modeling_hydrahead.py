@@ -54,7 +54,7 @@ def rule_inputs(length, heads=3, d=16, dv=16, dtype=torch.float32, linear="gdn")
     q, k = (torch.randn(2, length, heads, d, generator=g, dtype=dtype) for _ in range(2))
     q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
     v = torch.randn(2, length, heads, dv, generator=g, dtype=dtype)
-    # Slow decay: with a fast one, mistakes beyond a few tokens would vanish.
+    # The decay is slow: a fast one would hide mistakes after a few tokens.
     decays = heads * d if linear == "kda" else heads
     log_alpha = -0.02 * torch.rand(2, length, decays, generator=g, dtype=dtype)
     beta = torch.rand(2, length, heads, generator=g, dtype=dtype)
@@ -88,7 +88,7 @@ def test_delta_rule_equals_the_float64_recurrence(length, rule, linear):
 
 
 def test_delta_rule_survives_identical_keys():
-    """Identical keys with full write strength make the chunk's system as bad as it gets."""
+    """Identical keys with full write strength give the worst-conditioned system of a chunk."""
     q, _, v, log_alpha, _, state = rule_inputs(128)
     k = torch.zeros_like(q)
     k[..., 0] = 1.0
@@ -108,7 +108,7 @@ def test_delta_rule_equals_fla_and_transformers():
     close(output, fla_output, 2e-6)
     close(final, fla_final, 5e-6)
 
-    # Its module picks FLA's kernels whenever FLA imports, which then want a driver.
+    # Its module takes FLA's kernels if FLA can be imported; they need a driver.
     blocked = {
         name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "fla"
     }
@@ -154,7 +154,7 @@ def test_autocast_leaves_the_delta_rule_and_its_gradients_in_fp32(rule):
 
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_under_autocast_the_rule_gets_what_fast_kernels_take(qk_norm, monkeypatch):
-    """And the gradient is that of fp32, as far as 16 bits carry."""
+    """The gradient also equals that of fp32, up to rounding to 16 bits."""
     model, ids = make_model(qk_norm=qk_norm), tokens(2, 70)
     rule, seen, gradients = modeling.gated_delta_rule, [], []
 
@@ -179,7 +179,7 @@ def test_under_autocast_the_rule_gets_what_fast_kernels_take(qk_norm, monkeypatc
 
 
 def as_dense(teacher, **fields):
-    """The HydraHead model with every head FA that has the teacher's weights, strictly loaded."""
+    """The HydraHead model whose heads are all FA, with the teacher's weights, strictly loaded."""
     own = {name: getattr(teacher.config, name) for name in SHAPE}
     own["head_dim"] = teacher.model.layers[0].self_attn.head_dim
     config = HydraHeadConfig(
@@ -245,7 +245,7 @@ def as_dense_of(teacher, shape, **fields):
 
 
 class Equations:
-    """Design §2 read head by head and token by token, for one sequence ``[T, D]``."""
+    """Design §2, computed head by head and token by token for one sequence ``[T, D]``."""
 
     def __init__(self, attention, x):
         self.a, self.x, self.config, self.s = attention, x, attention.config, attention.switches
@@ -293,7 +293,7 @@ class Equations:
         return out * 2 * self.rows("fa_gate_proj", i).sigmoid() if self.s["fa_gate"] else out
 
     def part(self, branch, part, index):
-        """Q of a head, or k or v of an index among those that the branch reads."""
+        """The q of a head, or a k or v that the branch reads, by index."""
         if self.s["qkv"] == "shared" and part != "q":
             heads = getattr(self.a, f"{branch}_heads")
             own = branch == "gdn" and self.s["gdn_kv"] == "mha"
@@ -324,7 +324,7 @@ class Equations:
         alpha = (-self.a.gdn_A_log[i].exp() * torch.nn.functional.softplus(step)).exp()
         state, rows = torch.zeros(self.d, self.d), []
         for now in range(self.length):
-            t = now - self.window  # the token that has just left the window; else this one
+            t = now - self.window  # the token that has just left the window, or this one
             if t >= 0:
                 state = alpha[t] * (state - beta[t] * torch.outer(k[t], k[t] @ state))
                 state = state + beta[t] * torch.outer(k[t], v[t])
@@ -354,7 +354,7 @@ class Equations:
         return self.project(outputs)
 
     def fused(self, branch):
-        """One of the two outputs of every head, where every head has both."""
+        """One of each head's two outputs, in a model whose heads have both."""
         outputs = []
         for h in range(self.config.num_attention_heads):
             kv = h if branch == "gdn" and self.s["gdn_kv"] == "mha" else h // self.group
@@ -407,7 +407,7 @@ def test_layer_equals_its_equations(hydra, bias):
 
 
 def test_switches_are_those_of_the_package():
-    """hf/ may not import the package, so its list of switches is checked here."""
+    """hf/ may not import the package, so this test compares the two lists of switches."""
     absent = {name: default for name, (default, _) in SWITCHES.items()}
     newer = {
         name: value for name, value in vars(HydraConfig()).items() if name in BEFORE_THE_SWITCH
@@ -443,7 +443,7 @@ def test_chunked_prefill_and_decode_equal_one_pass(heads, hydra, cuts):
     "side, block", [("left", 1 << 26), ("right", 1 << 26), ("both", 1 << 26), ("left", 300)]
 )
 def test_padded_batch_equals_single_sequences(heads, hydra, side, block, monkeypatch):
-    """Also in chunks, and also where the attention mask is built block by block."""
+    """This also holds in chunks, and if the attention mask is built block by block."""
     monkeypatch.setattr(modeling, "MASK_ELEMENTS", block)
     model, lengths, width = make_model(heads, hydra), (2, 75, 90, 31), 90
     ids, mask = torch.full((4, width), 7), torch.zeros(4, width, dtype=torch.long)
@@ -492,7 +492,7 @@ def test_generation_with_and_without_cache(heads, hydra):
     chunked = model.generate(ids, attention_mask=mask, prefill_chunk_size=11, **options)
     assert torch.equal(batch, chunked)
     for row, sequence in enumerate(sequences):
-        # Given, or generate() takes the prompt's zeros for padding.
+        # Without a mask, generate() would read the prompt's zeros as padding.
         options["attention_mask"] = torch.ones_like(sequence)
         single = model.generate(sequence, **options)
         uncached = model.generate(sequence, use_cache=False, **options)
@@ -501,7 +501,7 @@ def test_generation_with_and_without_cache(heads, hydra):
 
 
 class HostWaits(TorchDispatchMode):
-    """Counts values read back and tensors made from host numbers: on a GPU, the host waits for both."""
+    """Counts reads of values and tensors made from host numbers: on a GPU the host waits for both."""
 
     WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
 
@@ -540,13 +540,13 @@ def test_decoding_never_makes_the_host_wait(heads, hydra, padding):
     )
     assert len(counts) == 6
     assert counts[0] > 0  # the prompt's mask is read
-    assert counts[2:] == [0] * 4  # the first step may have made indices that the others find
+    assert counts[2:] == [0] * 4  # the first step may make indices that later steps reuse
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compiled_decode_steps_are_compiled_a_few_times_only():
-    """As one graph, whatever the length: compiled again for a store of keys that has grown, or grows."""
+    """One graph for all lengths; it is compiled again only when the store of keys grows."""
     from torch._dynamo.testing import CompileCounter  # slow to import
 
     model, graphs = make_model(), CompileCounter()
@@ -564,9 +564,9 @@ def test_compiled_decode_steps_are_compiled_a_few_times_only():
             close(fast, eager)
             counts.append(graphs.frame_count)
     capacity = caches[1].layers[0].keys.shape[2]
-    assert capacity > 8 + 8 // 8 + 32 + 1  # the store grew more than once
+    assert capacity > 8 + 8 // 8 + 32 + 1  # the store has grown more than once
     assert counts[-1] <= 4
-    assert counts[-1] == counts[steps // 2]  # and never again
+    assert counts[-1] == counts[steps // 2]  # no further compilation
 
 
 @pytest.mark.parametrize("kind", ["head", "token"])
@@ -604,7 +604,7 @@ def test_a_mask_that_contradicts_the_cache_is_refused(kind):
             (torch.ones_like(mask), mask, r"has 0 for earlier columns .*row 0, column 0"),
             (mask, torch.ones_like(mask), r"has 1 for earlier columns .*row 0, column 0"),
         ):
-            for end in (8, 12):  # one new token, and several
+            for end in (8, 12):  # one new token, then several
                 cache = model(ids[:, :7], attention_mask=first[:, :7]).past_key_values
                 with pytest.raises(ValueError, match=message):
                     model(ids[:, 7:end], attention_mask=then[:, :end], past_key_values=cache)
@@ -617,7 +617,7 @@ def test_a_mask_that_contradicts_the_cache_is_refused(kind):
 
 
 def test_a_row_that_ended_early_cannot_be_hidden_in_the_next_turn():
-    """Batched chat: generate() fed the end tokens of the finished row to its state."""
+    """Batched chat: generate() has also fed end tokens into the state of the finished row."""
     model, ids = make_model(), tokens(2, 8)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     options["return_dict_in_generate"] = True
@@ -669,7 +669,7 @@ def test_cache_holds_the_kv_groups_of_full_attention_heads_only():
     with torch.no_grad():
         short = model(tokens(2, 20), use_cache=True).past_key_values
         long = model(tokens(2, 50), use_cache=True).past_key_values
-    # Heads 1, 2, 3 read KV groups 0 and 1; heads 0, 1 read group 0: three groups in all.
+    # Heads 1, 2, 3 read KV groups 0 and 1; heads 0, 1 read group 0: three groups together.
     per_token = 2 * 3 * SHAPE["head_dim"] * 4
     assert (long.kv_bytes() - short.kv_bytes()) == 2 * 30 * per_token
     assert short.kv_bytes() == 2 * 20 * per_token
@@ -706,7 +706,7 @@ def test_positions_and_masks_that_would_be_misread_are_refused():
     "said", [{}, {"bounds": True, "positions": False}, {"bounds": True, "numbers": True}]
 )
 def test_packed_documents_equal_separate_ones(heads, hydra, said):
-    """Logits, loss and every gradient; documents of a chunk's length and of a single token among them."""
+    """Logits, loss and every gradient; some documents have a chunk's length, some a single token."""
     model, lengths = make_model(heads, hydra), (30, 1, 64, 2, 75)
     model.train()
     batch = flattened(lengths, **said)
@@ -733,7 +733,7 @@ def test_packed_documents_equal_separate_ones(heads, hydra, said):
 
 @pytest.mark.parametrize("kind", ["head", "token"])
 def test_packed_documents_in_several_rows_with_padding(kind):
-    """Reset positions alone, padding before, between and behind documents."""
+    """Only positions mark documents; padding is before, between and after them."""
     model, width = make_model(*KINDS[kind]), 40
     rows = [[(0, 12), (12, 28)], [(3, 20), (22, 30), (30, 31)]]
     ids, mask = tokens(2, width), torch.zeros(2, width, dtype=torch.long)
@@ -850,7 +850,7 @@ assert not any(name.split(".")[0].startswith("megatron") for name in sys.modules
 
 
 def run_elsewhere(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Python in a folder, with a home of its own and nobody to answer questions; it has to succeed."""
+    """Run Python in a folder, with its own home and no stdin; it must succeed."""
     result = subprocess.run(
         [sys.executable, *words],
         stdin=subprocess.DEVNULL,
@@ -861,7 +861,9 @@ def run_elsewhere(folder: Path, *words: str) -> subprocess.CompletedProcess[str]
             "HF_HOME": str(folder / "home"),
             "PATH": "",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(transformers.__file__).parents[1]),  # the one of these tests
+            "PYTHONPATH": str(
+                Path(transformers.__file__).parents[1]
+            ),  # the transformers of these tests
         },
         check=False,
     )
@@ -971,7 +973,7 @@ def test_config_reads_rope_theta_in_its_older_place():
 
 
 def test_heads_that_flash_qla_cannot_compute_go_to_flas_own_kernels(monkeypatch):
-    """Once for each number of heads; inputs that both refuse, no memory, and a user's word end the call."""
+    """FlashQLA is tried once for each number of heads. Bad inputs, no memory, and a user's setting raise."""
     calls = []
 
     def own(heads, fault=None):
@@ -1003,7 +1005,7 @@ def test_heads_that_flash_qla_cannot_compute_go_to_flas_own_kernels(monkeypatch)
 @pytest.mark.gpu
 @pytest.mark.parametrize("linear", ["gdn", "kda"])
 def test_fla_kernels_agree_with_the_torch_path(linear):
-    """Prefill, decode and a padded batch in bf16, by FLA's kernels and by ours, against fp32."""
+    """Prefill, decode and a padded batch in bf16, by FLA's kernels and by torch, against fp32."""
     pytest.importorskip("fla.ops.gated_delta_rule")
     model = make_model(MIXED, {"linear": linear}, head_dim=64).cuda()
     ids = tokens(2, 300).cuda()
@@ -1032,7 +1034,7 @@ def test_fla_kernels_agree_with_the_torch_path(linear):
 @pytest.mark.gpu
 @pytest.mark.parametrize("autocast", [False, True])
 def test_packed_documents_by_fla_equal_separate_ones(autocast, monkeypatch):
-    """In bf16, and in fp32 under autocast: the kernel is taken, and its gradients are as good as ours."""
+    """In bf16, and in fp32 under autocast, the kernel is used, and its gradients are as good as torch's."""
     kernels = pytest.importorskip("fla.ops.gated_delta_rule")
     calls = []
 
@@ -1062,7 +1064,7 @@ def test_packed_documents_by_fla_equal_separate_ones(autocast, monkeypatch):
 
 @pytest.mark.gpu
 def test_decoding_makes_no_cudnn_plan():
-    """It would make one at every token, as there is one key more."""
+    """cuDNN would make a plan for every token, because each has one more key."""
     model = make_model([[0, 3], [1, 2, 5], []], head_dim=64).cuda().to(torch.bfloat16)
     kernels = []
     with torch.no_grad():
@@ -1078,7 +1080,7 @@ def test_decoding_makes_no_cudnn_plan():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.2)])
 def test_chunked_prefill_equals_one_pass_on_a_gpu(dtype, tolerance):
-    """There an unpadded chunk is attended to by the lower-right causal kernel, without a mask."""
+    """On a GPU, the lower-right causal kernel computes an unpadded chunk without a mask."""
     model = make_model([[0, 1, 2, 3, 4, 5]] * 3, DENSE, head_dim=64).cuda().to(dtype)
     ids = tokens(2, 200).cuda()
     with torch.no_grad():

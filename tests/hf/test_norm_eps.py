@@ -1,8 +1,8 @@
-"""Why test_every_kind.py has norm_eps 1e-4: at 1e-6 fp32 rounding is magnified; in float64 all is exact.
+"""Why test_every_kind.py has norm_eps 1e-4: 1e-6 magnifies fp32 rounding; float64 is exact.
 
-The first token's GDN output is β(q·k)v, which may vanish by chance; the RMSNorm over it divides by its
-root mean square, so that the rounding of one pass and of pieces comes apart. Were it an error in how
-states are carried, float64 would show it as well.
+The first token's GDN output is β(q·k)v, which may be near zero by chance. The RMSNorm divides by its root mean
+square and so magnifies the rounding, which differs between one pass and chunks. An error in the states would
+also appear in float64.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HYBRIDS = [kind for kind in every.KINDS if kind != "dense"]
 
 @pytest.fixture(scope="module", autouse=True)
 def float64():
-    """The model computes in fp32 wherever its dtype is narrower, by ``.float()``: here in float64."""
+    """Let ``.float()`` give float64: the model uses it to compute narrow dtypes in fp32."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         yield

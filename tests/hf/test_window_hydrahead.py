@@ -10,12 +10,12 @@ from megatron_hydra.hf.window_hydrahead import extend, latest, window_attention
 
 
 def plain(q, k, v, window, first):
-    """One query after the other; ``k`` and ``v`` as :func:`window_attention` takes them."""
+    """Attention of one query at a time; ``k`` and ``v`` are as in :func:`window_attention`."""
     out = torch.empty_like(q)
     for row in range(q.shape[0]):
         for t in range(q.shape[2]):
             seen = min(window, int(first[row]) + t + 1)
-            last = t + window  # one after this query's own key
+            last = t + window  # the index after this query's own key
             keys, values = k[row, :, last - seen : last], v[row, :, last - seen : last]
             scores = torch.einsum("nd,nkd->nk", q[row, :, t], keys) * q.shape[-1] ** -0.5
             out[row, :, t] = torch.einsum("nk,nkd->nd", scores.softmax(-1), values)
@@ -40,7 +40,7 @@ def test_the_last_real_tokens_are_kept():
     tail = latest(extended, 3, None)
     assert extended[0, :, 0].tolist() == [0, 0, 0, 1, 2]
     assert tail[0, :, 0].tolist() == [0, 1, 2]
-    # four new tokens: all real in the first row, none in the second
+    # four new tokens: all are real in the first row, none in the second
     extended = extend(tokens[:, 2:6], tail, 3)
     tail = latest(extended, 3, torch.tensor([[True] * 4, [False] * 4]))
     assert extended[0, :, 0].tolist() == [0, 1, 2, 3, 4, 5, 6]

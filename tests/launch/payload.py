@@ -2,8 +2,8 @@
 
     torchrun ... -m tests.launch.payload --config CONFIG.yaml [key=value ...]
 
-Every rank adds numbers that depend on rank and step; all ranks agree at each step on whether to
-stop. Keys: ``output``, ``after`` (a folder that must hold a finished run), ``steps``, ``seconds``
+Every rank adds numbers that depend on rank and step. At each step all ranks agree whether to stop. Keys:
+``output``, ``after`` (a folder that must hold a finished run), ``steps``, ``seconds``
 (of a step), ``fail_at`` (the step at which rank 0 crashes; 0: never).
 """
 
@@ -25,7 +25,7 @@ from megatron_hydra.stopping import REQUEUE_EXIT_CODE, StopRequest
 
 
 def read_config() -> dict:
-    """The YAML file with the overrides of the command line."""
+    """The config: the YAML file with the command line's overrides."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", required=True)
     parser.add_argument("overrides", nargs="*")
@@ -39,14 +39,14 @@ def read_config() -> dict:
 
 
 def write(path: Path, body: dict) -> None:
-    """Write JSON so that the file is complete or absent."""
+    """Write a JSON file atomically."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(body))
     os.replace(temporary, path)
 
 
 def term(step: int, rank: int) -> float:
-    """What a rank contributes at a step."""
+    """The number that a rank adds at a step."""
     return math.sin(step * 1.7 + rank)
 
 
@@ -59,7 +59,7 @@ def expected_value(steps: int, world: int) -> float:
 
 
 def run(config: dict, stop: StopRequest) -> int:
-    """Do the steps that are left; return the exit status."""
+    """Do the remaining steps; returns the exit status."""
     rank, world = dist.get_rank(), dist.get_world_size()
     output = Path(config["output"])
     output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The agent's own logic; with real processes it is tested by test_launch.py and tests/slurm."""
+"""The agent's logic; test_launch.py and tests/slurm test it with real processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AGENT = Path(__file__).resolve().parents[2] / "launch" / "agent.py"
 
 @pytest.fixture(scope="module")
 def agent():
-    """The module, which is no part of the package."""
+    """Load the module, which is not a part of the package."""
     spec = importlib.util.spec_from_file_location("launch_agent", AGENT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -27,12 +27,12 @@ def agent():
     ("codes", "stopping", "status"),
     [
         ({0: 85, 1: 85}, True, 85),
-        ({1: 85, 0: -15}, True, 85),  # torchrun ended rank 0 when rank 1 had left
-        ({0: 85}, False, 85),  # the scheduler signalled the ranks only
-        ({0: -10}, True, 85),  # not listening yet, nothing to save
+        ({1: 85, 0: -15}, True, 85),  # torchrun ended rank 0 after rank 1 had ended
+        ({0: 85}, False, 85),  # the scheduler signalled only the ranks
+        ({0: -10}, True, 85),  # no handler yet, nothing to save
         ({0: -10}, False, 138),
         ({0: -9, 1: 85}, True, 137),
-        ({0: 1, 1: -15}, True, 1),  # a crash while stopping is a crash
+        ({0: 1, 1: -15}, True, 1),  # a crash during a stop is still a crash
         ({3: 2}, False, 2),
     ],
 )
@@ -72,4 +72,4 @@ def test_a_signal_before_anything_runs_asks_for_a_requeue(tmp_path: Path) -> Non
         return subprocess.run([sys.executable, str(AGENT)], env=environment, check=False).returncode
 
     assert status("import os, signal\nos.kill(os.getpid(), signal.SIGUSR1)\n") == 85
-    assert status("") == 3  # without a signal it runs
+    assert status("") == 3  # without a signal it continues

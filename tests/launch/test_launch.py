@@ -70,7 +70,7 @@ def test_local_dry_run_prints_each_step(folder: Path) -> None:
 
 
 def test_kernels_are_compiled_before_each_training_run(folder: Path) -> None:
-    """By one process on one GPU; tools have none; the run itself keeps its own numbers."""
+    """One process on one GPU compiles them, for training runs only; the run keeps its process count."""
     lines = launch(
         LOCAL, "--dry-run", "--warm", "--procs-per-node", "2", "--python", "py", "align.yaml", "k=v",
         "--then", "tool.py",
@@ -127,7 +127,7 @@ def test_slurm_dry_run_arrays(folder: Path) -> None:
     first, _, first_run, second, _, _, third, _, third_run = lines
     assert "--array=0-2%2" in shlex.split(first)
     assert shlex.split(first_run)[-3:] == ["align.yaml", "seed=1", "note=a"]
-    # Line n follows line n; what is no array follows the whole of it.
+    # Line n follows line n; a job that is not an array follows the whole array.
     assert "--dependency=aftercorr:JOBID_OF_align.yaml" in shlex.split(second)
     assert "--dependency=afterok:JOBID_OF_distill.yaml" in shlex.split(third)
     assert not any(word.startswith("--array") for word in shlex.split(third))
@@ -213,7 +213,7 @@ def test_local_chain_ends_at_the_step_that_fails(folder: Path) -> None:
 
 
 def test_a_signal_between_two_steps_stops_the_chain(folder: Path) -> None:
-    """The first step is through when the launcher hands the signal on."""
+    """The first step has ended when the launcher forwards the signal."""
     (folder / "last_moment.py").write_text(
         "import os, signal, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: os._exit(0))\n"
@@ -229,7 +229,7 @@ def test_a_signal_between_two_steps_stops_the_chain(folder: Path) -> None:
 
 
 def test_the_exit_status_of_a_step_that_ends_on_the_signal_at_once_is_kept(folder: Path) -> None:
-    """The step is gone, and known to be, before the launcher looks again after handing the signal on."""
+    """The step ends before the launcher, having forwarded the signal, looks at it again."""
     (folder / "at_once.py").write_text(
         "import os, signal, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: os._exit(85))\n"

@@ -32,7 +32,7 @@ def canonical_of(hf: torch.nn.Module, model: ModelConfig) -> dict[str, torch.Ten
 
 
 def randomised(hf: torch.nn.Module) -> torch.nn.Module:
-    """Weights far from any symmetry, decays slow."""
+    """Set weights without symmetries, and slow decays."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in hf.named_parameters():
@@ -49,13 +49,13 @@ def logits(gpt: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def reference_logits(hf: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Each document alone."""
+    """Logits of each document alone."""
     pairs = zip(DOCUMENTS, DOCUMENTS[1:], strict=False)
     return torch.cat([hf(tokens[a:b][None], use_cache=False).logits[0] for a, b in pairs])
 
 
 def check_equal(gpt: torch.nn.Module, hf: torch.nn.Module, model: ModelConfig) -> None:
-    """Logits and all gradients."""
+    """Compare logits and all gradients."""
     tokens = torch.randint(0, model.vocab_size, (DOCUMENTS[-1],))
     ours, theirs = logits(gpt, tokens), reference_logits(hf, tokens)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -93,7 +93,7 @@ def test_every_head_fa_is_the_dense_model(family, tied):
 
 
 def test_all_fa_hybrid_with_every_switch_off_is_the_teacher():
-    """design §2: with every head FA, rotary on, and gate, log scale, norm and γ off."""
+    """Design §2: with every head FA, rotary, and without gate, log scale, norm and γ."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -192,12 +192,12 @@ def check_hybrid(hydra: HydraConfig, heads: tuple, **changes) -> None:
     fields = {
         "family": "qwen3", "num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 80,
         "vocab_size": 64, "num_query_heads": 6, "num_kv_heads": 2, "head_dim": 16, "qk_norm": True,
-        # see tests/parallel/layouts.py: a vanishing first output would magnify rounding
+        # a first output near zero would magnify rounding, see tests/parallel/layouts.py
         "norm_eps": 1e-4,
     } | changes  # fmt: skip
     model = ModelConfig(**fields, hydra=hydra, full_attention_heads=heads)
     config = HydraHeadConfig(**hf_config_from_model(model, "float32"))
-    torch.manual_seed(3)  # what the constructor draws must not depend on the tests before
+    torch.manual_seed(3)  # the constructor's random draws must not depend on earlier tests
     hf = randomised(HydraHeadForCausalLM(config))
     gpt = build_gpt_model(model, RunConfig(precision="fp32"))
     canonical_access.load(gpt, canonical_of(hf, model))
@@ -205,7 +205,7 @@ def check_hybrid(hydra: HydraConfig, heads: tuple, **changes) -> None:
 
 
 def test_a_permuted_internal_head_order_gives_the_same_output(monkeypatch):
-    """o_proj is stored per head, so restoring the original order costs nothing at run time."""
+    """o_proj is stored by head, so restoring the original order takes no time in the forward."""
     from megatron_hydra.parallel import head_partition
 
     model = ModelConfig(
@@ -235,7 +235,7 @@ def test_a_permuted_internal_head_order_gives_the_same_output(monkeypatch):
 
 
 def test_a_kda_student_begins_as_the_gdn_student():
-    """Logits and gradients; those of a decay are summed over the channels that share it."""
+    """Logits and gradients are equal; the gradient of a GDN decay is the sum over KDA's channels."""
     dense = ModelConfig(
         family="qwen3", num_layers=2, hidden_size=48, ffn_hidden_size=80, vocab_size=64,
         num_query_heads=6, num_kv_heads=2, head_dim=16, qk_norm=True,

@@ -1,4 +1,4 @@
-"""FLOPs per rank: sums that do not depend on the layout, and the balance that each partition gives."""
+"""FLOPs of each rank: their sum does not depend on the layout; the balance depends on the partition."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_hydra.parallel.head_partition import plan_model
 
 
 def qwen3_1b7(seed: int) -> ModelConfig:
-    """Qwen3-1.7B's shape with 56 FA heads thrown at random: layers with none and with many."""
+    """Qwen3-1.7B's shape with 56 random FA heads: layers have none, some or many."""
     chosen = random.Random(seed).sample(range(28 * 16), 56)
     heads = tuple(tuple(sorted(c % 16 for c in chosen if c // 16 == layer)) for layer in range(28))
     return ModelConfig(
@@ -37,7 +37,7 @@ def test_sequence_partition_spreads_the_work_of_any_map(tp):
         expected = len(model.fa_heads(partition.layer)) * full_attention_flops(length, 128)
         assert sum(load.full_attention for load in loads) == pytest.approx(expected)
         worst = max(worst, imbalance(loads))
-    assert worst < 1.1  # what is left is GDN heads that do not divide by the ranks
+    assert worst < 1.1  # the rest: the number of GDN heads is not a multiple of the ranks
 
 
 def test_heads_partition_leaves_ranks_idle_at_long_context():

@@ -1,6 +1,6 @@
-"""Our layer inside Megatron-Core's HybridModel: the ground of the judgement in docs/parallelism.md.
+"""Our layer in Megatron-Core's HybridModel: the evidence for docs/parallelism.md.
 
-HybridModel is to follow GPTModel, which is deprecated since 0.19. Nothing else here uses it.
+HybridModel will replace GPTModel, which is deprecated since 0.19. No other file here uses it.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ def hybrid() -> dict[str, Any]:
 
 
 class _InHybridStack(HydraAttention):
-    """Takes what HybridStack's layers give besides."""
+    """Accepts the additional arguments of HybridStack's layers."""
 
     def __init__(self, *args: Any, pp_layer_offset: int | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
 
 
 def _build(hybrid: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
-    """HybridModel with our layer, attention and MLP, in the place of each attention layer."""
-    monkeypatch.setattr(hybrid["hybrid_block"], "TENorm", RMSNorm)  # hard-coded for the last norm
+    """HybridModel with our layer (attention and MLP) in place of each attention layer."""
+    monkeypatch.setattr(hybrid["hybrid_block"], "TENorm", RMSNorm)  # hard-coded: the last norm
     layer = hydra_layer_spec(MODEL, RUN, choose_kernels(RUN.backend, kernel_case(MODEL, RUN)))
     layer.submodules.self_attention.module = _InHybridStack
     block = hybrid["hybrid_block"]
@@ -79,7 +79,7 @@ def _build(hybrid: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> torch.nn.
 
 
 def _outcome(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Logits of a packed stream, and every gradient, by GPTModel's names."""
+    """Logits of a packed stream and every gradient, by GPTModel's names."""
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(MODEL.vocab_size, (1, CUTS[-1]), generator=generator)
     packed = PackedSequence(CUTS)

@@ -1,4 +1,4 @@
-"""The parts of a HydraHead layer and their order: recomputation by part, branches in parallel."""
+"""The parts of a HydraHead layer: recomputation of each part, parallel branches."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _counted(layer: HydraAttention) -> dict[str, mock.Mock]:
 
 
 def _gradients(layer: HydraAttention) -> list[torch.Tensor]:
-    """Output, then gradients by the input and by every parameter."""
+    """The output, then gradients by the input and by every parameter."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(24, 1, MODEL.hidden_size, generator=generator, requires_grad=True)
     output, _ = layer(x, packed_seq_params=PACKED)
@@ -88,7 +88,7 @@ def test_branches_run_side_by_side_unless_one_stream_is_asked_for() -> None:
 
 
 def test_branches_run_side_by_side_where_their_own_groups_do_not_communicate() -> None:
-    """FA dealt by heads communicates over the context-parallel group only, by sequence over both."""
+    """With FA partition ``heads``, FA uses the context-parallel group only; with ``sequence``, both groups."""
     layer = _layer()
     layer.tp_cp_group = mock.Mock(size=lambda: 4)
     assert layer._branches_are_independent()
@@ -106,7 +106,7 @@ def test_two_streams_by_name_need_a_gpu() -> None:
 
 @pytest.mark.parametrize("qkv", ["decoupled", "shared"])
 def test_every_parameter_of_a_rank_without_fa_heads_is_in_the_graph(monkeypatch, qkv) -> None:
-    """Overlapped gradient reduction waits for all of them; among them an FA gate's bias of padding."""
+    """Overlapped gradient reduction waits for every gradient, also for that of a padded FA gate's bias."""
     model = tiny(HydraConfig(qkv=qkv), ((1, 6),), num_layers=1)
     gdn = (0, 2, 3, 4), (5, 7)
     first_of_two = LayerPartition(0, "heads", fa=((), (1, 6)), gdn=gdn)
@@ -122,7 +122,7 @@ def test_every_parameter_of_a_rank_without_fa_heads_is_in_the_graph(monkeypatch,
 
 
 def _untied(tensors: dict[str, torch.Tensor], shared: ModelConfig) -> dict[str, torch.Tensor]:
-    """Weights of the decoupled layer that are those of a shared one: every reader gets a copy."""
+    """Weights of a decoupled layer that equals a shared one: every reader gets a copy."""
     attention = "decoder.layers.0.self_attention."
     decoupled = dataclasses.replace(
         shared, hydra=dataclasses.replace(shared.switches, qkv="decoupled")
@@ -142,7 +142,7 @@ def _untied(tensors: dict[str, torch.Tensor], shared: ModelConfig) -> dict[str, 
 
 
 def _summed(tensors: dict[str, torch.Tensor], shared: ModelConfig) -> dict[str, torch.Tensor]:
-    """Gradients of the shared layer from those of the decoupled one: summed over all readers."""
+    """Gradients of the shared layer: the decoupled layer's, summed over all readers."""
     attention = "decoder.layers.0.self_attention."
     sources = {"fa": fa_kv_groups(shared, 0), "gdn": gdn_kv_sources(shared, 0)}
     made = {}
@@ -175,7 +175,7 @@ def _output_and_gradients(model: ModelConfig, weights: dict[str, torch.Tensor]):
 @pytest.mark.parametrize("gdn_kv", ["mha", "gqa"])
 @pytest.mark.parametrize("biased", [False, True])
 def test_shared_qkv_is_decoupled_with_equal_weights_and_sums_the_gradients(gdn_kv, biased) -> None:
-    """FA heads 1, 6 and 7 of four groups: one group has both kinds, one FA only, two GDN only."""
+    """FA heads 1, 6 and 7 in four groups: one group has both kinds, one only FA, two only GDN."""
     shared = tiny(
         HydraConfig(qkv="shared", gdn_kv=gdn_kv), ((1, 6, 7),), num_layers=1, qkv_bias=biased
     )
@@ -191,7 +191,7 @@ def test_shared_qkv_is_decoupled_with_equal_weights_and_sums_the_gradients(gdn_k
     assert set(gradients) == set(expected)
     for key, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-4, msg=key)
-    # A group that both kinds read has a gradient that is neither's alone.
+    # The gradient of a group that both kinds read differs from each kind's own.
     attention = "decoder.layers.0.self_attention."
     ours, theirs = gradients[f"{attention}in.k"], apart[f"{attention}in.fa.k"]
     assert float((ours[0] - theirs[0]).norm()) > 1e-2 * float(ours[0].norm())

@@ -1,9 +1,9 @@
-"""Every parameter of a layer against what was recorded: names, shapes, bytes, places, marks.
+"""Every parameter of a layer against recorded hashes: names, shapes, bytes, places, marks.
 
-``recorded_parameters.json`` holds hashes of a spread of models: the canonical keys, the tensors of a new
-student, the tensors of its export, and the parameters of every tensor-parallel rank. They hold checkpoints
-and exports to what earlier versions wrote. Record a new model with the first command; record all of them
-again, with the second, only where a format changes on purpose:
+``recorded_parameters.json`` has hashes of many models: of canonical keys, of the tensors of a new student and
+of its export, and of the parameters of every tensor-parallel rank. So checkpoints and exports stay equal to
+those of earlier versions. The first command records new models. The second one records all models again; use it
+only if a format changes on purpose:
 
     python -m tests.model.test_parameters
     python -m tests.model.test_parameters again
@@ -80,7 +80,7 @@ LAYOUTS["tp1"] = dataclasses.replace(LAYOUTS["tp2"], tensor=1)
 
 
 def _hash(value: Any) -> str:
-    """Of something that JSON can hold; tensors by their bytes."""
+    """Hash of a JSON value; tensors count by their bytes."""
 
     def plain(tensor: torch.Tensor) -> list[Any]:
         raw = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
@@ -91,14 +91,14 @@ def _hash(value: Any) -> str:
 
 
 def _numbers(shape: tuple[int, ...], start: int, dtype: torch.dtype) -> torch.Tensor:
-    """Numbers that repeat late and are the same on every machine."""
+    """Numbers with a long period, equal on every machine."""
     count = torch.Size(shape).numel()
     values = (torch.arange(start, start + count, dtype=torch.int64) * 7919 % 1009 - 500) / 256
     return values.view(shape).to(dtype)
 
 
 def _students(model: ModelConfig) -> dict[str, dict[str, torch.Tensor]]:
-    """Canonical tensors of the model by how they begin; the dense model has only given ones."""
+    """Canonical tensors of a student, by kind of start; a dense model has only one."""
     dense = {
         key: _numbers(shape, 31 * i, torch.bfloat16)
         for i, (key, shape) in enumerate(canonical_shapes(model.dense()).items())
@@ -124,7 +124,7 @@ def _students(model: ModelConfig) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def _exported(model: ModelConfig, tensors: dict[str, torch.Tensor]) -> list[Any]:
-    """The export's tensors, in order; each gives back the canonical one."""
+    """The export's tensors in order; checks that each converts back to its canonical tensor."""
     exported = []
     for mapping in name_map(model):
         parts = mapping.form.to_hf(tensors[mapping.canonical])
@@ -150,7 +150,7 @@ _MARKS = ("tensor_model_parallel", "hydra_partial_gradient", "sequence_parallel"
 
 
 def _shards(entry: Any) -> Iterator[list[Any]]:
-    """Canonical key, place and content of everything that a parameter stores."""
+    """Canonical key, place and content of each tensor that a parameter stores."""
     built = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
     stored = [shard for shard in built if isinstance(shard, ShardedTensor)]
     for shard in stored:
@@ -161,7 +161,7 @@ def _shards(entry: Any) -> Iterator[list[Any]]:
 
 
 def _of_layer(layer: torch.nn.Module, prefix: str) -> list[Any]:
-    """Every parameter of a rank's attention but for the name it has in Python."""
+    """Every parameter of a rank's attention, without its name in Python."""
     group = setup.parallel_state.get_data_parallel_group(with_context_parallel=True)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -185,7 +185,7 @@ def _of_layer(layer: torch.nn.Module, prefix: str) -> list[Any]:
 
 
 def _of_ranks(layout: str, models: dict[str, ModelConfig]) -> dict[str, str]:
-    """A hash for every model that the layout can hold."""
+    """One hash for each model that the layout supports."""
     parallel, found = LAYOUTS[layout], {}
     run = RunConfig(precision="fp32", parallel=parallel)
     for rank in range(parallel.tensor):
@@ -206,7 +206,7 @@ def _of_ranks(layout: str, models: dict[str, ModelConfig]) -> dict[str, str]:
 
 
 def _planned(layout: str, model: ModelConfig) -> list[list[int]]:
-    """Elements of each layer on each rank, and how many of them are fp32 always."""
+    """Elements of each layer on each rank, and how many of them are always fp32."""
     tensor, mode = LAYOUTS[layout].tensor, LAYOUTS[layout].fa_partition
     found = []
     for partition in plan_model(model, tensor, mode):

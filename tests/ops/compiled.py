@@ -1,8 +1,8 @@
 """Worker: compile every Triton kernel of ours for a Hopper GPU, on a machine that has none.
 
-The interpreter runs what the compiler refuses (a variable that changes its shape in a loop, say), so
-interpreted tests alone let such a kernel through. Kernels are compiled for the arguments that the
-real calls of ``kernel_cases`` make: launches are recorded, not run. Prints one JSON line a kernel.
+The interpreter runs some code that the compiler refuses (a variable that changes its shape in a loop), so
+interpreted tests do not find such a kernel. Kernels are compiled for the arguments of the calls in
+``kernel_cases``: launches are recorded, not run. Prints one JSON line for each kernel.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ TYPES = {
     torch.int32: "*i32", torch.uint8: "*u8", int: "i32", float: "fp32",
 }  # fmt: skip
 SIZES = ("D", "BLOCK", "heads", "W")
-"""Arguments that are told of a kernel."""
+"""Arguments that the line of a kernel shows."""
 OPTIONS = ("num_warps", "num_stages")
 
 
 class Anything:
-    """Above every error, NaN too: nothing is computed, so there is nothing to compare."""
+    """A bound above every error, NaN too: nothing is computed, so nothing can be compared."""
 
     def __gt__(self, other) -> bool:
         return True
 
 
 class Recorder:
-    """Stands in for a kernel: compiles it for what it is launched with."""
+    """Stands in for a kernel: compiles it for the arguments of a launch."""
 
     def __init__(self, name: str, kernel, compiled: dict) -> None:
         self.name, self.kernel, self.compiled = name, kernel, compiled
@@ -62,7 +62,7 @@ class Recorder:
         signature, constants = {}, {}
         for parameter in self.kernel.params:
             value = bound[parameter.name]
-            # As the compiler does at a real launch: counts of 1 are constants.
+            # At a real launch, the compiler also makes counts of 1 constants.
             is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
             if parameter.is_constexpr or value is None or is_one:
                 signature[parameter.name] = "constexpr"
@@ -80,7 +80,7 @@ class Recorder:
 
 
 def main(arguments: list[str]) -> None:
-    """Compile what the checks launch; ``arguments``: names of checks, all without any."""
+    """Compile the kernels that checks launch; ``arguments``: names of checks; none: all."""
     compiled: dict = {}
     for module in MODULES:
         for name, value in list(vars(module).items()):

@@ -2,9 +2,9 @@
 
     TRITON_CACHE_DIR=EMPTY_FOLDER python -m tests.ops.fla_compiled --heads 16 9 [--backward] [--threads 8]
 
-Triton compiles them for sm_90 with the ptxas that it brings; nothing is launched, and every configuration
-is found equally fast. Prints one JSON line for each number of heads, in that order: how many were compiled,
-in how many seconds. After the first number, the choices are written down, as before a run.
+Triton compiles them for sm_90 with its own ptxas. Nothing is launched, and all configurations count as equally
+fast. Prints one JSON line for each number of heads, in the given order: number of kernels and seconds. After
+the first number, the choices are written to disk, as before a run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROPERTIES = types.SimpleNamespace(
 
 
 class H100:
-    """Triton's driver of a card that is not there."""
+    """A Triton driver of a card that this machine does not have."""
 
     utils = types.SimpleNamespace(
         get_device_properties=lambda device: {
@@ -57,7 +57,7 @@ class H100:
 
 
 def pretend() -> list[str]:
-    """Make Triton and FLA see an H100; returns the list that names what is compiled from now on."""
+    """Make Triton and FLA see an H100; returns a list that gets the name of each compiled kernel."""
     driver.set_active(H100())
     torch.cuda.get_device_name = lambda *args: PROPERTIES.name  # type: ignore[assignment]
     torch.cuda.get_device_capability = lambda *args: (9, 0)  # type: ignore[assignment]
@@ -94,7 +94,7 @@ def call(heads: int, head_dim: int, backward: bool) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Compile the kernels for every number of heads."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--heads", type=int, nargs="+", default=[16, 9])
     parser.add_argument("--head-dim", type=int, default=128)

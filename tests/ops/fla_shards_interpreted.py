@@ -1,9 +1,9 @@
-"""FLA's kernels of shards in Triton's interpreter, against the whole stream by the twin; prints the errors.
+"""FLA's kernels of shards in Triton's interpreter, against the twin on the whole stream; prints errors.
 
 TRITON_INTERPRET=1 python -m tests.ops.fla_shards_interpreted
 
-The interpreter gives a loop's index as a Python number, which has no ``.to``: the kernels are read from a copy
-of FLA without it. Every kernel runs in its first configuration, as nothing can be timed.
+In the interpreter, a loop's index is a Python number without ``.to``. So the kernels are read from a copy of
+FLA that does not call it. Every kernel runs in its first configuration, because nothing can be timed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CASES: tuple[tuple[tuple[int, ...], int, list[int]], ...] = (
     ((0, 30, 320), 4, []),
     ((0, 192), 2, [5, 6, 70, 71, 100]),
 )
-"""Documents, how many shards, and the tokens at which log α is −80: a chunk's sum overflows as an exponent."""
+"""Documents, number of shards, and tokens with log α = −80: the exponential of a chunk's sum overflows."""
 
 CHANGES = {
     "ops/common/chunk_delta_h.py": ("i_t.to(tl.int64)", "i_t"),
@@ -37,7 +37,7 @@ CHANGES = {
 
 
 def copy_of_fla(folder: Path) -> None:
-    """FLA in ``folder``, with the changes; imported from there from now on."""
+    """Write a changed copy of FLA to ``folder``; later imports read it."""
     spec = importlib.util.find_spec("fla")
     assert spec is not None and spec.origin is not None
     target = folder / "fla"
@@ -60,7 +60,7 @@ def first_configuration_only() -> None:
 
 
 def errors(cu: tuple[int, ...], size: int, emptied: list[int]) -> dict[str, float]:
-    """Of the output and of every gradient."""
+    """Errors of the output and of every gradient."""
     generator, shape = torch.Generator().manual_seed(0), (cu[-1], 1, 16)
     q, k, v, cotangent = (torch.randn(shape, generator=generator) for _ in range(4))
     rates = torch.rand(2, *shape[:2], generator=generator)

@@ -1,7 +1,8 @@
-"""FlashQLA 0.1.3's kernels in plain torch, by their names and arguments: what they read, skip and leave out.
+"""FlashQLA 0.1.3's kernels in plain torch, with their names and arguments.
 
-The stand-ins compute from k, v, g and β with our own rule. Where FlashQLA's kernels would give a wrong
-number without a word, they give NaN: a run over a part's last chunks that does not start at a chunk.
+The stand-ins read, skip and leave out the same as FlashQLA's kernels. They compute from k, v, g and β with our
+own rule. They give NaN if FlashQLA's kernels would silently give a wrong number: in a run over a part's last
+chunks that does not start at a chunk.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from megatron_hydra.ops.gated_delta_rule import chunked_gated_delta_rule
 
 CHUNK_SIZE = 64
 PART_CHUNKS = 2
-"""Chunks of a part, where a fragment is cut: small, so that short streams have several."""
+"""Chunks of a part of a cut fragment: few, so that short streams have several parts."""
 
 THRESHOLD = -10.0
 
@@ -39,7 +40,7 @@ def chunk_local_cumsum(g, cu_seqlens, chunk_size, reverse=False, zero_last_chunk
 
 
 def _log_alpha(g, a, b):
-    """Back from the running sums of the chunks of ``a:b``, which starts at a chunk."""
+    """Invert the running sums of the chunks in ``a:b``, which starts at a chunk."""
     x = g[0, a:b]
     before = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
     at_chunk = (torch.arange(b - a) % CHUNK_SIZE == 0)[:, None]
@@ -99,7 +100,7 @@ def fused_gdr_h(
     k, v, a, g, b, initial_state=None, output_final_state=True, output_h=True, cu_seqlens=None,
     num_warmup_chunks=None,
 ):  # fmt: skip
-    if output_h:  # the states that enter all chunks follow from those that enter the parts
+    if output_h:  # the states that enter chunks follow from the states that enter parts
         assert num_warmup_chunks is None and not output_final_state
         return initial_state, None, None
     spans, heads, d = _spans(cu_seqlens), k.shape[2], k.shape[3]
@@ -114,7 +115,7 @@ def fused_gdr_h(
                 start = end - count * CHUNK_SIZE
             if count == 0:
                 continue
-            if (start - first) % CHUNK_SIZE:  # FlashQLA computes nonsense, and does not use it
+            if (start - first) % CHUNK_SIZE:  # FlashQLA's value is meaningless here, and unused
                 finals[p, h] = transitions[p, h] = float("nan")
                 continue
             x = [t[0, start:end, h : h + 1] for t in (k, k, v)]
@@ -127,7 +128,7 @@ def fused_gdr_h(
 
 
 def _scan(start, own, maps, falls_back, span, reverse, transpose):
-    """States before every part."""
+    """The states before every part."""
     before, state = {}, start
     order = range(span[0], span[1])
     for p in reversed(order) if reverse else order:
@@ -198,7 +199,7 @@ def fused_gdr_bwd(q, k, v, a, g, b, do, dht, h, scale, cu_seqlens):
 
 
 def install(monkeypatch, split: bool) -> None:
-    """Put the stand-ins in the package's place.
+    """Replace the package by the stand-ins.
 
     Args:
         monkeypatch: pytest's.

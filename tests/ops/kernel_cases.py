@@ -1,7 +1,7 @@
 """Our Triton kernels against their torch twins: outputs and gradients, on a GPU or interpreted.
 
 TRITON_INTERPRET=1 python -m tests.ops.kernel_cases           # on a CPU, in Triton's interpreter
-TRITON_INTERPRET=1 python -m tests.ops.kernel_cases --slow    # what takes it long
+TRITON_INTERPRET=1 python -m tests.ops.kernel_cases --slow    # cases that are slow in it
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
 
 
 def compare(kernel, twin, tensors, dtype, what):
-    """Same inputs (rounded to dtype; the twin then computes in fp64), fresh cotangent."""
+    """Compare on the same inputs (rounded to dtype; the twin computes in fp64) with a random cotangent."""
     low = [x.to(dtype).detach().requires_grad_() for x in tensors]
     wide = [x.detach().double().requires_grad_() for x in low]
     got, want = kernel(low), twin(wide)
@@ -74,7 +74,7 @@ def check_fusion_tail(device, dtype, d=32, tokens=37):
 
 
 def check_strided_gate(device, dtype):
-    """Gates arrive as columns of the fused projection."""
+    """Gates are columns of the fused projection."""
     from megatron_hydra.ops import triton_fusion_tail
 
     def call(function, x):
@@ -141,7 +141,7 @@ def check_short_conv(device, dtype, channels=40, tokens=150):
 
 
 def check_delta_rule_gates(device, dtype, tokens=150):
-    """Logits are columns of the projection; decays from far below the rounding of 1 to many a token."""
+    """Logits are columns of the projection. Rates are from far below the rounding of 1 to several a token."""
     from megatron_hydra.ops import triton_delta_rule_gates
 
     for heads in (1, 5, 14):
@@ -149,7 +149,7 @@ def check_delta_rule_gates(device, dtype, tokens=150):
         def call(function, x, heads=heads):
             a, b = x[0][:, 1 : 1 + heads], x[0][:, 2 + heads : 2 + 2 * heads]
             log_alpha, beta = function(a, b, x[1], x[2])
-            # every decay counts alike, however slow
+            # every decay has the same weight, however slow it is
             return torch.cat((log_alpha / (1e-6 - log_alpha.detach()), beta), dim=1).to(x[0].dtype)
 
         tensors = [
@@ -172,7 +172,7 @@ def check_delta_rule_inputs(device, dtype, d=16, tokens=70):
     # n + m heads of 16 channels end within a block of channels, or at its end
     cases = [
         ((3, 2), False, False, 4), ((3, 2), True, True, 4), ((3, 2), True, False, None),
-        ((3, 1), True, False, 4), ((3, 1), False, False, None),  # without rotary
+        ((3, 1), True, False, 4), ((3, 1), False, False, None),  # no rotary
         ((4, 4), True, False, 4), ((4, 4), False, True, 4), ((1, 1), True, False, 4),
     ]  # fmt: skip
     for (n, m), with_norms, with_halo, width in cases:
@@ -230,7 +230,7 @@ def check_squared_error(device, dtype, tokens=37):
 
 
 def check_one_head(device, dtype, d=128, tokens=21):
-    """The compiler makes a constant of every count that is 1; d is that of real models."""
+    """The compiler makes every count of 1 a constant; d is that of real models."""
     from megatron_hydra.ops import triton_fusion_tail, triton_qk_preparation
 
     cos, sin = rotary_tables(torch.arange(tokens, device=device), torch.rand(d // 2), 1.0)
@@ -249,7 +249,7 @@ def check_one_head(device, dtype, d=128, tokens=21):
 
 
 class LossCase:
-    """Hidden states, LM heads and labels in ``dtype``, and what the loss and its gradients should be."""
+    """Hidden states, LM heads and labels in ``dtype``, and the expected loss and gradients."""
 
     def __init__(self, device, dtype, teacher, tau, tokens=19, d=16, vocabulary=70):
         self.options = {"kl_weight": 0.6 if teacher else 0.0, "temperature": tau}
@@ -269,7 +269,7 @@ class LossCase:
         self.want = self.call(linear_distillation_loss_reference, torch.float64, slice(None))
 
     def call(self, function, dtype, rows, **options):
-        """Loss, KL, CE, gradients by hidden states and by these rows of the LM head."""
+        """Loss, KL, CE, and gradients by hidden states and by these rows of the LM head."""
         inputs = [x.to(dtype).detach().requires_grad_() for x in (self.hidden, self.weight[rows])]
         if self.has_teacher:
             options["teacher_hidden"] = self.teacher_hidden.to(dtype)
@@ -284,7 +284,7 @@ class LossCase:
 
 
 def check_chunk_loss(device, dtype):
-    """From hidden states, with blocks smaller than the vocabulary as well."""
+    """From hidden states, also with blocks smaller than the vocabulary."""
     from megatron_hydra.ops import triton_chunk_loss
 
     blocks = triton_chunk_loss.BLOCK, 16
@@ -297,7 +297,7 @@ def check_chunk_loss(device, dtype):
 
 
 def check_rounded_logits(device, dtype):
-    """Logits in the weights' dtype against logits in fp32, by the same kernels."""
+    """Logits in the weights' dtype compared with logits in fp32, by the same kernels."""
     case = LossCase(device, dtype, True, 2.5)
     inputs = [case.hidden * 0.25, case.weight]
     results = []
@@ -315,7 +315,7 @@ def check_rounded_logits(device, dtype):
 
 
 class Ranks:
-    """A group whose ranks are threads that take turns: Triton's interpreter serves one at a time."""
+    """A process group whose ranks are threads that take turns: Triton's interpreter runs one at a time."""
 
     def __init__(self, size):
         self.size = size
@@ -324,7 +324,7 @@ class Ranks:
         self.given = [None] * size
 
     def group(self, rank):
-        """What one rank passes as its process group."""
+        """The object that one rank passes as its process group."""
         return types.SimpleNamespace(rank=lambda: rank, size=lambda: self.size)
 
     def all_reduce(self, x, op, group):
@@ -332,12 +332,12 @@ class Ranks:
         self.turn.release()
         self.met.wait()
         given = torch.stack(self.given)
-        self.met.wait()  # nobody gives anew before all have read
+        self.met.wait()  # no rank writes again before all have read
         self.turn.acquire()
         x.copy_(given.amax(0) if op == torch.distributed.ReduceOp.MAX else given.sum(0))
 
     def run(self, function):
-        """Call ``function(rank)`` as every rank; results in their order."""
+        """Call ``function(rank)`` as every rank; returns the results in order."""
 
         def one(rank):
             with self.turn:
@@ -348,7 +348,7 @@ class Ranks:
 
 
 def check_vocabulary_parallel_loss(device, dtype, size=2):
-    """Half of the vocabulary a rank: the same loss on both, gradients that add up and join."""
+    """Each rank has half of the vocabulary: both have the same loss, and gradients add up and join."""
     for teacher, tau in itertools.product((False, True), (1.0, 2.5)):
         case, ranks = LossCase(device, dtype, teacher, tau), Ranks(size)
         part = len(case.weight) // size
@@ -368,7 +368,7 @@ def check_vocabulary_parallel_loss(device, dtype, size=2):
 
 
 def check_start_up(device, dtype):
-    """The start-up check itself passes our kernels, at the head dimension of real models."""
+    """The start-up check passes our kernels, at the head dimension of real models."""
     from megatron_hydra.ops.backends import BACKENDS
     from megatron_hydra.ops.kernels import Case, Kernels
     from megatron_hydra.ops.self_check import check_kernels
@@ -393,7 +393,7 @@ CHECKS = (
     check_start_up,
 )
 SLOW = (check_start_up,)
-"""Those that take the interpreter long."""
+"""Cases that are slow in the interpreter."""
 
 if __name__ == "__main__":
     torch.manual_seed(0)

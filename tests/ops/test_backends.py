@@ -1,4 +1,4 @@
-"""The choice between kernels: what ``auto`` takes, and what a name that cannot be had says."""
+"""The choice of kernels: what ``auto`` takes, and the error for a back end that cannot run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _fresh_loaders():
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Sets what is installed."""
+    """Set which modules are installed."""
 
     def pretend(*modules):
         monkeypatch.setattr(packages, "is_installed", lambda name: name in modules)
@@ -214,7 +214,7 @@ def test_a_folder_of_other_packages_is_no_module(tmp_path, monkeypatch):
     assert not packages.is_installed("hydra_folder")
 
 
-# -- what is slow, and what mends it ----------------------------------------------------------------
+# -- slow back ends and their remedies --------------------------------------------------------------
 
 
 def test_a_slow_path_that_auto_falls_into_is_named_with_its_wheel(installed):
@@ -236,7 +236,7 @@ def test_what_was_asked_for_by_name_or_runs_without_a_gpu_is_no_slow_path(instal
     assert backends.slow_paths(BackendConfig(), CPU) == []
     dense = Case(GPU.device, GPU.dtype, GPU.head_dim, gdn_heads=())
     keys = [text.split(":")[0] for text in backends.slow_paths(BackendConfig(), dense)]
-    assert "backend.gated_delta_net" not in keys  # a dense model has none
+    assert "backend.gated_delta_net" not in keys  # a dense model has no GDN heads
 
 
 def test_a_reason_that_no_wheel_mends_names_none(installed):
@@ -261,7 +261,7 @@ def test_tilelang_is_named_where_fla_needs_it(installed, monkeypatch, triton, ti
 
 
 def test_the_wheels_named_are_those_of_the_project():
-    """Of the extra ``gpu``; the exact version is the one that the tests run with."""
+    """Packages of the extra ``gpu``; the exact versions are those of the tests."""
     import tomllib
     from pathlib import Path
 

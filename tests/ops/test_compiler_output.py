@@ -1,4 +1,4 @@
-"""Compilers' talk: out of the run's log, into a file of its own, and back to normal afterwards."""
+"""Output of compilers: it goes to a file of its own, not to the run's log; later output is normal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_hydra.ops.compiler_output import compiler_output_to, last_lines
 
 @pytest.fixture
 def shown() -> Iterator[list[str]]:
-    """What a handler on the root logger shows."""
+    """Lines that a handler on the root logger shows."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -44,7 +44,7 @@ def test_chatter_goes_to_the_file_and_our_log_stays(
     for said in ("a PTX listing", "ptxas info", "compiles a kernel", "UserWarning: slow"):
         assert said in text
     out = capfd.readouterr()
-    assert out.out == "after\n"  # descriptor 1 is what it was
+    assert out.out == "after\n"  # descriptor 1 is unchanged
     assert "our own line" in out.err
     assert shown == ["step 1", "again"]
     assert "step 1" not in text

@@ -1,4 +1,4 @@
-"""``deterministic: true`` reaches every library that has to know of it, and refuses what cannot be."""
+"""``deterministic: true`` configures every library and refuses kernels that cannot be deterministic."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_running_sum_is_a_sum_in_every_mode(device):
 
 
 class TestPinnedAutotuning:
-    """Triton's own autotuner, with a kernel and a stopwatch of ours."""
+    """Triton's own autotuner with a fake kernel and a fake timer."""
 
     @pytest.fixture
     def tuned(self):
@@ -94,7 +94,7 @@ class TestPinnedAutotuning:
 
         def stopwatch(call, quantiles):
             call()
-            return [1.0 / kernel.ran[-1]] * 3  # large blocks are fast today
+            return [1.0 / kernel.ran[-1]] * 3  # this time, large blocks are the fastest
 
         class Pinned(autotuner.Autotuner):
             pass
@@ -112,7 +112,7 @@ class TestPinnedAutotuning:
     def test_the_first_is_taken_and_no_other_tried(self, tuned):
         kernel, pinned, make, _ = tuned
         determinism.pin(pinned)
-        determinism.pin(pinned)  # a second time changes nothing
+        determinism.pin(pinned)  # a second call changes nothing
         tuner = make(pinned)
         for key in (1, 1, 2):
             tuner.run(key)

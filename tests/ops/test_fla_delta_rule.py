@@ -1,4 +1,4 @@
-"""What FLA's delta rule is called with, against the definition, with a stand-in for its GPU kernels."""
+"""The arguments of FLA's delta rule, checked with a stand-in for its GPU kernels against the definition."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T, HEADS, D = 11, 2, 4
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Installs the stand-ins, which have FLA's signatures; the keyword arguments of every call."""
+    """Install the stand-ins, which have FLA's signatures; returns the keyword arguments of every call."""
     seen = []
 
     def chunk_gated_delta_rule(
@@ -98,9 +98,9 @@ def test_equals_the_definition_with_gradients(calls, cu, with_state, rule):
     ):
         torch.testing.assert_close(a, b)
     (call,) = calls
-    if documents == 1:  # FLA's path without boundaries is the faster one
+    if documents == 1:  # FLA is faster without boundaries
         assert call["cu"] is None
-    else:  # given on the host as well, or FLA reads them back
+    else:  # also on the host; otherwise FLA copies them from the GPU
         assert call["cu"].dtype == torch.int64
         assert call["cu_cpu"].tolist() == list(cu)
 
@@ -142,7 +142,7 @@ def test_flas_own_context_parallelism_gets_the_group_and_the_whole_streams_docum
     boundaries, group, on_host = call["cp_context"]
     assert group == "the group"
     assert boundaries.tolist() == on_host.tolist() == [0, 5, 22]
-    assert call["cu"] is None  # FLA cuts the shard's own from the whole stream's
+    assert call["cu"] is None  # FLA cuts the shard's boundaries from those of the whole stream
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_heads_that_flash_qla_refuses_go_past_flas_dispatch(calls, monkeypatch):
         fla_gated_delta_rule(*tensors, fla=GATED_DELTA_RULE.fla)[0],
         recurrent_gated_delta_rule(*tensors)[0],
     )
-    monkeypatch.setattr(fla_tuning, "_refused", {HEADS + 1})  # each number for itself
+    monkeypatch.setattr(fla_tuning, "_refused", {HEADS + 1})  # each number is refused separately
     with pytest.raises(RuntimeError, match="no available layout"):
         fla_gated_delta_rule(*inputs(), fla=GATED_DELTA_RULE.fla)
 
@@ -213,14 +213,14 @@ GPU_TOKENS = 330
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("fastest", [0.05, 20.0], ids=["slow", "fast"])
 def test_flas_kda_equals_the_twin_on_a_gpu(fastest, d, cu):
-    """Outputs and gradients in bf16; channels decay by up to exp(-0.05) or exp(-20) a token."""
+    """Outputs and gradients in bf16; a channel decays by up to exp(-0.05) or exp(-20) a token."""
     pytest.importorskip("fla.ops.kda")
     fla_tuning.import_fla()
     generator = torch.Generator("cuda").manual_seed(0)
     shape = (GPU_TOKENS, 3, d)
     q, k, v, cotangent = (torch.randn(shape, generator=generator, device="cuda") for _ in range(4))
     q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
-    # In the logarithm from next to nothing to the fastest: channels of one key differ by orders.
+    # Log-uniform rates: channels of one key differ by orders of magnitude.
     slowness = torch.rand(shape, generator=generator, device="cuda")
     log_alpha = -fastest * torch.exp(-7.0 * slowness)
     beta = torch.rand(shape[:2], generator=generator, device="cuda")

@@ -1,6 +1,6 @@
-"""How FLA's kernels become ready: choices that serve other numbers of heads, compilations side by side.
+"""How FLA's kernels are prepared: choices also serve other numbers of heads; compilations run in parallel.
 
-Both against the libraries themselves: Triton compiles for an H100 without one, FLA reads what was written.
+The libraries themselves check both: Triton compiles for an H100 without one; FLA reads the written choices.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ print(json.dumps({"together": together, "after": compiled[len(together):], "told
 
 @pytest.mark.slow
 def test_configurations_are_compiled_side_by_side_before_they_are_timed(tmp_path: Path) -> None:
-    """In threads, each once: timing them afterwards compiles nothing; without the block, one by one."""
+    """Threads compile each once; timing compiles nothing more. Without the block, they compile one by one."""
     script = tmp_path / "tuned.py"
     script.write_text(_TUNED)
     done = subprocess.run(
@@ -90,7 +90,7 @@ def test_configurations_are_compiled_side_by_side_before_they_are_timed(tmp_path
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where choices go; FLA's two variables are unset before and after."""
+    """The folder of choices; FLA's two variables are unset before and after."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for name in ("FLA_CACHE_MODE", "FLA_CONFIG_DIR"):
         monkeypatch.setenv(name, "")
@@ -102,7 +102,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_choice_serves_other_numbers_of_heads(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FLA's own code takes it; but not where arguments differ in kind."""
+    """FLA's own code takes the choice, but not if arguments differ in kind."""
     pytest.importorskip("fla")
     fla_tuning.use_choices(Case(torch.device("cpu"), torch.bfloat16, 128))
     fla_tuning.import_fla()
@@ -117,7 +117,7 @@ def test_a_choice_serves_other_numbers_of_heads(
     key = (16, 16, 128, 128, 64, False, "torch.bfloat16", "torch.float32")
     monkeypatch.setattr(kernel, "cache", {key: chosen})
     assert fla_tuning.write_choices() == 1
-    assert fla_tuning.write_choices() == 0  # known
+    assert fla_tuning.write_choices() == 0  # already known
     found = cache.load_cached_config(kernel.kernel_name, cache.AutotuneKey((9, 9, *key[2:])))
     assert found is not None
     assert found["kwargs"] == {"BK": 64, "BV": 128}
@@ -155,7 +155,7 @@ def test_what_the_user_has_set_stays(
 def test_flash_qla_is_left_out_where_fla_passes_the_states_itself(
     folder: Path, monkeypatch: pytest.MonkeyPatch, context_parallel: bool, flas_own: bool
 ) -> None:
-    monkeypatch.setenv("FLA_FLASH_QLA", "")  # so that it is unset again afterwards
+    monkeypatch.setenv("FLA_FLASH_QLA", "")  # so that monkeypatch unsets it afterwards
     monkeypatch.delenv("FLA_FLASH_QLA")
     monkeypatch.setattr(kernel_cache, "_given", {})
     case = Case(torch.device("cpu"), torch.bfloat16, 128, context_parallel=context_parallel)
@@ -163,7 +163,7 @@ def test_flash_qla_is_left_out_where_fla_passes_the_states_itself(
     left_out = context_parallel and flas_own
     assert ("FLA_FLASH_QLA" in os.environ) is left_out
     assert ("FLA_FLASH_QLA" in kernel_cache.environment_as_given()) is left_out
-    monkeypatch.setenv("FLA_FLASH_QLA", "1")  # the user's own value stays
+    monkeypatch.setenv("FLA_FLASH_QLA", "1")  # the user's value stays
     fla_tuning.use_choices(case, flas_own)
     assert os.environ["FLA_FLASH_QLA"] == "1"
 
@@ -171,7 +171,7 @@ def test_flash_qla_is_left_out_where_fla_passes_the_states_itself(
 def test_layers_and_models_of_fla_are_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """They import transformers, for seconds; afterwards they can be imported as ever."""
+    """FLA's layers import transformers, which takes seconds. They are not imported, but can be later."""
     for package in ("fla", "fla/ops", "fla/ops/gated_delta_rule", "fla/layers"):
         (tmp_path / package).mkdir(exist_ok=True, parents=True)
         (tmp_path / package / "__init__.py").write_text("")
@@ -188,17 +188,17 @@ def test_layers_and_models_of_fla_are_left_out(
 
     assert fla.layers.__file__.startswith(str(tmp_path))
     for name in [name for name in sys.modules if name.split(".")[0] == "fla"]:
-        del sys.modules[name]  # monkeypatch would bring these back, in place of the real ones
+        del sys.modules[name]  # otherwise monkeypatch would restore these in place of the real ones
 
 
 @pytest.fixture
 def flash_qla(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
-    """As on a machine with FlashQLA, for layers of 7 and of 8 GDN heads."""
+    """A machine with FlashQLA, and layers of 7 and of 8 GDN heads."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TILELANG_CACHE_DIR"):
         monkeypatch.setenv(name, str(folder.parents[1]))
     monkeypatch.setenv("FLA_FLASH_QLA", "")
     monkeypatch.delenv("FLA_FLASH_QLA")
-    monkeypatch.setattr(fla_tuning, "_FLASH_QLA_PACKAGE", "json")  # installed everywhere
+    monkeypatch.setattr(fla_tuning, "_FLASH_QLA_PACKAGE", "json")  # a module that every machine has
     monkeypatch.setattr(fla_tuning, "_refused", set())
     return Case(torch.device("cpu"), torch.bfloat16, 128, gdn_heads=(7, 8))
 
@@ -215,7 +215,7 @@ def test_what_flash_qla_refused_is_known_to_the_next_process(
     fla_tuning.use_choices(flash_qla)
     assert [fla_tuning.flash_qla_refuses(heads) for heads in (7, 8)] == [True, False]
     monkeypatch.setattr(fla_tuning, "_refused", set())
-    monkeypatch.setenv("FLA_FLASH_QLA", "1")  # the user insists
+    monkeypatch.setenv("FLA_FLASH_QLA", "1")  # the user requires FlashQLA
     fla_tuning.use_choices(flash_qla)
     assert not fla_tuning.flash_qla_refuses(7)
 

@@ -1,4 +1,4 @@
-"""The chunked rule against the definition, FLA's naive recurrence and transformers' Qwen3-Next."""
+"""The chunked rule against its definition, FLA's naive recurrence and transformers' Qwen3-Next."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RULES = ["gdn", "kda"]
 def slow_inputs(
     length: int, heads: int = 3, d: int = 8, dtype=torch.float64, seed: int = 0, rule: str = "gdn"
 ):
-    """q, k, v, log α, β with half-lives far beyond the sequence: fast decay would hide leaks."""
+    """q, k, v, log α, β with half-lives far longer than the sequence: fast decay would hide leaks."""
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(length, heads, d, generator=g, dtype=torch.float64) for _ in range(3))
     decays = (heads, d) if rule == "kda" else (heads,)
@@ -68,7 +68,7 @@ def test_groups_of_chunks_change_nothing(cu, rule, monkeypatch):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_fast_decay_does_not_overflow(rule):
-    """Down to e^-30 a token in half of the channels or tokens, beside slow ones; e^-1900 a chunk."""
+    """Half of the channels or tokens decay by up to e^-30 a token (e^-1900 a chunk), the others slowly."""
     inputs = slow_inputs(130, rule=rule)
     with torch.no_grad():
         log_alpha = inputs[3].flatten()
@@ -139,7 +139,7 @@ def test_equals_fla_naive():
 def test_decays_of_channels_equal_flas_naive_kda():
     fla = pytest.importorskip("fla.ops.kda.naive")
     inputs = [x.detach().float() for x in slow_inputs(90, rule="kda")]
-    inputs[3] = inputs[3] * 300  # unlike in each channel
+    inputs[3] = inputs[3] * 300  # different in each channel
     expected, state = fla.naive_recurrent_kda(*(x[None] for x in inputs), output_final_state=True)
     actual, final = chunked_gated_delta_rule(*inputs)
     torch.testing.assert_close(actual, expected[0], rtol=1e-5, atol=1e-6)
@@ -148,7 +148,7 @@ def test_decays_of_channels_equal_flas_naive_kda():
 
 @pytest.mark.parametrize("cu", PACKINGS)
 def test_equal_decays_of_channels_are_the_decay_of_the_head(cu):
-    """KDA then is the gated delta rule: outputs, states, and gradients, a decay's summed over channels."""
+    """KDA then equals the gated delta rule: outputs, states and gradients (summed over a decay's channels)."""
     by_head = slow_inputs(cu[-1])
     by_channel = [x.detach().requires_grad_() for x in by_head]
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_equal_decays_of_channels_are_the_decay_of_the_head(cu):
 
 
 def test_equals_transformers_qwen3_next(monkeypatch):
-    # With FLA importable, transformers picks its GPU kernels even where there is no GPU.
+    # If FLA can be imported, transformers takes its GPU kernels even without a GPU.
     name = "transformers.models.qwen3_next.modeling_qwen3_next"
     monkeypatch.setitem(sys.modules, "fla", None)
     monkeypatch.delitem(sys.modules, name, raising=False)

@@ -1,4 +1,4 @@
-"""What the GPU libraries' attention is called with, against the torch twin, with stand-ins for them.
+"""The arguments of the GPU libraries' attention, checked with stand-ins against the torch twin.
 
 The stand-ins have the libraries' signatures and compute what their documentation says the arguments
 mean, so a wrong alignment, window, boundary or head count gives other numbers here, on a CPU.
@@ -67,7 +67,7 @@ def flash_attn_3(
 
 
 def flash_attn_3_with_lse(*args, **kwargs):
-    """Its first releases returned the log-sum-exp as well."""
+    """Its first releases also returned the log-sum-exp."""
     return flash_attn_3(*args, **kwargs), torch.zeros(1)
 
 
@@ -90,7 +90,7 @@ def varlen_2_13(
 
 
 class DotProductAttention:
-    """Of Transformer Engine 2."""
+    """The attention of Transformer Engine 2."""
 
     def __init__(
         self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0,
@@ -110,7 +110,7 @@ class DotProductAttention:
     ):  # fmt: skip
         assert self.shape == (query_layer.shape[1], *key_layer.shape[1:])
         assert window_size[0] >= -1
-        assert window_size[1] == 0  # what it takes with a causal mask
+        assert window_size[1] == 0  # the arguments it accepts with a causal mask
         boundaries = cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv
         out = library_attention(query_layer, key_layer, value_layer, *boundaries, True, window_size)
         return out.flatten(1)
@@ -147,7 +147,7 @@ def install(monkeypatch, module, name, value):
 
 @pytest.fixture(params=LIBRARIES)
 def attention(request, monkeypatch):
-    """Our wrapper around each library's stand-in."""
+    """Our wrapper of each library's stand-in."""
     for module in ("flash_attn", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     module, name, function = LIBRARIES[request.param]
@@ -226,7 +226,7 @@ def test_a_stream_goes_to_the_dense_kernel_where_it_is_a_dense_batch():
 @pytest.mark.parametrize("boundaries", [(0, 12), (0, 6, 12)])
 def test_sdpa_equals_the_twin_on_dense_batches(boundaries):
     inputs = make(boundaries, boundaries, 2)
-    kernels = [torch.nn.attention.SDPBackend.MATH]  # the CPU has none of the GPU's
+    kernels = [torch.nn.attention.SDPBackend.MATH]  # a CPU has none of the GPU kernels
     got = gpu_attention.sdpa_attention(*inputs, boundaries, boundaries, kernels)
     torch.testing.assert_close(got, varlen_attention(*inputs, boundaries, boundaries))
 

@@ -1,4 +1,4 @@
-"""Records of what was compiled and checked, and who may do it next."""
+"""Records of compiled and checked kernels, and which process works next."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_fingerprint_follows_versions_settings_and_sources(
 def test_the_fingerprint_has_what_the_user_set_and_not_what_a_library_sets(
     variable: str, counts: bool
 ) -> None:
-    """TileLang, Megatron-Core and inductor set variables of a running process: it stays what it was."""
+    """TileLang, Megatron-Core and inductor set environment variables; the fingerprint does not change."""
     program = (
         "import json, os, torch\n"
         "from megatron_hydra.ops import kernel_cache\n"
@@ -88,7 +88,7 @@ def test_the_fingerprint_has_what_the_user_set_and_not_what_a_library_sets(
 def test_an_edited_kernel_has_another_fingerprint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pass of the start-up check that is on record must not hide a kernel changed in place."""
+    """A recorded pass of the start-up check must not hide a kernel whose source has changed."""
     package = tmp_path / "fla"
     package.mkdir()
     (package / "__init__.py").write_text("x = 1\n")
@@ -125,7 +125,7 @@ def test_one_process_at_a_time_and_a_dead_one_holds_nothing() -> None:
             holder.wait()
 
     with alone_on_this_node("work", waiting, poll_seconds=0.05):
-        assert holder.returncode is not None  # not before it was gone
+        assert holder.returncode is not None  # it waited until the holder had ended
     assert len(waited) >= 3
 
 
@@ -142,16 +142,16 @@ def test_without_a_folder_to_lock_everyone_works_for_himself(
 
 
 def test_torch_does_not_move_tritons_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its inductor does so for the whole process, unless the variable is set before its first kernel."""
+    """Inductor does this for the whole process, unless the variable is set before its first kernel."""
     monkeypatch.delenv("TRITON_CACHE_DIR")
     monkeypatch.setenv("TRITON_HOME", str(tmp_path))
     before = kernel_cache.triton_folder()
     inductor = inspect.getsource(triton_heuristics)
-    if "TRITON_CACHE_DIR" in inductor:  # what is kept away from: it may be gone in a later torch
+    if "TRITON_CACHE_DIR" in inductor:  # a later torch may lack this code
         assert 'os.getenv("TRITON_CACHE_DIR") is None' in inductor
     kernel_cache.keep_triton_folder()
     assert os.environ["TRITON_CACHE_DIR"] == str(before) == str(tmp_path / ".triton" / "cache")
-    # As inductor asks for it, for a device of its own.
+    # As inductor calls it, for its own device.
     assert cache_dir_utils.triton_cache_dir(1) == str(before)
     monkeypatch.setenv("TRITON_CACHE_DIR", "/the/users")
     kernel_cache.keep_triton_folder()

@@ -132,7 +132,7 @@ def test_tied_weight_adds_to_the_embeddings_gradient() -> None:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Highest number of bytes that tensors made under it keep alive at once."""
+    """Peak bytes of live tensors that were made within the block."""
 
     def __init__(self, known: list[torch.Tensor]) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ def test_peak_memory_does_not_grow_with_tokens_beyond_the_gradient() -> None:
     per_token = (_peak_bytes(many) - _peak_bytes(few)) / (many - few)
     gradient_labels_and_mask = D * 4 + 8 + 1
     assert per_token <= 1.1 * gradient_labels_and_mask, per_token
-    assert 2 * gradient_labels_and_mask < V * 4  # one row of logits would break the bound
+    assert 2 * gradient_labels_and_mask < V * 4  # one row of logits would exceed the bound
 
 
 def test_rejects_batched_hidden_states() -> None:

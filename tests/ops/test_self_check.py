@@ -1,4 +1,4 @@
-"""The start-up check: it passes right kernels once, and no wrong one."""
+"""The start-up check: it checks right kernels once and refuses wrong ones."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def _nothing_passed_yet(monkeypatch):
 
 
 def named(key, name, **kernels):
-    """Twins but for ``kernels``, under a name of its own for one key."""
+    """The twins, with ``kernels`` replaced and another name for one key."""
     return dataclasses.replace(TWINS, **kernels, names={**TWINS.names, key: name})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_twins_pass_every_check(dtype):
-    """So inputs, calls and tolerances hold; in bf16 the twin in fp32 is the reference."""
+    """So inputs, calls and tolerances are valid; in bf16 the reference is the twin in fp32."""
     case, keys = dataclasses.replace(CASE, dtype=dtype), set()
     of_kda = _delta_rule_checks(dataclasses.replace(case, rule=KIMI_DELTA_ATTENTION))
     for key, what, inputs, run in (*all_checks(case), *of_kda):
@@ -53,7 +53,7 @@ def test_twins_pass_every_check(dtype):
 
 
 def first_keys_attention(q, k, v, cu_q, cu_k, window=None):
-    """Aligns a document's queries with its first keys."""
+    """A wrong kernel that aligns a document's queries with its first keys."""
     rows = [torch.arange(c, c + b - a) for a, b, c in zip(cu_q, cu_q[1:], cu_k[:-1], strict=False)]
     return TWINS.attention(q, k[torch.cat(rows)], v[torch.cat(rows)], cu_q, cu_q, window)
 
@@ -67,7 +67,7 @@ def leaking_delta_rule(q, k, v, log_alpha, beta, cu):
 
 
 def equal_channels(q, k, v, log_alpha, beta, cu, exchange=None):
-    assert exchange is None  # FLA computes the shards of this rule, between ranks
+    assert exchange is None  # FLA itself computes this rule's shards, over real ranks
     mean = log_alpha.mean(-1, keepdim=True).expand_as(log_alpha)
     return TWINS.delta_rule(q, k, v, mean, beta, cu)
 
@@ -120,7 +120,7 @@ def test_a_wrong_kernel_is_refused_by_name(key, kernel, wrong, what):
 
 
 def test_shards_are_checked_where_ranks_share_a_sequence(monkeypatch):
-    """All in this process; a state that is not passed on is found."""
+    """All shards are in this process; the check finds a state that is not passed on."""
     rule = RuleKernels(TWINS.delta_rule)
 
     def sharded(*x, exchange):
@@ -130,7 +130,7 @@ def test_shards_are_checked_where_ranks_share_a_sequence(monkeypatch):
         monkeypatch.setattr(type(exchange), "enter", lambda self, maps, like: ([None] * 3, None))
         return sharded(*x, exchange=exchange)
 
-    # Short ones: what kernels cut into parts makes no difference here.
+    # Short streams: how kernels cut parts does not matter here.
     streams = {name: (BOUNDARIES, *rest) for name, (_, *rest) in self_check.SHARDED.items()}
     monkeypatch.setattr(self_check, "SHARDED", streams)
     case = dataclasses.replace(CASE, context_parallel=True)
@@ -144,7 +144,7 @@ def test_streams_of_shards_are_such_that_errors_show():
     for cu, decay, strength in self_check.SHARDED.values():
         first, middle, last = shards_of(cu, self_check.SHARDS)
         assert first.goes_on and last.begun
-        if middle.through:  # what leaves the first shard reaches the last one
+        if middle.through:  # the state that leaves the first shard reaches the last one
             through.add(0.5 * decay * (middle.end - middle.start) > -2)
             assert 0.5 * strength * (middle.end - middle.start) < 64
     assert through == {True}
@@ -184,7 +184,7 @@ def test_a_choice_is_checked_once(monkeypatch):
     check_kernels(named("full_attention", "mine", attention=attention), CASE)
     first = len(calls)
     assert first > 0
-    # A second model of the same run; its kernels may be closures of their own.
+    # A second model of the same run; its kernels may be other closures.
     again = named("full_attention", "mine", attention=functools.partial(attention))
     check_kernels(again, CASE)
     assert len(calls) == first
@@ -201,7 +201,7 @@ def test_what_failed_is_checked_again():
 
 @pytest.fixture
 def records(monkeypatch, tmp_path):
-    """Passes are recorded as on a GPU, for facts that tests change."""
+    """Record passes as on a GPU, with facts that tests can change."""
     facts = {"card": "one", "versions": {"triton": "3.6.0"}}
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TILELANG_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
@@ -211,7 +211,7 @@ def records(monkeypatch, tmp_path):
 
 
 def _calls(name="mine", case=CASE):
-    """How often a new process with these kernels calls one of them."""
+    """How often a new process with these kernels calls them."""
     calls = []
 
     def delta_rule(*args, **kwargs):
@@ -273,7 +273,7 @@ class _WrongGradient(torch.autograd.Function):
 
 
 def difference(function):
-    """Of a kernel that should double, by the rule of the check."""
+    """The check's message for a kernel that should double its input."""
 
     def run(kernels, inputs):
         return function(inputs[0]) if kernels is not TWINS else 2 * inputs[0]
@@ -325,7 +325,7 @@ def test_heads_on_which_flash_qla_fails_are_checked_with_flas_own_kernels(monkey
 
 
 def test_a_wrong_kernel_of_flas_own_is_refused_all_the_same(monkeypatch):
-    """Once FlashQLA is out of the way, nothing else is tried."""
+    """After FlashQLA is refused, the check has no other kernel to try."""
     refused = []
     monkeypatch.setattr(fla_tuning, "is_flash_qla", lambda case, heads: heads not in refused)
     monkeypatch.setattr(

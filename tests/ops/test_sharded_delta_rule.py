@@ -1,4 +1,4 @@
-"""The delta rule of shards against the whole stream, with plain rules and stand-ins in the kernels' place."""
+"""The delta rule of shards against the whole stream, with plain rules and stand-ins for the kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.ops import flash_qla_stand_in
 
 HEADS, D, DV, SHARD = 2, 8, 8, 24
 
-STREAMS = {  # by name, documents of a stream of four shards; and which shards lie inside one
+STREAMS = {  # name -> documents of a stream of four shards, and shards that lie inside one document
     "one document": ((0, 96), (1, 2)),
     "cut in every shard": ((0, 5, 30, 50, 90, 96), ()),
     "from the middle of a shard over two others": ((0, 10, 80, 96), (1, 2)),
@@ -33,7 +33,7 @@ STREAMS = {  # by name, documents of a stream of four shards; and which shards l
 
 
 def inputs(tokens: int, decay: float, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    """Half-lives of about ln 2 / (decay / 2) tokens: a leak or a lost state shows."""
+    """Half-lives of about ln 2 / (decay / 2) tokens, which show a leak or a lost state."""
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -92,7 +92,7 @@ def test_shards_know_what_crosses_their_ends(name):
 
 
 def test_a_lost_state_or_gradient_shows():
-    """The streams above are sensitive to what crosses a shard's end."""
+    """In the streams above, the state that crosses a shard's end changes the results."""
     cu = (0, 96)
     tensors = inputs(96, 0.01)
     want = with_gradients(lambda *x: chunked_gated_delta_rule(*x, cu)[0], tensors)
@@ -106,7 +106,7 @@ def test_a_lost_state_or_gradient_shows():
         def leave(self, gradients, transitions, like):
             return [None] * len(gradients)
 
-    # In their order: the output, the gradients of q, k, v, log α and β. That of v needs no entering state.
+    # In order: the output, the gradients by q, k, v, log α and β. The gradient by v needs no entering state.
     for exchange, wrong in ((Forgetful(cu, 4), (0, 1, 2, 4, 5)), (OneWay(cu, 4), (2, 3, 4, 5))):
         got = with_gradients(
             lambda *x, exchange=exchange: sharded_gated_delta_rule(
@@ -146,14 +146,14 @@ def test_the_order_of_flash_qlas_kernels(monkeypatch, name, split):
     generator = torch.Generator().manual_seed(5)
     q, k, v = torch.randn(3, cu[-1], 2, d, generator=generator)
     rates = torch.rand(2, cu[-1], 2, generator=generator)
-    rates[0, :, 1] *= 0.1  # another decay: parts fall back for one head and not for the other
+    rates[0, :, 1] *= 0.1  # another decay: parts fall back for one head only
     k = torch.nn.functional.normalize(k, dim=-1)
     tensors = [x.requires_grad_() for x in (q, k, v, decay * rates[0], 0.01 * rates[1])]
     want = with_gradients(lambda *x: chunked_gated_delta_rule(*x, cu)[0], tensors)
     kernels, exchange = flash_qla_shard_kernels.FlashQlaShardKernels(), ShardsHere(cu, 4)
     got = with_gradients(lambda *x: sharded_gated_delta_rule(kernels, x, exchange), tensors)
     flash_qla_shard_kernels._parts.cache_clear()
-    # What a part has forgotten (e^-10) is left out; shards pass their maps in fp32.
+    # A part leaves out what it has forgotten (e^-10); shards pass their maps in fp32.
     for a, b in zip(got, want, strict=True):
         assert (a - b).norm() < (2e-4 if decay == -0.4 else 1e-5) * b.norm()
 
@@ -181,7 +181,7 @@ def test_flas_kernels_of_shards_in_the_interpreter():
     assert len(results) == 4
     for result in results[:3]:
         assert max(result.values()) < 2e-6, result
-    assert max(results[3].values()) < 3e-5, results[3]  # sums of log α have lost digits to the −80
+    assert max(results[3].values()) < 3e-5, results[3]  # −80 costs digits in sums of log α
 
 
 # -- on a GPU -------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def kernels_of(name: str):
 @pytest.mark.parametrize("name", ON_A_GPU)
 @pytest.mark.parametrize("kernels", ["FlashQLA", "FLA"])
 def test_kernels_of_shards_equal_the_whole_stream_on_a_gpu(kernels, name, heads):
-    """In bf16, against the twin in fp32 on the same rounded inputs; and about as near as unsharded ones."""
+    """In bf16, against the twin in fp32 on the same rounded inputs: about as near as without shards."""
     from megatron_hydra.ops.fla_delta_rule import fla_gated_delta_rule
 
     shard_kernels, (cu, decay, strength) = kernels_of(kernels), ON_A_GPU[name]

@@ -49,10 +49,10 @@ def test_state_carries_a_stream_across_calls_shorter_than_the_width():
 
 
 def test_gradients_flow_into_the_tokens_before_a_shard():
-    """Also into those of the first document only: what lies before it has no part in this shard."""
+    """Gradients also reach only the first document's halo: earlier tokens have no part in this shard."""
     inputs = [torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (3, 8)]
     weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    positions = torch.cat((torch.arange(2, 6), torch.arange(4)))  # two tokens came before
+    positions = torch.cat((torch.arange(2, 6), torch.arange(4)))  # two tokens are before this shard
     cotangent = torch.randn(8, 5, dtype=torch.float64)
     actual = short_conv(inputs[1], weight, positions, inputs[0])
     whole = short_conv(

@@ -1,4 +1,4 @@
-"""Two branches on two streams give what one stream gives, however slow the side stream is."""
+"""Two branches on two streams give the results of one stream, however slow the side stream is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from megatron_hydra.ops import streams
 
 SLEEP_CYCLES = 400_000_000
-"""Some 0.2 s of a GPU's clock: far longer than the host needs for what follows."""
+"""About 0.2 s of a GPU's clock: far longer than the host needs for the next calls."""
 
 
 class SlowSquare(torch.autograd.Function):
@@ -30,7 +30,7 @@ class SlowSquare(torch.autograd.Function):
 
 
 class Overwriting(torch.autograd.Function):
-    """The identity, whose backward takes and fills all the memory of its stream's pool that it can have."""
+    """The identity, whose backward allocates and fills all free memory of its stream's pool."""
 
     @staticmethod
     def forward(ctx, x):
@@ -44,17 +44,17 @@ class Overwriting(torch.autograd.Function):
 
 
 def two_branches(x: torch.Tensor, side_by_side) -> torch.Tensor:
-    """The side branch reads two tensors of the main stream. Its backward is done with the second one at
-    once, so that work of the main stream follows while it still reads the first.
+    """The side branch reads two tensors of the main stream. Its backward finishes with the second one at once.
+    So work of the main stream follows while it still reads the first.
     """
     reads = x * 1.5, Overwriting.apply(x)
 
     def aside(slow: torch.Tensor, quick: torch.Tensor) -> torch.Tensor:
-        squared = SlowSquare.apply(slow)  # first here, so last in the backward
+        squared = SlowSquare.apply(slow)  # first in the forward, so last in the backward
         return squared + quick.exp()
 
     first, second = side_by_side(aside, reads, x.sin)
-    return (first + second).sum()  # nothing but the graph holds the rest from here on
+    return (first + second).sum()  # from here on, only the graph holds the other tensors
 
 
 def one_after_the_other(aside, reads, here):
@@ -62,7 +62,7 @@ def one_after_the_other(aside, reads, here):
 
 
 def gradient_of_two_branches(x: torch.Tensor, side_by_side) -> torch.Tensor:
-    """The gradient by ``x``, once all streams are done."""
+    """The gradient by ``x``, after all streams have finished."""
     two_branches(x, side_by_side).backward()
     if x.is_cuda:
         torch.cuda.synchronize()
@@ -93,7 +93,7 @@ def test_held_memory_is_freed_once_all_gradients_have_come_back():
     events = []
 
     class Made(torch.autograd.Function):
-        """A tensor whose memory says when it is freed."""
+        """A tensor whose memory reports when it is freed."""
 
         @staticmethod
         def forward(ctx, x):

@@ -1,4 +1,4 @@
-"""Every Triton kernel of ours equals its torch twin: interpreted here, compiled where a GPU is."""
+"""Each of our Triton kernels equals its torch twin: interpreted on a CPU, compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here():
         }.items()
         for kernel in kernels_of_it
     }
-    # At the sizes of real models too: whole blocks of a vocabulary, d = 128, and a single head.
+    # Sizes of real models: whole blocks of a vocabulary, d = 128, and a single head.
     assert {b["BLOCK"] for b in built if "chunk_loss" in b["kernel"]} >= {16, 4096}
     for module in ("fusion_tail", "qk_preparation"):
         sizes = {(b["D"], b["heads"]) for b in built if module in b["kernel"]}
@@ -65,7 +65,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here():
 
 @pytest.mark.parametrize("module", ["fusion_tail", "triton_fusion_tail"])
 def test_a_tail_without_steps_copies_nothing(module):
-    """As in the dense model that ours is compared with: no gate, norm, scale or second branch."""
+    """As in the dense model of the benchmarks: no gate, norm, scale or second branch."""
     if module.startswith("triton"):
         pytest.importorskip("triton")
     tail = importlib.import_module(f"megatron_hydra.ops.{module}").fusion_tail

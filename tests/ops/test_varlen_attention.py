@@ -9,7 +9,7 @@ from megatron_hydra.ops.varlen_attention import varlen_attention
 
 
 def plain(q, k, v, cu_q, cu_k, window=None):
-    """One mask over everything, written from the definition."""
+    """Attention with one mask over all tokens, written from the definition."""
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     allowed = torch.zeros(q.shape[0], k.shape[0], dtype=torch.bool)
@@ -30,7 +30,7 @@ def plain(q, k, v, cu_q, cu_k, window=None):
         ((0, 12), (0, 12)),
         ((0, 6, 12, 18), (0, 6, 12, 18)),
         ((0, 1, 8, 15), (0, 1, 8, 15)),
-        ((0, 4, 9), (0, 11, 16)),  # queries are the tail of a longer document
+        ((0, 4, 9), (0, 11, 16)),  # queries are the last tokens of a longer document
     ],
 )
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

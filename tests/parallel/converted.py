@@ -1,7 +1,7 @@
 """Worker: logits of converted checkpoints under tensor parallelism, against transformers' logits.
 
-Run by test_converted.py under torchrun with a folder that holds, for every case, a checkpoint and
-``<case>.safetensors`` with ``tokens`` and ``logits``; prints one JSON line a case and layout.
+test_converted.py runs it under torchrun. The folder has, for every case, a checkpoint and
+``<case>.safetensors`` with ``tokens`` and ``logits``. Prints one JSON line for each case and layout.
 """
 
 from __future__ import annotations

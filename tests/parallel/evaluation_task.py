@@ -1,4 +1,4 @@
-"""A task for ``tools/evaluate.py``: answers inside sequences, some of which a model knows."""
+"""A task for ``tools/evaluate.py``: answers inside sequences; the model knows some of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ VOCABULARY = 64
 
 
 class Inside:
-    """Random tokens; a third of the positions is asked about."""
+    """Random tokens; a third of the positions are answers."""
 
     name = "inside"
 

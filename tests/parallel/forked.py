@@ -13,7 +13,7 @@ def main(processes: str, module: str, *arguments: str) -> int:
     """The exit status of the rank that failed first, or 0."""
     importlib.import_module(
         module
-    )  # all that it needs; every rank then runs it as its main program
+    )  # imports all that it needs; every rank then runs it as its main program
     sys.argv = [module, *arguments]
     return run_ranks(int(processes), lambda: _run(module))
 

@@ -1,4 +1,4 @@
-"""Run a module in as many CPU processes on this machine as asked."""
+"""Run a module in several CPU processes on this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def torchrun(module: str, processes: int, *arguments: str, timeout: float = 600) -> str:
-    """Run ``python -m module`` in ``processes`` ranks; their output, or an AssertionError with it."""
+    """Run ``python -m module`` in ``processes`` ranks; returns their output, or raises it as AssertionError."""
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     return _output([*launcher, module, *arguments], timeout)
 
@@ -25,7 +25,7 @@ def forked(
     timeout: float = 600,
     python: str = sys.executable,
 ) -> str:
-    """As :func:`torchrun`, with one import for all ranks; for modules that torchrun has nothing to add to."""
+    """As :func:`torchrun`, with one import for all ranks; for modules that do not test torchrun itself."""
     return _output(["tests.parallel.forked", str(processes), module, *arguments], timeout, python)
 
 
@@ -42,8 +42,8 @@ def _output(words: list[str], timeout: float, python: str = sys.executable) -> s
     process = family.process
     try:
         output, errors = process.communicate(timeout=timeout)
-    except BaseException:  # a timeout of ours or of pytest, or Ctrl-C
-        family.kill()  # with the ranks, which would run on for ever
+    except BaseException:  # our timeout or pytest's, or Ctrl-C
+        family.kill()  # also ends the ranks, which would otherwise run for ever
         process.communicate()
         raise
     assert process.returncode == 0, f"{' '.join(command)}\n{output[-4000:]}\n{errors[-6000:]}"

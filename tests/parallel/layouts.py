@@ -1,8 +1,8 @@
 """Worker: every layout's loss and gradients against one rank, whole models, in four processes.
 
-Run by test_layouts.py; prints one JSON line of relative errors per case on rank 0. On a
-machine with four GPUs it runs there, on NCCL; with ``--bf16`` in front in bf16 and eight times as large, so
-that the kernels of GPUs (FLA, cuDNN) take part:
+test_layouts.py runs it. Rank 0 prints one JSON line of relative errors for each case. On a machine with four
+GPUs it runs over NCCL. ``--bf16`` in front selects bf16 and models eight times as large, so that the kernels of
+GPUs (FLA, cuDNN) run:
 
     torchrun --standalone --nproc-per-node 4 -m tests.parallel.layouts [--bf16] fast
 """
@@ -40,12 +40,12 @@ from megatron_hydra.transfer.verb import lm_head_weight, replicate_sequence
 from tests import canonical_access
 
 BF16 = "--bf16" in sys.argv
-SIZE = 8 if BF16 else 1  # of lengths, head dimension and width
+SIZE = 8 if BF16 else 1  # factor of lengths, head dimension and width
 LENGTH, VOCABULARY = 96 * SIZE, 64
 
 DOCUMENTS = {
     "one": (0, LENGTH),
-    # documents shorter than a shard, longer than one, over three shards, and of a single token
+    # documents shorter and longer than a shard, over three shards, and of one token
     "packed": (0, *(SIZE * b + 1 for b in (4, 5, 39, 40, 89)), LENGTH),
     "aligned": tuple(SIZE * b for b in (0, 24, 48, 72, 96)),
 }
@@ -56,8 +56,8 @@ def tiny(hydra: HydraConfig | None, fa: tuple | None, **changes) -> ModelConfig:
     base = ModelConfig(
         family="qwen3", num_layers=2, hidden_size=32 * SIZE, ffn_hidden_size=48 * SIZE, vocab_size=VOCABULARY,
         num_query_heads=8, num_kv_heads=4, head_dim=8 * SIZE, qk_norm=True, tie_embeddings=True,
-        # A first token's GDN output is β(q·k)v, which may vanish by chance; its RMSNorm then
-        # magnifies one rounding error (1 ulp of the weights: 3e-4 of a gradient at eps 1e-6).
+        # A first token's GDN output is β(q·k)v, which may be near zero by chance. Its RMSNorm then magnifies
+        # one rounding error (1 ulp of the weights: 3e-4 of a gradient at eps 1e-6).
         norm_eps=1e-4,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )  # fmt: skip
@@ -71,7 +71,7 @@ MODELS = {
     "hydra": tiny(HydraConfig(), ((1, 6), (0, 1, 5))),
     "no-fa-layer": tiny(HydraConfig(), ((), (3,))),
     "all-fa-layer": tiny(HydraConfig(), (tuple(range(8)), (2,))),
-    # nothing divides: 6 heads, 2 KV heads, 3 or 1 of them FA
+    # no number is a multiple of the ranks: 6 heads, 2 KV heads, 3 or 1 FA heads
     "uneven": tiny(HydraConfig(), ((0, 1, 4), (5,)), num_query_heads=6, num_kv_heads=2),
     "one-kv": tiny(HydraConfig(gdn_kv="gqa"), ((0, 3), (1, 2, 7)), num_kv_heads=1),
     "one-kv-dense": tiny(None, None, num_kv_heads=1),
@@ -96,7 +96,7 @@ MODELS = {
         ),
         ((4,), (0, 7)),
     ),
-    # one k and v for FA and GDN: a group with both kinds, one with FA heads only, one with GDN heads only
+    # shared k and v: a group with both kinds, one with FA heads only, one with GDN heads only
     "shared": tiny(HydraConfig(qkv="shared"), ((1, 6, 7), (0, 1, 5))),
     "shared-gqa": tiny(
         HydraConfig(qkv="shared", gdn_kv="gqa"),
@@ -110,7 +110,7 @@ MODELS = {
         HydraConfig(qkv="shared", gdn_kv="gqa"), ((0, 1, 4), ()), num_query_heads=6, num_kv_heads=2
     ),
     "shared-parallel": tiny(HydraConfig(qkv="shared", mixer="parallel"), EVERY),
-    # a decay a channel; the same where nothing divides
+    # a decay for each channel; the second model has no multiple of the ranks
     "kda": tiny(HydraConfig(linear="kda"), ((1, 6), (0, 1, 5))),
     "kda-uneven": tiny(
         HydraConfig(linear="kda", qkv="shared", gdn_kv="gqa"),
@@ -119,7 +119,7 @@ MODELS = {
         num_kv_heads=2,
     ),
     "kda-token": tiny(HydraConfig(linear="kda", mixer="token", window=7), EVERY),
-    # both kinds in every head; windows shorter and longer than a context-parallel shard
+    # both kinds in every head; windows are shorter or longer than a context-parallel shard
     "parallel": tiny(HydraConfig(mixer="parallel"), EVERY),
     "parallel-gated": tiny(
         HydraConfig(mixer="parallel", fusion="gated", gdn_kv="gqa"),
@@ -131,7 +131,7 @@ MODELS = {
     ),
     "token": tiny(HydraConfig(mixer="token", window=7), EVERY),
     "token-wide": tiny(HydraConfig(mixer="token", window=60, fusion="gated"), EVERY),
-    # 6 heads over 4 ranks, one KV head that all of them read
+    # 6 heads over 4 ranks, one KV head that all read
     "token-uneven": tiny(
         HydraConfig(mixer="token", window=3, gdn_kv="gqa", fa_position="rope"),
         (tuple(range(6)),) * 2,
@@ -171,7 +171,7 @@ FAST = [
 
 
 def possible(model: str, layout: str) -> bool:
-    """Whether a layout can hold a model: by ``sequence`` not where every head is FA and GDN."""
+    """Whether a layout supports a model: ``sequence`` does not if every head is both FA and GDN."""
     by_sequence = LAYOUTS[layout].fa_partition == "sequence"
     return not (by_sequence and MODELS[model].switches.mixes_in_every_head)
 
@@ -180,7 +180,7 @@ FULL = [(m, p, d) for m in MODELS for d in DOCUMENTS for p in LAYOUTS if possibl
 
 
 def canonical_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
-    """Random weights under which decay is slow, so that any leak or lost state is visible."""
+    """Random weights with slow decays, which show any leak or lost state."""
     generator = torch.Generator().manual_seed(7)
     weights = {}
     for key, shape in canonical_shapes(model).items():
@@ -245,7 +245,7 @@ def run_case(
 
 @contextmanager
 def groups(layout: ParallelConfig) -> Iterator[None]:
-    """Megatron's groups for a layout. Made once per layout: their threads stay until the end."""
+    """Megatron's groups for a layout, made once for each layout, because their threads stay until the end."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     if not dist.is_initialized():
@@ -260,7 +260,7 @@ def groups(layout: ParallelConfig) -> Iterator[None]:
 
 
 def references(cases: list[str]) -> dict[tuple[str, str], tuple[float, dict]]:
-    """Loss and gradients of one rank by model and documents; each is the work of one of the ranks."""
+    """Loss and gradients of one rank, by model and documents; the ranks share this work."""
     needed = sorted({(case.split("/")[0], case.split("/")[2]) for case in cases})
     mine = {}
     with groups(ParallelConfig()):
@@ -284,8 +284,8 @@ def compare(name: str, recompute: str, reference: tuple[float, dict]) -> dict:
         MODELS[model], LAYOUTS[layout], DOCUMENTS[documents], recompute, ddp=True
     )
     assert set(other) == set(grads), set(other) ^ set(grads)
-    # A key bias cannot change a softmax without rotary, so its exact gradient is zero: errors are
-    # measured against a share of the whole gradient where a parameter's own is smaller still.
+    # A key bias cannot change a softmax without rotary, so its exact gradient is zero. If a parameter's
+    # gradient is smaller than a share of the whole gradient, the error is relative to this share.
     floor = 1e-3 * float(torch.stack([grad.norm() for grad in grads.values()]).norm())
     errors = {
         key: float((other[key] - grads[key]).norm() / grads[key].norm().clamp_min(floor))
@@ -299,7 +299,7 @@ def compare(name: str, recompute: str, reference: tuple[float, dict]) -> dict:
 
 
 def main(arguments: list[str]) -> None:
-    """``fast``, ``full``, or case names ``model/layout/documents``; ``--bf16``: see above."""
+    """Run ``fast``, ``full``, or cases named ``model/layout/documents``; ``--bf16``: see above."""
     arguments = [argument for argument in arguments if argument != "--bf16"]
     if arguments == ["full"]:
         cases = ["/".join(case) for case in FULL]

@@ -1,6 +1,6 @@
-"""Worker: what must hold in every layout besides parity; run by test_properties.py in four processes.
+"""Worker: properties of every layout besides parity. test_properties.py runs it in four processes.
 
-``isolation``: with slow decay, the last token of one document changes nothing of the next, bit for bit.
+``isolation``: with slow decay, the last token of one document does not change the next one, bit for bit.
 ``host_reads``: once its caches are filled, a pass over the layers reads no value back to the host and
 makes no tensor from the host's numbers.
 ``bytes``: what a rank sends per GDN layer under context parallelism, counted at the collectives.
@@ -30,7 +30,7 @@ LENGTH, BOUNDARY = 96, 41
 
 
 def _worth_running(model: str, layout: str) -> bool:
-    """A KV head that several tensor-parallel ranks read needs several of them."""
+    """Whether a case tests something new: the model with one KV head needs ranks that share it."""
     if layout == "one rank":
         return model != "one-kv"
     return possible(model, layout) and (model != "one-kv" or LAYOUTS[layout].tensor > 1)
@@ -54,7 +54,7 @@ CASES = {"fast": FAST, "full": FULL}
 
 
 def local_slice(length: int, parallel: ParallelConfig) -> slice:
-    """This rank's tokens of the stream: its context shard, and under SP its slice of that."""
+    """This rank's tokens of the stream: its context shard, and with SP its slice of the shard."""
     per_cp = length // parallel.context
     start = parallel_state.get_context_parallel_rank() * per_cp
     if parallel.sequence:
@@ -64,7 +64,7 @@ def local_slice(length: int, parallel: ParallelConfig) -> slice:
 
 
 def run_decoder(gpt, hidden: torch.Tensor, cotangent: torch.Tensor, packed, part: slice):
-    """Decoder output and input gradient of this rank's tokens."""
+    """Decoder output and input gradient for this rank's tokens."""
     leaf = hidden[part].clone().requires_grad_()
     out = gpt.decoder(hidden_states=leaf, attention_mask=None, packed_seq_params=packed)
     (out * cotangent[part]).sum().backward()
@@ -72,8 +72,8 @@ def run_decoder(gpt, hidden: torch.Tensor, cotangent: torch.Tensor, packed, part
 
 
 class HostReads(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: ``.item()``, ``if tensor:``, data-dependent shapes,
-    and tensors from host numbers, such as the index in ``x[:, [0, 2]]``, whose copy waits as well.
+    """Counts operations that make the host wait for a GPU: ``.item()``, ``if tensor:``, data-dependent shapes,
+    and tensors from host numbers, such as the index in ``x[:, [0, 2]]``, whose copy also waits.
     """
 
     WAITS = (
@@ -90,14 +90,14 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in self.WAITS:
-            # Megatron-Core's comparison of the host generator's states needs no device.
+            # Megatron-Core compares states of the host's generator, which needs no device.
             callers = {frame.filename for frame in traceback.extract_stack()}
             self.count += not any(name.endswith("tensor_parallel/random.py") for name in callers)
         return func(*args, **(kwargs or {}))
 
 
 def isolation(name: str, layout: str) -> dict:
-    """Change the last token of the first document; look at the second."""
+    """Change the last token of the first document; compare the second document."""
     parallel, model = LAYOUTS.get(layout, ParallelConfig()), MODELS[name]
     gpt = build_gpt_model(model, RunConfig(precision="fp32", parallel=parallel))
     canonical_access.load(gpt, canonical_weights(model))
@@ -128,7 +128,7 @@ def isolation(name: str, layout: str) -> dict:
 
 
 def sent_bytes(tokens_per_rank: int) -> dict:
-    """One all-GDN layer, forward and backward, CP 4."""
+    """Bytes of one all-GDN layer, forward and backward, under CP 4."""
     size = 4
     model = tiny(HydraConfig(), ((),), num_layers=1)
     gpt = build_gpt_model(model, RunConfig(precision="fp32", parallel=ParallelConfig(context=size)))
@@ -141,13 +141,13 @@ def sent_bytes(tokens_per_rank: int) -> dict:
         out, _ = attention(hidden, packed_seq_params=packed)
         out.sum().backward()
     channels = model.num_query_heads * model.head_dim
-    # q, k, v, gate and output, each to the other ranks and, in the backward pass, back
+    # q, k, v, gate and output: each goes to the other ranks and, in the backward, returns
     all_to_all = 2 * 5 * tokens_per_rank * channels * 4 * (size - 1) // size
     return {"tokens_per_rank": tokens_per_rank, "sent": sent["bytes"], "all_to_all": all_to_all}
 
 
 def main(selection: str) -> None:
-    """Run everything, isolation for ``fast`` or ``full``; one JSON line each on rank 0."""
+    """Run everything, with isolation for ``fast`` or ``full``; rank 0 prints one JSON line for each."""
     results = []
     for layout in ("one rank", *LAYOUTS):
         with groups(LAYOUTS.get(layout, ParallelConfig())):

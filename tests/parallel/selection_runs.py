@@ -1,8 +1,8 @@
 """Worker: head selection in one process, in three ranks, and killed and resumed; forks of one process.
 
-Run by test_selection.py: ``selection_runs FOLDER ARGUMENT ...``, the arguments of tools/select_heads.py
-without ``--output``. Writes ``FOLDER/{whole,three,killed}/map.json``, and what the killed run left to
-``FOLDER/left.json``; prints the status of every run as the last line.
+test_selection.py runs it: ``selection_runs FOLDER ARGUMENT ...``, with the arguments of tools/select_heads.py
+except ``--output``. Writes ``FOLDER/{whole,three,killed}/map.json``. ``FOLDER/left.json`` lists the files of
+the killed run. The last line printed has the status of every run.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from tools import select_heads
 
 
 def _die_after_receivers() -> None:
-    """Killed by itself, right after its first receivers' effects lie on disk: from outside the moment is
-    missed on a busy machine.
-    """
+    """The run kills itself when the first receivers' effects are on disk; a kill from outside could be late."""
     write = WorkBench._write
 
     def write_and_die(self: WorkBench, chunk, result) -> None:
@@ -33,7 +31,7 @@ def _die_after_receivers() -> None:
 
 
 def main(outputs: Path, arguments: list[str]) -> None:
-    """Run all of them."""
+    """Run all selections."""
 
     def select(name: str, ranks: int = 1, *, killed: bool = False) -> int:
         (outputs / name).mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
-"""Worker: the delta rule of shards over real ranks against one rank, and the bytes; four processes.
+"""Worker: the delta rule of shards on four real ranks against one rank, and the bytes sent.
 
-Prints one JSON line for each stream: the largest difference of outputs and gradients, and what was sent.
+Prints one JSON line for each stream: the largest difference of outputs and gradients, and the bytes sent.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.ops.test_sharded_delta_rule import STREAMS, inputs, with_gradients
 def largest_difference(
     cu: tuple[int, ...], group: dist.ProcessGroup, own_rule: bool
 ) -> tuple[float, int]:
-    """Between this rank's part and the whole stream's, over outputs and gradients; and the bytes sent."""
+    """Largest difference of this rank's outputs and gradients from the whole stream's; bytes sent."""
     tensors = inputs(cu[-1], 0.01)
     want = with_gradients(lambda *x: chunked_gated_delta_rule(*x, cu)[0], tensors)
     exchange = ShardStates(group, cu)
@@ -29,7 +29,7 @@ def largest_difference(
     weights = torch.linspace(-1, 2, want[0].numel(), dtype=want[0].dtype).view_as(want[0])
     local = [x.detach()[part].requires_grad_() for x in tensors]
     with counted_bytes() as sent:
-        if own_rule:  # the torch back end, which passes states inside its own graph
+        if own_rule:  # the torch back end passes states within its own graph
             output, _ = chunked_gated_delta_rule(*local, shard.cu_seqlens, exchange=exchange)
         else:
             kernels = RuleKernels(chunked_gated_delta_rule)
@@ -42,7 +42,7 @@ def largest_difference(
 
 
 def main() -> None:
-    """Every stream on four ranks, and on two pairs of them."""
+    """Run every stream on four ranks, and on two pairs of ranks."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]

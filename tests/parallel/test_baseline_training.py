@@ -1,4 +1,4 @@
-"""The baselines that run both kinds in every head train under any layout as in one process."""
+"""The baselines with both kinds in every head train under any layout as in one process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CASES = [
 @pytest.mark.parametrize("mixer", ["token", "parallel"])
 def test_layouts_equal_one_process(tmp_path: Path, mixer: str) -> None:
     tiny.write_all(tmp_path, tiny.DEEP)
-    # A window longer than a shard of four: its halo comes from more than one rank.
+    # The window is longer than a shard of four, so its halo comes from several ranks.
     student = tiny.DEEP.with_every_head_mixed(HydraConfig(mixer=mixer, window=20))
     weights = initialise_student(tiny.teacher_weights(tiny.DEEP), student)
     save_canonical(tmp_path / "student", weights, student, force=True)

@@ -13,7 +13,7 @@ from megatron_hydra.parallel.packed_sequence import PackedSequence
 
 
 def pairs_by_rank(cu: tuple[int, ...], size: int) -> list[int]:
-    """(query, key) pairs that the kernel computes on every rank, taken from what it is called with."""
+    """The (query, key) pairs that the kernel computes on every rank, from its arguments."""
     packed, counts = PackedSequence(cu), [0] * size
 
     def attention(q, k, v, cu_q, cu_k):
@@ -39,7 +39,7 @@ def pairs_by_rank(cu: tuple[int, ...], size: int) -> list[int]:
 
 
 def imbalance(counts: list[int]) -> float:
-    """The slowest rank's work over the mean."""
+    """The slowest rank's work divided by the mean."""
     return max(counts) * len(counts) / sum(counts)
 
 
@@ -52,12 +52,12 @@ def test_one_document_loads_all_ranks_equally(size: int) -> None:
 
 
 def test_packed_documents_load_the_ranks_that_hold_them() -> None:
-    """The limit: one document of a shard's length among single tokens is the work of two ranks."""
+    """The limit: one document of a shard's length among single tokens gives all work to two ranks."""
     size, shard = 8, 512
     cu = (*range(2 * shard + 1), *range(3 * shard, size * shard + 1))
     counts = pairs_by_rank(cu, size)
     assert sum(counts) == shard * (shard + 1) // 2 + (size - 1) * shard
     assert sorted(counts)[-2] > 10 * sorted(counts)[-3]
     assert 5 < imbalance(counts) < 6
-    # documents of equal length: every rank has its share, shared or not
+    # documents of equal length give every rank its share, whether ranks share them or not
     assert imbalance(pairs_by_rank(tuple(range(0, size * shard + 1, 64)), size)) == 1.0

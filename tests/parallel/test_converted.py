@@ -19,7 +19,7 @@ from tests.parallel.launch import forked
 def test_converted_checkpoints_agree_with_transformers_under_tensor_parallelism(tmp_path):
     tokens = torch.arange(64) * 7 % 60
     cases = tmp_path / "cases"
-    for variant in ("qwen3-tied", "qwen2"):  # tied and biased; one vocabulary that TP divides
+    for variant in ("qwen3-tied", "qwen2"):  # tied, with biases; one vocabulary is a multiple of TP
         hf = make_hf(tmp_path / variant, variant, vocab_size=60)
         hf_to_megatron(hf, cases / f"{variant}-dense")
         head_map = make_head_map(tmp_path / f"{variant}.json", hf)

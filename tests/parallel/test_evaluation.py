@@ -1,4 +1,4 @@
-"""A Megatron checkpoint gives, under every layout, the same tokens as its Hugging Face export."""
+"""Under every layout, a Megatron checkpoint gives the tokens of its Hugging Face export."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tool():
 
 
 def write_prompts(path: Path, model: HydraHeadForCausalLM) -> None:
-    """Of every three answers, one is what the model says, one begins so, one is wrong from the start."""
+    """Of three answers, one is the model's own, one begins like it, and one is wrong from the start."""
     lines = []
     for index, length in enumerate(PROMPTS * 3):
         generator = torch.Generator().manual_seed(index)
@@ -61,7 +61,7 @@ def write_prompts(path: Path, model: HydraHeadForCausalLM) -> None:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory, tool):
-    """Checkpoint, arguments, and what the export says."""
+    """Checkpoint, arguments, and the export's results."""
     root = tmp_path_factory.mktemp("evaluation")
     model = MODELS["uneven"]
     save_canonical(root / "checkpoint", canonical_weights(model), model)
@@ -99,7 +99,7 @@ def run_layout(case, layout: tuple, output: Path) -> dict[str, list]:
     processes, *overrides = layout
     line = ["--checkpoint", str(checkpoint), *arguments, "--output", str(output), *overrides]
     printed = forked("tools.evaluate", processes, *line)
-    assert printed.count("results: ") == 1  # rank 0 alone speaks and writes
+    assert printed.count("results: ") == 1  # only rank 0 prints and writes
     return predictions(output)
 
 
@@ -143,7 +143,7 @@ def test_a_wrong_layout_is_named(tool, case, changes, message, tmp_path, capsys)
 
 
 def test_replicas_are_refused(tool, case, tmp_path, monkeypatch, capsys):
-    """Two processes that the layout does not use would do the same work twice, and both write."""
+    """Two processes for a layout of one would do the same work and write the same files."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     checkpoint, arguments, _ = case
     line = ["--checkpoint", str(checkpoint), *arguments, "--output", str(tmp_path / "out")]

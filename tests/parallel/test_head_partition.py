@@ -1,4 +1,4 @@
-"""The partition of heads: every head exactly once, equal numbers, whole KV groups if possible."""
+"""The partition of heads: each head on one rank, equal numbers, whole KV groups if possible."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_heads_partition_is_exact_and_even(case):
     assert max(totals) - min(totals) <= 1
     counts = [len(rank) for rank in plan.fa]
     assert max(counts) - min(counts) <= 1
-    assert max(counts) == -(-len(fa) // tp)  # the least that whole heads allow
+    assert max(counts) == -(-len(fa) // tp)  # the minimum for whole heads
 
 
 @given(layers())
@@ -51,7 +51,7 @@ def test_sequence_partition_gives_every_rank_all_fa_heads(case):
 def test_whole_groups_stay_on_one_rank_when_they_fit():
     plan = plan_layer(0, range(16), 16, 8, 8, "heads")
     assert plan.fa == tuple((2 * r, 2 * r + 1) for r in range(8))
-    # two pairs and two singles over two ranks: no pair is cut
+    # two pairs and two single heads over two ranks: no pair is split
     plan = plan_layer(0, [0, 1, 4, 6, 10, 11], 16, 8, 2, "heads")
     group_of = {h: h // 2 for h in range(16)}
     assert shared_groups(plan.fa, group_of) == ()

@@ -1,4 +1,4 @@
-"""Supported and refused releases of Megatron-Core; only one module distinguishes them."""
+"""Supported and refused releases of Megatron-Core; one module handles the differences."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_ci_runs_the_first_and_the_last_release_line() -> None:
 
 
 def _start_with(folder: Path, package_info: str, *command: str) -> tuple[int, str]:
-    """A command where ``import megatron.core`` finds a package that cannot be imported."""
+    """Run a command in an environment where ``import megatron.core`` fails."""
     core = folder / "megatron" / "core"
     core.mkdir(parents=True)
     (core / "__init__.py").write_text("raise RuntimeError('megatron.core was imported')\n")
@@ -100,7 +100,7 @@ def test_a_command_refuses_the_release_before_it_imports_it(
     status, errors = _start_with(tmp_path, TOO_NEW, str(ROOT / script), *options)
     assert (status, len(errors.splitlines())) == (2, 1), errors
     assert errors.startswith("error: megatron-core 0.20.1 is installed, which is too new")
-    assert [path.name for path in tmp_path.iterdir()] == ["megatron"]  # nothing was begun
+    assert [path.name for path in tmp_path.iterdir()] == ["megatron"]  # nothing was started
 
 
 def test_a_package_without_a_version_is_refused(
@@ -139,7 +139,7 @@ _ASKS = re.compile(
 
 
 def test_only_one_module_asks_for_the_release() -> None:
-    """What differs between releases stands in one file."""
+    """One file has all code that depends on the release."""
     own = Path(megatron_versions.__file__)
     asking = [
         path.name

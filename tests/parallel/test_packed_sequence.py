@@ -60,6 +60,6 @@ def test_log_scale_is_one_at_the_start_and_follows_the_definition():
     packed = PackedSequence((0, 3, 1000))
     scale = packed.log_scale(500.0, packed.positions_local)
     assert scale[0] == 1.0
-    assert scale[3] == 1.0  # restarts with the document
+    assert scale[3] == 1.0  # positions restart at each document
     expected = torch.log(torch.tensor(996 + 500.0)) / torch.log(torch.tensor(500.0))
     torch.testing.assert_close(scale[-1], expected)

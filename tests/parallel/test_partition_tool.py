@@ -45,7 +45,7 @@ def test_heads_and_work_of_every_rank_and_layer(tool, student, capsys) -> None:
     assert [line.split(";")[0] for line in ranks] == ["    rank 0: FA 0,1", "    rank 1: FA 5"]
     assert "GFLOPs: FA 320.0, GDN " in ranks[0]
     assert "GFLOPs: FA 160.0, GDN " in ranks[1]
-    # layer 3 has one FA head: all of it on one rank
+    # layer 3 has one FA head, so one rank has all of it
     assert lines[-1] == "  worst imbalance of FA alone: 2.000 (layer 3)"
     assert lines[-2].startswith("  worst imbalance: ")
     assert len(lines) == 1 + 4 * 3 + 2

@@ -40,8 +40,8 @@ by_default = of_a_tensor()
 platform.keep_freed_memory()
 print(json.dumps([by_default, of_a_tensor()]))
 """
-"""What glibc says of one large tensor, by default and when freed memory is kept: bytes that it mapped for it
-alone, bytes that it gave back to the kernel when the tensor was freed, from its heap and by unmapping."""
+"""glibc's numbers for one large tensor, by default and when freed memory is kept: bytes mapped for it alone,
+and bytes returned to the kernel when it is freed (from the heap and by unmapping)."""
 
 
 def _has_mallinfo() -> bool:
@@ -59,7 +59,7 @@ def test_freed_memory_is_kept_if_asked_for() -> None:
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
     )
     by_default, kept = json.loads(done.stdout)
-    assert by_default["mapped"] >= size  # else there is nothing to keep, and this shows nothing
+    assert by_default["mapped"] >= size  # otherwise the test would prove nothing
     assert by_default["unmapped"] >= size
     assert kept["mapped"] < size
     assert kept["unmapped"] + kept["given_back"] < size
@@ -72,7 +72,7 @@ def _threads() -> int:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a matter of machines without a GPU")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_all_groups_of_a_process_share_one_polling_thread() -> None:
-    """Another group has its working threads and no more; and the timeout that it was made with."""
+    """Another group has only its worker threads, and the timeout that it was made with."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         before = _threads()
@@ -90,7 +90,7 @@ def test_all_groups_of_a_process_share_one_polling_thread() -> None:
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On every rank, those that have a GPU too: they would wait for the others."""
+    """Every rank gets the error, also ranks with a GPU: they would wait for the others."""
     platform.check_gpus(2, 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(HydraError, match=r"4 processes .* has 2 GPUs \(CUDA_VISIBLE_DEVICES=0,1\)"):

@@ -25,7 +25,7 @@ def _assert_isolated(results: list[dict], selection: str) -> None:
     isolated = [r for r in results if "layout" in r]
     assert [(r["model"], r["layout"]) for r in isolated] == CASES[selection]
     for result in isolated:
-        assert result["first_changed"], result  # the change did reach its own document
+        assert result["first_changed"], result  # the change does reach its own document
         assert not result["second_changed"], result
         assert not result["gradient_leaked"], result
         assert result["host_reads"] == 0, result  # layers never wait for the device
@@ -60,4 +60,4 @@ def test_gdn_sends_states_not_tokens(results):
     short, long = (r for r in results if "sent" in r)
     assert long["tokens_per_rank"] == 8192
     assert 0 < long["sent"] <= long["all_to_all"] / 10
-    assert long["sent"] == short["sent"]  # independent of the sequence length
+    assert long["sent"] == short["sent"]  # does not depend on the sequence length

@@ -1,6 +1,6 @@
-"""Two releases of Megatron-Core compute the same: losses of every verb and layout, and what they load.
+"""Two releases of Megatron-Core give equal losses for every verb and layout, and load each other's checkpoints.
 
-``HYDRA_OTHER_PYTHON`` names an interpreter whose environment holds the other release; ``make test-releases``
+``HYDRA_OTHER_PYTHON`` names an interpreter whose environment has the other release; ``make test-releases``
 makes one.
 """
 
@@ -27,9 +27,7 @@ pytestmark = pytest.mark.slow
 
 OTHER_PYTHON = "HYDRA_OTHER_PYTHON"
 STEPS, STOPPED_AFTER = 5, 2
-CHUNKED = (
-    "tp2-sp-seq-pp2"  # ranks hold other heads, stages share the embedding: its bucket is forced
-)
+CHUNKED = "tp2-sp-seq-pp2"  # ranks have different heads, and stages share the embedding, whose bucket is forced
 RESUMED_UNDER = "dp2-pp2"
 
 
@@ -95,7 +93,7 @@ def test_losses_agree(folder: Path, other: str, verb: str) -> None:
 
 @pytest.mark.timeout(1200)
 def test_releases_load_each_others_checkpoints_bit_for_bit(folder: Path, other: str) -> None:
-    """Stopped under one release and layout, taken up by both under another: the same tensors, to the end."""
+    """A run stops under one release and layout; both releases resume it under another, with equal tensors."""
     interpreters = {"one": sys.executable, "other": other}
     for saver, python in interpreters.items():
         stopped = _case("distill", CHUNKED, saver, fault="signal")

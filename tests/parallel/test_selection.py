@@ -1,4 +1,4 @@
-"""A map does not depend on the number of ranks, nor on a kill."""
+"""A map depends neither on the number of ranks nor on a kill."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all runs of tests/parallel/selection_runs.py."""
+    """The folder with all runs of tests/parallel/selection_runs.py."""
     outputs = tmp_path_factory.mktemp("maps")
     command = [sys.executable, "-m", "tests.parallel.selection_runs", str(outputs)]
     done = subprocess.run(

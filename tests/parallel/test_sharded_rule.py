@@ -1,4 +1,4 @@
-"""The delta rule of shards over two and four ranks: exact, and no more sent than states."""
+"""The delta rule of shards on two and four ranks: it is exact and sends only states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any layout trains like one process: losses (also held-out), gradients, optimizer state, faults."""
+"""Every layout trains like one process: losses (also held-out), gradients, optimizer state, faults."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.parallel
 
 STEPS = 3
 ODD_VOCABULARY = tiny.VOCABULARY + 1
-"""Divided by no number of tensor-parallel ranks."""
+"""A size that is not a multiple of any number of tensor-parallel ranks."""
 VERBS = ("align", "distill", "finetune", "pretrain")
 LAYOUTS = {
     "tp2-cp2": ["parallel.tensor=2", "parallel.context=2"],
@@ -65,7 +65,7 @@ LAYOUTS = {
     "tp2-seq-dp2": ["parallel.tensor=2", "parallel.fa_partition=sequence"],
     "tp2-sp-cp2": ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=2"],
 }  # fmt: skip
-# Of 13 tokens, so that two context-parallel shards of 24 cut the second document's answer in two.
+# Documents of 13 tokens: two context-parallel shards of 24 cut the second document's answer in two.
 PROBES = [{"kind": "synthetic", "task": "tiny_answers", "options": {"document": 13}}]
 FAST = [
     ("align", "tp2-sp-seq-pp2"),
@@ -77,7 +77,7 @@ FAST = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Inputs, and the runs of this module. Tensor parallelism pads the vocabulary in all of them."""
+    """Inputs and runs of this module. In all runs, tensor parallelism pads the vocabulary."""
     folder = tmp_path_factory.mktemp("parallel")
     tiny.write_all(folder, dataclasses.replace(tiny.DEEP, vocab_size=ODD_VOCABULARY))
     return folder
@@ -88,8 +88,8 @@ def _sections(verb: str) -> dict:
     return {
         "schedule": {"steps": STEPS, "warmup_steps": 1},
         "batch": {"micro_batch_size": 1, "global_batch_size": 4},
-        "checkpoint": {"interval": 1, "keep": 0},  # that of step 1 holds its gradients
-        # No number of replicas divides five sequences; validated after step 2 and at the end.
+        "checkpoint": {"interval": 1, "keep": 0},  # the one of step 1 has its gradients
+        # Five sequences are not a multiple of the replicas; validation is after step 2 and at the end.
         "data": {"held_out": 0.25},
         "validation": {"interval": 2, "sequences": 5, "probes": [] if verb == "align" else PROBES},
     }
@@ -110,7 +110,7 @@ def _train_one(folder: Path, verb: str, overrides: Sequence[str] = ()) -> int:
 
 
 def _reference(folder: Path, verb: str) -> Path:
-    """The run of one process; made once."""
+    """The run of one process, which is made once."""
     output = folder / f"{verb}-one"
     if not output.exists():
         assert _train_one(folder, verb) == 0
@@ -118,7 +118,7 @@ def _reference(folder: Path, verb: str) -> Path:
 
 
 def _run(folder: Path, cases: list[dict], processes: int = 4) -> dict[str, list]:
-    """Outcomes of all ranks by output; of the last case, where several write one output."""
+    """Outcomes of all ranks by output folder; if several cases share a folder, the last one's."""
     listing = folder / "cases.json"
     listing.write_text(json.dumps(cases))
     text = forked(
@@ -138,7 +138,7 @@ def _assert_equal_training(folder: Path, verb: str, layout: str) -> None:
     assert [len(run) for run in runs] == [STEPS, STEPS]
     for got, expected in zip(*runs, strict=True):
         assert _relative(got["loss"], expected["loss"]) < 1e-5, (verb, layout, got, expected)
-        # Gradients of the same weights agree closely; rounding then grows with every update.
+        # Gradients of equal weights agree closely; later each update increases the rounding.
         limit = 1e-4 if got["step"] == 1 else 1e-3
         assert _relative(got["grad_norm"], expected["grad_norm"]) < limit, (verb, layout, got)
         assert got["loss_tokens"] == expected["loss_tokens"]
@@ -156,7 +156,7 @@ def _assert_equal_training(folder: Path, verb: str, layout: str) -> None:
 
 
 def _assert_equal_validations(got: list[dict], expected: list[dict]) -> None:
-    """Every number of them, those of a source and of a layer included."""
+    """Every number of the lines, also those of a source or a layer."""
     found = [
         {line["step"]: scalars(line["validation"]) for line in run if "validation" in line}
         for run in (got, expected)
@@ -190,7 +190,7 @@ def _assert_equal_gradients(run: Path, reference: Path) -> None:
 
 
 def _assert_masters_are_the_weights(run: Path) -> None:
-    """In fp32 every saved master weight is its weight, bit for bit: it was cut out in the right place."""
+    """In fp32 every saved master weight equals its weight, bit for bit, so it was cut at the right place."""
     saved = _everything(run / "checkpoints")
     prefix = "optimizer.state.param."
     masters = {name for name in saved if name.startswith(prefix)}
@@ -201,7 +201,7 @@ def _assert_masters_are_the_weights(run: Path) -> None:
 
 @pytest.mark.timeout(900)
 def test_fast_layouts_equal_one_process(folder: Path) -> None:
-    """And a NaN or a stop signal on one rank is acted on by all of them; and with many gradient buckets."""
+    """All ranks also act on a NaN or a stop signal of one rank, and many gradient buckets work."""
     overlap = ["parallel.overlap_grad_reduce=true"]
     faults = [
         _case("finetune", "cp2-dp2", output="finetune-buckets", overrides=overlap, bucket_size=1),
@@ -225,7 +225,7 @@ def test_fast_layouts_equal_one_process(folder: Path) -> None:
         torch.isfinite(t).all() for t in store.load_canonical(folder / "nan/checkpoints").values()
     )
 
-    assert outcomes["signal"] == [0] * 4  # of the resumed run; the stopped one is the line before
+    assert outcomes["signal"] == [0] * 4  # the resumed run; the line before is the stopped one
     assert (folder / "signal/checkpoints/step_00000002").is_dir()
     losses = [
         [line["loss"] for line in tiny.read_metrics(run)]
@@ -242,7 +242,7 @@ PADDED = [
 
 @pytest.mark.slow
 def test_padding_an_indivisible_length_does_not_change_training(tmp_path: Path) -> None:
-    """49 tokens: tensor-parallel ranks cut a stream also where no key says so (shared KV groups)."""
+    """49 tokens: tensor-parallel ranks also cut a stream for shared KV groups, without a key for it."""
     tiny.write_all(tmp_path, tiny.DEEP)
     overrides = ["data.sequence_length=49"]
     for verb in ("distill", "align"):
@@ -259,7 +259,7 @@ ODD_CASES = [
 
 
 def _odd_vocabulary(folder: Path, cases: list[tuple[str, str]], *, tied: bool) -> None:
-    """Train with a padded vocabulary, compare with one process, and look at what was saved."""
+    """Train with a padded vocabulary; compare with one process; check the saved tensors."""
     model = dataclasses.replace(tiny.DEEP, vocab_size=ODD_VOCABULARY, tie_embeddings=tied)
     tiny.write_all(folder, model)
     for verb in {verb for verb, _ in cases}:
@@ -275,11 +275,11 @@ def _odd_vocabulary(folder: Path, cases: list[tuple[str, str]], *, tied: bool) -
         names = [
             f"{prefix}{table}" for table in tables for prefix in ("", "optimizer.state.exp_avg.")
         ]
-        if verb == "align":  # which trains no table
+        if verb == "align":  # align trains no vocabulary table
             names = tables
         for name in names:
             assert saved[name].shape == (ODD_VOCABULARY, model.hidden_size), name
-    assert outcomes["resumed"] == [0] * 4  # the state of one padding, under another
+    assert outcomes["resumed"] == [0] * 4  # a state saved with one padding resumes under another
     state = _everything(folder / "resumed/checkpoints")
     assert len(state) > 20
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
@@ -287,7 +287,7 @@ def _odd_vocabulary(folder: Path, cases: list[tuple[str, str]], *, tied: bool) -
 
 @pytest.mark.slow
 def test_a_padded_vocabulary_trains_as_one_that_is_not(tmp_path: Path) -> None:
-    """On two ranks, the tables tied."""
+    """Two ranks with tied tables."""
     tiny.write_all(tmp_path, dataclasses.replace(tiny.TEACHER, vocab_size=ODD_VOCABULARY))
     assert _train_one(tmp_path, "distill") == 0
     case = _case("distill", "dp4", output="distill-tp2", overrides=["parallel.tensor=2"])
@@ -316,7 +316,7 @@ SHAPES = {
     "all-fa": ({}, (ALL, (), ALL, (2,)), {}),
     "shared": ({}, ((1, 6, 7), (), ALL, (2,)), {"qkv": "shared"}),
 }
-"""Changes of the teacher's shape, FA heads, switches: what divides by no number of ranks."""
+"""Changes of the teacher's shape, FA heads and switches that give no multiple of the ranks."""
 
 SHAPED = {
     "uneven": [("align", "tp4"), ("distill", "dp2-pp2-vp2")],
@@ -348,14 +348,14 @@ RESUMED = [("tp2-sp-seq-pp2", "cp2-dp2"), ("dp2-pp2-vp2", "tp4-sp-seq")]
 
 
 def _stopped_and_resumed(first: str, second: str, name: str, overrides: Sequence[str]) -> list:
-    """Two cases: stopped after step 2 under one layout, taken to the end under another."""
+    """Two cases: a run stops after step 2 under one layout, and resumes to the end under another."""
     common = {"output": f"distill-{name}", "overrides": overrides}
     return [_case("distill", first, fault="signal", **common), _case("distill", second, **common)]
 
 
 @pytest.mark.slow
 def test_optimizer_state_resumes_under_another_layout_and_partition(folder: Path) -> None:
-    """Every tensor at the end is that of one process which was never stopped."""
+    """Every final tensor equals that of one process that was never stopped."""
     bf16 = ["precision=bf16"]
     cases = [_case("distill", "tp2-cp2", output="distill-bf16", overrides=bf16)]
     cases += _stopped_and_resumed("tp2-sp-seq-pp2", "cp2-dp2", "bf16-resumed", bf16)
@@ -366,7 +366,7 @@ def test_optimizer_state_resumes_under_another_layout_and_partition(folder: Path
         assert outcomes[f"distill-{first}-{second}"] == [0] * 4
         assert (folder / f"distill-{first}-{second}/checkpoints/step_00000002").is_dir()
         _assert_equal_training(folder, "distill", f"{first}-{second}")
-    # The number of replicas is no key; that it has changed is said all the same.
+    # The number of replicas is not a key, but the log says that it has changed.
     lines = (folder / "distill-tp2-sp-seq-pp2-cp2-dp2/events.jsonl").read_text().splitlines()
     events = {event["event"]: event for event in map(json.loads, lines)}
     assert events["resume"]["changed"]["parallel (data-parallel size)"] == [1, 2]
@@ -376,8 +376,8 @@ def test_optimizer_state_resumes_under_another_layout_and_partition(folder: Path
     resumed, expected = (
         _everything(folder / f"distill-{run}/checkpoints") for run in ("bf16-resumed", "bf16")
     )
-    # Moments follow gradients, which bf16 rounds (γ's by 0.75 here). A state that is lost would be off by 1,
-    # that of another parameter by 1.4.
+    # Moments follow gradients, which bf16 rounds (γ's by 0.75 here). The error would be 1 for a lost state and
+    # 1.4 for another parameter's state.
     for kind, limit in (("param", 0.05), ("exp_avg", 0.9), ("exp_avg_sq", 0.9)):
         names = [name for name in expected if name.startswith(f"optimizer.state.{kind}.")]
         assert len(names) > 10
@@ -391,11 +391,11 @@ def test_optimizer_state_resumes_under_another_layout_and_partition(folder: Path
 def test_a_changed_blend_batch_and_number_of_replicas_equal_one_process(
     folder: Path,
 ) -> None:
-    """Losses, learning rates, weights, optimizer, and the record of what was read."""
+    """Equal losses, learning rates, weights, optimizer, and record of read data."""
     (folder / "other").mkdir()
     other = tiny.write_text(folder / "other", documents=41, longest=30)
     blend = f"data.blend=[{{path: {folder / 'text'}}}, {{path: {other}, weight: 2}}]"
-    # What is held out of another blend is another thing to measure.
+    # Another blend holds out other documents, so its held-out losses differ.
     common = ["validation.interval=0", "data.packing=split_long"]
     changed = [*common, blend, "batch.global_batch_size=8", "data.phase=2"]
     first, last = f"schedule.steps={STEPS - 1}", f"schedule.steps={STEPS + 1}"
@@ -431,7 +431,7 @@ def test_a_changed_blend_batch_and_number_of_replicas_equal_one_process(
         for name in names:
             error = (found[name] - state[name]).norm() / (state[name].norm() + 1e-6)
             assert error < 1e-3, (run.name, name, float(error))
-        # Which micro-batches and replicas read it is recorded, and is all that differs.
+        # Only the record of micro-batches and replicas differs.
         mine = _data_read(run)
         replicas = [span["data_parallel_size"] for span in mine["spans"]]
         assert replicas == [
@@ -444,7 +444,7 @@ def test_a_changed_blend_batch_and_number_of_replicas_equal_one_process(
 
 
 def _data_read(run: Path) -> dict:
-    """What the last checkpoint says of all that was read."""
+    """The last checkpoint's record of all read data."""
     body = json.loads((store.resolve_checkpoint(run / "checkpoints") / TRAINING_FILE).read_text())
     return {key: body["data"][key] for key in ("sources", "spans")}
 
@@ -457,7 +457,7 @@ UNDISTURBED = [
 
 @pytest.mark.slow
 def test_training_does_not_notice_its_validations_under_any_layout(folder: Path) -> None:
-    """With one after every step and with none: the same bits, also where weights are collected late."""
+    """Validating after every step or never gives the same bits, also if weights are gathered late."""
     cases = []
     for verb, layout in UNDISTURBED:
         for name, interval in (("with", 1), ("without", 0)):
@@ -480,7 +480,7 @@ def test_training_does_not_notice_its_validations_under_any_layout(folder: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_layout_equals_one_process(folder: Path, verb: str) -> None:
-    # The gradients of align come inside the forward: there is no backward to overlap with.
+    # align computes gradients within the forward, so no backward can overlap.
     layouts = [layout for layout in LAYOUTS if verb != "align" or "overlap" not in layout]
     outcomes = _run(folder, [_case(verb, layout) for layout in layouts])
     for layout in layouts:
@@ -490,7 +490,7 @@ def test_every_layout_equals_one_process(folder: Path, verb: str) -> None:
 
 @pytest.mark.slow
 def test_bf16_layouts_follow_one_process(folder: Path) -> None:
-    """Losses stay within bf16's rounding of the fp32 run's, on fp32 main parameters."""
+    """Losses equal those of fp32 within bf16's rounding; main parameters are fp32."""
     layouts = ("tp2-cp2", "tp2-sp-seq-pp2", "dp2-pp2", "dp2-pp2-vp2", "cp2-dp2-selective")
     cases = []
     for layout in layouts:
@@ -519,11 +519,11 @@ def test_bf16_layouts_follow_one_process(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_command_line_writes_the_losses_of_one_process(folder: Path) -> None:
-    """The command that the README shows, from a config file."""
+    """The README's command, with a config file."""
     from megatron_hydra.config import to_yaml
 
     config = tiny.run_config(folder, "distill", "command-line", **_sections("distill"))
-    config = apply_overrides(config, ["validation.probes=[]"])  # a task of this test's own
+    config = apply_overrides(config, ["validation.probes=[]"])  # a task that this test defines
     path = folder / "distill.yaml"
     path.write_text(to_yaml(config))
     torchrun(
@@ -553,7 +553,7 @@ def test_a_hung_rank_ends_the_job_with_stacks(folder: Path) -> None:
     )
     assert done.returncode != 0
     assert "train_step" in done.stderr
-    assert "Timeout (0:00:06)" in done.stderr  # the watchdog, before the hang ends by itself
+    assert "Timeout (0:00:06)" in done.stderr  # the watchdog's, before the hang ends
 
 
 def test_layout_that_cannot_work_is_refused_before_anything_starts(folder: Path) -> None:

@@ -32,7 +32,7 @@ def test_every_entry_is_on_exactly_one_rank(total: int, ranks: int) -> None:
 
 
 def test_padded_weights_are_saved_without_padding() -> None:
-    """Two ranks' parts cover the tensor; what comes back has zeros where the padding is."""
+    """The parts of two ranks cover the tensor; loaded parts have zeros in the padding."""
     table, rows = torch.randn(5, 4), 3
     boxes, back = [], []
     for rank in range(2):
@@ -66,7 +66,7 @@ def test_uneven_parts_of_a_vocabulary_give_the_loss_of_the_whole() -> None:
 
 @pytest.fixture
 def padded(one_rank) -> torch.nn.Module:
-    """A model of 64 rows of which the last four stand for nothing, and would win every comparison."""
+    """A model with 64 rows; the last four are padding whose logits would be the largest."""
     gpt = build_gpt_model(tiny.TEACHER, CONFIG)
     canonical_access.load(gpt, tiny.teacher_weights())
     gpt.vocabulary_shard = VocabularyShard(total=60, rows=64, first=0, ranks=1)

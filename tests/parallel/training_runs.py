@@ -1,7 +1,7 @@
-"""Worker: several trainings one after the other in the same processes, each under its own layout.
+"""Worker: several trainings in the same processes, one after the other, each with its own layout.
 
-Run by test_training.py, and by the GPU suite over NCCL: ``training_runs FOLDER CASES.json``, under torchrun.
-Rank 0 prints one JSON line a case: exit code or error of every rank.
+test_training.py runs it, and the GPU suite over NCCL: ``training_runs FOLDER CASES.json``, under torchrun. Rank
+0 prints one JSON line for each case: exit code or error of every rank.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ FAULTS = {
 
 
 def _buckets(size: int | None) -> contextlib.AbstractContextManager:
-    """Gradient buckets of a case: by default of 40 million parameters, so that a tiny model has one."""
+    """Size of a case's gradient buckets. By default it is 40 million parameters, so a tiny model has one."""
     if size is None:
         return contextlib.nullcontext()
     small = functools.partial(setup.DistributedDataParallelConfig, bucket_size=size)
@@ -72,7 +72,7 @@ def _buckets(size: int | None) -> contextlib.AbstractContextManager:
 
 
 def _digests(train_state: TrainState) -> dict[str, str]:
-    """SHA-256 of every tensor that this rank trains or keeps for it."""
+    """SHA-256 of every tensor that this rank trains or keeps for training."""
     tensors = {
         f"model {i} {name}": parameter
         for i, chunk in enumerate(train_state.chunks)
@@ -91,7 +91,7 @@ def _digests(train_state: TrainState) -> dict[str, str]:
 
 
 def _note_digests(path: Path) -> None:
-    """Write down what the ranks start the first step with."""
+    """Write the hashes of the tensors with which the ranks start the first step."""
     original = loop.train_step
 
     def noted(train_state: TrainState, *args):

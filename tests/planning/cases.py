@@ -1,4 +1,4 @@
-"""Models and runs that are both measured and predicted."""
+"""Models and runs to measure and to predict."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def run_config(verb: str = "finetune", length: int = 1024, **sections: Any) -> dict[str, Any]:
-    """A run of one micro-batch of one document; ``sections`` of the config are set or replaced."""
+    """A run of one micro-batch of one document; ``sections`` replace sections of the config."""
     teacher = "teacher" if verb in ("align", "distill") else ""
     body: dict[str, Any] = {
         "verb": verb, "output": "x", "precision": "fp32",
@@ -56,9 +56,9 @@ def run_config(verb: str = "finetune", length: int = 1024, **sections: Any) -> d
 
 
 def measure(cases: dict[str, tuple[ModelConfig, dict]], processes: int, folder: Path) -> list[dict]:
-    """Run the cases for real (:mod:`.measure`); one result a case and rank, its case's name in it.
+    """Run and measure the cases (:mod:`.measure`); one result for each case and rank, with the case's name.
 
-    On one rank every case has a process of its own: what an earlier one leaves behind would count.
+    On one rank every case has its own process: memory that an earlier case leaves would count.
     """
     listed = [{"name": n, "model": to_dict(m), "run": r} for n, (m, r) in cases.items()]
     path = folder / "cases.json"
@@ -78,7 +78,7 @@ def measure(cases: dict[str, tuple[ModelConfig, dict]], processes: int, folder: 
 
 
 def predict(model: ModelConfig, body: dict[str, Any], rank: int) -> tuple[int, float, float]:
-    """Bytes at the peak, what the counter should count, and launches, with the torch twins."""
+    """Predicted peak bytes, counted FLOPs, and launches, with the torch twins."""
     run = from_dict(RunConfig, body)
     parallel = run.parallel
     place = Rank(

@@ -1,10 +1,9 @@
-"""Worker: run a real training step and say what its memory peaked at and what it computed.
+"""Worker: run a real training step and print its peak memory and what it computed.
 
-``python -m tests.planning.measure CASES.json`` (under torchrun for several ranks) prints one JSON line
-a case: for every rank the bytes held before a step, the highest bytes during the second step, the FLOPs
-of its matrix products, and the operators that computed something. Bytes are those of torch's own CPU
-allocator, every allocation and release counted, so temporaries inside operators are seen as well; on a
-GPU they are the caching allocator's.
+``python -m tests.planning.measure CASES.json`` (under torchrun for several ranks) prints one JSON line for each
+case. For every rank it has the bytes before a step, the peak bytes of the second step, the FLOPs of matrix
+products, and the number of operators that compute. On a CPU, bytes count every allocation and release of
+torch's allocator, so temporaries inside operators are included. On a GPU they are the caching allocator's.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _ATEN = torch.ops.aten
 
 
 def _solve_flops(matrix: Any, right: Any, *_: Any, **__: Any) -> int:
-    """One triangular system: a multiplication and an addition for half of the square."""
+    """FLOPs of a triangular system: a multiplication and an addition for half of the square."""
     return math.prod(matrix) * right[-1]
 
 
@@ -62,12 +61,12 @@ NOT_COUNTED_BY_TORCH = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     _ATEN.linalg_solve_triangular: _solve_flops,
 }
-"""Torch's counter knows the attention of GPUs only and no triangular solve: the first get the formulas
-of their GPU counterparts, which count every pair of the square, whether or not it is masked."""
+"""Formulas that torch's counter lacks: CPU attention and the triangular solve. CPU attention gets the formulas
+of GPU attention, which count every pair of the square, masked or not."""
 
 
 def _filled(chunks: list[Any]) -> list[Any]:
-    """Models with small random weights: what they compute does not matter here."""
+    """Models with small random weights; their results do not matter here."""
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.data.normal_(std=0.02)
@@ -102,7 +101,7 @@ def _batches(config: RunConfig, model: ModelConfig, world: World) -> list[Packed
 
 
 class CpuBytes:
-    """Bytes that torch's CPU allocator has handed out since this was entered."""
+    """Bytes that torch's CPU allocator has allocated within the block."""
 
     def __enter__(self) -> CpuBytes:
         self._profiler = torch.autograd.profiler.profile(profile_memory=True)
@@ -121,9 +120,9 @@ class CpuBytes:
         self.changes = sorted(changes, key=lambda change: change[0])
 
     def series(self) -> list[tuple[int, int]]:
-        """(time, bytes alive after it) of every change.
+        """The time of every change, and the live bytes after it.
 
-        What gloo's threads release is not reported: it shows when the address is handed out again.
+        Releases by gloo's threads are not reported. They appear when the address is allocated again.
         """
         alive: dict[int, int] = {}
         total, out = 0, []
@@ -140,11 +139,11 @@ _NOTHING_COMPUTED = (
     "alias", "chunk", "detach", "empty", "expand", "is_same_size", "lift_fresh", "_local_scalar_dense",
     "new_empty", "_reshape_alias", "resize", "set_", "split", "unbind", "unsafe_split", "_unsafe_view",
 )  # fmt: skip
-"""How names of operators begin that neither read nor write numbers, besides views."""
+"""Prefixes of operators that, like views, neither read nor write numbers."""
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators that compute, collectives included: on a GPU each launches a kernel or more."""
+    """Counts operators that compute, with collectives: on a GPU each launches at least one kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +160,7 @@ class Operators(TorchDispatchMode):
 
 
 def measure(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
-    """Peak bytes of the second step on this rank, what is held between steps, and FLOPs."""
+    """On this rank: peak bytes of the second step, bytes between steps, and FLOPs."""
     world = start_world(config)
     try:
         torch.manual_seed(0)

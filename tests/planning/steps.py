@@ -1,4 +1,4 @@
-"""Training steps that were measured on GPUs, and what the planner says of the same layouts.
+"""Training steps measured on GPUs, and the planner's predictions for the same layouts.
 
 ``python -m tests.planning.steps`` prints the table of docs/planning.md.
 """
@@ -33,18 +33,18 @@ class Step:
     """One measured step.
 
     Attributes:
-        row: of the file.
+        row: a row of the file.
     """
 
     row: dict[str, Any]
 
     @property
     def best(self) -> float:
-        """Seconds: the least that was measured where other jobs ran beside it."""
+        """Measured seconds; the minimum if other jobs ran at the same time."""
         return float(self.row.get("fastest_tenth", self.row["seconds"]))
 
     def model(self) -> ModelConfig:
-        """What was trained."""
+        """The trained model."""
         shapes = MEASURED["models"]
         name = self.row["model"]
         dense = (
@@ -74,7 +74,7 @@ class Step:
 
     @functools.cached_property
     def plan(self) -> Plan:
-        """What the planner says of it."""
+        """The planner's prediction."""
         efficiency = dataclasses.replace(Efficiency(), **self.row["efficiency"])
         machine = Machine(find_gpu(MEASURED["gpu"]), efficiency)
         return plan_run(self.model(), self.run(), self.row["gpus"], machine)

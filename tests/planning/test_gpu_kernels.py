@@ -1,6 +1,6 @@
-"""The descriptions of GPU kernels against what was measured of these kernels on an H200.
+"""The planner's descriptions of GPU kernels against measurements on an H200.
 
-The figures are those of the benchmarks' own files in ``docs/performance``; nothing runs here.
+The figures come from the benchmarks' files in ``docs/performance``; no kernel runs here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pytest
 
 from megatron_hydra.config.loading import from_dict
 from megatron_hydra.config.run import RunConfig
+from megatron_hydra.ops.linear_rules import GATED_DELTA_RULE
 from megatron_hydra.planning.hardware import Efficiency, find_gpu
 from megatron_hydra.planning.models import read_model
 from megatron_hydra.planning.tape import decoder
@@ -49,7 +50,7 @@ def _seconds(tape: Tape) -> float:
 
 @pytest.mark.parametrize("row", _rows("gdn", "FLA"), ids=lambda row: str(row["size"]))
 def test_gdn_kernels(row: dict[str, Any]) -> None:
-    """Peak bytes beyond the inputs; and at 128K, where launches are hidden, the time."""
+    """Peak bytes without the inputs; at 128K, where launches are hidden, also the time."""
     heads, d = 14, 128
     program = _program(row["size"])
     tape = program.tape
@@ -58,7 +59,8 @@ def test_gdn_kernels(row: dict[str, Any]) -> None:
     gates = [tape.leaf(tape.empty((row["size"], heads), 4))[0] for _ in range(2)]
     before = tape.live
     tape.reset_peak()
-    out = _fla(program, *inputs, *gates)
+    assert GATED_DELTA_RULE.fla is not None
+    out = _fla(program, GATED_DELTA_RULE.fla, *inputs, *gates)
     root = Tensor(None, out.shape, out.size, out.edge)
     del out
     tape.backward([(root, tape.empty(root.shape, root.size))])
@@ -86,7 +88,7 @@ def test_loss(row: dict[str, Any]) -> None:
 
 
 def test_flash_qla_is_a_setting() -> None:
-    """Its kernels reach the share that the help names, where they can run."""
+    """FlashQLA's kernels reach the share of the peak that the help names, if they can run."""
     (fla,) = (row for row in _rows("gdn", "FLA") if row["size"] == 131_072)
     (qla,) = (row for row in _rows("gdn", "FlashQLA") if row["size"] == 131_072)
     share = Efficiency().delta_rule * fla["median_seconds"] / qla["median_seconds"]

@@ -1,5 +1,6 @@
-"""The planner against a real training step: bytes of torch's allocator, FLOPs of torch's counter, and
-the operators that torch dispatches until the gradients are there.
+"""The planner against a real training step: bytes of torch's allocator, FLOPs of torch's counter, operators.
+
+Operators are those that torch dispatches until all gradients exist.
 
 The slow tests print the table of docs/planning.md:
 ``pytest tests/planning/test_measured.py -m slow -s``.
@@ -14,11 +15,11 @@ import pytest
 from tests.planning import cases
 
 MEMORY, FLOPS, OPERATORS = 0.10, 0.02, 0.15
-"""What the planner promises."""
+"""Relative error bounds that the planner promises."""
 
 
 def _compare(named: dict[str, tuple], processes: int, folder: Path) -> list[str]:
-    """Rows of a table; fails where a figure is off."""
+    """Rows of a table; fails if a figure is outside its bound."""
     rows, wrong = [], []
     results = cases.measure(named, processes, folder)
     assert len(results) == len(named) * processes
@@ -40,7 +41,7 @@ def _compare(named: dict[str, tuple], processes: int, folder: Path) -> list[str]
 
 
 def test_one_rank(tmp_path: Path) -> None:
-    """HydraHead, short: every part of a layer is in it."""
+    """A short HydraHead run, which has every part of a layer."""
     body = cases.run_config(length=512)
     _compare({"hydrahead": (cases.MODELS["hydrahead"], body)}, 1, tmp_path)
 

@@ -106,7 +106,7 @@ def test_kinds_have_the_ratio_that_was_asked_for() -> None:
 
 
 def _map(path: Path, dense: ModelConfig, heads: int, **changes: object) -> str:
-    """A head map with so many FA heads, all in the first layers."""
+    """Write a head map with ``heads`` FA heads, all in the first layers; returns its path."""
     identity = dataclasses.replace(dense.identity(), **changes)  # type: ignore[arg-type]
     chosen = tuple(
         tuple(range(min(16, max(0, heads - 16 * layer)))) for layer in range(dense.num_layers)
@@ -120,7 +120,7 @@ def _map(path: Path, dense: ModelConfig, heads: int, **changes: object) -> str:
     [(3, 1), (25, 2), (112, 7)],  # of 16 heads a layer
 )
 def test_whole_layers_have_the_heads_of_the_map(tmp_path: Path, heads: int, layers: int) -> None:
-    """At any ratio that the map has, whatever --ratio says; of a hybrid as well."""
+    """A map may have any ratio, whatever --ratio is; the model may also be a hybrid."""
     dense = read_model(QWEN)
     kinds = model_kinds(dense, "7:1", _map(tmp_path / "map.json", dense, heads))
     for found in (kinds, model_kinds(kinds["hydrahead"], "7:1", "")):
@@ -151,7 +151,7 @@ def _job(**changes: object) -> Job:
 
 
 def test_work_does_not_depend_on_the_layout() -> None:
-    """What all ranks multiply together is the same whatever they share."""
+    """The FLOPs of all ranks together do not depend on the layout."""
     model = hydrahead(read_model(QWEN), "7:1")
     totals = []
     for parallel in (
@@ -163,7 +163,7 @@ def test_work_does_not_depend_on_the_layout() -> None:
         found = plan_run(model, job.run(parallel, 1, RecomputeConfig()), job.gpus, H200)
         totals.append(sum(found.flops.values()) * job.gpus)
     assert totals[1] == pytest.approx(totals[0], rel=1e-9)
-    # GDN heads do not divide by four everywhere: the busiest rank has more than its share.
+    # Some layers' GDN heads are not a multiple of four: the busiest rank has more than its share.
     assert totals[0] * (1 - 1e-9) < totals[2] < totals[0] * 1.1
 
 
@@ -215,7 +215,7 @@ def test_found_layouts_fit_and_are_ranked() -> None:
 
 @pytest.mark.parametrize("gpus", [24, 48, 96])
 def test_machines_of_no_power_of_two_have_a_plan(gpus: int) -> None:
-    """Two sequences a step and three replicas: three sequences."""
+    """If a step should have two sequences, three replicas take three."""
     job = _job(gpus=gpus, sequence_length=524_288)
     sizes = {
         (job.batch(parallel, micro), parallel.tensor * parallel.context * parallel.pipeline)
@@ -247,7 +247,7 @@ def test_what_does_not_fit_names_what_binds() -> None:
 
 
 def test_shipped_layouts_are_among_those_searched() -> None:
-    """The layout of 64 GPUs that ships with the configs fits, by the planner's account."""
+    """By the planner's estimate, the shipped layout of 64 GPUs fits."""
     folder = ROOT / "configs" / "qwen3_1.7b"
     run = load_run_config(
         [
@@ -287,7 +287,7 @@ def test_validations_of_a_recipe_are_in_its_hours(tmp_path: Path) -> None:
         held_out + "\nvalidation: {interval: 150, sequences: 64}\n"
     )
     (stage,), tokens = recipe_stages(tmp_path)
-    assert stage.validation == ValidationBudget(3, 64)  # of 400 steps: 150, 300, and the last
+    assert stage.validation == ValidationBudget(3, 64)  # in 400 steps: 150, 300, and the last one
     model = hydrahead(read_model(QWEN), "7:1")
     run = _job(gpus=8, sequence_length=4096, tokens_per_step=8 * 4096).run(
         ParallelConfig(), 1, RecomputeConfig()
@@ -295,7 +295,7 @@ def test_validations_of_a_recipe_are_in_its_hours(tmp_path: Path) -> None:
     found = plan_run(model, run, 8, H200)
     with_them = cost_of(stage, tokens, found, None)
     without = cost_of(dataclasses.replace(stage, validation=None), tokens, found, None)
-    # 8 micro-batches a validation on each of 8 replicas, a forward each.
+    # a validation is 8 forwards on each of 8 replicas.
     assert with_them.validating * 3600 == pytest.approx(3 * 8 * found.time.forward_only)
     assert with_them.hours == pytest.approx(without.hours + with_them.validating)
     assert 0.2 < found.time.forward_only / found.time.total < 0.6
@@ -366,7 +366,7 @@ def test_the_report_says_what_is_assumed() -> None:
 
 
 def test_a_plan_for_gpus_without_fla_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And needs several times the memory for what the layer keeps."""
+    """It also needs several times the memory for the tensors that the layer keeps."""
 
     def one_layout(model: ModelConfig, job: Job, machine: Machine) -> list[Plan]:
         parallel = ParallelConfig(context=8)
@@ -442,7 +442,7 @@ def test_bad_input_is_named(changes: dict, message: str) -> None:
 
 
 def test_the_table_of_gpus_is_plausible() -> None:
-    """A slip in a unit would be a factor of a thousand."""
+    """A wrong unit would be a factor of a thousand."""
     for gpu in GPUS.values():
         assert 1e14 < gpu.peak < 1e16
         assert 1e12 < gpu.bandwidth < 2e13

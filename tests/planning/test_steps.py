@@ -1,4 +1,4 @@
-"""Predicted steps against measured ones, and how the host's launches come into them; nothing runs here."""
+"""Predicted steps against measured ones, and the effect of the host's launches; no step runs here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMED = {step.row["name"]: step for step in STEPS}
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.row["name"])
 def test_a_measured_step_is_met_within_its_factor(step: Step) -> None:
-    """A wider factor than a tenth has a reason beside it; other jobs make a measured time longer only."""
+    """A bound wider than a tenth has a reason beside it. Other jobs can only lengthen a measured time."""
     row, predicted = step.row, step.plan.time.total
     assert row["factor"] <= 1.1 or row["why"]
     assert predicted < step.best * 1.1
@@ -32,13 +32,11 @@ def test_the_table_of_the_docs_is_this_one() -> None:
 
 
 def test_the_torch_twin_is_as_long_as_its_launches() -> None:
-    """On an H200, ``align`` of the 135M model without FLA launched 38,000 kernels a step, most of it the
-    host's time.
-    """
+    """Without FLA, ``align`` of the 135M model launched 38,000 kernels a step on an H200: mostly host time."""
     step = NAMED["align, 128 × 512"]
     whole = step.model()
     assert whole.full_attention_heads is not None
-    some = 3  # of its layers, which are all of a kind: all of them would take seconds
+    some = 3  # only two layers, because all are equal and all would take seconds
     heads = whole.full_attention_heads[-some:]
     model = dataclasses.replace(whole, num_layers=some, full_attention_heads=heads)
     run = dataclasses.replace(step.run(), backend=BackendConfig(gated_delta_net="torch"))
@@ -62,13 +60,13 @@ def test_free_launches_leave_the_roofline() -> None:
 
 def test_the_host_runs_ahead_and_is_caught_up_with() -> None:
     clocks = Clocks()
-    clocks.run(host=1.0, device=5.0)  # the device begins with the host
+    clocks.run(host=1.0, device=5.0)  # the device starts with the host
     assert clocks.end == 5.0
-    clocks.run(host=3.0, device=1.0)  # launched meanwhile
+    clocks.run(host=3.0, device=1.0)  # the host has launched it meanwhile
     assert clocks.end == 6.0
-    clocks.run(host=4.0, device=1.0)  # the host is at 8 now, and behind no more
+    clocks.run(host=4.0, device=1.0)  # the host is at 8 now, and no longer behind
     assert (clocks.host, clocks.end) == (8.0, 8.0)
-    # The host alone, the device alone, and as many micro-batches as one likes.
+    # The host alone, the device alone, and any number of micro-batches.
     assert elapsed([(2.0, 1.0)] * 3, 10) == pytest.approx(60.0)
     assert elapsed([(1.0, 2.0)] * 3, 10) == pytest.approx(60.0)
     mixed = [(2.0, 1.0), (1.0, 3.0)]

@@ -1,4 +1,4 @@
-"""Lifetimes on the tape, against what autograd does with real tensors."""
+"""Lifetimes on the tape against autograd with real tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_node_keeps_what_it_saved_until_its_backward() -> None:
     tape = Tape()
     x = _leaf(tape)
     y = op.square(tape, x)  # saves x
-    z = op.unary(tape, y)  # saves nothing: y goes
+    z = op.unary(tape, y)  # saves nothing, so y is freed
     del x, y
     assert tape.live == 2 * ROW  # x, z
     root = Tensor(None, z.shape, z.size, z.edge)
@@ -36,7 +36,7 @@ def test_a_node_keeps_what_it_saved_until_its_backward() -> None:
     roots = [(root, gradient)]
     del gradient
     tape.backward(roots)
-    assert tape.live == ROW  # the gradient by x, held by its leaf
+    assert tape.live == ROW  # the gradient by x, which its leaf keeps
 
 
 def test_gradients_that_meet_are_summed_in_place_where_they_can() -> None:
@@ -46,7 +46,7 @@ def test_gradients_that_meet_are_summed_in_place_where_they_can() -> None:
     before = tape.live
     tape.reset_peak()
     tape.backward([(once, tape.empty((100, 8), 4))])
-    # The gradient, and one by each branch; the second is added into the first.
+    # The gradient, and one for each branch; the second is added to the first.
     assert tape.peak - before <= 3 * ROW
 
 

@@ -39,7 +39,7 @@ def test_needles_hide_every_fact_and_ask_for_some(tasks, length):
         assert len({body[i] for i in at}) == PAIRS
         assert all(body[i + 1] in values for i in at)
         assert sum(token in values for token in body) == PAIRS
-        # The answer follows its key, and repeats the value that followed it in the text.
+        # The answer follows its key, and repeats the value after this key in the text.
         assert (sample.tokens[sample.answers] == sample.tokens[sample.sources]).all()
         assert (sample.tokens[sample.answers - 1] == sample.tokens[sample.sources - 1]).all()
         assert len(set(sample.sources)) == 16 and sample.sources.max() < length - 32
@@ -53,7 +53,7 @@ def test_facts_are_spread_over_the_whole_text(tasks):
     rng = np.random.default_rng(0)
     places = np.concatenate([tasks.needles(rng, 1024).sources for _ in range(100)])
     counts, _ = np.histogram(places, bins=8, range=(0, 1024 - 16))
-    assert counts.min() > 60  # of 100 on average
+    assert counts.min() > 60  # of 100 expected
 
 
 def test_needles_refuse_what_does_not_fit(tasks):

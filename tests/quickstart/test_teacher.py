@@ -44,7 +44,7 @@ def test_batches_follow_the_phase(tasks):
     batch = teacher.draw(tasks, phase, 100, rng)
     assert all(len(sample.tokens) == phase.length for sample in batch)
     with_facts = [s for s in batch if len(s.answers) and len(s.answers) < phase.length // 2]
-    assert 50 < len(with_facts) < 90  # 70 % needles; 10 % copying, with answers in most positions
+    assert 50 < len(with_facts) < 90  # 70 % needles; 10 % copying, whose answers are most positions
 
 
 def test_training_script_writes_a_model(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Charts: gaps stay gaps, extremes survive thinning, names cannot break out of the page."""
+"""Charts: gaps stay, thinning keeps extremes, and names cannot inject HTML."""
 
 from __future__ import annotations
 

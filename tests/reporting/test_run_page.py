@@ -1,4 +1,4 @@
-"""The page of a run: complete, self-contained, and rendered correctly by a browser."""
+"""The page of a run is complete and self-contained, and a browser renders it correctly."""
 
 from __future__ import annotations
 
@@ -145,6 +145,6 @@ def test_a_browser_renders_the_page(width: int, run: Path, tmp_path: Path) -> No
     assert seen["smallest"] > 100
     assert seen["lines"] > len(CHARTS)
     assert seen["shortest"] > 0
-    assert seen["overflow"] <= 0  # nothing sticks out sideways, on a telephone either
+    assert seen["overflow"] <= 0  # nothing is wider than the page, also on a telephone
     assert seen["requests"] == 0
     assert seen["ink"].startswith("rgb")

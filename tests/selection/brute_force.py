@@ -1,7 +1,6 @@
-"""The same interventions by full forwards of the Hugging Face model with plain hooks, one at a
-time.
+"""The interventions by full forwards of the Hugging Face model with hooks, one at a time.
 
-Independent of the engine: it shares no code with :mod:`megatron_hydra.selection` but the prompts.
+It is independent of the engine: it shares only the prompts with :mod:`megatron_hydra.selection`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class BruteForce:
         self.corrupted, self.corrupted_m = self._record(self.corrupted_ids)
 
     def _readout(self, ids: tuple[int, ...]) -> torch.Tensor:
-        """The span readout of equation 9, written out."""
+        """The span readout of equation 9."""
         logits = self.model(torch.tensor([ids]), use_cache=False).logits[0].double()
         total, weights = torch.zeros((), dtype=torch.float64), 0.0
         for j, (right, wrong) in enumerate(zip(self.pair.answer, self.pair.wrong, strict=True)):
@@ -71,7 +70,7 @@ class BruteForce:
         return cache, m
 
     def _freeze(self, handles: list, z: dict[int, torch.Tensor]) -> None:
-        """All head outputs and MLPs at their corrupted values, but the o_proj inputs in ``z``."""
+        """All head outputs and MLPs have their corrupted values, except the o_proj inputs in ``z``."""
         for i, layer in enumerate(self.model.model.layers):
             value = z.get(i, self.corrupted[f"z{i}"])
             handles.append(
@@ -88,7 +87,7 @@ class BruteForce:
         return z
 
     def total(self, layer: int, head: int) -> float:
-        """Everything downstream free."""
+        """Everything downstream recomputes."""
         z = self.patched_z(layer, head)
         with self._hooks() as handles:
             projection = self.attentions[layer].o_proj
@@ -96,7 +95,7 @@ class BruteForce:
             return self._forward(self.corrupted_ids)
 
     def layer(self, layer: int) -> float:
-        """All heads of a layer at once, everything downstream free."""
+        """All heads of a layer at once; everything downstream recomputes."""
         z = self.clean[f"z{layer}"]
         with self._hooks() as handles:
             projection = self.attentions[layer].o_proj
@@ -104,7 +103,7 @@ class BruteForce:
             return self._forward(self.corrupted_ids)
 
     def direct(self, layer: int, head: int) -> float:
-        """Everything downstream frozen."""
+        """Everything downstream is frozen."""
         with self._hooks() as handles:
             self._freeze(handles, {layer: self.patched_z(layer, head)})
             return self._forward(self.corrupted_ids)
@@ -135,7 +134,7 @@ class BruteForce:
             return self._forward(self.corrupted_ids)
 
     def _receiver_output(self, layer: int, head: int, at: int, inputs: str) -> torch.Tensor:
-        """o_proj input of layer ``at`` when its ``inputs`` see the sender and the others do not."""
+        """The o_proj input of layer ``at`` if only its ``inputs`` see the sender."""
         attention = self.attentions[at]
         projections = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj}
         seen: Cache = {}
@@ -148,7 +147,7 @@ class BruteForce:
                     )
                 )
             self._forward(self.corrupted_ids)
-        with self._hooks() as handles:  # those projections put into the corrupted run
+        with self._hooks() as handles:  # these projections in the corrupted run
             for name in inputs:
                 handles.append(
                     projections[name].register_forward_hook(lambda m, a, o, name=name: seen[name])
@@ -174,7 +173,7 @@ class BruteForce:
         return z
 
     def _hold(self, handles: list, z: dict[int, torch.Tensor], live: set[tuple[int, int]]) -> None:
-        """All head outputs at their clean values, but those in ``z`` and the live ones; MLPs run."""
+        """All head outputs have their clean values, except those in ``z`` and the live ones; MLPs run."""
 
         def held(i: int) -> Callable:
             def hook(module, inputs):
@@ -190,7 +189,7 @@ class BruteForce:
             handles.append(attention.o_proj.register_forward_pre_hook(held(i)))
 
     def receiver(self, layer: int, head: int) -> float:
-        """m of the clean run with one head's corrupted output, later attention at its clean values."""
+        """m of the clean run with one head's corrupted output; later attention has its clean values."""
         with self._hooks() as handles:
             self._hold(handles, {layer: self._noised_z(layer, head)}, set())
             return self._forward(self.clean_ids)
@@ -202,8 +201,10 @@ class BruteForce:
         newest: list[tuple[int, int]],
         older: list[tuple[int, int]],
     ) -> float:
-        """m of the clean run if the newest receivers alone hear the candidate's corrupted output, and the
-        older ones what changes in these."""
+        """m of the clean run if only the newest receivers read the candidate's corrupted output.
+
+        Older receivers read what changes in the newest ones.
+        """
         new_z: dict[int, torch.Tensor] = {}
         for at, receiver in newest:
             if at > layer:
@@ -215,7 +216,7 @@ class BruteForce:
             return self._forward(self.clean_ids)
 
     def _heard_noise(self, layer: int, head: int, at: int) -> torch.Tensor:
-        """What would enter o_proj of layer ``at`` if all its inputs heard the candidate."""
+        """The o_proj input of layer ``at`` if all its inputs read the candidate."""
         seen: Cache = {}
         with self._hooks() as handles:
             handles.append(
@@ -228,7 +229,7 @@ class BruteForce:
         return seen["z"]
 
     def without(self, heads: list[tuple[int, int]], means: torch.Tensor) -> float:
-        """m of the clean run in which some heads give their mean output, everything downstream live.
+        """m of the clean run if some heads give their mean output; everything downstream recomputes.
 
         Args:
             means: ``[L, H, d]``.

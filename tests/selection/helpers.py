@@ -25,8 +25,7 @@ class Pairs:
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> torch.nn.Module:
-    """A random 3-layer model with 6 query heads on 3 KV heads; weights large enough to attend
-    sharply."""
+    """A random model: 3 layers, 6 query heads on 3 KV heads, weights large enough for sharp attention."""
     torch.manual_seed(seed)
     shape: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -53,8 +52,10 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> torch.nn.Module:
 
 
 def random_pairs(lengths: list[int], first: int = 0, seed: int = 0) -> list[PromptPair]:
-    """Random pairs that share their first ``first`` tokens and differ in about a third of the
-    rest; answers of one, two and three tokens in turn."""
+    """Random pairs that share their first ``first`` tokens and differ in about a third of the rest.
+
+    Answers have one, two and three tokens in turn.
+    """
     generator = torch.Generator().manual_seed(seed)
     pairs = []
     for length in lengths:
@@ -73,7 +74,7 @@ def random_pairs(lengths: list[int], first: int = 0, seed: int = 0) -> list[Prom
 
 
 def byte_tokenizer(texts: list[str] | None = None, merges: int = 0) -> Any:
-    """A byte-level BPE: every byte a token, or ``merges`` more learned from ``texts``."""
+    """A byte-level BPE: one token for each byte, and ``merges`` more learned from ``texts``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

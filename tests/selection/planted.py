@@ -1,13 +1,12 @@
 """A transformer whose circuit is known, because its weights are written by hand.
 
-A Qwen3 with grouped-query attention that does induction in two steps. The residual stream is cut
-into blocks: a constant; ``CURRENT``, the code of the current token; ``P1`` and ``P2``, that of the
-previous token, each written by its own previous-token head (the senders); ``OUT``, read by the LM
-head; and for every head a block of junk that nothing reads. Induction heads (the receivers) match
-their ``CURRENT`` with the ``P`` of earlier positions and copy ``CURRENT`` from there to ``OUT``.
-One receiver is a redundant backup of half the strength. Everything else is a distractor that writes
-large vectors to its junk block; one of them, the decoy, attends as a receiver does, only more
-sharply.
+It is a Qwen3 with grouped-query attention that does induction in two steps. The residual stream has these
+blocks: a constant; ``CURRENT``, the code of the current token; ``P1`` and ``P2``, the code of the previous
+token, each written by its own previous-token head (the senders); ``OUT``, which the LM head reads; and for
+every head a junk block that nothing reads. Induction heads (the receivers) match their ``CURRENT`` with the
+``P`` of earlier positions and copy ``CURRENT`` from there to ``OUT``. One receiver is a redundant backup of
+half the strength. All other heads are distractors, which write large vectors to their junk blocks. One of them,
+the decoy, attends like a receiver, but more sharply.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ CODE = 16
 CURRENT, P1, P2, OUT = (slice(1 + i * CODE, 1 + (i + 1) * CODE) for i in range(4))
 HIDDEN = 1 + 4 * CODE + LAYERS * HEADS * CODE + 3
 IS_FIRST, NOT_FIRST, FLAG = range(HIDDEN - 3, HIDDEN)
-"""The first token; all others; "somebody has answered"."""
+"""Channels that mark: the first token; all other tokens; "a head has answered"."""
 
 THETA = 1e6
 SINK_DIM = 7
 MATCH_DIMS = [*range(8, 16), *range(24, 32)]
-"""Head dimensions whose rotary frequency is so low that codes match at any distance."""
+"""Channels of a head whose rotary frequency is so low that codes match at any distance."""
 
 Head = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Planted:
-    """A model and where its circuit is.
+    """A model and the heads of its circuit.
 
     Attributes:
-        senders: previous-token heads, for P1 and P2.
-        receivers: induction heads, the last being the backup.
-        decoy: attends as the receivers do, writes junk.
+        senders: previous-token heads, of P1 and P2.
+        receivers: induction heads; the last one is the backup.
+        decoy: the head that attends like the receivers and writes junk.
     """
 
     model: torch.nn.Module
@@ -61,12 +60,12 @@ def codes() -> torch.Tensor:
 
 
 def plant(seed: int) -> Planted:
-    """A random placement, different for every seed: the senders below all receivers."""
+    """A random placement for each seed; the senders are below all receivers."""
     return _place(_empty(), random.Random(seed))
 
 
 def _empty() -> torch.nn.Module:
-    """Embeddings and LM head, and nothing between them."""
+    """Embeddings and LM head, without any circuit between them."""
     config = transformers.Qwen3Config(
         vocab_size=CODE,
         hidden_size=HIDDEN,
@@ -81,7 +80,7 @@ def _empty() -> torch.nn.Module:
     )
     model = transformers.Qwen3ForCausalLM(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
-        # QK-norm with a gain of 4: sharp attention, whatever the size of the residual stream.
+        # QK-norm with a gain of 4 makes attention sharp for any size of the residual stream.
         gain = 4.0 if "q_norm" in name or "k_norm" in name else 1.0
         parameter.fill_(gain if "norm" in name else 0.0)
     embeddings = model.model.embed_tokens.weight
@@ -93,17 +92,17 @@ def _empty() -> torch.nn.Module:
     return model
 
 
-# -- circuits that the paper's scoring has to cope with -------------------------------------------
+# -- circuits that are difficult for the paper's scoring ------------------------------------------
 
 EVEN, ODD = tuple(range(2, CODE, 2)), tuple(range(1, CODE, 2))
-"""Tokens that one of two specialists knows."""
+"""The tokens that one of the two specialists knows."""
 
 
 def plant_chain(seed: int) -> tuple[torch.nn.Module, Head, Head, Head]:
-    """A receiver, its sender, and a sender to that one, which a second round finds.
+    """A receiver, its sender, and a sender to this sender, which a second round finds.
 
-    The answer stands two places behind the earlier occurrence of the last token: one head writes the
-    previous token, another one what that head wrote one place before, and the receiver matches with it.
+    The answer is two places after the earlier occurrence of the last token. One head writes the previous token.
+    A second one writes what the first wrote one place before. The receiver matches with the result.
     """
     generator, model = random.Random(seed), _empty()
     slots = {(layer, group) for layer in range(LAYERS) for group in range(KV_HEADS)}
@@ -121,10 +120,10 @@ def plant_chain(seed: int) -> tuple[torch.nn.Module, Head, Head, Head]:
 
 
 def plant_specialists(backup: bool) -> tuple[torch.nn.Module, Head, Head, Head]:
-    """A sender and two receivers that know half of the tokens each, or of which the second is a backup.
+    """A sender and two receivers: each knows half of the tokens, or the second is a backup.
 
-    A specialist looks at the first token, and writes nothing, where it does not know the last one. The
-    backup knows all tokens, and looks at the first one where the other receiver has answered.
+    A specialist that does not know the last token attends to the first one and writes nothing. The backup knows
+    all tokens; it attends to the first one if the other receiver has answered.
     """
     model = _empty()
     sender, first, second = (0, 1), (2, 2), (3, 4)
@@ -137,7 +136,7 @@ def plant_specialists(backup: bool) -> tuple[torch.nn.Module, Head, Head, Head]:
         key, value = attention.k_proj.weight[rows], attention.v_proj.weight[rows]
         key[MATCH_DIMS, P1] = torch.eye(CODE)
         key[SINK_DIM, IS_FIRST] = 30.0
-        # The first token has no value: who looks at it writes nothing.
+        # The first token has no value: a head that attends to it writes nothing.
         value[:CODE, CURRENT] = torch.eye(CODE) - _projector((0,))
         value[CODE, NOT_FIRST] = 1.0
         query = attention.q_proj.weight[head[1] * HEAD_DIM : (head[1] + 1) * HEAD_DIM]
@@ -153,13 +152,13 @@ def plant_specialists(backup: bool) -> tuple[torch.nn.Module, Head, Head, Head]:
 
 
 def _projector(tokens: tuple[int, ...]) -> torch.Tensor:
-    """Onto the codes of some tokens, ``[16, 16]``."""
+    """Projection onto the codes of some tokens, ``[16, 16]``."""
     rows = codes()[list(tokens)]
     return rows.T @ rows / CODE
 
 
 def pairs_two_behind(count: int, seed: int) -> list[PromptPair]:
-    """As :func:`induction_pairs`, with the answer two places behind."""
+    """As :func:`induction_pairs`, but the answer is two places later."""
     return induction_pairs(count, seed, length=12, behind=2)
 
 
@@ -170,7 +169,7 @@ def pairs_asking(known: tuple[int, ...], count: int, seed: int) -> list[PromptPa
 
 
 def pairs_of_three(count: int, seed: int) -> list[PromptPair]:
-    """Answers of three tokens, an odd one first, behind an even token; corrupted: three others stand there."""
+    """Answers of three tokens, the first one odd, after an even token; corrupted: three other tokens."""
     generator, pairs = random.Random(seed), []
     while len(pairs) < count:
         asked, *rest = generator.sample(range(1, CODE), 14)
@@ -184,7 +183,7 @@ def pairs_of_three(count: int, seed: int) -> list[PromptPair]:
 
 
 def _place(model: torch.nn.Module, generator: random.Random) -> Planted:
-    border = generator.randint(1, LAYERS - 2)  # senders below it, receivers from it on
+    border = generator.randint(1, LAYERS - 2)  # senders are below it, receivers from it on
     slots = {(layer, group) for layer in range(LAYERS) for group in range(KV_HEADS)}
     senders, receivers = [], []
     for block in (P1, P2):
@@ -210,8 +209,7 @@ def _place(model: torch.nn.Module, generator: random.Random) -> Planted:
         siblings.append(sibling)
         _write_query(model, sibling, "uniform", block)
         _write_output(model, sibling, _junk(sibling), generator.uniform(2, 4))
-    # It shares keys and values with a receiver, and so attends alike; but nobody reads what it
-    # writes.
+    # It shares keys and values with a receiver and so attends alike, but nothing reads its output.
     decoy = generator.choice(siblings)
     _write_query(model, decoy, "match", CURRENT, blunt=0.0)
     _write_output(model, decoy, _junk(decoy), 3.0)
@@ -221,8 +219,8 @@ def _place(model: torch.nn.Module, generator: random.Random) -> Planted:
 
 
 def _junk(head: Head) -> slice:
-    """The block that a distractor writes to: its own, so that the stream's norm stays the same
-    whatever tokens it sees (else it would have a true effect, through the final norm).
+    """The block of a distractor. It is its own, so that the norm of the stream does not depend on tokens;
+    otherwise the head would have a true effect through the final norm.
     """
     first = 1 + (4 + head[0] * HEADS + head[1]) * CODE
     return slice(first, first + CODE)
@@ -242,7 +240,7 @@ def _write_group(
     block: slice,
     generator: random.Random,
 ) -> None:
-    """Keys and values of a KV group, its heads' queries, and what its distractors write."""
+    """Set a KV group's keys and values, its heads' queries, and the outputs of its distractors."""
     attention = model.model.layers[layer].self_attn
     rows = slice(group * HEAD_DIM, (group + 1) * HEAD_DIM)
     _write_value(model, layer, group, CURRENT)
@@ -250,7 +248,7 @@ def _write_group(
     if kind == "match":
         key[MATCH_DIMS, block] = torch.eye(CODE)
     else:
-        # A key turned forward by `distance` steps: attends to the token that many steps back.
+        # The key is rotated forward by `distance` steps, so queries attend that many tokens back.
         distance = 1 if kind == "previous" else generator.choice([0, 2, 3])
         angles = distance * THETA ** (-torch.arange(4) / (HEAD_DIM / 2))
         key[:4, 0], key[16:20, 0] = angles.cos(), angles.sin()
@@ -275,7 +273,7 @@ def _write_query(
     query = model.model.layers[layer].self_attn.q_proj.weight[h * HEAD_DIM : (h + 1) * HEAD_DIM]
     query.zero_()
     if kind == "match":
-        # A constant beside the code takes its share of the norm: the match counts for less.
+        # A constant beside the code takes a share of the norm, so the match has less weight.
         query[MATCH_DIMS, CURRENT] = torch.eye(CODE)
         query[0, 0] = blunt
     elif kind != "uniform":
@@ -291,15 +289,15 @@ def _write_output(model: torch.nn.Module, head: Head, block: slice, strength: fl
 
 
 def induction_pairs(count: int, seed: int, length: int = 11, behind: int = 1) -> list[PromptPair]:
-    """A begin token, ``length`` others, and one of them again; corrupted: it and another exchanged.
+    """A begin token, ``length`` others, and one of them again; corrupted: two tokens exchanged.
 
-    The answer stood ``behind`` places after the token that is asked again.
+    The answer is ``behind`` places after the first occurrence of the repeated token.
     """
     generator = random.Random(seed)
     pairs = []
     while len(pairs) < count:
         segment = generator.sample(range(1, CODE), length)
-        # The last tokens stay, so that heads that look a few steps back see no difference.
+        # The last tokens do not change, so that heads that attend a few tokens back see no difference.
         asked, other = sorted(generator.sample(range(8), 2))
         if other - asked <= behind:
             continue

@@ -3,7 +3,7 @@
     python -m tests.selection.record_chunks --hf-path MODEL --output tests/selection/recorded.json \\
         --num-prompts 10 --min-prompts 2 --probe-tokens 256
 
-Time is the process' own (CPU seconds), so that other work on the machine does not show.
+Time is the process' CPU time, so that other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_hydra.selection.work import WorkBench
 
 
 class _Recorder(TimeLeft):
-    """Writes down what it is told."""
+    """Records every call."""
 
     events: list[list[Any]] = []  # noqa: RUF012 - one recording a process
 

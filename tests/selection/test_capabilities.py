@@ -50,7 +50,7 @@ def test_the_clean_prompt_holds_the_fact_and_the_corrupted_one_does_not(tokenize
         for pair in make_capability(task, 900).prompts(tokenizer, len(tokenizer), 3, 0):
             clean, corrupted = tokenizer.decode(pair.clean), tokenizer.decode(pair.corrupted)
             question = clean.rsplit("number for ", 1)[1]
-            name, begun = question.split(" mentioned in the provided text is:")  # digits shared
+            name, begun = question.split(" mentioned in the provided text is:")  # shared digits
             fact = f"numbers for {name} is:{begun}"
             assert fact + tokenizer.decode(pair.answer) in clean
             assert fact + tokenizer.decode(pair.answer) not in corrupted
@@ -129,7 +129,7 @@ def test_missing_parts_of_a_model_are_named(tmp_path: Path, tokenizers) -> None:
     )
     with pytest.raises(HydraError, match="token id 900 is outside the model's vocabulary of 50"):
         make_capability(f"jsonl:{tmp_path / 'p.jsonl'}").prompts(None, 50, 2, 0)
-    # Ten two-digit sums are all there are; eleven different prompts cannot be drawn.
+    # Only ten two-digit sums exist, so eleven different prompts are impossible.
     with pytest.raises(HydraError, match="could be aligned"):
         make_capability("arithmetic").prompts(tokenizers[0], 10, 2, 0)
 

@@ -1,4 +1,4 @@
-"""Costs equal the operations that are really done."""
+"""Costs equal the operations that the engine does."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_several_tasks_are_sub_probes_and_a_single_task_is_split() -> None:
 
 def test_kappa_is_the_share_of_sub_probes_with_a_signal_in_the_stronger_role() -> None:
     probe = np.array([0, 0, 1, 1])
-    # Head 0 receives in one sub-probe and sends a little in both; head 1 sends in both; head 2 is below 0.01.
+    # Head 0 receives in one sub-probe and sends weakly in both; head 1 sends in both; head 2 is below 0.01.
     receiver = np.array([[[0.4, 0.4, 0.0, 0.0], [0.0] * 4, [0.009] * 4]])
     sender = np.array([[[0.1] * 4, [0.5, 0.3, 0.1, 0.1], [0.0] * 4]])
     np.testing.assert_allclose(by_sub_probe(receiver, probe)[:, 0, 0], [0.4, 0.0])

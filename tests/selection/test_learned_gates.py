@@ -59,7 +59,7 @@ SMALL = SelectionOptions(
 
 
 def solved_pairs(count: int) -> list[PromptPair]:
-    """Random pairs whose corruption lowers the tiny model's readout: those with the largest gaps."""
+    """The random pairs whose corruption lowers the tiny model's readout most."""
     drawn = random_pairs([7, 9, 8, 7, 9, 8] * 3)
     (batch,) = make_batches(drawn, 10**6)
     runs = patching.baseline(DecoderRunner(tiny_model("llama")), batch)
@@ -108,7 +108,7 @@ def test_all_gates_at_one_are_the_teacher(family: str) -> None:
 
 
 def test_all_gates_at_zero_are_the_recurrent_branch(family: str) -> None:
-    """transformers' own model, with every head's output replaced by the branch's, says the same."""
+    """transformers' own model gives the same if the branch's outputs replace those of its heads."""
     decoder, ids = decoder_of(family), some_ids()
     gated = decoder.runner.logits(decoder.forward(ids, torch.zeros(1, LAYERS, HEADS)))
     handles = []
@@ -133,7 +133,7 @@ def test_all_gates_at_zero_are_the_recurrent_branch(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_trainings_kernels_compute_the_same(family: str) -> None:
-    """As on a GPU, documents end to end in one row: output, and gradients of gates and of all weights."""
+    """As on a GPU, one row has several documents: output, and gradients of gates and all weights."""
     ids = some_ids(3, 11)
     gates = torch.rand(1, LAYERS, HEADS, generator=torch.Generator().manual_seed(4))
     weights = torch.randn(3, 11, 48, generator=torch.Generator().manual_seed(5))
@@ -154,12 +154,12 @@ def test_the_trainings_kernels_compute_the_same(family: str) -> None:
 
 
 def test_the_branch_has_the_students_norm_and_scale() -> None:
-    """Every head's output is as large as the teacher's on the calibration text, at every token."""
+    """At every token of the calibration text, every head's output is as large as the teacher's."""
     decoder = decoder_of()
     out = decoder.recurrent(1, torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0)))
     gamma = decoder.branches[1].gamma
     size = out.square().mean(-1).sqrt()
-    # Where a head has written next to nothing yet, the norm's epsilon shows.
+    # If a head has written almost nothing yet, the norm's epsilon changes the result.
     torch.testing.assert_close(size, gamma.expand_as(size), rtol=0.02, atol=0)
     assert gamma.max() > 1.2 * gamma.min()
 
@@ -295,7 +295,8 @@ def test_samples_open_with_the_given_probability_and_are_mostly_zero_or_one() ->
 def backups(step: int, draw: Draw) -> dict[str, float]:
     """The loss of four heads in one layer.
 
-    Heads 0 and 1 are backups of each other: without both it is 6. Head 2 is worth 1 by itself, head 3 nothing.
+    Heads 0 and 1 are backups of each other: without both the loss is 6. Head 2 alone is worth 1, head 3
+    nothing.
     """
     gates = draw(8)[:, 0]
     loss = (6 * (1 - gates[:, 0]) * (1 - gates[:, 1]) + (1 - gates[:, 2])).mean()
@@ -304,14 +305,14 @@ def backups(step: int, draw: Draw) -> dict[str, float]:
 
 
 def swept(seed: int, steps: int = 150) -> tuple[GateSweep, list[dict[str, float]]]:
-    """:func:`backups`, each with a cache of its own."""
+    """:func:`backups`, each with its own cache."""
     sweep = GateSweep((1, 4), 1, SweepOptions(steps=steps, seed=seed))
     return sweep, list(sweep.run(backups))
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_only_one_of_two_backup_heads_is_kept(seed: int) -> None:
-    """One at a time, with all others open, neither backup has an effect, and head 2 has all there is."""
+    """If one head closes at a time, neither backup has an effect, and head 2 has the whole effect."""
     sweep, _ = swept(seed)
     ranking = [head for _, head in rank_heads(sweep.openness.numpy())]
     assert ranking[0] in (0, 1)
@@ -323,7 +324,7 @@ def test_the_budget_is_kept_from_all_heads_to_none() -> None:
     sweep, records = swept(0)
     costs = [record["cost"] for record in records]
     targets = [record["target"] for record in records]
-    # The loss may close gates earlier, and a single gate is a quarter of the cost.
+    # The loss may close gates earlier; one gate is a quarter of the cost.
     assert all(cost <= target + 0.1 for cost, target in zip(costs, targets, strict=True))
     assert targets == sorted(targets, reverse=True)
     assert costs[0] > 0.9
@@ -402,7 +403,7 @@ def test_maps_of_other_ratios_are_nested(found: tuple[HeadMap, str]) -> None:
 def test_another_ranking_or_ratio_does_not_change_the_learned_ranking(
     found: tuple[HeadMap, str], tmp_path: Path
 ) -> None:
-    """The curve of the other is measured beside, and a cut of the map is the map of that ratio."""
+    """The other ranking's curve is also measured, and a cut of the map is the map of that ratio."""
     head_map, path = found
     backwards = dataclasses.replace(
         head_map, strategy="attribution", ranking=tuple(reversed(head_map.ranking))
@@ -422,7 +423,7 @@ def test_another_ranking_or_ratio_does_not_change_the_learned_ranking(
 def test_a_stopped_run_resumes_to_the_same_map(
     found: tuple[HeadMap, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the alignment, which has six steps, then among the gates: the seed gives the same map."""
+    """A run stops in the alignment (of six steps), then in the gates' sweep; the map is the same."""
     head_map, path = found
     again = {"work_folder": tmp_path / "work", "output": tmp_path / "map.json"}
     for stop_after, gates_begun in ((3, False), (30, True)):
@@ -535,6 +536,6 @@ def test_the_command_cuts_a_map(
     assert HeadMap.load(output).ratio == "5:1"
     assert cut("--ratio", "2:1", "--granularity", "kv_group", "--force") == 0
     assert HeadMap.load(output).granularity == "kv_group"
-    assert cut("--ratio", "2:1", "--strategy", "global_interp", "--force") == 2  # has other scores
+    assert cut("--ratio", "2:1", "--strategy", "global_interp", "--force") == 2  # other scores
     dataclasses.replace(found[0], details={}).save(source)
     assert cut("--ratio", "2:1", "--force") == 2

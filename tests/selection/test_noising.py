@@ -15,7 +15,7 @@ LAYERS = 4
 HEADS = [(layer, head) for layer in range(LAYERS) for head in range(6)]
 RECEIVERS = [(3, 0), (3, 1), (2, 4), (1, 3)]
 SENDERS = [(2, 0), (2, 5), (1, 1), (3, 4)]
-"""Found in a second round; one of them is above all receivers."""
+"""Senders that a second round finds; one of them is above all receivers."""
 
 
 def setup(family: str, first: int) -> tuple[DecoderRunner, PromptBatch, list[BruteForce]]:
@@ -33,7 +33,7 @@ def test_receivers_equal_brute_force(family: str, first: int) -> None:
     for layer, head in HEADS:
         expected = [b.clean_m - b.receiver(layer, head) for b in brute]
         np.testing.assert_allclose(found[layer, head], expected, atol=1e-5)
-    assert found.abs().max() > 0.1  # the heads do something
+    assert found.abs().max() > 0.1  # the heads have effects
 
 
 @pytest.mark.parametrize("older", [[], RECEIVERS], ids=["round 1", "round 2"])
@@ -70,7 +70,7 @@ def test_the_batch_size_does_not_change_the_effects() -> None:
 
 
 def test_effects_of_a_layer_do_not_depend_on_the_other_measured_layers() -> None:
-    """To the last bit: or else a map would depend on the number of processes, and on a kill."""
+    """The bits are equal; otherwise a map would depend on the number of processes and on kills."""
     runner, batch, _ = setup("qwen3", first=2)
     every = noising.sender_falls(runner, batch, HEADS, SENDERS, RECEIVERS, 120)
     (alone,) = noising.sender_falls(runner, batch, HEADS[6:12], SENDERS, RECEIVERS, 120)

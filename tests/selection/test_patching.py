@@ -1,4 +1,4 @@
-"""Exact effects against brute force, and their batching against one at a time."""
+"""Exact effects against brute force, and batches against one pair at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine finds planted circuits at random places; attention mass does not."""
+"""The engine finds planted circuits at random places; attention mass does not find them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.selection.planted import (
 
 
 def assert_exactly(scores: np.ndarray, planted: list[tuple[int, int]]) -> None:
-    """The planted heads are the top ones, the best other head is far below the weakest of them."""
+    """The planted heads are at the top; the best other head is far below the weakest of them."""
     ranked = rank_heads(scores)
     assert sorted(ranked[: len(planted)]) == sorted(planted)
     weakest, next_best = scores[ranked[len(planted) - 1]], scores[ranked[len(planted)]]
@@ -40,7 +40,7 @@ def assert_exactly(scores: np.ndarray, planted: list[tuple[int, int]]) -> None:
 def measured(
     model: torch.nn.Module, tasks: dict[str, list[PromptPair]], max_rounds: int = 3
 ) -> interp.Measured:
-    """What the paper's scoring finds of one capability."""
+    """The heads that the paper's scoring finds for one capability."""
     engine = EffectEngine(DecoderRunner(model), WorkBench(Ranks()), 4096)
     prompts = {task: engine.solve(task, pairs, "top1") for task, pairs in tasks.items()}
     assert all(len(solved.keep) == len(solved.pairs) for solved in prompts.values())
@@ -58,7 +58,7 @@ def test_the_papers_scoring_finds_the_planted_circuit_exactly(seed: int) -> None
     assert found.receivers == sorted(planted.receivers)
     assert found.rounds == [sorted(planted.senders), []]
     importance = found.importance
-    # The backup has half the strength of the two others, and what all do adds up: MLPs are empty here.
+    # The backup has half the strength of the two others. Effects add up, because MLPs are empty.
     shares = sorted(importance.receiver[receiver] for receiver in planted.receivers)
     np.testing.assert_allclose(shares, [0.2, 0.4, 0.4], atol=0.01)
     assert heads_with_signal(importance.score) == sorted(planted.receivers + planted.senders)
@@ -89,7 +89,7 @@ def test_a_head_that_gives_the_second_token_of_an_answer_is_found() -> None:
 
 
 def test_a_backup_head_is_found_by_the_union_over_sub_probes() -> None:
-    """It is silent where the other receiver answers, also while that one is patched."""
+    """The backup is silent if the other receiver answers, also while that one is patched."""
     model, sender, first, backup = plant_specialists(backup=True)
     works, fails = pairs_asking(EVEN, 4, seed=0), pairs_asking(ODD, 4, seed=0)
     found = measured(model, {"works": works, "fails": fails})
@@ -106,13 +106,13 @@ def test_our_former_scoring_finds_the_planted_circuit_exactly(seed: int) -> None
     prompts = engine.solve("planted", induction_pairs(8, seed), "top1")
     assert len(prompts.keep) == 8
 
-    # Activation patching: the receivers, the redundant backup among them.
+    # Activation patching finds the receivers, also the redundant backup.
     direct = engine.direct("planted", prompts)
     assert_exactly(direct, planted.receivers)
     receivers = top_heads(direct, count=8, share=0.05)
     assert receivers == sorted(planted.receivers)
 
-    # Path patching: the senders, through the receivers' keys and nothing else.
+    # Path patching finds the senders, through the receivers' keys only.
     paths = engine.paths("planted", prompts, receivers)
     assert_exactly(paths["qkv"], planted.senders)
     assert_exactly(paths["k"], planted.senders)
@@ -122,7 +122,7 @@ def test_our_former_scoring_finds_the_planted_circuit_exactly(seed: int) -> None
     # The total effect does not tell the two apart.
     assert_exactly(engine.total("planted", prompts), planted.receivers + planted.senders)
 
-    # Attention mass: the decoy looks at the answer more sharply than any receiver, to no effect.
+    # Attention mass: the decoy attends to the answer more sharply than any receiver, without effect.
     mass = engine.attention_mass("planted", prompts)
     assert rank_heads(mass)[0] == planted.decoy
     assert abs(direct[planted.decoy]) < 0.01

@@ -1,4 +1,4 @@
-"""Standardising, fusing, choosing under constraints."""
+"""Standardising scores, fusing them, and choosing heads under constraints."""
 
 from __future__ import annotations
 

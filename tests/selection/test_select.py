@@ -93,7 +93,7 @@ def test_our_former_scoring_has_its_own_name(planted: Planted) -> None:
         *("direct", "total", "attribution"),
         *("sender_q", "sender_k", "sender_v", "sender_qkv"),
     }
-    # The softmaxes are saturated here, so the first order misses the senders: no bound to test.
+    # The softmaxes are saturated, so the first order misses the senders, and no bound can be tested.
     assert -1 <= task["attribution_spearman"]["total"] <= 1
 
 
@@ -115,7 +115,8 @@ def test_options_of_another_scoring_are_refused(
         select_heads(planted.model, strategy=strategy, tasks=[TASK], options=wrong)
 
 
-@pytest.mark.parametrize("strategy", sorted(STRATEGIES.keys() - {"learned_gates"}))  # it reads text
+# learned_gates reads text
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES.keys() - {"learned_gates"}))
 def test_every_strategy_gives_a_reproducible_map(strategy: str, planted: Planted) -> None:
     def run(seed: int) -> HeadMap:
         return select_heads(
@@ -145,7 +146,7 @@ def test_every_strategy_gives_a_reproducible_map(strategy: str, planted: Planted
 
 
 def test_at_least_one_head_in_every_layer_and_then_the_best(planted: Planted) -> None:
-    """As many as fit, the rest by score: the paper's Global-Interp-C."""
+    """As many as fit, then the rest by score: the paper's Global-Interp-C."""
 
     def run(**arguments: Any) -> HeadMap:
         return select_heads(planted.model, ratio="2:1", tasks=[TASK], options=OPTIONS, **arguments)
@@ -201,7 +202,7 @@ def test_the_layer_whose_attention_decides_is_kept_whole(planted: Planted) -> No
 
 
 def test_the_map_does_not_depend_on_the_name_of_a_path(folder: Path, planted: Planted) -> None:
-    """From the folder or from the loaded model: same identity, same map, but for the name."""
+    """The folder and the loaded model give the same identity and map, except the name."""
     by_path = select_heads(folder, ratio="5:1", tasks=[TASK], options=OPTIONS)
     by_model = select_heads(planted.model, ratio="5:1", tasks=[TASK], options=OPTIONS)
     by_path.check_model(by_model.model)
@@ -246,8 +247,8 @@ def test_a_killed_run_continues_to_the_same_map(
     layers.clear()
     monkeypatch.setattr(noising, "sender_falls", counted)
     assert select_heads(planted.model, **again).to_dict() == expected.to_dict()
-    batches = 2  # of four prompts: 440 / 4 tokens hold four pairs of 13
-    # The first round reaches the receivers' layer, the second one that of their senders.
+    batches = 2  # batches of four prompts: 440 / 4 tokens hold four pairs of 13
+    # The first round ends at the receivers' layer, the second one at their senders' layer.
     rounds = [max(layer for layer, _ in heads) for heads in (planted.receivers, planted.senders)]
     assert len(layers) == sum(rounds) * batches - 4
     assert not (tmp_path / "work").exists()
@@ -256,7 +257,7 @@ def test_a_killed_run_continues_to_the_same_map(
 def test_nothing_measured_is_lost_when_the_map_cannot_be_saved(
     planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And another ratio or weight goes on from what was measured."""
+    """Another ratio or weight reuses the measured effects."""
     arguments = {"tasks": [TASK], "options": OPTIONS, "work_folder": tmp_path / "work"}
     with monkeypatch.context() as patched:
         patched.setattr(HeadMap, "save", lambda self, path: (_ for _ in ()).throw(OSError("full")))

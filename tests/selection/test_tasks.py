@@ -49,7 +49,7 @@ def defaults(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def baselines(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many prompts every run without intervention had."""
+    """The number of prompts of every run without intervention."""
     sizes: list[int] = []
     real = patching.baseline
     monkeypatch.setattr(
@@ -82,7 +82,7 @@ def test_unsolved_default_tasks_are_skipped(
     }  # fmt: skip
     assert "generates text" in left_out["facts"]["reason"]
     assert "task some is skipped: the model solves 4 of 32 prompts, at least 8" in caplog.text
-    assert sum(baselines) == 4 * 32  # each prompt once, though some came in the solve check
+    assert sum(baselines) == 4 * 32  # each prompt once, although the solve check used some
     assert HeadMap.load(tmp_path / "map.json").to_dict() == found.to_dict()
 
     lines: list[str] = []
@@ -100,7 +100,7 @@ def test_unsolved_default_tasks_are_skipped(
 
 @pytest.fixture
 def group(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes a capability of several tasks."""
+    """Make a capability of several tasks."""
 
     def make(name: str, *members: Pairs) -> None:
         for member in members:
@@ -111,7 +111,7 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_capability_of_several_tasks_has_them_as_sub_probes(planted: Planted, group: Any) -> None:
-    """One of them need not be solved, also if the capability is named."""
+    """The model need not solve all of them, even if the capability is named."""
     other = dataclasses.replace(GOOD, name="other", pairs=induction_pairs(32, 5))
     group("both", GOOD, other, BAD)
     found = select(planted, tasks=["both"])
@@ -121,7 +121,7 @@ def test_a_capability_of_several_tasks_has_them_as_sub_probes(planted: Planted, 
     assert (facts["probes"], facts["sub_probes"]) == (["good", "other"], 2)
     drawn = {task: facts["drawn"] for task, facts in found.details["prompts"].items()}
     assert drawn == {"good": 11, "other": 11}  # 32 pairs for three tasks
-    # Other strategies have a score for every task; those of a capability share its weight.
+    # Other strategies score every task; tasks of a capability share its weight.
     plain = SelectionOptions(num_prompts=32)
     by_mass = select(planted, plain, tasks=["both", Pairs("third", GOOD.pairs)],
                      strategy="attention_mass")  # fmt: skip
@@ -143,7 +143,7 @@ def test_a_named_capability_without_a_solved_task_is_an_error(planted: Planted, 
 def test_a_named_task_must_be_solved(
     planted: Planted, defaults: Any, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """And it is found out before anything else is measured."""
+    """The check comes before all other measurements."""
     defaults(GOOD, SOME)
     monkeypatch.setattr(noising, "receiver_falls", None)
     weighted = dataclasses.replace(OPTIONS, task_weights={"some": 0.5})
@@ -157,7 +157,7 @@ def test_an_unsolved_selection_fails_after_a_few_prompts(
 ) -> None:
     more = [dataclasses.replace(BAD, name=f"bad {i}") for i in range(4)]
     defaults(*more)
-    options = dataclasses.replace(OPTIONS, tokens_per_batch=110)  # one pair a batch
+    options = dataclasses.replace(OPTIONS, tokens_per_batch=110)  # one pair for each batch
     with pytest.raises(
         HydraError, match=r"no prompt of any task \(solve check: bad 0 0 of 6, bad 1"
     ):

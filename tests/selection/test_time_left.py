@@ -22,7 +22,7 @@ RECORDED = [Path(__file__).with_name("recorded_default.json")]
 
 
 def replay(events: list[list[Any]]) -> list[tuple[float, float]]:
-    """What was said and what was true after every unit from the 60th second on: (said, left)."""
+    """The estimates and the true times left, after every unit from the 60th second on."""
     whole = sum(event[-1] for event in events if event[0] in ("observe", "done"))
     left, clock, said = TimeLeft(), 0.0, []
     for what, *rest in events:
@@ -53,7 +53,7 @@ def test_after_a_minute_the_estimate_is_within_a_factor_of_two(path: Path) -> No
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
 def test_estimates_with_equal_units_would_be_wrong(path: Path) -> None:
-    """The bound above is one that a poor estimate misses."""
+    """A poor estimate exceeds the bound above."""
     events = json.loads(path.read_text())
     counts: dict[tuple[str, ...], int] = {}
     for what, *rest in events:
@@ -92,7 +92,7 @@ def test_every_kind_has_its_own_pace_and_the_first_unit_does_not_count() -> None
 def test_a_gpu_is_timed_by_the_second_call_on_the_largest_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of a small batch it would be the time of launches: 6 hours were foretold for 5 minutes."""
+    """A small batch measures the time of launches: it once predicted 6 hours for 5 minutes."""
     tasks = [random_pairs([12, 12]), random_pairs([60, 60, 60])]
     tokens: list[int] = []
 
@@ -100,7 +100,7 @@ def test_a_gpu_is_timed_by_the_second_call_on_the_largest_batch(
         tokens.append(batch.clean.numel())
 
     monkeypatch.setattr(patching, "baseline", counted)
-    monkeypatch.setattr(effects, "SAMPLE_COST", 1.0)  # nearest to it is the smallest batch
+    monkeypatch.setattr(effects, "SAMPLE_COST", 1.0)  # the smallest batch is the nearest to it
 
     def calls_on(device: str) -> list[int]:
         engine = EffectEngine(DecoderRunner(tiny_model("qwen3")), WorkBench(Ranks()), 4096)

@@ -1,4 +1,4 @@
-"""The report on a head map, the positive control and the knockout curve."""
+"""The report on a head map: the positive control and the knockout curve."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_heads_without_a_signal_share_a_rank() -> None:
 
 
 def test_knocking_out_equals_a_hook(family: str) -> None:
-    """The means are those of real tokens, and a knocked-out head gives its mean everywhere."""
+    """Means are over real tokens; a knocked-out head gives its mean at every token."""
     model = tiny_model(family)
     pairs = random_pairs([9, 14, 11], first=2)
     runner, (batch,) = DecoderRunner(model), make_batches(pairs, 10_000)
@@ -134,7 +134,7 @@ def test_needles_of_other_lengths_are_compared_with(with_text: Path) -> None:
     found = select_heads(with_text, options=options, **arguments)
     trust = found.details["trust"]["capabilities"]
     rows = trust["needle_single:haystack=noise"]["lengths"]
-    # Twice the length is more than the model was trained for, and a quarter holds little but the facts.
+    # Twice the length exceeds the training length, and a quarter of it holds hardly more than the facts.
     assert [row["tokens"] for row in rows] == [256, 512]
     assert all(row["pairs"] and -1 <= row["rank_correlation"] <= 1 for row in rows)
     assert "lengths" not in trust["induction"]

@@ -1,4 +1,4 @@
-"""The time left of work that is distributed, set up once per batch, and saved on disk."""
+"""The time left of work that is distributed, set up once for each batch, and saved on disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHUNKS = [
 
 
 class FakeClock:
-    """Time that passes only when it is told to."""
+    """A clock that tests move forward."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -34,7 +34,7 @@ def bench_with(clock: FakeClock, folder: Path | None = None) -> WorkBench:
 
 
 def test_a_batch_is_set_up_by_its_first_chunk() -> None:
-    """The first chunk of a batch takes ten times as long; the time left stays right all the way."""
+    """The first chunk of a batch takes ten times as long; the time left is always right."""
     clock = FakeClock()
     bench = bench_with(clock)
     said: list[float] = []
@@ -63,7 +63,7 @@ def test_results_on_disk_are_not_remaining_work(tmp_path: Path) -> None:
     bench_with(clock, tmp_path).run(STAGE, CHUNKS[:4], compute)
     again = bench_with(clock, tmp_path)
     again.plan(STAGE, CHUNKS)
-    assert again.time_left.cost(STAGE) == 9 + 2  # one batch, two of its chunks
+    assert again.time_left.cost(STAGE) == 9 + 2  # two chunks of one batch
     before = clock.now
     results = again.run(STAGE, CHUNKS, compute)
     assert clock.now - before == 2.0

@@ -127,7 +127,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     if os.geteuid() != 0:
         skip_without("slurm", "the daemons of a test cluster run as root")
     folder = tmp_path_factory.mktemp("slurm")
-    # munge wants a socket that others can reach through folders that only their owner can write.
+    # munge needs a socket that others can reach, in folders that only their owner can write.
     for parent in (folder, *folder.parents[:2]):
         parent.chmod(0o755)
     host = socket.gethostname().split(".")[0]

@@ -78,8 +78,8 @@ def test_a_preempted_job_saves_and_ends_the_same(slurm, submit, tmp_path: Path) 
 
 
 def test_the_time_limit_is_announced_in_time_to_save(slurm, submit, tmp_path: Path) -> None:
-    # SLURM looks every half minute and signals up to a minute early: after 60 to 120 of 180 seconds
-    # here. The run takes longer.
+    # SLURM checks every half minute and signals up to a minute early: here after 60 to 120 of 180 seconds. The
+    # run takes longer.
     [job] = submit(
         "--time", "3", "--signal-before", "60", *PAYLOAD,
         config(tmp_path, steps=1300, seconds=0.1),
@@ -96,7 +96,7 @@ def test_a_cancelled_job_saves_and_is_not_requeued(slurm, submit, tmp_path: Path
     slurm.run("scancel", job)
     slurm.wait(job, "CANCELLED")
     wait_for(tmp_path / "align" / "state.json", tmp_path)
-    time.sleep(15)  # longer than a requeued job waits
+    time.sleep(15)  # longer than the wait of a requeued job
     ended = slurm.job(job)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), logs(tmp_path)
 
@@ -109,7 +109,7 @@ def test_a_chain_runs_in_order(slurm, submit, tmp_path: Path) -> None:
     ]
     jobs = submit(*PAYLOAD, steps[0], "--then", steps[1], "--then", steps[2])
     assert len(jobs) == 3
-    # A requeue of the first does not set the second free.
+    # A requeue of the first job does not release the second one.
     wait_for(tmp_path / "align" / "started.json", tmp_path)
     slurm.run("scancel", "--signal=TERM", jobs[0])
     for job in jobs:
@@ -126,7 +126,7 @@ def test_a_step_that_fails_ends_the_chain(slurm, submit, tmp_path: Path) -> None
         "--then", config(tmp_path, "distill"), "--then", config(tmp_path, "finetune"),
     )  # fmt: skip
     ended = slurm.wait(jobs[0], "COMPLETED", "FAILED", "CANCELLED")
-    # The other node's rank is lost in a collective; it too is gone soon after.
+    # The other node's rank waits in a collective; it also ends soon after.
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
     for job in jobs[1:]:
         assert slurm.wait(job, "CANCELLED", "COMPLETED", seconds=60)["JobState"] == "CANCELLED"

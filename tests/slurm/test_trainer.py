@@ -1,4 +1,4 @@
-"""The three stages on a real SLURM: stopped, requeued and chained, they end as if undisturbed."""
+"""The three stages on a real SLURM: stopped, requeued and chained, they end like undisturbed runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STAGES = ("align", "distill", "finetune")
 
 
 def write_stages(folder: Path, inputs: Path) -> list[str]:
-    """Configs of three stages that start from each other; returns the launcher's words for them."""
+    """Configs of three stages, each of which starts from the last one; returns the launcher's words."""
     words: list[str] = []
     for verb, before in zip(STAGES, (None, *STAGES), strict=False):
         student = folder / before / "checkpoints" if before else inputs / "student"
@@ -42,7 +42,7 @@ def wait_for_steps(run: Path, count: int) -> None:
 
 
 def launch(slurm, folder: Path, script: str, *words: str) -> list[str]:
-    """Run launch/local.sh, or submit with launch/slurm.sh; the jobs."""
+    """Run launch/local.sh, or submit with launch/slurm.sh; returns the job ids."""
     options = ["--gpus-per-node", "0", "--python", sys.executable, "--logs", str(folder)]
     output = slurm.run("bash", f"launch/{script}.sh", *options, *words, cwd=ROOT)
     return [line.split()[1].rstrip(":") for line in output.splitlines() if "submitted" in line]
@@ -100,7 +100,7 @@ def test_a_stage_that_fails_stops_the_chain(slurm, tmp_path: Path, table) -> Non
     tiny.write_all(inputs)
     chain.mkdir()
     words = write_stages(chain, inputs)
-    words[-2:-2] = ["teacher.checkpoint=nowhere"]  # of distill, the second of the three
+    words[-2:-2] = ["teacher.checkpoint=nowhere"]  # distill, the second of the three
     words.insert(1, "schedule.steps=4")
     jobs = launch(slurm, tmp_path, "slurm", "--nodes", "2", "--procs-per-node", "1", *words)
     states = [
@@ -116,7 +116,7 @@ def test_a_stage_that_fails_stops_the_chain(slurm, tmp_path: Path, table) -> Non
 
 
 def test_a_job_knows_its_time_limit(slurm, tmp_path: Path) -> None:
-    """What faults.stop_seconds_before_limit goes by."""
+    """The time limit that faults.stop_seconds_before_limit uses."""
     (tmp_path / "look.py").write_text(
         "import os, sys\nopen(sys.argv[1], 'w').write(os.environ['SLURM_JOB_END_TIME'])\n"
     )

@@ -1,4 +1,4 @@
-"""Optimizers that a GPU machine may have, by what matters to a checkpoint: where they keep their state.
+"""Optimizers that a GPU machine may have, and where they keep their state, which matters to checkpoints.
 
 ========================  =====================================  =============================
 optimizer                 step                                   moments
@@ -9,7 +9,7 @@ Apex's FusedAdam          a number in each parameter group       on the device, 
 Transformer Engine's      a number in each parameter group       on the device, of any dtype
 ========================  =====================================  =============================
 
-The last two are stood in for by :class:`FusedAdam`; sources: ``apex/optimizers/fused_adam.py`` and
+:class:`FusedAdam` stands in for the last two; sources: ``apex/optimizers/fused_adam.py`` and
 ``transformer_engine/pytorch/optimizers/fused_adam.py``.
 """
 
@@ -24,7 +24,7 @@ from megatron.core.optimizer import distrib_optimizer
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW with the constructor and the state of Apex's and Transformer Engine's."""
+    """AdamW with the constructor and the state of Apex's and Transformer Engine's optimizers."""
 
     moments = torch.float32
 
@@ -36,7 +36,7 @@ class FusedAdam(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         adam_w_mode: bool,
-        capturable: bool = False,  # which later releases of Megatron-Core say
+        capturable: bool = False,  # later releases of Megatron-Core pass this
     ) -> None:
         assert adam_w_mode and not capturable
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
@@ -64,7 +64,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 class TransformerEngineAdam(FusedAdam):
-    """Moments of another dtype, which a state dict gives as fp32 and takes back."""
+    """Moments in another dtype; a state dict returns and accepts them as fp32."""
 
     moments = torch.bfloat16
 
@@ -93,7 +93,7 @@ OPTIMIZERS = ("torch", "torch-fused", "apex", "transformer-engine")
 
 
 def use_optimizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Megatron find one of :data:`OPTIMIZERS` installed."""
+    """Pretend that one of :data:`OPTIMIZERS` is installed."""
     if name == "torch-fused":
         monkeypatch.setattr(torch.optim, "AdamW", _FusedAdamW)
     if name in ("torch", "torch-fused"):

@@ -1,9 +1,9 @@
-"""A GPU that is pretended on the CPU: tensors have a device, and two devices do not meet.
+"""A pretended GPU on the CPU: tensors have a device, and operators refuse tensors of two devices.
 
-A run under :func:`pretended_gpu` computes on the CPU as ever. But every tensor has a pretended device,
-by its storage: ``cuda:0`` for what is made there, moved there or computed from what is there, ``cpu``
-for the rest, among it the optimizer's step counts and the states of random generators. An operator
-that is given both raises as CUDA does, and so does a NCCL collective of a tensor on the host.
+A run under :func:`pretended_gpu` computes on the CPU. But every tensor has a pretended device, by its storage.
+It is ``cuda:0`` for tensors that are made there, moved there or computed from such tensors. It is ``cpu`` for
+all others, also for the optimizer's step counts and the states of random generators. An operator on both raises
+an error as CUDA does, and so does a NCCL collective of a tensor on the host.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _aten = torch.ops.aten
 _COPIES = (_aten.copy_.default, _aten._to_copy.default, _aten.copy.default)
 _TAKE_HOST_INDICES = (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default)
 
-# By the address of a storage; the weak reference keeps the address from being used again.
+# Keys are addresses of storages; the weak reference prevents reuse of an address.
 _on_the_gpu: dict[int, StorageWeakRef] = {}
 
 
@@ -54,11 +54,11 @@ def _place(tensor: torch.Tensor, on_gpu: bool) -> None:
 
 
 class _Operators(TorchDispatchMode):
-    """Refuses operators that are given tensors of both devices; says where their results are.
+    """Refuses operators on tensors of both devices; records the device of their results.
 
     Attributes:
-        target: where the results of the next operators are, in spite of their inputs: of a copy
-            between devices, or of a factory that was given a device.
+        target: device of the next operators' results, whatever their inputs are: for a copy between devices, or
+            a factory with a device.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class _Operators(TorchDispatchMode):
 
 
 def _is_of_autograd(inputs: list[torch.Tensor]) -> bool:
-    """Whether autograd itself makes a tensor, where the one it stands for is: on the GPU."""
+    """Whether autograd makes this tensor itself; it is then on the GPU, as the tensor that it stands for."""
     return not inputs and torch._C._current_graph_task_id() != -1
 
 
@@ -105,7 +105,7 @@ def _refuse_two_devices(func: Any, args: tuple, inputs: list[torch.Tensor]) -> N
         and all(tensor.dim() == 0 for tensor in host)
         and not (written and not is_on_gpu(args[0]))
     ):
-        return  # a number on the host may meet tensors of the GPU, element by element
+        return  # element by element, a number on the host may be an operand of GPU tensors
     raise RuntimeError(
         "Expected all tensors to be on the same device, but found at least two devices, cuda:0 "
         f"and cpu! (when running {func})"
@@ -113,7 +113,7 @@ def _refuse_two_devices(func: Any, args: tuple, inputs: list[torch.Tensor]) -> N
 
 
 class _Functions(TorchFunctionMode):
-    """Answers what a tensor's device is, and moves tensors between the two."""
+    """Returns a tensor's device, and moves tensors between the two."""
 
     def __init__(self, operators: _Operators) -> None:
         super().__init__()
@@ -205,9 +205,9 @@ def _modes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A block in which this process has a GPU, as far as the devices of tensors go.
+    """Within this block, the process has a GPU, as far as devices of tensors are concerned.
 
-    The kernels stay the CPU's (``is_cuda``, by which they are chosen, is false), and run in one stream.
+    The kernels are the CPU's, because ``is_cuda`` is false, and they run in one stream.
     """
     with monkeypatch.context() as patch:
         patch.setattr(platform, "device", lambda: GPU)
@@ -224,7 +224,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             patch.setattr(torch, name, getattr(torch, name).__wrapped__)  # the platform's
         write = checkpoint_write.CheckpointWrite.write
 
-        def write_under_modes(self: Any) -> None:  # modes are a thread's own
+        def write_under_modes(self: Any) -> None:  # each thread has its own modes
             with _modes():
                 write(self)
 

@@ -21,7 +21,7 @@ from tests.training import tiny
 
 @pytest.fixture(scope="module")
 def blends(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Overrides of three blends: of the tiny text, of that and other data, of the other data alone."""
+    """Overrides for three blends: the tiny text, this text and other data, only the other data."""
     other = tiny.write_text(tmp_path_factory.mktemp("other"), documents=41, longest=30)
     first, second = f"{{path: {inputs / 'text'}, weight: 2}}", f"{{path: {other}}}"
     return {
@@ -52,7 +52,7 @@ def _data(output: Path) -> dict[str, Any]:
 def test_a_chain_of_blends_and_batches_is_counted_logged_and_recorded(
     inputs: Path, blends: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A, then B in larger batches, then A again in the batches of before."""
+    """Train on A, then on B in larger batches, then on A in the first batches."""
     caplog.set_level("INFO")
     output = tmp_path / "run"
     batch = "batch.global_batch_size=6"
@@ -77,11 +77,11 @@ def test_a_chain_of_blends_and_batches_is_counted_logged_and_recorded(
     metrics = tiny.read_metrics(output)
     assert [entry["tokens"] // tiny.SEQUENCE for entry in metrics] == [4, 8, 14, 20, 24]
     assert metrics[-1]["tokens"] == data["samples"] * tiny.SEQUENCE
-    # The manifest of the checkpoint, which the next stage hands on, says the same.
+    # The checkpoint's manifest, which the next stage copies, has the same record.
     folder = store.resolve_checkpoint(output / "checkpoints")
     provenance = store.read_manifest(folder)["provenance"]
     assert provenance["data"] == {key: data[key] for key in ("sources", "spans")}
-    # So do the events, the log and the page.
+    # So have the events, the log and the page.
     second, third = _events(output, "reading changed")
     assert (second["step"], second["phase"], second["global_batch_size"]) == (2, [1, 2], [4, 6])
     assert [source["weight"] for source in second["sources"]] == [[2.0, None], [None, 1.0]]
@@ -99,7 +99,7 @@ def test_a_chain_of_blends_and_batches_is_counted_logged_and_recorded(
 def test_a_phase_without_a_change_is_the_run_without_it(
     inputs: Path, blends: dict[str, str], tmp_path: Path
 ) -> None:
-    """Weights, optimizer and generators, bit for bit: what begins a phase touches nothing else."""
+    """Weights, optimizer and generators are equal bit for bit: the start of a phase changes nothing else."""
     for name, phase in (("plain", 1), ("phase", 2)):
         _run(inputs, tmp_path / name, blends["AB"], "schedule.steps=2")
         _run(inputs, tmp_path / name, blends["AB"], "schedule.steps=4", f"data.phase={phase}")
@@ -115,7 +115,7 @@ def test_a_phase_without_a_change_is_the_run_without_it(
 def test_a_run_that_dies_before_the_first_save_of_a_phase_begins_it_again(
     inputs: Path, blends: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same command as before the death; the result is that of a run that did not die."""
+    """The same command resumes; the result is that of a run that was not killed."""
     ends = {}
     for name in ("whole", "killed"):
         output = tmp_path / name
@@ -140,11 +140,11 @@ def _die(*_: Any) -> None:
 def test_the_learning_rate_follows_the_sequences_read(
     inputs: Path, blends: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Twice the batch and as many steps as read the rest: the rates of the unchanged run, every other."""
+    """With twice the batch for the rest of the data, the run has every second rate of the unchanged run."""
     caplog.set_level("INFO")
     steady, changed = tmp_path / "steady", tmp_path / "changed"
     _run(inputs, steady, blends["A"], "schedule.steps=8")
-    with pytest.MonkeyPatch.context() as patch:  # stopped on the way to the same end
+    with pytest.MonkeyPatch.context() as patch:  # a stop before the same end
         _stop_after(2, patch)
         config = tiny.run_config(inputs, "finetune", "x", data={"packing": "split_long"})
         overrides = [f"output={changed}", blends["A"], "schedule.steps=8"]
@@ -159,7 +159,7 @@ def test_the_learning_rate_follows_the_sequences_read(
 
 
 def _stop_after(step: int, patch: pytest.MonkeyPatch) -> None:
-    """Have a run asked to stop while it makes a step."""
+    """Request a stop while a run makes a step."""
     made, original = [], loop.train_step
 
     def counted(train_state, batches, notices, timers):
@@ -172,7 +172,7 @@ def _stop_after(step: int, patch: pytest.MonkeyPatch) -> None:
 def test_another_blend_restarts_the_held_out_losses(
     inputs: Path, blends: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They are of other documents; a run that had lost its patience has it again."""
+    """The held-out losses are of other documents, so patience starts again."""
     caplog.set_level("INFO")
     output = tmp_path / "run"
     common = (
@@ -180,7 +180,7 @@ def test_another_blend_restarts_the_held_out_losses(
         "schedule.patience=1", "schedule.min_improvement=100", "schedule.steps=9",
     )  # fmt: skip
     _run(inputs, output, blends["A"], *common)
-    assert _data(output)["step"] == 2  # the second validation is no improvement of 100
+    assert _data(output)["step"] == 2  # the second validation does not improve by 100
     with pytest.raises(HydraError, match=r"data\.phase=2"):
         _run(inputs, output, blends["AB"], *common)
     _run(inputs, output, blends["AB"], *common, "data.phase=2")

@@ -1,4 +1,4 @@
-"""A run's checkpoints: synced before they are visible, also in the background, never with bad values."""
+"""A run's checkpoints are synced before they are visible, also in the background, and never have bad values."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_files_are_renamed_only_after_they_are_on_disk(
 def test_a_save_in_the_background_holds_the_weights_of_its_step(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The writer is held up until later steps have changed everything that it is to write."""
+    """The writer waits until later steps have changed every tensor that it writes."""
     later = threading.Event()
     write, step, steps = checkpoint_write.CheckpointWrite.write, loop.train_step, [0]
 
@@ -130,7 +130,7 @@ def test_a_stop_during_a_save_needs_no_second_one(
 def test_a_stop_completes_a_running_save_and_starts_no_other(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The writer is held up until the run wants to leave; what it loses is done again, bit for bit."""
+    """The writer waits until the run ends; the lost steps are repeated, bit for bit."""
     leaving = threading.Event()
     write, finish = checkpoint_write.CheckpointWrite.write, checkpoint_write.CheckpointWrite.finish
     step, steps = loop.train_step, [0]
@@ -171,7 +171,7 @@ def test_a_stop_completes_a_running_save_and_starts_no_other(
 def test_weights_that_are_not_finite_are_not_saved(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever made them so: the loss of the step may have been fine."""
+    """This holds for any cause: the loss of the step may be finite."""
     step = loop.train_step
 
     def poisoned(train_state, *rest):
@@ -195,7 +195,7 @@ def test_a_manifest_has_the_hashes_computed_by_the_writers(inputs: Path, tmp_pat
 def test_retention_keeps_the_newest(tmp_path: Path) -> None:
     for step in (10, 2, 7, 30):
         (tmp_path / f"step_{step:08d}").mkdir()
-    newest = tmp_path / "step_00000007"  # a run that went on from an earlier step
+    newest = tmp_path / "step_00000007"  # a run that resumed from an earlier step
     retain(tmp_path, newest, 2)
     assert newest in step_folders(tmp_path)
     assert len(step_folders(tmp_path)) == 2
@@ -215,7 +215,7 @@ def test_unfinished_checkpoints_of_a_killed_process_are_removed(tmp_path: Path) 
 def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_partial_checkpoint(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run died between a checkpoint's rename and the move of the pointer, and makes it again."""
+    """A run killed between a checkpoint's rename and the move of the pointer saves this checkpoint again."""
     checkpoints = tmp_path / "checkpoints"
     every = ["checkpoint.interval=2", "checkpoint.keep=0"]
     _run(inputs, tmp_path, *every)
@@ -249,7 +249,7 @@ def test_missing_checkpoints_do_not_start_a_new_run(tmp_path: Path) -> None:
     for resume in ("auto", "fallback", "never"):
         with pytest.raises(HydraError, match=r"says that step_00000004 was saved there: mount or"):
             find_resume_point(tmp_path / "checkpoints", resume)
-    assert not (tmp_path / "checkpoints").exists()  # not made up
+    assert not (tmp_path / "checkpoints").exists()  # not created
 
 
 def test_a_checkpoint_without_a_manifest_does_not_start_a_new_run(tmp_path: Path) -> None:
@@ -262,11 +262,11 @@ def test_a_checkpoint_without_a_manifest_does_not_start_a_new_run(tmp_path: Path
             find_resume_point(tmp_path, resume)
 
 
-# -- what is on the disk ---------------------------------------------------------------------------
+# -- files on the disk ----------------------------------------------------------------------------
 
 
 def test_checkpoints_of_one_record_a_head_still_load(inputs: Path, tmp_path: Path) -> None:
-    """Student, teacher and a run's own, with the optimizer: the run goes on as if nothing had changed."""
+    """Checkpoints of student, teacher and run, with the optimizer: the run resumes unchanged."""
     old = shutil.copytree(inputs, tmp_path / "inputs")
     records = len(store.read_index(old / "student/weights").storage_data)
     for name in ("student", "teacher"):
@@ -284,8 +284,10 @@ def test_checkpoints_of_one_record_a_head_still_load(inputs: Path, tmp_path: Pat
 
 
 def test_a_process_with_all_heads_writes_one_record_a_tensor(inputs: Path, tmp_path: Path) -> None:
-    """Not one a head, which made saves slow. But a gate and its up projection lie apart, and so do, in
-    weights over all heads, runs of FA heads and of GDN heads."""
+    """A rank writes few records, not one for each head, which made saves slow.
+
+    A gate and its up projection are separate; so are runs of FA and of GDN heads in weights over all heads.
+    """
     _run(inputs, tmp_path)
     index = store.read_index(store.resolve_checkpoint(tmp_path / "checkpoints") / store.WEIGHTS)
     counts = {key: len(entry.chunks) for key, entry in index.state_dict_metadata.items()}
@@ -302,7 +304,7 @@ def test_a_process_with_all_heads_writes_one_record_a_tensor(inputs: Path, tmp_p
 def test_the_plan_of_a_save_is_kept_for_the_next(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ranks tell each other what they write once, and again when that changes."""
+    """Ranks exchange their lists of records once, and again after a change."""
     planned = []
     check = checkpoint_write.records.check_cover
     monkeypatch.setattr(
@@ -311,6 +313,6 @@ def test_the_plan_of_a_save_is_kept_for_the_next(
     keep = ["checkpoint.interval=1", "checkpoint.keep=0", "checkpoint.save_optimizer=false"]
     _run(inputs, tmp_path, *keep)
     assert len(step_folders(tmp_path / "checkpoints")) == 4
-    assert len(planned) == 2  # the last one goes without the optimizer
+    assert len(planned) == 2  # the last one has no optimizer
     for folder in step_folders(tmp_path / "checkpoints"):
         store.verify_checkpoint(folder)

@@ -43,7 +43,7 @@ def _run(inputs: Path, output: Path, verb: str, *overrides: str) -> None:
 def test_a_run_is_saved_and_resumed(
     case: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, with every optimizer's kind of state."""
+    """Resuming is bit for bit, for the state of every optimizer."""
     optimizer, *overrides = CASES[case]
     use_optimizer(optimizer, monkeypatch)
     settings = [*overrides, "checkpoint.interval=2", "checkpoint.keep=0"]
@@ -72,7 +72,7 @@ def test_every_verb_runs_and_saves_without_its_optimizer(
 
 
 def test_a_checkpoint_is_evaluated(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same tokens as without a GPU."""
+    """Generation gives the same tokens as without a GPU."""
 
     def answers() -> list[list[int]]:
         run = layout_config(None, [])
@@ -92,7 +92,7 @@ def test_a_checkpoint_is_evaluated(inputs: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_checkpoint_is_compared_with_its_source(
     inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What --verify of the converters runs."""
+    """The forward that the converters' --verify runs."""
     tokens = torch.arange(20)
     expected = megatron_logits(inputs / "student", tokens)
     with pretended_gpu(monkeypatch):
@@ -119,7 +119,7 @@ def test_finite_is_asked_on_every_device(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_tensors_of_two_devices_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As CUDA has it: a number on the host may join in element by element, and nowhere else."""
+    """As with CUDA, a number on the host may be an operand element by element, but not elsewhere."""
     with pretended_gpu(monkeypatch):
         there, here, number = torch.ones(2, device=GPU), torch.ones(2), torch.tensor(3.0)
         assert (there.device, here.device) == (GPU, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""The output of ``--dry-run``: a config that can be read back, and the shapes of each rank."""
+"""The output of ``--dry-run``: a config that can be loaded, and the shapes of each rank."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_output_is_the_config_with_comments(
 
 
 def test_full_attention_by_sequence_is_shown_on_its_slice(inputs: Path) -> None:
-    """Layer 0: FA heads 1 and 6 of 8 with a KV head each, three GDN heads a rank, d 8, D 32."""
+    """Layer 0 has FA heads 1 and 6 of 8 with one KV head each, three GDN heads on each rank, d 8, D 32."""
     parallel = {"tensor": 2, "fa_partition": "sequence"}
     lines = _lines(tiny.run_config(inputs, "finetune", "unused", parallel=parallel), 2)
     start = lines.index("#   layer 0 (FA imbalance 1.00)")

@@ -1,4 +1,4 @@
-"""Faulty steps, and that a resumed run makes the same decisions as an undisturbed one."""
+"""Faulty steps; a resumed run makes the same decisions as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -55,5 +55,5 @@ def test_the_state_survives_json() -> None:
     again.restore(json.loads(json.dumps(keeper.state())))
     assert again.state() == keeper.state()
     assert again.judge(4.0, 1.0) == keeper.judge(4.0, 1.0) != ""
-    again.restore({})  # a run from before this state was kept
+    again.restore({})  # a run of a version that did not save this state
     assert again.skipped == 1

@@ -1,4 +1,4 @@
-"""Model FLOPs compared with torch's own counter, and with counts by hand."""
+"""Model FLOPs against torch's own counter and against counts by hand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_pairs_stay_inside_documents() -> None:
 
 
 def test_projections_of_the_dense_model_are_those_that_torch_counts(one_rank: None) -> None:
-    """torch counts full matrices in attention, so that part is compared apart."""
+    """torch counts full matrices in attention, so the test compares this part separately."""
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import Qwen3Config, Qwen3ForCausalLM
 

@@ -1,4 +1,4 @@
-"""Functions on lists of parameters give the results of Megatron-Core's, which work one by one."""
+"""Functions on lists of parameters give the results of Megatron-Core's functions for single parameters."""
 
 from __future__ import annotations
 

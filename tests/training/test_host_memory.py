@@ -1,4 +1,4 @@
-"""Copies of a checkpoint's tensors on the host: exact, and in the same memory at every save."""
+"""Copies of a checkpoint's tensors on the host are exact and use the same memory at every save."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_copies_are_exact_and_reuse_the_same_memory(monkeypatch: pytest.MonkeyPa
 
 
 class _Event:
-    """Of a device that is slow: what was enqueued before it is done a moment after it is recorded."""
+    """An event of a slow device: earlier work ends a moment after the event is recorded."""
 
     recorded = 0
 
@@ -59,7 +59,7 @@ class _Event:
 
 
 def test_copies_through_small_buffers_are_complete(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors larger than a buffer, many in one, more than all buffers hold."""
+    """Tensors larger than a buffer, several in one buffer, and more than all buffers hold."""
     monkeypatch.setattr(host_memory, "STAGING_BYTES", 1024)
     buffers = []
 
@@ -81,7 +81,7 @@ def test_copies_through_small_buffers_are_complete(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_buffer_is_not_filled_again_before_it_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However slow the threads that empty it are."""
+    """This holds however slow the threads are that empty a buffer."""
     monkeypatch.setattr(host_memory, "STAGING_BYTES", 64)
     monkeypatch.setattr(host_memory, "NUM_STAGING", 2)
 

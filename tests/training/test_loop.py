@@ -50,7 +50,7 @@ def _assert_same_run(got: Path, expected: Path) -> None:
 
 
 def _at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
-    """Run ``action`` right before ``step`` (1-based) is computed."""
+    """Run ``action`` just before ``step`` (1-based)."""
     original, count = loop.train_step, [0]
 
     def patched(*args, **kwargs):
@@ -64,7 +64,7 @@ def _at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], ob
 
 @pytest.fixture(scope="module")
 def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A distillation that ran through."""
+    """A finished distillation."""
     output = tmp_path_factory.mktemp("undisturbed")
     assert run_training(_config(inputs, output, "distill")) == 0
     return output
@@ -95,7 +95,7 @@ def test_death_between_checkpoints_repeats_no_step(
         run_training(config)
     monkeypatch.undo()
     assert len(tiny.read_metrics(tmp_path)) == 5
-    # What a death while saving leaves behind is invisible, and cleaned up.
+    # A run killed while saving leaves files that are invisible; they are removed.
     leftover = tmp_path / "checkpoints/.step_00000005.tmp"
     (leftover / "weights").mkdir(parents=True)
     assert run_training(config) == 0
@@ -140,7 +140,7 @@ def test_resuming_another_run_is_refused(
 
 
 def test_resuming_with_another_student_is_refused(inputs: Path, tmp_path: Path) -> None:
-    """Also where its weights would fit: as many FA heads in every layer, but others."""
+    """This holds even if its weights would fit: every layer has as many FA heads, but others."""
     weights = tiny.teacher_weights()
     swapped = dataclasses.replace(tiny.student_config(), full_attention_heads=((0, 6), ()))
     save_canonical(tmp_path / "swapped", initialise_student(weights, swapped), swapped)
@@ -239,7 +239,7 @@ def test_a_step_without_a_learned_token_changes_nothing(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     verb: str,
 ) -> None:  # fmt: skip
-    """No weight decay and no momentum, no loss of 0 among those that a spike is judged by."""
+    """It applies neither weight decay nor momentum, and adds no loss of 0 to the losses that detect spikes."""
     config = _config(
         inputs, tmp_path, verb, "checkpoint.interval=1", "schedule.steps=3", "checkpoint.keep=0",
         "optimizer.weight_decay=0.5", "faults.spike_factor=3", "faults.spike_window=1",
@@ -289,7 +289,7 @@ def test_too_many_bad_steps_end_the_run(
 
 
 def test_every_verb_trains_and_writes_a_record(inputs: Path, tmp_path: Path) -> None:
-    """align -> distill -> finetune, each from the last; histories add up."""
+    """align -> distill -> finetune, each from the last one; histories add up."""
     student = inputs / "student"
     for verb in ("align", "distill", "finetune"):
         config = _config(
@@ -312,8 +312,8 @@ def test_every_verb_trains_and_writes_a_record(inputs: Path, tmp_path: Path) -> 
 def test_megatron_logs_no_warning(
     inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each of its releases has others; what no user can act on hides what one should."""
-    for steps in (2, 4):  # new, and resumed
+    """Each release has other warnings; warnings that no user can act on would hide useful ones."""
+    for steps in (2, 4):  # a new run, then a resumed one
         overrides = [f"schedule.steps={steps}", "checkpoint.interval=2"]
         assert run_training(_config(inputs, tmp_path, "distill", *overrides)) == 0
     warned = [r for r in caplog.records if r.name.startswith("megatron.") and r.levelno >= 30]
@@ -323,7 +323,7 @@ def test_megatron_logs_no_warning(
 def test_pretraining_starts_from_a_model_that_transformers_has_made(
     inputs: Path, tmp_path: Path
 ) -> None:
-    """As docs/training.md says, with the config that is shipped."""
+    """As in docs/training.md, with the shipped config."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -345,7 +345,7 @@ def test_pretraining_starts_from_a_model_that_transformers_has_made(
     assert sum(losses[-3:]) < sum(losses[:3])
     model = store.read_model_config(tmp_path / "run/checkpoints")
     assert not model.is_hybrid
-    assert model.source["fingerprint"] == ""  # these are no longer the weights it was made of
+    assert model.source["fingerprint"] == ""  # these are no longer the weights of the conversion
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.01])

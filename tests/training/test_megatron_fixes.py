@@ -1,4 +1,4 @@
-"""Each fix of Megatron-Core's optimizer corrects upstream, on a case that shows the fault."""
+"""Each fix of Megatron-Core's optimizer corrects a fault, which a case shows without the fix."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ FULLY_RESHARDABLE = "sharded_param_state_fully_reshardable"
 
 
 def _trained(monkeypatch: pytest.MonkeyPatch) -> tuple[list, MegatronOptimizer]:
-    """A model in fp32, whose gradient buffer has many buckets, after one step; and its optimizer."""
-    # By default a bucket holds 40 million parameters: a real model has many, a test's model one.
+    """A model in fp32 after one step, whose gradient buffer has many buckets, and its optimizer."""
+    # By default a bucket has 40 million parameters, so a real model has many buckets, a test's model one.
     many = functools.partial(DistributedDataParallelConfig, bucket_size=1)
     monkeypatch.setattr(setup, "DistributedDataParallelConfig", many)
     config = RunConfig(
@@ -43,7 +43,7 @@ def _trained(monkeypatch: pytest.MonkeyPatch) -> tuple[list, MegatronOptimizer]:
     optimizer = setup.build_optimizer(wrapped, config)
     (buffer,) = wrapped[0].buffers
     padded = [bucket.grad_data.numel() > bucket.numel_unpadded for bucket in buffer.buckets]
-    assert any(padded[:-1]), "padding before the last bucket is what is to be seen"
+    assert any(padded[:-1]), "the case needs padding before the last bucket"
     for parameter in chunks[0].parameters():
         parameter.main_grad.normal_(generator=generator)  # type: ignore[attr-defined]
     optimizer.step()
@@ -51,13 +51,13 @@ def _trained(monkeypatch: pytest.MonkeyPatch) -> tuple[list, MegatronOptimizer]:
 
 
 def _wrong_master_weights(chunks: list, optimizer: MegatronOptimizer) -> tuple[int, int]:
-    """How many parameters Megatron would save with another's values, and of how many."""
+    """The number of parameters that Megatron would save with another one's values, and the number of all."""
     model = model_state(chunks)
     state = optimizer.sharded_state_dict(model, metadata=sharding_metadata())
     weights = {entry.key: entry.data for entry in model["model0"].values()}
     masters = {entry["param"].key: entry["param"].data for entry in state["param_state"].values()}
     assert masters.keys() == {f"optimizer.state.param.{key}" for key in weights}
-    # In fp32 a weight is a copy of its master weight.
+    # In fp32 a weight equals its master weight.
     equal = [torch.equal(masters[f"optimizer.state.param.{key}"], weights[key]) for key in weights]
     return equal.count(False), len(equal)
 
@@ -69,7 +69,7 @@ def test_master_weights_are_read_at_their_offsets(monkeypatch: pytest.MonkeyPatc
 
 
 def test_upstream_still_reads_them_at_wrong_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When this fails, the newest supported release is right: say in the mend up to which it is needed."""
+    """If this fails, the newest supported release has no fault: state in the fix which releases need it."""
     chunks, optimizer = _trained(monkeypatch)
     monkeypatch.setattr(DistributedOptimizer, FULLY_RESHARDABLE, megatron_fixes._original_sharded)
     wrong, of = _wrong_master_weights(chunks, optimizer)
@@ -79,7 +79,7 @@ def test_upstream_still_reads_them_at_wrong_offsets(monkeypatch: pytest.MonkeyPa
 def test_no_padding_is_reported_when_a_checkpoint_is_loaded(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Loading asks for the same slices; upstream warns of data corruption, parameter by parameter."""
+    """Loading requests the same slices; without the fix, Megatron warns of corruption for each parameter."""
     chunks, optimizer = _trained(monkeypatch)
     with caplog.at_level(logging.WARNING):
         optimizer.sharded_state_dict(
@@ -91,7 +91,7 @@ def test_no_padding_is_reported_when_a_checkpoint_is_loaded(
 def test_every_parameter_counts_its_own_steps_after_loading(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Torch's AdamW adds one a parameter: a shared counter would run many times as fast."""
+    """Torch's AdamW adds one for each parameter, so a shared counter would count many times too fast."""
     chunks, optimizer = _trained(monkeypatch)
     (part,) = optimizer.chained_optimizers  # type: ignore[attr-defined]
     shared = torch.tensor(7.0)

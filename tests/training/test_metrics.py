@@ -1,4 +1,4 @@
-"""The log after kills: no step twice, no half line, no NaN."""
+"""The log after kills has no step twice, no partial line and no NaN."""
 
 from __future__ import annotations
 

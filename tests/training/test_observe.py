@@ -56,7 +56,7 @@ def test_an_entry_has_all_metrics(verb: str, inputs: Path, tmp_path: Path) -> No
 
 
 def _assert_gamma(line: dict, run: Path) -> None:
-    """The log against the weights in the checkpoint."""
+    """The logged numbers equal those of the checkpoint's weights."""
     weights = store.load_canonical(run / "checkpoints")
     for layer, heads in enumerate(tiny.student_config().full_attention_heads):
         gamma = weights[f"decoder.layers.{layer}.self_attention.gamma"]

@@ -1,4 +1,4 @@
-"""Out of memory: the error names settings to change, the memory used and the planner's estimate."""
+"""Out of memory: the error names settings to change, the used memory and the planner's estimate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TORCH_SAYS = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total 
 
 @pytest.fixture
 def h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The card that the message speaks of."""
+    """The card that the message names."""
     from megatron_hydra.parallel import platform
 
     monkeypatch.setattr(platform, "device_memory_bytes", lambda: 80 * 2**30)
@@ -33,7 +33,7 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_of_a_run(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, h100: None
 ) -> None:
-    """Raised where a step raises it; the run ends with one line, and its world is gone."""
+    """A step raises it; the run ends with one line and without process groups."""
 
     def full(*args: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError(TORCH_SAYS)
@@ -93,7 +93,7 @@ def test_without_a_model_the_planner_is_left_out(tmp_path: Path, h100: None) -> 
 
 
 def test_a_plan_without_fla_needs_more(inputs: Path) -> None:
-    """The torch GDN is what ``auto`` falls back to; the expected peak is then its own."""
+    """If ``auto`` falls back to the torch GDN, the expected peak is that of torch."""
     config = tiny.run_config(
         inputs, "distill", "run", data={"sequence_length": 4096}, precision="bf16"
     )

@@ -25,8 +25,8 @@ def _history(*losses: float) -> list[tuple[int, float]]:
 @pytest.mark.parametrize(
     ("losses", "least", "expected"),
     [
-        ((3.0, 2.0, 2.5, 2.0), 0.0, Standing(2.0, 2.0, 20, 2)),  # as low as before is none
-        ((3.0, 2.9, 2.8), 0.5, Standing(2.8, 2.8, 30, 2)),  # the best is the lowest all the same
+        ((3.0, 2.0, 2.5, 2.0), 0.0, Standing(2.0, 2.0, 20, 2)),  # an equal loss is no improvement
+        ((3.0, 2.9, 2.8), 0.5, Standing(2.8, 2.8, 30, 2)),  # the best is still the lowest
         ((3.0, 2.8, 2.6, 2.4), 0.5, Standing(2.4, 2.4, 40, 0)),  # small steps add up
         ((math.nan, 3.0, math.inf), 0.0, Standing(math.inf, 3.0, 20, 1)),
     ],

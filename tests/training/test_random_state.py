@@ -1,4 +1,4 @@
-"""All generators of a process, captured and restored."""
+"""All generators of a process are captured and restored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _draw() -> list[float]:
 
 def test_restored_generators_repeat_themselves(one_rank: None) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(3)
-    random.gauss(0, 1)  # leaves a second Gaussian in Python's generator
+    random.gauss(0, 1)  # Python's generator then stores a second Gaussian
     state = capture_random_state()
     first = _draw()
     changed = capture_random_state()

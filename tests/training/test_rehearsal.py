@@ -1,4 +1,4 @@
-"""A run's layers called on one device: every combination of heads, by the run's own verb and layout."""
+"""A rehearsal calls a run's layers on one device: every combination of heads, by the run's verb and layout."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _config(tmp_path: Path, verb: str, **sections: Any) -> Any:
 
 @pytest.mark.parametrize("verb", ["align", "distill", "finetune"])
 def test_a_rehearsal_calls_what_a_step_calls(tmp_path: Path, seen: _Seen, verb: str) -> None:
-    """Same kernels, shapes and dtypes as a micro-batch of the run, no more and no less."""
+    """The rehearsal has exactly the kernels, shapes and dtypes of the run's micro-batch."""
     config = _config(tmp_path, verb)
     teacher = TEACHER if verb != "finetune" else None
     for scene in scenes(config, STUDENT):
@@ -84,8 +84,8 @@ def test_scenes_are_every_combination_of_heads_once(tmp_path: Path) -> None:
         (0, 8, 1), (1, 7, 4), (2, 6, 0), (8, 0, 3),
     ]  # fmt: skip
     cut = _config(tmp_path, "finetune", parallel={"tensor": 2, "context": 4})
-    assert {s.cp_rank for s in scenes(cut, model)} == {0, 1, 3}  # first, one between, last
-    # Of the layer with one FA head, one rank has it and the other has another GDN head.
+    assert {s.cp_rank for s in scenes(cut, model)} == {0, 1, 3}  # first, between, last
+    # In the layer with one FA head, one rank has this head; the other one has one more GDN head.
     assert {(1, 3), (0, 4)} <= {(s.fa_heads, s.gdn_heads) for s in scenes(cut, model)}
 
 
@@ -120,7 +120,7 @@ def test_any_rank_of_a_layout_can_be_rehearsed_alone(
 def test_every_kind_of_stream_is_called_with_fast_and_slow_decays(
     tmp_path: Path, seen: _Seen, fa_heads: tuple[int, ...], parts: int
 ) -> None:
-    """A layer without GDN heads has no decays, but the streams all the same."""
+    """A layer without GDN heads has no decays, but it has the streams."""
     one = {"micro_batch_size": 1, "global_batch_size": 2}
     model = dataclasses.replace(STUDENT, full_attention_heads=(fa_heads,) * STUDENT.num_layers)
     config = _config(tmp_path, "finetune", batch=one)

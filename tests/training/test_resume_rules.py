@@ -1,4 +1,4 @@
-"""Every key that changes on resume is applied or refused."""
+"""A resumed run applies or refuses each changed key."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_equal_configs_have_no_changes_whatever_json_makes_of_them() -> None:
     config = apply_overrides(RunConfig(), ["data.blend=[{path: x, upsample: {0: 0.5, 8: 2}}]"])
     saved = json.loads(json.dumps(to_dict(config)))
     assert refuse_changes(saved, config) == []
-    del saved["faults"], saved["optimizer"]["eps"]  # of a release that had no such keys
+    del saved["faults"], saved["optimizer"]["eps"]  # of a version without these keys
     assert refuse_changes(saved, config) == []
 
 
@@ -142,7 +142,7 @@ def test_every_setting_of_the_optimizer_given_anew_is_used(
 
 @pytest.fixture(scope="module")
 def unchanged(inputs: Path, stopped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run, gone on with as it was."""
+    """The resumed run without changes."""
     output = _copy(stopped, tmp_path_factory.mktemp("unchanged") / "run")
     assert _run(inputs, output) == 0
     return output

@@ -21,7 +21,7 @@ LR, MIN_LR, STEPS, WARMUP = 4e-3, 1e-3, 12, 4
 
 
 def _rates(kind: str) -> list[float]:
-    """Learning rate of each step, scheduled as the loop does."""
+    """The learning rate of each step, scheduled as in the loop."""
     config = RunConfig(
         optimizer=OptimizerConfig(lr=LR, min_lr=MIN_LR),
         schedule=ScheduleConfig(kind=kind, steps=STEPS, warmup_steps=WARMUP),
@@ -36,7 +36,7 @@ def _rates(kind: str) -> list[float]:
 
 
 def _reading(batches: list[tuple[int, int]]) -> Reading:
-    """Of a run whose global batch has these sizes from these steps on."""
+    """Learning rates of a run whose global batch changes to these sizes at these steps."""
     spans: list[Span] = []
     for step, size in batches:
         first = spans[-1].first_sample + spans[-1].samples if spans else 0
@@ -48,12 +48,12 @@ def _reading(batches: list[tuple[int, int]]) -> Reading:
 
 
 def _rates_by_samples(kind: str, batches: list[tuple[int, int]], samples: int) -> dict[int, float]:
-    """Samples read → learning rate of the step that read the last of them; resumed at every change.
+    """Samples read → learning rate of the step that read the last of them. The run resumes at every change.
 
     Args:
-        batches: (steps done, global batch from then on).
-        samples: of the whole run: ``schedule.steps`` is given anew with every batch, and so is
-            ``warmup_steps`` within the warm-up.
+        batches: pairs (finished steps, global batch from then on).
+        samples: number of samples of the whole run. Each batch size sets a new ``schedule.steps``, and within
+            the warm-up a new ``warmup_steps``.
     """
     found = {}
     for i in range(len(batches)):
@@ -79,7 +79,7 @@ def _rates_by_samples(kind: str, batches: list[tuple[int, int]], samples: int) -
 
 @pytest.mark.parametrize("kind", ["cosine", "constant"])
 def test_a_changed_batch_keeps_the_learning_rate_per_sample(kind: str) -> None:
-    """Batches of 6 up to step 6, then of 12 to the same number of samples, and there and back."""
+    """Batches of 6, then of 12 for the same number of samples; in one case of 6 again."""
     steady = _rates_by_samples(kind, [(0, 6)], STEPS * 6)
     for batches in ([(0, 6), (6, 12)], [(0, 6), (6, 12), (7, 6)], [(0, 6), (2, 12)]):
         changed = _rates_by_samples(kind, batches, STEPS * 6)
@@ -124,7 +124,7 @@ def test_constant_warms_up_and_stays() -> None:
 def test_a_dry_run_prints_a_config_that_can_be_used(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All of it: what each rank would hold stands in comments."""
+    """The whole output: comments describe what each rank would hold."""
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(tiny.run_config(inputs, "distill", str(tmp_path / "run"))))
     arguments = ["--config", str(file), "--dry-run", "--world-size", "2", "parallel.tensor=2"]

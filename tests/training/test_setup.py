@@ -14,7 +14,7 @@ from tests.training import tiny
 
 @pytest.mark.usefixtures("one_rank")
 def test_gathering_parameters_keeps_every_chunk_of_a_bf16_model() -> None:
-    """Its weights are bf16 and A_log and dt_bias fp32; interleaving makes several chunks."""
+    """The chunk has bf16 weights and fp32 A_log and dt_bias; interleaving makes several chunks."""
     config = RunConfig(verb="finetune", precision="bf16")
     model = tiny.student_config()
     chunks = [build_chunks(model, config)[0] for _ in range(2)]

@@ -1,4 +1,4 @@
-"""One entry to every sink; W&B runs only if requested and is never required."""
+"""Every sink gets each entry; W&B runs only on request and is never required."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Run:
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> list[_Run]:
-    """A stand-in for the package, which is no dependency; returns the runs that were started."""
+    """A stand-in for the wandb package, which is not a dependency; returns the started runs."""
     runs: list[_Run] = []
 
     def init(**settings) -> _Run:

@@ -1,4 +1,4 @@
-"""The start of a run: early refusals, messages and times."""
+"""The start of a run: early errors, messages and times."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_time_to_the_first_step_is_an_event_and_a_line(
     (event,) = [e for e in map(json.loads, lines) if e["event"] == "first step"]
     assert event["step"] == 1
     parts = event["seconds"]
-    assert "imports" not in parts  # of this process's other tests
+    assert "imports" not in parts  # logged by other tests of this process
     assert {
         "process group", "verifying checkpoints", "data", "model", "weights", "optimizer",
         "resuming", "first step",
@@ -60,7 +60,7 @@ def test_a_layout_for_more_processes_is_refused_before_ranks_connect(
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A node with two GPUs as far as the start asks; the calls for kernels."""
+    """Pretend a node with two GPUs at the start; returns the GPUs of the calls that compile kernels."""
     calls: list[Any] = []
     monkeypatch.setattr(platform, "device_count", lambda: 2)
     monkeypatch.setattr(platform, "bind_process_to_device", calls.append)
@@ -93,8 +93,8 @@ def test_kernels_are_prepared_on_the_ranks_own_gpu(
     assert gpu == [rank, rank]
     assert "a listing" in (tmp_path / "run" / COMPILE_LOG).read_text()
     said = [record.getMessage() for record in caplog.records]
-    assert ("slow with (6, 8)" in said) == (rank == 0)  # once a run
-    assert "compiling kernels: 0 of 3 done" in said  # by whichever rank it is
+    assert ("slow with (6, 8)" in said) == (rank == 0)  # once for each run
+    assert "compiling kernels: 0 of 3 done" in said  # whichever rank it is
     assert any("waiting" in text for text in said) == (rank == 0)
     (warning,) = [text for text in said if "OutOfResources" in text]
     assert str(tmp_path / "run" / COMPILE_LOG) in warning

@@ -1,4 +1,4 @@
-"""Held-out losses: their values, no effect on training, resuming, and early stopping."""
+"""Held-out losses: values, no effect on training, resuming, early stopping."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PROBES = (
     "[{kind: synthetic, task: tiny_answers}, "
     "{kind: synthetic, task: tiny_answers, options: {document: 12}}]"
 )
-STEPS, SEQUENCES = 6, 5  # 5: no batch size and no number of ranks divides it
+STEPS, SEQUENCES = 6, 5  # 5 is not a multiple of any batch size or number of ranks
 HELD_OUT = 0.25
 
 
@@ -43,7 +43,7 @@ def _slow(value: object) -> object:
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another text, for a blend of validation's own."""
+    """Another text, for validation's own blend."""
     folder = tmp_path_factory.mktemp("other") / "held_back"
     folder.mkdir()
     tiny.write_text(folder, documents=30)
@@ -84,20 +84,20 @@ def _training_state(output: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A distillation with validation that ran through."""
+    """A finished distillation with validation."""
     output = tmp_path_factory.mktemp("undisturbed")
     assert run_training(_config(inputs, output, "distill")) == 0
     return output
 
 
-# -- training does not notice -----------------------------------------------------------------------
+# -- validation does not change training ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verb", ["align", "distill", _slow("finetune")])
 def test_training_is_the_same_bit_for_bit(
     inputs: Path, tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses, gradients, weights, optimizer, generators, data position; also where data draws at random."""
+    """Equal losses, gradients, weights, optimizer, generators and data position; also if data are random."""
     original = validation.run_micro_batches
     seen = []
 
@@ -128,7 +128,7 @@ def test_training_is_the_same_bit_for_bit(
 
 
 def test_the_value_depends_on_no_batch(inputs: Path, tmp_path: Path) -> None:
-    """A step that changes nothing, so that all runs validate the same student."""
+    """A step that changes no weight, so that all runs validate the same student."""
     losses = {}
     for micro in (1, 4):
         config = _config(
@@ -149,7 +149,7 @@ def test_the_value_depends_on_no_batch(inputs: Path, tmp_path: Path) -> None:
 def test_the_value_is_the_loss_of_training_on_the_same_sequences(
     inputs: Path, tmp_path: Path, verb: str
 ) -> None:
-    """A run trains one step on exactly the held-out sequences: its loss is that of a validation."""
+    """A run trains one step on exactly the held-out sequences: its loss equals that of a validation."""
     config = _config(inputs, tmp_path, verb, "optimizer.lr=1e-30")
     stream = ValidationStream(
         config.data, config.validation, micro_batch_size=1, dp_rank=0, dp_size=1,
@@ -197,19 +197,19 @@ def test_every_part_has_its_loss_and_the_whole_is_their_mean(
         sums = [numbers[part] * numbers["tokens"] for numbers in found["sources"].values()]
         assert found[part] == pytest.approx(sum(sums) / found["tokens"])
     noise = found["sources"]["tests.training.test_validation:noise"]
-    assert noise["tokens"] == (tiny.SEQUENCE - 1)  # one of five sequences, all but its first token
+    assert noise["tokens"] == (tiny.SEQUENCE - 1)  # one of five sequences, without its first token
     assert list((tmp_path / "tensorboard").iterdir())
 
 
 def noise(rng, length, tokenizer):
-    """A generated task: tokens at random."""
+    """A generated task of random tokens."""
     from megatron_hydra.data.document import Document
 
     return [Document.all_trainable(rng.integers(0, tiny.VOCABULARY, length))]
 
 
 def _answered_right(hidden: torch.Tensor, weight: torch.Tensor, batch: LocalBatch) -> list[bool]:
-    """Plain twin: every document by itself, from all its logits."""
+    """Plain twin: the loss of every document by itself, from all its logits."""
     said = (hidden @ weight.T).argmax(-1)
     right = []
     for first, end in itertools.pairwise(batch.packed.cu_seqlens):
@@ -327,7 +327,7 @@ def test_patience_ends_a_run_and_the_next_stage_starts_from_it(
         "schedule.patience=2", "schedule.min_improvement=100", "checkpoint.save_optimizer=false",
     )  # fmt: skip
     assert run_training(config) == 0
-    # The first validation is an improvement on nothing, two more are none.
+    # The first validation counts as an improvement; the next two do not.
     assert [step for step, _ in _losses(tmp_path / verb)] == [1, 2, 3]
     folder = store.resolve_checkpoint(tmp_path / verb / "checkpoints")
     assert folder.name == "step_00000003"
@@ -339,7 +339,7 @@ def test_patience_ends_a_run_and_the_next_stage_starts_from_it(
     events = [json.loads(line) for line in lines]
     assert events[-1]["event"] == "end"
     assert events[-1]["reason"] == provenance["ended"]
-    # It is over: the same command again does nothing. With more patience it would need its optimizer.
+    # The run has ended: the same command does nothing. With more patience it would need its optimizer.
     assert run_training(config) == 0
     assert len(tiny.read_metrics(tmp_path / verb)) == 3
     with pytest.raises(HydraError, match=r"save_optimizer=false and cannot be resumed"):

@@ -1,6 +1,6 @@
-"""Kernels compiled once a node: who does it, who waits, what is on record, how it is stopped.
+"""Kernels are compiled once for each node: which process compiles, waits, records and stops.
 
-Workers are small scripts that speak the worker's language; one slow test has the real one.
+Workers are small scripts with the worker's protocol; one slow test uses the real one.
 """
 
 from __future__ import annotations
@@ -110,16 +110,16 @@ def test_the_first_scene_runs_alone_and_the_check_runs_with_the_others(
     times = {(what[0], what[1]): at for _, what, at in journal if what[0] != "started"}
     assert all(times["begin", n] >= times["end", 0] for n in (*range(1, count), "check"))
     starts = [what for _, what, _ in journal if what[0] == "started"]
-    assert len(starts) == 3  # half of the cores
+    assert len(starts) == 3  # half of the cores compile
     assert {what[1] for what in starts} == {0, 1}  # on both cards
-    assert all(what[2:] == [None, None] for what in starts)  # no rank of the run
+    assert all(what[2:] == [None, None] for what in starts)  # not a rank of the run
     assert lines[0].startswith("compiling this run's kernels: ")
     assert str(tmp_path / "run" / COMPILE_LOG) in lines[0]
     assert any("; now scene 0: a kernel" in line for line in lines), lines
 
 
 def test_the_check_waits_for_no_scene_but_the_first(tmp_path: Path) -> None:
-    """It compiles kernels of its own, so it must not begin when all else is done."""
+    """It compiles its own kernels, so it must not start last."""
     team = warm_up._WorkerPool({"log": "x"}, 3, 0, 1, _worker(tmp_path), print)
     assert [team.waiting.pop(0) for _ in range(4)] == [0, warm_up._CHECK, 1, 2]
 
@@ -135,7 +135,7 @@ def test_ready_kernels_are_not_compiled_again(tmp_path: Path, caches: Path) -> N
     longer = _config(tmp_path, data={"sequence_length": 96})
     assert _compile(tmp_path, config=longer)[0].compiled
     for record in (caches / "TRITON_CACHE_DIR" / kernel_cache.RECORDS).glob("run-*"):
-        record.unlink()  # as with the cache itself
+        record.unlink()  # as for the cache itself
     assert _compile(tmp_path)[0].compiled
 
 
@@ -165,8 +165,8 @@ def test_a_failed_scene_is_reported_and_not_recorded(
     assert problem in text
     assert COMPILE_LOG in text
     begun = {what[1] for _, what, _ in _journal(tmp_path) if what[0] == "begin"}
-    assert set(range(len(scenes(_config(tmp_path), MODEL)))) <= begun  # the others all the same
-    assert _compile(tmp_path)[0].compiled  # again next time
+    assert set(range(len(scenes(_config(tmp_path), MODEL)))) <= begun  # the others still run
+    assert _compile(tmp_path)[0].compiled  # it runs again next time
 
 
 def test_without_workers_the_run_starts_anyway(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_wrong_kernel_ends_the_run_and_the_workers(tmp_path: Path) -> None:
 def test_memory_limits_the_number_of_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By what the first has used: 30 of 100 bytes leave room for five on two cards."""
+    """The first worker's memory decides: 30 of 100 bytes leave room for five workers on two cards."""
     team = warm_up._WorkerPool({"log": ""}, 9, 0, 2, (), lambda text: None)
     members = [warm_up._WorkerProcess(None) for _ in range(8)]  # type: ignore[arg-type]
     assert team._fitting_workers(members) == 8
@@ -220,7 +220,7 @@ print(json.dumps([result.compiled, result.seconds]))
 
 
 def _rank(folder: Path, behaviour: str = "pass") -> subprocess.Popen[str]:
-    # Five times this is less than what the slow scene takes: who waits or compiles is fed.
+    # Five times this is less than the slow scene takes, so waiting and compiling feed the watchdog.
     config = _config(folder, faults={"timeout_seconds": 1})
     (folder / "config.yaml").write_text(to_yaml(config))
     script = _worker(folder, behaviour)[1]
@@ -232,7 +232,7 @@ def _rank(folder: Path, behaviour: str = "pass") -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_ranks_of_a_node_wait_for_the_one_that_compiles(tmp_path: Path) -> None:
-    """Longer than their watchdogs would let them, and each scene is compiled once."""
+    """They wait longer than their watchdogs allow without feeding; each scene is compiled once."""
     ranks = [_rank(tmp_path, "if number == 0: time.sleep(8)") for _ in range(2)]
     answers = [json.loads(rank.communicate(timeout=200)[0]) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
@@ -256,7 +256,7 @@ def _is_gone(pid: int) -> bool:
 
 @pytest.mark.slow
 def test_a_stopped_rank_ends_its_workers(tmp_path: Path) -> None:
-    """And what they were compiling is compiled by the next one."""
+    """The next process compiles the scenes that they were compiling."""
     rank = _rank(tmp_path, "time.sleep(1000)")
     while not (tmp_path / "journal").exists() or "begin" not in (tmp_path / "journal").read_text():
         assert rank.poll() is None, rank.communicate()[1]
@@ -271,7 +271,7 @@ def test_a_stopped_rank_ends_its_workers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_real_worker_compiles_and_checks(tmp_path: Path) -> None:
-    """On the CPU it compiles nothing, but calls everything; it ends with the process that started it."""
+    """On the CPU it compiles nothing but makes all calls; it ends with the process that started it."""
     config = _config(tmp_path, parallel={"tensor": 2, "sequence": True}, precision="bf16")
     model = dataclasses.replace(MODEL, num_layers=2, full_attention_heads=tiny.HEADS[:2])
     lines: list[str] = []

@@ -27,17 +27,17 @@ from megatron_hydra.transfer.local_batch import LocalBatch
 VOCABULARY, SEQUENCE = 64, 48
 
 OF_THE_CLOCK = ("tokens_per_s", "model_tflops", "mfu", "seconds", "memory_gb")
-"""Metrics that differ from run to run."""
+"""Metrics that differ between equal runs."""
 
 TEACHER = ModelConfig(
     family="qwen3", num_layers=2, hidden_size=32, ffn_hidden_size=48, vocab_size=VOCABULARY,
     num_query_heads=8, num_kv_heads=4, head_dim=8, qk_norm=True, tie_embeddings=True,
-    norm_eps=1e-4,  # at 1e-6, norms of outputs that vanish by chance magnify roundings
+    norm_eps=1e-4,  # at 1e-6, norms of outputs near zero magnify rounding
     rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     source={"name": "tiny", "revision": "", "fingerprint": "sha256:tiny"},
 )  # fmt: skip
 DEEP = dataclasses.replace(TEACHER, num_layers=4)
-"""Enough layers for four stages of a pipeline; its saves take twice as long."""
+"""A model with enough layers for four pipeline stages; its saves take twice as long."""
 HEADS = ((1, 6), (), (0, 1, 5), (2,))
 """Full-attention heads of the first layers."""
 
@@ -65,7 +65,7 @@ def student_config(model: ModelConfig = TEACHER, **switches) -> ModelConfig:
 
 
 def write_text(folder: Path, documents: int = 60, longest: int = SEQUENCE) -> str:
-    """A Megatron ``.bin/.idx`` pair of documents of 5 to ``longest`` tokens that repeat; returns its prefix."""
+    """Write a Megatron ``.bin/.idx`` pair of documents of 5 to ``longest`` tokens; returns its prefix."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(5, longest, documents)
     repeats = longest // 6 + 1
@@ -83,7 +83,7 @@ def write_text(folder: Path, documents: int = 60, longest: int = SEQUENCE) -> st
 def answers(
     rng: np.random.Generator, length: int, tokenizer: object, document: int = 5
 ) -> list[Document]:
-    """Documents of ``document`` random tokens, the last two of which are learned."""
+    """Documents of ``document`` random tokens; the last two are learned."""
     documents = []
     for _ in range(length // document):
         tokens = rng.integers(0, VOCABULARY, document)
@@ -94,7 +94,7 @@ def answers(
 def often_right(
     add: Callable[[AnswerCount, torch.Tensor, torch.Tensor, int, LocalBatch], None],
 ) -> Callable[[AnswerCount, torch.Tensor, torch.Tensor, int, LocalBatch], None]:
-    """``AnswerCount.add`` where what an untrained model says is right at six places of seven."""
+    """``AnswerCount.add`` for a task where an untrained model is right at six of seven places."""
 
     def patched(
         self: AnswerCount, hidden: torch.Tensor, weight: torch.Tensor, first: int, batch: LocalBatch

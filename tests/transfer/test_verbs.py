@@ -1,4 +1,4 @@
-"""Each verb's loss and gradient compared with the simplest possible computation."""
+"""Each verb's loss and gradient against the simplest possible computation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _model(config: ModelConfig, weights: dict[str, torch.Tensor]) -> torch.nn.Mo
 
 
 def _pair(dense: ModelConfig) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Student and frozen teacher."""
+    """The student and the frozen teacher."""
     weights = tiny.teacher_weights(dense)
     hybrid = tiny.student_config(dense)
     student = _model(hybrid, dict(initialise_student(weights, hybrid)))
@@ -100,7 +100,7 @@ def test_next_token_is_cross_entropy_over_the_vocabulary() -> None:
 
 
 def _attention_io(teacher: torch.nn.Module, batch: LocalBatch) -> list[tuple]:
-    """(input, output) of every attention of the teacher; copies, as the block adds in place."""
+    """Input and output of each attention of the teacher, as copies, because the block adds in place."""
     seen: list[tuple] = []
 
     def record(_module, args, kwargs, output) -> None:

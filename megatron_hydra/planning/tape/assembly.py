@@ -16,7 +16,7 @@ class Piece:
 
     Attributes:
         kept: bytes kept for the backward, by part.
-        forward, backward: bytes by part at the highest moment of each.
+        forward, backward: peak bytes of each, by part.
         work, sent: of both.
     """
 
@@ -29,15 +29,15 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Work of a piece that is done in one go: its forward, its backward (what is recomputed for it
-    included), or both where nothing lies between them.
+    """Work of a piece that runs without interruption: its forward, its backward (with recomputation), or both
+    if the backward follows at once.
     """
 
     work: tuple[Work, ...]
     sent: tuple[Sent, ...]
 
     def forward(self) -> Part:
-        """Its forward alone, as a validation runs it."""
+        """Only its forward, as in a validation."""
         return Part(
             tuple(w for w in self.work if w.phase == "forward"),
             tuple(s for s in self.sent if s.phase == "forward"),
@@ -46,13 +46,13 @@ class Part:
 
 @dataclasses.dataclass
 class Stage:
-    """What one micro-batch asks of a stage.
+    """Memory and work of one micro-batch on a stage.
 
     Attributes:
         kept: bytes from the end of its forward to its backward, by part.
-        peak: bytes by part at the highest moment, what is kept included.
-        work, sent: with how often each occurs.
-        order: the pieces' forwards and backwards as they follow one another.
+        peak: peak bytes by part, with kept ones.
+        work, sent: each with its number of occurrences.
+        order: the pieces' forwards and backwards in their order.
     """
 
     kept: Bytes
@@ -63,7 +63,7 @@ class Stage:
 
 
 class Assembly:
-    """Adds pieces up, in the order in which a micro-batch runs them."""
+    """Adds pieces in the order in which a micro-batch runs them."""
 
     def __init__(self) -> None:
         self.base: Bytes = Counter()
@@ -86,36 +86,36 @@ class Assembly:
             self.peak = total
 
     def hold(self, held: Bytes) -> None:
-        """Bytes that stay from here on."""
+        """Add bytes that stay from here on."""
         self.base.update(held)
 
     def release(self, held: Bytes) -> None:
-        """They go."""
+        """Remove these bytes."""
         self.base.subtract(held)
 
     def drop(self, piece: Piece) -> None:
-        """What a piece kept is gone."""
+        """Remove the bytes that a piece kept."""
         self.base.subtract(piece.kept)
 
     def add_forward(self, piece: Piece) -> None:
-        """A piece's forward."""
+        """Add a piece's forward."""
         self._reach(piece.forward)
         self.base.update(piece.kept)
         self._note(piece)
 
     def forward_is_over(self) -> None:
-        """What is kept now waits for the backward."""
+        """Mark that all kept bytes now wait for the backward."""
         self.kept = Counter(self.base)
 
     def add_both(self, piece: Piece) -> None:
-        """A piece whose backward follows its forward."""
+        """Add a piece whose backward follows its forward at once."""
         self._reach(piece.forward)
         self._reach(piece.backward)
         self.base.update(piece.kept)
         self._note(piece)
 
     def add_backward(self, piece: Piece, pending: Bytes) -> None:
-        """The backward of a piece whose forward was added."""
+        """Add the backward of a piece whose forward was added before."""
         self.base.subtract(piece.kept)
         self._reach(piece.backward, pending)
         self._order.append((id(piece), False))
@@ -135,7 +135,7 @@ class Assembly:
         for key, piece in self._by_id.items():
             work: dict[bool, list[Work]] = {True: [], False: []}
             sent: dict[bool, list[Sent]] = {True: [], False: []}
-            for w in piece.work:  # without a backward of its own, everything is done at once
+            for w in piece.work:  # without a backward of its own, all work is in one place
                 work[w.phase == "forward" or key not in later].append(w)
             for s in piece.sent:
                 sent[s.phase == "forward" or key not in later].append(s)

@@ -1,7 +1,8 @@
 """The attention of a HydraHead layer on a tape: projections, both branches, fusion.
 
-Reads like :mod:`megatron_hydra.model.hydra_attention`, :mod:`~megatron_hydra.model.head_projections` and
-:mod:`~megatron_hydra.model.head_fusion`, whose memory it has to have.
+It has the structure of :mod:`megatron_hydra.model.hydra_attention`,
+:mod:`~megatron_hydra.model.head_projections` and :mod:`~megatron_hydra.model.head_fusion`, and must have their
+memory.
 """
 
 from __future__ import annotations
@@ -62,13 +63,13 @@ class Attention:
     def _computed(
         self, name: str, run: Callable[..., list[Tensor]], inputs: list[Tensor]
     ) -> list[Tensor]:
-        """``run(*inputs)``, again in the backward pass if ``name`` is to be recomputed."""
+        """``run(*inputs)``; also run in the backward if ``name`` is recomputed."""
         recompute = self.rank.run.recompute
         again = recompute.granularity == "selective" and name in recompute.modules
         return op.checkpoint(self.tape, run, inputs) if again else run(*inputs)
 
     def _branch(self, name: str, run: Callable[[Parts], Tensor], parts: Parts) -> Tensor:
-        """One branch's outputs from the parts whose names begin with its own."""
+        """One branch's outputs, from the parts whose names begin with the branch's name."""
         own = {key: part for key, part in parts.items() if key.startswith(f"{name}.")}
 
         def branch(*tensors: Tensor) -> list[Tensor]:
@@ -93,7 +94,7 @@ class Attention:
         return out
 
     def _whole(self, x: Tensor) -> Tensor:
-        """The opposite of :meth:`_sliced`."""
+        """The inverse of :meth:`_sliced`."""
         if self.rank.tp == 1:
             return x
         tape, shape, size = self.tape, x.shape, x.size
@@ -169,7 +170,7 @@ class Attention:
                 parts[key] = op.cat(tape, [own, columns], joined)
 
     def _columns(self, x: Tensor, heads: tuple[int, ...]) -> Tensor:
-        """So many heads of ``[T, n·d]``; a copy unless they are all of them."""
+        """So many heads of ``[T, n·d]``; a copy unless they are all heads."""
         if heads == tuple(range(x.shape[1] // self.d)):
             return x
         shape = (x.shape[0], len(heads) * self.d)
@@ -190,7 +191,7 @@ class Attention:
     # -- branches and fusion ------------------------------------------------------------------
 
     def _mix(self, parts: Parts, weights: Tensor | None) -> list[Tensor]:
-        """Joined outputs of the sharded heads, then of the replicated ones; what there is of them."""
+        """Joined outputs of the sharded heads, then of the replicated ones, if the rank has such heads."""
         heads, tape = self.heads, self.tape
         fa = gdn = None
         if heads.layer_has_fa and heads.num_fa_here:
@@ -276,7 +277,7 @@ class Attention:
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, start: int, end: int, window: int | None = None
     ) -> Tensor:
-        """Queries ``start:end`` of the stream against the keys that they may see."""
+        """Attention of queries ``start:end`` of the stream to the keys that they see."""
         block = self.rank.block(start, end, window)
         keys = block.k_end - block.k_start
         if keys != k.shape[0]:
@@ -290,7 +291,7 @@ class Attention:
     def _fused(
         self, branches: list[tuple[Tensor, Tensor | None]], weights: Tensor | None
     ) -> Tensor:
-        """Gate, norm and scale of heads side by side: ``[T, n·d]``."""
+        """Gate, norm and scale of joined heads: ``[T, n·d]``."""
         tape, count = self.tape, sum(o.shape[1] for o, _ in branches)
         scale = None
         if self.switches.fusion != "concat":

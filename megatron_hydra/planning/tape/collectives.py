@@ -8,7 +8,7 @@ from megatron_hydra.planning.tape.tensors import Storage, Tensor
 
 
 def summed_copy(program: Program, nbytes: int) -> Storage | None:
-    """Gloo sums a copy of the whole input before it scatters; NCCL needs none."""
+    """Gloo sums a copy of the whole input before it scatters; NCCL needs no copy."""
     return None if program.rank.gpu else Storage(program.tape, nbytes)
 
 
@@ -97,7 +97,7 @@ def gather_sequence(
 
 
 def swap(program: Program, x: Tensor, axis: str) -> Tensor:
-    """Trade with the mirror rank."""
+    """Exchange with the mirror rank."""
     tape = program.tape
     shape, size, nbytes = x.shape, x.size, x.nbytes
     out = tape.empty(shape, size)

@@ -18,8 +18,8 @@ from megatron_hydra.planning.tape.rank import Program
 from megatron_hydra.planning.tape.tensors import Tensor
 
 LOSS_LAUNCHES = {(True, 1): (17, 2), (True, 2): (33, 2), (False, 1): (24, 0), (False, 2): (43, 0)}
-"""By (GPU, models whose logits are read): kernels of torch and of Triton for a chunk of the loss, its
-products left out (``ops.linear_distillation_loss``)."""
+"""(GPU, number of models whose logits are read) -> kernels of torch and Triton for a chunk of the loss, without
+products (``ops.linear_distillation_loss``)."""
 
 
 def norm(program: Program, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def mlp(program: Program, x: Tensor) -> Tensor:
         both = column_linear(program, x, tape.weight((2 * ffn, hidden), x.size, program.trained))
         half = (both.shape[0], ffn)
         if rank.gpu:
-            product = op.fused(  # compiled by torch into one Triton kernel each way
+            product = op.fused(  # torch compiles it into one Triton kernel for each direction
                 tape, [both], (half, x.size), save=[both], launches=(0, 0), triton=(1, 1)
             )
         else:
@@ -94,9 +94,7 @@ def align_layer(
         target = Attention(teacher, heads)(normed)
     output = Attention(student, ours)(normed)
     if student.rank.gpu:
-        with tape.inside(
-            "loss"
-        ):  # loss and gradient by one kernel; mask, sum, and what is added up
+        with tape.inside("loss"):  # one kernel for loss and gradient; mask, sum and accumulation
             gradient = tape.like(output)
             tape.compute("memory", 0.0, 3.0 * gradient.nbytes, 0.0, launches=3, triton=1)
         roots = [(output, gradient)]
@@ -137,7 +135,7 @@ def embedding(program: Program, weight: Tensor) -> Tensor:
 
         def backward(grads: list[Tensor | None]) -> list[Tensor | None]:
             result = tape.empty(table, size)
-            # On a GPU the tokens are sorted first.
+            # On a GPU, tokens are sorted first.
             tape.touch(grads[0], result, launches=8 if rank.gpu else 2)
             return [result]
 
@@ -152,7 +150,7 @@ def embedding(program: Program, weight: Tensor) -> Tensor:
 
 
 def scatter(program: Program, x: Tensor) -> Tensor:
-    """Sum over tensor-parallel ranks, each keeps its slice of the sequence."""
+    """Sum over tensor-parallel ranks; each rank keeps its slice of the sequence."""
     tape, rank, shape, size = program.tape, program.rank, x.shape, x.size
     out = tape.empty((rank.rows, shape[1]), size)
     sent = x.nbytes * (rank.tp - 1) / rank.tp
@@ -197,7 +195,7 @@ def token_loss(
     models = 1 if teacher is None else 2
     d_hidden = tape.empty(hidden.shape, size)
     d_weight = tape.empty(weight.shape, op.WIDE)
-    # Our kernels read logits in any dtype; the torch passes make them wide.
+    # Our kernels read logits in any dtype; the torch passes convert them to fp32.
     narrow_logits = rank.run.loss.logits == "weights" and rank.gpu
     logits = chunk * vocabulary * (size if narrow_logits else op.WIDE)
     rows = chunk * width * size
@@ -205,13 +203,13 @@ def token_loss(
     flops, converts = 2.0 * chunk * vocabulary * width, size < op.WIDE and not rank.gpu
     wide_rows = 2 * rows if converts else 0
     head = product if converts else 0
-    # While logits are made: those of the student, when the teacher's are; inputs made wide.
+    # While logits are computed: the student's, during the teacher's, and inputs in fp32.
     tape.transient((models - 1) * logits, logits, models * rows, wide_rows, head)
     if rank.gpu:
         tape.transient(models * logits, models * rows, chunk * vocabulary * size)
         tape.transient(chunk * vocabulary * size, models * rows, rows)
     else:
-        # Logits, exponentials and gradient of every model, and one product before it is added.
+        # Logits, exponentials and gradient of every model, and one product before its addition.
         others = (2 if rank.run.loss.temperature == 1 else 3) * logits if teacher is not None else 0
         tape.transient(3 * logits, others, models * rows)
         narrow = logits // 2 if converts else 0

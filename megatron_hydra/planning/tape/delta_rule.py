@@ -1,7 +1,7 @@
 """The Gated DeltaNet branch on a tape: convolution, preparation, the chunked rule.
 
-Reads like :mod:`megatron_hydra.model.gated_delta_net` and :mod:`megatron_hydra.ops.gated_delta_rule`
-(torch twin), or like what FLA's kernels keep (GPU).
+It has the structure of :mod:`megatron_hydra.model.gated_delta_net` and
+:mod:`megatron_hydra.ops.gated_delta_rule` (torch twin), or describes what FLA's kernels keep (GPU).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from megatron_hydra.planning.tape.rank import Program
 from megatron_hydra.planning.tape.tensors import Storage, Tensor
 
 EXCHANGE_LAUNCHES = (12, 8)
-"""Of torch, around a shard's kernels: start states, the gather, the scan of the maps."""
+"""torch's launches around a shard's kernels: start states, the gather, the scan of the maps."""
 
 MOST_GROUPS, MOST_STRIDES = 64, 64
-"""More groups of chunks, or steps of a scan, than that are described in so many strides: the memory is
+"""If there are more groups of chunks, or steps of a scan, the description has so many strides; the memory is
 the same."""
 
 
@@ -40,7 +40,7 @@ def delta_rule(program: Program, heads: LocalHeads, parts: dict[str, Tensor]) ->
         if rank.cp > 1:
             channels = q.shape[1] + k.shape[1] + v.shape[1]
             tape.send("halo", "context", (switches.conv_width - 1.0) * channels * rank.size)
-        # One convolution of all channels (their join is a launch), on a GPU by one kernel.
+        # One convolution of all channels (joining them is a launch); on a GPU it is one kernel.
         tape.launch(1)
         q, k, v = (_convolved(program, x, calls) for x, calls in ((q, 1), (k, 0), (v, 0)))
     q, k, v = (op.view(tape, x, (tokens, x.shape[1] // d, d)) for x in (q, k, v))
@@ -66,7 +66,7 @@ def delta_rule(program: Program, heads: LocalHeads, parts: dict[str, Tensor]) ->
 
 
 def _gates(program: Program, a: Tensor, n: int) -> Tensor:
-    """Log α, ``[T, n]`` in fp32, or ``[T, n, d]`` with a decay a channel."""
+    """Log α in fp32: ``[T, n]``, or ``[T, n, d]`` with a decay for each channel."""
     tape = program.tape
     bias, decay = (tape.weight((1, count), op.WIDE, program.trained) for count in (a.shape[1], n))
     decay = op.unary(tape, op.unary(tape, decay, save="out"))
@@ -87,7 +87,7 @@ def _fused_gates(program: Program, a: Tensor, b: Tensor, n: int) -> tuple[Tensor
 
 
 def _delayed(program: Program, x: Tensor) -> Tensor:
-    """What stood a window earlier: joined with zeros or a halo, shifted, masked."""
+    """The tokens one window earlier: joined with zeros or a halo, shifted, masked."""
     tape, window = program.tape, program.model.switches.window
     before = tape.empty((window, *x.shape[1:]), x.size)
     if program.rank.cp > 1:
@@ -100,7 +100,7 @@ def _convolved(program: Program, x: Tensor, calls: int) -> Tensor:
     """As ``ops.short_conv``: a masked, weighted copy of ``x`` for every tap.
 
     Args:
-        calls: of the GPU's kernel; 0: the call for other channels convolves these as well.
+        calls: calls of the GPU's kernel; 0: the call for other channels also convolves these.
     """
     tape, width = program.tape, program.model.switches.conv_width
     tokens, channels = x.shape
@@ -121,8 +121,8 @@ def _convolved(program: Program, x: Tensor, calls: int) -> Tensor:
 
 
 def _exchange_bytes(program: Program, n: int) -> tuple[float, float]:
-    """What a rank sends for the states of one layer, in fp32, forward and backward: every other shard gets
-    its state, with the transition where a document goes through a whole shard, and later a gradient.
+    """Bytes that a rank sends for the states of one layer in fp32, forward and backward. Every other shard gets
+    its state (with the transition if a document goes through a whole shard), and later a gradient.
     """
     rank, d = program.rank, program.model.head_dim
     shards = shards_of(rank.documents, rank.cp)
@@ -145,7 +145,7 @@ def _fla(
     log_alpha: Tensor,
     beta: Tensor,
 ) -> Tensor:
-    """FLA's kernels, as the rule declares them: they keep q, k, v and gates; states are made again."""
+    """FLA's kernels, as the rule declares them: they keep q, k, v and gates, and compute states again."""
     tape, (tokens, n, d) = program.tape, q.shape
     rule, chunks = rule_of_model(program.model.switches), -(-tokens // CHUNK)
     row, states = tokens * n * d * q.size, chunks * n * d * d * q.size
@@ -194,7 +194,7 @@ def _send_in_backward(program: Program, out: Tensor, count: float) -> None:
 
 
 def chunk_length(longest: int, d: int) -> int:
-    """As ``chunked_gated_delta_rule`` chooses it."""
+    """The chunk length that ``chunked_gated_delta_rule`` chooses."""
     chunk = min(MAX_CHUNK, max(MIN_CHUNK, 1 << (d - 1).bit_length()))
     return min(chunk, max(MIN_CHUNK, 1 << (longest - 1).bit_length()))
 
@@ -217,7 +217,7 @@ def _chunked(
         values, values, rule_of_model(program.model.switches).decays_by_channel
     )
     steps = max(1, GROUP_ELEMENTS // widest, -(-count // MOST_GROUPS))
-    if program.rank.cp > 1:  # the state that enters is known only once all maps are
+    if program.rank.cp > 1:  # the entering state is known only after all maps
         all_maps, steps = _maps(program, chunks), count
         state = _exchange(program, all_maps[0], all_maps[1], count, n)
     sizes = [min(steps, count - done) for done in range(0, count, steps)]
@@ -231,7 +231,7 @@ def _chunked(
     for size, group in zip(sizes, zip(*parts, strict=True), strict=True):
         with tape.standing_for(times):
             transition, write, read, own = all_maps or _maps(program, list(group))
-        # A step of the scan has a chunk of every document.
+        # A step of the scan has one chunk of every document.
         with tape.inside("gdn states"), tape.standing_for(len(widths) / count):
             states, state = _scan(program, transition, write, state, size)
         with tape.standing_for(times):
@@ -282,7 +282,7 @@ def _maps(program: Program, chunks: list[Tensor]) -> tuple[Tensor, Tensor, Tenso
 
 
 def _products_by_head(program: Program, k: Tensor, g: Tensor) -> Callable[[Tensor], Tensor]:
-    """X Kᵀ ∘ Γ for one decay a head."""
+    """X Kᵀ ∘ Γ with one decay for each head."""
     tape, (count, chunk, d) = program.tape, k.shape
     square = (count, chunk, chunk)
     gap = op.unary(tape, op.add(tape, g, Tensor(None, square, 0)))
@@ -291,7 +291,7 @@ def _products_by_head(program: Program, k: Tensor, g: Tensor) -> Callable[[Tenso
 
 
 def _products_by_channel(program: Program, k: Tensor, g: Tensor) -> Callable[[Tensor], Tensor]:
-    """The same for one a channel: pairs inside a block, then what lies before each block."""
+    """The same with a decay for each channel: pairs within a block, then keys before each block."""
     tape, (count, chunk, d) = program.tape, k.shape
     block = min(MIN_CHUNK, chunk)
     pairs, part = (count * chunk, block, d), (count, block, d)
@@ -327,11 +327,11 @@ def _products_by_channel(program: Program, k: Tensor, g: Tensor) -> Callable[[Te
 
 
 def _to_chunks(program: Program, x: Tensor, head: tuple[int, int, int]) -> Tensor:
-    """``[T, n, c]`` → ``[N·n, C, c]``: a view where chunks are exactly the stream."""
+    """``[T, n, c]`` → ``[N·n, C, c]``; a view if chunks are exactly the stream."""
     tape, (count, n, chunk) = program.tape, head
     channels = x.shape[2] if len(x.shape) == 3 else 1
     x = op.cast(tape, x, op.WIDE)
-    if count * chunk != x.shape[0]:  # a zero row to pad with, then a gather
+    if count * chunk != x.shape[0]:  # a zero row as padding, then a gather
         padded = op.copy(tape, x, shape=(x.shape[0] + 1, n, channels))
         x = op.copy(tape, padded, shape=(count * chunk, n, channels))
         del padded
@@ -341,7 +341,7 @@ def _to_chunks(program: Program, x: Tensor, head: tuple[int, int, int]) -> Tenso
 def _copied_matmul(
     program: Program, a: Tensor, b: Tensor, shape: tuple[int, ...], d: int
 ) -> Tensor:
-    """``a @ bᵀ`` of permuted tensors, which a batched product copies first and then saves."""
+    """``a @ bᵀ`` of permuted tensors; a batched product first copies them and then saves the copies."""
     tape = program.tape
     first, second = op.copy(tape, a), op.copy(tape, b)
     return op.matmul(tape, first, second, shape, d)
@@ -376,7 +376,7 @@ def _solve(program: Program, attention: Tensor, right: Tensor) -> Tensor:
 def _scan(
     program: Program, transition: Tensor, write: Tensor, state: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """States that enter the chunks of a group ``[N·n, d, d]``, and the one that leaves it."""
+    """States that enter the chunks of a group ``[N·n, d, d]``, and the state that leaves it."""
     tape, (n, d, _) = program.tape, state.shape
     strides = min(count, MOST_STRIDES)
     steps = [count * (i + 1) // strides - count * i // strides for i in range(strides)]

@@ -15,12 +15,12 @@ WIDE = 4
 
 
 def hold(*tensors: Tensor | None) -> tuple[Storage | None, ...]:
-    """What a node keeps of tensors that it saved: their storages."""
+    """The storages that a node keeps for its saved tensors."""
     return tuple(None if x is None else x.storage for x in tensors)
 
 
 def view(tape: Tape, x: Tensor, shape: Shape) -> Tensor:
-    """Another shape on the same storage; also a slice, whose backward is then left out."""
+    """Another shape on the same storage; also a slice, but without its backward."""
     out = Tensor(x.storage, shape, x.size)
     tape.record([x], [out], lambda grads: [_reshaped(grads[0], x_shape)])
     x_shape = x.shape
@@ -46,7 +46,7 @@ def narrow(tape: Tape, x: Tensor, shape: Shape) -> Tensor:
 
 
 def split(tape: Tape, x: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-    """Parts of ``x`` that together are all of it; the backward joins their gradients."""
+    """Parts that together are the whole of ``x``; the backward joins their gradients."""
     outs = [Tensor(x.storage, shape, x.size) for shape in shapes]
     whole, size = x.shape, x.size
 
@@ -94,7 +94,7 @@ def copy(tape: Tape, x: Tensor, size: int | None = None, shape: Shape | None = N
 
 
 def cast(tape: Tape, x: Tensor, size: int) -> Tensor:
-    """``x.to(dtype)``: ``x`` itself where it has that type."""
+    """``x.to(dtype)``: ``x`` itself if it has this type."""
     return x if x.size == size else copy(tape, x, size)
 
 
@@ -111,9 +111,9 @@ def unary(
 
     Args:
         save: ``in``, ``out`` or nothing.
-        temporaries: tensors of the gradient's size that its formula needs on the way.
-        same_gradient: the gradient is passed on as it is.
-        launches: of forward and backward, temporaries left out.
+        temporaries: tensors of the gradient's size that its formula needs.
+        same_gradient: whether the gradient passes unchanged.
+        launches: of forward and backward, without temporaries.
     """
     out = tape.empty(shape or x.shape, x.size)
     tape.touch(x, out, launches=launches[0])
@@ -142,7 +142,7 @@ def rsqrt(tape: Tape, x: Tensor) -> Tensor:
 
 
 def square(tape: Tape, x: Tensor) -> Tensor:
-    """``x.square()``: a power, whose gradient goes by way of two temporaries."""
+    """``x.square()``: a power, whose gradient needs two temporaries."""
     return unary(tape, x, save="in", temporaries=2)
 
 
@@ -174,7 +174,7 @@ def multiply(tape: Tape, a: Tensor, b: Tensor, size: int | None = None) -> Tenso
 
 
 def _fitted(tape: Tape, x: Tensor | None, shape: Shape, size: int) -> Tensor | None:
-    """A gradient summed and converted to what its tensor is."""
+    """A gradient, summed to its tensor's shape and converted to its type."""
     assert x is not None
     if math.prod(shape) == x.numel and size == x.size:
         return _reshaped(x, shape)
@@ -188,7 +188,7 @@ def _fitted(tape: Tape, x: Tensor | None, shape: Shape, size: int) -> Tensor | N
 
 
 def add(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
-    """``a + b``: nothing is saved, the gradient is passed on (summed for a broadcast one)."""
+    """``a + b``: saves nothing; the gradient passes unchanged (summed for a broadcast tensor)."""
     whole = a if a.numel >= b.numel else b
     out = tape.empty(whole.shape, max(a.size, b.size))
     tape.touch(a, b, out)
@@ -214,10 +214,10 @@ def matmul(
     plus: Tensor | None = None,
     launches: float = 1.0,
 ) -> Tensor:
-    """``a @ b`` (batched), or ``plus + a @ b``, as ``shape`` with ``inner`` products a number.
+    """``a @ b`` (batched), or ``plus + a @ b``: result of ``shape``, with ``inner`` products for each number.
 
     Args:
-        launches: products that this one stands for.
+        launches: number of products that this call describes.
     """
     out = tape.empty(shape, a.size)
     flops = 2.0 * out.numel * inner
@@ -290,12 +290,12 @@ def fused(
     """One kernel of many steps, with a backward of its own.
 
     Args:
-        inputs: differentiable ones; a gradient is made for each that needs one.
+        inputs: differentiable tensors; each that needs a gradient gets one.
         out: shape and element size of the result.
-        save: what the backward reads.
+        save: tensors that the backward reads.
         keep: bytes made in the forward and kept for the backward.
-        keep_output: the backward reads the result, too.
-        forward_bytes, backward_bytes: that exist while the kernel runs, by part of the model.
+        keep_output: whether the backward also reads the result.
+        forward_bytes, backward_bytes: bytes during the kernel, by part of the model.
         work: ``(unit, forward FLOPs, backward FLOPs)``.
         launches, triton: kernels of forward and backward that torch and that Triton launches.
     """
@@ -325,7 +325,7 @@ def fused(
 
 
 def _inside(tape: Tape, parts: dict[str, int] | None) -> list[Storage]:
-    """Storages inside a kernel, each under its part."""
+    """Storages within a kernel, each with its part."""
     held = []
     for part, count in (parts or {}).items():
         with tape.inside(part):
@@ -336,7 +336,7 @@ def _inside(tape: Tape, parts: dict[str, int] | None) -> list[Storage]:
 def _note(
     tape: Tape, work: list[tuple[str, float]], moved: float, launches: float, triton: float
 ) -> None:
-    """A kernel's work by unit; its traffic and its launches go with the first one."""
+    """A kernel's work by unit; the first unit has its traffic and launches."""
     for position, (unit, flops) in enumerate(work or [("memory", 0.0)]):
         if position:
             tape.compute(unit, flops, 0.0, launches=0.0)

@@ -28,7 +28,7 @@ def prepare_heads(
     """As ``qk_preparation.prepare_heads``, or its GPU kernel.
 
     Args:
-        calls: of that kernel; 0: the call for other heads prepares these as well.
+        calls: calls of this kernel; 0: the call for other heads also prepares these.
     """
     tape, model = program.tape, program.model
     weight = None
@@ -37,7 +37,7 @@ def prepare_heads(
     if program.rank.gpu:
         if weight is None and not (rope or scaled or l2):
             return x
-        # The weight's gradient is a sum of partial ones.
+        # The weight's gradient is a sum of partial gradients.
         sums = 0 if weight is None else 2
         return op.fused(
             tape, [x, weight], (x.shape, x.size), save=[x], launches=(0, sums * calls),

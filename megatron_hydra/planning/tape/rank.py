@@ -1,4 +1,4 @@
-"""One rank of a run, as the description of a layer sees it: sizes, groups, documents, kernels."""
+"""One rank of a run for the description of a layer: sizes, groups, documents, kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_hydra.planning.tape.tensors import Tape
 
 @dataclasses.dataclass(frozen=True)
 class Rank:
-    """Where a rank stands.
+    """A rank and its place in the layout.
 
     Attributes:
         run: layout, precision, batch, recomputation.
@@ -32,7 +32,7 @@ class Rank:
 
     @property
     def fla(self) -> bool:
-        """Whether FLA's kernels run the delta rule: on a GPU, unless the run asks for the torch twin."""
+        """Whether FLA's kernels run the delta rule: on a GPU, unless the run names the torch twin."""
         return self.gpu and self.run.backend.gated_delta_net != "torch"
 
     @property
@@ -67,18 +67,18 @@ class Rank:
 
     @property
     def sliced(self) -> int:
-        """Tokens of this rank's slice, where work is dealt by sequence over tensor-parallel ranks."""
+        """Tokens of this rank's slice, if tensor-parallel ranks split work by sequence."""
         return self.tokens // self.tp
 
     @property
     def documents(self) -> tuple[int, ...]:
-        """Boundaries of the stream's documents: every sequence is taken to be one."""
+        """Boundaries of the stream's documents: every sequence counts as one document."""
         length, micro = self.run.data.sequence_length, self.run.batch.micro_batch_size
         edges = tuple(range(0, micro * length + 1, length))
         return edges if edges[-1] == self.stream else (*edges, self.stream)
 
     def block(self, start: int, end: int, window: int | None = None) -> AttentionBlock:
-        """Which keys the queries ``start:end`` of the stream may see."""
+        """The keys that the queries ``start:end`` of the stream see."""
         documents = SimpleNamespace(cu_seqlens=self.documents)
         return PackedSequence.attention_block(documents, start, end, window)  # type: ignore[arg-type]
 
@@ -88,10 +88,10 @@ class Program:
     """A rank's tape and the model that runs on it.
 
     Attributes:
-        tape: what is written.
-        rank: where.
-        model: of what.
-        trained: whether the model's weights get gradients (a teacher's do not).
+        tape: the tape.
+        rank: the rank.
+        model: the model.
+        trained: whether the model's weights get gradients (not for a teacher).
     """
 
     tape: Tape

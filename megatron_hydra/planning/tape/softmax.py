@@ -94,7 +94,7 @@ def _sdpa(
     mask = None
     if len_q != len_k:
         allowed = tape.empty((len_q, len_k), 1)
-        # SDPA adds a mask of the queries' type; it keeps that one, the graph the other.
+        # SDPA adds a mask of the queries' type and keeps it; the graph keeps the other mask.
         mask = tape.empty((len_q, len_k), q.size)
         del allowed
     out = tape.empty(q.shape, q.size)

@@ -1,8 +1,8 @@
-"""One pipeline stage through one micro-batch, put together from pieces that are run once each.
+"""One micro-batch on one pipeline stage, put together from pieces that run once each.
 
-Layers that hold the same heads have the same profile, so a stage of many layers costs as much as its
-few kinds of layers. A piece is measured with its input handed over: what it keeps for the backward,
-its highest bytes forward and backward, its work. Everything is relative to what was alive before it.
+Layers with the same heads have the same profile, so a stage of many layers takes as long as its few kinds of
+layers. A piece gets its input and is measured: bytes kept for the backward, peak bytes of forward and backward,
+work. All bytes are relative to those before the piece.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_hydra.planning.tape.tensors import Tape, Tensor
 
 
 def stage_layers(model: ModelConfig, rank: Rank) -> list[int]:
-    """Layers of this pipeline rank, all its chunks."""
+    """Layers of all chunks of this pipeline rank."""
     parallel = rank.run.parallel
     chunks = parallel.pipeline * parallel.virtual_pipeline
     per_chunk = model.num_layers // chunks
@@ -36,10 +36,10 @@ class StageBuilder:
     """Runs a stage's pieces.
 
     Args:
-        model: the one that is trained.
-        rank: where.
-        busiest: look, in every layer, at the tensor-parallel rank with the most FA heads, for which the
-            others wait, and not at ``rank.tp_rank``.
+        model: the trained model.
+        rank: the rank.
+        busiest: whether every layer uses the tensor-parallel rank with the most FA heads, for which the others
+            wait, instead of ``rank.tp_rank``.
     """
 
     def __init__(self, model: ModelConfig, rank: Rank, busiest: bool = False) -> None:
@@ -54,12 +54,12 @@ class StageBuilder:
 
     @property
     def is_first(self) -> bool:
-        """Whether the embedding is here."""
+        """Whether this stage has the embedding."""
         return self.rank.pp_rank == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether the loss is here."""
+        """Whether this stage has the loss."""
         return self.rank.pp_rank == self.rank.run.parallel.pipeline - 1
 
     def heads(self, layer: int, teacher: bool = False) -> LocalHeads:
@@ -82,7 +82,7 @@ class StageBuilder:
         return Program(tape, self.rank, self.model)
 
     def _kind(self, layers: tuple[int, ...]) -> object:
-        """What two groups of layers with equal profiles have in common."""
+        """A key that groups of layers with equal profiles share."""
         kinds = []
         for layer in layers:
             h = self.heads(layer)
@@ -95,7 +95,7 @@ class StageBuilder:
         return tuple(kinds)
 
     def layer_piece(self, layers: tuple[int, ...]) -> Piece:
-        """Profile of consecutive layers; under full recomputation, of those that are run again together."""
+        """Profile of consecutive layers; under full recomputation, of those that run again together."""
         key = ("layers", self._kind(layers))
         if key not in self._pieces:
 
@@ -173,7 +173,7 @@ class StageBuilder:
     # -- a micro-batch ------------------------------------------------------------------------
 
     def run(self) -> Stage:
-        """Everything that one micro-batch does on this rank."""
+        """All work of one micro-batch on this rank."""
         if self.rank.run.verb == "align":
             return self._align()
         return self._train()
@@ -225,7 +225,7 @@ class StageBuilder:
         return stage.finished()
 
     def _teach(self, stage: Assembly) -> None:
-        """The teacher's forward, while everything of the student's is kept."""
+        """The teacher's forward, while all tensors of the student are kept."""
         hidden: Bytes = Counter(residual=self.rank.rows * self.model.hidden_size * self.rank.size)
         stage.hold(hidden)  # the student's last hidden states
         if self.is_first:
@@ -274,7 +274,7 @@ class StageBuilder:
         return self._profile(run, differentiated=not teacher)
 
     def _loss(self) -> Piece:
-        """Forward and backward of the loss: nothing lies between them."""
+        """Forward and backward of the loss, one directly after the other."""
         distill = self.teacher is not None
 
         def run(tape: Tape, x: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Tensors without numbers: which bytes are alive at which moment, by autograd's own rules.
+"""Tensors without numbers: the live bytes at every moment, by autograd's own rules.
 
-A :class:`Tensor` is a shape on a :class:`Storage`. A storage lives as long as something refers to it,
-a variable of the program, a node that saved it for the backward, or a gradient buffer, exactly as in
-torch, so a description of a layer that reads like its forward has the layer's memory. The
-:class:`Tape` keeps the bytes alive by part of the model, their peak, and what operators computed and
-sent. It relies on CPython's reference counts (a node never holds its own output).
+A :class:`Tensor` is a shape on a :class:`Storage`. As in torch, a storage lives as long as something refers to
+it: a variable of the program, a node that saved it for the backward, or a gradient buffer. So a description
+with the structure of a layer's forward has the layer's memory. The :class:`Tape` counts live bytes by part of
+the model, their peak, and the operators' computation and traffic. It relies on CPython's reference counts (a
+node never refers to its own output).
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class Work:
     Attributes:
         phase: ``forward``, ``backward`` or ``recompute``.
         part: of the model.
-        unit: ``matmul``, ``attention`` (documents of one length, each query with its key: a dense batch),
-            ``varlen_attention`` (any other block), ``delta_rule`` (products in chunks), ``flash_qla`` (the
-            same where FlashQLA can run), ``solve`` (triangular) or ``memory`` (nothing is multiplied).
-        flops: needed; a multiplication and an addition count as two.
+        unit: ``matmul``, ``attention`` (a dense batch: documents of one length, each query with its key),
+            ``varlen_attention`` (any other block), ``delta_rule`` (products in chunks), ``flash_qla`` (the same
+            if FlashQLA can run), ``solve`` (triangular) or ``memory`` (no products).
+        flops: needed FLOPs; a multiplication and an addition count as two.
         counted: what ``torch.utils.flop_counter`` counts (attention without the causal half saved).
         moved: bytes read and written.
         launches: kernels that torch launches.
         triton: kernels that Triton launches, from Python.
-        repeats: how often.
+        repeats: number of repetitions.
     """
 
     phase: str
@@ -57,7 +57,7 @@ class Sent:
 
     Attributes:
         phase, part: as in :class:`Work`.
-        kind: what for: ``tensor``, ``sequence``, ``kv_gather``, ``query_swap``, ``state``, ``halo``,
+        kind: purpose: ``tensor``, ``sequence``, ``kv_gather``, ``query_swap``, ``state``, ``halo``,
             ``shared_kv``, ``loss``, ``pipeline``, ``data``.
         axis: ``tensor``, ``context``, ``tensor_context``, ``pipeline`` or ``data``: over which ranks.
         sent: bytes that one rank sends.
@@ -72,7 +72,7 @@ class Sent:
 
 
 class Storage:
-    """Bytes that somebody refers to."""
+    """Bytes that an object refers to."""
 
     __slots__ = ("nbytes", "part", "tape")
 
@@ -85,7 +85,7 @@ class Storage:
 
 
 class Tensor:
-    """A shape on a storage, and the node that made it (``None``: a constant)."""
+    """A shape on a storage, and the node that made it (``None`` for a constant)."""
 
     __slots__ = ("edge", "shape", "size", "storage")
 
@@ -101,7 +101,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the shape; the storage may have more (a view) or none (a weight)."""
+        """Bytes of the shape; the storage may have more (for a view) or none (for a weight)."""
         return self.numel * self.size
 
     @property
@@ -111,7 +111,7 @@ class Tensor:
 
 
 class Node:
-    """One step of the backward: gradients by outputs in, gradients by inputs out."""
+    """One step of the backward: from gradients by outputs to gradients by inputs."""
 
     __slots__ = ("backward", "edges", "order", "outputs", "part", "times")
 
@@ -133,10 +133,10 @@ class Tape:
     """Runs one rank's program.
 
     Attributes:
-        live, peak: bytes alive now, and at most since :meth:`reset_peak`.
+        live, peak: live bytes now, and their maximum since :meth:`reset_peak`.
         by_part: of ``live``, by part of the model.
-        at_peak: of ``peak``, likewise.
-        work, sent: what was computed and sent.
+        at_peak: of ``peak``, by part of the model.
+        work, sent: the computation and the traffic so far.
     """
 
     def __init__(self) -> None:
@@ -154,21 +154,21 @@ class Tape:
     # -- bytes --------------------------------------------------------------------------------
 
     def allocated(self, storage: Storage) -> None:
-        """A storage was made."""
+        """Count a new storage."""
         self.live += storage.nbytes
         self.by_part[storage.part] += storage.nbytes
         if self.live > self.peak:
             self.peak, self._is_peak = self.live, True
 
     def released(self, storage: Storage) -> None:
-        """A storage has no references any more."""
+        """Count a storage that has no references any more."""
         if self._is_peak:
             self.at_peak, self._is_peak = dict(self.by_part), False
         self.live -= storage.nbytes
         self.by_part[storage.part] -= storage.nbytes
 
     def reset_peak(self) -> None:
-        """Start a new measurement from what is alive now."""
+        """Start a new measurement from the bytes that are live now."""
         self.peak, self._is_peak, self.at_peak = self.live, False, dict(self.by_part)
 
     def peak_by_part(self) -> dict[str, int]:
@@ -186,7 +186,7 @@ class Tape:
         return self.empty(x.shape, x.size)
 
     def transient(self, *nbytes: int) -> None:
-        """Bytes that exist together for a moment inside an operator."""
+        """Count bytes that exist together for a moment within an operator."""
         held = [Storage(self, count) for count in nbytes]
         del held
 
@@ -194,7 +194,7 @@ class Tape:
 
     @contextlib.contextmanager
     def inside(self, part: str) -> Iterator[None]:
-        """What is allocated in here belongs to ``part``."""
+        """Within the block, allocations belong to ``part``."""
         before, self.part = self.part, part
         try:
             yield
@@ -203,7 +203,7 @@ class Tape:
 
     @contextlib.contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """What is computed in here belongs to ``phase``."""
+        """Within the block, computation belongs to ``phase``."""
         before, self.phase = self.phase, phase
         try:
             yield
@@ -212,7 +212,7 @@ class Tape:
 
     @contextlib.contextmanager
     def grad_mode(self, recording: bool) -> Iterator[None]:
-        """Whether what runs in here is to be differentiated."""
+        """Within the block, whether operators are differentiated."""
         before, self.recording = self.recording, recording
         try:
             yield
@@ -221,7 +221,7 @@ class Tape:
 
     @contextlib.contextmanager
     def standing_for(self, times: float) -> Iterator[None]:
-        """Each launch in here, and in its backward, stands for so many of smaller operators."""
+        """Within the block, each launch (also of the backward) counts as ``times`` launches."""
         before, self.times = self.times, times
         try:
             yield
@@ -240,7 +240,7 @@ class Tape:
         launches: float = 1.0,
         triton: float = 0.0,
     ) -> None:
-        """Note an operator's work, one launch by torch unless said."""
+        """Record an operator's work; by default it is one launch by torch."""
         counted = flops if counted is None else counted
         times = self.times
         work = Work(
@@ -249,16 +249,16 @@ class Tape:
         self.work.append(work)
 
     def touch(self, *tensors: Tensor | None, launches: float = 1.0) -> None:
-        """Note a pass over memory that reads or writes these tensors."""
+        """Record a pass over memory that reads or writes these tensors."""
         moved = float(sum(t.nbytes for t in tensors if t is not None))
         self.compute("memory", 0.0, moved, 0.0, launches=launches)
 
     def launch(self, launches: float = 0.0, triton: float = 0.0) -> None:
-        """Note kernels whose own work is small: the host's time for them is not."""
+        """Record kernels with little work, whose launches still take host time."""
         self.compute("memory", 0.0, 0.0, 0.0, launches=launches, triton=triton)
 
     def send(self, kind: str, axis: str, sent: float) -> None:
-        """Note a collective: the bytes that this rank sends."""
+        """Record a collective: the bytes that this rank sends."""
         if sent:
             self.sent.append(Sent(self.phase, self.part, kind, axis, sent))
 
@@ -267,11 +267,11 @@ class Tape:
     def record(
         self, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor], backward: Backward
     ) -> None:
-        """Make ``outputs`` depend on ``inputs``, where one of these needs a gradient.
+        """Make ``outputs`` depend on ``inputs``, if one of these needs a gradient.
 
         Args:
-            backward: returns a gradient or ``None`` for each input; it may hold storages, but not
-                those outputs themselves.
+            backward: returns a gradient or ``None`` for each input; it may refer to storages, but not to these
+                outputs.
         """
         edges = [None if x is None else x.edge for x in inputs]
         if not self.recording or not any(edges):
@@ -282,7 +282,7 @@ class Tape:
             output.edge = (node, index)
 
     def weight(self, shape: Shape, size: int, trained: bool = True) -> Tensor:
-        """A parameter: its bytes are accounted for elsewhere, its gradient goes into a buffer."""
+        """A parameter: its bytes are counted elsewhere; its gradient is added to a buffer."""
         weight = Tensor(None, shape, size)
         if trained:
             node = Node(0, "gradients", [], 1, self._into_buffer)
@@ -296,7 +296,7 @@ class Tape:
         return []
 
     def leaf(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """``x`` cut off from its history, and the list that will hold its gradient."""
+        """``x`` without its history, and the list that will hold its gradient."""
         found: list[Tensor] = []
 
         def keep(grads: list[Tensor | None]) -> list[Tensor | None]:
@@ -308,7 +308,7 @@ class Tape:
         return detached, found
 
     def backward(self, roots: list[tuple[Tensor, Tensor]]) -> None:
-        """Run the backward from ``(output, gradient)`` pairs, newest nodes first as autograd does."""
+        """Run the backward from ``(output, gradient)`` pairs, the newest nodes first, as in autograd."""
         buffers: dict[Node, list[Tensor | None]] = {}
         edges = [root.edge for root, _ in roots]
         waiting = _dependencies([edge[0] for edge in edges if edge is not None])
@@ -340,7 +340,7 @@ class Tape:
 
     def _apply(self, node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
         run = node.backward
-        if node.order:  # a leaf may be reached again, by the next micro-batch
+        if node.order:  # the next micro-batch may reach a leaf again
             node.backward = None
         assert run is not None, "a graph was run backward twice"
         if not any(g is not None for g in grads):
@@ -353,7 +353,7 @@ class Tape:
             return run(grads)
 
     def _accumulate(self, held: list[Tensor | None], index: int, gradient: Tensor) -> None:
-        """Sum of gradients: in place where nobody else refers to the first one."""
+        """Sum of gradients; in place if nothing else refers to the first one."""
         first = held[index]
         if first is None:
             held[index] = gradient
@@ -364,7 +364,7 @@ class Tape:
 
 
 def _dependencies(roots: list[Node]) -> dict[Node, int]:
-    """For every node that ``roots`` reach, how many gradients it waits for."""
+    """For every node that ``roots`` reach, the number of gradients it waits for."""
     waiting: dict[Node, int] = defaultdict(int)
     seen, stack = set(roots), list(dict.fromkeys(roots))
     while stack:

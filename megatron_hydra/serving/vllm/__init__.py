@@ -1,4 +1,4 @@
-"""The vLLM plug-in: ``vllm serve EXPORT`` and ``LLM(model=EXPORT)`` work where this package is installed.
+"""The vLLM plug-in: with this package installed, ``vllm serve EXPORT`` and ``LLM(model=EXPORT)`` work.
 
 vLLM calls :func:`register` in every one of its processes (entry point ``vllm.general_plugins``). See
 docs/serving.md.
@@ -11,7 +11,7 @@ GDN_OP = "hydrahead_gated_delta_net"
 
 
 def register() -> None:
-    """Make the export's configuration and model known to vLLM. May be called more than once."""
+    """Register the export's configuration and model in vLLM. It may be called more than once."""
     from transformers import AutoConfig
     from vllm.config import CompilationConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP

@@ -1,9 +1,9 @@
-"""Which rows of an export's tensors a rank holds, and in which order.
+"""The rows of an export's tensors on a rank, and their order.
 
-All projections of a layer that read its input are one matrix, so that a token costs one product, not up
-to eleven. Its rows are blocks: queries of the FA heads, gates of the GDN heads, and so on. Heads stand in the
-rank's own order, FA heads before GDN heads; since the output projection's columns stand in the same one,
-heads are never moved back at run time.
+All projections that read a layer's input are one matrix, so a token needs one product instead of up to eleven.
+Its rows are blocks: queries of the FA heads, gates of the GDN heads, and so on. Heads have the rank's own
+order, FA heads before GDN heads. The output projection's columns have the same order, so heads are never moved
+back at run time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
 from megatron_hydra.serving.vllm.placement import LocalHeads
 
 ROW_MULTIPLE = 16
-"""Rows of the joint projection are filled up to a multiple: matrix units want it."""
+"""The joint projection is padded to a multiple of so many rows, which matrix units need."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Block:
     """A part of a local tensor: some heads (or KV groups) of one tensor of the export.
 
     Attributes:
-        name: what it holds, e.g. ``gdn_q``.
+        name: of its content, e.g. ``gdn_q``.
         source: the export's parameter, below ``self_attn``, without ``.weight`` or ``.bias``.
         given: heads or groups in the export's tensor, in its order.
-        taken: those of this rank, in local order; one may be there more than once.
-        size: rows of each.
+        taken: those of this rank, in local order; one may occur several times.
+        size: number of rows of each.
     """
 
     name: str
@@ -55,11 +55,11 @@ class AttentionLayout:
 
     Attributes:
         fa, gdn: local heads (original indices), in local order.
-        fa_members: FA heads of each local KV group, counted.
-        gdn_kv: keys and values of the GDN heads: a head's own, or a KV group's.
-        gdn_kv_of: for each local GDN head, which of them it reads.
+        fa_members: number of FA heads of each local KV group.
+        gdn_kv: keys and values of the GDN heads: one for each head, or one for each KV group.
+        gdn_kv_of: for each local GDN head, the index of its keys and values.
         projections: blocks of the joint projection.
-        convolutions: blocks of the short convolution's channels; none without it.
+        convolutions: blocks of the short convolution's channels; empty without it.
         output: columns of the output projection.
         gamma, decay: the scales of all local heads; A_log and dt_bias of the GDN heads.
     """
@@ -85,7 +85,7 @@ class AttentionLayout:
         def keys(
             name: str, part: str, given: Sequence[int], taken: Sequence[int], shared: Sequence[int]
         ) -> Block:
-            """Keys or values: of a branch's own projection, or of the one that all heads share."""
+            """Keys or values: from a branch's own projection, or from the one that all heads share."""
             if tied:
                 groups = tuple(range(config.num_key_value_heads))
                 return Block(f"{name}_{part}", f"{part}_proj", groups, tuple(shared), d)
@@ -125,18 +125,18 @@ class AttentionLayout:
 
     @property
     def rows(self) -> int:
-        """Rows of the joint projection, filled up."""
+        """Number of rows of the joint projection, with padding."""
         rows = sum(block.rows for block in self.projections)
         return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
     @property
     def channels(self) -> int:
-        """Channels of the GDN heads' q, k and v: what the short convolution runs over."""
+        """Number of channels of the GDN heads' q, k and v, which the short convolution reads."""
         names = ("gdn_q", "gdn_k", "gdn_v")
         return sum(block.rows for block in self.projections if block.name in names)
 
     def place(self, blocks: Sequence[Block], source: str) -> list[tuple[int, Block]]:
-        """Where, in a tensor of these blocks, rows of ``source`` stand."""
+        """The places of ``source``'s rows in a tensor of these blocks."""
         found, start = [], 0
         for block in blocks:
             if block.source == source:

@@ -1,8 +1,7 @@
 """The exported model in vLLM.
 
-FA heads: one vLLM attention for each KV group that has any, with one KV head. So its pages hold FA heads
-only, however uneven the map is. GDN heads: see :mod:`megatron_hydra.serving.vllm.gated_delta_net`. The rest
-of a layer is vLLM's own.
+FA heads: each KV group with FA heads is one vLLM attention with one KV head. So pages hold only FA heads, for
+any map. GDN heads: see :mod:`megatron_hydra.serving.vllm.gated_delta_net`. The rest of a layer is vLLM's own.
 
 T: tokens of a step, all requests one after the other; d: head_dim.
 """
@@ -70,7 +69,7 @@ from megatron_hydra.serving.vllm.kernel_start import KernelStart, read_tuning
 from megatron_hydra.serving.vllm.layout import AttentionLayout, Block
 from megatron_hydra.serving.vllm.placement import Placement, place_heads
 
-logger = init_logger("vllm.hydrahead")  # vLLM shows what is logged below its own name
+logger = init_logger("vllm.hydrahead")  # vLLM shows messages of loggers below its own name
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 
@@ -109,13 +108,13 @@ class HydraHeadAttention(nn.Module):
             prefix=f"{prefix}.in_proj",
             return_bias=False,
         )
-        self.in_proj.weight.data.zero_()  # rows that fill up, and biases that a block has not
+        self.in_proj.weight.data.zero_()  # padding rows, and biases that a block does not have
         if biased:
             self.in_proj.bias.data.zero_()
         self.o_proj = ReplicatedLinear(
             layout.output.rows,
             config.hidden_size,
-            bias=config.out_bias and rank == 0,  # once in the sum over ranks
+            bias=config.out_bias and rank == 0,  # only once in the sum over ranks
             prefix=f"{prefix}.o_proj",
             return_bias=False,
         )
@@ -213,7 +212,7 @@ class HydraHeadAttention(nn.Module):
         return self.config.attention_bias and block.name[-2:] in ("_q", "_k", "_v")
 
     def sources(self) -> dict[str, list[tuple[nn.Parameter, int, Block | None, int]]]:
-        """The export's tensors, below ``self_attn``: where each goes.
+        """The place of each of the export's tensors below ``self_attn``.
 
         Returns:
             Name → (local parameter, first row, block to take, axis of the block); block ``None``: the
@@ -300,7 +299,7 @@ class HydraHeadDecoderLayer(nn.Module):
         tables: Tables,
         log_scale: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[T, D]`` and what is to be added to it; so for the next layer."""
+        """``[T, D]`` and the residual to add to it, for the next layer."""
         if residual is None:
             residual = x
             x = self.input_layernorm(x)
@@ -391,7 +390,7 @@ class HydraHeadModel(nn.Module):
 class HydraHeadForCausalLM(
     nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCaching, SupportsPP
 ):
-    """The decoder with its LM head, as vLLM's engine wants it."""
+    """The decoder with its LM head, with the interface of vLLM's engine."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -456,7 +455,7 @@ class HydraHeadForCausalLM(
             Names of the parameters that were filled.
 
         Raises:
-            HydraError: a tensor that the model has no place for, or one that is missing.
+            HydraError: the model has no place for a tensor, or a tensor is missing.
         """
         parameters = dict(self.named_parameters())
         names = {id(parameter): name for name, parameter in parameters.items()}
@@ -497,19 +496,19 @@ class HydraHeadForCausalLM(
         return set(parameters)
 
     def _elsewhere(self, name: str) -> bool:
-        """Whether a tensor of the export belongs to another rank, or is held under another name."""
+        """Whether a tensor of the export belongs to another rank, or has another name here."""
         tied = name == "lm_head.weight" and self.config.tie_word_embeddings
         if tied or is_pp_missing_parameter(name, self):
             return True
         if ".self_attn." not in name:
             return False
-        # A rank holds no part of a branch that it has no head of: other ranks see that it exists.
+        # A rank has no part of a branch without its heads; other ranks check that the tensor exists.
         known = _every_source(self.config, extract_layer_index(name))
         return name.split(".self_attn.", 1)[1] in known
 
 
 def _every_source(config: HydraHeadConfig, layer: int) -> set[str]:
-    """Tensors that an export has below ``self_attn`` of a layer."""
+    """Tensors of an export below ``self_attn`` of a layer."""
     from megatron_hydra.hf.modeling_hydrahead import HydraHeadAttention as Exported
 
     with torch.device("meta"):
@@ -517,7 +516,7 @@ def _every_source(config: HydraHeadConfig, layer: int) -> set[str]:
 
 
 def _fill(parameter: nn.Parameter, start: int, value: torch.Tensor) -> None:
-    """Write ``value`` into rows from ``start``; kernels of convolutions come as ``[C, 1, W]``."""
+    """Write ``value`` into rows from ``start``; kernels of convolutions have the shape ``[C, 1, W]``."""
     target = parameter.data[start : start + value.shape[0]]
     value = value[:, 0] if value.ndim == 3 else value
     if value.shape != target.shape:
@@ -529,7 +528,7 @@ def _fill(parameter: nn.Parameter, start: int, value: torch.Tensor) -> None:
 
 
 def _shards(name: str) -> list[tuple[str, tuple[int, ...]]]:
-    """The export's tensors of a parameter of vLLM's own layers, and which part of it each is."""
+    """The export's tensors of a parameter of vLLM's own layers, and the part of each."""
     if ".gate_up_proj." in name:
         parts = ("gate_proj", "up_proj")
         return [(name.replace("gate_up_proj", part), (i,)) for i, part in enumerate(parts)]

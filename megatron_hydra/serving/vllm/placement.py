@@ -1,11 +1,11 @@
-"""Which tensor-parallel rank serves which head.
+"""The tensor-parallel rank of each head.
 
-vLLM wants the same caches on every rank, and one number of KV heads for all attention layers. So the unit of
-full attention is a KV group: each one that has FA heads is a vLLM attention of its own, with one KV head,
-and stays whole. Every rank gets room for equally many of them in a layer. GDN heads fill the ranks up, so
-that all have nearly as many heads; a rank may have any number, and reserves the largest.
+vLLM needs the same caches on every rank, and one number of KV heads for all attention layers. So the unit of
+full attention is a KV group: each group with FA heads is a separate vLLM attention with one KV head, and is
+never split. In a layer, every rank has room for equally many groups. GDN heads are then distributed so that all
+ranks have nearly equally many heads. A rank may have any number of them and reserves memory for the largest.
 
-This differs from training (``parallel.head_partition``), where no cache is shared and groups may be split.
+Training differs (``parallel.head_partition``): no cache is shared there, and groups may be split.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class LocalHeads:
     """One rank's heads of one layer, as original head indices.
 
     Attributes:
-        fa_groups: the FA heads of each KV group, groups and heads ascending.
+        fa_groups: the FA heads of each KV group; groups and heads are ascending.
         gdn: GDN heads, ascending.
     """
 
@@ -45,14 +45,14 @@ def place_heads(
 ) -> Placement:
     """Place the heads of all layers.
 
-    A group goes to the rank with the fewest FA heads in this layer among those with room, then to the
-    one with the fewest in all layers so far: KV groups are few and uneven, so a layer alone cannot be
+    Among ranks with room, a group goes to the rank with the fewest FA heads in this layer; if several have, to
+    the one with the fewest in all layers so far. KV groups are few and uneven, so a single layer cannot be
     balanced, but the model nearly can.
 
     Args:
         full_attention_heads: FA heads of every layer.
         num_heads, num_kv_heads: H and G.
-        tp_size: ranks.
+        tp_size: number of ranks.
     """
     per_group = num_heads // num_kv_heads
     so_far = [0] * tp_size
@@ -81,7 +81,7 @@ def place_heads(
 
 
 def _fill(heads: list[int], taken: list[int]) -> list[list[int]]:
-    """Deal ``heads`` so that every rank has as even a number as ``taken`` allows, neighbours together."""
+    """Distribute ``heads`` as evenly as ``taken`` allows; neighbouring heads stay together."""
     counts = list(taken)
     for _ in heads:
         counts[min(range(len(counts)), key=lambda r: (counts[r], r))] += 1

@@ -1,4 +1,4 @@
-"""What the plug-in serves, and what it refuses by name before any weight is read."""
+"""What the plug-in supports, and what it refuses by name before it reads any weight."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ COMPUTED = (
     "mixer", "window", "fusion", "fusion_norm", "fa_position", "fa_gate", "fa_gate_bias", "gdn_position", "qkv",
     "gdn_kv", "gdn_gate", "short_conv", "conv_width", "log_scale", "log_scale_a", "granularity",
 )  # fmt: skip
-"""Switches of the layer that the plug-in computes, but for the values that :func:`check_model` refuses. A new
-switch is refused until it stands here."""
+"""Switches of the layer that the plug-in computes, except values that :func:`check_model` refuses. A new switch
+is refused until it is listed here."""
 
 KV_DTYPES = ("auto", "float16", "bfloat16", "float32")
-"""Values of ``--kv-cache-dtype`` that store keys and values as the model computes them."""
+"""Values of ``--kv-cache-dtype`` that do not quantise keys and values."""
 
 
 class SupportCheck:
@@ -24,7 +24,7 @@ class SupportCheck:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Refuse models that are not supported, and say of one without GDN heads that it is not a hybrid.
+        """Refuse unsupported models, and mark a model without GDN heads as not hybrid.
 
         Raises:
             HydraError: what is not supported, and what to do.
@@ -36,7 +36,7 @@ class SupportCheck:
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Refuse ways of serving that are not supported.
+        """Refuse unsupported ways of serving.
 
         Raises:
             HydraError: what is not supported, and what to do.
@@ -59,7 +59,7 @@ class SupportCheck:
 
 
 def check_model(config: HydraHeadConfig) -> None:
-    """Refuse an architecture that the plug-in does not compute.
+    """Refuse an architecture that the plug-in cannot compute.
 
     Raises:
         HydraError: naming the key of the export's ``config.json``.
@@ -83,7 +83,7 @@ def check_model(config: HydraHeadConfig) -> None:
 
 
 def check_tensor_parallel(config: HydraHeadConfig, tp_size: int) -> None:
-    """Refuse a number of tensor-parallel ranks that the MLP or the heads cannot be cut into.
+    """Refuse a number of tensor-parallel ranks that does not divide the MLP or the heads.
 
     Raises:
         HydraError: naming the flag and the key.
@@ -107,7 +107,7 @@ def check_options(
     prefill_context_parallel: int,
     runner: str,
 ) -> None:
-    """Refuse options of vLLM that the plug-in does not carry out.
+    """Refuse options of vLLM that the plug-in does not support.
 
     Raises:
         HydraError: naming the flag.

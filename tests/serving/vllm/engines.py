@@ -18,8 +18,8 @@ from megatron_hydra.hf.modeling_hydrahead import HydraHeadForCausalLM
 from tests.hf.models import export, random_model
 from tests.required import VARIABLE
 
-# One process, so that the engine's parts can be looked at; no more threads than the machine gives; on a GPU,
-# Triton's products of fp32 numbers in fp32 (its own default rounds them to TF32).
+# One process, so that tests can inspect the engine; the machine's number of threads; on a GPU, Triton's fp32
+# products in fp32 (by default it rounds them to TF32).
 ENVIRONMENT = {
     "TRITON_F32_DEFAULT": "ieee",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -42,13 +42,13 @@ SHAPE = {
 }
 UNEVEN = [[1, 2, 3], [], [0, 1, 2, 3, 4, 5], [4]]
 NEW = 12
-"""Tokens generated for each prompt."""
+"""Number of tokens generated for each prompt."""
 CACHE_BYTES = 1 << 30
-"""What an engine reserves for its cache, as ``VLLM_CPU_KVCACHE_SPACE`` says it on a CPU."""
+"""Bytes that an engine reserves for its cache: as many as ``VLLM_CPU_KVCACHE_SPACE`` says on a CPU."""
 
 
 def need_vllm() -> None:
-    """Skip this module without vLLM; fail where ``HYDRA_REQUIRE`` names it."""
+    """Skip this module without vLLM; fail if ``HYDRA_REQUIRE`` names it."""
     os.environ.update(ENVIRONMENT)
     if "vllm" in os.environ.get(VARIABLE, "").split(","):
         importlib.import_module("vllm")
@@ -62,7 +62,7 @@ def save_export(
     dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> HydraHeadForCausalLM:
-    """Write a random export whose gates, norms, convolutions and slow decay are all seen in the output."""
+    """Write a random export whose gates, norms, convolutions and slow decays all change the output."""
     config = HydraHeadConfig(
         **{**SHAPE, "num_hidden_layers": len(heads), **changes},
         full_attention_heads=[list(layer) for layer in heads],
@@ -74,7 +74,7 @@ def save_export(
 
 @contextlib.contextmanager
 def engine(folder: Path, **options: Any) -> Iterator[Any]:
-    """A vLLM engine; its memory is given back at the end."""
+    """A vLLM engine; its memory is freed at the end."""
     from vllm import LLM
 
     defaults = {
@@ -83,9 +83,9 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
         "enforce_eager": True,
         "max_model_len": 1024,
         "max_num_seqs": 8,
-        "disable_log_stats": False,  # what happened is read from its metrics
+        "disable_log_stats": False,  # tests read its metrics
     }
-    if torch.cuda.is_available():  # not the whole card, so that several tests may share it
+    if torch.cuda.is_available():  # a part of the card, so that several tests can share it
         defaults |= {"kv_cache_memory_bytes": CACHE_BYTES, "gpu_memory_utilization": 0.1}
     llm = LLM(model=str(folder), **{**defaults, **options})
     try:
@@ -115,7 +115,7 @@ def random_prompts(lengths: Sequence[int], seed: int = 1, vocabulary: int = 128)
 
 
 def generate(llm: Any, prompts: Sequence[list[int]], new: int = NEW) -> list[Any]:
-    """Answers of all prompts, given at once."""
+    """Answers of all prompts, sent together."""
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
     return [r.outputs[0] for r in llm.generate(requests, sampling(new), use_tqdm=False)]
 
@@ -124,8 +124,8 @@ def generate(llm: Any, prompts: Sequence[list[int]], new: int = NEW) -> list[Any
 def check(model: HydraHeadForCausalLM, prompt: list[int], answer: Any, tolerance: float) -> float:
     """Assert that an answer is the export's own greedy one; returns the largest |Δ log probability|.
 
-    The export reads prompt and answer at once, alone, without a cache. A token may differ from its best
-    one only where it holds both equally likely, to the tolerance.
+    The export reads one prompt with its answer in one forward, without a cache. A token may differ from the
+    export's best one only if both are equally likely, within the tolerance.
     """
     tokens = list(answer.token_ids)
     logits = model(torch.tensor([prompt + tokens]), use_cache=False).logits[0].float()
@@ -143,9 +143,9 @@ def check(model: HydraHeadForCausalLM, prompt: list[int], answer: Any, tolerance
 def check_rounded(
     model: HydraHeadForCausalLM, prompt: list[int], answer: Any, tolerance: float = 3.0
 ) -> float:
-    """As :func:`check`, for an export in 16 bits; its own rounding is the unit of ``tolerance``.
+    """As :func:`check`, for an export in 16 bits; ``tolerance`` is in units of its own rounding.
 
-    The rounding is how far the export is, on the answer, from itself in fp32.
+    The rounding is the difference between the export and itself in fp32, on the answer.
     """
     wide = HydraHeadForCausalLM(model.config).eval()
     wide.load_state_dict({k: v.float() for k, v in model.state_dict().items()})

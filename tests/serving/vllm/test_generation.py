@@ -59,7 +59,7 @@ def test_greedy_answers(name, tmp_path):
 
 
 def test_bf16(tmp_path):
-    """Its rounding is that of bf16: vLLM's answers are as far from fp32's as the export's own are."""
+    """The rounding is bf16's: vLLM's answers are as far from fp32 as the export's own answers."""
     model = engines.save_export(tmp_path, dtype=torch.bfloat16)
     prompts = engines.random_prompts(LENGTHS)
     with engines.engine(tmp_path, dtype="bfloat16") as llm:
@@ -68,7 +68,7 @@ def test_bf16(tmp_path):
 
 
 def test_compiled(tmp_path):
-    """As ``vllm serve`` runs it by default: through torch.compile."""
+    """By torch.compile, as ``vllm serve`` runs it by default."""
     model = engines.save_export(tmp_path)
     prompts = engines.random_prompts(LENGTHS)
     with engines.engine(tmp_path, enforce_eager=False) as llm:

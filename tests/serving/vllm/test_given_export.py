@@ -1,8 +1,7 @@
-"""Any export: ``HYDRA_EXPORT=FOLDER make test-vllm`` compares vLLM's answers with its own, in fp32.
+"""Any export: ``HYDRA_EXPORT=FOLDER make test-vllm`` compares vLLM's answers with the export's, in fp32.
 
-How much rounding comes to in a deep model depends on the model.
-The measure is what the export itself differs by, between reading a text at once and token
-by token with its cache.
+The size of rounding in a deep model depends on the model. The bound is the difference of the export itself
+between one forward over a text and decoding token by token with its cache.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ TEXT = Path(__file__).resolve().parents[3] / "README.md"
 
 @pytest.mark.skipif(not FOLDER, reason="HYDRA_EXPORT names no export")
 def test_answers():
-    register()  # so that no code of the folder is asked for
+    register()  # so that no code of the folder is needed
     model = engines.HydraHeadForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     tokens = AutoTokenizer.from_pretrained(FOLDER)(TEXT.read_text())["input_ids"]
     prompts = [tokens[start : start + n] for start, n in ((0, 3), (50, 40), (7, 333), (100, 1500))]
@@ -47,7 +46,7 @@ def test_answers():
 
 @torch.no_grad()
 def _rounding(model, prompt):
-    """The largest |Δ log probability| of a greedy token, with the cache and without."""
+    """The largest |Δ log probability| of a greedy token between runs with and without the cache."""
     given = torch.tensor([prompt])
     out = model.generate(
         given,

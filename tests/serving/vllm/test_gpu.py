@@ -1,6 +1,6 @@
-"""On a GPU in 16 bits: vLLM's kernels, and decode steps that are replayed from CUDA graphs.
+"""On a GPU in 16 bits: vLLM's kernels, and decode steps replayed from CUDA graphs.
 
-What the other modules ask in fp32 (which runs the torch code on a GPU as well) is asked here of the kernels.
+The other modules test fp32, which runs the torch code also on a GPU. This module tests the kernels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_graphs(name, tmp_path):
-    """Alone, and in batches whose sizes are none of those that were captured."""
+    """Single requests, and batches of sizes that were not captured."""
     model = engines.save_export(tmp_path, dtype=torch.bfloat16, **MODELS[name])
     prompts = engines.random_prompts(LENGTHS)
     with engines.engine(tmp_path, dtype="bfloat16", enforce_eager=False, max_num_seqs=16) as llm:
@@ -55,7 +55,7 @@ def test_tunings(tuning, tmp_path):
 
 @pytest.mark.parametrize("eager", [False, True])
 def test_chunks_prefixes_and_preemption(eager, tmp_path):
-    """Prefills beside decodes, states copied to other pages, requests that begin again."""
+    """Prefills beside decodes, states copied to other pages, and restarted requests."""
     model = engines.save_export(tmp_path, dtype=torch.bfloat16, **WIDE)
     prefix = engines.random_prompts([800])[0]
     long = [prefix + end for end in engines.random_prompts([1, 7, 40, 90], seed=2)]

@@ -1,4 +1,4 @@
-"""What vLLM reserves: keys and values of FA heads only, and a state of fixed size a sequence."""
+"""Memory that vLLM reserves: keys and values of FA heads only, and a fixed state for each sequence."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def test_bytes_of_a_token(name, tmp_path):
             len(g.layer_names) * g.kv_cache_spec.page_size_bytes / g.kv_cache_spec.block_size
             for g in attention
         )
-        # Keys and values, of the KV groups that have an FA head.
+        # Keys and values of the KV groups that have an FA head.
         kv_heads = sum(len({head // 2 for head in layer}) for layer in MAPS[name])
         assert per_token == kv_heads * 2 * engines.SHAPE["head_dim"] * BYTES
         assert sum(len(g.layer_names) for g in states) == len([x for x in MAPS[name] if len(x) < 6])
-        # The pages that exist: a block of every group has as many as the largest group has layers.
+        # Existing pages: a block of every group has as many pages as the largest group has layers.
         widest = max(len(g.layer_names) for g in config.kv_cache_groups)
         page = config.kv_cache_groups[0].kv_cache_spec.page_size_bytes
         allocated = {tensor.size for tensor in config.kv_cache_tensors}  # all are views of one
@@ -69,14 +69,14 @@ def test_states_are_those_of_the_largest_layer(tmp_path):
             for groups in worker.model_runner.attn_groups
             if isinstance(groups[0].kv_cache_spec, MambaSpec)
         ]
-    assert parts and set(parts) == {1}  # one metadata for all layers, however many heads each has
+    assert parts and set(parts) == {1}  # layers share it, whatever their numbers of heads
     (spec,) = specs
     d = engines.SHAPE["head_dim"]
     assert sorted(spec.shapes, key=len) == [(3, 3 * 6 * d), (6, d, d)]  # the layer without FA heads
 
 
 def test_what_a_long_sequence_takes_at_the_shape_of_qwen3_1_7b(tmp_path):
-    """56 FA heads scattered over 28 layers, bf16: nearly what FA heads and states need, in whole pages."""
+    """56 FA heads over 28 layers in bf16: little more than FA heads and states need, in whole pages."""
     import random
 
     from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config

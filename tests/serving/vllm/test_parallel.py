@@ -1,6 +1,6 @@
 """Several ranks on this machine's CPU or GPUs: tensor parallel and pipeline parallel.
 
-The engine runs in processes of its own here, so a program of its own starts it and prints the answers.
+The engine runs in processes of its own, so a separate program starts it and prints the answers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if __name__ == "__main__":
     ]))
 """
 SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
-# On a CPU vLLM makes what passes between stages while it compiles, so eager mode ends in an assertion.
+# On a CPU vLLM makes the tensors between stages when it compiles, so eager mode fails an assertion.
 PIPELINE = {"pipeline_parallel_size": 2, "enforce_eager": False}
 KINDS = {
     "tensor 2, shared qkv, biases": (

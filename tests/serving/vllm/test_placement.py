@@ -21,11 +21,11 @@ def test_every_head_once_and_groups_whole(tp_size, kv_heads):
         assert all(len(group) == 1 for group in groups)
         assert len(groups) == len({g for group in groups for g in group})
         slots = [len(r.fa_groups) for r in ranks]
-        assert max(slots) == -(-len(groups) // tp_size)  # what all ranks reserve
+        assert max(slots) == -(-len(groups) // tp_size)  # the number that all ranks reserve
 
 
 def test_full_attention_is_balanced_over_the_layers():
-    """One group a layer: no layer can be balanced, the model is."""
+    """With one group in each layer, no layer is balanced, but the model is."""
     maps = [[layer % 16] for layer in range(28)]
     placement = place_heads(maps, 16, 8, 4)
     counts = [sum(len(layer[rank].fa) for layer in placement) for rank in range(4)]

@@ -1,4 +1,4 @@
-"""vLLM shows the plug-in's own words when it cannot serve an export."""
+"""If vLLM cannot serve an export, it shows the plug-in's own error."""
 
 from __future__ import annotations
 

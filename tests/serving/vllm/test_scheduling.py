@@ -1,4 +1,4 @@
-"""What a server does to requests changes no answer: batches, chunks, reused prefixes, preemption."""
+"""A server's scheduling changes no answer: batches, chunks, reused prefixes, preemption."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_prefix_is_reused(export, prefixes):
 
 @pytest.mark.parametrize("prefixes", [False, True])
 def test_preempted_requests_go_on(export, prefixes):
-    """The cache holds too few pages for all: some requests lose theirs, and begin again later."""
+    """The cache has too few pages for all requests: some lose their pages and restart later."""
     folder, model = export
     prompts = engines.random_prompts([370] * 6)
     with engines.engine(
@@ -63,7 +63,7 @@ def test_preempted_requests_go_on(export, prefixes):
 
 @pytest.mark.parametrize("prefixes", [False, True])
 def test_random_arrivals(export, prefixes):
-    """Two hundred requests of random lengths that arrive while others run, some with common beginnings."""
+    """Two hundred requests of random lengths arrive while others run; some share a prefix."""
     folder, model = export
     rng = random.Random(3)
     common = engines.random_prompts([450, 500], seed=4)

@@ -1,4 +1,4 @@
-"""``vllm serve FOLDER``, nothing else: a server that speaks OpenAI's interface, and answers as the export."""
+"""``vllm serve FOLDER`` alone starts a server with OpenAI's interface that answers as the export."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if __name__ == "__main__":
     main()
 """
 SECONDS = 400
-"""For the server to start, and to compile its graphs."""
+"""Seconds for the server to start and to compile its graphs."""
 
 
 def _free_port():
@@ -47,7 +47,7 @@ def _free_port():
 
 
 def _save_tokenizer(folder):
-    """One token a character."""
+    """A tokenizer with one token for each character."""
     vocabulary = {chr(32 + i): i for i in range(96)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

@@ -1,4 +1,4 @@
-"""What is not supported is refused by name, before any weight is read."""
+"""Unsupported features are refused by name, before any weight is read."""
 
 from __future__ import annotations
 
