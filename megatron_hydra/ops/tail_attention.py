@@ -24,6 +24,9 @@ LEAST_PAIRS = 2**32
 """Queries × keys from which the two dense products are used. cuDNN plans every new shape for some hundred
 milliseconds; documents of 64K tokens and more do not bring many shapes, and take longer than that."""
 
+LARGEST_HEAD = 128
+"""cuDNN computes the backward of larger heads on some cards only."""
+
 TOLERANCE = 3e-2
 """Largest ‖got − twin‖ / ‖twin‖ in bf16 of an output or a gradient, as in the start-up check."""
 
@@ -211,18 +214,18 @@ def cudnn_kernel() -> CudnnKernel | None:
     return None
 
 
+def is_suited(queries: int, keys: int, head_dim: int) -> bool:
+    """Whether cuDNN takes these heads, and whether the product is large enough (:data:`LEAST_PAIRS`)."""
+    cudnn_takes = head_dim % 8 == 0 and head_dim <= LARGEST_HEAD
+    return cudnn_takes and queries < keys and queries * keys >= LEAST_PAIRS
+
+
 def suits(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether cuDNN takes these heads, and whether the product is large enough (:data:`LEAST_PAIRS`).
+    """See :func:`is_suited`.
 
     Args:
         q: ``[Tq, n, d]``.
         k: ``[Tk, g, d]``.
     """
-    d = q.shape[-1]
-    return (
-        q.dtype in (torch.bfloat16, torch.float16)
-        and d % 8 == 0
-        and d <= 128
-        and q.shape[0] < k.shape[0]
-        and q.shape[0] * k.shape[0] >= LEAST_PAIRS
-    )
+    in_16_bits = q.dtype in (torch.bfloat16, torch.float16)
+    return in_16_bits and is_suited(q.shape[0], k.shape[0], q.shape[-1])

@@ -66,7 +66,10 @@ class Efficiency:
     Attributes:
         matmul, attention, attention_backward: of the matrix peak.
         varlen: share of this speed that flash attention of packed documents reaches. It runs if blocks are not
-            a dense batch (context parallelism, documents of unequal length).
+            a dense batch (documents of unequal length, also under context parallelism).
+        tail: share of this speed that the last queries of one long document reach, under context parallelism.
+            cuDNN computes them by two products. If it cannot, the kernel of packed documents does, at
+            the share ``varlen``.
         delta_rule: of the matrix peak, of FLA's Triton kernels at 128K tokens.
         flash_qla: the same for FlashQLA's kernels (0.27) if they can run (heads of 128). 0: they are not
             installed, and FLA's run.
@@ -84,6 +87,7 @@ class Efficiency:
     attention: float = 0.60
     attention_backward: float = 0.45
     varlen: float = 0.53
+    tail: float = 1.0
     delta_rule: float = 0.067
     flash_qla: float = 0.0
     bandwidth: float = 0.75

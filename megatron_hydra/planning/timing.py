@@ -81,6 +81,7 @@ class Machine:
             "matmul": share.matmul,
             "attention": attention,
             "varlen_attention": attention * share.varlen,
+            "tail_attention": attention * share.tail,
             "delta_rule": share.delta_rule,
             "flash_qla": share.flash_qla or share.delta_rule,
             "solve": share.delta_rule,

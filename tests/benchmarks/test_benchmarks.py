@@ -27,6 +27,7 @@ TOY = {
     "context_parallel": ["--sizes", "128", "--layers", "1", "--hidden", "64"],
     "sharded_gdn": ["--sizes", "128", "--ranks", "2", "--heads", "2", "--head-dim", "16",
                     "--decays", "0.01"],
+    "tail_attention": ["--sizes", "64", "--ranks", "2", "--head-dim", "16"],
     "selection": ["--sizes", "4,8", "--layers", "2", "--heads", "4", "--kv-heads", "2",
                   "--hidden", "32", "--prompts", "2"],
     "selection_time": ["--shape", "tiny", "--sizes", "96", "--pairs", "5", "--receivers", "2",
@@ -38,7 +39,16 @@ TOY = {
     "data_stream": ["stream", "--sizes", "1K,2K", "--corpus-megabytes", "0.3"],
 }  # fmt: skip
 """Name of the report -> flags of a toy run. Every subject of ``data`` has its own report."""
-QUICK = ("gdn", "loss", "layer", "step", "selection", "selection_time", "data_waste")
+QUICK = (
+    "gdn",
+    "loss",
+    "layer",
+    "step",
+    "tail_attention",
+    "selection",
+    "selection_time",
+    "data_waste",
+)
 
 
 def module_of(report: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_hydra.ops import tail_attention
 from megatron_hydra.planning.tape import operators as op
 from megatron_hydra.planning.tape.rank import Program
 from megatron_hydra.planning.tape.tensors import Tensor
@@ -25,6 +26,8 @@ def attend(
             pairs, dense = min(pairs, len_q * window), min(dense, 2 * window * len_q)
         needed, counted = needed + pairs, counted + dense
     forward = (4.0 * d * n * needed, 4.0 * d * n * counted)
+    if program.rank.gpu and window is None and _is_long_tail(q, lengths):
+        return _two_products(program, q, k, v, forward[0])
     if program.rank.gpu:
         # cuDNN through SDPA, or flash attention of packed documents behind a Python operator.
         is_dense = window is None and len(set(lengths)) == 1 and lengths[0][0] == lengths[0][1]
@@ -38,6 +41,26 @@ def attend(
             launches=(1, 3) if is_dense else (0, 3), triton=(0, 0) if is_dense else (1, 1),
         )  # fmt: skip
     return _torch_attention(program, q, k, v, lengths, forward)
+
+
+def _is_long_tail(q: Tensor, lengths: list[tuple[int, int]]) -> bool:
+    """Whether ``ops.tail_attention`` computes these segments."""
+    (len_q, len_k), d = lengths[0], q.shape[2]
+    return len(lengths) == 1 and tail_attention.is_suited(len_q, len_k, d) and q.size < op.WIDE
+
+
+def _two_products(program: Program, q: Tensor, k: Tensor, v: Tensor, flops: float) -> Tensor:
+    """As ``ops.tail_attention``: two dense products, joined in fp32."""
+    softmax, wide = q.shape[0] * q.shape[1] * op.WIDE, q.numel * op.WIDE
+    return op.fused(
+        program.tape, [q, k, v], (q.shape, q.size), save=[q, k, v], keep=softmax, keep_output=True,
+        # Two outputs, both in fp32, and their mean; log-sum-exps and the shares.
+        forward_bytes={"full attention": 2 * q.nbytes + 3 * wide + 3 * softmax},
+        # As for one product, and the second gradient by q; those by k and v are joined.
+        backward_bytes={"full attention": softmax + 3 * q.nbytes + k.nbytes + v.nbytes},
+        work=[("tail_attention", flops, 2.5 * flops)],
+        launches=(10, 9),
+    )  # fmt: skip
 
 
 def _torch_attention(

@@ -30,6 +30,7 @@ class Work:
         phase: ``forward``, ``backward`` or ``recompute``.
         part: of the model.
         unit: ``matmul``, ``attention`` (a dense batch: documents of one length, each query with its key),
+            ``tail_attention`` (the last queries of a long document),
             ``varlen_attention`` (any other block), ``delta_rule`` (products in chunks), ``flash_qla`` (the same
             if FlashQLA can run), ``solve`` (triangular) or ``memory`` (no products).
         flops: needed FLOPs; a multiplication and an addition count as two.

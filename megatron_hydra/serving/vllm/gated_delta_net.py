@@ -475,9 +475,8 @@ class GatedDeltaNet(nn.Module, MambaBase):
             before = state[slots].float()
             before = before.masked_fill(~batch.begun[part, None, None, None], 0.0)
             q, k, v, g, beta = (x[None, n : batch.tokens].contiguous() for x in inputs)
-            if (
-                n
-            ):  # kernels are compiled again for numbers of a head that are not aligned to 16 bytes
+            # Triton compiles kernels again for addresses that are not multiples of 16 bytes.
+            if n:
                 g, beta = g.clone(), beta.clone()
             o, after = self._prompts(
                 q,
