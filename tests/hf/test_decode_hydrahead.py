@@ -133,7 +133,7 @@ def test_a_copy_shares_no_fused_weights(as_on_a_gpu):
 
 
 @pytest.mark.parametrize(
-    "kind", ["plain", "grad", "recording", "padding", "two", "torch", "gated", "kda"]
+    "kind", ["plain", "grad", "recording", "padding", "two", "torch", "gated", "kda", "compiled"]
 )
 def test_when_a_step_is_fused(as_on_a_gpu, kind):
     hydra = {"gated": {"fusion": "gated"}, "kda": {"linear": "kda"}}.get(kind, {})
@@ -153,6 +153,7 @@ def test_when_a_step_is_fused(as_on_a_gpu, kind):
         torch.set_grad_enabled(kind == "grad"),
         mock.patch.object(modeling, "prompt_usable", return_value=False),
         mock.patch.object(modeling, "decode", side_effect=lambda layer, x, *_: x) as ran,
+        mock.patch.object(torch.compiler, "is_compiling", return_value=kind == "compiled"),
     ):
         model(new, attention_mask=mask, past_key_values=cache)
     assert ran.call_count == (3 if kind == "plain" else 0)
@@ -169,8 +170,18 @@ def test_fused_steps_equal_the_layers_on_a_gpu(case, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("how", ["compiled", "reduce-overhead", "graph"])
-def test_compiled_and_captured_steps_are_fused_and_equal_eager_ones(how):
+@pytest.mark.parametrize(
+    "how",
+    [
+        *(
+            pytest.param(how, marks=pytest.mark.xfail(reason="see decode_hydrahead.COMPILED"))
+            for how in ("compiled", "reduce-overhead")
+        ),
+        "graph",
+    ],
+)
+def test_compiled_and_captured_steps_are_fused_and_equal_eager_ones(how, monkeypatch):
+    monkeypatch.setattr(decode, "COMPILED", True)
     device = torch.device("cuda")
     model = decode_cases.model_of("head", device, torch.bfloat16)
     captured = decode_cases.filled(model, "static", 3, device, room=32)
