@@ -48,7 +48,7 @@ KERNEL_WIDTHS = (2, 3, 4)
 
 
 def state_shapes(config: HydraHeadConfig, tp_size: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes of a sequence's state in any layer on any rank: of the largest one.
+    """Shapes of a sequence's state. All layers and ranks use the shapes of the largest one.
 
     Returns:
         ``[W − 1, channels]`` (or transposed, as vLLM is set) and ``[n, d, d]``; all-FA models have none.
@@ -70,7 +70,7 @@ def state_shapes(config: HydraHeadConfig, tp_size: int) -> tuple[tuple[int, ...]
 
 
 def state_dtypes(vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
-    """Dtypes of the two: the model's, and fp32 where ``--mamba-ssm-cache-dtype`` says no other."""
+    """Dtypes of the two: the model's; and fp32, unless ``--mamba-ssm-cache-dtype`` gives another."""
     return MambaStateDtypeCalculator.kda_state_dtype(
         vllm_config.model_config.dtype,
         vllm_config.cache_config.mamba_cache_dtype,
@@ -185,7 +185,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
-        """Whose metadata this layer reads."""
+        """The back end whose metadata this layer reads."""
         return MambaAttentionBackendEnum.GDN_ATTN
 
     def forward(
@@ -216,12 +216,12 @@ class GatedDeltaNet(nn.Module, MambaBase):
         tables: tuple[torch.Tensor, torch.Tensor],
         out: torch.Tensor,
     ) -> None:
-        """Fill ``out``, and bring the states of the step's requests up to date."""
+        """Fill ``out``, and update the states of the step's requests."""
         every = get_forward_context().attn_metadata
         metadata = every.get(self.prefix) if isinstance(every, dict) else None
         fast = self._has_kernels(qkv)
         assert self.start is not None
-        if metadata is None:  # vLLM measures memory: that of the kernels, too
+        if metadata is None:  # vLLM measures memory, so the kernels must use theirs now
             if fast:
                 self.start.tune()
             return
@@ -350,7 +350,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
     # In torch, for any device and dtype.
 
     def _convolution(self, x: torch.Tensor, state: torch.Tensor, batch: _Batch) -> torch.Tensor:
-        """Causal convolution of ``x [tokens, C]``; ``state [pages, C, W − 1]`` is brought up to date."""
+        """Causal convolution of ``x [tokens, C]``; ``state [pages, C, W − 1]`` is updated."""
         width = self.conv_weight.shape[1]
         weight = self.conv_weight.float()
         outputs = []

@@ -1,15 +1,15 @@
 """How the Triton kernels of the GDN heads are tuned and compiled when an engine starts.
 
-The delta rule of a prompt is six kernels of vLLM's copy of flash-linear-attention. For each, Triton times
-every configuration (88 in all on Hopper) and keeps the best. The number of heads is compiled in, and a part
-of the key of the choice. Layers of a head-level hybrid have many different numbers of heads, so a start would
-compile and time the 88 again for each of them, one after the other.
+Six kernels of vLLM's copy of flash-linear-attention compute the delta rule of a prompt. For each kernel,
+Triton times every configuration (88 in all on Hopper) and keeps the fastest. The number of heads is a
+compile-time constant and part of the key of the choice. The layers of a head-level hybrid have up to ten
+numbers of heads. So a start would compile and time the 88 configurations for each number, one after the other.
 
-Here the choice is made once: for the number of heads that most layers have, on a prompt that fills a step. It
-holds for all other numbers, which change strides and how many programs run, but not the shared memory of a
-program, which decides whether a configuration can run. Kernels are compiled side by side, in threads: the
-configurations of the choice while vLLM measures memory; the kernels of all layers when the first step of a
-kind comes (prompts, single tokens, both).
+This module makes the choice once: for the number of heads that most layers have, on a prompt that fills a
+step. All other numbers of heads use the same choice. The number changes strides and how many programs run. It
+does not change the shared memory of a program, which decides whether a configuration can run. Threads compile
+kernels in parallel: the 88 configurations while vLLM measures memory, and the kernels of all layers before
+the first step of each kind (prompts, single tokens, both).
 """
 
 from __future__ import annotations
@@ -130,9 +130,9 @@ _as_shipped: dict[int, tuple[list[Any], bool]] = {}
 
 
 def set_tuning(tuners: Sequence[Any], tuning: str) -> None:
-    """Let ``tuners`` choose as ``tuning`` says. Choices that were made in the same way are kept.
+    """Set how ``tuners`` choose. Choices that were made in the same way are kept.
 
-    With ``once``, Triton also writes the choices to its cache folder, so the next start makes none.
+    With ``once``, Triton also writes the choices to its cache folder, so the next start reads them.
     """
     for tuner in tuners:
         configs, cached = _as_shipped.setdefault(id(tuner), (tuner.configs, tuner.cache_results))
@@ -145,15 +145,15 @@ def set_tuning(tuners: Sequence[Any], tuning: str) -> None:
 
 @contextlib.contextmanager
 def compiling(tuners: Sequence[Any], threads: int) -> Iterator[None]:
-    """Triton kernels that are launched inside are compiled, side by side, and not run.
+    """Compile the Triton kernels that are launched inside, in parallel, and do not run them.
 
-    All are there at the end. Of a kernel whose tuner has no choice yet, every configuration is compiled; no
-    choice is made. A configuration that cannot be compiled is left to the launch that wants it. Nothing is
-    written: launch on tensors that nobody reads.
+    All kernels are compiled when the block ends. If a tuner has no choice yet, all of its configurations are
+    compiled, and no choice is made. A configuration that fails to compile is skipped; the later launch that
+    needs it raises the error. No kernel writes, so launch them on tensors that nobody reads.
 
     Args:
         tuners: every tuner whose kernels may be launched inside.
-        threads: at most so many compile at once.
+        threads: largest number of parallel compilations.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -188,31 +188,31 @@ def _restore(tuner: Any, attributes: dict[str, Any], chosen: set[Any]) -> None:
 
 
 class Layer(Protocol):
-    """What :class:`KernelStart` asks of a layer's GDN heads."""
+    """What :class:`KernelStart` needs from the GDN heads of a layer."""
 
     prefix: str
     local_heads: int
 
     def kernel_shape(self) -> tuple[Any, ...]:
-        """Equal for layers that launch equal kernels."""
+        """A key that is equal for layers with equal kernels."""
 
     def launch_prompt(self, tokens: int) -> None:
-        """The delta rule of one prompt of so many tokens, from random numbers."""
+        """Run the delta rule of one prompt with ``tokens`` tokens on random numbers."""
 
     def launch_step(self, metadata: Any) -> None:
-        """All kernels of a step, from uninitialised numbers, without a change of any state."""
+        """Launch all kernels of a step on uninitialised numbers. No state changes."""
 
 
 class KernelStart:
-    """Tunes and compiles for all layers of this process.
+    """Tunes and compiles the kernels of all layers in this process.
 
     Args:
         layers: with GDN heads.
         tuning: one of :data:`TUNINGS`.
-        tokens: of the prompt that is timed.
-        log: called with what was done.
-        threads: that compile at once; default: the cores of this process, :data:`MOST_THREADS` at most.
-        tuners: default: those of :func:`delta_rule_tuners`.
+        tokens: length of the prompt that is timed.
+        log: called with a line about each finished work.
+        threads: parallel compilations; default: the cores of this process, :data:`MOST_THREADS` at most.
+        tuners: default: the result of :func:`delta_rule_tuners`.
     """
 
     def __init__(
@@ -236,13 +236,13 @@ class KernelStart:
 
     @property
     def tuners(self) -> Sequence[Any]:
-        """vLLM's, once they are set to :attr:`tuning`."""
+        """The tuners, set to :attr:`tuning`."""
         if self._tuners is None:
             self._tuners = delta_rule_tuners()
         return self._tuners
 
     def tune(self) -> None:
-        """Choose the configurations, the first time that this is called. Needs a GPU."""
+        """Choose the configurations at the first call; later calls do nothing. Needs a GPU."""
         if self._tuned:
             return
         self._tuned = True
@@ -269,8 +269,8 @@ class KernelStart:
         """Compile the kernels of all layers for the first step of a kind.
 
         Args:
-            kind: which kernels a step launches depends on nothing else of it.
-            metadata: of this step, for a layer.
+            kind: steps of the same kind launch the same kernels.
+            metadata: returns a layer's metadata of this step.
         """
         if kind in self._kinds:
             return
