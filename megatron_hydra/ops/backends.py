@@ -118,7 +118,7 @@ def _load_sdpa() -> dict[str, Any]:
     packed = _PACKED[module]()["attention"]
     # flash-attn 3 has Hopper's instructions itself, the other kernels of packed documents have not.
     faster = module != "flash_attn_interface" and torch.cuda.is_available()
-    tail = tail_attention.cudnn_kernel() if faster else None
+    tail = tail_attention.cudnn_kernel if faster else None
     dense = gpu_attention.sdpa_attention
     return {"attention": gpu_attention.dense_or_packed(dense, packed, tail)}
 

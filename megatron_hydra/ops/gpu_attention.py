@@ -180,15 +180,18 @@ def transformer_engine_varlen() -> Attention:
 
 
 def dense_or_packed(
-    dense: Attention, packed: Attention, tail: tail_attention.DenseKernel | None = None
+    dense: Attention,
+    packed: Attention,
+    tail: Callable[[], tail_attention.DenseKernel | None] | None = None,
 ) -> Attention:
     """A kernel that takes ``dense`` for a dense batch (such as one document) without a window, and ``packed``
     otherwise.
 
     Args:
         dense, packed: kernels.
-        tail: computes the last queries of one long document, if given
-            (:func:`~megatron_hydra.ops.tail_attention.tail_attention`).
+        tail: returns the kernel that computes the last queries of one long document
+            (:func:`~megatron_hydra.ops.tail_attention.tail_attention`). It is called when the first such block
+            comes. ``None``, also as its result: ``packed`` computes them.
     """
 
     def attention(
@@ -201,11 +204,12 @@ def dense_or_packed(
     ) -> torch.Tensor:
         if window is None and is_uniform(cu_q, cu_k):
             return dense(q, k, v, cu_q, cu_k)
-        is_tail = tail is not None and window is None and len(cu_q) == 2
         # cuDNN's backward adds in no fixed order.
-        if is_tail and not is_deterministic() and tail_attention.suits(q, k):
-            assert tail is not None
-            return tail_attention.tail_attention(q, k, v, tail)
+        is_tail = window is None and len(cu_q) == 2 and not is_deterministic()
+        if tail is not None and is_tail and tail_attention.suits(q, k):
+            kernel = tail()
+            if kernel is not None:
+                return tail_attention.tail_attention(q, k, v, kernel)
         return packed(q, k, v, cu_q, cu_k, window)
 
     return attention

@@ -202,9 +202,14 @@ def what_is_wrong(kernel: DenseKernel, device: torch.device, head_dim: int = 128
 
 @functools.cache
 def cudnn_kernel() -> CudnnKernel | None:
-    """The kernel of cuDNN, if it is right on the current GPU; otherwise a warning says why not."""
+    """The kernel of cuDNN, if it is right on the current GPU; otherwise a warning says why not.
+
+    The first call compares it with its reference, also within ``no_grad``: recomputation's forward has no graph.
+    """
     kernel = CudnnKernel()
-    if (why := what_is_wrong(kernel, torch.device("cuda"))) is None:
+    with torch.inference_mode(False), torch.enable_grad():
+        why = what_is_wrong(kernel, torch.device("cuda"))
+    if why is None:
         return kernel
     _log.warning(
         "cuDNN cannot compute the attention of a document's last queries here (%s): the kernel of packed "

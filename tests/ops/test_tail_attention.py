@@ -66,9 +66,14 @@ def test_the_probe_finds_a_wrong_gradient_and_an_error():
 
 
 def test_a_kernel_that_fails_the_probe_is_not_used(monkeypatch, caplog):
-    monkeypatch.setattr(tail_attention, "what_is_wrong", lambda *_: "it raised an error")
+    def wrong(*_):
+        assert torch.is_grad_enabled()
+        return "it raised an error"
+
+    monkeypatch.setattr(tail_attention, "what_is_wrong", wrong)
     tail_attention.cudnn_kernel.cache_clear()
-    assert tail_attention.cudnn_kernel() is None
+    with torch.no_grad():
+        assert tail_attention.cudnn_kernel() is None
     assert "the kernel of packed documents does" in caplog.text
     tail_attention.cudnn_kernel.cache_clear()
 
@@ -76,8 +81,9 @@ def test_a_kernel_that_fails_the_probe_is_not_used(monkeypatch, caplog):
 def test_long_tails_of_one_document_go_to_the_two_products(monkeypatch):
     monkeypatch.setattr(tail_attention, "LEAST_PAIRS", 64 * 128)
     monkeypatch.setattr(tail_attention, "tail_attention", lambda *_: "tail")
+    kernels = [tail_attention.CpuKernel()]
     attention = gpu_attention.dense_or_packed(
-        lambda *_: "dense", lambda *_: "packed", tail_attention.CpuKernel()
+        lambda *_: "dense", lambda *_: "packed", lambda: kernels[-1]
     )
 
     def chosen(queries, keys, cu_q=None, cu_k=None, window=None, dtype=torch.bfloat16, d=16):
@@ -86,6 +92,9 @@ def test_long_tails_of_one_document_go_to_the_two_products(monkeypatch):
 
     assert chosen(64, 128) == "tail"
     assert chosen(64, 127) == "packed"  # too small
+    kernels.append(None)
+    assert chosen(64, 128) == "packed"  # the kernel failed its probe
+    kernels.pop()
     assert chosen(128, 128) == "dense"
     assert chosen(64, 128, (0, 32, 64), (0, 60, 128)) == "packed"  # two documents
     assert chosen(64, 128, window=9) == "packed"
