@@ -204,7 +204,8 @@ def what_is_wrong(kernel: DenseKernel, device: torch.device, head_dim: int = 128
 def cudnn_kernel() -> CudnnKernel | None:
     """The kernel of cuDNN, if it is right on the current GPU; otherwise a warning says why not.
 
-    The first call compares it with its reference, also within ``no_grad``: recomputation's forward has no graph.
+    The first call compares it with its reference. It may come within ``no_grad``, from a forward that will be
+    recomputed.
     """
     kernel = CudnnKernel()
     with torch.inference_mode(False), torch.enable_grad():
