@@ -50,9 +50,12 @@ class StopRequest:
     Args:
         seconds_before_limit: request a stop this many seconds before the end of this process's SLURM
             job (:func:`job_end_time`); 0: wait for a signal of the scheduler.
+        ctrl_c: treat SIGINT like the others. Otherwise it raises KeyboardInterrupt, which Python drops inside
+            a destructor or a callback of the garbage collector.
     """
 
-    def __init__(self, seconds_before_limit: float = 0) -> None:
+    def __init__(self, seconds_before_limit: float = 0, *, ctrl_c: bool = False) -> None:
+        self._signals = (*_SIGNALS, signal.SIGINT) if ctrl_c else _SIGNALS
         self._signalled = False
         self._requested_at = 0.0
         self._previous: dict[int, object] = {}
@@ -70,7 +73,7 @@ class StopRequest:
         return "signal" if self._signalled else "time limit" if self.requested else ""
 
     def __enter__(self) -> StopRequest:
-        for number in _SIGNALS:
+        for number in self._signals:
             self._previous[number] = signal.signal(number, self._on_signal)
         _listening.append(self)
         return self

@@ -117,3 +117,16 @@ def test_exit_on_stop_signal_ends_with_its_block() -> None:
         with pytest.raises(Stopped), stopping.exit_on_stop_signal("starting"):
             raise AssertionError("the signal came before")
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_ctrl_c_is_recorded_even_in_a_destructor():
+    class Interrupted:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)  # Python would drop a KeyboardInterrupt here
+
+    with StopRequest(ctrl_c=True) as stop:
+        Interrupted()
+        assert stop.reason == "signal"
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+    assert not stop.requested

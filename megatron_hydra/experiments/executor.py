@@ -68,21 +68,19 @@ def run_plan(
     schedule = _Schedule(plan, store, todo)
     line = ProgressLine(store)
     stopping = False
-    with StopRequest() as stop, _Pool(store, min(workers, len(todo)), threads, gpus) as pool:
-        try:
-            while not stopping:
-                may_begin = begin_until is None or time.monotonic() < begin_until
-                for step in schedule.ready(pool.idle if may_begin else 0):
-                    pool.start(step, {n: store.out(plan.steps[k]) for n, k in step.inputs.items()})
-                if not pool.busy:
-                    break
-                for key, message in pool.finished(_POLL_SECONDS):
-                    line.clear()
-                    say(schedule.note(key, message, workers))
-                line.show(schedule.running.values(), schedule.left(workers))
-                stopping = stop.requested
-        except KeyboardInterrupt:  # Ctrl-C
-            stopping = True
+    pool_size = min(workers, len(todo))
+    with StopRequest(ctrl_c=True) as stop, _Pool(store, pool_size, threads, gpus) as pool:
+        while not stopping:
+            may_begin = begin_until is None or time.monotonic() < begin_until
+            for step in schedule.ready(pool.idle if may_begin else 0):
+                pool.start(step, {n: store.out(plan.steps[k]) for n, k in step.inputs.items()})
+            if not pool.busy:
+                break
+            for key, message in pool.finished(_POLL_SECONDS):
+                line.clear()
+                say(schedule.note(key, message, workers))
+            line.show(schedule.running.values(), schedule.left(workers))
+            stopping = stop.requested
         line.clear()
         if stopping:
             say("stopping: the workers save what they have")
