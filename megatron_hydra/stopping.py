@@ -50,12 +50,13 @@ class StopRequest:
     Args:
         seconds_before_limit: request a stop this many seconds before the end of this process's SLURM
             job (:func:`job_end_time`); 0: wait for a signal of the scheduler.
-        ctrl_c: treat SIGINT like the others. Otherwise it raises KeyboardInterrupt, which Python drops inside
-            a destructor or a callback of the garbage collector.
+        ctrl_c: treat SIGINT like the others, unless it is ignored, as in a shell's background job. Otherwise it
+            raises KeyboardInterrupt, which Python drops inside a destructor.
     """
 
     def __init__(self, seconds_before_limit: float = 0, *, ctrl_c: bool = False) -> None:
-        self._signals = (*_SIGNALS, signal.SIGINT) if ctrl_c else _SIGNALS
+        listens = ctrl_c and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+        self._signals = (*_SIGNALS, signal.SIGINT) if listens else _SIGNALS
         self._signalled = False
         self._requested_at = 0.0
         self._previous: dict[int, object] = {}

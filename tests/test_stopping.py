@@ -119,7 +119,15 @@ def test_exit_on_stop_signal_ends_with_its_block() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_ctrl_c_is_recorded_even_in_a_destructor():
+@pytest.fixture
+def sigint():
+    """Python's own handler: a background job of a shell ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_recorded_even_in_a_destructor(sigint):
     class Interrupted:
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGINT)  # Python would drop a KeyboardInterrupt here
@@ -130,3 +138,10 @@ def test_ctrl_c_is_recorded_even_in_a_destructor():
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
     assert not stop.requested
+
+
+def test_an_ignored_ctrl_c_stays_ignored(sigint):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopRequest(ctrl_c=True) as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert not stop.requested
