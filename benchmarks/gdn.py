@@ -4,7 +4,7 @@
 On a GPU: FLA's Triton kernels, FlashQLA's through FLA's dispatch (if installed) and our torch twin. ``--rule
 kda``: Kimi Delta Attention, by our torch rule and FLA. On the CPU: our torch rule against transformers'
 ``torch_chunk_gated_delta_rule``. All get the same inputs; outputs are compared before the timing. The time per
-token, divided by that of the first size, shows how linear a rule is. On the CPU the sizes take turns within a
+token, divided by the first size's, shows how linear a rule is. On the CPU the sizes take turns within a
 round, so this ratio is also one within rounds.
 """
 
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _report_linearity(
     report: harness.Report, name: str, by_length: dict[int, harness.Peer]
 ) -> None:
-    """Time per token, divided by that of the first length; lengths take turns with about equal work."""
+    """Time per token, divided by the first length's; lengths take turns with about equal work."""
     longest, first = max(by_length), next(iter(by_length))
 
     def repeated(length: int) -> harness.Peer:

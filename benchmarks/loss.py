@@ -9,9 +9,9 @@ beside the divergence, so all peers then use 1 as the weight of KL; ours still c
 ``FusedLinearKLDivLoss`` takes the teacher's probabilities of all tokens, in the inputs' dtype; making them is
 within its time. ``FusedLinearJSD`` takes the teacher's hidden states, as ours does; at β = 0 it is KL.
 
-Peak memory is that of torch's allocator without the inputs. It is reported twice: with the gradients that every
-implementation returns (by the hidden states, N·D, and by the weight, V·D), and without the gradient by the
-hidden states, the only part that must grow with the tokens.
+Peak memory is measured by torch's allocator, without the inputs. It is reported twice: with the gradients
+that every implementation returns (by the hidden states, N·D, and by the weight, V·D), and without the
+gradient by the hidden states, the only part that must grow with the tokens.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ First it makes a student with random weights and a text. Then ``python -m megatr
 for several processes) trains on them, once for each mode, and saves several times. Blocked is the time from a
 step's end until the next step may begin. For a save at once it is the whole save. For a save in the background
 it is the copy to the host, and completing the folder when the files are written. The step after a save shares
-the host with the writing threads; its time is printed beside that of the other steps.
+the host with the writing threads; its time is printed beside the other steps' time.
 
 Checkpoints do not depend on kernels: ``backend.gated_delta_net=torch backend.fused_kernels=torch`` avoids their
 compilation. A run keeps two checkpoints at a time: 2 × 28 GB for the 1.7B shape. Use ``--layers`` on a smaller

@@ -6,7 +6,7 @@ the given length, with random tokens and weights. The two models are built one a
 optimizer states rarely fit together. ``--recompute`` selects what the backward recomputes: none, mlp,
 attention, attention+mlp or full. With several values, each model takes the first that fits; the ratio names
 them, because models with different values are not comparable. With fewer ``--layers`` than the model's, the
-rows say so, and no ratio is that of the whole model.
+rows say so, and no ratio describes the whole model.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import torch
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.ops import fla_tuning, kernel_cache, packages
+from megatron_hydra.ops.differences import first_difference
 from megatron_hydra.ops.kernels import FLA_BACKENDS, Case, Kernels
 from megatron_hydra.ops.linear_distillation_loss import linear_distillation_loss
 from megatron_hydra.ops.sharded_delta_rule import ShardsHere
@@ -160,12 +161,7 @@ def _difference(
     results = {"the output": (got, want)}
     for name, a, b in zip(inputs, got_grads, want_grads, strict=True):
         results[f"the gradient of {name}"] = (a, b)
-    for what, (a, b) in results.items():
-        a, b = a.detach().float(), b.detach()
-        distance = float((a - b).norm() / b.norm().clamp_min(1e-20))
-        if not distance < tolerance:  # NaN must fail
-            return f"{what} differs from the reference by {distance:.1%}"
-    return None
+    return first_difference(results, tolerance)
 
 
 class _Inputs:
