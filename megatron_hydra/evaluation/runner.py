@@ -20,7 +20,7 @@ from megatron_hydra.evaluation.finding import load_task
 from megatron_hydra.evaluation.hf_backend import HfBackend
 from megatron_hydra.evaluation.lm_eval_suite import lm_eval_version, require_lm_eval, run_lm_eval
 from megatron_hydra.evaluation.scoring import Outcome, forecast, score_samples
-from megatron_hydra.evaluation.storage import CellStore
+from megatron_hydra.evaluation.storage import QUESTIONS, CellStore
 from megatron_hydra.evaluation.tasks import RetrievalTask, Sample, SampleRequest
 from megatron_hydra.files import JsonFormat, write_json_atomic
 from megatron_hydra.stopping import Stopped, exit_if_stopped, stop_requested
@@ -123,7 +123,7 @@ def _lm_eval(
         key = f"lm-eval {lm_eval_version()} {task} {settings.lm_eval_include}"
         if settings.lm_eval_limit:
             key += f" first {settings.lm_eval_limit}"
-        kept = None if store is None else store.load(key, 0)
+        kept = None if store is None else store.load(key, QUESTIONS)
         found = kept or run_lm_eval(
             backend.model,
             tokenizer,
@@ -134,7 +134,7 @@ def _lm_eval(
             seed=settings.seed,
         )
         if store is not None:
-            store.save(key, 0, found)
+            store.save(key, QUESTIONS, found)
         exit_if_stopped()  # finished tasks are on disk
         metrics |= found
     body: dict[str, Any] = {"version": lm_eval_version(), "tasks": metrics}

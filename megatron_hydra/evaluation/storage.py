@@ -10,6 +10,8 @@ from typing import Any
 from megatron_hydra.errors import HydraError
 from megatron_hydra.files import write_json_atomic
 
+QUESTIONS = 0
+"""In the place of a length: the metrics of one of lm-eval's tasks."""
 FORMAT = "hydra-evaluation-settings"
 """Marker in ``settings.json`` of a folder that ``--force`` may clear."""
 
@@ -80,14 +82,42 @@ class CellStore:
         path = self.path(task, length)
         if not path.exists():
             return None
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise HydraError(f"{path} cannot be read ({error}): delete it and run again") from None
+        cell = _read(path)
+        cell.pop("task", None)
+        return cell
 
     def save(self, task: str, length: int, cell: dict[str, Any]) -> None:
-        """Save a finished cell."""
-        write_json_atomic(self.path(task, length), cell)
+        """Save a finished cell, with its task: the file's name may differ from it."""
+        write_json_atomic(self.path(task, length), {"task": task, **cell})
+
+
+def unfinished_results(folder: Path) -> dict[str, Any]:
+    """The finished cells of an evaluation that has been stopped or is running.
+
+    Args:
+        folder: its output folder; it need not exist.
+
+    Returns:
+        The keys ``tasks`` and ``lm_eval`` of ``results.json``, as far as they are known.
+    """
+    tasks: dict[str, dict[str, Any]] = {}
+    questions: dict[str, Any] = {}
+    for path in sorted((folder / "cells").glob("*.json")):
+        task, _, length = path.stem.rpartition("--")
+        cell = _read(path)
+        task = cell.pop("task", task)
+        if int(length) == QUESTIONS:
+            questions |= cell
+        else:
+            tasks.setdefault(task, {})[length] = cell
+    return {"tasks": tasks, "lm_eval": {"tasks": questions}}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise HydraError(f"{path} cannot be read ({error}): delete it and run again") from None
 
 
 def _short(value: Any) -> str:

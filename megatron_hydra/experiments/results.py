@@ -10,6 +10,7 @@ from typing import Any
 from megatron_hydra.config.loading import from_dict
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.evaluation.storage import unfinished_results
 from megatron_hydra.experiments.actions import HEAD_MAP
 from megatron_hydra.experiments.plan import Plan, Step
 from megatron_hydra.experiments.spec import TEACHER, Cell, CellSpec, Experiment
@@ -45,8 +46,10 @@ class CellResult:
 
     Attributes:
         variant, seed: its place.
-        state: ``done``, ``failed`` or ``missing``.
-        accuracy: ``task@length`` → share of right answers, ``task/metric`` → lm-eval's.
+        state: ``done``, ``failed``, ``unfinished`` (its evaluation has been stopped or is running) or
+            ``missing``.
+        accuracy: ``task@length`` → share of right answers, ``task/metric`` → lm-eval's. An unfinished
+            evaluation has some of them.
         kv_bytes_per_token, state_bytes: of the cache, measured on the running model.
         fa_heads: for each layer the FA heads; ``None``: no head map chose them.
         attention: without a head map, the kind of attention; ``–``: not known.
@@ -167,7 +170,7 @@ def split_column(column: str) -> tuple[str, int | None]:
 
 
 def collect(experiment: Experiment, plan: Plan, store: StepStore) -> Results:
-    """Read the finished cells; for other cells, record why they are missing."""
+    """Read the finished cells, and the finished parts of others; record why the rest is missing."""
     return Results(experiment, tuple(_cell(cell, plan, store) for cell in experiment.cells))
 
 
@@ -220,22 +223,31 @@ def _cell(cell: Cell, plan: Plan, store: StepStore) -> CellResult:
         for step in steps
         if step.action == "stage" and store.is_done(step) and (found := _training(step, store))
     }
+    maps = [
+        store.out(step) / HEAD_MAP
+        for step in steps
+        if step.action == "select" and store.is_done(step)
+    ]
+    heads = HeadMap.load(maps[0]).full_attention_heads if maps else None
     if not store.is_done(last):
+        accuracy = _accuracy(unfinished_results(store.out(last)))
+        made = CellResult(
+            cell.variant,
+            cell.seed,
+            "unfinished" if accuracy else "missing",
+            accuracy=accuracy,
+            fa_heads=heads if accuracy else None,
+            attention=_attention(cell.spec) if accuracy and not maps else "",
+            training=training,
+        )
         for step in steps:
             if store.failure(step):
-                return CellResult(
-                    cell.variant,
-                    cell.seed,
-                    "failed",
-                    log=str(store.log(step)),
-                    step=step.kind,
-                    training=training,
-                )
-        return CellResult(cell.variant, cell.seed, "missing", training=training)
+                log = str(store.log(step))
+                return dataclasses.replace(made, state="failed", log=log, step=step.kind)
+        return made
     body = json.loads((store.out(last) / "results.json").read_text())
     cache = body.get("cache", {})
     records = {step.key: store.record(step) or {} for step in steps}
-    maps = [store.out(step) / HEAD_MAP for step in steps if step.action == "select"]
     return CellResult(
         cell.variant,
         cell.seed,
@@ -243,7 +255,7 @@ def _cell(cell: Cell, plan: Plan, store: StepStore) -> CellResult:
         accuracy=_accuracy(body),
         kv_bytes_per_token=cache.get("kv_bytes_per_token"),
         state_bytes=cache.get("state_bytes"),
-        fa_heads=HeadMap.load(maps[0]).full_attention_heads if maps else None,
+        fa_heads=heads,
         attention="" if maps else _attention(cell.spec),
         seconds={step.kind: records[step.key].get("seconds", 0.0) for step in steps},
         training=training,

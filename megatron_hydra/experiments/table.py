@@ -53,7 +53,8 @@ def _over(seeds: Sequence[int]) -> str:
 
 def training_table(results: Results) -> list[str]:
     """Stages of every row: steps, tokens, minutes, speed, first and last loss; mean over seeds."""
-    stages = dict.fromkeys(stage for cell in results.cells for stage in cell.training)
+    longest_first = sorted(results.cells, key=lambda cell: -len(cell.training))  # a row may skip some
+    stages = dict.fromkeys(stage for cell in longest_first for stage in cell.training)
     if not stages:
         return []
     lines = ["## Training", "", "Minutes are of the whole step, loading and saving included.", ""]
@@ -170,7 +171,9 @@ def footnotes(results: Results) -> list[str]:
     lines = []
     missing = [c for c in results.cells if c.state != "done"]
     if missing:
-        lines.append(f"{len(missing)} of {len(results.cells)} cells are not there:")
+        lines.append(
+            f"{len(missing)} of {len(results.cells)} cells are not there, or only in part:"
+        )
         for cell in missing:
             where = f": {cell.step} failed, log {cell.log}" if cell.log else ""
             lines.append(f"- {cell.variant}, seed {cell.seed}: {cell.state}{where}")

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from megatron_hydra.errors import HydraError
+from megatron_hydra.evaluation.storage import CellStore
 from megatron_hydra.experiments import plots
 from megatron_hydra.experiments.plan import make_plan
 from megatron_hydra.experiments.plots import draw
@@ -80,6 +81,26 @@ def test_rows_without_any_cell_say_so(made):
     text = markdown(made({("a", 0): "x", ("a", 1): "x", ("b", 0): 0.5}))
     assert line(text, "**a**")[1:3] == ["failed", "failed"]
     assert line(text, "a | 0")[-1].startswith("failed (evaluate: ")
+
+
+def test_a_stopped_evaluation_shows_its_finished_lengths(write, tmp_path):
+    experiment = load_experiment(write(ROWS))
+    plan, store = make_plan(experiment.cells), StepStore(tmp_path / "s")
+    step = plan.steps[plan.cells[experiment.cells[0].name]]
+    cells = CellStore(store.out(step), {"seed": 0}, False)
+    for length, value in ((256, 0.25), (128, 0.75)):
+        cells.save("facts, two words", length, {"accuracy": value})
+    cells.save("lm-eval 0.4 arc_easy", 0, {"arc_easy": {"acc,none": 0.5, "acc_stderr,none": 0.1}})
+    results = collect(experiment, plan, store)
+    text = markdown(results)
+    assert line(text, "")[:3] == ["", "facts, two words@128", "facts, two words@256"]
+    assert line(text, "**a**")[1:4] == ["0.750 ± 0.000 [1 of 2]", "0.250 ± 0.000 [1 of 2]", "all"]
+    assert line(text, "arc_easy/acc")[1:] == ["0.500 ± 0.000 [1 of 2]", "not run"]
+    assert line(text, "a | 0")[-1] == "unfinished"
+    assert "4 of 4 cells are not there, or only in part" in text and "a, seed 0: unfinished" in text
+    store.fail(step, "no memory")
+    (failed,) = collect(experiment, plan, store).failed()
+    assert failed.accuracy == results.cells[0].accuracy
 
 
 def test_heads_of_rows_without_a_head_map(write, tmp_path):
