@@ -29,7 +29,7 @@ from megatron_hydra.planning.tape.stage import StageBuilder
 from megatron_hydra.planning.timing import Machine
 from tests.parallel.launch import ROOT
 from tests.planning import cases
-from tools.plan import main
+from tools.plan import main, parser
 
 QWEN = "Qwen/Qwen3-1.7B"
 H200 = Machine(find_gpu("h200"), Efficiency())
@@ -420,6 +420,12 @@ def test_json_adds_up() -> None:
     assert cost["hours"] * 8 * 2.0 == pytest.approx(cost["price"])
     speed = body["layouts"]["hydrahead"][0]["tokens_per_second"]
     assert cost["hours"] * 3600 * speed == pytest.approx(1e9)
+
+
+def test_the_help_names_every_efficiency():
+    (option,) = (a for a in parser()._actions if "--efficiency" in a.option_strings)
+    names = {field.name for field in dataclasses.fields(Efficiency)}
+    assert names <= set(re.findall(r"\w+", option.help))
 
 
 @pytest.mark.parametrize(
