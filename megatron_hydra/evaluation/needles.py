@@ -92,7 +92,14 @@ class NeedleTask:
 
         prompt = fitter.fit(build)
         answers = tuple(value for name, value in facts if name in asked)
-        return GenerationSample(prompt, answers, max_new_tokens=NEW_TOKENS, depth=depth)
+        others = tuple(value for name, value in facts if name not in asked)
+        return GenerationSample(
+            prompt,
+            answers,
+            max_new_tokens=NEW_TOKENS,
+            depth=depth,
+            others=others + tuple(units.values),
+        )
 
     def _names(self, rng: random.Random, count: int, taken: Collection[str] = ()) -> list[str]:
         if self.keys == "uuids":
@@ -126,6 +133,7 @@ class _Haystack:
         self.task = task
         self.rng = random.Random(rng.random())
         self.units: list[str] = []
+        self.values: list[str] = []  # of a haystack of needles
         self.taken = set(asked)
         self.own = [line.strip() for line in own_text.splitlines() if line.strip()]
         if own_text and not self.own:
@@ -144,7 +152,8 @@ class _Haystack:
         if self.task.haystack == "needles":
             (name,) = self.task._names(self.rng, 1, self.taken)
             self.taken.add(name)
-            return self.task._fact(name, self.task._value(self.rng))
+            self.values.append(self.task._value(self.rng))
+            return self.task._fact(name, self.values[-1])
         if self.own:
             return self.own[(self.start + len(self.units)) % len(self.own)]
         return text_sentence(self.rng)

@@ -252,7 +252,10 @@ def _task_fingerprint(task: RetrievalTask) -> str:
 
 
 def summarise(outcomes: Sequence[Outcome], depths: Sequence[float]) -> dict[str, Any]:
-    """Mean score over all answers, and over the answers nearest to each depth."""
+    """Mean score over all answers, and over the answers nearest to each depth.
+
+    If samples have several facts, ``confused`` is the share of samples answered with another fact's value.
+    """
     scores = [score for outcome in outcomes for score in outcome.scores]
     by_depth: dict[float, list[float]] = {}
     for outcome in outcomes:
@@ -260,11 +263,13 @@ def summarise(outcomes: Sequence[Outcome], depths: Sequence[float]) -> dict[str,
             if depth is not None:
                 nearest = min(depths, key=lambda d: abs(d - depth))
                 by_depth.setdefault(nearest, []).append(score)
+    confused = [outcome.confused for outcome in outcomes if outcome.confused is not None]
     return {
         "accuracy": sum(scores) / len(scores),
         "samples": len(outcomes),
         "answers": len(scores),
         "depths": {f"{d:g}": sum(by_depth[d]) / len(by_depth[d]) for d in sorted(by_depth)},
+        **({"confused": sum(confused) / len(confused)} if confused else {}),
     }
 
 

@@ -21,12 +21,14 @@ class Outcome:
         depths: the depth of each answer, or ``None``.
         prediction: the model's answer, for inspection.
         expected: the right answer.
+        confused: whether the answer is wrong and has another fact's value; ``None``: there are no other facts.
     """
 
     scores: tuple[float, ...]
     depths: tuple[float | None, ...]
     prediction: str
     expected: str
+    confused: bool | None = None
 
 
 def score_samples(
@@ -175,6 +177,7 @@ def _settled(sample: GenerationSample, tokenizer: Any, row: list[int]) -> bool:
 
 def _outcome(item: _Prompt, tokenizer: Any, row: list[int]) -> Outcome:
     sample = item.sample
+    confused = None
     if isinstance(sample.answers[0], int):
         expected = list(sample.answers)
         row = row[: len(expected)]
@@ -184,7 +187,11 @@ def _outcome(item: _Prompt, tokenizer: Any, row: list[int]) -> Outcome:
         said = tokenizer.decode(row, skip_special_tokens=True)
         wanted = "; ".join(map(str, sample.answers))
         score = text_score(sample, said)
-    return Outcome((score,), (sample.depth,), said, wanted)
+        if sample.others:
+            confused = score == 0.0 and any(
+                other.lower() in said.lower() for other in sample.others
+            )
+    return Outcome((score,), (sample.depth,), said, wanted, confused)
 
 
 def text_score(sample: GenerationSample, said: str) -> float:

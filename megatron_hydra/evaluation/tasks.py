@@ -54,6 +54,8 @@ class GenerationSample:
         match: ``all``: score is the share of the answers that occur; ``any``: 1 if one of them occurs.
         max_new_tokens: maximum length of the continuation.
         depth: depth of the fact, or ``None``.
+        others: texts that answer another question about this context. A wrong answer with one of them found a
+            fact, but not the requested one.
     """
 
     prompt: str | tuple[int, ...]
@@ -61,6 +63,7 @@ class GenerationSample:
     match: Literal["all", "any"] = "all"
     max_new_tokens: int = DEFAULT_NEW_TOKENS
     depth: float | None = None
+    others: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

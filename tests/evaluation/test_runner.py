@@ -93,6 +93,8 @@ def test_depth_bins_are_the_nearest():
     outcomes = [Outcome((1.0, 0.0), (0.1, 0.4), "", ""), Outcome((1.0,), (None,), "", "")]
     cell = summarise(outcomes, (0.0, 0.5))
     assert cell == {"accuracy": 2 / 3, "samples": 2, "answers": 3, "depths": {"0": 1.0, "0.5": 0.0}}
+    sample = (0.0,), (None,), "", ""
+    assert summarise([Outcome(*sample, True), Outcome(*sample, False)], ())["confused"] == 0.5
 
 
 def test_nonsense_is_refused(model, tokenizer):

@@ -39,6 +39,30 @@ def test_answers_inside_a_sequence_are_scored_by_argmax(model, batch_tokens, chu
     assert outcomes[0].depths == (3 / 55, 17 / 55, 29 / 55)
 
 
+class Saying:
+    """A back end that continues every prompt with the next of these texts."""
+
+    vocabulary = 257
+
+    def __init__(self, tokenizer, texts):
+        self.rows = [tokenizer(text)["input_ids"] for text in texts]
+
+    def end_tokens(self, tokenizer):
+        return ()
+
+    def generate(self, continuations, end_tokens):
+        return [self.rows.pop(0) for _ in continuations]
+
+
+def test_a_wrong_answer_with_another_facts_value_is_confused(tokenizer):
+    said = ["it is 12", "it is 34", "it is 56", "12, not 34", "12"]
+    one = GenerationSample("x", ("12",), others=("34", "78"))
+    samples = [one, one, one, one, GenerationSample("x", ("12",))]
+    outcomes = list(score_samples(Saying(tokenizer, said), tokenizer, samples, 10_000))
+    assert [o.scores for o in outcomes] == [(1.0,), (0.0,), (0.0,), (1.0,), (1.0,)]
+    assert [o.confused for o in outcomes] == [False, True, False, False, None]
+
+
 def test_any_causal_model_is_scored(tokenizer):
     torch.manual_seed(1)
     config = Qwen3Config(

@@ -40,6 +40,8 @@ def test_needles_fill_the_length_and_hold_their_answers_once(task, tokenizer):
         found = [value for name, value in facts if name in names]
         assert sorted(found) == sorted(sample.answers)
         assert len(names) == task.num_queries
+        assert {value for name, value in facts if name not in names} <= set(sample.others)
+        assert not set(sample.others) & set(sample.answers)
 
 
 def test_the_fact_lies_at_its_depth(tokenizer):
