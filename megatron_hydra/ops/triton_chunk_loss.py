@@ -134,7 +134,7 @@ def chunk_gradient(
     tau: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The gradient by the logits, ``[C, V_local]`` in ``dtype``.
+    """The gradient by the logits, ``[C, V_local]`` in ``dtype``. It overwrites ``student`` if that has the dtype.
 
     f₁·e^{z−m} + f₂·e^{(z−m)/τ} − f₃·e^{(z'−m')/τ} − f₀·[column is the label]
 
@@ -145,7 +145,10 @@ def chunk_gradient(
         dtype: of the result.
     """
     rows, columns = student.shape
-    gradient = torch.empty(rows, columns, dtype=dtype, device=student.device)
+    # In place: a program reads an element of both logits before it writes it, and no other program reads it.
+    gradient = student
+    if student.dtype != dtype:
+        gradient = torch.empty(rows, columns, dtype=dtype, device=student.device)
     block = _block(columns)
     grid = (rows, triton.cdiv(columns, block * GRADIENT_STEPS))
     _gradient_kernel[grid](
