@@ -107,13 +107,13 @@ def _norm_kernel(
 
 
 @_jit
-def _swiglu_kernel(gate_up, out, size, BLOCK: tl.constexpr):
+def _swiglu_kernel(gate_up, out, size, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < size
     kind = out.dtype.element_ty
-    gate = tl.load(gate_up + row * 2 * size + c, inside, 0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * size + size + c, inside, 0.0).to(tl.float32)
+    gate = tl.load(gate_up + row * width + c, inside, 0.0).to(tl.float32)
+    up = tl.load(gate_up + row * width + size + c, inside, 0.0).to(tl.float32)
     value = (gate * tl.sigmoid(gate)).to(kind).to(tl.float32) * up
     tl.store(out + row * size + c, value.to(kind), inside)
 
@@ -854,10 +854,10 @@ def normed(
 
 
 def swiglu(gate_up: torch.Tensor, size: int) -> torch.Tensor:
-    """``[B, 1, 2·size]`` → ``[B, 1, size]``."""
+    """``[…, width]`` → ``[…, size]``. The first ``size`` columns are the gate, the next ``size`` columns up."""
     out = gate_up.new_empty(*gate_up.shape[:-1], size)
-    rows = out.numel() // size
-    _swiglu_kernel[(rows, -(-size // 512))](gate_up, out, size, BLOCK=512, num_warps=4)
+    rows, width = out.numel() // size, gate_up.shape[-1]
+    _swiglu_kernel[(rows, -(-size // 512))](gate_up, out, size, width, BLOCK=512, num_warps=4)
     return out
 
 
