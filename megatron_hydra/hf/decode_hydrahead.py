@@ -12,6 +12,9 @@ it needs eleven. The projections of all heads are one matrix product, and these 
 A prompt uses ``norm``, ``swiglu`` and two more kernels: ``prompt`` before the delta rule and the softmax, and
 ``prompt_fuse`` after them. Delta rule and softmax of a prompt are the functions of the plain layer.
 
+In code that torch.compile traces, ``heads``, ``attend`` and ``fuse`` are one operator, see :func:`_registered`.
+torch.compile makes its own kernels of the rest.
+
 The reference is the layer in modeling_hydrahead.py. It rounds to the model's dtype at the same places, and
 it runs whenever :func:`usable` returns False.
 
@@ -24,8 +27,10 @@ B: batch, D: hidden size, d: head_dim, n: GDN heads, f: FA heads, g: KV groups o
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,10 +54,6 @@ COMPUTED = (
 )  # fmt: skip
 """Switches that the kernels compute, but for the values that :func:`_supported` refuses. A model with another
 switch on runs by the plain layer."""
-
-COMPILED = False
-"""Whether code that torch.compile traces uses fused steps. On an H200 with torch 2.11, one of three rows of a
-compiled step was wrong. The cause is unknown. Eager steps and captured CUDA graphs are right."""
 
 PROGRAMS, LARGEST_SPLIT = 4096, 128
 """Maximum number of programs of an attention (some waves, the last one not full), and of parts of the keys."""
@@ -817,7 +818,7 @@ def prepare(layer: Any, x: torch.Tensor) -> None:
 
 def usable(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> bool:
     """Whether :func:`decode` supports this call: one real token a row after earlier tokens, no gradient."""
-    if torch.is_grad_enabled() or (torch.compiler.is_compiling() and not COMPILED):
+    if torch.is_grad_enabled():
         return False
     if not torch.compiler.is_compiling():
         if torch.is_autocast_enabled(x.device.type):
@@ -843,6 +844,9 @@ def normed(
     x: torch.Tensor, norm: Any, y: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """X + y (x if y is None) and its RMSNorm; ``[…, D]``."""
+    if torch.compiler.is_compiling():
+        total = x if y is None else x + y
+        return total, norm(total)
     out = torch.empty_like(x)
     total = x if y is None else torch.empty_like(x)
     size = x.shape[-1]
@@ -855,6 +859,8 @@ def normed(
 
 def swiglu(gate_up: torch.Tensor, size: int) -> torch.Tensor:
     """``[…, width]`` → ``[…, size]``. The first ``size`` columns are the gate, the next ``size`` columns up."""
+    if torch.compiler.is_compiling():
+        return F.silu(gate_up[..., :size]) * gate_up[..., size : 2 * size]
     out = gate_up.new_empty(*gate_up.shape[:-1], size)
     rows, width = out.numel() // size, gate_up.shape[-1]
     _swiglu_kernel[(rows, -(-size // 512))](gate_up, out, size, width, BLOCK=512, num_warps=4)
@@ -993,90 +999,185 @@ def _norms(attention: Any, nothing: torch.Tensor) -> list[torch.Tensor]:
     return weights
 
 
-def _bytes(mask: torch.Tensor) -> torch.Tensor:
-    """A bool mask as uint8. The inductor of torch 2.11 cannot lower a view of bool as another dtype."""
-    return mask.to(torch.uint8) if torch.compiler.is_compiling() else mask.view(torch.uint8)
-
-
 def heads(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor:
     """All heads of one token a row, fused and in the model's order; ``[B, 1, D]`` → ``[B, 1, H·d]``."""
     attention, fused = layer.self_attn, layer.fused
     config, switches, tables = attention.config, attention.switches, fused.tables
-    batch, d = x.shape[0], attention.head_dim
-    block = max(16, _power(d))
     n, f = len(attention.gdn_heads), len(attention.fa_heads)
-    projected = fused.heads(x)
-    width, columns = projected.shape[-1], fused.heads.columns
-    out = x.new_empty(batch, 1, (n + f) * d)
-    nothing = projected  # placeholder for tensors that a layer does not have
-
-    past: Any = cache.length
-    tensor = isinstance(past, torch.Tensor)
-    groups, capacity, key_mask = 0, 1, None
-    keys = values = fa_q = nothing
+    projected, columns = fused.heads(x), fused.heads.columns
+    nothing = projected  # placeholder for weights that a layer does not have
+    keys = values = key_mask = None
     if f:
         keys, values = cache.reserve(1)
-        groups, capacity = keys.shape[1], keys.shape[2]
-        if context.visibility.key_mask is not None:
-            key_mask = _bytes(context.visibility.key_mask)
-        fa_q = x.new_empty(batch, f, d)
-    tail = state = gdn_out = nothing
-    taps = (nothing, nothing, nothing)
-    has_conv, w, channels = bool(n and switches["short_conv"]), 1, 0
-    if n:
-        state = cache.state
-        gdn_out = x.new_empty(batch, n, d)
+        key_mask = context.visibility.key_mask
+    has_conv = bool(n and switches["short_conv"])
+    taps = [nothing] * 3
     if has_conv:
-        taps = tuple(getattr(attention, f"gdn_{p}_conv").weight for p in ("q", "k", "v"))
-        tail, w = cache.tail, switches["conv_width"]
-        channels = tail.shape[2]
-    position = switches["fa_position"]
+        taps = [getattr(attention, f"gdn_{p}_conv").weight for p in ("q", "k", "v")]
+    position, concat = switches["fa_position"], switches["fusion"] == "concat"
+    weights = [
+        *taps, *_norms(attention, nothing),
+        attention.gdn_A_log if n else nothing, attention.gdn_dt_bias if n else nothing,
+        nothing if concat else attention.gamma,
+    ]  # fmt: skip
+    past = cache.length
+    tensor = isinstance(past, torch.Tensor)
+    launch = _OPERATOR if torch.compiler.is_compiling() else _launch
+    return launch(
+        projected, past if tensor else None, 0 if tensor else past,
+        cache.tail if has_conv else None, cache.state if n else None, keys, values, key_mask,
+        context.cos, context.sin, context.log_scale,
+        [tables[name] for name in ("gdn", "fa", "kv", "members", "all")], weights,
+        head_dim=attention.head_dim, gdn_heads=n, fa_heads=f,
+        taps=switches["conv_width"] if has_conv else 1,
+        b_column=columns.get("gdn_b_proj", 0), a_column=columns.get("gdn_a_proj", 0),
+        eps=config.rms_norm_eps, qk_norm=bool(config.qk_norm),
+        gdn_rotary=switches["gdn_position"] == "rope", fa_rotary=position in ("rope", "both"),
+        scaled=position in ("log-scale", "both"), fa_gate=bool(switches["fa_gate"]),
+        gdn_gate=bool(switches["gdn_gate"]), fusion_norm=switches["fusion_norm"] == "rms",
+        has_gamma=not concat,
+    )  # fmt: skip
+
+
+def _launch(
+    projected: torch.Tensor, past: torch.Tensor | None, length: int,
+    tail: torch.Tensor | None, state: torch.Tensor | None,
+    keys: torch.Tensor | None, values: torch.Tensor | None, key_mask: torch.Tensor | None,
+    cos: torch.Tensor, sin: torch.Tensor, log_scale: torch.Tensor,
+    tables: list[torch.Tensor], weights: list[torch.Tensor],
+    *,
+    head_dim: int, gdn_heads: int, fa_heads: int, taps: int, b_column: int, a_column: int,
+    eps: float, qk_norm: bool, gdn_rotary: bool, fa_rotary: bool, scaled: bool,
+    fa_gate: bool, gdn_gate: bool, fusion_norm: bool, has_gamma: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Launch the kernels of all heads; :func:`heads` has the meaning of the flags.
+
+    Args:
+        projected: ``[B, 1, width]``.
+        past, length: number of tokens in the cache, as a tensor on the device, or a number if ``past`` is None.
+        tail, state: ``[B, W - 1, channels]`` and fp32 ``[B, n, d, d]``, written in place; None without them.
+        keys, values: ``[B, g, capacity, d]``, written in place; None without FA heads.
+        key_mask: bool ``[B or 1, capacity]``; None if all keys are visible.
+        cos, sin: fp32 ``[B or 1, 1, 1, d]``; ``log_scale`` is fp32 ``[B or 1, 1, 1, 1]``.
+        tables: int32 tables of GDN heads, FA heads, KV groups, a group's heads, all heads; see ``_tables``.
+        weights: taps of q, k and v, four norms, A_log, dt_bias and γ; any tensor in place of a missing one.
+
+    Returns:
+        ``[B, 1, H·d]``.
+    """
+    gdn_table, fa_table, kv_table, members, all_heads = tables
+    batch, width, d, n, f = *projected.shape[::2], head_dim, gdn_heads, fa_heads
+    block = max(16, _power(d))
+    out = projected.new_empty(batch, 1, (n + f) * d)
+    nothing = projected  # placeholder for tensors that a layer does not have
+    groups, capacity = (0, 1) if keys is None else keys.shape[1:3]
+    fa_q = projected.new_empty(batch, f, d) if f else nothing
+    gdn_out = projected.new_empty(batch, n, d) if n else nothing
+    channels = 0 if tail is None else tail.shape[2]
+    tail_or_none = nothing if tail is None else tail
+    tokens = length if past is None else past
     columns_of_state = min(32, block)
     parts_of_state = -(-d // columns_of_state)
     scale = d**-0.5
     _heads_kernel[(n * parts_of_state + f + groups, batch)](
-        projected, tail, state, gdn_out, fa_q, keys, values, past,
-        tables["gdn"], tables["fa"], tables["kv"],
-        *taps, *_norms(attention, nothing),
-        attention.gdn_A_log if n else nothing, attention.gdn_dt_bias if n else nothing,
-        context.cos, context.sin, context.log_scale,
-        width, channels, capacity, columns.get("gdn_b_proj", 0), columns.get("gdn_a_proj", 0),
-        d if context.cos.shape[0] > 1 else 0, 1 if context.log_scale.shape[0] > 1 else 0,
-        config.rms_norm_eps, scale,
-        N=n, HEADS=f, GROUPS=groups, D=d, BLOCK=block, COLUMNS=columns_of_state, W=w,
-        HAS_CONV=has_conv, HAS_NORM=bool(config.qk_norm),
-        GDN_ROTARY=switches["gdn_position"] == "rope", FA_ROTARY=position in ("rope", "both"),
-        LOG_SCALE=position in ("log-scale", "both"), PAST_IS_TENSOR=tensor, num_warps=4,
+        projected, tail_or_none, nothing if state is None else state, gdn_out, fa_q,
+        nothing if keys is None else keys, nothing if values is None else values, tokens,
+        gdn_table, fa_table, kv_table, *weights[:9], cos, sin, log_scale,
+        width, channels, capacity, b_column, a_column,
+        d if cos.shape[0] > 1 else 0, 1 if log_scale.shape[0] > 1 else 0,
+        eps, scale,
+        N=n, HEADS=f, GROUPS=groups, D=d, BLOCK=block, COLUMNS=columns_of_state, W=taps,
+        HAS_CONV=tail is not None, HAS_NORM=qk_norm, GDN_ROTARY=gdn_rotary, FA_ROTARY=fa_rotary,
+        LOG_SCALE=scaled, PAST_IS_TENSOR=past is not None, num_warps=4,
     )  # fmt: skip
     splits, sums, parts = 1, nothing, nothing
     if f:
-        # Powers of two, because each value compiles a variant of the kernels. Capacity may be symbolic.
+        # Powers of two, because each value compiles a variant of the kernels.
         while (
             splits < LARGEST_SPLIT
             and splits * batch * groups * 2 <= PROGRAMS
             and splits * 256 <= capacity
         ):
             splits *= 2
-        sums = torch.empty(batch, f, splits, 2, dtype=torch.float32, device=x.device)
-        parts = torch.empty(batch, f, splits, d, dtype=torch.float32, device=x.device)
-        wide = x.element_size() > 2
+        device = projected.device
+        sums = torch.empty(batch, f, splits, 2, dtype=torch.float32, device=device)
+        parts = torch.empty(batch, f, splits, d, dtype=torch.float32, device=device)
+        wide = projected.element_size() > 2
         _attend_kernel[(batch * groups, splits)](
-            fa_q, keys, values, tables["members"], nothing if key_mask is None else key_mask,
-            sums, parts, past, capacity, 0 if key_mask is None else key_mask.stride(0), scale,
-            HEADS=f, GROUPS=groups, D=d, BLOCK=block, MEMBERS=tables["members"].shape[1],
+            fa_q, keys, values, members,
+            nothing if key_mask is None else key_mask.view(torch.uint8),
+            sums, parts, tokens, capacity, 0 if key_mask is None else key_mask.stride(0), scale,
+            HEADS=f, GROUPS=groups, D=d, BLOCK=block, MEMBERS=members.shape[1],
             KEYS=32 if wide else 64, SPLITS=splits, HAS_MASK=key_mask is not None,
-            PAST_IS_TENSOR=tensor,
+            PAST_IS_TENSOR=past is not None,
             WIDE=INTERPRETED,  # the interpreter multiplies bf16 wrongly
             num_warps=4, num_stages=1 if wide else 3,
         )  # fmt: skip
-    concat = switches["fusion"] == "concat"
     _fuse_kernel[(n + f, batch)](
-        projected, gdn_out, sums, parts, tail, tables["all"],
-        nothing if concat else attention.gamma, out, past, width, channels, capacity,
-        config.rms_norm_eps,
-        N=n, HEADS=f, D=d, BLOCK=block, SPLITS=splits, CHUNK=min(16, splits), W=w,
-        HAS_FA=f > 0, HAS_GDN=n > 0, HAS_TAIL=has_conv and w > 1, FA_GATE=bool(switches["fa_gate"]),
-        GDN_GATE=bool(switches["gdn_gate"]), HAS_NORM=switches["fusion_norm"] == "rms",
-        HAS_GAMMA=not concat, PAST_IS_TENSOR=tensor and f > 0, num_warps=4,
+        projected, gdn_out, sums, parts, tail_or_none, all_heads, weights[9], out, tokens,
+        width, channels, capacity, eps,
+        N=n, HEADS=f, D=d, BLOCK=block, SPLITS=splits, CHUNK=min(16, splits), W=taps,
+        HAS_FA=f > 0, HAS_GDN=n > 0, HAS_TAIL=taps > 1, FA_GATE=fa_gate, GDN_GATE=gdn_gate,
+        HAS_NORM=fusion_norm, HAS_GAMMA=has_gamma, PAST_IS_TENSOR=past is not None and f > 0,
+        num_warps=4,
     )  # fmt: skip
     return out
+
+
+WRITTEN = ("tail", "state", "keys", "values")
+SCHEMA = """(
+    Tensor projected, Tensor? past, SymInt length, Tensor(a!)? tail, Tensor(b!)? state, Tensor(c!)? keys,
+    Tensor(d!)? values, Tensor? key_mask, Tensor cos, Tensor sin, Tensor log_scale, Tensor[] tables,
+    Tensor[] weights, *, int head_dim, int gdn_heads, int fa_heads, int taps, int b_column, int a_column,
+    float eps, bool qk_norm, bool gdn_rotary, bool fa_rotary, bool scaled, bool fa_gate, bool gdn_gate,
+    bool fusion_norm, bool has_gamma) -> Tensor"""
+"""The arguments of :func:`_launch`. A layer without FA or GDN heads passes None for what it lacks, because a
+tensor that is written must not be another argument too."""
+
+
+def _step(
+    projected: torch.Tensor, past: torch.Tensor | None, length: int,
+    tail: torch.Tensor | None, state: torch.Tensor | None,
+    keys: torch.Tensor | None, values: torch.Tensor | None, key_mask: torch.Tensor | None,
+    cos: torch.Tensor, sin: torch.Tensor, log_scale: torch.Tensor, *rest: Any, **settings: Any,
+) -> torch.Tensor:  # fmt: skip
+    """:func:`_launch` on the operator's arguments, whose rows inductor may have padded."""
+    if not all(x is None or x.is_contiguous() for x in (tail, state, keys, values)):
+        raise ValueError("a compiled step got a cache that is not contiguous")
+    mask = None if key_mask is None else key_mask.contiguous()
+    cos, sin, log_scale = cos.contiguous(), sin.contiguous(), log_scale.contiguous()
+    with _device_of(projected):
+        return _launch(
+            projected.contiguous(), past, length, tail, state, keys, values, mask,
+            cos, sin, log_scale, *rest, **settings,
+        )  # fmt: skip
+
+
+def _shape_of_step(
+    projected: torch.Tensor, *_: Any, head_dim: int, gdn_heads: int, fa_heads: int, **__: Any
+) -> torch.Tensor:
+    return projected.new_empty(projected.shape[0], 1, (gdn_heads + fa_heads) * head_dim)
+
+
+def _registered() -> Any:
+    """Return the operator by which compiled code runs :func:`_launch`; register it if it is new.
+
+    torch.compile does not look inside an operator, and is told what the operator writes. Without it, inductor
+    itself finds out what a Triton kernel writes. A layer without FA heads passes its projection in place of
+    keys and values, so inductor copied the projection for the next kernel. But it had also padded the rows of
+    the projection (1,552 columns to 1,568), and copied the elements as if without gaps. So every row after
+    the first was shifted (torch 2.11).
+
+    An operator stays for the life of the process, which can load several exports. So its name has a hash of
+    this file: equal files share an operator, others have their own.
+    """
+    name = f"decode_heads_{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}"
+    if not hasattr(torch.ops.hydrahead, name):
+        operator = torch.library.custom_op(
+            f"hydrahead::{name}", _step, mutates_args=WRITTEN, schema=SCHEMA
+        )
+        operator.register_fake(_shape_of_step)
+    return getattr(torch.ops.hydrahead, name).default
+
+
+_OPERATOR: Any = None if triton is None else _registered()

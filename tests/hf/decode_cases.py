@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from transformers import DynamicCache, StaticCache
 
+from megatron_hydra.hf import decode_hydrahead as decode
 from megatron_hydra.hf import modeling_hydrahead as modeling
 from tests.hf.models import ALL, DENSE, HEADS, MIXED, make_model, tokens
 
@@ -168,6 +169,8 @@ CASES = [
     ("head", "dynamic", 3, 2),
     *((kind, "static", 3, 1) for kind in MODELS if kind != "wide"),  # slow in the interpreter
 ]
+QUICK_COMPILED = ["without-fa-or-gdn"]
+COMPILED = ["without-fa-or-gdn", "shared-gqa", "biases", "bare"]
 ON_GPU = [
     (kind, name, padding, 3)
     for kind in ("without-fa-or-gdn", "shared-gqa", "biases", "bare", "wide")
@@ -186,6 +189,72 @@ def check_full(device, dtype):
             assert bool(logits.isfinite().all()) == (int(cache.layers[0].length) <= 10)
 
 
+def check_compiled(kind, name, backend, steps):
+    """Steps of a padded cache by torch.compile in one graph, against the layers."""
+    model, device = model_of(kind, torch.device("cpu"), torch.float32), torch.device("cpu")
+    compiled = filled(model, name, 3, device)
+    plain = copy.deepcopy(compiled)
+    torch.compiler.reset()
+    forward = torch.compile(model.forward, backend=backend, fullgraph=True)
+    for step in range(steps):
+        token = tokens(2, 1, seed=step)
+        with torch.no_grad():
+            with mock.patch.object(decode, "_launch", wraps=decode._launch) as ran:
+                got = forward(token, past_key_values=compiled).logits
+            assert ran.call_count == len(model.model.layers)
+            with mock.patch.object(modeling, "usable", return_value=False):
+                want = model(token, past_key_values=plain).logits
+        what = f"{kind}, {name}, compiled by {backend}, step {step}"
+        close(got, want, torch.float32, what)
+        for (part, a), (_, b) in zip(memories(compiled), memories(plain), strict=True):
+            close(a, b, torch.float32, f"{what}, {part}")
+
+
+def copied(values):
+    """Copies of an operator's arguments."""
+    if isinstance(values, (list, tuple)):
+        return [copied(x) for x in values]
+    return values.clone() if isinstance(values, torch.Tensor) else values
+
+
+def padded_rows(x):
+    """The same values; behind each row there are 16 NaN, as if inductor had padded the rows."""
+    room = x.new_full((*x.shape[:-1], x.shape[-1] + 16), float("nan"))
+    room[..., : x.shape[-1]] = x
+    return room[..., : x.shape[-1]]
+
+
+def check_operator(kind, name):
+    """The operator of compiled steps writes what it declares, also if inductor has padded the rows."""
+    device = torch.device("cpu")
+    model = model_of(kind, device, torch.float32)
+    cache = filled(model, name, 3, device)
+    calls = []
+
+    def recorded(*args, **settings):
+        before = copied(args)
+        calls.append((before, settings, launch(*args, **settings), copied(args)))
+        return calls[-1][2]
+
+    launch = decode._launch
+    with torch.no_grad(), mock.patch.object(decode, "_launch", side_effect=recorded):
+        model(tokens(2, 1), past_key_values=cache)
+    assert len(calls) == len(model.model.layers)
+    names = [a.name for a in decode._OPERATOR._schema.arguments if not a.kwarg_only]
+    for number, (before, settings, want, after) in enumerate(calls):
+        args, what = copied(before), f"layer {number} of {kind}"
+        args[0] = padded_rows(args[0])
+        assert torch.equal(decode._OPERATOR(*args, **settings), want), what
+        for argument, got, old, new in zip(names, args, before, after, strict=True):
+            triples = (
+                zip(got, old, new, strict=True) if isinstance(got, list) else [(got, old, new)]
+            )
+            for a, b, c in triples:
+                if isinstance(a, torch.Tensor):
+                    assert torch.equal(a, c), f"{what}: {argument}"
+                    assert torch.equal(a, b) != (argument in decode.WRITTEN), f"{what}: {argument}"
+
+
 if __name__ == "__main__":
     everything = sys.argv[1] == "all"
     cases = [(torch.float32, *case) for case in (CASES if everything else QUICK)]
@@ -195,6 +264,10 @@ if __name__ == "__main__":
         check(*case, torch.device("cpu"), dtype)
         check_prompt(*case[:3], torch.device("cpu"), dtype)
         print(dtype, *case, flush=True)
+    for kind in COMPILED if everything else QUICK_COMPILED:
+        check_operator(kind, "static")
+        check_compiled(kind, "static", *(("inductor", 3) if everything else ("aot_eager", 1)))
+        print("compiled", kind, flush=True)
     if everything:
         check_full(torch.device("cpu"), torch.float32)
         print("no room", flush=True)

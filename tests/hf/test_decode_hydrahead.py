@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -23,7 +25,10 @@ X = torch.zeros(2, 1, 40)
 @pytest.mark.parametrize("which", ["quick", pytest.param("all", marks=pytest.mark.slow)])
 def test_fused_steps_equal_the_layers_in_the_interpreter(which):
     ran = output_lines("tests.hf.decode_cases", which, interpreted=True, timeout=3600)
-    assert len(ran) >= len(decode_cases.CASES if which == "all" else decode_cases.QUICK)
+    cases = decode_cases.QUICK + decode_cases.QUICK_COMPILED
+    if which == "all":
+        cases = decode_cases.CASES + decode_cases.COMPILED
+    assert len(ran) >= len(cases)
     assert (ran[-1] == "no room") == (which == "all")
 
 
@@ -156,7 +161,7 @@ def test_when_a_step_is_fused(as_on_a_gpu, kind):
         mock.patch.object(torch.compiler, "is_compiling", return_value=kind == "compiled"),
     ):
         model(new, attention_mask=mask, past_key_values=cache)
-    assert ran.call_count == (3 if kind == "plain" else 0)
+    assert ran.call_count == (3 if kind in ("plain", "compiled") else 0)
 
 
 @pytest.mark.gpu
@@ -170,18 +175,8 @@ def test_fused_steps_equal_the_layers_on_a_gpu(case, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "how",
-    [
-        *(
-            pytest.param(how, marks=pytest.mark.xfail(reason="see decode_hydrahead.COMPILED"))
-            for how in ("compiled", "reduce-overhead")
-        ),
-        "graph",
-    ],
-)
-def test_compiled_and_captured_steps_are_fused_and_equal_eager_ones(how, monkeypatch):
-    monkeypatch.setattr(decode, "COMPILED", True)
+@pytest.mark.parametrize("how", ["compiled", "reduce-overhead", "graph"])
+def test_compiled_and_captured_steps_are_fused_and_equal_eager_ones(how):
     device = torch.device("cuda")
     model = decode_cases.model_of("head", device, torch.bfloat16)
     captured = decode_cases.filled(model, "static", 3, device, room=32)
@@ -210,6 +205,28 @@ def test_compiled_and_captured_steps_are_fused_and_equal_eager_ones(how, monkeyp
                 want = model(new, past_key_values=eager).logits
         decode_cases.close(results[0], want, torch.bfloat16, f"{how}, step {number}")
     assert all(layer.fused is not None for layer in model.model.layers)
+
+
+def loaded(path):
+    """The module as another export in the same process."""
+    spec = importlib.util.spec_from_file_location("megatron_hydra.hf.of_another_export", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_triton
+def test_exports_in_one_process_share_an_operator_only_if_their_code_is_equal(tmp_path):
+    assert loaded(decode.__file__)._OPERATOR is decode._OPERATOR
+    other = tmp_path / "decode_hydrahead.py"
+    other.write_text(Path(decode.__file__).read_text() + "# another version\n")
+    assert loaded(other)._OPERATOR is loaded(other)._OPERATOR is not decode._OPERATOR
+
+
+def test_a_compiled_step_refuses_a_cache_that_it_could_not_write_in_place():
+    tail = torch.zeros(3, 2, 4).transpose(1, 2)
+    with pytest.raises(ValueError, match="a cache that is not contiguous"):
+        decode._step(X, None, 0, tail, None, None, None, None, X, X, X, [], [])
 
 
 @pytest.mark.gpu
