@@ -64,3 +64,30 @@ def prepare_heads(
     if scale is not None:
         x = (x * scale[:, None, None]).to(x.dtype)
     return l2_norm(x) if l2 else x
+
+
+def prepare_queries_and_keys(
+    x: torch.Tensor,
+    key_heads: int,
+    norms: tuple[torch.Tensor | None, torch.Tensor | None],
+    eps: float,
+    tables: tuple[torch.Tensor, torch.Tensor] | None,
+    scale: torch.Tensor | None,
+    l2: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`prepare_heads` of queries and of the keys behind them; only queries are scaled.
+
+    Args:
+        x: ``[T, n + m, d]``; any strides with contiguous channels.
+        key_heads: m, at least one.
+        norms: ``[d]`` weights of the norms of queries and of keys, both or neither.
+        eps, tables, scale, l2: as of :func:`prepare_heads`.
+
+    Returns:
+        ``[T, n, d]`` and ``[T, m, d]`` in ``x``'s dtype.
+    """
+    q, k = x.split((x.shape[1] - key_heads, key_heads), dim=1)
+    return (
+        prepare_heads(q, norms[0], eps, tables, scale, l2),
+        prepare_heads(k, norms[1], eps, tables, None, l2),
+    )

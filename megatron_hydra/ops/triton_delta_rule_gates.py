@@ -28,7 +28,7 @@ def _softplus(x):
     return tl.where(x > 20.0, x, tl.where(u < 0.06, series, tl.log(1.0 + u)))
 
 
-@triton.jit(do_not_specialize=["heads"])  # layers have different values
+@triton.jit(do_not_specialize=["tokens", "heads"])  # steps and layers have different values
 def _forward_kernel(
     a, b, a_log, dt_bias, log_alpha, beta, tokens, heads, a_t, b_t,
     TOKENS: tl.constexpr, HEADS: tl.constexpr,
@@ -45,7 +45,7 @@ def _forward_kernel(
     tl.store(beta + own, tl.sigmoid(y), mask)
 
 
-@triton.jit(do_not_specialize=["heads"])
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def _backward_kernel(
     a, b, a_log, dt_bias, d_log_alpha, d_beta, d_a, d_b, partial, tokens, heads, a_t, b_t,
     TOKENS: tl.constexpr, HEADS: tl.constexpr,

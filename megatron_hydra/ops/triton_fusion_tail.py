@@ -29,7 +29,8 @@ def _rows(program, tokens, heads, ROWS: tl.constexpr):
     return t, program % heads, t < tokens
 
 
-@triton.jit(do_not_specialize=["heads", "rest_heads"])  # their values may be exchanged
+# Not specialized: one kernel for any number of tokens and heads. (The kernel also exchanges the numbers of heads.)
+@triton.jit(do_not_specialize=["tokens", "heads", "rest_heads"])
 def _forward_kernel(
     o, gate, scale, y, o_rest, gate_rest, tokens, heads, rest_heads, eps,
     o_t, o_h, g_t, g_h, o_rest_t, o_rest_h, g_rest_t, g_rest_h, s_t, s_h, y_t,
@@ -63,7 +64,7 @@ def _forward_kernel(
     tl.store(out, x.to(y.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["heads", "rest_heads"])
+@triton.jit(do_not_specialize=["tokens", "heads", "rest_heads"])
 def _backward_kernel(
     o, gate, scale, dy, d_o, d_gate, d_scale, o_rest, gate_rest, d_o_rest, d_gate_rest,
     tokens, heads, rest_heads, eps,

@@ -50,7 +50,8 @@ def _prepared(
     return r1, r2, rstd, length
 
 
-@triton.jit(do_not_specialize=["heads", "rest_heads"])  # their values may be exchanged
+# Not specialized: one kernel for any number of tokens and heads. (The kernel also exchanges the numbers of heads.)
+@triton.jit(do_not_specialize=["tokens", "heads", "rest_heads"])
 def _forward_kernel(
     x, weight, cos_table, sin_table, scale, y, rest_weight, y_rest, tokens, heads, rest_heads,
     x_t, x_h, table_t, eps, l2_eps, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -76,6 +77,8 @@ def _forward_kernel(
         sin = tl.load(sin_table + (t * table_t)[:, None] + c[None, :], mask, 0.0)
     if HAS_SCALE:
         s = tl.load(scale + t, t < tokens, 0.0)
+        if HAS_REST:
+            s = tl.where(tl.program_id(2) == 1, 1.0, s)
     reads = x + (t * x_t)[:, None] + c[None, :]
     writes = y + (t * heads * D)[:, None] + c[None, :]
     for h in range(tl.program_id(1), heads, tl.num_programs(1)):
@@ -88,7 +91,7 @@ def _forward_kernel(
         tl.store(writes + h * D + HALF, y2.to(y.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["heads", "rest_heads"])
+@triton.jit(do_not_specialize=["tokens", "heads", "rest_heads"])
 def _backward_kernel(  # noqa: PLR0915
     x, weight, cos_table, sin_table, scale, dy, dx, dw, rest_weight, dy_rest, tokens, heads,
     rest_heads, x_t, x_h, dx_t, table_t, eps,
@@ -124,6 +127,8 @@ def _backward_kernel(  # noqa: PLR0915
             sin = tl.load(sin_table + (t * table_t)[:, None] + c[None, :], mask, 0.0)
         if HAS_SCALE:
             s = tl.load(scale + t, t < tokens, 0.0)
+            if HAS_REST:
+                s = tl.where(tl.program_id(2) == 1, 1.0, s)
         reads = x + (t * x_t)[:, None] + c[None, :]
         own = (t * heads * D)[:, None] + c[None, :]
         writes = dx + (t * dx_t)[:, None] + c[None, :]
@@ -207,7 +212,8 @@ def prepare_forward(
     Args:
         x: ``[T, n, d]``, channels contiguous; the last ``rest_heads`` heads are of the second kind.
         weights: of the norm for each kind, ``None`` for no norm.
-        tables, scale, eps, l2: as of the twin.
+        tables, eps, l2: as of the twin.
+        scale: as of the twin, for heads of the first kind only.
 
     Returns:
         ``[T, n − rest_heads, d]`` and ``[T, rest_heads, d]``, contiguous.
@@ -259,30 +265,38 @@ def prepare_backward(
 
 
 class _PrepareHeads(torch.autograd.Function):
+    """Heads of one kind, or queries and the keys behind them."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
         weight: torch.Tensor | None,
+        rest_weight: torch.Tensor | None,
         cos: torch.Tensor | None,
         sin: torch.Tensor | None,
         scale: torch.Tensor | None,
         eps: float,
         l2: bool,
-    ) -> torch.Tensor:
+        rest_heads: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         x = x if x.stride(-1) == 1 else x.contiguous()
-        ctx.save_for_backward(x, weight, cos, sin, scale)
+        ctx.save_for_backward(x, weight, rest_weight, cos, sin, scale)
         ctx.eps, ctx.l2 = eps, l2
-        return prepare_forward(x, (weight, None), tables_of(cos, sin), scale, eps, l2)[0]
+        return prepare_forward(
+            x, (weight, rest_weight), tables_of(cos, sin), scale, eps, l2, rest_heads
+        )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, cos, sin, scale = ctx.saved_tensors
-        dx, (dw, _) = prepare_backward(
-            x, (weight, None), tables_of(cos, sin), scale, ctx.eps, ctx.l2, dy
+    def backward(
+        ctx: Any, dy: torch.Tensor, d_rest: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        x, weight, rest_weight, cos, sin, scale = ctx.saved_tensors
+        dx, (dw, d_rest_weight) = prepare_backward(
+            x, (weight, rest_weight), tables_of(cos, sin), scale, ctx.eps, ctx.l2, dy, d_rest
         )
-        return dx, dw, None, None, None, None, None
+        return dx, dw, d_rest_weight, None, None, None, None, None, None
 
 
 def tables_of(cos: torch.Tensor | None, sin: torch.Tensor | None) -> Tables:
@@ -314,6 +328,35 @@ def prepare_heads(
     """As :func:`megatron_hydra.ops.qk_preparation.prepare_heads`, in one pass."""
     if norm_weight is None and tables is None and scale is None and not l2:
         return x
-    cos, sin = tables if tables is not None else (None, None)
-    prepared: torch.Tensor = _PrepareHeads.apply(x, norm_weight, cos, sin, scale, eps, l2)
+    prepared: torch.Tensor = _apply(x, (norm_weight, None), eps, tables, scale, l2, 0)[0]
     return prepared
+
+
+def prepare_queries_and_keys(
+    x: torch.Tensor,
+    key_heads: int,
+    norms: Pair,
+    eps: float,
+    tables: Tables,
+    scale: torch.Tensor | None,
+    l2: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`megatron_hydra.ops.qk_preparation.prepare_queries_and_keys`, in one pass."""
+    if norms[0] is None and tables is None and scale is None and not l2:
+        q, k = x.split((x.shape[1] - key_heads, key_heads), dim=1)
+        return q, k
+    q, k = _apply(x, norms, eps, tables, scale, l2, key_heads)
+    return q, k
+
+
+def _apply(
+    x: torch.Tensor,
+    norms: Pair,
+    eps: float,
+    tables: Tables,
+    scale: torch.Tensor | None,
+    l2: bool,
+    rest_heads: int,
+) -> Any:
+    cos, sin = tables if tables is not None else (None, None)
+    return _PrepareHeads.apply(x, *norms, cos, sin, scale, eps, l2, rest_heads)
