@@ -62,7 +62,9 @@ GPU_LIBRARIES = (
     "apex",
 )
 
-OF_VLLM = tuple(f"megatron_hydra.serving.vllm.{module}" for module in ("gated_delta_net", "model"))
+OF_VLLM = tuple(
+    f"megatron_hydra.serving.vllm.{module}" for module in ("attention", "gated_delta_net", "model")
+)
 """Modules that import vLLM, which is in a separate environment."""
 OF_LM_EVAL = ("megatron_hydra.evaluation.question_tasks",)
 """Modules that only lm-eval imports, which is an extra."""

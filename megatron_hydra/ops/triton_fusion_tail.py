@@ -29,7 +29,7 @@ def _rows(program, tokens, heads, ROWS: tl.constexpr):
     return t, program % heads, t < tokens
 
 
-# Not specialized: one kernel for any number of tokens and heads. (The kernel also exchanges the numbers of heads.)
+# Not specialized: one kernel serves any numbers of tokens and heads, and it may exchange those of heads.
 @triton.jit(do_not_specialize=["tokens", "heads", "rest_heads"])
 def _forward_kernel(
     o, gate, scale, y, o_rest, gate_rest, tokens, heads, rest_heads, eps,

@@ -50,7 +50,7 @@ def _prepared(
     return r1, r2, rstd, length
 
 
-# Not specialized: one kernel for any number of tokens and heads. (The kernel also exchanges the numbers of heads.)
+# Not specialized: one kernel serves any numbers of tokens and heads, and it may exchange those of heads.
 @triton.jit(do_not_specialize=["tokens", "heads", "rest_heads"])
 def _forward_kernel(
     x, weight, cos_table, sin_table, scale, y, rest_weight, y_rest, tokens, heads, rest_heads,

@@ -6,8 +6,8 @@ docs/serving.md.
 
 from __future__ import annotations
 
-GDN_OP = "hydrahead_gated_delta_net"
-"""The operator of the GDN heads of a layer, in vLLM's library of operators."""
+ATTENTION_OP = "hydrahead_attention"
+"""The operator of a layer's attention with its projections, in vLLM's library of operators."""
 
 
 def register() -> None:
@@ -25,6 +25,8 @@ def register() -> None:
     # By name: vLLM imports it in a process of its own first, before this one may touch a GPU.
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:HydraHeadForCausalLM")
     MODELS_CONFIG_MAP[ARCHITECTURE] = SupportCheck
-    operator = f"vllm::{GDN_OP}"  # compiled graphs are split there, as at vLLM's own attention
+    operator = (
+        f"vllm::{ATTENTION_OP}"  # compiled graphs are split there, as at vLLM's own attention
+    )
     if operator not in CompilationConfig._attention_ops:
         CompilationConfig._attention_ops.append(operator)

@@ -1,12 +1,12 @@
-"""The GDN heads of a layer in vLLM: one operator from projections to head outputs.
+"""The GDN heads of a layer in vLLM, from projections to head outputs.
 
 The states live in vLLM's cache, one page a sequence and layer: the last inputs of the short convolution, and
 ``[n, v, k]`` fp32 (the export's states, transposed: the layout of vLLM's kernels). All layers reserve what
 the largest one needs, so that vLLM sees one kind of cache.
 
-In 16 bits on a GPU the convolution and the delta rule are vLLM's own kernels, and norm, rotary embedding and
-l2 norm between them this package's (vLLM's fused kernels have no place for them). Elsewhere all of it is the
-package's torch code.
+In 16 bits on a GPU the convolution and the delta rule are vLLM's own kernels. What lies between them (norm,
+rotary embedding, l2 norm, decay, write strength) are this package's kernels, because vLLM's fused kernels have
+no place for it. Elsewhere all of it is the package's torch code.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.abstract import MambaBase
@@ -24,22 +23,15 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateShapeCalculator,
     is_conv_state_dim_first,
 )
-from vllm.utils.torch_utils import (
-    LayerNameType,
-    _encode_layer_name,
-    _resolve_layer_name,
-    direct_register_custom_op,
-)
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
 from megatron_hydra.hf.modeling_hydrahead import recurrent_gated_delta_rule
 from megatron_hydra.ops.gated_delta_rule import chunked_gated_delta_rule
-from megatron_hydra.ops.qk_preparation import prepare_heads
 from megatron_hydra.ops.short_conv import final_conv_state, short_conv
-from megatron_hydra.serving.vllm import GDN_OP
 from megatron_hydra.serving.vllm.kernel_start import KernelStart
+from megatron_hydra.serving.vllm.kernels import LayerKernels, layer_kernels
 from megatron_hydra.serving.vllm.layout import AttentionLayout
 from megatron_hydra.serving.vllm.placement import place_heads
 
@@ -163,6 +155,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
         for name in ("q_norm", "k_norm"):
             weight = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
             self.register_parameter(name, weight)
+        self.kv_of: torch.Tensor
         index = torch.tensor(layout.gdn_kv_of)
         self.register_buffer("kv_of", index, persistent=False)
         self.spread = layout.gdn_kv_of != list(range(self.local_heads))
@@ -189,49 +182,27 @@ class GatedDeltaNet(nn.Module, MambaBase):
         return MambaAttentionBackendEnum.GDN_ATTN
 
     def forward(
-        self,
-        qkv: torch.Tensor,
-        b: torch.Tensor,
-        a: torch.Tensor,
-        tables: tuple[torch.Tensor, torch.Tensor],
+        self, projected: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        """Heads' outputs ``[T, n, d]``, before gate and norm.
+        """Heads' outputs ``[T, n, d]``, before gate and norm; updates the states of the step's requests.
 
         Args:
-            qkv: ``[T, channels]`` projections of q, k and v.
-            b, a: ``[T, n]`` logits of write strength and decay.
+            projected: ``[T, rows]``, the joint projection.
             tables: cos and sin, fp32 ``[T, 1, d]``.
         """
-        # Zeros: rows beyond the batch (graphs have fixed sizes) are normalised later.
-        out = qkv.new_zeros(qkv.shape[0], self.local_heads, self.head_dim)
-        operator = getattr(torch.ops.vllm, GDN_OP)
-        operator(qkv, b, a, *tables, out, _encode_layer_name(self.prefix))
-        return out
-
-    def run(
-        self,
-        qkv: torch.Tensor,
-        b: torch.Tensor,
-        a: torch.Tensor,
-        tables: tuple[torch.Tensor, torch.Tensor],
-        out: torch.Tensor,
-    ) -> None:
-        """Fill ``out``, and update the states of the step's requests."""
         every = get_forward_context().attn_metadata
         metadata = every.get(self.prefix) if isinstance(every, dict) else None
-        fast = self._has_kernels(qkv)
+        fast = self._has_kernels(projected)
         assert self.start is not None
-        if metadata is None:  # vLLM measures memory, so the kernels must use theirs now
-            if fast:
-                self.start.tune()
-            return
-        assert isinstance(every, dict)
-        batch = _Batch.of(metadata)
-        if not batch.decodes + batch.prefills:
-            return
+        batch = None if metadata is None else _Batch.of(metadata)
+        if batch is None and fast:  # vLLM measures memory, so the kernels must use theirs now
+            self.start.tune()
+        if batch is None or not batch.decodes + batch.prefills:
+            return projected.new_zeros(projected.shape[0], self.local_heads, self.head_dim)
         if fast and not torch.cuda.is_current_stream_capturing():
+            assert isinstance(every, dict)
             self.start.step(batch.kind, lambda layer: every[layer.prefix])
-        self._compute(qkv, b, a, tables, self._states(), batch, out)
+        return self._compute(projected, tables, self._states(), batch)
 
     def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """This layer's part of its pages: ``[pages, C, W − 1]`` and ``[pages, n, v, k]``."""
@@ -242,26 +213,31 @@ class GatedDeltaNet(nn.Module, MambaBase):
 
     def _compute(
         self,
-        qkv: torch.Tensor,
-        b: torch.Tensor,
-        a: torch.Tensor,
+        projected: torch.Tensor,
         tables: tuple[torch.Tensor, torch.Tensor],
         states: tuple[torch.Tensor, torch.Tensor],
         batch: _Batch,
-        out: torch.Tensor,
-    ) -> None:
+    ) -> torch.Tensor:
         tokens = batch.tokens
         conv_state, state = states
-        fast = self._has_kernels(qkv)
-        qkv = qkv[:tokens]
+        fast = self._has_kernels(projected)
+        kernels = layer_kernels(projected)
+        rows, spans = projected[:tokens], self.layout.spans
+        qkv = rows[:, : self.layout.channels]  # the first three blocks
         if self.layout.convolutions:
             convolve = self._fast_convolution if fast else self._convolution
             qkv = convolve(qkv, conv_state, batch)
-        q, k, v = self._prepared(qkv, tuple(table[:tokens] for table in tables))
-        beta = torch.sigmoid(b[:tokens].float())
-        log_alpha = -self.A_log.exp() * F.softplus(a[:tokens].float() + self.dt_bias)
+        q, k, v = self._prepared(qkv, (tables[0][:tokens], tables[1][:tokens]), kernels)
+        log_alpha, beta = kernels.delta_rule_gates(
+            rows[:, spans["gdn_a"]], rows[:, spans["gdn_b"]], self.A_log, self.dt_bias
+        )
         rule = self._fast_rule if fast else self._rule
-        rule((q, k, v, log_alpha, beta), state, batch, out)
+        parts = rule((q, k, v, log_alpha, beta), state, batch)
+        # Graphs have fixed sizes. Rows beyond the batch are normalized later, so they must be numbers.
+        spare = projected.shape[0] - sum(len(part) for part in parts)
+        if spare:
+            parts.append(projected.new_zeros(spare, self.local_heads, self.head_dim))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _has_kernels(self, x: torch.Tensor) -> bool:
         width = self.config.hydra["conv_width"]
@@ -273,19 +249,23 @@ class GatedDeltaNet(nn.Module, MambaBase):
         )
 
     def _prepared(
-        self, qkv: torch.Tensor, tables: tuple[torch.Tensor, ...]
+        self,
+        qkv: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        kernels: LayerKernels,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        n, m, d = self.local_heads, len(self.layout.gdn_kv), self.head_dim
-        q, k, v = (x.unflatten(-1, (-1, d)) for x in qkv.split((n * d, m * d, m * d), dim=-1))
-        prepare: Any = prepare_heads
-        if qkv.is_cuda:
-            from megatron_hydra.ops import triton_qk_preparation
-
-            prepare = triton_qk_preparation.prepare_heads
-        rotary = tables if self.config.hydra["gdn_position"] == "rope" else None
-        eps = self.config.rms_norm_eps
-        q = prepare(q, self.q_norm, eps, rotary, None, True)
-        k = prepare(k, self.k_norm, eps, rotary, None, True)
+        m, d = len(self.layout.gdn_kv), self.head_dim
+        heads = qkv.unflatten(-1, (-1, d))
+        q, k = kernels.prepare_queries_and_keys(
+            heads[:, :-m],
+            m,
+            (self.q_norm, self.k_norm),
+            self.config.rms_norm_eps,
+            tables if self.config.hydra["gdn_position"] == "rope" else None,
+            None,
+            True,
+        )
+        v = heads[:, -m:]
         if self.spread:
             k, v = k.index_select(1, self.kv_of), v.index_select(1, self.kv_of)
         return q, k, v
@@ -328,7 +308,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
             device=batch.slots.device,
         )
         batch = dataclasses.replace(batch, slots=slots.zero_())
-        tokens, n, d = batch.tokens, self.local_heads, self.head_dim
+        tokens, d = batch.tokens, self.head_dim
         weight = self.A_log
         dtype = self.vllm_config.model_config.dtype
         # With the strides of the real ones, which are compiled in. Two pages: one would be a constant.
@@ -337,15 +317,8 @@ class GatedDeltaNet(nn.Module, MambaBase):
             for x in self._states()
         )
         projected = weight.new_empty(tokens, self.layout.rows, dtype=dtype)
-        self._compute(
-            projected[:, : self.layout.channels],
-            projected[:, :n],
-            projected[:, :n],
-            (weight.new_empty(tokens, 1, d), weight.new_empty(tokens, 1, d)),
-            (conv_state, state),
-            batch,
-            weight.new_empty(tokens, n, d, dtype=dtype),
-        )
+        tables = (weight.new_empty(tokens, 1, d), weight.new_empty(tokens, 1, d))
+        self._compute(projected, tables, (conv_state, state), batch)
 
     # In torch, for any device and dtype.
 
@@ -383,19 +356,17 @@ class GatedDeltaNet(nn.Module, MambaBase):
         return list(zip(slots, begun, spans, strict=True))
 
     def _rule(
-        self,
-        inputs: tuple[torch.Tensor, ...],
-        state: torch.Tensor,
-        batch: _Batch,
-        out: torch.Tensor,
-    ) -> None:
-        n = batch.decodes
+        self, inputs: tuple[torch.Tensor, ...], state: torch.Tensor, batch: _Batch
+    ) -> list[torch.Tensor]:
+        """Outputs of the decodes' tokens and of the prefills', each if there are any."""
+        n, parts = batch.decodes, []
+        dtype = inputs[0].dtype
         if n:
             slots = batch.slots[:n]
             before = state[slots].transpose(-1, -2).float()
             steps = (x[:n, None] for x in inputs)
             o, after = recurrent_gated_delta_rule(*steps, state=before)
-            out[:n] = o[:, 0]
+            parts.append(o[:, 0].to(dtype))
             state[slots] = after.transpose(-1, -2).to(state.dtype)
         if batch.prefills:
             assert batch.bounds is not None and batch.begun is not None
@@ -403,11 +374,12 @@ class GatedDeltaNet(nn.Module, MambaBase):
             slots = batch.slots[part]
             before = state[slots].transpose(-1, -2).float()
             before = before.masked_fill(~batch.begun[part, None, None, None], 0.0)
-            q, k, v, log_alpha, beta = (x[n : batch.tokens].float() for x in inputs)
+            q, k, v, log_alpha, beta = (x[n:].float() for x in inputs)
             bounds = tuple(batch.bounds.tolist())
             o, after = chunked_gated_delta_rule(q, k, v, log_alpha, beta, bounds, before)
-            out[n : batch.tokens] = o.to(out.dtype)
+            parts.append(o.to(dtype))
             state[slots] = after.transpose(-1, -2).to(state.dtype)
+        return parts
 
     # vLLM's kernels.
 
@@ -443,15 +415,13 @@ class GatedDeltaNet(nn.Module, MambaBase):
         )
 
     def _fast_rule(
-        self,
-        inputs: tuple[torch.Tensor, ...],
-        state: torch.Tensor,
-        batch: _Batch,
-        out: torch.Tensor,
-    ) -> None:
+        self, inputs: tuple[torch.Tensor, ...], state: torch.Tensor, batch: _Batch
+    ) -> list[torch.Tensor]:
+        from vllm.model_executor.layers.mamba.ops.gather_initial_states import gather_initial_states
+        from vllm.model_executor.layers.mamba.ops.scatter_states import scatter_states
         from vllm.third_party.flash_linear_attention.ops import fused_recurrent_gated_delta_rule
 
-        n = batch.decodes
+        n, parts = batch.decodes, []
         if n:
             q, k, v, g, beta = (x[None, :n].contiguous() for x in inputs)
             bounds = batch.metadata.non_spec_query_start_loc
@@ -467,14 +437,12 @@ class GatedDeltaNet(nn.Module, MambaBase):
                 cu_seqlens=bounds[: n + 1],
                 ssm_state_indices=batch.slots[:n],
             )
-            out[:n] = o[0]
+            parts.append(o[0])
         if batch.prefills:
             assert batch.begun is not None
             part = slice(n, n + batch.prefills)
             slots = batch.slots[part]
-            before = state[slots].float()
-            before = before.masked_fill(~batch.begun[part, None, None, None], 0.0)
-            q, k, v, g, beta = (x[None, n : batch.tokens].contiguous() for x in inputs)
+            q, k, v, g, beta = (x[None, n:].contiguous() for x in inputs)
             # Triton compiles kernels again for addresses that are not multiples of 16 bytes.
             if n:
                 g, beta = g.clone(), beta.clone()
@@ -484,13 +452,14 @@ class GatedDeltaNet(nn.Module, MambaBase):
                 v,
                 g=g,
                 beta=beta,
-                before=before,
+                before=gather_initial_states(state, slots, batch.begun[part]),
                 bounds=batch.bounds,
                 chunk_indices=batch.metadata.chunk_indices,
                 chunk_offsets=batch.metadata.chunk_offsets,
             )
-            out[n : batch.tokens] = o[0]
-            state[slots] = after.to(state.dtype)
+            parts.append(o[0])
+            scatter_states(state, after, slots)
+        return parts
 
     def _prompts(
         self,
@@ -520,34 +489,3 @@ class GatedDeltaNet(nn.Module, MambaBase):
             chunk_offsets=chunk_offsets,
         )
         return o, after
-
-
-@eager_break_during_capture
-def _operator(
-    qkv: torch.Tensor,
-    b: torch.Tensor,
-    a: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    out: torch.Tensor,
-    layer_name: LayerNameType,
-) -> None:
-    layer = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
-    layer.run(qkv, b, a, (cos, sin), out)
-
-
-def _operator_shapes(
-    qkv: torch.Tensor,
-    b: torch.Tensor,
-    a: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    out: torch.Tensor,
-    layer_name: LayerNameType,
-) -> None:
-    return
-
-
-direct_register_custom_op(
-    op_name=GDN_OP, op_func=_operator, mutates_args=["out"], fake_impl=_operator_shapes
-)

@@ -59,6 +59,7 @@ class AttentionLayout:
         gdn_kv: keys and values of the GDN heads: one for each head, or one for each KV group.
         gdn_kv_of: for each local GDN head, the index of its keys and values.
         projections: blocks of the joint projection.
+        spans: rows of each of them, by its name.
         convolutions: blocks of the short convolution's channels; empty without it.
         output: columns of the output projection.
         gamma, decay: the scales of all local heads; A_log and dt_bias of the GDN heads.
@@ -112,6 +113,11 @@ class AttentionLayout:
         if order and switches["fusion"] == "gated":  # a softmax over all heads, on every rank
             blocks.append(Block("fusion_gate", "fusion_gate", every, every, 1))
         self.projections = blocks
+        self.spans: dict[str, slice] = {}
+        start = 0
+        for block in blocks:
+            self.spans[block.name] = slice(start, start + block.rows)
+            start += block.rows
         self.convolutions: list[Block] = []
         if self.gdn and switches["short_conv"]:
             units = tuple(sorted({unit(h) for h in layer_gdn}))

@@ -1,7 +1,6 @@
 """The exported model in vLLM.
 
-FA heads: each KV group with FA heads is one vLLM attention with one KV head. So pages hold only FA heads, for
-any map. GDN heads: see :mod:`megatron_hydra.serving.vllm.gated_delta_net`. The rest of a layer is vLLM's own.
+Attention: see :mod:`megatron_hydra.serving.vllm.attention`. The rest of a layer is vLLM's own.
 
 T: tokens of a step, all requests one after the other; d: head_dim.
 """
@@ -17,19 +16,12 @@ import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.distributed import (
-    get_pp_group,
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
-)
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
-    ReplicatedLinear,
     RowParallelLinear,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -62,199 +54,12 @@ from vllm.triton_utils import force_first_config
 from megatron_hydra.errors import HydraError
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
 from megatron_hydra.hf.modeling_hydrahead import HydraHeadRotaryEmbedding
-from megatron_hydra.ops.fusion_tail import fusion_tail
-from megatron_hydra.ops.qk_preparation import prepare_heads
+from megatron_hydra.serving.vllm.attention import HydraHeadAttention, Tables
 from megatron_hydra.serving.vllm.gated_delta_net import GatedDeltaNet, state_dtypes, state_shapes
 from megatron_hydra.serving.vllm.kernel_start import KernelStart, read_tuning
-from megatron_hydra.serving.vllm.layout import AttentionLayout, Block
 from megatron_hydra.serving.vllm.placement import Placement, place_heads
 
 logger = init_logger("vllm.hydrahead")  # vLLM shows messages of loggers below its own name
-
-Tables = tuple[torch.Tensor, torch.Tensor]
-
-
-class HydraHeadAttention(nn.Module):
-    """This rank's FA and GDN heads of a layer, fused and projected, summed over ranks.
-
-    Args:
-        config: of the export.
-        placement: of the heads of all layers.
-        vllm_config: of the engine.
-        prefix: the layer's name, with its number.
-    """
-
-    def __init__(
-        self, config: HydraHeadConfig, placement: Placement, vllm_config: VllmConfig, prefix: str
-    ) -> None:
-        super().__init__()
-        layer, rank = extract_layer_index(prefix), get_tensor_model_parallel_rank()
-        self.config, self.switches = config, config.hydra
-        self.head_dim, self.hidden_size = config.head_dim, config.hidden_size
-        self.prefix = prefix
-        self.layout = layout = AttentionLayout(config, layer, placement[layer][rank])
-        self.tp_size = get_tensor_model_parallel_world_size()
-        self.has_heads = bool(layout.fa or layout.gdn)
-        self.fa_q_norm: nn.Parameter | None
-        self.fa_k_norm: nn.Parameter | None
-        self.gamma: nn.Parameter | None
-        if not self.has_heads:
-            return
-        biased = any(self._is_biased(block) for block in layout.projections)
-        self.in_proj = ReplicatedLinear(
-            config.hidden_size,
-            layout.rows,
-            bias=biased,
-            prefix=f"{prefix}.in_proj",
-            return_bias=False,
-        )
-        self.in_proj.weight.data.zero_()  # padding rows, and biases that a block does not have
-        if biased:
-            self.in_proj.bias.data.zero_()
-        self.o_proj = ReplicatedLinear(
-            layout.output.rows,
-            config.hidden_size,
-            bias=config.out_bias and rank == 0,  # only once in the sum over ranks
-            prefix=f"{prefix}.o_proj",
-            return_bias=False,
-        )
-        scales = nn.Parameter(torch.ones(layout.gamma.rows, dtype=torch.float32))
-        has = self.switches["fusion"] != "concat"
-        self.register_parameter("gamma", scales if has else None)
-        if self.switches["fusion"] == "gated":
-            self.register_buffer("order", torch.tensor(layout.gamma.taken), persistent=False)
-        self.fa = nn.ModuleList(
-            Attention(
-                members,
-                self.head_dim,
-                self.head_dim**-0.5,
-                num_kv_heads=1,
-                cache_config=vllm_config.cache_config,
-                prefix=f"{prefix}.fa_group{index}",  # vLLM allows one number between dots
-            )
-            for index, members in enumerate(layout.fa_members)
-        )
-        for name in ("fa_q_norm", "fa_k_norm"):
-            has = config.qk_norm and layout.fa
-            weight = nn.Parameter(torch.ones(self.head_dim)) if has else None
-            self.register_parameter(name, weight)
-        self.gdn = (
-            GatedDeltaNet(config, layout, vllm_config, f"{prefix}.gdn") if layout.gdn else None
-        )
-
-    def forward(self, x: torch.Tensor, tables: Tables, log_scale: torch.Tensor) -> torch.Tensor:
-        """``[T, D]`` → ``[T, D]``.
-
-        Args:
-            x: normed input.
-            tables: cos and sin, fp32 ``[T, 1, d]``.
-            log_scale: s_t, fp32 ``[T]``.
-        """
-        if self.has_heads:
-            y = self.o_proj(self._heads(x, tables, log_scale))
-        else:
-            y = torch.zeros_like(x)
-        return tensor_model_parallel_all_reduce(y) if self.tp_size > 1 else y
-
-    def _heads(self, x: torch.Tensor, tables: Tables, log_scale: torch.Tensor) -> torch.Tensor:
-        projected = self.in_proj(x)
-        blocks = self.layout.projections
-        sizes = [block.rows for block in blocks]
-        spare = self.layout.rows - sum(sizes)
-        parts = dict(
-            zip([b.name for b in blocks], projected.split((*sizes, spare), dim=-1), strict=False)
-        )
-        branches = []
-        if self.layout.fa:
-            branches.append(
-                (self._full_attention(parts, tables, log_scale), self._gate(parts, "fa"))
-            )
-        if self.gdn is not None:
-            qkv = projected[:, : self.layout.channels]  # the first three blocks
-            out = self.gdn(qkv, parts["gdn_b"], parts["gdn_a"], tables)
-            branches.append((out, self._gate(parts, "gdn")))
-        scale: torch.Tensor | None = self.gamma
-        if scale is not None and self.switches["fusion"] == "gated":
-            logits = parts["fusion_gate"].float()
-            shares = torch.softmax(logits, dim=-1) * logits.shape[-1]
-            scale = scale * shares.index_select(-1, self.order)
-        eps = self.config.rms_norm_eps if self.switches["fusion_norm"] == "rms" else None
-        return fusion_tail(branches, scale, eps)
-
-    def _gate(self, parts: dict[str, torch.Tensor], branch: str) -> torch.Tensor | None:
-        gate = parts.get(f"{branch}_gate")
-        return None if gate is None else gate.unflatten(-1, (-1, self.head_dim))
-
-    def _full_attention(
-        self, parts: dict[str, torch.Tensor], tables: Tables, log_scale: torch.Tensor
-    ) -> torch.Tensor:
-        q, k, v = (parts[f"fa_{p}"].unflatten(-1, (-1, self.head_dim)) for p in ("q", "k", "v"))
-        position, eps = self.switches["fa_position"], self.config.rms_norm_eps
-        rotary = tables if position in ("rope", "both") else None
-        scale = log_scale if position in ("log-scale", "both") else None
-        q = prepare_heads(q, self.fa_q_norm, eps, rotary, scale, False)
-        k = prepare_heads(k, self.fa_k_norm, eps, rotary, None, False)
-        outputs, start = [], 0
-        for index, attention in enumerate(self.fa):
-            end = start + self.layout.fa_members[index]
-            out = attention(
-                q[:, start:end].flatten(1), k[:, index].contiguous(), v[:, index].contiguous()
-            )
-            outputs.append(out.unflatten(-1, (-1, self.head_dim)))
-            start = end
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-
-    # Loading.
-
-    def _is_biased(self, block: Block) -> bool:
-        if block.name == "fa_gate":
-            return bool(self.switches["fa_gate_bias"])
-        return self.config.attention_bias and block.name[-2:] in ("_q", "_k", "_v")
-
-    def sources(self) -> dict[str, list[tuple[nn.Parameter, int, Block | None, int]]]:
-        """The place of each of the export's tensors below ``self_attn``.
-
-        Returns:
-            Name → (local parameter, first row, block to take, axis of the block); block ``None``: the
-            whole tensor.
-        """
-        config, layout, switches = self.config, self.layout, self.switches
-        found: dict[str, list[tuple[nn.Parameter, int, Block | None, int]]] = {}
-
-        def add(
-            name: str, parameter: nn.Parameter, start: int, block: Block | None, dim: int = 0
-        ) -> None:
-            found.setdefault(name, []).append((parameter, start, block, dim))
-
-        if not self.has_heads:
-            return found
-        start = 0
-        for block in layout.projections:
-            add(f"{block.source}.weight", self.in_proj.weight, start, block)
-            if self._is_biased(block):
-                add(f"{block.source}.bias", self.in_proj.bias, start, block)
-            start += block.rows
-        start = 0
-        for block in layout.convolutions:
-            assert self.gdn is not None
-            add(f"{block.source}.weight", self.gdn.conv_weight, start, block)
-            start += block.rows
-        add("o_proj.weight", self.o_proj.weight, 0, layout.output, 1)
-        if config.out_bias and self.o_proj.bias is not None:
-            add("o_proj.bias", self.o_proj.bias, 0, None)
-        if self.gamma is not None:
-            add("gamma", self.gamma, 0, layout.gamma)
-        tied = switches["qkv"] == "shared"
-        norms: dict[str, Any] = {"fa_": self if layout.fa else None, "gdn_": self.gdn}
-        for branch, owner in norms.items():
-            for part in ("q_norm", "k_norm"):
-                if owner is not None and config.qk_norm:
-                    parameter = getattr(owner, f"fa_{part}" if branch == "fa_" else part)
-                    add(f"{'' if tied else branch}{part}.weight", parameter, 0, None)
-        if self.gdn is not None:
-            add("gdn_A_log", self.gdn.A_log, 0, layout.decay)
-            add("gdn_dt_bias", self.gdn.dt_bias, 0, layout.decay)
-        return found
 
 
 class HydraHeadMLP(nn.Module):
