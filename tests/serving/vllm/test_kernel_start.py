@@ -235,7 +235,7 @@ def test_other_kernels_are_refused(package, change, named):
     assert '{"hydrahead_tuning": "full"}' in str(raised.value)
 
 
-@pytest.mark.parametrize("kind", ["tuners", "layers"])
+@pytest.mark.parametrize("kind", ["tuners", "layers", "launches"])
 def test_the_kernels_of_vllm(kind, tmp_path):
     """In a process of its own, in which vLLM's sources see Triton though there is no GPU."""
     from tests.serving.vllm import engines
