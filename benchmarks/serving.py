@@ -67,10 +67,15 @@ def parser() -> argparse.ArgumentParser:
         help="CUDA graphs of decode steps and no torch.compile: starts sooner",
     )
     made.add_argument("--tiny", action="store_true", help="a toy shape, for any machine")
-    made.add_argument("--output", type=path_argument, help="folder for serving.json")
     made.add_argument(
-        "--model", choices=MODELS, help=argparse.SUPPRESS
-    )  # in the process of one model
+        "--output",
+        type=path_argument,
+        help="folder for serving.json and the models' config.json; with the same folder, vLLM reuses what "
+        "torch.compile made for the last run",
+    )
+    # In the process of one model.
+    made.add_argument("--model", choices=MODELS, help=argparse.SUPPRESS)
+    made.add_argument("--folder", type=path_argument, help=argparse.SUPPRESS)
     return made
 
 
@@ -177,47 +182,47 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     lengths = sizes(args)
     rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        said = write_config(args.model, args, Path(scratch))
-        llm = LLM(
-            model=scratch,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype="bfloat16",
-            max_model_len=lengths[-1] + args.new_tokens,
-            max_num_batched_tokens=args.max_num_batched_tokens,
-            max_num_seqs=max(args.requests, 2),
-            enable_prefix_caching=False,
-            gpu_memory_utilization=args.memory,
-            enforce_eager=args.eager,
-            compilation_config=(
-                {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"} if args.decode_graphs else {}
-            ),
-            disable_log_stats=False,
+    folder = args.folder or args.output.resolve().parent / "models" / args.model
+    said = write_config(args.model, args, folder)
+    llm = LLM(
+        model=str(folder),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_model_len=lengths[-1] + args.new_tokens,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_num_seqs=max(args.requests, 2),
+        enable_prefix_caching=False,
+        gpu_memory_utilization=args.memory,
+        enforce_eager=args.eager,
+        compilation_config=(
+            {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"} if args.decode_graphs else {}
+        ),
+        disable_log_stats=False,
+    )
+    for number, length in enumerate(lengths):
+        tokens = length + args.new_tokens
+        held = largest_batch(llm, tokens)
+        seed = args.seed + 1000 * (number + 1)
+        serve(llm, length, 1, 2, seed)  # a shape's first use compiles its kernels
+        alone = [serve(llm, length, 1, 1, seed + i + 1) for i in range(args.repeats)]
+        count = max(1, min(args.requests, int(held)))
+        run = serve(llm, length, count, args.new_tokens, seed + 100)
+        rows.append(
+            said
+            | {
+                "prompt_tokens": length,
+                "new_tokens": args.new_tokens,
+                "first_token_s": statistics.median(x["first_token_s"] for x in alone),
+                "first_token_all_s": [x["first_token_s"] for x in alone],
+                "largest_batch": held,
+                "requests": count,
+                "requests_per_s": count / run["seconds"],
+                "together": run["together"],
+                "preemptions": run["preemptions"],
+            }
         )
-        for number, length in enumerate(lengths):
-            tokens = length + args.new_tokens
-            held = largest_batch(llm, tokens)
-            seed = args.seed + 1000 * (number + 1)
-            serve(llm, length, 1, 2, seed)  # a shape's first use compiles its kernels
-            alone = [serve(llm, length, 1, 1, seed + i + 1) for i in range(args.repeats)]
-            count = max(1, min(args.requests, int(held)))
-            run = serve(llm, length, count, args.new_tokens, seed + 100)
-            rows.append(
-                said
-                | {
-                    "prompt_tokens": length,
-                    "new_tokens": args.new_tokens,
-                    "first_token_s": statistics.median(x["first_token_s"] for x in alone),
-                    "first_token_all_s": [x["first_token_s"] for x in alone],
-                    "largest_batch": held,
-                    "requests": count,
-                    "requests_per_s": count / run["seconds"],
-                    "together": run["together"],
-                    "preemptions": run["preemptions"],
-                }
-            )
-            print(f"[{args.model}] {rows[-1]}", flush=True)
+        print(f"[{args.model}] {rows[-1]}", flush=True)
     return rows
 
 
@@ -240,7 +245,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         for kind in MODELS:
             part = Path(scratch) / f"{kind}.json"
-            child = [*words, "--model", kind, "--output", str(part)]
+            # vLLM's key of compiled code contains the path of the model's folder.
+            folder = (args.output or Path(scratch)).resolve() / "models" / kind
+            child = [*words, "--model", kind, "--folder", str(folder), "--output", str(part)]
             done = subprocess.run([sys.executable, "-m", "benchmarks.serving", *child], check=False)
             if done.returncode:
                 raise HydraError(

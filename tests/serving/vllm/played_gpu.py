@@ -260,9 +260,7 @@ def launches() -> None:
     PlayedAttention.forward = lambda self, q, k, v: (  # type: ignore[method-assign]
         counted.names.extend(["cache update", "attention"]) or torch.empty_like(q)
     )
-    prepared, gates, tail = (
-        f"triton_{x}" for x in ("qk_preparation", "delta_rule_gates", "fusion_tail")
-    )
+    prepared, tail = (f"triton_{x}" for x in ("qk_preparation", "fusion_tail"))
     before = ["mm", prepared, *["cache update", "attention"] * 2]
     after = [tail, tail, "mm"]
     rule = list(PROMPT)

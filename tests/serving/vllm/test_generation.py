@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -67,10 +72,16 @@ def test_bf16(tmp_path):
             engines.check_rounded(model, prompt, answer)
 
 
-def test_compiled(tmp_path):
-    """By torch.compile, as ``vllm serve`` runs it by default."""
-    model = engines.save_export(tmp_path)
-    prompts = engines.random_prompts(LENGTHS)
-    with engines.engine(tmp_path, enforce_eager=False) as llm:
-        for prompt, answer in zip(prompts, engines.generate(llm, prompts), strict=True):
-            engines.check(model, prompt, answer, FP32)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the fused kernels")
+def test_fused_kernels(tmp_path):
+    """The small kernels of a layer on a GPU, in Triton's interpreter, which wants a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serving.vllm.interpreted", tmp_path / "export"],
+        cwd=Path(__file__).parents[3],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "as expected" in done.stdout
