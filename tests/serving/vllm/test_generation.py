@@ -73,10 +73,12 @@ def test_bf16(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the fused kernels")
-def test_fused_kernels(tmp_path):
+@pytest.mark.parametrize("what", ["engine", "rule"])
+def test_fused_kernels(what, tmp_path):
     """The small kernels of a layer on a GPU, in Triton's interpreter, which wants a process of its own."""
+    folder = [tmp_path / "export"] if what == "engine" else []
     done = subprocess.run(
-        [sys.executable, "-m", "tests.serving.vllm.interpreted", tmp_path / "export"],
+        [sys.executable, "-m", "tests.serving.vllm.interpreted", what, *folder],
         cwd=Path(__file__).parents[3],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
