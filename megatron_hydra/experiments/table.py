@@ -53,7 +53,9 @@ def _over(seeds: Sequence[int]) -> str:
 
 def training_table(results: Results) -> list[str]:
     """Stages of every row: steps, tokens, minutes, speed, first and last loss; mean over seeds."""
-    longest_first = sorted(results.cells, key=lambda cell: -len(cell.training))  # a row may skip some
+    longest_first = sorted(
+        results.cells, key=lambda cell: -len(cell.training)
+    )  # a row may skip some
     stages = dict.fromkeys(stage for cell in longest_first for stage in cell.training)
     if not stages:
         return []

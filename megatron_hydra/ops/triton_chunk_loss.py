@@ -134,7 +134,7 @@ def chunk_gradient(
     tau: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The gradient by the logits, ``[C, V_local]`` in ``dtype``. It overwrites ``student`` if that has the dtype.
+    """The gradient by the logits, ``[C, V_local]`` in ``dtype``; overwrites ``student`` if it has this dtype.
 
     f₁·e^{z−m} + f₂·e^{(z−m)/τ} − f₃·e^{(z'−m')/τ} − f₀·[column is the label]
 

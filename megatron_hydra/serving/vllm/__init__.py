@@ -25,8 +25,6 @@ def register() -> None:
     # By name: vLLM imports it in a process of its own first, before this one may touch a GPU.
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:HydraHeadForCausalLM")
     MODELS_CONFIG_MAP[ARCHITECTURE] = SupportCheck
-    operator = (
-        f"vllm::{ATTENTION_OP}"  # compiled graphs are split there, as at vLLM's own attention
-    )
+    operator = f"vllm::{ATTENTION_OP}"  # compiled graphs are split there, as at vLLM's attention
     if operator not in CompilationConfig._attention_ops:
         CompilationConfig._attention_ops.append(operator)
