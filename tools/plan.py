@@ -113,7 +113,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="change an assumed efficiency. Shares: matmul, attention, attention_backward, varlen, tail, "
         "delta_rule, flash_qla (0.27 where FlashQLA is installed), bandwidth, nvlink, network, usable, "
-        "overlap. Seconds: latency (per collective), launch and triton_launch (of the host, per kernel). Repeatable",
+        "overlap. Seconds: latency (per collective), launch and triton_launch (of the host, per kernel). "
+        "Repeatable",
     )
     p.add_argument("--top", type=int, default=5, help="number of layouts to show (%(default)s)")
     p.add_argument("--json", action="store_true", help="print everything as JSON")
