@@ -13,6 +13,7 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments.results import Results, split_column
 from megatron_hydra.experiments.table import (
     facts_columns,
+    fit_table,
     footnotes,
     question_table,
     row,
@@ -46,7 +47,7 @@ def write_into(page: Path, results: Results) -> None:
 
 
 def section(results: Results) -> list[str]:
-    """Tables: one for each task with lengths as columns, lm-eval's metrics, the cache, the training."""
+    """Tables: one for each task with lengths as columns, lm-eval's metrics, the cache, the training, laws over tokens."""
     columns = results.columns()
     parts = [split_column(column) for column in columns]
     lines = [*_samples(results), ""]
@@ -60,8 +61,9 @@ def section(results: Results) -> list[str]:
     lines += row(["---", "---:", "---:", "---:"])
     for variant in results.experiment.variants:
         lines += row([variant, *facts_columns(results.of(variant))])
-    trained = [line for line in training_table(results) if not line.startswith("## ")]
-    return [*lines, *trained, "", *footnotes(results)]
+    more = [*training_table(results), *fit_table(results)]
+    kept = [line for line in more if not line.startswith("## ")]
+    return [*lines, *kept, "", *footnotes(results)]
 
 
 def _samples(results: Results) -> list[str]:

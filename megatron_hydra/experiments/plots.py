@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_hydra.experiments import scaling
 from megatron_hydra.experiments.results import Results, split_column
 from megatron_hydra.files import write_figure_atomic
 
@@ -16,7 +17,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
     Returns:
         ``<name>_<task>.png`` (mean and range over seeds against length) for every task with several lengths,
-        ``<name>_bars.png``, and ``<name>_losses.png`` if a stage has metrics.
+        ``<name>_bars.png``, ``<name>_losses.png`` if a stage has metrics, and ``<name>_fit.png`` if the table
+        has rows to fit.
     """
     parts = [split_column(column) for column in results.columns()]
     columns = [(task, length) for task, length in parts if length is not None]
@@ -33,6 +35,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
         paths.append(_bars(results, shown, folder / f"{name}_bars.png"))
     if any(curve for cell in results.cells for curve in cell.training.values()):
         paths.append(_losses(results, folder / f"{name}_losses.png"))
+    if results.experiment.table.fit_rows and (found := scaling.fits(results)):
+        paths.append(_fits(results, found, folder / f"{name}_fit.png"))
     return paths
 
 
@@ -147,4 +151,35 @@ def _losses(results: Results, path: Path) -> Path:
         list(drawn.values()), list(drawn), fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)
     )
     figure.suptitle(results.experiment.title, fontsize=10)
+    return write_figure_atomic(figure, path, dpi=120)
+
+
+def _fits(results: Results, found: list[scaling.Fit], path: Path) -> Path:
+    """One panel for each quantity: its points, the law, and the range of laws that leave out one point."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    last = results.experiment.table.fit_tokens
+    across = min(3, len(found))
+    down = -(-len(found) // across)
+    figure = Figure(figsize=(1.0 + 3.6 * across, 0.6 + 3.0 * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in panels[len(found) :]:
+        axes.set_visible(False)
+    for axes, one in zip(panels, found, strict=False):
+        axes.plot([n for n, _ in one.points], [y for _, y in one.points], "o", color="#1a73e8")
+        if one.law is not None:
+            tokens = np.geomspace(one.points[0][0], max(last, one.points[-1][0]), 100)
+            axes.plot(tokens, [one.law(n) for n in tokens], color="#1a73e8", linewidth=1.2)
+            ranges = [one.range_at(n) for n in tokens]
+            if ranges[0] is not None:
+                low, high = zip(*(r for r in ranges if r is not None), strict=True)
+                axes.fill_between(tokens, low, high, color="#1a73e8", alpha=0.15, linewidth=0)
+        axes.axvline(last, color="#5f6368", linestyle=":")
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
+        axes.set_title(one.name, fontsize=9)
+        axes.set_xlabel("tokens, all stages")
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{results.experiment.title}; band: laws without one of the rows", fontsize=10)
     return write_figure_atomic(figure, path, dpi=120)

@@ -174,12 +174,16 @@ class TableSpec:
         baseline: the row to which differences are computed, or empty.
         train_length: length that the pictures mark; 0: none.
         bars: lengths of the bar chart; empty: the shortest and the longest.
+        fit_rows: rows with different numbers of tokens, to which power laws are fitted.
+        fit_tokens: number of tokens for which the laws predict, all stages together.
     """
 
     columns: tuple[str, ...] = ()
     baseline: str = ""
     train_length: int = 0
     bars: tuple[int, ...] = ()
+    fit_rows: tuple[str, ...] = ()
+    fit_tokens: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +295,10 @@ def load_experiment(
         ]
     if file.table.baseline and file.table.baseline not in rows:
         raise HydraError(f"{path}: table.baseline {file.table.baseline!r} is none of the rows")
+    if unknown := [row for row in file.table.fit_rows if row not in rows]:
+        raise HydraError(f"{path}: table.fit_rows has {unknown[0]!r}, which is none of the rows")
+    if file.table.fit_rows and not file.table.fit_tokens > 0:
+        raise HydraError(f"{path}: table.fit_rows needs table.fit_tokens, for example 15.0e+9")
     return Experiment(
         path.stem,
         file.title or path.stem,

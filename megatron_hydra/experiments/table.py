@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
+from megatron_hydra.experiments import scaling
 from megatron_hydra.experiments.results import CellResult, Results, Spread, split_column
 
 
@@ -36,6 +37,7 @@ def markdown(results: Results) -> str:
     lines += ["", *question_table(results, down)]
     lines += _differences(results, across, down)
     lines += training_table(results)
+    lines += fit_table(results)
     lines += ["## Every value", ""]
     lines += row(["", "seed", *columns, "FA heads (layer.head)"])
     lines += row(["---", "---:", *["---:"] * len(columns), "---"])
@@ -76,6 +78,35 @@ def training_table(results: Results) -> list[str]:
                 f"{mean(t.tokens_per_s for t in found):,.0f}",
             )
             lines += row([variant, stage, *shown, loss])
+    return [*lines, ""]
+
+
+def fit_table(results: Results) -> list[str]:
+    """Power laws over the tokens of ``table.fit_rows``, with their predictions."""
+    table = results.experiment.table
+    if not table.fit_rows or not (found := scaling.fits(results)):
+        return []
+    more = f"{table.fit_tokens / 1e6:,.0f} M tokens"
+    lines = ["## Against tokens", ""]
+    lines += [
+        "N: tokens of all stages, in millions. The range is that of the laws that leave out one row. It says "
+        "nothing about whether the law holds so far.",
+        "",
+    ]
+    lines += row(["", "rows", "law", "rms residual", f"at {more}", "leaving out one row"])
+    lines += row(["---", "---:", "---", "---:", "---:", "---:"])
+    for one in found:
+        shown = [f"needs {scaling.LEAST_POINTS} rows", "", "", ""]
+        if law := one.law:
+            around = one.range_at(table.fit_tokens)
+            power = f"{law.scale * 1e6**-law.exponent:.3g} · N^−{law.exponent:.2f}"
+            shown = [
+                f"{law.floor:.3g} + {power}" if law.scale else f"{law.floor:.3g} (does not fall)",
+                f"{law.residual:.2g}",
+                f"{law(table.fit_tokens):.3g}",
+                "not known" if around is None else f"{around[0]:.3g} to {around[1]:.3g}",
+            ]
+        lines += row([one.name, str(len(one.points)), *shown])
     return [*lines, ""]
 
 
