@@ -47,7 +47,7 @@ def write_into(page: Path, results: Results) -> None:
 
 
 def section(results: Results) -> list[str]:
-    """Tables: one for each task with lengths as columns, lm-eval's metrics, the cache, the training, laws over tokens."""
+    """Tables: one for each task (columns: lengths), lm-eval's metrics, cache, training, laws over tokens."""
     columns = results.columns()
     parts = [split_column(column) for column in columns]
     lines = [*_samples(results), ""]
