@@ -26,6 +26,7 @@ import torch
 from megatron_hydra.files import write_json_atomic
 from megatron_hydra.ops import kernel_cache
 from megatron_hydra.ops.kernels import Case
+from megatron_hydra.ops.one_parser import one_parser
 
 _log = logging.getLogger(__name__)
 
@@ -210,7 +211,7 @@ def configurations_compiled_together(
         return one_by_one(self, *args, **kwargs)
 
     seen: dict[int, set[tuple[Any, ...]]] = {}
-    with concurrent.futures.ThreadPoolExecutor(threads, "compile") as pool:
+    with one_parser(), concurrent.futures.ThreadPoolExecutor(threads, "compile") as pool:
         Autotuner.run = run
         try:
             yield

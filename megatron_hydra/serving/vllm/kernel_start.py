@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from megatron_hydra.errors import HydraError
+from megatron_hydra.ops.one_parser import one_parser
 
 OPTION = "hydrahead_tuning"
 """Key of vLLM's ``--additional-config``."""
@@ -175,6 +176,7 @@ def compiling(tuners: Sequence[Any], threads: int) -> Iterator[None]:
             tuner.do_bench, tuner.cache_results = untimed, False
         undo.callback(setattr, JITFunction, "run", launch)
         JITFunction.run = compile_only
+        undo.enter_context(one_parser())
         executor = undo.enter_context(ThreadPoolExecutor(threads))
         undo.enter_context(AsyncCompileMode(executor, ignore_errors=True))
         yield
