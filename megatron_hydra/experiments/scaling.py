@@ -7,6 +7,8 @@ The law is y(N) = floor + scale · N^−exponent with floor, scale ≥ 0, fitted
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -71,9 +73,8 @@ def fit_law(points: Points) -> Law:
         points: (tokens, value), at least one.
     """
     tokens, values = np.array(points, dtype=np.float64).T
-    unit = np.exp(
-        np.log(tokens).mean()
-    )  # powers of token counts are too small for a stable solution
+    # In units of their geometric mean: powers of token counts are too small for a stable solution.
+    unit = np.exp(np.log(tokens).mean())
     best: tuple[float, Law] | None = None
     for exponent in _EXPONENTS:
         power = (tokens / unit) ** -exponent
@@ -102,13 +103,11 @@ def _not_negative(power: np.ndarray, values: np.ndarray) -> tuple[float, float]:
 def fit(name: str, points: Points) -> Fit:
     """Fit a law to the points, and one without each of them."""
     points = tuple(sorted(points))
-    law: Law | None = None
+    different = len({tokens for tokens, _ in points})
+    law = fit_law(points) if different >= LEAST_POINTS else None
     others: tuple[Law, ...] = ()
-    if len({tokens for tokens, _ in points}) >= LEAST_POINTS:
-        law = fit_law(points)
-    if len({tokens for tokens, _ in points}) > LEAST_POINTS:
-        left = range(len(points))
-        others = tuple(fit_law([p for n, p in enumerate(points) if n != out]) for out in left)
+    if different > LEAST_POINTS:
+        others = tuple(fit_law((*points[:n], *points[n + 1 :])) for n in range(len(points)))
     return Fit(name, points, law, others)
 
 
@@ -121,19 +120,19 @@ def fits(results: Results) -> list[Fit]:
     table = results.experiment.table
     rows = [[c for c in results.of(row) if c.training] for row in table.fit_rows]
     rows = [cells for cells in rows if cells]
-    quantities: dict[str, Callable[[CellResult], float | None]] = {}
-    for stage in dict.fromkeys(s for cells in rows for cell in cells for s in cell.training):
-        quantities[f"last loss of {stage}"] = lambda cell, stage=stage: _last_loss(cell, stage)  # type: ignore[misc]
-    native = table.train_length
-    where = f" to {native:,} tokens" if native else ""
-    quantities[f"wrong answers{where}"] = lambda cell: _wrong(cell, 0, native or None)
-    if native:
-        quantities[f"wrong answers beyond {native:,} tokens"] = lambda cell: _wrong(
-            cell, native, None
-        )
+    quantities: dict[str, Callable[[CellResult], float | None]] = {
+        f"last loss of {stage}": functools.partial(_last_loss, stage)
+        for stage in dict.fromkeys(s for cells in rows for cell in cells for s in cell.training)
+    }
+    if native := table.train_length:
+        quantities[f"wrong answers to {native:,} tokens"] = functools.partial(_wrong, 0, native)
+        beyond = functools.partial(_wrong, native, math.inf)
+        quantities[f"wrong answers beyond {native:,} tokens"] = beyond
+    else:
+        quantities["wrong answers"] = functools.partial(_wrong, 0, math.inf)
     for column in results.columns():
         if column.endswith("/perplexity"):
-            quantities[column] = lambda cell, column=column: cell.accuracy.get(column)  # type: ignore[misc]
+            quantities[column] = functools.partial(_metric, column)
     found = []
     for name, quantity in quantities.items():
         points = []
@@ -147,18 +146,22 @@ def fits(results: Results) -> list[Fit]:
     return found
 
 
-def _last_loss(cell: CellResult, stage: str) -> float | None:
+def _metric(column: str, cell: CellResult) -> float | None:
+    return cell.accuracy.get(column)
+
+
+def _last_loss(stage: str, cell: CellResult) -> float | None:
     if stage not in cell.training:
         return None
     losses = [loss for _, loss in cell.training[stage].curve]
     return statistics.fmean(losses[-max(1, round(LAST * len(losses))) :])
 
 
-def _wrong(cell: CellResult, above: int, up_to: int | None) -> float | None:
+def _wrong(above: float, up_to: float, cell: CellResult) -> float | None:
     """Mean share of wrong answers over all tasks at lengths above one and up to another."""
     right = []
     for column, value in cell.accuracy.items():
         length = split_column(column)[1]
-        if length is not None and length > above and (up_to is None or length <= up_to):
+        if length is not None and above < length <= up_to:
             right.append(value)
     return 1.0 - statistics.fmean(right) if right else None

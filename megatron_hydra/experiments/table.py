@@ -55,9 +55,8 @@ def _over(seeds: Sequence[int]) -> str:
 
 def training_table(results: Results) -> list[str]:
     """Stages of every row: steps, tokens, minutes, speed, first and last loss; mean over seeds."""
-    longest_first = sorted(
-        results.cells, key=lambda cell: -len(cell.training)
-    )  # a row may skip some
+    # A row may skip stages, so the order is that of the row with the most.
+    longest_first = sorted(results.cells, key=lambda cell: -len(cell.training))
     stages = dict.fromkeys(stage for cell in longest_first for stage in cell.training)
     if not stages:
         return []
@@ -89,8 +88,8 @@ def fit_table(results: Results) -> list[str]:
     more = f"{table.fit_tokens / 1e6:,.0f} M tokens"
     lines = ["## Against tokens", ""]
     lines += [
-        "N: tokens of all stages, in millions. The range is that of the laws that leave out one row. It says "
-        "nothing about whether the law holds so far.",
+        "N: tokens of all stages, in millions. The last column leaves out each row once, and gives the "
+        "lowest and the highest prediction. Whether the law holds for so many tokens is not known.",
         "",
     ]
     lines += row(["", "rows", "law", "rms residual", f"at {more}", "leaving out one row"])

@@ -144,7 +144,8 @@ def _load_fla_cp() -> dict[str, Any]:
 
 
 @functools.cache
-def _load_triton() -> dict[str, Any]:
+def load_triton() -> dict[str, Any]:
+    """The fused kernels, by their names in :class:`.Kernels`."""
     from megatron_hydra.ops import (
         triton_delta_rule_gates,
         triton_delta_rule_inputs,
@@ -155,6 +156,7 @@ def _load_triton() -> dict[str, Any]:
     return {
         "fusion_tail": triton_fusion_tail.fusion_tail,
         "prepare_heads": triton_qk_preparation.prepare_heads,
+        "prepare_queries_and_keys": triton_qk_preparation.prepare_queries_and_keys,
         "delta_rule_gates": triton_delta_rule_gates.delta_rule_gates,
         "delta_rule_inputs": triton_delta_rule_inputs.delta_rule_inputs,
     }
@@ -195,7 +197,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         _TORCH,
     ),
     "fused_kernels": (
-        Backend("triton", _needs("triton", low_precision=False), _load_triton, TRITON),
+        Backend("triton", _needs("triton", low_precision=False), load_triton, TRITON),
         _TORCH,
     ),
 }

@@ -22,7 +22,7 @@ FLA_BACKENDS = ("fla", "fla_cp")
 
 Kernel = Callable[..., torch.Tensor]
 DeltaRuleInputs = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-DeltaRuleGates = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Pair = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 DeltaRule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
@@ -40,6 +40,7 @@ class Kernels:
         delta_rule: as the twin of the model's rule (:attr:`.LinearRule.twin`); may return ``None`` for the
             final states.
         prepare_heads: as :func:`~megatron_hydra.ops.qk_preparation.prepare_heads`.
+        prepare_queries_and_keys: as :func:`~megatron_hydra.ops.qk_preparation.prepare_queries_and_keys`.
         delta_rule_inputs: as :func:`~megatron_hydra.ops.delta_rule_inputs.delta_rule_inputs`.
         delta_rule_gates: as :func:`~megatron_hydra.ops.delta_rule_gates.delta_rule_gates`.
         fusion_tail: as :func:`~megatron_hydra.ops.fusion_tail.fusion_tail`.
@@ -49,8 +50,9 @@ class Kernels:
     attention: Kernel = varlen_attention
     delta_rule: DeltaRule = GATED_DELTA_RULE.twin
     prepare_heads: Kernel = qk_preparation.prepare_heads
+    prepare_queries_and_keys: Pair = qk_preparation.prepare_queries_and_keys
     delta_rule_inputs: DeltaRuleInputs = delta_rule_inputs.delta_rule_inputs
-    delta_rule_gates: DeltaRuleGates = delta_rule_gates.delta_rule_gates
+    delta_rule_gates: Pair = delta_rule_gates.delta_rule_gates
     fusion_tail: Kernel = fusion_tail.fusion_tail
     names: dict[str, str] = dataclasses.field(
         default_factory=lambda: {

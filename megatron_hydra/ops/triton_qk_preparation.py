@@ -326,7 +326,7 @@ def prepare_heads(
     l2: bool,
 ) -> torch.Tensor:
     """As :func:`megatron_hydra.ops.qk_preparation.prepare_heads`, in one pass."""
-    if norm_weight is None and tables is None and scale is None and not l2:
+    if _has_no_step(norm_weight, tables, scale, l2):
         return x
     prepared: torch.Tensor = _apply(x, (norm_weight, None), eps, tables, scale, l2, 0)[0]
     return prepared
@@ -342,11 +342,17 @@ def prepare_queries_and_keys(
     l2: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`megatron_hydra.ops.qk_preparation.prepare_queries_and_keys`, in one pass."""
-    if norms[0] is None and tables is None and scale is None and not l2:
+    if _has_no_step(norms[0], tables, scale, l2):
         q, k = x.split((x.shape[1] - key_heads, key_heads), dim=1)
         return q, k
     q, k = _apply(x, norms, eps, tables, scale, l2, key_heads)
     return q, k
+
+
+def _has_no_step(
+    norm: torch.Tensor | None, tables: Tables, scale: torch.Tensor | None, l2: bool
+) -> bool:
+    return norm is None and tables is None and scale is None and not l2
 
 
 def _apply(

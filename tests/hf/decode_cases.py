@@ -103,6 +103,22 @@ def no_worse(got, plain, want, what):
     assert errors[0] < factor * errors[1], f"{what}: {errors[0]:.1e}, by the layers {errors[1]:.1e}"
 
 
+def both(model, kernels, token, fused, plain, forward=None):
+    """Logits of a step by the fused kernels and by the layers.
+
+    Args:
+        kernels: module and name of what every layer must call in the fused step.
+        forward: the fused step, if it is not the model's own.
+    """
+    with torch.no_grad():
+        with mock.patch.object(*kernels, wraps=getattr(*kernels)) as ran:
+            got = (forward or model)(token, past_key_values=fused).logits
+        assert ran.call_count == len(model.model.layers)
+        with mock.patch.object(modeling, "usable", return_value=False):
+            want = model(token, past_key_values=plain).logits
+    return got, want
+
+
 def check(kind, name, padding, steps, device, dtype):
     """Run some steps by the fused kernels and by the layers, from the same cache."""
     model = model_of(kind, device, dtype)
@@ -114,17 +130,12 @@ def check(kind, name, padding, steps, device, dtype):
     truth = filled(wide, name, padding, device, length, room)
     for step in range(steps):
         token = tokens(2, 1, seed=step).to(device)
-        with torch.no_grad():
-            with mock.patch.object(modeling, "decode", wraps=modeling.decode) as ran:
-                got = model(token, past_key_values=fused).logits
-            assert ran.call_count == len(model.model.layers)
-            with mock.patch.object(modeling, "usable", return_value=False):
-                want = model(token, past_key_values=plain).logits
-                if dtype != torch.float32:
-                    true = wide(token, past_key_values=truth).logits
+        got, want = both(model, (modeling, "decode"), token, fused, plain)
         what = f"{kind}, {name}, {padding=}, step {step}"
         close(got, want, dtype, what)
         if dtype != torch.float32:
+            with torch.no_grad(), mock.patch.object(modeling, "usable", return_value=False):
+                true = wide(token, past_key_values=truth).logits
             no_worse(got, want, true, what)
         for (part, a), (_, b) in zip(memories(fused), memories(plain), strict=True):
             close(a, b, dtype, f"{what}, {part}")
@@ -198,12 +209,7 @@ def check_compiled(kind, name, backend, steps):
     forward = torch.compile(model.forward, backend=backend, fullgraph=True)
     for step in range(steps):
         token = tokens(2, 1, seed=step)
-        with torch.no_grad():
-            with mock.patch.object(decode, "_launch", wraps=decode._launch) as ran:
-                got = forward(token, past_key_values=compiled).logits
-            assert ran.call_count == len(model.model.layers)
-            with mock.patch.object(modeling, "usable", return_value=False):
-                want = model(token, past_key_values=plain).logits
+        got, want = both(model, (decode, "_launch"), token, compiled, plain, forward)
         what = f"{kind}, {name}, compiled by {backend}, step {step}"
         close(got, want, torch.float32, what)
         for (part, a), (_, b) in zip(memories(compiled), memories(plain), strict=True):

@@ -35,10 +35,11 @@ from vllm.utils.torch_utils import (
 
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
 from megatron_hydra.ops.fusion_tail import Branch
+from megatron_hydra.ops.kernels import Kernels
 from megatron_hydra.serving.vllm import ATTENTION_OP
 from megatron_hydra.serving.vllm.gated_delta_net import GatedDeltaNet
-from megatron_hydra.serving.vllm.kernels import LayerKernels, layer_kernels
-from megatron_hydra.serving.vllm.layout import AttentionLayout, Block
+from megatron_hydra.serving.vllm.kernels import layer_kernels
+from megatron_hydra.serving.vllm.layout import AttentionLayout, Block, placed
 from megatron_hydra.serving.vllm.placement import Placement
 
 Tables = tuple[torch.Tensor, torch.Tensor]
@@ -177,7 +178,7 @@ class HydraHeadAttention(nn.Module):
         projected: torch.Tensor,
         tables: Tables,
         log_scale: torch.Tensor,
-        kernels: LayerKernels,
+        kernels: Kernels,
     ) -> list[Branch]:
         """Each KV group's heads and their gates."""
         spans, d = self.layout.spans, self.head_dim
@@ -228,17 +229,13 @@ class HydraHeadAttention(nn.Module):
 
         if not self.has_heads:
             return found
-        start = 0
-        for block in layout.projections:
+        for start, block in placed(layout.projections):
             add(f"{block.source}.weight", self.in_proj.weight, start, block)
             if self._is_biased(block):
                 add(f"{block.source}.bias", self.in_proj.bias, start, block)
-            start += block.rows
-        start = 0
-        for block in layout.convolutions:
+        for start, block in placed(layout.convolutions):
             assert self.gdn is not None
             add(f"{block.source}.weight", self.gdn.conv_weight, start, block)
-            start += block.rows
         add("o_proj.weight", self.o_proj.weight, 0, layout.output, 1)
         if config.out_bias and self.o_proj.bias is not None:
             add("o_proj.bias", self.o_proj.bias, 0, None)
@@ -270,15 +267,8 @@ def _operator(
     layer.run(x, (cos, sin), log_scale, y)
 
 
-def _operator_shapes(
-    x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    log_scale: torch.Tensor,
-    y: torch.Tensor,
-    layer_name: LayerNameType,
-) -> None:
-    return
+def _operator_shapes(*arguments: Any) -> None:
+    """It returns nothing, so it has no shapes."""
 
 
 # It fills an argument, and returns nothing: between pieces of CUDA graphs addresses must not change.

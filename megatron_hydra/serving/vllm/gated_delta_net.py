@@ -4,9 +4,9 @@ The states live in vLLM's cache, one page a sequence and layer: the last inputs 
 ``[n, v, k]`` fp32 (the export's states, transposed: the layout of vLLM's kernels). All layers reserve what
 the largest one needs, so that vLLM sees one kind of cache.
 
-In 16 bits on a GPU the convolution and the delta rule are vLLM's own kernels. What lies between them (norm,
-rotary embedding, l2 norm, decay, write strength) are this package's kernels, because vLLM's fused kernels have
-no place for it. Elsewhere all of it is the package's torch code.
+In 16 bits on a GPU the convolution and the delta rule are vLLM's own kernels. This package's kernels compute
+what lies between them (norm, rotary embedding, l2 norm, decay, write strength), because vLLM's fused kernels
+have no place for it. Elsewhere the package's torch code computes everything.
 """
 
 import dataclasses
@@ -29,9 +29,10 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
 from megatron_hydra.hf.modeling_hydrahead import recurrent_gated_delta_rule
 from megatron_hydra.ops.gated_delta_rule import chunked_gated_delta_rule
+from megatron_hydra.ops.kernels import Kernels
 from megatron_hydra.ops.short_conv import final_conv_state, short_conv
 from megatron_hydra.serving.vllm.kernel_start import KernelStart
-from megatron_hydra.serving.vllm.kernels import LayerKernels, layer_kernels
+from megatron_hydra.serving.vllm.kernels import layer_kernels
 from megatron_hydra.serving.vllm.layout import AttentionLayout
 from megatron_hydra.serving.vllm.placement import place_heads
 
@@ -252,7 +253,7 @@ class GatedDeltaNet(nn.Module, MambaBase):
         self,
         qkv: torch.Tensor,
         tables: tuple[torch.Tensor, torch.Tensor],
-        kernels: LayerKernels,
+        kernels: Kernels,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         m, d = len(self.layout.gdn_kv), self.head_dim
         heads = qkv.unflatten(-1, (-1, d))

@@ -9,7 +9,7 @@ back at run time.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -48,6 +48,14 @@ class Block:
         index = torch.tensor([self.given.index(unit) for unit in self.taken], dtype=torch.int64)
         parts = tensor.unflatten(dim, (len(self.given), self.size))
         return parts.index_select(dim, index.to(tensor.device)).flatten(dim, dim + 1)
+
+
+def placed(blocks: Sequence[Block]) -> Iterator[tuple[int, Block]]:
+    """Each block and its first row, if the blocks are one below the other."""
+    start = 0
+    for block in blocks:
+        yield start, block
+        start += block.rows
 
 
 class AttentionLayout:
@@ -113,11 +121,7 @@ class AttentionLayout:
         if order and switches["fusion"] == "gated":  # a softmax over all heads, on every rank
             blocks.append(Block("fusion_gate", "fusion_gate", every, every, 1))
         self.projections = blocks
-        self.spans: dict[str, slice] = {}
-        start = 0
-        for block in blocks:
-            self.spans[block.name] = slice(start, start + block.rows)
-            start += block.rows
+        self.spans = {b.name: slice(start, start + b.rows) for start, b in placed(blocks)}
         self.convolutions: list[Block] = []
         if self.gdn and switches["short_conv"]:
             units = tuple(sorted({unit(h) for h in layer_gdn}))
@@ -140,12 +144,3 @@ class AttentionLayout:
         """Number of channels of the GDN heads' q, k and v, which the short convolution reads."""
         names = ("gdn_q", "gdn_k", "gdn_v")
         return sum(block.rows for block in self.projections if block.name in names)
-
-    def place(self, blocks: Sequence[Block], source: str) -> list[tuple[int, Block]]:
-        """The places of ``source``'s rows in a tensor of these blocks."""
-        found, start = [], 0
-        for block in blocks:
-            if block.source == source:
-                found.append((start, block))
-            start += block.rows
-        return found
