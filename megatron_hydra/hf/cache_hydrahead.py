@@ -627,22 +627,34 @@ def record_past(cache: Cache, on: bool) -> None:
 def layer_memory(cache: Cache, index: int, device: torch.device) -> HydraHeadCacheLayer:
     """Return a layer's cache, on its device. If the cache is offloaded, prefetch the next layer's as well."""
     if cache.offloading:
-        if device.type == "cuda":
-            here = torch.cuda.default_stream(device)
-            here.wait_stream(cache.prefetch_stream)
-            # The stream may still copy this layer to the host.
-            cache.prefetch_stream.wait_stream(here)
-            cache.layers[index].prefetch()
-            cache.prefetch(index + 1, only_non_sliding=False)
-        else:
-            cache.layers[index].prefetch()
+        _fetch(cache, index, device)
     return cache.layers[index]
+
+
+# torch 2.11's compiler crashes (segmentation fault) on the streams of an offloaded cache, in transformers' own
+# models too. Copies gain nothing from compilation, so the compiler does not look into them.
+@torch.compiler.disable
+def _fetch(cache: Cache, index: int, device: torch.device) -> None:
+    if device.type != "cuda":
+        cache.layers[index].prefetch()
+        return
+    here = torch.cuda.default_stream(device)
+    here.wait_stream(cache.prefetch_stream)
+    # The stream may still copy this layer to the host.
+    cache.prefetch_stream.wait_stream(here)
+    cache.layers[index].prefetch()
+    cache.prefetch(index + 1, only_non_sliding=False)
 
 
 def put_back(cache: Cache, index: int) -> None:
     """Move a layer's cache back to the host if the cache is offloaded."""
     if cache.offloading:
-        cache.layers[index].offload()
+        _put_back(cache, index)
+
+
+@torch.compiler.disable
+def _put_back(cache: Cache, index: int) -> None:
+    cache.layers[index].offload()
 
 
 __all__ = ["HydraHeadCache"]
