@@ -151,8 +151,9 @@ class HydraHeadCacheLayer(CacheLayerMixin):
         count = key_states.shape[2]
         if self.keys is None or self.values is None:
             # Detached: the cache is for inference. No gradients flow through earlier calls.
-            self.keys = key_states.detach().contiguous()
-            self.values = value_states.detach().contiguous()
+            # Copied: a view would keep the queries and keys of all heads in memory.
+            self.keys = key_states.detach().clone(memory_format=torch.contiguous_format)
+            self.values = value_states.detach().clone(memory_format=torch.contiguous_format)
             return key_states, value_states
         end = self.length + count
         keys, values = self.reserve(count)
