@@ -55,8 +55,9 @@ def state_shapes(config: HydraHeadConfig, tp_size: int) -> tuple[tuple[int, ...]
         for local in ranks
     ]
     heads = max(len(layout.gdn) for layout in layouts)
-    # Where nothing is convolved one number stands in: vLLM wants to copy two states, whatever the model.
-    channels = max(layout.channels for layout in layouts) if config.hydra["short_conv"] else 1
+    # Where nothing is convolved a few numbers stand in: vLLM wants to copy two states, whatever the model.
+    # In 16 bits one number is too few, because the fp32 state behind it must begin at a multiple of 4 bytes.
+    channels = max(layout.channels for layout in layouts) if config.hydra["short_conv"] else 8
     taps = max(config.hydra["conv_width"] - 1, 1) if config.hydra["short_conv"] else 1
     conv = MambaStateShapeCalculator._orient_conv_shape(channels if heads else 0, taps)
     return conv, (heads, config.head_dim, config.head_dim)

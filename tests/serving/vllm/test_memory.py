@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from megatron_hydra.hf.configuration_hydrahead import HydraHeadConfig
 from tests.serving.vllm import engines
 
 engines.need_vllm()
@@ -73,6 +76,23 @@ def test_states_are_those_of_the_largest_layer(tmp_path):
     (spec,) = specs
     d = engines.SHAPE["head_dim"]
     assert sorted(spec.shapes, key=len) == [(3, 3 * 6 * d), (6, d, d)]  # the layer without FA heads
+
+
+@pytest.mark.parametrize(
+    "hydra", [{}, {"short_conv": False}, {"conv_width": 1}, {"conv_width": 2}], ids=str
+)
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_16_bit_state_leaves_the_fp32_state_behind_it_aligned(hydra, tp_size):
+    """vLLM reads both states of a page from its bytes, one behind the other."""
+
+    from megatron_hydra.serving.vllm.gated_delta_net import state_shapes
+
+    heads = [list(layer) for layer in engines.UNEVEN]
+    config = HydraHeadConfig(
+        **engines.SHAPE, num_hidden_layers=len(heads), full_attention_heads=heads, hydra=hydra
+    )
+    convolution, _ = state_shapes(config, tp_size)
+    assert math.prod(convolution) * 2 % BYTES == 0
 
 
 def test_what_a_long_sequence_takes_at_the_shape_of_qwen3_1_7b(tmp_path):
