@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _lengths(results: Results, task: str, lengths: list[int], path: Path) -> Pat
     axes.minorticks_off()
     axes.set_ylim(-0.03, 1.03)
     axes.set(xlabel="context length (tokens)", ylabel="right answers")
-    figure.suptitle(f"{results.experiment.title}: {task}; mean and range over seeds", fontsize=10)
+    _title(figure, results, f": {task}", seeds="; mean and range over seeds")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return write_figure_atomic(figure, path, dpi=120)
@@ -117,7 +118,7 @@ def _bars(results: Results, columns: list[tuple[str, int]], path: Path) -> Path:
     axes.set_xticks(range(len(shown)), [f"{task}\n{n}" for task, n in shown], fontsize=8)
     axes.set_ylim(0, 1.05)
     axes.set(ylabel="right answers")
-    figure.suptitle(f"{results.experiment.title}; bars: mean, lines: range over seeds", fontsize=10)
+    _title(figure, results, seeds="; bars: mean, lines: range over seeds")
     axes.grid(alpha=0.3, axis="y")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return write_figure_atomic(figure, path, dpi=120)
@@ -150,7 +151,7 @@ def _losses(results: Results, path: Path) -> Path:
     panels[-1].legend(
         list(drawn.values()), list(drawn), fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)
     )
-    figure.suptitle(results.experiment.title, fontsize=10)
+    _title(figure, results)
     return write_figure_atomic(figure, path, dpi=120)
 
 
@@ -181,5 +182,17 @@ def _fits(results: Results, found: list[scaling.Fit], path: Path) -> Path:
         axes.set_title(one.name, fontsize=9)
         axes.set_xlabel("tokens, all stages")
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{results.experiment.title}; band: laws without one of the rows", fontsize=10)
+    _title(figure, results, "; band: laws without one of the rows")
     return write_figure_atomic(figure, path, dpi=120)
+
+
+def _title(figure: Any, results: Results, more: str = "", seeds: str = "") -> None:
+    """The experiment's title over a whole picture, in lines that fit; ``seeds``: only if there are several."""
+    text = results.experiment.title + more
+    if len(results.experiment.seeds) > 1:
+        text += seeds
+    size = 10.0
+    letters = (
+        figure.get_figwidth() * 72 / (0.6 * size)
+    )  # points, by a letter's mean width and some margin
+    figure.suptitle(textwrap.fill(text, int(letters)), fontsize=size)
