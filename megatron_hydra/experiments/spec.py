@@ -131,7 +131,7 @@ class StageSpec:
 class EvaluationSpec(EvaluationOptions):
     """Options of the evaluation (``tools/evaluate.py``).
 
-    ``model_config``: other values for keys of the model's ``config.json``, in a row with ``hf_model``.
+    ``model_config``: other values for keys of the model's ``config.json``. A student is trained without them.
     """
 
     tasks: tuple[str, ...] = ()
@@ -506,10 +506,11 @@ def _check(spec: CellSpec, where: str) -> None:
         raise HydraError(f"{where}: evaluation.lm_eval_include is given, and no task of lm_eval")
     if spec.hf_revision and spec.hf_model in ("", TEACHER):
         raise HydraError(f"{where}: hf_revision is of a Hub name in hf_model, which is not given")
-    if evaluation.model_config and not spec.hf_model:
+    trained = {"hydra", "full_attention_heads"} & set(evaluation.model_config)
+    if trained and not spec.hf_model:
         raise HydraError(
-            f"{where}: evaluation.model_config belongs to a row with hf_model; a student has the config "
-            "that it was trained with"
+            f"{where}: evaluation.model_config changes a trained student when it is scored, and "
+            f"{min(trained)!r} decides what is trained: use the row's keys hydra and selection"
         )
     if spec.hf_model and spec.hydra:
         raise HydraError(f"{where}: hf_model is scored as it is: hydra switches do not apply")

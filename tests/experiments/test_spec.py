@@ -189,7 +189,10 @@ def test_the_shipped_experiments_expand_at_any_scale(base, model, seeds):
         ("variants: {a: {hf_model: x, hydra: {fusion: gated}}}", ["row 'a'", "do not apply"]),
         ("variants: {a: [1]}", ["variants.a", "a mapping"]),
         ("variants: {a: {hydra: {window: $w}}}", ["trial.yaml", "hydra", "no constant", "'w'"]),
-        ("variants: {a: {evaluation: {model_config: {a: 1}}}}", ["row 'a'", "hf_model"]),
+        (
+            "variants: {a: {evaluation: {model_config: {hydra: {window: 1}}}}}",
+            ["row 'a'", "'hydra' decides what is trained"],
+        ),
         ("variants: {a: {hf_revision: v2}}", ["row 'a'", "hf_revision"]),
         (
             "variants: {a: {stages: {align: {tokens: 100}}}}",
