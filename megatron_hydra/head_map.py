@@ -186,6 +186,32 @@ class HeadMap:
         object.__setattr__(self, "ranking", ranking)
         self._validate("head map")
 
+    @classmethod
+    def of_heads(
+        cls, model: ModelIdentity, heads: Sequence[tuple[int, int]], strategy: str
+    ) -> HeadMap:
+        """A map of given FA heads ``(layer, head)``; its ratio is the nearest ``r:1``.
+
+        Raises:
+            HydraError: a head does not exist, is given twice, or no head is given.
+        """
+        if not heads:
+            raise HydraError("head map: no head is given")
+        if repeated := [head for head, n in collections.Counter(heads).items() if n > 1]:
+            raise HydraError("head map: {}.{} is given twice".format(*repeated[0]))
+        if missing := [layer for layer, _ in heads if not 0 <= layer < model.num_layers]:
+            raise HydraError(
+                f"head map: layer {missing[0]} does not exist (the model has layers "
+                f"0..{model.num_layers - 1})"
+            )
+        layers = tuple(
+            tuple(sorted(h for layer, h in heads if layer == index))
+            for index in range(model.num_layers)
+        )
+        rest = model.num_layers * model.num_query_heads - len(heads)
+        ratio = f"{max(1, round(rest / len(heads)))}:1" if rest else "dense"
+        return cls(model=model, full_attention_heads=layers, strategy=strategy, ratio=ratio)
+
     # -- reading ------------------------------------------------------------------------------
 
     @property

@@ -126,3 +126,19 @@ def test_ratios():
     assert num_full_attention_heads(1, 4, "15:1") == 1
     assert num_full_attention_heads(4, 8, "all-gdn") == 0
     assert num_full_attention_heads(4, 8, "dense") == 32
+
+
+def test_a_map_of_given_heads():
+    made = HeadMap.of_heads(MODEL, [(1, 3), (0, 1), (1, 0)], "given")
+    assert made.full_attention_heads == ((1,), (0, 3))
+    assert (made.ratio, made.strategy, made.num_full_attention) == ("2:1", "given", 3)
+    everything = [(layer, head) for layer in range(2) for head in range(4)]
+    assert HeadMap.of_heads(MODEL, everything, "given").ratio == "dense"
+    for heads, message in (
+        ([], "no head"),
+        ([(0, 1), (0, 1)], r"0\.1 is given twice"),
+        ([(2, 0)], r"layer 2 does not exist.*0\.\.1"),
+        ([(0, 4)], "head 4 does not exist"),
+    ):
+        with pytest.raises(HydraError, match=message):
+            HeadMap.of_heads(MODEL, heads, "given")

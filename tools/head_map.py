@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Show, compare, validate or re-cut head maps, or measure the effect of knocking their heads out."""
+"""Show, compare, validate, make or re-cut head maps, or measure the effect of knocking their heads out."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ examples:
   tools/head_map.py show map.json
   tools/head_map.py diff interp.json random.json
   tools/head_map.py validate map.json --hf-path Qwen/Qwen3-1.7B
+  tools/head_map.py make --hf-path Qwen/Qwen3-1.7B --heads 3.1 3.14 17.0 --output mine.json
   tools/head_map.py cut map.json --ratio 7:1 --output map-7.json
   tools/head_map.py cut map.json --ratio 15:1 --strategy global_interp --output map-15.json
   tools/head_map.py knockout map.json --hf-path Qwen/Qwen3-1.7B
@@ -37,9 +38,9 @@ examples:
 
 knockout removes heads from the model, highest score first, and measures the retrieval accuracy. It does the
 same with random heads, and writes both to MAP_knockout.json and .png. cut chooses heads by the scores that
-are stored in a map; it measures nothing. Without constraints, the heads of a higher ratio are a subset of
-the heads of a lower ratio. validate without --hf-path checks only the file. diff exits with 1 if the maps
-differ.
+are stored in a map; make takes heads that you name. Both measure nothing. Without constraints, the heads of
+a higher ratio are a subset of the heads of a lower ratio. validate without --hf-path checks only the file.
+diff exits with 1 if the maps differ.
 """
 
 
@@ -65,6 +66,23 @@ def _parser() -> argparse.ArgumentParser:
         help="Hugging Face folder or Hub name of the model that the map must fit",
     )
     validate.add_argument("--revision", default="", help="Hub revision")
+    make = commands.add_parser("make", help="write a map of heads that you name")
+    make.add_argument(
+        "--hf-path", type=path_text, required=True, help="the model (folder or Hub name)"
+    )
+    make.add_argument("--revision", default="", help="Hub revision")
+    make.add_argument(
+        "--heads", nargs="+", required=True, metavar="LAYER.HEAD",
+        help="the FA heads, both numbers from 0, as diff lists them",
+    )  # fmt: skip
+    make.add_argument(
+        "--strategy", default="given",
+        help="name to record, where these heads come from a strategy (default: given)",
+    )  # fmt: skip
+    make.add_argument(
+        "--output", type=path_argument, required=True, help="the head map to write (JSON)"
+    )
+    make.add_argument("--force", action="store_true", help="overwrite an existing output")
     cut = commands.add_parser("cut", help="choose heads at another ratio by the scores in a map")
     cut.add_argument("map")
     cut.add_argument("--ratio", required=True, help="GDN:FA heads as r:1, or dense, or all-gdn")
@@ -112,9 +130,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _cut(args: argparse.Namespace) -> None:
+def _refuse_existing(args: argparse.Namespace) -> None:
     if args.output.exists() and not args.force:
         raise HydraError(f"--output {args.output} exists; give --force to overwrite it")
+
+
+def _make(args: argparse.Namespace) -> None:
+    _refuse_existing(args)
+    heads = []
+    for text in args.heads:
+        layer, dot, head = text.partition(".")
+        if not (dot and layer.isdecimal() and head.isdecimal()):
+            raise HydraError(f"--heads {text}: write LAYER.HEAD, for example 18.6")
+        heads.append((int(layer), int(head)))
+    folder = resolve_hf_folder(args.hf_path, args.revision)
+    model = model_identity_from_hf(folder, name=args.hf_path, revision=args.revision)
+    made = HeadMap.of_heads(model, heads, strategy_name(args.strategy))
+    made.save(args.output)
+    total = model.num_layers * model.num_query_heads
+    print(f"{args.output}: {made.num_full_attention} of {total} heads, ratio {made.ratio}")
+
+
+def _cut(args: argparse.Namespace) -> None:
+    _refuse_existing(args)
     head_map = HeadMap.load(args.map)
     granularity = args.granularity or head_map.granularity
     constraints = from_arguments(Constraints, args, granularity=granularity)
@@ -240,6 +278,8 @@ def main() -> int:
         return _diff(args.first, args.second)
     if args.command == "show":
         _show(args.map, args.top)
+    elif args.command == "make":
+        _make(args)
     elif args.command == "cut":
         _cut(args)
     elif args.command == "knockout":

@@ -446,6 +446,17 @@ def test_head_map_command(
     assert run(head_map_tool, monkeypatch, "diff", *maps) == 1
     assert f"only in {maps[1]}" in capsys.readouterr().out
     assert run(head_map_tool, monkeypatch, "validate", maps[0], "--hf-path", folder) == 0
+    chosen = HeadMap.load(maps[0]).full_attention_heads
+    named = [f"{layer}.{h}" for layer, heads in enumerate(chosen) for h in heads]
+    made = ["make", "--hf-path", folder, "--output", tmp_path / "made.json", "--heads"]
+    assert run(head_map_tool, monkeypatch, *made, *named) == 0
+    assert run(head_map_tool, monkeypatch, "diff", maps[0], tmp_path / "made.json") == 0
+    assert run(head_map_tool, monkeypatch, "validate", tmp_path / "made.json") == 0
+    capsys.readouterr()
+    assert run(head_map_tool, monkeypatch, *made, *named) == 2
+    assert "made.json exists; give --force" in capsys.readouterr().err
+    assert run(head_map_tool, monkeypatch, *made, "0-3", "--force") == 2
+    assert "--heads 0-3: write LAYER.HEAD" in capsys.readouterr().err
     tiny_model("qwen3").save_pretrained(tmp_path / "other")
     other = ["validate", maps[0], "--hf-path", tmp_path / "other"]
     assert run(head_map_tool, monkeypatch, *other) == 2
