@@ -11,6 +11,7 @@ Megatron-Core.
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from megatron_hydra.version import __version__
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     from megatron_hydra.selection.capabilities import Capability, register_capability
     from megatron_hydra.selection.prompts import PromptPair
     from megatron_hydra.selection.select import recut, select_heads
+
+# Every process would say five times that it falls back to torch. Runs record the kernels that they use.
+warnings.filterwarnings(
+    "ignore", message=r".*\b(Apex|Transformer Engine)\b.* not installed", module=r"megatron\.core\b"
+)
 
 __all__ = [
     "__version__",

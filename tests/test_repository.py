@@ -288,6 +288,8 @@ def test_every_module_imports_without_gpu_libraries() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[0]) >= len(list(PACKAGE.rglob("*.py"))) // 2
+    # Megatron-Core warns of it in five of its modules, in every process.
+    assert "not installed" not in done.stderr, done.stderr[-3000:]
 
 
 # -- the machine ----------------------------------------------------------------------------------

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 
 from megatron_hydra.arguments import command_parser, path_text, real
 from megatron_hydra.errors import HydraError, command
@@ -124,8 +123,6 @@ def parser() -> argparse.ArgumentParser:
 @command
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    # Megatron's warnings on a machine without GPUs do not matter here.
-    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
     from megatron_hydra.planning.command import Request, plan
 
     if args.recipe and args.verb:

@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -63,8 +62,6 @@ def serve(connection: Connection, root: str) -> None:
     # Ctrl-C reaches every process of a terminal. The executor handles it and sends SIGTERM to its workers,
     # which save. If workers ignored the signal, the processes that a step starts would also ignore it.
     signal.signal(signal.SIGINT, lambda *_: None)
-    # a CPU machine does not have some libraries
-    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
     from megatron_hydra.parallel import platform  # this also imports Megatron-Core
 
     platform.keep_freed_memory()
