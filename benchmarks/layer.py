@@ -97,7 +97,7 @@ class Core:
         fa = {name: rows.get(f"fa.{name}") for name in FullAttentionInputs._fields}
         gdn = {name: rows.get(f"gdn.{name}") for name in GatedDeltaNetInputs._fields}
         return HeadInputs(
-            None if fa["q"] is None else FullAttentionInputs(**fa),
+            None if fa["qk"] is None else FullAttentionInputs(**fa),
             None if gdn["qkv"] is None else GatedDeltaNetInputs(**gdn),
             None,
         )
@@ -111,7 +111,7 @@ class Core:
     def fa_alone(self) -> torch.Tensor:
         """The FA branch and its part of the tail."""
         inputs, layer = self.inputs().fa, self.layer
-        output = layer.full_attention(*inputs[:3], self.packed)
+        output = layer.full_attention(inputs.qk, inputs.v, self.packed)
         gamma = layer.fusion.gamma[: output.shape[1]] if layer.fusion.gamma is not None else None
         return layer.fusion.tail([(output, inputs.gate)], gamma)
 

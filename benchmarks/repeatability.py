@@ -110,7 +110,13 @@ def kernel_cases(
     x, norm = random(length, heads, d), random(d)
     yield (
         "q/k preparation",
-        case(lambda a, w: kernels.prepare_heads(a, w, 1e-6, None, None, True), x, norm),
+        case(
+            lambda a, w: torch.cat(
+                kernels.prepare_queries_and_keys(a, 1, (w, w), 1e-6, None, None, True), dim=1
+            ),
+            x,
+            norm,
+        ),
     )
     taps = random(3 * heads * d, 4)
     tables = rotary_tables(packed.positions_local, torch.ones(d // 2) / 100, 1.0)

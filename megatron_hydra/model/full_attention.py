@@ -23,13 +23,12 @@ class FullAttentionInputs(NamedTuple):
     """Inputs of a rank's FA heads, for the tokens that it computes.
 
     Attributes:
-        q: ``[T, n·d]``.
-        k, v: ``[T, g·d]`` of the KV groups that the heads read.
+        qk: ``[T, (n + g)·d]``, the heads of q, then k of the KV groups that they read.
+        v: ``[T, g·d]`` of the same groups.
         gate: ``[T, n·d]`` logits of the output gate, or ``None``.
     """
 
-    q: torch.Tensor
-    k: torch.Tensor
+    qk: torch.Tensor
     v: torch.Tensor
     gate: torch.Tensor | None = None
 
@@ -64,8 +63,7 @@ class FullAttention(torch.nn.Module):
 
     def forward(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
+        qk: torch.Tensor,
         v: torch.Tensor,
         packed: PackedSequence,
         sequence_group: dist.ProcessGroup,
@@ -75,8 +73,8 @@ class FullAttention(torch.nn.Module):
         """Compute attention.
 
         Args:
-            q: ``[T_shard, n·d]``, the shard of ``sequence_group.rank()``.
-            k, v: ``[T_shard, g·d]``.
+            qk: ``[T_shard, (n + g)·d]``, the shard of ``sequence_group.rank()``.
+            v: ``[T_shard, g·d]``.
             packed: documents of the stream.
             sequence_group: ranks that share the sequence.
             positions: ``[T_shard]`` of these tokens in their documents.
@@ -85,7 +83,7 @@ class FullAttention(torch.nn.Module):
         Returns:
             ``[T_shard, n, d]``, before the gate.
         """
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        qk, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (qk, v))
         tables = scale = None
         if self.switches.fa_position in ("rope", "both"):
             tables = self.rotary.tables(positions, packed)
@@ -95,10 +93,10 @@ class FullAttention(torch.nn.Module):
                 ("log-scale", a, window, positions.data_ptr(), len(positions)),
                 lambda: packed.log_scale(a, positions, window),
             )
-        prepare = self.kernels.prepare_heads
-        q_norm, k_norm = tied_norms if self.switches.ties_qkv else (self.q_norm, self.k_norm)
-        q = prepare(q, q_norm, self.eps, tables, scale, False)
-        k = prepare(k, k_norm, self.eps, tables, None, False)
+        norms = tied_norms if self.switches.ties_qkv else (self.q_norm, self.k_norm)
+        q, k = self.kernels.prepare_queries_and_keys(
+            qk, v.shape[1], norms, self.eps, tables, scale, False
+        )
         k, v = self._grouped(k), self._grouped(v)
         attention, window = self.kernels.attention, self.switches.fa_window
         if window is not None:

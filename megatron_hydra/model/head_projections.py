@@ -26,6 +26,7 @@ from megatron_hydra.parallel.context_parallel import gather_sequence, keep_in_gr
 from megatron_hydra.parallel.head_weights import Segment, joined, split_segments
 
 _QKV_OF_GDN = ("gdn.q", "gdn.k", "gdn.v")
+_QK_OF_FA = ("fa.q", "fa.k")
 
 Rows = dict[str, torch.Tensor]
 """Pieces ``[T, rows]`` of one projection by canonical name, e.g. ``fa.q``."""
@@ -95,11 +96,22 @@ class HeadProjections(torch.nn.Module):
             self, heads.parameters, "projections.", config.params_dtype, config.sequence_parallel
         )
         self.in_segments, self.bias_segments = heads.in_segments, heads.in_bias_segments
+        self.fa_in_segments, self.fa_bias_segments = heads.fa_in_segments, heads.fa_bias_segments
+        # One convolution for all of GDN's, one preparation of FA's queries and keys, without copies.
         if not (heads.tied or "gdn.k" in heads.shared_kv_used):
-            # One convolution for all three, without a copy.
             self.in_segments, self.bias_segments = (
                 joined(segments, _QKV_OF_GDN, "gdn.qkv")
                 for segments in (self.in_segments, self.bias_segments)
+            )
+        if not (heads.tied or "fa.k" in heads.shared_kv_used):
+            self.in_segments, self.bias_segments, self.fa_in_segments, self.fa_bias_segments = (
+                joined(segments, _QK_OF_FA, "fa.qk")
+                for segments in (
+                    self.in_segments,
+                    self.bias_segments,
+                    self.fa_in_segments,
+                    self.fa_bias_segments,
+                )
             )
 
     def _build_linears(self, submodules: HydraAttentionSubmodules) -> None:
@@ -157,7 +169,7 @@ class HeadProjections(torch.nn.Module):
         if self.fa_in is not None and x_slice is not None:
             projected = F.linear(x_slice, self.fa_in)
             replicated = _split(
-                projected, heads.fa_in_segments, self.fa_in_bias, heads.fa_bias_segments
+                projected, self.fa_in_segments, self.fa_in_bias, self.fa_bias_segments
             )
         if self.shared_kv is not None and x_slice is not None:
             # Each rank projects its slice, and the slices are gathered. So no work is repeated, and the
@@ -189,17 +201,18 @@ class HeadProjections(torch.nn.Module):
         if not heads.num_fa_here:
             return None
         rows = own if heads.fa else replicated
+        rest = _named(FullAttentionInputs, rows, "fa.")
+        if (qk := rows.get("fa.qk")) is not None:
+            return FullAttentionInputs(qk, rows["fa.v"], *rest)
         if heads.tied:
             if heads.replicated_fa:
                 both = KeyValues(shared_slice["k"], shared_slice["v"])
             kv = self._branch_keys_and_values(both, "fa")
-        elif heads.replicated_fa:
-            kv = KeyValues(rows["fa.k"], rows["fa.v"])
         else:
             found = self._key_values("fa.", own, shared)
             assert found is not None
             kv = found
-        return FullAttentionInputs(rows["fa.q"], *kv, *_named(FullAttentionInputs, rows, "fa."))
+        return FullAttentionInputs(torch.cat((rows["fa.q"], kv.k), dim=1), kv.v, *rest)
 
     def _of_gdn(
         self, own: Rows, both: KeyValues | None, shared: Rows
@@ -273,7 +286,7 @@ class HeadProjections(torch.nn.Module):
 
 def _named(inputs: Any, rows: Rows, prefix: str) -> list[Any]:
     """A branch's gates and logits by field name; ``None`` for those that the model does not have."""
-    fields = [name for name in inputs._fields if name not in ("q", "k", "v", "qkv")]
+    fields = [name for name in inputs._fields if name not in ("qk", "v", "qkv")]
     return [rows.get(prefix + name) for name in fields]
 
 

@@ -163,8 +163,8 @@ class HydraAttention(MegatronModule):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Head outputs o_h of both branches, computed in parallel if they share nothing."""
 
-        def full_attention(*qkv: torch.Tensor) -> torch.Tensor:
-            output: torch.Tensor = self.recompute("fa", self.full_attention, *qkv, packed)
+        def full_attention(*qk_and_v: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self.recompute("fa", self.full_attention, *qk_and_v, packed)
             return output
 
         def gated_delta_net() -> torch.Tensor:
@@ -175,22 +175,22 @@ class HydraAttention(MegatronModule):
 
         if inputs.fa is None:
             return None, None if inputs.gdn is None else gated_delta_net()
-        qkv = inputs.fa[:3]
+        qk_and_v = inputs.fa[:2]
         if inputs.gdn is None or not self._branches_are_independent():
-            return full_attention(*qkv), None if inputs.gdn is None else gated_delta_net()
-        return side_by_side(full_attention, qkv, gated_delta_net)
+            return full_attention(*qk_and_v), None if inputs.gdn is None else gated_delta_net()
+        return side_by_side(full_attention, qk_and_v, gated_delta_net)
 
     def full_attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSequence
+        self, qk: torch.Tensor, v: torch.Tensor, packed: PackedSequence
     ) -> torch.Tensor:
         """The FA branch; on this rank's slice of the sequence if every rank has its heads."""
         positions = packed.positions_local
         if self.heads.replicated_fa:
-            length = q.shape[0]
+            length = qk.shape[0]
             positions = positions[self.tp_rank * length : (self.tp_rank + 1) * length]
         assert self.fa is not None
         norms = (self.q_norm, self.k_norm)
-        output: torch.Tensor = self.fa(q, k, v, packed, self._fa_group, positions, norms)
+        output: torch.Tensor = self.fa(qk, v, packed, self._fa_group, positions, norms)
         return output
 
     # -- layout -------------------------------------------------------------------------------

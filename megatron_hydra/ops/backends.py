@@ -155,7 +155,6 @@ def load_triton() -> dict[str, Any]:
 
     return {
         "fusion_tail": triton_fusion_tail.fusion_tail,
-        "prepare_heads": triton_qk_preparation.prepare_heads,
         "prepare_queries_and_keys": triton_qk_preparation.prepare_queries_and_keys,
         "delta_rule_gates": triton_delta_rule_gates.delta_rule_gates,
         "delta_rule_inputs": triton_delta_rule_inputs.delta_rule_inputs,

@@ -39,7 +39,6 @@ class Kernels:
         attention: as :func:`~megatron_hydra.ops.varlen_attention.varlen_attention`.
         delta_rule: as the twin of the model's rule (:attr:`.LinearRule.twin`); may return ``None`` for the
             final states.
-        prepare_heads: as :func:`~megatron_hydra.ops.qk_preparation.prepare_heads`.
         prepare_queries_and_keys: as :func:`~megatron_hydra.ops.qk_preparation.prepare_queries_and_keys`.
         delta_rule_inputs: as :func:`~megatron_hydra.ops.delta_rule_inputs.delta_rule_inputs`.
         delta_rule_gates: as :func:`~megatron_hydra.ops.delta_rule_gates.delta_rule_gates`.
@@ -49,7 +48,6 @@ class Kernels:
 
     attention: Kernel = varlen_attention
     delta_rule: DeltaRule = GATED_DELTA_RULE.twin
-    prepare_heads: Kernel = qk_preparation.prepare_heads
     prepare_queries_and_keys: Pair = qk_preparation.prepare_queries_and_keys
     delta_rule_inputs: DeltaRuleInputs = delta_rule_inputs.delta_rule_inputs
     delta_rule_gates: Pair = delta_rule_gates.delta_rule_gates

@@ -292,22 +292,30 @@ def _sharded_delta_rule_checks(case: Case) -> Iterator[Check]:
 
 
 def _preparation_checks(case: Case) -> Iterator[Check]:
-    """As in GDN branches and as in FA branches: a unit norm would hide a wrong scale."""
+    """Two heads of queries and one of keys, as in FA branches."""
     make, d, tokens = _Inputs(case, 2), case.head_dim, BOUNDARIES[-1]
     positions = make.positions(BOUNDARIES)
     tables, log_scale = _tables(make, positions, d), 1 + positions.float() / tokens
-    for name, rotary, scale, l2 in (
-        ("rotary embedding and unit norm", tables, None, True),
-        ("the log scale", None, log_scale, False),
+    for name, rotary, scale in (
+        ("rotary embedding", tables, None),
+        ("the log scale", None, log_scale),
     ):
-        yield (
-            "fused_kernels",
-            f"q/k preparation with {name}",
-            {"x": make.normal(tokens, 3, d), "weight": make.normal(d)},
-            lambda kernels, x, rotary=rotary, scale=scale, l2=l2: kernels.prepare_heads(  # type: ignore[misc]
-                x[0], x[1], 1e-6, rotary, scale, l2
-            ),
-        )
+
+        def run(
+            kernels: Kernels,
+            x: list[torch.Tensor],
+            rotary: tuple[torch.Tensor, torch.Tensor] | None = rotary,
+            scale: torch.Tensor | None = scale,
+        ) -> torch.Tensor:
+            made = kernels.prepare_queries_and_keys(
+                x[0], 1, (x[1], x[2]), 1e-6, rotary, scale, False
+            )
+            return torch.cat(made, dim=1)
+
+        inputs = {
+            "x": make.normal(tokens, 3, d), "q norm": make.normal(d), "k norm": make.normal(d),
+        }  # fmt: skip
+        yield "fused_kernels", f"q/k preparation with {name}", inputs, run
 
 
 def _delta_rule_inputs_checks(case: Case) -> Iterator[Check]:

@@ -114,16 +114,21 @@ def check_prepare_heads(device, dtype, d=48, tokens=21):
             tensors, dtype, f"q/k preparation {norm=} {rotary=} {scaled=} {l2=}",
         )  # fmt: skip
 
-    def pair(function, x):
-        heads = x[0][:, d : 4 * d].unflatten(-1, (3, d))
-        q, k = function(heads, 1, (x[1], x[2]), 1e-6, (cos, sin), scales, False)
-        return torch.cat((q, k), dim=1)
+    for norm, rotary, scaled in itertools.product(*[(False, True)] * 3):
+        tables, scale = (cos, sin) if rotary else None, scales if scaled else None
+        norms = (1 + torch.rand(2, d, device=device)).unbind() if norm else ()
 
-    compare(
-        lambda x: pair(triton_qk_preparation.prepare_queries_and_keys, x),
-        lambda x: pair(qk_preparation.prepare_queries_and_keys, x),
-        [projected, *(1 + torch.rand(2, d, device=device)).unbind()], dtype, "queries and keys",
-    )  # fmt: skip
+        def pair(function, x, tables=tables, scale=scale):
+            heads = x[0][:, d : 4 * d].unflatten(-1, (3, d))
+            norms = (x[1], x[2]) if len(x) > 1 else (None, None)
+            q, k = function(heads, 1, norms, 1e-6, tables, scale, False)
+            return torch.cat((q, k), dim=1)
+
+        compare(
+            lambda x, pair=pair: pair(triton_qk_preparation.prepare_queries_and_keys, x),
+            lambda x, pair=pair: pair(qk_preparation.prepare_queries_and_keys, x),
+            [projected, *norms], dtype, f"queries and keys {norm=} {rotary=} {scaled=}",
+        )  # fmt: skip
 
 
 def check_short_conv(device, dtype, channels=40, tokens=150):

@@ -72,12 +72,17 @@ def equal_channels(q, k, v, log_alpha, beta, cu, exchange=None):
     return TWINS.delta_rule(q, k, v, mean, beta, cu)
 
 
-def without_scale(x, weight, eps, tables, scale, l2):
-    return TWINS.prepare_heads(x, weight, eps, tables, None, l2)
+def without_scale(x, key_heads, norms, eps, tables, scale, l2):
+    return TWINS.prepare_queries_and_keys(x, key_heads, norms, eps, tables, None, l2)
 
 
-def without_rotary(x, weight, eps, tables, scale, l2):
-    return TWINS.prepare_heads(x, weight, eps, None, scale, l2)
+def without_rotary(x, key_heads, norms, eps, tables, scale, l2):
+    return TWINS.prepare_queries_and_keys(x, key_heads, norms, eps, None, scale, l2)
+
+
+def with_scaled_keys(x, key_heads, norms, eps, tables, scale, l2):
+    q, k = TWINS.prepare_queries_and_keys(x, key_heads, norms, eps, tables, scale, l2)
+    return q, k if scale is None else k * scale[:, None, None]
 
 
 def without_halo(qkv, heads, conv, positions, halo, *rest):
@@ -99,14 +104,18 @@ def without_gate(branches, scale, eps):
     return TWINS.fusion_tail([(o, 0 * gate) for o, gate in branches], scale, eps)
 
 
+PAIR = "prepare_queries_and_keys"
+
+
 @pytest.mark.parametrize(
     ("key", "kernel", "wrong", "what"),
     [
         ("full_attention", "attention", first_keys_attention, "the documents' last queries"),
         ("full_attention", "attention", wider_window, "within a window"),
         ("gated_delta_net", "delta_rule", leaking_delta_rule, "packed gated delta rule"),
-        ("fused_kernels", "prepare_heads", without_scale, "q/k preparation with the log scale"),
-        ("fused_kernels", "prepare_heads", without_rotary, "q/k preparation with rotary"),
+        ("fused_kernels", PAIR, without_scale, "q/k preparation with the log scale"),
+        ("fused_kernels", PAIR, with_scaled_keys, "q/k preparation with the log scale"),
+        ("fused_kernels", PAIR, without_rotary, "q/k preparation with rotary"),
         ("fused_kernels", "delta_rule_gates", forgetful_gates, "the gates of the delta rule"),
         ("fused_kernels", "delta_rule_inputs", without_halo, "delta rule after another shard"),
         ("fused_kernels", "delta_rule_inputs", with_one_norm, "inputs of the delta rule"),

@@ -221,18 +221,18 @@ class Attention:
 
     def _full_attention(self, parts: Parts) -> Tensor:
         tape, rank, d = self.tape, self.rank, self.d
-        q, k, v = (
-            op.view(
-                tape,
-                parts[f"fa.{n}"],
-                (parts[f"fa.{n}"].shape[0], -(-parts[f"fa.{n}"].shape[1] // d), d),
-            )
-            for n in "qkv"
-        )
+        flat = [parts[f"fa.{n}"] for n in "qkv"]
+        if (
+            self.heads.tied or "fa.k" in self.heads.shared_kv_used
+        ):  # else one piece of the projection
+            shapes = [x.shape for x in flat[:2]]
+            together = (shapes[0][0], shapes[0][1] + shapes[1][1])
+            flat[:2] = op.split(tape, op.cat(tape, flat[:2], together), shapes)
+        q, k, v = (op.view(tape, x, (x.shape[0], -(-x.shape[1] // d), d)) for x in flat)
         rope = self.switches.fa_position in ("rope", "both")
         scaled = self.switches.scales_queries
         q = prepare_heads(self.program, q, rope, scaled, l2=False)
-        k = prepare_heads(self.program, k, rope, False, l2=False)
+        k = prepare_heads(self.program, k, rope, False, l2=False, calls=0)
         groups = self.heads.fa_kv_of_heads
         n, g = q.shape[1], k.shape[1]
         if not (n % g == 0 and groups == tuple(i // (n // g) for i in range(n))):
