@@ -130,13 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _refuse_existing(args: argparse.Namespace) -> None:
-    if args.output.exists() and not args.force:
-        raise HydraError(f"--output {args.output} exists; give --force to overwrite it")
+def _refuse_existing(output: Path, force: bool) -> None:
+    if output.exists() and not force:
+        raise HydraError(f"--output {output} exists; give --force to overwrite it")
 
 
 def _make(args: argparse.Namespace) -> None:
-    _refuse_existing(args)
+    _refuse_existing(args.output, args.force)
     heads = []
     for text in args.heads:
         layer, dot, head = text.partition(".")
@@ -152,7 +152,7 @@ def _make(args: argparse.Namespace) -> None:
 
 
 def _cut(args: argparse.Namespace) -> None:
-    _refuse_existing(args)
+    _refuse_existing(args.output, args.force)
     head_map = HeadMap.load(args.map)
     granularity = args.granularity or head_map.granularity
     constraints = from_arguments(Constraints, args, granularity=granularity)
@@ -164,8 +164,8 @@ def _cut(args: argparse.Namespace) -> None:
 def _knockout(args: argparse.Namespace) -> None:
     output = args.output or Path(args.map).with_name(f"{Path(args.map).stem}_knockout.json")
     # Only the first process writes. It may have written the file before another process starts.
-    if is_first_rank() and output.exists() and not args.force:
-        raise HydraError(f"--output {output} exists; give --force to overwrite it")
+    if is_first_rank():
+        _refuse_existing(output, args.force)
     if args.draws < 1:
         raise HydraError(f"--draws {args.draws}: must be at least 1")
     curve = knockout_curve(

@@ -191,8 +191,6 @@ def _title(figure: Any, results: Results, more: str = "", seeds: str = "") -> No
     text = results.experiment.title + more
     if len(results.experiment.seeds) > 1:
         text += seeds
-    size = 10.0
-    letters = (
-        figure.get_figwidth() * 72 / (0.6 * size)
-    )  # points, by a letter's mean width and some margin
+    size = 10.0  # points; a letter's mean width with some margin is 0.6 of it
+    letters = figure.get_figwidth() * 72 / (0.6 * size)
     figure.suptitle(textwrap.fill(text, int(letters)), fontsize=size)

@@ -84,7 +84,6 @@ def test_states_are_those_of_the_largest_layer(tmp_path):
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_a_16_bit_state_leaves_the_fp32_state_behind_it_aligned(hydra, tp_size):
     """vLLM reads both states of a page from its bytes, one behind the other."""
-
     from megatron_hydra.serving.vllm.gated_delta_net import state_shapes
 
     heads = [list(layer) for layer in engines.UNEVEN]
