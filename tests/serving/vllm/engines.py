@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
         "disable_log_stats": False,  # tests read its metrics
     }
     if torch.cuda.is_available():  # a part of the card, so that several tests can share it
-        defaults |= {"kv_cache_memory_bytes": CACHE_BYTES, "gpu_memory_utilization": 0.1}
+        defaults |= {"kv_cache_memory_bytes": CACHE_BYTES, "gpu_memory_utilization": 0.04}
     llm = LLM(model=str(folder), **{**defaults, **options})
     try:
         yield llm
@@ -156,6 +157,25 @@ def check_rounded(
     )
     rounding = (own - true).abs().max().item()
     return check(wide, prompt, answer, tolerance * rounding) / rounding
+
+
+def pages(llm: Any) -> tuple[int, int]:
+    """Tokens of a page of keys, and the pages that a request takes that is one page and 30 tokens long."""
+    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    core = llm.llm_engine.engine_core.engine_core
+    config, whole = core.scheduler.kv_cache_config, llm.llm_engine.vllm_config
+    keys = [
+        group.kv_cache_spec.block_size
+        for group in config.kv_cache_groups
+        if isinstance(group.kv_cache_spec, FullAttentionSpec)
+    ]
+    (tokens,) = set(keys)
+    # vLLM counts a request of the largest length: pages of keys, and pages of states, which do not grow.
+    most = config.num_blocks / get_max_concurrency_for_kv_cache_config(whole, config)
+    states = math.ceil(most) - len(keys) * math.ceil(whole.model_config.max_model_len / tokens)
+    return tokens, states + 2 * len(keys)
 
 
 def metric(llm: Any, name: str) -> float:

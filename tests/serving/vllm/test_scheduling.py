@@ -50,12 +50,14 @@ def test_a_prefix_is_reused(export, prefixes):
 
 @pytest.mark.parametrize("prefixes", [False, True])
 def test_preempted_requests_go_on(export, prefixes):
-    """The cache has too few pages for all requests: some lose their pages and restart later."""
+    """The cache has too few pages for two whole requests: some lose their pages and restart later."""
     folder, model = export
-    prompts = engines.random_prompts([370] * 6)
-    with engines.engine(
-        folder, enable_prefix_caching=prefixes, num_gpu_blocks_override=17, max_model_len=512
-    ) as llm:
+    with engines.engine(folder, enable_prefix_caching=prefixes) as llm:
+        tokens, pages = engines.pages(llm)
+    # Prompts end shortly before a page of keys does, so every request needs one more of each kind.
+    prompts = engines.random_prompts([tokens - 10] * 6)
+    options = {"num_gpu_blocks_override": 2 * pages, "max_model_len": tokens + 30}
+    with engines.engine(folder, enable_prefix_caching=prefixes, **options) as llm:
         answers = engines.generate(llm, prompts, 40)
         assert engines.metric(llm, "num_preemptions") > 0
     _check_all(model, prompts, answers)

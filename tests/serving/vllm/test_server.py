@@ -78,7 +78,7 @@ def _server(folder, log):
     command += ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32"]
     if torch.cuda.is_available():
         command += ["--kv-cache-memory-bytes", str(engines.CACHE_BYTES)]
-        command += ["--gpu-memory-utilization", "0.1"]
+        command += ["--gpu-memory-utilization", "0.04"]
     environment = {
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
