@@ -96,8 +96,8 @@ class Efficiency:
     usable: float = 0.90
     overlap: float = 0.0
     latency: float = 20e-6
-    launch: float = 49e-6
-    triton_launch: float = 177e-6
+    launch: float = 56e-6
+    triton_launch: float = 204e-6
 
     def changed(self, settings: list[str]) -> Efficiency:
         """A copy with some factors set, from ``name=value`` words.
