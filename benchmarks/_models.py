@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 
 import torch
 
@@ -21,6 +22,9 @@ from megatron_hydra.config.run import (
 )
 from megatron_hydra.ops.backends import choose_kernels
 from megatron_hydra.ops.kernels import Case
+from megatron_hydra.stopping import StopRequest
+from megatron_hydra.training.warm_up import compile_once_per_node, warning_of
+from megatron_hydra.transfer.verbs import VERBS
 
 QWEN3_1_7B = ModelConfig(
     family="qwen3",
@@ -115,6 +119,23 @@ def run_config(
         recompute=RecomputeConfig(granularity, modules),  # type: ignore[arg-type]
         backend=backend or BackendConfig(),
     )
+
+
+def compile_kernels(run: RunConfig, model: ModelConfig, teacher: ModelConfig | None) -> None:
+    """Compile and check a run's kernels side by side, as training does at its start; without a GPU nothing.
+
+    What compilers print is dropped. If something does not compile, a line says so, and the first step tries.
+    """
+    with tempfile.TemporaryDirectory(prefix="kernels_") as folder, StopRequest():
+        run = dataclasses.replace(run, output=folder)
+        uses_teacher = VERBS[run.verb].uses_teacher
+        result = compile_once_per_node(
+            run, model, teacher if uses_teacher else None, tell=lambda text: print(f"  {text}")
+        )
+        if result.compiled:
+            print(f"  kernels ready after {result.seconds:.0f} s")
+        if not result.ready:
+            print(f"  warning: {warning_of(result, run.output)}")
 
 
 def used_kernels(run: RunConfig, model: ModelConfig, device: torch.device) -> dict[str, str]:

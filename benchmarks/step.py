@@ -6,7 +6,8 @@ the given length, with random tokens and weights. The two models are built one a
 optimizer states rarely fit together. ``--recompute`` selects what the backward recomputes: none, mlp,
 attention, attention+mlp or full. With several values, each model takes the first that fits; the ratio names
 them, because models with different values are not comparable. With fewer ``--layers`` than the model's, the
-rows say so, and no ratio describes the whole model.
+rows say so, and no ratio describes the whole model. On a GPU, kernels are first compiled and tuned as training
+does it.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def timed_steps(
     config = models.run_config(device, tokens, recompute)
     backend = dataclasses.replace(config.backend, streams=args.streams)
     config = dataclasses.replace(config, verb=args.verb, backend=backend)
+    models.compile_kernels(config, model, teacher)
     try:
         train_state = build_train_state(model, teacher, config, world)
         batch = random_batch(tokens, model.vocab_size, args.seed)

@@ -319,6 +319,7 @@ def profile_verb(
 ) -> str:  # fmt: skip
     """Time and record steps of one verb; returns the text of its tables."""
     config = profiled_config(args, verb, device)
+    models.compile_kernels(config, model, teacher)
     world = start_world(config)
     try:
         train_state = build_train_state(model, teacher, config, world)

@@ -89,19 +89,35 @@ def check_kernels(kernels: Kernels, case: Case) -> None:
         _check_all(kernels, case)
 
 
-def _check_all(kernels: Kernels, case: Case) -> None:
+def call_delta_rules(kernels: Kernels, case: Case) -> None:
+    """Call the delta rule as :func:`check_kernels` would, forward and backward, and compare nothing."""
+    for (key, _, inputs, run), *_ in _not_yet_passed(kernels, case):
+        if key == "gated_delta_net":
+            tensors = [x.requires_grad_() for x in inputs.values()]
+            output = run(kernels, tensors)
+            torch.autograd.grad(output, tensors, torch.zeros_like(output))
+
+
+def _not_yet_passed(kernels: Kernels, case: Case) -> Iterator[tuple[Check, str, str]]:
+    """Each check that is due, its name, and the key of its record (empty without a GPU)."""
     facts = _on_record(case)
-    twins = Kernels(delta_rule=case.rule.twin)
-    for key, what, inputs, run in all_checks(case):
-        name = kernels.names[key]
-        check = f"{key}={name} {_name_of(what, case)}"
-        if name == "torch" or check in _passed:
+    for found in all_checks(case):
+        key, what, *_ = found
+        check = f"{key}={kernels.names[key]} {_name_of(what, case)}"
+        if kernels.names[key] == "torch" or check in _passed:
             continue
         recorded = f"check-{kernel_cache.key_of([facts, check])}" if facts else ""
         again = os.environ.get("HYDRA_CHECK_AGAIN") == "1"
         if recorded and not again and kernel_cache.is_recorded(recorded):
             _passed.add(check)
             continue
+        yield found, check, recorded
+
+
+def _check_all(kernels: Kernels, case: Case) -> None:
+    twins = Kernels(delta_rule=case.rule.twin)
+    for (key, what, inputs, run), check, recorded in _not_yet_passed(kernels, case):
+        name = kernels.names[key]
         problem = _difference(kernels, twins, inputs, run, TOLERANCE[case.dtype])
         if problem and name in FLA_BACKENDS and fla_tuning.is_flash_qla(case, inputs["q"].shape[1]):
             fla_tuning.refuse_flash_qla(case, inputs["q"].shape[1], problem)
@@ -109,8 +125,8 @@ def _check_all(kernels: Kernels, case: Case) -> None:
         if problem:
             raise HydraError(_refusal(key, name, what, problem, case))
         _passed.add(check)
-        if facts:
-            kernel_cache.record(recorded, {"check": check, **facts})
+        if recorded:
+            kernel_cache.record(recorded, {"check": check, **(_on_record(case) or {})})
         feed_watchdog(PATIENCE)
 
 

@@ -22,8 +22,9 @@ from megatron_hydra.config.validate import rounded_stream_length
 from megatron_hydra.data.batch import PackedBatch
 from megatron_hydra.model.layer_spec import kernel_case
 from megatron_hydra.model.local_heads import LocalHeads
+from megatron_hydra.ops import tilelang_kernels
 from megatron_hydra.ops.backends import choose_kernels
-from megatron_hydra.ops.self_check import check_kernels, postponed
+from megatron_hydra.ops.self_check import call_delta_rules, check_kernels, postponed
 from megatron_hydra.parallel.head_partition import plan_model
 from megatron_hydra.parallel.world import World, rehearsed_world
 from megatron_hydra.training.setup import build_chunks, freeze, wrap_for_training
@@ -127,6 +128,21 @@ def rehearse(
             yield f"{scene}, {name}"
             _fill(chunks, bias)
             _call(world, verb, chunks, boundaries)
+
+
+def play(
+    config: RunConfig, model: ModelConfig, teacher: ModelConfig | None, scene: Scene
+) -> list[tilelang_kernels.Noted]:
+    """TileLang's kernels that a scene and the start-up check ask for, without compiling them.
+
+    The process must end afterwards (:func:`~megatron_hydra.ops.tilelang_kernels.played`).
+    """
+    with tilelang_kernels.played() as noted:
+        for _ in rehearse(config, model, teacher, scene):
+            pass
+        case = kernel_case(model, config)
+        call_delta_rules(choose_kernels(config.backend, case, check=False), case)
+    return noted
 
 
 def check(config: RunConfig, model: ModelConfig, teacher: ModelConfig | None) -> None:

@@ -1,10 +1,12 @@
 """Compile a run's kernels once per node before training, in separate processes.
 
 The first rank of a node to arrive takes a lock, starts workers (:mod:`.warm_worker`), and gives them the
-run's scenes (:mod:`.rehearsal`). The first scene runs alone, because it also tunes the kernels. Then all
-other scenes and the start-up check run in parallel. At the end, a record next to the compilers' caches notes
-the result. The other ranks, and later runs with the same shapes, read it and compile nothing. A scene that
-fails is not an error: a warning is logged, and each rank compiles this part in its first step.
+run's scenes (:mod:`.rehearsal`). If FlashQLA computes GDN heads, one more worker first lists TileLang's kernels
+of the first scene and of the start-up check (:mod:`megatron_hydra.ops.tilelang_kernels`), and all workers
+compile them. The first scene runs alone, because it also tunes kernels. Then all other scenes and the start-up
+check run in parallel. At the end, a record next to the compilers' caches notes the result. The other ranks, and
+later runs with the same shapes, read it and compile nothing. A scene that fails is not an error: a warning is
+logged, and each rank compiles this part in its first step.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ from megatron_hydra.config.loading import to_dict
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.config.run import RunConfig
 from megatron_hydra.errors import HydraError
-from megatron_hydra.ops import kernel_cache
+from megatron_hydra.model.layer_spec import kernel_case
+from megatron_hydra.ops import fla_tuning, kernel_cache
 from megatron_hydra.ops.compiler_output import COMPILE_LOG, last_lines
+from megatron_hydra.ops.packages import is_hopper
 from megatron_hydra.parallel import platform
 from megatron_hydra.stopping import exit_on_stop_signal, kill_group_on_exit
 from megatron_hydra.training.rehearsal import scenes
@@ -39,8 +43,8 @@ WORKER = (sys.executable, "-m", "megatron_hydra.training.warm_worker")
 
 MOST_WORKERS = 8
 
-_CHECK = -1
-"""Task number of the start-up check; scenes have the other numbers."""
+Task = dict[str, Any]
+"""An order of :mod:`.warm_worker`."""
 
 PROGRESS_SECONDS = 10.0
 """Seconds between two lines of progress."""
@@ -115,12 +119,20 @@ def compile_once_per_node(
                 "teacher": None if teacher is None else to_dict(teacher),
             }  # fmt: skip
             todo = len(scenes(config, model))
-            team = _WorkerPool(order, todo, local_rank, cards, worker, tell)
+            listed = _asks_for_tilelang(config, model)
+            team = _WorkerPool(order, todo, local_rank, cards, worker, tell, listed)
             problem = team.work()
             seconds = time.monotonic() - started
             if not problem:
                 kernel_cache.record(key, {"scenes": todo, "seconds": round(seconds, 1)})
             return WarmUp(not problem, todo, seconds, problem)
+
+
+def _asks_for_tilelang(config: RunConfig, model: ModelConfig) -> bool:
+    """Whether FlashQLA's kernels for Hopper compute GDN heads of this run."""
+    case = kernel_case(model, config)
+    hopper = case.device.type == "cuda" and is_hopper(case.device)
+    return hopper and any(fla_tuning.is_flash_qla(case, heads) for heads in case.gdn_heads)
 
 
 def _key(config: RunConfig, model: ModelConfig, teacher: ModelConfig | None) -> str:
@@ -160,11 +172,16 @@ class _WorkerPool:
         cards: int,
         command: Sequence[str],
         tell: Callable[[str], None],
+        list_kernels: bool = False,
     ) -> None:
         self.order, self.num_scenes, self.cards = order, num_scenes, cards
         self.local_rank, self.command, self.tell = local_rank, command, tell
+        self.list_kernels = list_kernels
+        self.kernels: list[Task] = []
+        self.num_kernels = 0
         # The check takes long and runs few tokens. It starts after the first scene, which tunes, but not last.
-        self.waiting = [0, _CHECK, *range(1, num_scenes)]
+        others = [{"scene": number} for number in range(1, num_scenes)]
+        self.waiting: list[Task] = [{"scene": 0}, {"check": True}, *others]
         self.started = time.monotonic()
         self.told = 0.0
         self.done = 0
@@ -182,9 +199,14 @@ class _WorkerPool:
             f"compiling this run's kernels: {self.num_scenes} combinations of heads, documents and "
             f"shards; the compilers' output is in {self.order['log']}"
         )
-        count = min(MOST_WORKERS, self.num_scenes + 1, max(1, (os.cpu_count() or 1) // 2))
+        useful = MOST_WORKERS if self.list_kernels else min(MOST_WORKERS, self.num_scenes + 1)
+        count = min(useful, max(1, (os.cpu_count() or 1) // 2))
         with contextlib.ExitStack() as stack:
             team = [stack.enter_context(self._worker(i, count)) for i in range(count)]
+            if self.list_kernels:
+                with self._worker(0, count) as player:
+                    self._list_kernels(player)
+                self._compile_kernels(team)
             self._tasks(team)
             for member in team:
                 member.give({"end": True})
@@ -213,6 +235,29 @@ class _WorkerPool:
                         process.wait(30)
         process.wait()
 
+    def _list_kernels(self, player: _WorkerProcess) -> None:
+        """Let a worker that does nothing else list TileLang's kernels, the longest source first."""
+        while player.is_alive and not player.is_ready:
+            self._read_answers()
+        player.task = {"play": 0}
+        player.give(player.task)
+        while player.is_alive and player.task is not None:
+            self._read_answers()
+        player.give({"end": True})
+        self.kernels.sort(key=lambda task: -task["kernel"]["source"])
+        self.num_kernels = len(self.kernels)
+
+    def _compile_kernels(self, team: list[_WorkerProcess]) -> None:
+        """One that fails is no problem here: the scene or the check that asks for it will tell."""
+        while self.kernels or any(member.task is not None for member in team):
+            for member in team:
+                if self.kernels and member.is_alive and member.is_ready and member.task is None:
+                    member.task = self.kernels.pop(0)
+                    member.give(member.task)
+            if not any(member.is_alive for member in team):
+                return
+            self._read_answers()
+
     def _tasks(self, team: list[_WorkerProcess]) -> None:
         """Run the first scene on one worker, then the check and all other scenes on all workers that fit."""
         while self.waiting or any(member.task is not None for member in team):
@@ -222,7 +267,7 @@ class _WorkerPool:
                 if not is_free or not self.waiting or (self.done == 0 and index):
                     continue
                 member.task = self.waiting.pop(0)
-                member.give({"check": True} if member.task == _CHECK else {"scene": member.task})
+                member.give(member.task)
             if not any(member.is_alive for member in team):
                 self.problems.append("all compiling processes have ended")
                 return
@@ -251,16 +296,17 @@ class _WorkerPool:
             self.selector.unregister(chosen.fileobj)
             member.is_alive = False
             if member.task is not None:
-                self.done += member.task != _CHECK
-                member.task = None
                 status = member.process.wait()
-                self.problems.append(f"a compiling process ended with status {status}")
+                self._finish(member, f"a compiling process ended with status {status}")
         now = time.monotonic()
         if now - self.told >= PROGRESS_SECONDS:
             self.told = now
             doing = [member.doing for member in self._members() if member.task is not None]
+            done = f"{self.done} of {self.num_scenes} done"
+            if self.kernels:
+                done = f"{self.num_kernels - len(self.kernels)} of {self.num_kernels} of FlashQLA begun"
             self.tell(
-                f"compiling kernels: {self.done} of {self.num_scenes} done, {now - self.started:.0f} s"
+                f"compiling kernels: {done}, {now - self.started:.0f} s"
                 + (f"; now {'; '.join(doing[:2])}" if doing else "")
             )
 
@@ -277,11 +323,17 @@ class _WorkerPool:
         elif "refused" in answer:
             raise HydraError(f"{answer['refused']} (compilers' messages: {self.order['log']})")
         else:
-            self.done += member.task != _CHECK
-            member.task = None
+            self.kernels += [{"kernel": kernel} for kernel in answer.get("kernels", ())]
             member.memory = max(member.memory, answer.get("memory", 0))
-            if "failed" in answer:
-                self.problems.append(f"{member.part}: {answer['failed']}")
+            self._finish(member, f"{member.part}: {answer['failed']}" if "failed" in answer else "")
+
+    def _finish(self, member: _WorkerProcess, problem: str = "") -> None:
+        task, member.task = member.task or {}, None
+        self.done += "scene" in task
+        if problem and ("scene" in task or "check" in task):
+            self.problems.append(problem)
+        elif problem:
+            _log.info("not compiled ahead: %s", problem)
 
 
 class _WorkerProcess:
@@ -290,7 +342,7 @@ class _WorkerProcess:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
         self.is_ready, self.is_alive = False, True
-        self.task: int | None = None
+        self.task: Task | None = None
         self.memory = 0
         self.part, self.kernel = "", ""
         self._received = b""

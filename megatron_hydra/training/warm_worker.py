@@ -71,10 +71,15 @@ class Worker:
             yield
 
     def do(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Carry out an order: ``{"scene": number}`` or ``{"check": true}``.
+        """Carry out an order.
+
+        Args:
+            order: ``{"scene": number}``, ``{"check": true}``, ``{"kernel": kernel}``, or ``{"play": number}``,
+                after which the process must end.
 
         Returns:
-            ``{"done": …}`` with the highest memory so far in bytes.
+            ``{"done": …}`` with the highest memory so far in bytes; after ``play``, the scene's and the check's
+            ``kernels`` of TileLang.
 
         Raises:
             HydraError: a kernel fails the start-up check.
@@ -82,11 +87,19 @@ class Worker:
         import torch
 
         from megatron_hydra.model.layer_spec import kernel_case
-        from megatron_hydra.ops import fla_tuning
+        from megatron_hydra.ops import fla_tuning, tilelang_kernels
         from megatron_hydra.parallel import platform
-        from megatron_hydra.training.rehearsal import check, scenes
+        from megatron_hydra.training.rehearsal import check, play, scenes
 
-        if "check" in order:
+        found: dict[str, Any] = {}
+        if "kernel" in order:
+            self.say({"part": order["kernel"]["name"]})
+            tilelang_kernels.compile_kernel(order["kernel"])
+        elif "play" in order:
+            self.say({"part": "listing TileLang's kernels"})
+            scene = scenes(self.config, self.model)[order["play"]]
+            found["kernels"] = play(self.config, self.model, self.teacher, scene)
+        elif "check" in order:
             self.say({"part": "start-up check"})
             check(self.config, self.model, self.teacher)
         else:
@@ -106,7 +119,7 @@ class Worker:
                 )
                 self._rehearse(scene)
             fla_tuning.write_choices()
-        return {"done": order, "memory": platform.peak_memory_bytes()}
+        return {"done": order, "memory": platform.peak_memory_bytes(), **found}
 
     def _rehearse(self, scene: Scene) -> None:
         from megatron_hydra.training.rehearsal import rehearse

@@ -18,6 +18,7 @@ from megatron_hydra.ops.self_check import (
     TOLERANCE,
     _delta_rule_checks,
     all_checks,
+    call_delta_rules,
     check_kernels,
 )
 from megatron_hydra.ops.sharded_delta_rule import (
@@ -350,3 +351,28 @@ def test_a_wrong_kernel_of_flas_own_is_refused_all_the_same(monkeypatch):
     ):
         check_kernels(named("gated_delta_net", "fla", delta_rule=wrong), CASE)
     assert refused == [2]
+
+
+def test_a_called_delta_rule_is_not_compared():
+    """Its kernels may do nothing yet: outputs are wrong, and it is neither refused nor passed."""
+    calls, gradients = [], []
+
+    def nothing(q, k, v, log_alpha, beta, cu):
+        calls.append((tuple(q.shape), cu))
+        output = torch.full_like(v, torch.nan) + 0 * (q + k + v) * beta[..., None]
+        output = output * log_alpha[..., None]
+        output.register_hook(gradients.append)
+        return output, None
+
+    case = dataclasses.replace(CASE, gdn_heads=(3, 5))
+    kernels = named("gated_delta_net", "fla", delta_rule=nothing)
+    call_delta_rules(kernels, case)
+    tokens = BOUNDARIES[-1]
+    documents = (BOUNDARIES, (0, tokens))
+    assert calls == [((tokens, heads, 16), cu) for heads in (3, 5) for cu in documents]
+    assert len(gradients) == len(calls)
+    with pytest.raises(HydraError, match="gated_delta_net=fla"):
+        check_kernels(kernels, case)
+    calls.clear()
+    call_delta_rules(TWINS, case)
+    assert not calls

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from megatron_hydra.model import layer_spec
+from megatron_hydra.ops import self_check
 from megatron_hydra.ops.kernels import Kernels
 from megatron_hydra.parallel.world import start_world, stop_world
 from megatron_hydra.training import rehearsal, setup
@@ -154,3 +157,31 @@ def test_streams_are_those_that_the_data_may_have(tmp_path: Path) -> None:
         for boundaries in streams(config).values():
             assert boundaries[-1] == rehearsal.rounded_stream_length(config)
             assert list(boundaries) == sorted(set(boundaries))
+
+
+def test_a_play_lists_what_a_scene_and_the_check_ask_for(
+    tmp_path: Path, seen: _Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scene's own kernels and those of every number of GDN heads of the run, while kernels are noted."""
+    noted: list[Any] = []
+
+    @contextlib.contextmanager
+    def played() -> Iterator[list[Any]]:
+        yield noted
+        noted.append(sorted(seen.calls, key=str))
+
+    kernels = dataclasses.replace(
+        seen.kernels, names={**seen.kernels.names, "gated_delta_net": "fla"}
+    )
+    monkeypatch.setattr(rehearsal.tilelang_kernels, "played", played)
+    monkeypatch.setattr(rehearsal, "choose_kernels", lambda *args, **options: kernels)
+    config = _config(tmp_path, "finetune")
+    scene = scenes(config, STUDENT)[0]
+    list(rehearse(config, STUDENT, None, scene))
+    of_scene, seen.calls = seen.calls, set()
+    assert rehearsal.play(config, STUDENT, None, scene) is noted
+    assert of_scene < set(noted[0])
+    tokens = self_check.BOUNDARIES[-1]
+    checked = {call[1] for call in set(noted[0]) - of_scene}
+    numbers = layer_spec.kernel_case(STUDENT, config).gdn_heads
+    assert checked == {(tokens, heads, STUDENT.head_dim) for heads in numbers}

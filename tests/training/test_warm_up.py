@@ -48,13 +48,15 @@ for line in sys.stdin:
     if "end" in order:
         break
     number = order.get("scene", "check")
+    number = order["kernel"]["name"] if "kernel" in order else "play" if "play" in order else number
     note(["begin", number])
     say(part=f"scene {number}")
     say(kernel="a kernel")
     {behaviour}
     time.sleep(0.2)
     note(["end", number])
-    say(done=order, memory=0)
+    kernels = [{"name": n, "source": len(n)} for n in ("bwd", "a", "forward")] if number == "play" else []
+    say(done=order, memory=0, kernels=kernels)
 """
 
 
@@ -121,7 +123,39 @@ def test_the_first_scene_runs_alone_and_the_check_runs_with_the_others(
 def test_the_check_waits_for_no_scene_but_the_first(tmp_path: Path) -> None:
     """It compiles its own kernels, so it must not start last."""
     team = warm_up._WorkerPool({"log": "x"}, 3, 0, 1, _worker(tmp_path), print)
-    assert [team.waiting.pop(0) for _ in range(4)] == [0, warm_up._CHECK, 1, 2]
+    assert team.waiting == [{"scene": 0}, {"check": True}, {"scene": 1}, {"scene": 2}]
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        "pass",
+        "if number == 'bwd': say(failed='no layout found'); continue",
+        "if number == 'play': say(failed='a call failed'); continue",
+        "if number == 'play': os._exit(7)",
+    ],
+    ids=["all compile", "one fails", "the list fails", "the lister dies"],
+)
+def test_tilelangs_kernels_are_listed_by_a_process_of_their_own_and_compiled_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str
+) -> None:
+    """What fails there fails again in its scene, so it is no problem yet."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(warm_up, "_asks_for_tilelang", lambda *given: True)
+    result, _ = _compile(tmp_path, worker=_worker(tmp_path, behaviour))
+    count = len(scenes(_config(tmp_path), MODEL))
+    assert (result.ready, result.compiled, result.problem) == (True, count, "")
+    journal = _journal(tmp_path)
+    begun = [what[1] for _, what, _ in journal if what[0] == "begin"]
+    listed = [] if "'play'" in behaviour else ["bwd", "a", "forward"]
+    assert (begun[0], set(begun[1 : 1 + len(listed)])) == ("play", set(listed))
+    assert begun[1 + len(listed)] == 0
+    assert sorted(begun[2 + len(listed) :], key=str) == sorted([*range(1, count), "check"], key=str)
+    of = {what[1]: pid for pid, what, _ in journal if what[0] == "begin"}
+    assert list(of.values()).count(of["play"]) == 1
+    ended = {what[1]: at for _, what, at in journal if what[0] == "end"}
+    first_scene = next(at for _, what, at in journal if what == ["begin", 0])
+    assert all(ended[name] <= first_scene for name in listed if name in ended)
 
 
 def test_ready_kernels_are_not_compiled_again(tmp_path: Path, caches: Path) -> None:
@@ -267,6 +301,29 @@ def test_a_stopped_rank_ends_its_workers(tmp_path: Path) -> None:
     assert "nothing to save yet (kernels are being compiled)" in errors
     assert all(_is_gone(pid) for pid, _, _ in _journal(tmp_path))
     assert _compile(tmp_path)[0].compiled
+
+
+@pytest.mark.gpu
+def test_flash_qlas_kernels_are_compiled_by_several_processes_and_each_once(
+    tmp_path: Path, caches: Path
+) -> None:
+    """The scene and the check find them all in TileLang's cache."""
+    pytest.importorskip("flash_qla")
+    shape = {"num_layers": 1, "num_query_heads": 16, "num_kv_heads": 8, "head_dim": 128}
+    model = dataclasses.replace(MODEL, **shape, full_attention_heads=((0, 8),))  # type: ignore[arg-type]
+    sections = {"parallel": {}, "precision": "bf16", "data": {"sequence_length": 8192}}
+    config = _config(tmp_path, **sections)
+    if not warm_up._asks_for_tilelang(config, model):
+        pytest.skip("FlashQLA does not run on this GPU")
+    lines: list[str] = []
+    with StopRequest():
+        result = compile_once_per_node(config, model, None, tell=lines.append)
+    assert (result.ready, result.problem) == (True, "")
+    print(f"{result.seconds:.0f} s with empty caches")
+    assert any("of FlashQLA begun" in line for line in lines), lines
+    compiled = (tmp_path / "run" / COMPILE_LOG).read_text().count("begins to compile kernel")
+    kept = list((caches / "TILELANG_CACHE_DIR").glob("*/cuda-binaries/*"))
+    assert compiled == len(kept) >= 10
 
 
 @pytest.mark.slow
