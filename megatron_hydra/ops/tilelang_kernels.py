@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,19 +24,21 @@ _DTYPE = "torch.dtype"
 
 
 @contextlib.contextmanager
-def played() -> Iterator[list[Noted]]:
-    """While the block runs, TileLang compiles nothing and its kernels do nothing; they are noted in the list.
+def played(note: Callable[[Noted], None]) -> Iterator[None]:
+    """While the block runs, TileLang compiles nothing and its kernels do nothing.
 
     What the block computes is worthless, so use its process for nothing else: caches may keep a part of it.
-    A kernel that returns tensors, and one whose factory or arguments cannot be named, is compiled as usual or
-    left out of the list.
+
+    Args:
+        note: called with each kernel when it is first asked for. A kernel that returns tensors is compiled as
+            usual; one whose factory or arguments cannot be named is not noted.
     """
     from tilelang.jit import JITImpl
 
     noted: list[Noted] = []
     call = JITImpl.__call__
 
-    def note(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def play(self: Any, *args: Any, **kwargs: Any) -> Any:
         # The other kind takes tensors, and runs the kernel itself.
         returns_a_kernel = self.initialize_jit_mode(*args, **kwargs) == "lazy"
         if not returns_a_kernel or self.out_idx is not None:
@@ -44,11 +46,12 @@ def played() -> Iterator[list[Noted]]:
         kernel = _described(self, args, kwargs)
         if kernel is not None and kernel not in noted:
             noted.append(kernel)
+            note(kernel)
         return _do_nothing
 
-    JITImpl.__call__ = note
+    JITImpl.__call__ = play
     try:
-        yield noted
+        yield
     finally:
         JITImpl.__call__ = call
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -131,18 +131,21 @@ def rehearse(
 
 
 def play(
-    config: RunConfig, model: ModelConfig, teacher: ModelConfig | None, scene: Scene
-) -> list[tilelang_kernels.Noted]:
-    """TileLang's kernels that a scene and the start-up check ask for, without compiling them.
+    config: RunConfig,
+    model: ModelConfig,
+    teacher: ModelConfig | None,
+    scene: Scene,
+    note: Callable[[tilelang_kernels.Noted], None],
+) -> None:
+    """Note TileLang's kernels that a scene and the start-up check ask for, and do not compile them.
 
     The process must end afterwards (:func:`~megatron_hydra.ops.tilelang_kernels.played`).
     """
-    with tilelang_kernels.played() as noted:
+    with tilelang_kernels.played(note):
         for _ in rehearse(config, model, teacher, scene):
             pass
         case = kernel_case(model, config)
         call_delta_rules(choose_kernels(config.backend, case, check=False), case)
-    return noted
 
 
 def check(config: RunConfig, model: ModelConfig, teacher: ModelConfig | None) -> None:

@@ -2,11 +2,11 @@
 
 The first rank of a node to arrive takes a lock, starts workers (:mod:`.warm_worker`), and gives them the
 run's scenes (:mod:`.rehearsal`). If FlashQLA computes GDN heads, one more worker first lists TileLang's kernels
-of the first scene and of the start-up check (:mod:`megatron_hydra.ops.tilelang_kernels`), and all workers
-compile them. The first scene runs alone, because it also tunes kernels. Then all other scenes and the start-up
-check run in parallel. At the end, a record next to the compilers' caches notes the result. The other ranks, and
-later runs with the same shapes, read it and compile nothing. A scene that fails is not an error: a warning is
-logged, and each rank compiles this part in its first step.
+of the first scene and of the start-up check (:mod:`megatron_hydra.ops.tilelang_kernels`), and the others
+compile them meanwhile. The first scene runs alone, because it also tunes kernels. Then all other scenes and the
+start-up check run in parallel. At the end, a record next to the compilers' caches notes the result. The other
+ranks, and later runs with the same shapes, read it and compile nothing. A scene that fails is not an error: a
+warning is logged, and each rank compiles this part in its first step.
 """
 
 from __future__ import annotations
@@ -205,8 +205,7 @@ class _WorkerPool:
             team = [stack.enter_context(self._worker(i, count)) for i in range(count)]
             if self.list_kernels:
                 with self._worker(0, count) as player:
-                    self._list_kernels(player)
-                self._compile_kernels(team)
+                    self._compile_listed(player, team)
             self._tasks(team)
             for member in team:
                 member.give({"end": True})
@@ -235,28 +234,26 @@ class _WorkerPool:
                         process.wait(30)
         process.wait()
 
-    def _list_kernels(self, player: _WorkerProcess) -> None:
-        """Let a worker that does nothing else list TileLang's kernels, the longest source first."""
-        while player.is_alive and not player.is_ready:
-            self._read_answers()
-        player.task = {"play": 0}
-        player.give(player.task)
-        while player.is_alive and player.task is not None:
-            self._read_answers()
-        player.give({"end": True})
-        self.kernels.sort(key=lambda task: -task["kernel"]["source"])
-        self.num_kernels = len(self.kernels)
+    def _compile_listed(self, player: _WorkerProcess, team: list[_WorkerProcess]) -> None:
+        """Let ``player`` list TileLang's kernels, and the team compile those with the longest sources first.
 
-    def _compile_kernels(self, team: list[_WorkerProcess]) -> None:
-        """One that fails is no problem here: the scene or the check that asks for it will tell."""
-        while self.kernels or any(member.task is not None for member in team):
+        A kernel that fails is no problem here: the scene or the check that asks for it will tell.
+        """
+        to_play: list[Task] = [{"play": 0}]
+        while any(member.is_alive for member in team):
+            if player.is_ready and to_play:
+                player.task = to_play.pop()
+                player.give(player.task)
             for member in team:
                 if self.kernels and member.is_alive and member.is_ready and member.task is None:
-                    member.task = self.kernels.pop(0)
+                    member.task = max(self.kernels, key=lambda task: task["kernel"]["source"])
+                    self.kernels.remove(member.task)
                     member.give(member.task)
-            if not any(member.is_alive for member in team):
-                return
+            listed = not player.is_alive or (not to_play and player.task is None)
+            if listed and not self.kernels and all(member.task is None for member in team):
+                break
             self._read_answers()
+        player.give({"end": True})
 
     def _tasks(self, team: list[_WorkerProcess]) -> None:
         """Run the first scene on one worker, then the check and all other scenes on all workers that fit."""
@@ -320,10 +317,12 @@ class _WorkerPool:
             member.part, member.kernel = answer["part"], ""
         elif "kernel" in answer:
             member.kernel = answer["kernel"]
+        elif "noted" in answer:
+            self.kernels.append({"kernel": answer["noted"]})
+            self.num_kernels += 1
         elif "refused" in answer:
             raise HydraError(f"{answer['refused']} (compilers' messages: {self.order['log']})")
         else:
-            self.kernels += [{"kernel": kernel} for kernel in answer.get("kernels", ())]
             member.memory = max(member.memory, answer.get("memory", 0))
             self._finish(member, f"{member.part}: {answer['failed']}" if "failed" in answer else "")
 

@@ -77,9 +77,10 @@ class Worker:
             order: ``{"scene": number}``, ``{"check": true}``, ``{"kernel": kernel}``, or ``{"play": number}``,
                 after which the process must end.
 
+        ``play`` says ``{"noted": kernel}`` for every kernel of TileLang that the scene and the check ask for.
+
         Returns:
-            ``{"done": …}`` with the highest memory so far in bytes; after ``play``, the scene's and the check's
-            ``kernels`` of TileLang.
+            ``{"done": …}`` with the highest memory so far in bytes.
 
         Raises:
             HydraError: a kernel fails the start-up check.
@@ -91,14 +92,13 @@ class Worker:
         from megatron_hydra.parallel import platform
         from megatron_hydra.training.rehearsal import check, play, scenes
 
-        found: dict[str, Any] = {}
         if "kernel" in order:
             self.say({"part": order["kernel"]["name"]})
             tilelang_kernels.compile_kernel(order["kernel"])
         elif "play" in order:
             self.say({"part": "listing TileLang's kernels"})
             scene = scenes(self.config, self.model)[order["play"]]
-            found["kernels"] = play(self.config, self.model, self.teacher, scene)
+            play(self.config, self.model, self.teacher, scene, lambda k: self.say({"noted": k}))
         elif "check" in order:
             self.say({"part": "start-up check"})
             check(self.config, self.model, self.teacher)
@@ -119,7 +119,7 @@ class Worker:
                 )
                 self._rehearse(scene)
             fla_tuning.write_choices()
-        return {"done": order, "memory": platform.peak_memory_bytes(), **found}
+        return {"done": order, "memory": platform.peak_memory_bytes()}
 
     def _rehearse(self, scene: Scene) -> None:
         from megatron_hydra.training.rehearsal import rehearse

@@ -61,7 +61,8 @@ def factories(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 def test_kernels_are_noted_once_and_do_nothing(factories: types.ModuleType) -> None:
     x = torch.zeros(2)
-    with tilelang_kernels.played() as noted:
+    noted: list[Any] = []
+    with tilelang_kernels.played(noted.append):
         for _ in range(2):
             assert factories.first(14, dtype=torch.bfloat16, packed=True, start=None)(x) is None
         factories.first(13, dtype=torch.bfloat16, packed=True, start=None)(x)
@@ -84,7 +85,7 @@ def test_kernels_are_noted_once_and_do_nothing(factories: types.ModuleType) -> N
 
 def test_after_the_block_kernels_run_again(factories: types.ModuleType) -> None:
     x = torch.zeros(2)
-    with pytest.raises(ZeroDivisionError), tilelang_kernels.played():
+    with pytest.raises(ZeroDivisionError), tilelang_kernels.played(print):
         factories.first(1 // 0)
     factories.first(14)(x)
     assert x.tolist() == [1, 1]
@@ -94,7 +95,8 @@ def test_after_the_block_kernels_run_again(factories: types.ModuleType) -> None:
 def test_kernels_that_cannot_be_played_run(factories: types.ModuleType) -> None:
     """Their results are needed: those that take tensors at once, and those that return tensors."""
     x = torch.zeros(2)
-    with tilelang_kernels.played() as noted:
+    noted: list[Any] = []
+    with tilelang_kernels.played(noted.append):
         assert factories.eager(x).tolist() == [1, 1]
         assert factories.returning(14)(x).tolist() == [2, 2]
     assert noted == []
@@ -104,7 +106,8 @@ def test_a_kernel_that_cannot_be_named_is_not_listed(factories: types.ModuleType
     """By a name that leads elsewhere, or by arguments that JSON does not have."""
     x, hidden = torch.zeros(2), factories.first
     factories.first = None  # type: ignore[attr-defined]
-    with tilelang_kernels.played() as noted:
+    noted: list[Any] = []
+    with tilelang_kernels.played(noted.append):
         hidden(14)(x)
         factories.long_second(object())(x)
     assert noted == []

@@ -163,12 +163,13 @@ def test_a_play_lists_what_a_scene_and_the_check_ask_for(
     tmp_path: Path, seen: _Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The scene's own kernels and those of every number of GDN heads of the run, while kernels are noted."""
-    noted: list[Any] = []
+    played_calls: list[set[Any]] = []
 
     @contextlib.contextmanager
-    def played() -> Iterator[list[Any]]:
-        yield noted
-        noted.append(sorted(seen.calls, key=str))
+    def played(note: Any) -> Iterator[None]:
+        assert note is print
+        yield
+        played_calls.append(set(seen.calls))
 
     kernels = dataclasses.replace(
         seen.kernels, names={**seen.kernels.names, "gated_delta_net": "fla"}
@@ -179,9 +180,9 @@ def test_a_play_lists_what_a_scene_and_the_check_ask_for(
     scene = scenes(config, STUDENT)[0]
     list(rehearse(config, STUDENT, None, scene))
     of_scene, seen.calls = seen.calls, set()
-    assert rehearsal.play(config, STUDENT, None, scene) is noted
-    assert of_scene < set(noted[0])
+    rehearsal.play(config, STUDENT, None, scene, print)
+    assert of_scene < played_calls[0]
     tokens = self_check.BOUNDARIES[-1]
-    checked = {call[1] for call in set(noted[0]) - of_scene}
+    checked = {call[1] for call in played_calls[0] - of_scene}
     numbers = layer_spec.kernel_case(STUDENT, config).gdn_heads
     assert checked == {(tokens, heads, STUDENT.head_dim) for heads in numbers}

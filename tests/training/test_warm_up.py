@@ -55,8 +55,9 @@ for line in sys.stdin:
     {behaviour}
     time.sleep(0.2)
     note(["end", number])
-    kernels = [{"name": n, "source": len(n)} for n in ("bwd", "a", "forward")] if number == "play" else []
-    say(done=order, memory=0, kernels=kernels)
+    for name in ("bwd", "a", "forward") if number == "play" else ():
+        say(noted={"name": name, "source": len(name)})
+    say(done=order, memory=0)
 """
 
 
@@ -132,9 +133,10 @@ def test_the_check_waits_for_no_scene_but_the_first(tmp_path: Path) -> None:
         "pass",
         "if number == 'bwd': say(failed='no layout found'); continue",
         "if number == 'play': say(failed='a call failed'); continue",
+        "if number == 'play': say(noted={'name': 'early', 'source': 1}); time.sleep(1); os._exit(7)",
         "if number == 'play': os._exit(7)",
     ],
-    ids=["all compile", "one fails", "the list fails", "the lister dies"],
+    ids=["all compile", "one fails", "the list fails", "the lister dies later", "the lister dies"],
 )
 def test_tilelangs_kernels_are_listed_by_a_process_of_their_own_and_compiled_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str
@@ -148,6 +150,8 @@ def test_tilelangs_kernels_are_listed_by_a_process_of_their_own_and_compiled_fir
     journal = _journal(tmp_path)
     begun = [what[1] for _, what, _ in journal if what[0] == "begin"]
     listed = [] if "'play'" in behaviour else ["bwd", "a", "forward"]
+    if "say(noted" in behaviour:
+        listed = ["early"]
     assert (begun[0], set(begun[1 : 1 + len(listed)])) == ("play", set(listed))
     assert begun[1 + len(listed)] == 0
     assert sorted(begun[2 + len(listed) :], key=str) == sorted([*range(1, count), "check"], key=str)
