@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_hydra.ops.integers import cdiv, next_power_of_2
+
 BLOCK, WARPS = 4096, 8
 """Columns of a step and warps of a program: 64 bytes of each tensor per thread in fp32."""
 
@@ -150,7 +152,7 @@ def chunk_gradient(
     if student.dtype != dtype:
         gradient = torch.empty(rows, columns, dtype=dtype, device=student.device)
     block = _block(columns)
-    grid = (rows, triton.cdiv(columns, block * GRADIENT_STEPS))
+    grid = (rows, cdiv(columns, block * GRADIENT_STEPS))
     _gradient_kernel[grid](
         student, teacher, labels_local, statistics, factors, gradient, columns, rows,
         student.stride(0), 0 if teacher is None else teacher.stride(0), gradient.stride(0),
@@ -161,4 +163,4 @@ def chunk_gradient(
 
 
 def _block(columns: int) -> int:
-    return min(BLOCK, max(16, triton.next_power_of_2(columns)))
+    return min(BLOCK, max(16, next_power_of_2(columns)))

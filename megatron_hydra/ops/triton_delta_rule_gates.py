@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from megatron_hydra.ops.integers import cdiv, next_power_of_2
+
 ELEMENTS, WARPS = 1024, 4
 """Elements of a program's block, tokens times heads."""
 MOST_PROGRAMS = 512
@@ -74,7 +76,7 @@ def _backward_kernel(
 
 
 def _settings(heads: int) -> dict[str, int]:
-    padded = triton.next_power_of_2(heads)
+    padded = next_power_of_2(heads)
     return {"TOKENS": max(1, ELEMENTS // padded), "HEADS": padded, "num_warps": WARPS}
 
 
@@ -86,7 +88,7 @@ class _DeltaRuleGates(torch.autograd.Function):
         tokens, heads = a.shape
         log_alpha, beta = torch.empty(2, tokens, heads, dtype=torch.float32, device=a.device)
         settings = _settings(heads)
-        _forward_kernel[(triton.cdiv(tokens, settings["TOKENS"]),)](
+        _forward_kernel[(cdiv(tokens, settings["TOKENS"]),)](
             a,
             b,
             a_log,
@@ -110,7 +112,7 @@ class _DeltaRuleGates(torch.autograd.Function):
         a, b, a_log, dt_bias = ctx.saved_tensors
         tokens, heads = a.shape
         settings = _settings(heads)
-        programs = min(triton.cdiv(tokens, settings["TOKENS"]), MOST_PROGRAMS)
+        programs = min(cdiv(tokens, settings["TOKENS"]), MOST_PROGRAMS)
         d_a, d_b = torch.empty(2, tokens, heads, dtype=a.dtype, device=a.device)
         partial = torch.empty(programs, 2, heads, dtype=torch.float32, device=a.device)
         _backward_kernel[(programs,)](

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from megatron_hydra.ops.fusion_tail import Branch, has_no_step
+from megatron_hydra.ops.integers import cdiv, next_power_of_2
 
 ROWS, WARPS = 16, 4
 """Rows of a program and its warps: 32 bytes of each tensor per thread at d = 128 in bf16."""
@@ -167,10 +168,10 @@ class _FusionTail(torch.autograd.Function):
             o, n = outputs[0], outputs[0].shape[1]
             rest, gate_rest, rest_heads, strides = _arguments(outputs, gates)
             part = None if scale is None else scale[..., start : start + n + rest_heads]
-            _forward_kernel[(triton.cdiv(tokens, ROWS) * (n + rest_heads),)](
+            _forward_kernel[(cdiv(tokens, ROWS) * (n + rest_heads),)](
                 o, gates[0], part, y[:, start * d :], rest, gate_rest, tokens, n, rest_heads,
                 eps or 0.0, *strides, *_strides(part), y.stride(0),
-                D=d, BLOCK=triton.next_power_of_2(d), ROWS=ROWS, num_warps=WARPS,
+                D=d, BLOCK=next_power_of_2(d), ROWS=ROWS, num_warps=WARPS,
                 HAS_GATE=gates[0] is not None, HAS_SCALE=part is not None, HAS_NORM=eps is not None,
                 HAS_REST=rest is not None,
             )  # fmt: skip
@@ -197,12 +198,12 @@ class _FusionTail(torch.autograd.Function):
             part = None if scale is None else scale[..., start : start + n + rest_heads]
             d_o, d_gate, *d_rest = grads[done : done + 2 * len(outputs)]
             done += 2 * len(outputs)
-            _backward_kernel[(triton.cdiv(tokens, ROWS) * (n + rest_heads),)](
+            _backward_kernel[(cdiv(tokens, ROWS) * (n + rest_heads),)](
                 o, gates[0], part, dy[:, start * d :], d_o, d_gate,
                 None if d_scale is None else d_scale[:, start:], rest, gate_rest,
                 *(d_rest or (None, None)), tokens, n, rest_heads, ctx.eps or 0.0,
                 *strides, *_strides(part), dy.stride(0), heads,
-                D=d, BLOCK=triton.next_power_of_2(d), ROWS=ROWS, num_warps=WARPS,
+                D=d, BLOCK=next_power_of_2(d), ROWS=ROWS, num_warps=WARPS,
                 HAS_GATE=gates[0] is not None, HAS_SCALE=part is not None,
                 HAS_NORM=ctx.eps is not None, HAS_REST=rest is not None,
             )  # fmt: skip

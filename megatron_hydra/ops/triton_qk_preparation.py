@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from megatron_hydra.ops.integers import cdiv, next_power_of_2
 from megatron_hydra.ops.qk_preparation import L2_EPS
 
 ROWS, WARPS = 16, 4
@@ -174,7 +175,7 @@ def _settings(
 ) -> dict[str, Any]:
     return {
         "D": x.shape[2],
-        "BLOCK": triton.next_power_of_2(x.shape[2] // 2),
+        "BLOCK": next_power_of_2(x.shape[2] // 2),
         "ROWS": ROWS,
         "HAS_NORM": weight is not None,
         "HAS_ROTARY": tables is not None,
@@ -193,7 +194,7 @@ def _launch(
 ) -> tuple[int, int, tuple[Any, ...]]:
     """Blocks of tokens, programs that share the heads of a block, and the strides of x and the tables."""
     tokens, heads = x.shape[:2]
-    blocks = triton.cdiv(tokens, ROWS)
+    blocks = cdiv(tokens, ROWS)
     groups = _head_groups(blocks, max(heads - rest_heads, rest_heads), x.device)
     return blocks, groups, (x.stride(0), x.stride(1), 0 if tables is None else tables[0].stride(0))
 
@@ -306,7 +307,7 @@ def tables_of(cos: torch.Tensor | None, sin: torch.Tensor | None) -> Tables:
 
 def _head_groups(blocks: int, heads: int, device: torch.device) -> int:
     """Number of programs that share the heads of a block of tokens: more than one only for few blocks."""
-    return max(1, min(heads, triton.cdiv(PROGRAMS_PER_UNIT * _units(device), blocks)))
+    return max(1, min(heads, cdiv(PROGRAMS_PER_UNIT * _units(device), blocks)))
 
 
 @functools.lru_cache(maxsize=16)

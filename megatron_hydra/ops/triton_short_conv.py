@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from megatron_hydra.ops.integers import cdiv
+
 TOKENS, CHANNELS, WARPS = 32, 128, 4
 BACKWARD_TOKENS, BACKWARD_CHANNELS = 4, 256
 """One warp has whole rows of channels, so that one thread computes each sum over tokens."""
@@ -182,7 +184,7 @@ def conv_forward(
     y = torch.empty(length, split, dtype=x.dtype, device=x.device)
     rest = None if split == channels else x.new_empty(length, channels - split)
     block = CHANNELS if rest is None else math.gcd(CHANNELS, split)
-    _forward_kernel[(triton.cdiv(channels, block), triton.cdiv(length, TOKENS))](
+    _forward_kernel[(cdiv(channels, block), cdiv(length, TOKENS))](
         x, weight, positions, halo, y, rest, length, channels, split, x.stride(0),
         weight.stride(0), 0 if halo is None else halo.stride(0), W=weight.shape[1],
         TOKENS=TOKENS, CHANNELS=block, HAS_HALO=halo is not None, HAS_REST=rest is not None,
@@ -205,13 +207,13 @@ def conv_backward(
         d_rest = d_rest.contiguous()
     (length, channels), width = x.shape, weight.shape[1]
     blocks = min(MAX_BLOCKS, max(1, length // (BACKWARD_TOKENS * 512)))
-    programs = triton.cdiv(length, BACKWARD_TOKENS * blocks)
+    programs = cdiv(length, BACKWARD_TOKENS * blocks)
     dx = torch.empty(length, channels, dtype=x.dtype, device=x.device)
     partial = torch.empty(programs, channels, width, dtype=torch.float32, device=x.device)
     block = BACKWARD_CHANNELS
     if d_rest is not None:
         block = math.gcd(block, dy.shape[1])
-    _backward_kernel[(triton.cdiv(channels, block), programs)](
+    _backward_kernel[(cdiv(channels, block), programs)](
         x, weight, positions, dy, d_rest, dx, partial, length, channels, dy.shape[1], x.stride(0),
         weight.stride(0), dy.stride(0), 0 if d_rest is None else d_rest.stride(0), blocks, W=width,
         TOKENS=BACKWARD_TOKENS, CHANNELS=block, HAS_REST=d_rest is not None,

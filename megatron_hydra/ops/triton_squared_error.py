@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_hydra.ops.integers import cdiv, next_power_of_2
+
 ROWS, MAX_BLOCK, WARPS = 4, 1024, 4
 
 
@@ -46,9 +48,9 @@ def squared_error(
     tokens, channels = output.shape
     losses = torch.empty(tokens, dtype=torch.float32, device=output.device)
     gradient = torch.empty(tokens, channels, dtype=output.dtype, device=output.device)
-    _squared_error_kernel[(triton.cdiv(tokens, ROWS),)](
+    _squared_error_kernel[(cdiv(tokens, ROWS),)](
         output, target, mask.contiguous().view(torch.uint8), losses, gradient, tokens,
         output.stride(0), target.stride(0), channels,
-        BLOCK=min(MAX_BLOCK, triton.next_power_of_2(channels)), ROWS=ROWS, num_warps=WARPS,
+        BLOCK=min(MAX_BLOCK, next_power_of_2(channels)), ROWS=ROWS, num_warps=WARPS,
     )  # fmt: skip
     return losses, gradient

@@ -18,6 +18,7 @@ TOY = {
     "gdn": ["--sizes", "64,128", "--heads", "2", "--head-dim", "16"],
     "loss": ["--sizes", "64", "--hidden", "16", "--vocabulary", "300", "--chunk", "32"],
     "fused": ["--sizes", "64", "--head-dim", "16", "--fa", "1", "--gdn", "2"],
+    "host": ["--sizes", "1,2", "--profile", "3"],
     "layer": ["--sizes", "64", "--kernels"],
     "step": ["--tiny", "--sizes", "64"],
     "conversion": ["--megabytes", "40"],
@@ -42,6 +43,7 @@ TOY = {
 QUICK = (
     "gdn",
     "loss",
+    "host",
     "layer",
     "step",
     "tail_attention",
