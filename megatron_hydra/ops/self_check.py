@@ -98,25 +98,30 @@ def call_delta_rules(kernels: Kernels, case: Case) -> None:
             torch.autograd.grad(output, tensors, torch.zeros_like(output))
 
 
-def _not_yet_passed(kernels: Kernels, case: Case) -> Iterator[tuple[Check, str, str]]:
-    """Each check that is due, its name, and the key of its record (empty without a GPU)."""
+def _not_yet_passed(
+    kernels: Kernels, case: Case
+) -> Iterator[tuple[Check, str, dict[str, Any] | None]]:
+    """Each check that is due, its name, and the facts for which a pass is recorded."""
     facts = _on_record(case)
     for found in all_checks(case):
         key, what, *_ = found
         check = f"{key}={kernels.names[key]} {_name_of(what, case)}"
         if kernels.names[key] == "torch" or check in _passed:
             continue
-        recorded = f"check-{kernel_cache.key_of([facts, check])}" if facts else ""
         again = os.environ.get("HYDRA_CHECK_AGAIN") == "1"
-        if recorded and not again and kernel_cache.is_recorded(recorded):
+        if facts and not again and kernel_cache.is_recorded(_record_of(facts, check)):
             _passed.add(check)
             continue
-        yield found, check, recorded
+        yield found, check, facts
+
+
+def _record_of(facts: dict[str, Any], check: str) -> str:
+    return f"check-{kernel_cache.key_of([facts, check])}"
 
 
 def _check_all(kernels: Kernels, case: Case) -> None:
     twins = Kernels(delta_rule=case.rule.twin)
-    for (key, what, inputs, run), check, recorded in _not_yet_passed(kernels, case):
+    for (key, what, inputs, run), check, facts in _not_yet_passed(kernels, case):
         name = kernels.names[key]
         problem = _difference(kernels, twins, inputs, run, TOLERANCE[case.dtype])
         if problem and name in FLA_BACKENDS and fla_tuning.is_flash_qla(case, inputs["q"].shape[1]):
@@ -125,8 +130,8 @@ def _check_all(kernels: Kernels, case: Case) -> None:
         if problem:
             raise HydraError(_refusal(key, name, what, problem, case))
         _passed.add(check)
-        if recorded:
-            kernel_cache.record(recorded, {"check": check, **(_on_record(case) or {})})
+        if facts:
+            kernel_cache.record(_record_of(facts, check), {"check": check, **facts})
         feed_watchdog(PATIENCE)
 
 
