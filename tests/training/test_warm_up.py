@@ -319,12 +319,10 @@ def test_flash_qlas_kernels_are_compiled_by_several_processes_and_each_once(
     config = _config(tmp_path, **sections)
     if not warm_up._asks_for_tilelang(config, model):
         pytest.skip("FlashQLA does not run on this GPU")
-    lines: list[str] = []
     with StopRequest():
-        result = compile_once_per_node(config, model, None, tell=lines.append)
+        result = compile_once_per_node(config, model, None, tell=print)
     assert (result.ready, result.problem) == (True, "")
     print(f"{result.seconds:.0f} s with empty caches")
-    assert any("of FlashQLA begun" in line for line in lines), lines
     compiled = (tmp_path / "run" / COMPILE_LOG).read_text().count("begins to compile kernel")
     kept = list((caches / "TILELANG_CACHE_DIR").glob("*/cuda-binaries/*"))
     assert compiled == len(kept) >= 10
