@@ -27,6 +27,8 @@ class HydraConfig:
         fusion_norm: ``rms`` normalises every head's output over its channels in fp32; ``none``.
         fa_position: position information of FA heads: ``log-scale`` (no rotary, queries scaled by
             ln(t+a)/ln(a)), ``rope``, ``both``, or ``none``.
+        fa_rotary_every: FA heads of every such layer (n: the n-th, 2n-th, …) have a rotary embedding besides
+            what ``fa_position`` gives them; 0: no layer.
         fa_gate: the per-channel output gate 2σ(W_g x + b_g) of FA heads.
         fa_gate_bias: whether this gate has a bias, which starts at 1 (as in the paper). Without it the gate
             is 2σ(W_g x), which starts at exactly 1.
@@ -56,6 +58,7 @@ class HydraConfig:
     fusion: Literal["scale", "gated", "concat"] = "scale"
     fusion_norm: Literal["rms", "none"] = "rms"
     fa_position: Literal["log-scale", "rope", "both", "none"] = "log-scale"
+    fa_rotary_every: int = 0
     fa_gate: bool = True
     fa_gate_bias: bool = True
     linear: Literal["gdn", "kda"] = "gdn"
@@ -76,6 +79,15 @@ class HydraConfig:
             raise HydraError(f"hydra.log_scale_a is {self.log_scale_a}: it must be above 1")
         if self.window < 1:
             raise HydraError(f"hydra.window is {self.window}: it must be at least 1")
+        if self.fa_rotary_every < 0:
+            raise HydraError(
+                f"hydra.fa_rotary_every is {self.fa_rotary_every}: it must be at least 0"
+            )
+
+    def fa_rotates(self, layer: int) -> bool:
+        """Whether FA heads of a layer (0-based) have a rotary embedding."""
+        every = self.fa_rotary_every
+        return self.fa_position in ("rope", "both") or (every > 0 and (layer + 1) % every == 0)
 
     @property
     def mixes_in_every_head(self) -> bool:

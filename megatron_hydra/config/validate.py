@@ -320,9 +320,11 @@ def check_layout(
             f"{model.vocab_size} per rank, the last rank has none",
         )
     _require(
-        config.backend.streams != "two" or student.switches.fa_position in ("log-scale", "none"),
+        config.backend.streams != "two"
+        or not any(student.switches.fa_rotates(layer) for layer in range(student.num_layers)),
         "backend.streams=two is not possible with hydra.fa_position="
-        f"{student.switches.fa_position}: both branches share rotary tables; set it to auto",
+        f"{student.switches.fa_position}, hydra.fa_rotary_every={student.switches.fa_rotary_every}: "
+        "both branches share rotary tables; set it to auto",
     )
     _require(
         parallel.virtual_pipeline == 1 or micro_batches % parallel.pipeline == 0,

@@ -16,6 +16,7 @@ SWITCHES: dict[str, tuple[Any, tuple[Any, ...] | None]] = {
     "fusion": ("scale", ("scale", "gated", "concat")),
     "fusion_norm": ("rms", ("rms", "none")),
     "fa_position": ("log-scale", ("log-scale", "rope", "both", "none")),
+    "fa_rotary_every": (0, None),
     "fa_gate": (True, (True, False)),
     "fa_gate_bias": (False, (True, False)),
     "linear": ("gdn", ("gdn", "kda")),
@@ -125,6 +126,13 @@ class HydraHeadConfig(PreTrainedConfig):
         self.eos_token_id = eos_token_id
         self._check()
 
+    def fa_rotates(self, layer: int) -> bool:
+        """Whether full-attention heads of a layer (0-based) have a rotary embedding."""
+        every = self.hydra["fa_rotary_every"]
+        return self.hydra["fa_position"] in ("rope", "both") or (
+            every > 0 and (layer + 1) % every == 0
+        )
+
     def _check(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -154,6 +162,10 @@ def _switches(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"hydra.log_scale_a is {values['log_scale_a']}, it must be above 1")
     if values["window"] < 1:
         raise ValueError(f"hydra.window is {values['window']}, it must be at least 1")
+    if values["fa_rotary_every"] < 0:
+        raise ValueError(
+            f"hydra.fa_rotary_every is {values['fa_rotary_every']}, it must be at least 0"
+        )
     return values
 
 

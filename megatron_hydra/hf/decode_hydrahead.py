@@ -49,8 +49,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD, LARGEST_HIDDEN = 256, 16384
 COMPUTED = (
-    "mixer", "window", "fusion", "fusion_norm", "fa_position", "fa_gate", "fa_gate_bias", "gdn_position", "qkv",
-    "gdn_kv", "gdn_gate", "short_conv", "conv_width", "log_scale", "log_scale_a", "granularity",
+    "mixer", "window", "fusion", "fusion_norm", "fa_position", "fa_rotary_every", "fa_gate", "fa_gate_bias",
+    "gdn_position", "qkv", "gdn_kv", "gdn_gate", "short_conv", "conv_width", "log_scale", "log_scale_a",
+    "granularity",
 )  # fmt: skip
 """Switches that the kernels compute, but for the values that :func:`_supported` refuses. A model with another
 switch on runs by the plain layer."""
@@ -949,7 +950,7 @@ def prompt_heads(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch
         config.rms_norm_eps, n, kv, f, groups,
         D=d, BLOCK=half, TOKENS=16, W=w, HAS_CONV=has_conv, HAS_TAIL=tail is not None and w > 1,
         HAS_NORM=bool(config.qk_norm), GDN_ROTARY=switches["gdn_position"] == "rope",
-        FA_ROTARY=position in ("rope", "both"), LOG_SCALE=position in ("log-scale", "both"),
+        FA_ROTARY=config.fa_rotates(attention.layer_idx), LOG_SCALE=position in ("log-scale", "both"),
         num_warps=4,
     )  # fmt: skip
     q, k, v, fa_q, fa_k = made.split([batch * length * m * d for m in (n, kv, kv, f, groups)])
@@ -1032,7 +1033,7 @@ def heads(layer: Any, x: torch.Tensor, context: Any, cache: Any) -> torch.Tensor
         taps=switches["conv_width"] if has_conv else 1,
         b_column=columns.get("gdn_b_proj", 0), a_column=columns.get("gdn_a_proj", 0),
         eps=config.rms_norm_eps, qk_norm=bool(config.qk_norm),
-        gdn_rotary=switches["gdn_position"] == "rope", fa_rotary=position in ("rope", "both"),
+        gdn_rotary=switches["gdn_position"] == "rope", fa_rotary=config.fa_rotates(attention.layer_idx),
         scaled=position in ("log-scale", "both"), fa_gate=bool(switches["fa_gate"]),
         gdn_gate=bool(switches["gdn_gate"]), fusion_norm=switches["fusion_norm"] == "rms",
         has_gamma=not concat,

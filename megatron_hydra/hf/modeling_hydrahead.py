@@ -959,7 +959,7 @@ class HydraHeadAttention(nn.Module):
         q, k, v = map(self._heads, self._qkv("fa", x, tied))
         q, k = self._qk_norms("fa", q, k)
         position = self.switches["fa_position"]
-        if position in ("rope", "both"):
+        if self.config.fa_rotates(self.layer_idx):
             q = _rotate(q, context.cos, context.sin)
             k = _rotate(k, context.cos, context.sin)
         if position in ("log-scale", "both"):

@@ -56,6 +56,7 @@ class FullAttention(torch.nn.Module):
         super().__init__()
         self.head_dim, self.eps = model.head_dim, model.norm_eps
         self.switches = model.switches
+        self.rotates = model.switches.fa_rotates(heads.layer)
         self.kernels = kernels
         self.groups_of_heads = heads.fa_kv_of_heads
         self.rotary = Rotary(model.rope_parameters, model.head_dim, model.max_position_embeddings)
@@ -85,7 +86,7 @@ class FullAttention(torch.nn.Module):
         """
         qk, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (qk, v))
         tables = scale = None
-        if self.switches.fa_position in ("rope", "both"):
+        if self.rotates:
             tables = self.rotary.tables(positions, packed)
         if self.switches.scales_queries:
             a, window = self.switches.log_scale_a, self.switches.fa_window

@@ -207,7 +207,7 @@ class HydraAttention(MegatronModule):
         Collectives of one group must not run on two streams at once. Rotary tables are cached by the branch
         that runs first.
         """
-        own_tables = self.model.switches.fa_position in ("log-scale", "none")
+        own_tables = not self.model.switches.fa_rotates(self.heads.layer)
         return self.two_streams and own_tables and self._fa_group.size() == 1
 
     @property

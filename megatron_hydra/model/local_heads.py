@@ -86,6 +86,7 @@ class LocalHeads:
     ``replicated_fa`` heads and computes them on its slice of the sequence (FA partition ``sequence``).
 
     Attributes:
+        layer: 0-based global layer index.
         fa, gdn: original indices of the sharded FA and GDN heads of this rank; equal if every head is both
             (``hydra.mixer``).
         sharded: the heads of this rank's output projection, in the order of the joined outputs: ``fa + gdn``,
@@ -96,7 +97,7 @@ class LocalHeads:
     """
 
     def __init__(self, model: ModelConfig, partition: LayerPartition, rank: int) -> None:
-        self.model, self.rank = model, rank
+        self.model, self.rank, self.layer = model, rank, partition.layer
         by_sequence = partition.mode == "sequence"
         nothing: tuple[tuple[int, ...], ...] = ((),) * partition.tp_size
         group_of = {head: model.kv_group(head) for head in range(model.num_query_heads)}

@@ -78,6 +78,7 @@ def scenes(config: RunConfig, model: ModelConfig) -> list[Scene]:
             shape = (
                 len(heads.fa), len(heads.replicated_fa), len(heads.gdn), len(set(heads.fa_kv_of_heads)),
                 len(set(heads.gdn_kv_of_heads)), heads.in_rows_padded, heads.num_sharded_padded,
+                bool(heads.num_fa_here) and model.switches.fa_rotates(partition.layer),
             )  # fmt: skip
             for cp_rank in sorted({0, min(1, context - 1), context - 1}):
                 scene = Scene(partition.layer, rank, cp_rank, heads.num_fa_here, len(heads.gdn))
@@ -161,9 +162,13 @@ def check(config: RunConfig, model: ModelConfig, teacher: ModelConfig | None) ->
 
 
 def _one_layer(model: ModelConfig, layer: int) -> ModelConfig:
-    heads = model.full_attention_heads
+    heads, hydra = model.full_attention_heads, model.hydra
     chosen = None if heads is None else (heads[layer],)
-    return dataclasses.replace(model, num_layers=1, full_attention_heads=chosen, head_map=None)
+    if hydra is not None:  # as the first of one layer
+        hydra = dataclasses.replace(hydra, fa_rotary_every=int(hydra.fa_rotates(layer)))
+    return dataclasses.replace(
+        model, num_layers=1, full_attention_heads=chosen, head_map=None, hydra=hydra
+    )
 
 
 def _cast(

@@ -67,6 +67,7 @@ def test_granularity_of_the_map_becomes_that_of_the_model():
         ({"window": 0}, "hydra.window is 0"),
         ({"conv_width": 0}, "hydra.conv_width is 0"),
         ({"log_scale_a": 1.0}, "hydra.log_scale_a is 1.0"),
+        ({"fa_rotary_every": -1}, "hydra.fa_rotary_every is -1"),
     ],
 )
 def test_switches_that_do_not_exist(changes, message):
@@ -81,6 +82,7 @@ ABLATIONS = {  # rows of the paper's tables: the switches that differ from Hydra
     "FA rotary": ["fa_position=rope"],
     "FA log scale and rotary": ["fa_position=both"],
     "FA without position": ["fa_position=none"],
+    "FA rotary in every second layer": ["fa_rotary_every=2"],
     "another log scale": ["log_scale_a=50"],
     "no FA gate": ["fa_gate=false"],
     "FA gate without bias": ["fa_gate_bias=false"],

@@ -185,6 +185,11 @@ def test_two_streams_cannot_share_rotary_tables() -> None:
         HydraError, match=r"streams=two is not possible with hydra\.fa_position=rope"
     ):
         check_layout(config, 1, model("rope"))
+    rotary = dataclasses.replace(
+        model("log-scale"), hydra=HydraConfig(fa_rotary_every=DENSE.num_layers)
+    )
+    with pytest.raises(HydraError, match=f"fa_rotary_every={DENSE.num_layers}"):
+        check_layout(config, 1, rotary)
 
 
 def test_a_shard_holds_what_the_convolution_of_the_next_one_reads() -> None:

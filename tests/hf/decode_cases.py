@@ -24,7 +24,7 @@ the models' own rounding is some percent: see :func:`no_worse`.
 MODELS = {
     "head": (MIXED, {}, {}),
     "without-fa-or-gdn": (HEADS, {}, {"intermediate_size": 20}),  # rows of the product are padded
-    "gqa": (MIXED, {"gdn_kv": "gqa"}, {}),
+    "gqa": (MIXED, {"gdn_kv": "gqa", "fa_rotary_every": 2}, {}),
     "shared": (MIXED, {"qkv": "shared"}, {}),
     "shared-gqa": (MIXED, {"qkv": "shared", "gdn_kv": "gqa"}, {}),
     "all-gdn": ([[]] * 3, {}, {}),

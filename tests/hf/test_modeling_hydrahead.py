@@ -279,7 +279,9 @@ class Equations:
         q, k, v = (self.part("fa", p, n) for p, n in (("q", i), ("k", kv), ("v", kv)))
         if self.config.qk_norm:
             q, k = self.norm(q, self.norm_of("fa", "q")), self.norm(k, self.norm_of("fa", "k"))
-        if self.s["fa_position"] in ("rope", "both"):
+        every = self.s["fa_rotary_every"]
+        chosen = range(every, self.config.num_hidden_layers + 1, every) if every else ()
+        if self.s["fa_position"] in ("rope", "both") or self.a.layer_idx + 1 in chosen:
             q, k = self.turn(q), self.turn(k)
         if self.s["fa_position"] in ("log-scale", "both"):
             t, a = torch.arange(self.length), torch.tensor(self.s["log_scale_a"])
@@ -382,6 +384,8 @@ VARIANTS = [
     {"fusion": "concat", "conv_width": 1, "log_scale_a": 7.0},
     {"fusion_norm": "none", "conv_width": 7, "gdn_kv": "gqa"},
     {"fa_gate_bias": True, "gdn_position": "none"},
+    {"fa_rotary_every": 1},
+    {"fa_rotary_every": 2, "fa_position": "none"},
     {"qkv": "shared"},
     {"qkv": "shared", "gdn_kv": "gqa", "fa_position": "both"},
     {"mixer": "parallel"},

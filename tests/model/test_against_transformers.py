@@ -117,6 +117,7 @@ SWITCHES = {
     "rope": HydraConfig(fa_position="rope"),
     "both": HydraConfig(fa_position="both"),
     "no-position": HydraConfig(fa_position="none"),
+    "rotary-in-the-second-layer": HydraConfig(fa_rotary_every=2),
     "no-fa-gate": HydraConfig(fa_gate=False),
     "fa-gate-without-bias": HydraConfig(fa_gate_bias=False),
     "gdn-without-position": HydraConfig(gdn_position="none"),

@@ -97,7 +97,7 @@ MODELS = {
         ((4,), (0, 7)),
     ),
     # shared k and v: a group with both kinds, one with FA heads only, one with GDN heads only
-    "shared": tiny(HydraConfig(qkv="shared"), ((1, 6, 7), (0, 1, 5))),
+    "shared": tiny(HydraConfig(qkv="shared", fa_rotary_every=2), ((1, 6, 7), (0, 1, 5))),
     "shared-gqa": tiny(
         HydraConfig(qkv="shared", gdn_kv="gqa"),
         ((0,), (1, 2)),

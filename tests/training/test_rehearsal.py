@@ -186,3 +186,17 @@ def test_a_play_lists_what_a_scene_and_the_check_ask_for(
     checked = {call[1] for call in played_calls[0] - of_scene}
     numbers = layer_spec.kernel_case(STUDENT, config).gdn_heads
     assert checked == {(tokens, heads, STUDENT.head_dim) for heads in numbers}
+
+
+def test_layers_with_and_without_rotary_fa_heads_are_two_scenes(tmp_path: Path) -> None:
+    """Their kernels differ, and each is rehearsed as it is in the run."""
+    heads = ((1, 6),) * 4
+    model = dataclasses.replace(
+        tiny.student_config(tiny.DEEP, fa_rotary_every=2), full_attention_heads=heads
+    )
+    config = _config(tmp_path, "finetune")
+    found = [scene.layer for scene in scenes(config, model)]
+    assert found == [0, 1]
+    alone = [rehearsal._one_layer(model, layer) for layer in found]
+    assert [of.switches.fa_rotates(0) for of in alone] == [False, True]
+    assert len(scenes(config, dataclasses.replace(model, hydra=STUDENT.hydra))) == 1

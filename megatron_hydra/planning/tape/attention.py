@@ -229,7 +229,7 @@ class Attention:
             together = (shapes[0][0], shapes[0][1] + shapes[1][1])
             flat[:2] = op.split(tape, op.cat(tape, flat[:2], together), shapes)
         q, k, v = (op.view(tape, x, (x.shape[0], -(-x.shape[1] // d), d)) for x in flat)
-        rope = self.switches.fa_position in ("rope", "both")
+        rope = self.switches.fa_rotates(self.heads.layer)
         scaled = self.switches.scales_queries
         q = prepare_heads(self.program, q, rope, scaled, l2=False)
         k = prepare_heads(self.program, k, rope, False, l2=False, calls=0)

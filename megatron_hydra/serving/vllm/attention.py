@@ -61,6 +61,7 @@ class HydraHeadAttention(nn.Module):
         super().__init__()
         layer, rank = extract_layer_index(prefix), get_tensor_model_parallel_rank()
         self.config, self.switches = config, config.hydra
+        self.fa_rotates = config.fa_rotates(layer)
         self.head_dim, self.hidden_size = config.head_dim, config.hidden_size
         self.prefix = prefix
         self.layout = layout = AttentionLayout(config, layer, placement[layer][rank])
@@ -189,7 +190,7 @@ class HydraHeadAttention(nn.Module):
             len(self.fa),
             (self.fa_q_norm, self.fa_k_norm),
             self.config.rms_norm_eps,
-            tables if position in ("rope", "both") else None,
+            tables if self.fa_rotates else None,
             log_scale if position in ("log-scale", "both") else None,
             False,
         )

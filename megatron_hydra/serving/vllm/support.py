@@ -9,8 +9,9 @@ from megatron_hydra.hf.configuration_hydrahead import SWITCHES, HydraHeadConfig
 from megatron_hydra.serving.vllm.kernel_start import read_tuning
 
 COMPUTED = (
-    "mixer", "window", "fusion", "fusion_norm", "fa_position", "fa_gate", "fa_gate_bias", "gdn_position", "qkv",
-    "gdn_kv", "gdn_gate", "short_conv", "conv_width", "log_scale", "log_scale_a", "granularity",
+    "mixer", "window", "fusion", "fusion_norm", "fa_position", "fa_rotary_every", "fa_gate", "fa_gate_bias",
+    "gdn_position", "qkv", "gdn_kv", "gdn_gate", "short_conv", "conv_width", "log_scale", "log_scale_a",
+    "granularity",
 )  # fmt: skip
 """Switches of the layer that the plug-in computes, except values that :func:`check_model` refuses. A new switch
 is refused until it is listed here."""

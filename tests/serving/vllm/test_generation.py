@@ -38,6 +38,7 @@ MODELS = {
     "biases, no q/k norm": {"attention_bias": True, "out_bias": True, "qk_norm": False},
     "tied embeddings": {"tie_word_embeddings": True},
     "scaled rotary": {"rope_parameters": LLAMA3, "hydra": {"fa_position": "both"}},
+    "rotary in every second layer": {"hydra": {"fa_rotary_every": 2}},
     "shared qkv": {"hydra": {"qkv": "shared"}},
     "shared qkv, gqa": {"hydra": {"qkv": "shared", "gdn_kv": "gqa"}},
     "gqa": {"hydra": {"gdn_kv": "gqa", "fa_gate_bias": True}},
