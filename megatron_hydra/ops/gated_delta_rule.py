@@ -30,6 +30,7 @@ import torch.nn.functional as F
 
 from megatron_hydra.ops.determinism import is_deterministic
 from megatron_hydra.ops.device_cache import int_tensor
+from megatron_hydra.ops.integers import next_power_of_2
 from megatron_hydra.ops.sharded_delta_rule import StateExchange
 
 MIN_CHUNK, MAX_CHUNK = 16, 64
@@ -180,8 +181,8 @@ def chunked_gated_delta_rule(
     cu = cu_seqlens or (0, q.shape[0])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     longest = max(b - a for a, b in zip(cu, cu[1:], strict=False))
-    chunk = chunk or min(MAX_CHUNK, max(MIN_CHUNK, 1 << (q.shape[-1] - 1).bit_length()))
-    chunk = min(chunk, max(MIN_CHUNK, 1 << (longest - 1).bit_length()))
+    chunk = chunk or min(MAX_CHUNK, max(MIN_CHUNK, next_power_of_2(q.shape[-1])))
+    chunk = min(chunk, max(MIN_CHUNK, next_power_of_2(longest)))
     layout = chunk_layout(cu, chunk, q.device)
 
     decays = log_alpha.view(*log_alpha.shape[:2], -1)

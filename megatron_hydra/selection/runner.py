@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.hf_identity import FAMILIES
+from megatron_hydra.ops.integers import next_power_of_2
 from megatron_hydra.selection.prompts import PromptBatch
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
@@ -249,7 +250,7 @@ class DecoderRunner:
         return rotated
 
     def _tables(self, length: int, like: torch.Tensor) -> KeyValue:
-        size = max(64, 1 << (length - 1).bit_length())
+        size = max(64, next_power_of_2(length))
         key = (size, like.device)
         if key not in self._rotary:
             positions = torch.arange(size, device=self.device)[None]

@@ -16,6 +16,7 @@ from megatron_hydra.ops.gated_delta_rule import (
     step_groups,
     widest_elements,
 )
+from megatron_hydra.ops.integers import next_power_of_2
 from megatron_hydra.ops.linear_rules import CHUNK, FlaKernels, rule_of_model
 from megatron_hydra.ops.sharded_delta_rule import shards_of
 from megatron_hydra.planning.tape import operators as op
@@ -195,8 +196,8 @@ def _send_in_backward(program: Program, out: Tensor, count: float) -> None:
 
 def chunk_length(longest: int, d: int) -> int:
     """The chunk length that ``chunked_gated_delta_rule`` chooses."""
-    chunk = min(MAX_CHUNK, max(MIN_CHUNK, 1 << (d - 1).bit_length()))
-    return min(chunk, max(MIN_CHUNK, 1 << (longest - 1).bit_length()))
+    chunk = min(MAX_CHUNK, max(MIN_CHUNK, next_power_of_2(d)))
+    return min(chunk, max(MIN_CHUNK, next_power_of_2(longest)))
 
 
 def _chunked(

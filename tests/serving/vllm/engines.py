@@ -159,13 +159,17 @@ def check_rounded(
     return check(wide, prompt, answer, tolerance * rounding) / rounding
 
 
+def cache_config(llm: Any) -> Any:
+    """vLLM's groups of layers that share pages, and the number of pages."""
+    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+
+
 def pages(llm: Any) -> tuple[int, int]:
     """Tokens of a page of keys, and the pages that a request takes that is one page and 30 tokens long."""
     from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    core = llm.llm_engine.engine_core.engine_core
-    config, whole = core.scheduler.kv_cache_config, llm.llm_engine.vllm_config
+    config, whole = cache_config(llm), llm.llm_engine.vllm_config
     keys = [
         group.kv_cache_spec.block_size
         for group in config.kv_cache_groups

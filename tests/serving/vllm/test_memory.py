@@ -20,18 +20,13 @@ MAPS = {
 }
 
 
-def _groups(llm):
-    core = llm.llm_engine.engine_core.engine_core
-    return core.scheduler.kv_cache_config
-
-
 @pytest.mark.parametrize("name", MAPS)
 def test_bytes_of_a_token(name, tmp_path):
     from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 
     engines.save_export(tmp_path, MAPS[name])
     with engines.engine(tmp_path) as llm:
-        config = _groups(llm)
+        config = engines.cache_config(llm)
         layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
         attention = [
             g for g in config.kv_cache_groups if isinstance(g.kv_cache_spec, FullAttentionSpec)
@@ -63,7 +58,7 @@ def test_states_are_those_of_the_largest_layer(tmp_path):
     with engines.engine(tmp_path) as llm:
         specs = {
             g.kv_cache_spec
-            for g in _groups(llm).kv_cache_groups
+            for g in engines.cache_config(llm).kv_cache_groups
             if isinstance(g.kv_cache_spec, MambaSpec)
         }
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
@@ -110,7 +105,7 @@ def test_what_a_long_sequence_takes_at_the_shape_of_qwen3_1_7b(tmp_path):
     )
     options = {"dtype": "bfloat16", "max_model_len": tokens, "enable_prefix_caching": False}
     with engines.engine(tmp_path, **options) as llm:
-        cache = _groups(llm)
+        cache = engines.cache_config(llm)
         together = get_max_concurrency_for_kv_cache_config(llm.llm_engine.vllm_config, cache)
         taken = cache.kv_cache_tensors[0].size / together
     kv_heads = len({(layer, head // 2) for layer, head in chosen})
