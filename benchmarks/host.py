@@ -118,7 +118,7 @@ def timed(owner: Any, name: str, spent: list[float]) -> Iterator[None]:
 
 
 def steps_of(model: ModelConfig, world: World) -> Callable[[], None]:
-    """A call is one training step. Its update is skipped, because its loss is whatever was in memory."""
+    """A call is one training step without an update: kernels compute nothing, so the step counts as failed."""
     config = dataclasses.replace(models.run_config(torch.device("cpu"), TOKENS), precision="bf16")
     train_state = build_train_state(model, model, config, world)
     batch, timers = random_batch(TOKENS, model.vocab_size, 0), PhaseTimers()

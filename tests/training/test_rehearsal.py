@@ -162,7 +162,7 @@ def test_streams_are_those_that_the_data_may_have(tmp_path: Path) -> None:
 def test_a_play_lists_what_a_scene_and_the_check_ask_for(
     tmp_path: Path, seen: _Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The scene's own kernels and those of every number of GDN heads of the run, while kernels are noted."""
+    """A play calls the scene's kernels, and the check's for every number of GDN heads. All calls are noted."""
     played_calls: list[set[Any]] = []
 
     @contextlib.contextmanager
