@@ -111,6 +111,11 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
+def peak_reserved_bytes() -> int:
+    """Most memory that torch's allocator has held on this process's GPU, in use or not; 0 without a GPU."""
+    return torch.cuda.max_memory_reserved() if _CUDA_AVAILABLE else 0
+
+
 def free_cached_memory() -> None:
     """Free the GPU memory that this process caches but does not use; does nothing on a CPU."""
     if _CUDA_AVAILABLE:

@@ -196,6 +196,9 @@ def _charts(entries: list[dict[str, Any]], events: list[dict[str, Any]]) -> list
         name: [(e["step"], _number(e["seconds"].get(name))) for e in entries if "seconds" in e]
         for name in PHASES
     }
+    memory = {"in use": series("memory_gb")}
+    if any("memory_reserved_gb" in entry for entry in entries):
+        memory["held by the allocator"] = series("memory_reserved_gb")
     charts: list[tuple[str, dict[str, Points], str]] = [
         ("loss", losses | held_out_losses, ""),
         ("held-out loss by source", dict(sources) if len(sources) > 1 else {}, ""),
@@ -208,7 +211,7 @@ def _charts(entries: list[dict[str, Any]], events: list[dict[str, Any]]) -> list
         ("model FLOP/s of a device", {"model": series("model_tflops")}, "TFLOP/s"),
         ("model FLOP/s utilisation", {"utilisation": series("mfu", 100)}, "%"),
         ("seconds of a step by phase, slowest rank", phases, "s"),
-        ("peak memory, largest rank", {"memory": series("memory_gb")}, "GB"),
+        ("peak memory, largest rank", memory, "GB"),
         ("mean γ of FA heads by layer", layers("gamma_fa"), ""),
         ("mean γ of GDN heads by layer", layers("gamma_gdn"), ""),
     ]
@@ -228,7 +231,9 @@ def _throughput(entries: list[dict[str, Any]]) -> str:
             ("tokens", "tokens_per_s", "1/s"),
             ("model FLOP/s of a device", "model_tflops", "TFLOP/s"),
             ("peak memory, largest rank", "memory_gb", "GB"),
+            ("peak memory held by the allocator", "memory_reserved_gb", "GB"),
         )
+        if any(key in entry for entry in entries)
     ]
     timed = [entry["seconds"] for entry in entries if isinstance(entry.get("seconds"), dict)]
     for phase in PHASES:

@@ -57,11 +57,16 @@ class PhaseTimers:
 
 
 def slowest(timers: PhaseTimers) -> dict[str, float]:
-    """Seconds of each phase and peak memory, each the maximum over ranks. Collective."""
-    local = [*timers.take(), float(platform.peak_memory_bytes())]
+    """Seconds of each phase and peak memory, each the maximum over ranks. Collective.
+
+    Returns:
+        The phases, ``memory`` and ``reserved`` (bytes; 0 without a GPU).
+    """
+    memory = (platform.peak_memory_bytes(), platform.peak_reserved_bytes())
+    local = [*timers.take(), *map(float, memory)]
     most = torch.tensor(local, dtype=torch.float64, device=platform.device())
     dist.all_reduce(most, dist.ReduceOp.MAX)
-    return dict(zip((*PHASES, "memory"), most.tolist(), strict=True))
+    return dict(zip((*PHASES, "memory", "reserved"), most.tolist(), strict=True))
 
 
 def gamma_by_layer(

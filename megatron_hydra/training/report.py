@@ -98,6 +98,8 @@ class StepReport:
             "seconds": {name: round(most[name] / self._steps, 6) for name in PHASES},
             "memory_gb": round(most["memory"] / 1e9, 4),
         }
+        if most["reserved"]:
+            entry["memory_reserved_gb"] = round(most["reserved"] / 1e9, 4)
         if self._peak:
             entry["mfu"] = round(tflops / self._peak, 6)
         self._steps, self._tokens, self._flops = 0, 0, 0.0

@@ -33,6 +33,7 @@ def _entry(step: int) -> dict:
         "kl": 2 / step, "ce": 4 / step, "layers": [1 / step, 2 / step, None],
         "loss_tokens": 180, "grad_norm": 1.0 + step % 3, "lr": 1e-4, "tokens_per_s": 1000.0 + step,
         "model_tflops": 0.5, "mfu": 0.41, "memory_gb": 1.5,
+        "memory_reserved_gb": 1.75,
         "seconds": {"data": 0.01, "forward_backward": 0.2, "optimizer": 0.05, "save": 0.0},
         "gamma_fa": [1.0, None, 1.1], "gamma_gdn": [0.9, 1.0, 1.2],
     } | ({"validation": _validation(step)} if step % 4 == 0 else {})  # fmt: skip
@@ -85,7 +86,8 @@ def test_the_page_holds_everything_and_needs_nothing(run: Path, tmp_path: Path) 
     assert len(captions) == len(CHARTS)
     assert all(any(c.startswith(html.escape(name)) for c in captions) for name in CHARTS)
     for words in ("my <run>: distill", "finished", "step 12", "2,304 tokens", "lr: 0.0001",
-                  "41.0 %", "checkpoint: step_00000006", "host: n2", "2026-11-18"):  # fmt: skip
+                  "41.0 %", "checkpoint: step_00000006", "host: n2", "2026-11-18",
+                  "peak memory held by the allocator", "held by the allocator"):  # fmt: skip
         assert words in reader.text, words
     assert "script" not in reader.tags
     assert reader.links == []

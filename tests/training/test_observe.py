@@ -11,7 +11,12 @@ import torch
 
 from megatron_hydra.checkpoint import store
 from megatron_hydra.config import apply_overrides
-from megatron_hydra.parallel.platform import device, has_gpu, peak_memory_bytes
+from megatron_hydra.parallel.platform import (
+    device,
+    has_gpu,
+    peak_memory_bytes,
+    peak_reserved_bytes,
+)
 from megatron_hydra.reporting import PHASES
 from megatron_hydra.training.loop import run_training
 from megatron_hydra.training.observe import PhaseTimers
@@ -35,6 +40,7 @@ def test_memory_is_that_of_this_process() -> None:
     block = torch.ones(64 * 2**20, dtype=torch.uint8, device=device())
     installed = torch.cuda.mem_get_info()[1] if has_gpu() else psutil.virtual_memory().total
     assert max(before, block.nbytes) <= peak_memory_bytes() <= installed
+    assert peak_reserved_bytes() >= peak_memory_bytes() if has_gpu() else peak_reserved_bytes() == 0
 
 
 @pytest.mark.parametrize("verb", ["align", "distill"])

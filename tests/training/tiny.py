@@ -26,7 +26,9 @@ from megatron_hydra.transfer.local_batch import LocalBatch
 
 VOCABULARY, SEQUENCE = 64, 48
 
-OF_THE_CLOCK = ("tokens_per_s", "model_tflops", "mfu", "seconds", "memory_gb")
+OF_THE_CLOCK = (
+    "tokens_per_s", "model_tflops", "mfu", "seconds", "memory_gb", "memory_reserved_gb",
+)  # fmt: skip
 """Metrics that differ between equal runs."""
 
 TEACHER = ModelConfig(
