@@ -82,7 +82,16 @@ class Ratio:
     def __str__(self) -> str:
         if math.isnan(self.median):
             return "-"
-        return f"{self.median:.2f} ({self.low:.2f}..{self.high:.2f})"
+        return shown_ratio(self.median, self.low, self.high)
+
+
+def shown_ratio(median: float, low: float, high: float) -> str:
+    """``median (low..high)`` with two decimals; two digits of numbers that have none there."""
+
+    def shown(ratio: float) -> str:
+        return f"{ratio:.2f}" if abs(ratio) >= 0.1 else f"{ratio:.2g}"
+
+    return f"{shown(median)} ({shown(low)}..{shown(high)})"
 
 
 def parser(doc: str, example: str, *, sizes: str = "", what: str = "") -> argparse.ArgumentParser:
@@ -388,7 +397,7 @@ class Report:
             for label in labels:
                 rows = [row for row in self.body["ratios"] if row["label"] == label]
                 cells = ", ".join(
-                    f"{size_name(r['size'])} {r['median']:.2f} ({r['low']:.2f}..{r['high']:.2f})"
+                    f"{size_name(r['size'])} {shown_ratio(r['median'], r['low'], r['high'])}"
                     for r in rows
                 )
                 print(f"  {label:<40} {cells}")

@@ -34,6 +34,8 @@ def test_a_ratio_is_taken_within_rounds():
     ratio = harness.Ratio([2.0, 20.0, 2.2], [1.0, 10.0, 1.0])
     assert (ratio.median, ratio.low, ratio.high) == (2.0, 2.0, 2.2)
     assert math.isnan(harness.Ratio([], []).median)
+    assert str(ratio) == "2.00 (2.00..2.20)"
+    assert str(harness.Ratio([0.000484], [1.0])) == "0.00048 (0.00048..0.00048)"
 
 
 def test_peers_take_turns():
