@@ -290,8 +290,10 @@ def sharded_attention(
     mirror, half, start = size - 1 - rank, length // 2, rank * length
     if mirror == rank or half == 0:
         return _attend(q_local, k, v, packed, start, start + length, attention)
-    own = _attend(q_local[:half], k, v, packed, start, start + half, attention)
+    # A rank's two blocks differ in size. An exchange between them would make it wait for the larger one of its
+    # mirror rank, forward and backward. Autograd reverses the order, so this exchange comes last there.
     q_mirror = _Swap.apply(q_local[half:], group, mirror)
+    own = _attend(q_local[:half], k, v, packed, start, start + half, attention)
     traded = _attend(
         q_mirror, k, v, packed, mirror * length + half, (mirror + 1) * length, attention
     )

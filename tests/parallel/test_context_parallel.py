@@ -12,29 +12,62 @@ from megatron_hydra.parallel import context_parallel
 from megatron_hydra.parallel.packed_sequence import PackedSequence
 
 
-def pairs_by_rank(cu: tuple[int, ...], size: int) -> list[int]:
-    """The (query, key) pairs that the kernel computes on every rank, from its arguments."""
-    packed, counts = PackedSequence(cu), [0] * size
+class _Counted(torch.autograd.Function):
+    """Attention that only counts, in both directions; its result has the shape of q."""
 
-    def attention(q, k, v, cu_q, cu_k):
-        for i in range(len(cu_q) - 1):
-            queries, keys = cu_q[i + 1] - cu_q[i], cu_k[i + 1] - cu_k[i]
-            counts[rank] += queries * (keys - queries) + queries * (queries + 1) // 2
-        return q
+    @staticmethod
+    def forward(ctx, q, k, v, pairs, work):
+        ctx.pairs, ctx.work = pairs, work
+        work[-1] += pairs
+        ctx.shapes = [x.shape for x in (k, v)]
+        return q.clone()
 
-    def gathered(x, group):
-        return x.expand(cu[-1], *x.shape[1:])
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.work[-1] += ctx.pairs
+        return grad, *(grad.new_zeros(shape) for shape in ctx.shapes), None, None
 
-    swap = SimpleNamespace(apply=lambda x, group, peer: x)
+
+def work_by_rank(cu: tuple[int, ...], size: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Forward and backward: of every rank, the (query, key) pairs of its kernels before, between and after its
+    exchanges with its mirror rank."""
+    packed, forwards, backwards = PackedSequence(cu), [], []
     x = torch.zeros(1, 1, 1)
     for rank in range(size):
+        work = [0]
+
+        def attention(q, k, v, cu_q, cu_k, work=work):
+            pairs = 0
+            for i in range(len(cu_q) - 1):
+                queries, keys = cu_q[i + 1] - cu_q[i], cu_k[i + 1] - cu_k[i]
+                pairs += queries * (keys - queries) + queries * (queries + 1) // 2
+            return _Counted.apply(q, k, v, pairs, work)
+
+        def exchanged(x, group, to, source, work=work):
+            work.append(0)
+            return x.clone()
+
         group = SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: size)
         with (
-            mock.patch.object(context_parallel, "gather_sequence", gathered),
-            mock.patch.object(context_parallel, "_Swap", swap),
+            mock.patch.object(
+                context_parallel, "gather_sequence", lambda x, group: x.expand(cu[-1], *x.shape[1:])
+            ),
+            mock.patch.object(context_parallel, "_send_receive", exchanged),
         ):
-            q = x.expand(cu[-1] // size, 1, 1)
-            context_parallel.sharded_attention(q, x, x, packed, group, attention)
+            q = torch.zeros(cu[-1] // size, 1, 1, requires_grad=True)
+            out = context_parallel.sharded_attention(q, x, x, packed, group, attention)
+            forwards.append(list(work))
+            work[:] = [0]
+            out.sum().backward()
+            backwards.append(list(work))
+    return forwards, backwards
+
+
+def pairs_by_rank(cu: tuple[int, ...], size: int) -> list[int]:
+    """The (query, key) pairs that the kernel computes on every rank, from its arguments."""
+    forwards, backwards = work_by_rank(cu, size)
+    counts = [sum(work) for work in forwards]
+    assert counts == [sum(work) for work in backwards]
     return counts
 
 
@@ -49,6 +82,16 @@ def test_one_document_loads_all_ranks_equally(size: int) -> None:
     counts = pairs_by_rank((0, length), size)
     assert sum(counts) == length * (length + 1) // 2
     assert imbalance(counts) <= 1.02
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_no_rank_waits_for_its_mirror_between_two_blocks(size: int) -> None:
+    """Ranks meet at every exchange, so the slowest counts between two of them, not only in the sum."""
+    length = 512 * size
+    for works in work_by_rank((0, length), size):
+        assert {len(work) for work in works} == {3}
+        time = sum(max(between) for between in zip(*works, strict=True))
+        assert time * size <= 1.02 * length * (length + 1) // 2
 
 
 def test_packed_documents_load_the_ranks_that_hold_them() -> None:

@@ -85,14 +85,14 @@ class Step:
         measured = f"{row['seconds']:.3g}"
         if "fastest_tenth" in row:
             measured += f", {row['fastest_tenth']:.3g} at best"
-        offs = [
-            f"{seconds / self.best - 1:+.0%}" for seconds in (row["predicted_before"], time.total)
-        ]
+        before = row.get("predicted_before")  # newer rows have none
+        shown = "– | –" if before is None else f"{before:.3g} | {before / self.best - 1:+.0%}"
+        off = time.total / self.best - 1
         star = "" if row["alone"] else " *"
         size = "1.7B" if row["model"].startswith("qwen") else "135M"
         return (
             f"| {size}, {row['name']}{star} | {row['gpus']} | {time.launches.total:,.0f} | {measured} | "
-            f"{row['predicted_before']:.3g} | {offs[0]} | {time.total:.3g} | {offs[1]} | "
+            f"{shown} | {time.total:.3g} | {off:+.0%} | "
             f"{time.waiting / time.total:.0%} |"
         )
 

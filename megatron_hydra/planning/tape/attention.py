@@ -264,8 +264,8 @@ class Attention:
         if mirror == place or half == 0:
             return self._attend(q, k, v, start, start + length)
         first, second = self._halves(q)
-        own = self._attend(first, k, v, start, start + half)
         traded = swap(self.program, second, axis)
+        own = self._attend(first, k, v, start, start + half)
         other = self._attend(traded, k, v, mirror * length + half, (mirror + 1) * length)
         return op.cat(tape, [own, swap(self.program, other, axis)], q.shape)
 
