@@ -229,6 +229,8 @@ def _cell(cell: Cell, plan: Plan, store: StepStore) -> CellResult:
         if step.action == "select" and store.is_done(step)
     ]
     heads = HeadMap.load(maps[0]).full_attention_heads if maps else None
+    records = {step.kind: record for step in steps if (record := store.record(step))}
+    sources = tuple(sorted({str(record.get("package_source")) for record in records.values()}))
     if not store.is_done(last):
         accuracy = _accuracy(unfinished_results(store.out(last)))
         made = CellResult(
@@ -239,6 +241,7 @@ def _cell(cell: Cell, plan: Plan, store: StepStore) -> CellResult:
             fa_heads=heads if accuracy else None,
             attention=_attention(cell.spec) if accuracy and not maps else "",
             training=training,
+            sources=sources,
         )
         for step in steps:
             if store.failure(step):
@@ -247,7 +250,6 @@ def _cell(cell: Cell, plan: Plan, store: StepStore) -> CellResult:
         return made
     body = json.loads((store.out(last) / "results.json").read_text())
     cache = body.get("cache", {})
-    records = {step.key: store.record(step) or {} for step in steps}
     return CellResult(
         cell.variant,
         cell.seed,
@@ -257,7 +259,7 @@ def _cell(cell: Cell, plan: Plan, store: StepStore) -> CellResult:
         state_bytes=cache.get("state_bytes"),
         fa_heads=heads,
         attention="" if maps else _attention(cell.spec),
-        seconds={step.kind: records[step.key].get("seconds", 0.0) for step in steps},
+        seconds={kind: record.get("seconds", 0.0) for kind, record in records.items()},
         training=training,
-        sources=tuple(sorted({str(r.get("package_source")) for r in records.values()})),
+        sources=sources,
     )

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation.storage import CellStore
-from megatron_hydra.experiments import plots
+from megatron_hydra.experiments import fingerprint, plots
 from megatron_hydra.experiments.plan import make_plan
 from megatron_hydra.experiments.plots import draw
 from megatron_hydra.experiments.results import collect
@@ -101,6 +101,18 @@ def test_a_stopped_evaluation_shows_its_finished_lengths(write, tmp_path):
     store.fail(step, "no memory")
     (failed,) = collect(experiment, plan, store).failed()
     assert failed.accuracy == results.cells[0].accuracy
+
+
+def test_the_code_of_an_unfinished_rows_steps_counts(write, tmp_path):
+    experiment = load_experiment(write("variants: {token: {hydra: {mixer: token, window: 64}}}"))
+    plan, store = make_plan(experiment.cells), StepStore(tmp_path / "s")
+    cell = experiment.cells[0]
+    first = plan.steps[plan.ancestors(plan.cells[cell.name])[0]]
+    assert collect(experiment, plan, store).cells[0].sources == ()
+    store.out(first).mkdir(parents=True)
+    store.finish(first, 1.0)
+    found = collect(experiment, plan, store).cells[0]
+    assert (found.state, found.sources) == ("missing", (fingerprint.of_package(),))
 
 
 def test_heads_of_rows_without_a_head_map(write, tmp_path):
