@@ -3,16 +3,17 @@
 The first rank of a node to arrive takes a lock, starts workers (:mod:`.warm_worker`), and gives them the
 run's scenes (:mod:`.rehearsal`). If FlashQLA computes GDN heads, one more worker first lists TileLang's kernels
 of the first scene and of the start-up check (:mod:`megatron_hydra.ops.tilelang_kernels`), and the others
-compile them meanwhile. The first scene runs alone, because it also tunes kernels. Then all other scenes and the
-start-up check run in parallel. At the end, a record next to the compilers' caches notes the result. The other
-ranks, and later runs with the same shapes, read it and compile nothing. A scene that fails is not an error: a
-warning is logged, and each rank compiles this part in its first step.
+compile those that have no record yet. The first scene runs alone, because it also tunes kernels. Then all other
+scenes and the start-up check run in parallel. At the end, a record next to the compilers' caches notes the
+result. The other ranks, and later runs with the same shapes, read it and compile nothing. A scene that fails is
+not an error: a warning is logged, and each rank compiles this part in its first step.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -307,6 +308,13 @@ class _WorkerPool:
                 + (f"; now {'; '.join(doing[:2])}" if doing else "")
             )
 
+    @functools.cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        return kernel_cache.fingerprint(platform.device())
+
+    def _key_of_kernel(self, kernel: dict[str, Any]) -> str:
+        return f"kernel-{kernel_cache.key_of([self._fingerprint, kernel])}"
+
     def _members(self) -> list[_WorkerProcess]:
         return [key.data for key in self.selector.get_map().values()]
 
@@ -318,8 +326,10 @@ class _WorkerPool:
         elif "kernel" in answer:
             member.kernel = answer["kernel"]
         elif "noted" in answer:
-            self.kernels.append({"kernel": answer["noted"]})
-            self.num_kernels += 1
+            # A worker needs seconds of imports to find a kernel in TileLang's cache.
+            if not kernel_cache.is_recorded(self._key_of_kernel(answer["noted"])):
+                self.kernels.append({"kernel": answer["noted"]})
+                self.num_kernels += 1
         elif "refused" in answer:
             raise HydraError(f"{answer['refused']} (compilers' messages: {self.order['log']})")
         else:
@@ -329,6 +339,8 @@ class _WorkerPool:
     def _finish(self, member: _WorkerProcess, problem: str = "") -> None:
         task, member.task = member.task or {}, None
         self.done += "scene" in task
+        if "kernel" in task and not problem:
+            kernel_cache.record(self._key_of_kernel(task["kernel"]), task["kernel"])
         if problem and ("scene" in task or "check" in task):
             self.problems.append(problem)
         elif problem:

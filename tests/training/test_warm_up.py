@@ -162,6 +162,28 @@ def test_tilelangs_kernels_are_listed_by_a_process_of_their_own_and_compiled_fir
     assert all(ended[name] <= first_scene for name in listed if name in ended)
 
 
+def test_a_listed_kernel_is_compiled_once_for_all_runs(
+    tmp_path: Path, caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm_up, "_asks_for_tilelang", lambda *given: True)
+    names = {"bwd", "a", "forward"}
+
+    def compiled_of_a_run(tokens: int, behaviour: str = "pass") -> set[str]:
+        before = len(_journal(tmp_path)) if (tmp_path / "journal").exists() else 0
+        config = _config(tmp_path, data={"sequence_length": tokens})
+        assert _compile(tmp_path, config=config, worker=_worker(tmp_path, behaviour))[0].ready
+        new = [what[1] for _, what, _ in _journal(tmp_path)[before:] if what[0] == "begin"]
+        assert "play" in new
+        return names.intersection(map(str, new))
+
+    assert compiled_of_a_run(48, "if number == 'a': say(failed='no layout'); continue") == names
+    assert compiled_of_a_run(96) == {"a"}  # it had failed
+    assert compiled_of_a_run(144) == set()
+    for record in (caches / "TRITON_CACHE_DIR" / kernel_cache.RECORDS).glob("kernel-*"):
+        record.unlink()  # as for the cache itself
+    assert compiled_of_a_run(192) == names
+
+
 def test_ready_kernels_are_not_compiled_again(tmp_path: Path, caches: Path) -> None:
     _compile(tmp_path)
     done = len(_journal(tmp_path))
