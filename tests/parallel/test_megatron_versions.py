@@ -148,3 +148,17 @@ def test_only_one_module_asks_for_the_release() -> None:
     ]
     assert not asking
     assert _ASKS.search(own.read_text())
+
+
+def test_the_distributed_optimizer_does_not_warn_of_its_own_views() -> None:
+    """It resets the gradients of views of fp32 parameters in every run; the warning helps no user."""
+    program = (
+        "import megatron_hydra, torch\n"
+        "from megatron.core.optimizer.optimizer import _zero_grad_group_helper\n"
+        "_zero_grad_group_helper([torch.ones(2, requires_grad=True).view(2)], True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert ".grad attribute" not in done.stderr
