@@ -18,7 +18,7 @@ from typing import Any
 from megatron_hydra.config.loading import from_dict, load_run_config, read_config, to_dict
 from megatron_hydra.config.model import HydraConfig, stored_switches
 from megatron_hydra.config.run import RunConfig, SourceConfig
-from megatron_hydra.config.validate import check_run
+from megatron_hydra.config.validate import accumulation_steps, check_run
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments import fingerprint
 from megatron_hydra.experiments.spec import (
@@ -317,6 +317,10 @@ class _CellPlanner:
             schedule = dataclasses.replace(config.schedule, **stage.schedule(per_step))
             config = dataclasses.replace(config, schedule=schedule)
             check_run(config)
+        try:
+            accumulation_steps(config, stage.processes)
+        except HydraError as error:  # before the steps of an hour that come first
+            raise HydraError(f"stages.{name}, processes: {stage.processes}: {error}") from None
         _, inputs, places = self._teacher_model()
         inputs |= {"student": before, "teacher": self._teacher() if reads_teacher else None}
         paths = {

@@ -51,7 +51,7 @@ def test_gpus_are_numbers_among_those_that_are_visible(write, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr("megatron_hydra.parallel.platform.device_count", lambda: 1)
     assert gpus_of_workers(plan, None) == ["0"] and gpus_of_workers(plan, [0]) == ["0"]
-    many = "variants: {a: {stages: {align: {processes: 4}}}}"
+    many = "variants: {a: {stages: {align: {processes: 4, set: {batch.micro_batch_size: 4}}}}}"
     plan = make_plan(load_experiment(write(many)).cells)
     assert gpus_of_workers(plan, None) == []  # each of its ranks takes one
     with pytest.raises(HydraError, match="a stage has 4 processes"):

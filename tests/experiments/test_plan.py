@@ -140,6 +140,19 @@ def test_a_bad_override_names_the_cell(write):
         planned(path)
 
 
+@pytest.mark.parametrize(
+    "stage, words",
+    [
+        ("processes: 5", r"global_batch_size 16 is not a multiple of .*16·5"),
+        ("processes: 3, set: {parallel.tensor: 2}", "does not divide the 3 processes"),
+        ("set: {parallel.context: 2}", "2 processes, one a GPU, but this run has 1"),
+    ],
+)
+def test_processes_that_do_not_fit_a_stage_are_refused_before_any_step(write, stage, words):
+    with pytest.raises(HydraError, match=rf"a / seed 0: stages.align, processes: \d: .*{words}"):
+        planned(write(f"variants: {{a: {{stages: {{align: {{{stage}}}}}}}}}"))
+
+
 def test_missing_files_are_named(write):
     path = write("variants: {a: {evaluation: {tasks: [gone.jsonl]}}}")
     with pytest.raises(HydraError, match=r"gone\.jsonl cannot be read"):
