@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 warnings.filterwarnings(
     "ignore", message=r".*\b(Apex|Transformer Engine)\b.* not installed", module=r"megatron\.core\b"
 )
-# Megatron-Core's distributed optimizer resets the gradients of its views of fp32 parameters; they have none.
+# Megatron-Core's distributed optimizer reads the gradients of its own views of fp32 parameters, on purpose.
 warnings.filterwarnings(
     "ignore", message=r"The \.grad attribute of a Tensor", module=r"megatron\.core\.optimizer\b"
 )

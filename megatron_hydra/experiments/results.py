@@ -229,8 +229,8 @@ def _cell(cell: Cell, plan: Plan, store: StepStore) -> CellResult:
         if step.action == "select" and store.is_done(step)
     ]
     heads = HeadMap.load(maps[0]).full_attention_heads if maps else None
-    records = {step.kind: record for step in steps if (record := store.record(step))}
-    sources = tuple(sorted({str(record.get("package_source")) for record in records.values()}))
+    records = [(step.kind, record) for step in steps if (record := store.record(step))]
+    sources = tuple(sorted({str(record.get("package_source")) for _, record in records}))
     if not store.is_done(last):
         accuracy = _accuracy(unfinished_results(store.out(last)))
         made = CellResult(
@@ -259,7 +259,7 @@ def _cell(cell: Cell, plan: Plan, store: StepStore) -> CellResult:
         state_bytes=cache.get("state_bytes"),
         fa_heads=heads,
         attention="" if maps else _attention(cell.spec),
-        seconds={kind: record.get("seconds", 0.0) for kind, record in records.items()},
+        seconds={kind: record.get("seconds", 0.0) for kind, record in records},
         training=training,
         sources=sources,
     )
