@@ -37,10 +37,15 @@ class CellStore:
             raise HydraError(f"output {folder} is a file: give a folder")
         if folder.exists() and any(folder.iterdir()):
             before = self._saved_settings(marker)
-            if force:
+            differing = _first_difference(before, settings)
+            if differing and force:
                 self._clear()
-            else:
-                self._check(before, settings)
+            elif differing:
+                raise HydraError(
+                    f"output {folder} holds an evaluation with another {differing} "
+                    f"({_short(before.get(differing))}, now {_short(settings.get(differing))}): give another "
+                    "folder, or --force to delete it"
+                )
         write_json_atomic(marker, {"format": FORMAT, **settings})
 
     def _saved_settings(self, marker: Path) -> dict[str, Any]:
@@ -54,15 +59,6 @@ class CellStore:
                 "folder, or delete it yourself"
             )
         return before
-
-    def _check(self, before: dict[str, Any], settings: dict[str, Any]) -> None:
-        for key in sorted(set(before) | set(settings)):
-            if before.get(key) != json.loads(json.dumps(settings.get(key))):
-                raise HydraError(
-                    f"output {self.folder} holds an evaluation with another {key} "
-                    f"({_short(before.get(key))}, now {_short(settings.get(key))}): give another "
-                    "folder, or --force to delete it"
-                )
 
     def _clear(self) -> None:
         """Delete the files of an evaluation, except the marker, which is rewritten."""
@@ -118,6 +114,13 @@ def _read(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise HydraError(f"{path} cannot be read ({error}): delete it and run again") from None
+
+
+def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first key, in alphabetical order, whose values differ; empty if all are equal."""
+    plain = json.loads(json.dumps(now))
+    keys = sorted(before.keys() | plain.keys())
+    return next((key for key in keys if before.get(key) != plain.get(key)), "")
 
 
 def _short(value: Any) -> str:

@@ -29,6 +29,13 @@ def test_force_deletes_only_an_evaluation(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"cells", "holiday.png", "settings.json"}
 
 
+def test_force_keeps_the_cells_of_the_same_evaluation(tmp_path):
+    """A stopped run with --force resumes like any other, also with more lengths."""
+    CellStore(tmp_path, {"seed": 1}, force=True).save("niah", 64, {"accuracy": 0.5})
+    again = CellStore(tmp_path, {"seed": 1}, force=True)
+    assert again.load("niah", 64) == {"accuracy": 0.5}
+
+
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("settings", [None, "{}", '{"format": "hydra-quickstart"}', "{half"])
 def test_the_folders_of_others_are_left_alone(tmp_path, settings, force):
