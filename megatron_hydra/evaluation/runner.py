@@ -255,6 +255,8 @@ def summarise(outcomes: Sequence[Outcome], depths: Sequence[float]) -> dict[str,
     """Mean score over all answers, and over the answers nearest to each depth.
 
     If samples have several facts, ``confused`` is the share of samples answered with another fact's value.
+    ``asked`` and ``picked`` are shares of samples by the order of facts in the text: where the right fact was,
+    and which one the answer has. So ``max(asked)`` is the accuracy of picking the same place always.
     """
     scores = [score for outcome in outcomes for score in outcome.scores]
     by_depth: dict[float, list[float]] = {}
@@ -264,12 +266,20 @@ def summarise(outcomes: Sequence[Outcome], depths: Sequence[float]) -> dict[str,
                 nearest = min(depths, key=lambda d: abs(d - depth))
                 by_depth.setdefault(nearest, []).append(score)
     confused = [outcome.confused for outcome in outcomes if outcome.confused is not None]
+    places = [outcome.places for outcome in outcomes if outcome.places is not None]
+
+    def shares(chosen: list[int | None]) -> list[float]:
+        count = max(place.count for place in places)
+        return [chosen.count(place) / len(places) for place in range(count)]
+
     return {
         "accuracy": sum(scores) / len(scores),
         "samples": len(outcomes),
         "answers": len(scores),
         "depths": {f"{d:g}": sum(by_depth[d]) / len(by_depth[d]) for d in sorted(by_depth)},
         **({"confused": sum(confused) / len(confused)} if confused else {}),
+        **({"asked": shares([place.asked for place in places])} if places else {}),
+        **({"picked": shares([place.picked for place in places])} if places else {}),
     }
 
 

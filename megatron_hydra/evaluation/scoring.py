@@ -22,6 +22,7 @@ class Outcome:
         prediction: the model's answer, for inspection.
         expected: the right answer.
         confused: whether the answer is wrong and has another fact's value; ``None``: there are no other facts.
+        places: which of the text's facts was asked for and which was answered, see :class:`Places`.
     """
 
     scores: tuple[float, ...]
@@ -29,6 +30,26 @@ class Outcome:
     prediction: str
     expected: str
     confused: bool | None = None
+    places: Places | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Facts by their order in the text, from 0.
+
+    Attributes:
+        count: number of facts.
+        asked: the right one.
+        picked: the one whose value comes first in the answer; ``None``: the answer has no fact's value.
+    """
+
+    count: int
+    asked: int
+    picked: int | None
+
+
+MOST_PLACES = 16
+"""Samples with more facts, such as RULER's third multi-key task, are not counted by place."""
 
 
 def score_samples(
@@ -191,7 +212,22 @@ def _outcome(item: _Prompt, tokenizer: Any, row: list[int]) -> Outcome:
             confused = score == 0.0 and any(
                 other.lower() in said.lower() for other in sample.others
             )
-    return Outcome((score,), (sample.depth,), said, wanted, confused)
+    return Outcome((score,), (sample.depth,), said, wanted, confused, _places(sample, said))
+
+
+def _places(sample: GenerationSample, said: str) -> Places | None:
+    """``None`` without other facts, with several answers, or if a value does not occur once in the text."""
+    facts = list(map(str, (*sample.answers, *sample.others)))
+    prompt = sample.prompt
+    one_of_several = len(sample.answers) == 1 and 2 <= len(facts) <= MOST_PLACES
+    if not one_of_several or not isinstance(prompt, str):
+        return None
+    if any(prompt.count(fact) != 1 for fact in facts):
+        return None
+    in_order = sorted(facts, key=prompt.index)
+    found = {said.lower().find(fact.lower()): place for place, fact in enumerate(in_order)}
+    found.pop(-1, None)
+    return Places(len(facts), in_order.index(facts[0]), found[min(found)] if found else None)
 
 
 def text_score(sample: GenerationSample, said: str) -> float:

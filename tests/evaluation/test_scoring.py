@@ -5,9 +5,11 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_hydra.errors import HydraError
+from megatron_hydra.evaluation.finding import load_task
 from megatron_hydra.evaluation.hf_backend import HfBackend
-from megatron_hydra.evaluation.scoring import score_samples
-from megatron_hydra.evaluation.tasks import GenerationSample, ScoredSample
+from megatron_hydra.evaluation.runner import summarise
+from megatron_hydra.evaluation.scoring import Places, score_samples
+from megatron_hydra.evaluation.tasks import GenerationSample, SampleRequest, ScoredSample
 
 
 def score(model, tokenizer, samples, batch_tokens=10_000, chunk=0):
@@ -61,6 +63,30 @@ def test_a_wrong_answer_with_another_facts_value_is_confused(tokenizer):
     outcomes = list(score_samples(Saying(tokenizer, said), tokenizer, samples, 10_000))
     assert [o.scores for o in outcomes] == [(1.0,), (0.0,), (0.0,), (1.0,), (1.0,)]
     assert [o.confused for o in outcomes] == [False, True, False, False, None]
+
+
+def test_the_place_of_the_fact_that_was_picked(tokenizer):
+    """By the order in the text; the first value of an answer counts."""
+    said = ["34", "it is 56, or 12", "12", "none", "34"]
+    text = "a is 34, b is 12, c is 56"
+    one = GenerationSample(text, ("12",), others=("56", "34"))
+    uneven = GenerationSample(text + ", d is 34", ("12",), others=("56", "34"))
+    samples = [one, one, one, one, uneven]
+    outcomes = list(score_samples(Saying(tokenizer, said), tokenizer, samples, 10_000))
+    picked = [0, 2, 1, None]
+    assert [o.places for o in outcomes] == [*(Places(3, 1, place) for place in picked), None]
+    cell = summarise(outcomes, ())
+    assert (cell["asked"], cell["picked"]) == ([0.0, 1.0, 0.0], [0.25, 0.25, 0.25])
+    assert "picked" not in summarise(outcomes[4:], ())
+
+
+def test_a_task_of_several_keys_asks_for_every_place(tokenizer):
+    request = SampleRequest(length=4000, count=2, seed=0, tokenizer=tokenizer)
+    samples = load_task("niah_multikey_1").samples(request)
+    right = [sample.answers[0] for sample in samples]
+    outcomes = list(score_samples(Saying(tokenizer, right), tokenizer, samples, 10_000))
+    assert all(o.places.count == 4 and o.places.asked == o.places.picked for o in outcomes)
+    assert len({o.places.asked for o in outcomes}) > 1
 
 
 def test_any_causal_model_is_scored(tokenizer):
