@@ -163,7 +163,7 @@ def _shards(entry: Any) -> Iterator[list[Any]]:
 def _of_layer(layer: torch.nn.Module, prefix: str) -> list[Any]:
     """Every parameter of a rank's attention, without its name in Python.
 
-    Marks are those that the trainer sets: releases of Megatron-Core differ in which of them they set themselves.
+    Marks are those that the trainer sets: releases of Megatron-Core differ in which they set themselves.
     """
     setup._mark_sharded_weights(layer)
     group = setup.parallel_state.get_data_parallel_group(with_context_parallel=True)
