@@ -233,6 +233,11 @@ class ModelConfig:
         """Layer options; for a dense model, the options that give the teacher's attention."""
         return self.hydra or DENSE_ATTENTION
 
+    @property
+    def has_rotary_fa(self) -> bool:
+        """Whether FA heads of any layer have a rotary embedding."""
+        return any(self.switches.fa_rotates(layer) for layer in range(self.num_layers))
+
     def fa_heads(self, layer: int) -> tuple[int, ...]:
         """Original indices of the FA heads of ``layer`` (0-based); all of them in a dense model."""
         if self.full_attention_heads is None:

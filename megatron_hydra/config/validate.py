@@ -320,8 +320,7 @@ def check_layout(
             f"{model.vocab_size} per rank, the last rank has none",
         )
     _require(
-        config.backend.streams != "two"
-        or not any(student.switches.fa_rotates(layer) for layer in range(student.num_layers)),
+        config.backend.streams != "two" or not student.has_rotary_fa,
         "backend.streams=two is not possible with hydra.fa_position="
         f"{student.switches.fa_position}, hydra.fa_rotary_every={student.switches.fa_rotary_every}: "
         "both branches share rotary tables; set it to auto",

@@ -19,7 +19,7 @@ from megatron_hydra.evaluation.backend import Backend
 from megatron_hydra.evaluation.finding import load_task
 from megatron_hydra.evaluation.hf_backend import HfBackend
 from megatron_hydra.evaluation.lm_eval_suite import lm_eval_version, require_lm_eval, run_lm_eval
-from megatron_hydra.evaluation.scoring import Outcome, forecast, score_samples
+from megatron_hydra.evaluation.scoring import Outcome, Places, forecast, score_samples
 from megatron_hydra.evaluation.storage import QUESTIONS, CellStore
 from megatron_hydra.evaluation.tasks import RetrievalTask, Sample, SampleRequest
 from megatron_hydra.files import JsonFormat, write_json_atomic
@@ -266,20 +266,24 @@ def summarise(outcomes: Sequence[Outcome], depths: Sequence[float]) -> dict[str,
                 nearest = min(depths, key=lambda d: abs(d - depth))
                 by_depth.setdefault(nearest, []).append(score)
     confused = [outcome.confused for outcome in outcomes if outcome.confused is not None]
-    places = [outcome.places for outcome in outcomes if outcome.places is not None]
-
-    def shares(chosen: list[int | None]) -> list[float]:
-        count = max(place.count for place in places)
-        return [chosen.count(place) / len(places) for place in range(count)]
-
     return {
         "accuracy": sum(scores) / len(scores),
         "samples": len(outcomes),
         "answers": len(scores),
         "depths": {f"{d:g}": sum(by_depth[d]) / len(by_depth[d]) for d in sorted(by_depth)},
         **({"confused": sum(confused) / len(confused)} if confused else {}),
-        **({"asked": shares([place.asked for place in places])} if places else {}),
-        **({"picked": shares([place.picked for place in places])} if places else {}),
+        **_by_place([outcome.places for outcome in outcomes if outcome.places is not None]),
+    }
+
+
+def _by_place(places: Sequence[Places]) -> dict[str, list[float]]:
+    """Shares of samples whose right fact, and whose answered fact, has each place in the text."""
+    if not places:
+        return {}
+    order = range(max(place.count for place in places))
+    return {
+        "asked": [sum(p.asked == place for p in places) / len(places) for place in order],
+        "picked": [sum(p.picked == place for p in places) / len(places) for place in order],
     }
 
 

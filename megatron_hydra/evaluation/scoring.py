@@ -198,7 +198,7 @@ def _settled(sample: GenerationSample, tokenizer: Any, row: list[int]) -> bool:
 
 def _outcome(item: _Prompt, tokenizer: Any, row: list[int]) -> Outcome:
     sample = item.sample
-    confused = None
+    confused = places = None
     if isinstance(sample.answers[0], int):
         expected = list(sample.answers)
         row = row[: len(expected)]
@@ -212,15 +212,14 @@ def _outcome(item: _Prompt, tokenizer: Any, row: list[int]) -> Outcome:
             confused = score == 0.0 and any(
                 other.lower() in said.lower() for other in sample.others
             )
-    return Outcome((score,), (sample.depth,), said, wanted, confused, _places(sample, said))
+            places = _places(sample, said)
+    return Outcome((score,), (sample.depth,), said, wanted, confused, places)
 
 
 def _places(sample: GenerationSample, said: str) -> Places | None:
-    """``None`` without other facts, with several answers, or if a value does not occur once in the text."""
-    facts = list(map(str, (*sample.answers, *sample.others)))
-    prompt = sample.prompt
-    one_of_several = len(sample.answers) == 1 and 2 <= len(facts) <= MOST_PLACES
-    if not one_of_several or not isinstance(prompt, str):
+    """``None`` with several answers, with too many facts, or if a value does not occur once in the text."""
+    facts, prompt = [*map(str, sample.answers), *sample.others], sample.prompt
+    if len(sample.answers) > 1 or len(facts) > MOST_PLACES or not isinstance(prompt, str):
         return None
     if any(prompt.count(fact) != 1 for fact in facts):
         return None

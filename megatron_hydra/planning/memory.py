@@ -100,6 +100,6 @@ def _tables(builder: StageBuilder) -> int:
     model, rank = builder.model, builder.rank
     turned = rank.tokens if any(model.gdn_heads(i) for i in range(model.num_layers)) else 0
     dense = not model.is_hybrid or builder.teacher is not None
-    if dense or any(model.switches.fa_rotates(layer) for layer in range(model.num_layers)):
+    if dense or model.has_rotary_fa:
         turned = rank.tokens  # teacher and student share one table, because their keys are equal
     return turned * model.head_dim * 2 * 4

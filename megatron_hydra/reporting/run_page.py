@@ -196,9 +196,10 @@ def _charts(entries: list[dict[str, Any]], events: list[dict[str, Any]]) -> list
         name: [(e["step"], _number(e["seconds"].get(name))) for e in entries if "seconds" in e]
         for name in PHASES
     }
-    memory = {"in use": series("memory_gb")}
-    if any("memory_reserved_gb" in entry for entry in entries):
-        memory["held by the allocator"] = series("memory_reserved_gb")
+    memory = {
+        "in use": series("memory_gb"),
+        "held by the allocator": series("memory_reserved_gb"),
+    }
     charts: list[tuple[str, dict[str, Points], str]] = [
         ("loss", losses | held_out_losses, ""),
         ("held-out loss by source", dict(sources) if len(sources) > 1 else {}, ""),
