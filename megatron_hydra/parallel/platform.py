@@ -75,7 +75,12 @@ def communication_backend() -> str:
 
 
 def bind_process_to_device(local_rank: int) -> None:
-    """Select this process's GPU. On a CPU do nothing: ``OMP_NUM_THREADS`` sets the threads.
+    """Select this process's GPU, and one thread for torch's operators on the host.
+
+    With all cores of a node, an operator on a batch's 65,536 positions takes some ten milliseconds on the host,
+    because 64 threads wait for each other (docs/PERFORMANCE.md). torchrun gives each of several processes one
+    thread, but a process that is alone on its node all cores. ``OMP_NUM_THREADS`` sets another number. On a CPU
+    do nothing.
 
     Raises:
         HydraError: this node has fewer GPUs than processes of the run.
@@ -84,6 +89,8 @@ def bind_process_to_device(local_rank: int) -> None:
         return
     check_gpus(max(local_rank + 1, environment_number("LOCAL_WORLD_SIZE", 1)), device_count())
     torch.cuda.set_device(local_rank)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def check_gpus(processes: int, gpus: int) -> None:

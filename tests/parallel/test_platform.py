@@ -104,8 +104,30 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         platform.bind_process_to_device(0)
     assert not bound
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     platform.bind_process_to_device(0)
     assert bound == [0]
+
+
+@pytest.mark.parametrize(("given", "chosen"), [(None, [1]), ("7", [])])
+def test_a_process_with_a_gpu_has_one_thread_on_the_host(
+    given: str | None, chosen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user chose another number. A CPU run keeps torch's own number."""
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(platform, "device_count", lambda: 1)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(platform, "_CUDA_AVAILABLE", False)
+    platform.bind_process_to_device(0)
+    assert not threads
+    monkeypatch.setattr(platform, "_CUDA_AVAILABLE", True)
+    platform.bind_process_to_device(0)
+    assert threads == chosen
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
