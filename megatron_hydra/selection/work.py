@@ -102,6 +102,49 @@ class Chunk:
     setup: float = 0.0
 
 
+def shares(chunks: Sequence[Chunk], processes: int) -> list[list[Chunk]]:
+    """Divide chunks among processes, so that the most expensive share is as cheap as possible.
+
+    A share is a run of neighbours in a list sorted by batch. So neighbours share at most one batch, and
+    ``processes - 1`` batches at most are set up more than once.
+
+    Args:
+        chunks: any order; chunks of one batch keep theirs.
+        processes: number of shares; the last ones may be empty.
+    """
+    batches: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        batches.setdefault(chunk.batch, []).append(chunk)
+    ordered = [chunk for batch in batches.values() for chunk in batch]
+
+    def filled(limit: float) -> list[list[Chunk]]:
+        parts: list[list[Chunk]] = [[]]
+        cost = 0.0
+        for chunk in ordered:
+            starts_batch = not parts[-1] or parts[-1][-1].batch != chunk.batch
+            added = chunk.cost + chunk.setup * starts_batch
+            if parts[-1] and cost + added > limit:
+                parts.append([])
+                cost, added = 0.0, chunk.cost + chunk.setup
+            parts[-1].append(chunk)
+            cost += added
+        return parts
+
+    # One share holds twice the cost, however sums are rounded. 60 halvings are more than a number has digits.
+    low, high = 0.0, 2 * share_cost(ordered)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if len(filled(middle)) <= processes else (middle, high)
+    parts = filled(high)
+    return parts + [[] for _ in range(processes - len(parts))]
+
+
+def share_cost(share: Sequence[Chunk]) -> float:
+    """Cost of chunks on one process, which sets up each of their batches once."""
+    setups = {chunk.batch: chunk.setup for chunk in reversed(share)}
+    return sum(chunk.cost for chunk in share) + sum(setups.values())
+
+
 Compute = Callable[[int, list[Chunk]], Iterator[tuple[Chunk, Result]]]
 """Function from a batch number and its chunks to an iterator over their results."""
 
@@ -150,12 +193,8 @@ class WorkBench:
         self.time_left.plan(stage, self._cost([c for c in chunks if not self._is_saved(c)]))
 
     def _cost(self, chunks: Sequence[Chunk]) -> float:
-        """Cost of chunks over all processes. Every process with a part of a batch pays its setup."""
-        parts: dict[int, list[Chunk]] = {}
-        for chunk in chunks:
-            parts.setdefault(chunk.batch, []).append(chunk)
-        setup = sum(part[0].setup * min(len(part), self.ranks.size) for part in parts.values())
-        return setup + sum(c.cost for c in chunks)
+        """Cost of chunks over all processes."""
+        return sum(map(share_cost, shares(chunks, self.ranks.size)))
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -174,7 +213,7 @@ class WorkBench:
         todo = [c for c in chunks if c.key not in done]
         mine: dict[str, Result] = {}
         batches: dict[int, list[Chunk]] = {}
-        for chunk in todo[self.ranks.rank :: self.ranks.size]:
+        for chunk in shares(todo, self.ranks.size)[self.ranks.rank]:
             batches.setdefault(chunk.batch, []).append(chunk)
         left = self.time_left.cost(stage) - self._cost(todo)
         failure: BaseException | None = None
