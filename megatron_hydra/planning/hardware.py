@@ -84,8 +84,8 @@ class Efficiency:
     """
 
     matmul: float = 0.65
-    attention: float = 0.60
-    attention_backward: float = 0.45
+    attention: float = 0.65
+    attention_backward: float = 0.50
     varlen: float = 0.53
     tail: float = 1.0
     delta_rule: float = 0.067
