@@ -89,16 +89,17 @@ def scenes(config: RunConfig, model: ModelConfig) -> list[Scene]:
 def streams(config: RunConfig) -> dict[str, tuple[int, ...]]:
     """Kind of micro-batch -> boundaries of its documents, for all kinds that the run's data may have.
 
-    ``packed``: two documents in every sequence, whose lengths are not multiples of a chunk. A micro-batch
-    with several sequences or with padding is never a single document.
+    ``packed``: two documents in every sequence, whose lengths are not multiples of a chunk. Without padding, every
+    sequence can also be one document. FLA then gets the sequences as rows of a batch, and compiles a kernel for
+    this number of rows.
     """
     length, sequence = rounded_stream_length(config), config.data.sequence_length
     cut = max(1, sequence // 3) | 1
     starts = range(0, config.batch.micro_batch_size * sequence, sequence)
     edges = {0, length, *starts, *(start + cut for start in starts)}
     found = {"packed documents": tuple(sorted(edge for edge in edges if edge <= length))}
-    if len(starts) == 1 and length == sequence:
-        found["one document"] = (0, length)
+    if length == len(starts) * sequence:
+        found["one document a sequence"] = (*starts, length)
     return found
 
 

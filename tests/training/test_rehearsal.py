@@ -68,7 +68,8 @@ def test_a_rehearsal_calls_what_a_step_calls(tmp_path: Path, seen: _Seen, verb: 
             chunks = setup.wrap_for_training(setup.build_chunks(STUDENT, config), act, config)
         for parts in (chunks, teachers):
             rehearsal._fill(list(parts), 0.0)
-        rehearsal._call(world, act, list(chunks), streams(config)["packed documents"])
+        for boundaries in streams(config).values():
+            rehearsal._call(world, act, list(chunks), boundaries)
     finally:
         stop_world()
     assert rehearsed == seen.calls
@@ -130,7 +131,7 @@ def test_every_kind_of_stream_is_called_with_fast_and_slow_decays(
     (scene,) = scenes(config, model)
     said = list(rehearse(config, model, None, scene))
     assert len(said) == parts
-    assert len(set(said)) == 2  # packed documents and one document
+    assert len(set(said)) == 2  # packed documents and one document a sequence
 
 
 def test_no_process_group_is_left_after_an_error(tmp_path: Path, seen: _Seen) -> None:
@@ -150,8 +151,11 @@ def test_streams_are_those_that_the_data_may_have(tmp_path: Path) -> None:
         tmp_path, "finetune", batch={"micro_batch_size": 1, "global_batch_size": 2},
         data={"sequence_length": 47}, parallel={"context": 2},
     )  # fmt: skip
-    assert set(streams(several)) == {"packed documents"}  # two sequences are two documents
-    assert set(streams(one)) == {"packed documents", "one document"}
+    kinds = {"packed documents", "one document a sequence"}
+    assert set(streams(several)) == set(streams(one)) == kinds
+    length = one.data.sequence_length
+    assert streams(several)["one document a sequence"] == (0, length, 2 * length)
+    assert streams(one)["one document a sequence"] == (0, length)
     assert set(streams(padded)) == {"packed documents"}  # the padding is a document of its own
     for config in (several, one, padded):
         for boundaries in streams(config).values():
