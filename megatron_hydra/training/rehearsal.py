@@ -89,9 +89,9 @@ def scenes(config: RunConfig, model: ModelConfig) -> list[Scene]:
 def streams(config: RunConfig) -> dict[str, tuple[int, ...]]:
     """Kind of micro-batch -> boundaries of its documents, for all kinds that the run's data may have.
 
-    ``packed``: two documents in every sequence, whose lengths are not multiples of a chunk. Without padding, every
-    sequence can also be one document. FLA then gets the sequences as rows of a batch, and compiles a kernel for
-    this number of rows.
+    ``packed``: two documents in every sequence, whose lengths are not multiples of a chunk. Without padding,
+    every sequence can also be one document. FLA then gets the sequences as rows of a batch, and compiles a
+    kernel for this number of rows.
     """
     length, sequence = rounded_stream_length(config), config.data.sequence_length
     cut = max(1, sequence // 3) | 1
