@@ -28,12 +28,13 @@ from benchmarks import _harness as harness
 from benchmarks import _models as models
 from megatron_hydra.config.model import ModelConfig
 from megatron_hydra.errors import HydraError, command
+from megatron_hydra.ranks import Ranks
 from megatron_hydra.selection.cost import DecoderCost, Tokens
 from megatron_hydra.selection.effects import EffectEngine, Solved
 from megatron_hydra.selection.patching import Head
 from megatron_hydra.selection.prompts import PromptPair, make_batches
 from megatron_hydra.selection.runner import DecoderRunner, default_tokens_per_batch
-from megatron_hydra.selection.work import Ranks, WorkBench
+from megatron_hydra.selection.work import WorkBench
 
 EXAMPLE = "python -m benchmarks.selection_time --shape qwen3-1.7b --sizes 4K --output runs/bench"
 SHAPES = {"qwen3-1.7b": models.QWEN3_1_7B, "smollm2-135m": models.SMOLLM2_135M, "tiny": models.TINY}

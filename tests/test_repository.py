@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "environment",
         "errors",
         "paths",
+        "ranks",
         "startup",
         "stopping",
         "version",

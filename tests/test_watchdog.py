@@ -8,8 +8,9 @@ import faulthandler
 import pytest
 import torch
 
+from megatron_hydra.ranks import Ranks
 from megatron_hydra.selection.time_left import Stage
-from megatron_hydra.selection.work import Chunk, Ranks, WorkBench
+from megatron_hydra.selection.work import Chunk, WorkBench
 from megatron_hydra.watchdog import PATIENCE, Watchdog, collective_timeout, feed_watchdog
 
 

@@ -12,20 +12,24 @@ from typing import Any
 
 from megatron_hydra.arguments import command_parser, path_text, seed_argument
 from megatron_hydra.config.evaluation import EvaluationOptions, listed
+from megatron_hydra.environment import environment_number, world_size_from_environment
 from megatron_hydra.errors import HydraError, command
 from megatron_hydra.evaluation.finding import load_task, task_names
 from megatron_hydra.evaluation.lm_eval_suite import require_lm_eval
 from megatron_hydra.evaluation.runner import EvaluationSettings, evaluate
+from megatron_hydra.evaluation.sharing import PATIENCE
 from megatron_hydra.hf_loading import DTYPES, find_tokenizer, load_hf_model
 from megatron_hydra.options import add_options, from_arguments
 from megatron_hydra.out_of_memory import out_of_memory_names
+from megatron_hydra.ranks import Ranks
 from megatron_hydra.stopping import StopRequest, exit_if_stopped
 
 DESCRIPTION = """\
 Hide facts in long texts, ask for them, and count correct answers. Samples are generated offline with
 the model's own tokenizer; the seed determines them. Decoding is greedy. The model is a Hugging Face
 model, or a Megatron checkpoint under any layout of tensor, sequence, context and pipeline parallelism
-(start with torchrun). The tool writes results.json, one picture of length × depth for each task, and
+(start with torchrun). Processes of torchrun that evaluate a Hugging Face model share the pairs of task and
+length, each on its own GPU. The tool writes results.json, one picture of length × depth for each task, and
 accuracy.png. Each finished (task, length) is saved in OUTPUT/cells: the same command resumes a stopped
 run (SIGTERM or SIGUSR1, exit status 85).
 """
@@ -39,6 +43,8 @@ tasks: {tasks};
 examples:
   python tools/evaluate.py --model exports/hydra --trust-remote-code \\
       --tasks niah_single_2,niah_multikey_1 --lengths 4K,16K,64K --depths 11 --output runs/eval
+  torchrun --nproc-per-node 4 -m tools.evaluate --model exports/hydra --trust-remote-code \\
+      --tasks niah_single_2,niah_multikey_1 --lengths 4K,16K,64K,128K,256K,512K --output runs/eval_4_gpus
   python tools/evaluate.py --model exports/hydra --trust-remote-code \\
       --lm-eval arc_easy,hellaswag --output runs/lm_eval
   python tools/evaluate.py --model models/dense --tasks niah_single_2 --lengths 32K --output runs/yarn \\
@@ -152,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     with (
         out_of_memory_names("the evaluation", *advice),
         StopRequest(),
+        _processes(args) as ranks,
         _opened(args) as (model, tokenizer),
     ):
         results = evaluate(
@@ -163,12 +170,38 @@ def main(argv: list[str] | None = None) -> int:
             output=args.output,
             force=args.force,
             name=str(args.model or args.checkpoint),
+            ranks=ranks,
         )
-        is_main = getattr(model, "is_main", True)
+        is_main = ranks.rank == 0 if ranks else getattr(model, "is_main", True)
     if is_main:
         _print_results(results)
         print(f"results: {Path(args.output) / 'results.json'}")
     return 0
+
+
+@contextlib.contextmanager
+def _processes(args: argparse.Namespace) -> Iterator[Ranks | None]:
+    """The processes that share the cells of a Hugging Face model, each on its own GPU; ``None``: one process.
+
+    Raises:
+        HydraError: this machine has fewer GPUs than processes, or ``--device`` names one for all.
+    """
+    if not args.model or world_size_from_environment() == 1:
+        yield None
+        return
+    if args.device not in ("auto", "cpu"):
+        raise HydraError(
+            f"--device {args.device}: torchrun gives each process its own GPU; leave it out"
+        )
+    from megatron_hydra.parallel import platform  # as loading a model does, it imports Megatron
+
+    if args.device == "auto":
+        platform.bind_process_to_device(environment_number("LOCAL_RANK", 0))
+    ranks = Ranks(PATIENCE)
+    try:
+        yield ranks
+    finally:
+        ranks.close()
 
 
 def _opened(args: argparse.Namespace) -> contextlib.AbstractContextManager[tuple[Any, Any]]:

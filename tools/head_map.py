@@ -14,6 +14,7 @@ from megatron_hydra.files import write_json_atomic
 from megatron_hydra.head_map import HeadMap, strategy_name
 from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
 from megatron_hydra.options import add_options, from_arguments
+from megatron_hydra.ranks import is_first_rank
 from megatron_hydra.selection import (
     Constraints,
     Placement,
@@ -23,7 +24,6 @@ from megatron_hydra.selection import (
 )
 from megatron_hydra.selection.plots import draw_knockout
 from megatron_hydra.selection.trust import report_lines
-from megatron_hydra.selection.work import is_first_rank
 
 EXAMPLES = """\
 examples:

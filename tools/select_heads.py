@@ -11,6 +11,7 @@ from megatron_hydra.errors import HydraError, command
 from megatron_hydra.head_map import DEFAULT_RATIO, DEFAULT_STRATEGY
 from megatron_hydra.options import add_options, from_arguments
 from megatron_hydra.out_of_memory import out_of_memory_names
+from megatron_hydra.ranks import is_first_rank
 from megatron_hydra.selection import (
     DEFAULT_TASKS,
     STRATEGIES,
@@ -21,7 +22,6 @@ from megatron_hydra.selection import (
 from megatron_hydra.selection.capabilities import task_names
 from megatron_hydra.selection.plots import draw_head_map
 from megatron_hydra.selection.trust import report_lines
-from megatron_hydra.selection.work import is_first_rank
 from megatron_hydra.stopping import StopRequest
 from megatron_hydra.watchdog import Watchdog
 

@@ -20,9 +20,11 @@ from megatron_hydra.evaluation.finding import load_task
 from megatron_hydra.evaluation.hf_backend import HfBackend
 from megatron_hydra.evaluation.lm_eval_suite import lm_eval_version, require_lm_eval, run_lm_eval
 from megatron_hydra.evaluation.scoring import Outcome, Places, forecast, score_samples
+from megatron_hydra.evaluation.sharing import compute_shared
 from megatron_hydra.evaluation.storage import QUESTIONS, CellStore
 from megatron_hydra.evaluation.tasks import RetrievalTask, Sample, SampleRequest
 from megatron_hydra.files import JsonFormat, write_json_atomic
+from megatron_hydra.ranks import Ranks
 from megatron_hydra.stopping import Stopped, exit_if_stopped, stop_requested
 
 FORMAT = JsonFormat("hydra-evaluation", 1, "evaluation")
@@ -53,6 +55,7 @@ def evaluate(
     output: str | Path | None = None,
     force: bool = False,
     name: str = "",
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Score a model on every task at every length.
 
@@ -67,6 +70,8 @@ def evaluate(
             evaluation in this folder are not run again.
         force: delete an evaluation in the folder.
         name: the model's name in the results.
+        ranks: processes that share the cells. Each has the whole Hugging Face model, calls this function with
+            the same arguments, and gets the same results.
 
     Returns:
         ``{"format", "version", "model", "settings", "cache", "tasks": {task: {length: cell}},
@@ -83,10 +88,16 @@ def evaluate(
     lengths = sorted({int(n) for n in lengths})
     _check(found, lengths, settings)
     backend = model if isinstance(model, Backend) else HfBackend(model, settings.prefill_chunk)
+    on_main = backend.on_main if ranks is None else ranks.on_first
+    if ranks is not None:
+        if settings.lm_eval and ranks.size > 1:
+            raise HydraError("tasks of lm-eval run in one process: start it without torchrun")
+        shown = settings.progress and ranks.rank == 0
+        settings = dataclasses.replace(settings, progress=shown)
     identity = _identity(backend, settings)
     store = None
     if output is not None:
-        store = backend.on_main(lambda: CellStore(Path(output), identity, force))
+        store = on_main(lambda: CellStore(Path(output), identity, force))
     results: dict[str, Any] = {
         **FORMAT.add_header({}),
         "model": name,
@@ -94,20 +105,31 @@ def evaluate(
         "tasks": {task.name: {} for task in found},
     }
     with backend.inference():
+
+        def score(pair: tuple[RetrievalTask, int]) -> dict[str, Any] | None:
+            return _cell(backend, tokenizer, *pair, tuple(lengths), settings, store)
+
+        pairs = [(task, length) for task in found for length in lengths]
+        cells: Iterator[dict[str, Any] | None] = map(score, pairs)
+        if ranks is not None:
+            costs = ranks.on_first(lambda: [_cost(*pair, store) for pair in pairs])
+            cells = iter(compute_shared(ranks, pairs, costs, score))
         for task in found:
             for length in lengths:
-                cell = _cell(backend, tokenizer, task, length, tuple(lengths), settings, store)
+                cell = next(cells)
                 if cell is not None:
                     results["tasks"][task.name][str(length)] = cell
             if not results["tasks"][task.name]:
                 raise HydraError(f"task {task.name!r} has no sample of length {lengths}")
         if settings.lm_eval:
             results["lm_eval"] = _lm_eval(backend, tokenizer, settings, store)
-        cache = backend.cache_bytes(settings.cache_length) if settings.cache_length else None
+        cache = None
+        if settings.cache_length:
+            cache = on_main(lambda: backend.cache_bytes(settings.cache_length))
         if cache is not None:
             results["cache"] = cache
     if output is not None:
-        backend.on_main(lambda: _write(results, Path(output)))
+        on_main(lambda: _write(results, Path(output)))
     return results
 
 
@@ -161,6 +183,12 @@ def _check(
         )
     if lengths and min(lengths) < 2:
         raise HydraError(f"length {min(lengths)} is too short: use 2 tokens or more")
+
+
+def _cost(task: RetrievalTask, length: int, store: CellStore | None) -> float:
+    """Cost of a cell relative to others: a finished one only has to be read."""
+    finished = store is not None and store.load(task.name, length) is not None
+    return 0.0 if finished else float(length)
 
 
 def _cell(

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from megatron_hydra.config.selection import PROBE_TOKENS
 from megatron_hydra.data.text import NOISE, distinct_names, random_number, text_sentence
 from megatron_hydra.errors import HydraError
+from megatron_hydra.ranks import is_first_rank
 from megatron_hydra.selection.prompts import (
     Encode,
     PromptPair,
@@ -30,7 +31,6 @@ from megatron_hydra.selection.prompts import (
     read_jsonl,
     text_encoder,
 )
-from megatron_hydra.selection.work import is_first_rank
 
 _log = logging.getLogger(__name__)
 

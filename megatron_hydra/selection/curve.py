@@ -17,12 +17,13 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.head_map import HeadMap
 from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
 from megatron_hydra.hf_loading import find_tokenizer
+from megatron_hydra.ranks import Ranks
 from megatron_hydra.selection.effects import EffectEngine, Solved
 from megatron_hydra.selection.opening import Placement, load_runner, vocab_size_of
 from megatron_hydra.selection.patching import Head
 from megatron_hydra.selection.runner import default_tokens_per_batch
 from megatron_hydra.selection.tasks import Tasks
-from megatron_hydra.selection.work import Ranks, WorkBench
+from megatron_hydra.selection.work import WorkBench
 
 SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 """Default shares of all heads to knock out."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_hydra.ranks import is_first_rank
 from megatron_hydra.selection.effects import EffectEngine, Solved, senders_kind
 from megatron_hydra.selection.importance import (
     Importance,
@@ -21,7 +22,6 @@ from megatron_hydra.selection.importance import (
 from megatron_hydra.selection.patching import Head
 from megatron_hydra.selection.prompts import PromptPair
 from megatron_hydra.selection.ranking import rank_heads
-from megatron_hydra.selection.work import is_first_rank
 
 _log = logging.getLogger(__name__)
 

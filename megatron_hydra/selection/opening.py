@@ -11,8 +11,8 @@ import torch
 from megatron_hydra.errors import HydraError
 from megatron_hydra.hf_identity import read_config_json
 from megatron_hydra.hf_loading import COMPUTED_DTYPES, load_hf_model
+from megatron_hydra.ranks import Ranks
 from megatron_hydra.selection.runner import DecoderRunner
-from megatron_hydra.selection.work import Ranks
 
 
 @dataclasses.dataclass(frozen=True)

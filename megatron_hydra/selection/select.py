@@ -29,6 +29,7 @@ from megatron_hydra.head_map import (
 )
 from megatron_hydra.hf_identity import model_identity_from_hf, resolve_hf_folder
 from megatron_hydra.hf_loading import find_tokenizer
+from megatron_hydra.ranks import Ranks
 from megatron_hydra.selection.capabilities import Capability
 from megatron_hydra.selection.effects import EffectEngine, Solved
 from megatron_hydra.selection.learned_gates import TEXT_SHARE, orders_of
@@ -49,7 +50,7 @@ from megatron_hydra.selection.strategies import (
     ranking_of,
 )
 from megatron_hydra.selection.tasks import Tasks, solved_tasks
-from megatron_hydra.selection.work import Ranks, WorkBench
+from megatron_hydra.selection.work import WorkBench
 
 _log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_hydra.config.selection import SelectionOptions
 from megatron_hydra.errors import HydraError
+from megatron_hydra.ranks import is_first_rank
 from megatron_hydra.selection.capabilities import (
     DEFAULT_TASKS,
     GROUPS,
@@ -20,7 +21,6 @@ from megatron_hydra.selection.capabilities import (
 from megatron_hydra.selection.effects import SENDERS, EffectEngine, Solved, senders_kind
 from megatron_hydra.selection.prompts import PromptPair
 from megatron_hydra.selection.time_left import in_words
-from megatron_hydra.selection.work import is_first_rank
 
 _log = logging.getLogger(__name__)
 

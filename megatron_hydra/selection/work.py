@@ -14,73 +14,25 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from megatron_hydra.environment import environment_number, world_size_from_environment
 from megatron_hydra.errors import HydraError
 from megatron_hydra.files import atomic_file
+from megatron_hydra.ranks import Ranks
 from megatron_hydra.selection.time_left import Stage, TimeLeft, in_words
 from megatron_hydra.stopping import Stopped, stop_requested
-from megatron_hydra.watchdog import PATIENCE, collective_timeout, feed_watchdog
+from megatron_hydra.watchdog import PATIENCE, feed_watchdog
 
 _STOP_MARK = "stop"
 
 Result = dict[str, torch.Tensor]
 
 Step = TypeVar("Step")
-
-
-def is_first_rank() -> bool:
-    """Whether this process writes files: rank 0 under torchrun, or the only process."""
-    return environment_number("RANK", 0) == 0
-
-
-class Ranks:
-    """The processes of one torchrun, or a single process.
-
-    Attributes:
-        rank, size: rank of this process, and number of processes.
-        local_rank: rank of this process on its machine.
-    """
-
-    def __init__(self) -> None:
-        self.rank = environment_number("RANK", 0)
-        self.size = world_size_from_environment()
-        self.local_rank = environment_number("LOCAL_RANK", 0)
-        self._owns_group = self.size > 1 and not dist.is_initialized()
-        if self._owns_group:
-            # Ranks exchange only small CPU results, so gloo also works on GPUs.
-            dist.init_process_group("gloo", timeout=collective_timeout())
-        self._group = None
-        if self.size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=collective_timeout())
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's ``value``, in rank order, on every rank."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
-
-    def from_first(self, value: Any) -> Any:
-        """Rank 0's ``value`` on every rank."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
-
-    def close(self) -> None:
-        """Destroy the process group if this object has made it."""
-        if self._owns_group:
-            dist.destroy_process_group()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +188,7 @@ class WorkBench:
         except (Exception, Stopped) as error:  # the other ranks must know, or they wait forever
             failure = error
         feed_watchdog(PATIENCE)  # other ranks may have longer chunks
-        self._raise_together(failure)
+        self.ranks.raise_together(failure)
         for part in self.ranks.gather(mine):
             done.update(part)
         self.time_left.plan(stage, max(0.0, left))  # the actual chunks of the other ranks
@@ -293,16 +245,6 @@ class WorkBench:
             mark.touch()
         if mark.exists():
             raise Stopped
-
-    def _raise_together(self, failure: BaseException | None) -> None:
-        failures = self.ranks.gather(None if failure is None else repr(failure))
-        if failure is not None:
-            raise failure
-        if repr(Stopped()) in failures:
-            raise Stopped
-        for rank, text in enumerate(failures):
-            if text is not None:
-                raise HydraError(f"rank {rank} failed: {text}")
 
     def close(self) -> None:
         """End the progress bar."""

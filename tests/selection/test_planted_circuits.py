@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_hydra.ranks import Ranks
 from megatron_hydra.selection import interp
 from megatron_hydra.selection.effects import EffectEngine, top_heads
 from megatron_hydra.selection.importance import SIGNAL
 from megatron_hydra.selection.prompts import PromptPair
 from megatron_hydra.selection.ranking import rank_heads
 from megatron_hydra.selection.runner import DecoderRunner
-from megatron_hydra.selection.work import Ranks, WorkBench
+from megatron_hydra.selection.work import WorkBench
 from tests.selection.planted import (
     EVEN,
     ODD,

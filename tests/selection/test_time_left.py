@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_hydra.ranks import Ranks
 from megatron_hydra.selection import effects, patching
 from megatron_hydra.selection.effects import EffectEngine
 from megatron_hydra.selection.prompts import PromptBatch
 from megatron_hydra.selection.runner import DecoderRunner
 from megatron_hydra.selection.time_left import Stage, TimeLeft, in_words
-from megatron_hydra.selection.work import Ranks, WorkBench
+from megatron_hydra.selection.work import WorkBench
 from tests.selection.helpers import random_pairs, tiny_model
 
 RECORDED = [Path(__file__).with_name("recorded_default.json")]

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_hydra.ranks import Ranks
 from megatron_hydra.selection.time_left import Stage
-from megatron_hydra.selection.work import Chunk, Ranks, Result, WorkBench, share_cost, shares
+from megatron_hydra.selection.work import Chunk, Result, WorkBench, share_cost, shares
 
 STAGE = Stage("paths", "task")
 CHUNKS = [
