@@ -71,7 +71,7 @@ class Ranks:
         if self.rank == 0:
             try:
                 value = action()
-            except (Exception, Stopped) as error:  # the other ranks must know, or they wait forever
+            except Exception as error:  # the other ranks must know, or they wait forever
                 failure = error
         result, text = self.from_first((value, None if failure is None else str(failure)))
         if failure is not None:
