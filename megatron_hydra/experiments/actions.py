@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -222,6 +223,8 @@ def evaluate(context: Context) -> None:
     if "model" in context.inputs:
         _renew_code(folder)
     trust = spec.trust_remote_code or carries_our_code(folder)
+    if places.get("processes", 1) > 1 and spec.tasks:
+        _score_in_processes(context, spec, folder, trust)  # the cells; the rest follows here
     with worded(keys(EvaluationOptions, "evaluation")):
         run_evaluation(
             load_hf_model(
@@ -240,6 +243,29 @@ def evaluate(context: Context) -> None:
             output=context.out,
             name=context.step.title,
         )
+
+
+def _score_in_processes(context: Context, spec: EvaluationSpec, folder: Path, trust: bool) -> None:
+    """Compute the evaluation's cells by ``tools/evaluate.py`` in several processes."""
+    root = Path(__file__).resolve().parents[2]
+    places = context.step.places
+    words = [
+        sys.executable, str(root / "launch/agent.py"), "--nnodes", "1", "--standalone",
+        "--nproc-per-node", str(places["processes"]), str(root / "tools/evaluate.py"),
+        "--model", str(folder), "--output", str(context.out), "--quiet",
+        "--tasks", ",".join(spec.tasks), "--lengths", ",".join(map(str, spec.lengths)),
+        "--seed", str(context.step.params["seed"]), "--depths", ",".join(map(repr, spec.depths)),
+        "--samples", str(spec.samples), "--batch-tokens", str(spec.batch_tokens),
+        "--dtype", spec.dtype, "--device", spec.device, "--cache-length", "0",
+        "--model-config", json.dumps(spec.model_config),
+    ]  # fmt: skip
+    if spec.prefill_chunk is not None:
+        words += ["--prefill-chunk", str(spec.prefill_chunk)]
+    if places["haystack"]:
+        words += ["--haystack", str(places["haystack"])]
+    if trust:
+        words.append("--trust-remote-code")
+    _run(words)
 
 
 def _renew_code(folder: Path) -> None:

@@ -122,13 +122,17 @@ def gpus_of_workers(plan: Plan, wanted: Sequence[int] | None) -> list[str]:
             ranks, which find their GPUs themselves.
 
     Raises:
-        HydraError: a GPU does not exist, or GPUs are given for a stage of several ranks.
+        HydraError: a GPU does not exist, or GPUs are given for a stage or an evaluation of several ranks.
     """
-    ranks = max((step.params.get("processes", 1) for step in plan.steps.values()), default=1)
-    if ranks > 1:
-        if wanted is not None:
-            raise HydraError(f"--gpus gives each worker one GPU, and a stage has {ranks} processes")
-        return []
+    for step in plan.steps.values():
+        ranks = step.params.get("processes", step.places.get("processes", 1))
+        if ranks > 1:
+            if wanted is not None:
+                what = "an evaluation" if step.action == "evaluate" else "a stage"
+                raise HydraError(
+                    f"--gpus gives each worker one GPU, and {what} has {ranks} processes"
+                )
+            return []
     count = platform.device_count()
     visible = [word for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word][
         :count

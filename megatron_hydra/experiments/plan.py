@@ -362,6 +362,7 @@ class _CellPlanner:
             )
             params, inputs, places = {"model": hashed}, {}, {"model": place}
         body = as_plain(evaluation) | {"tasks": [h for h, _ in tasks], "haystack": text}
+        places["processes"] = body.pop("processes", 1)
         if include := evaluation.lm_eval_include:
             include = str(self.cell.folder / include)
             body["lm_eval_include"] = fingerprint.of_folder(Path(include))

@@ -131,7 +131,10 @@ class StageSpec:
 class EvaluationSpec(EvaluationOptions):
     """Options of the evaluation (``tools/evaluate.py``).
 
-    ``model_config``: other values for keys of the model's ``config.json``. A student is trained without them.
+    Attributes:
+        model_config: other values for keys of the model's ``config.json``. A student is trained without them.
+        processes: number of processes that share the pairs of task and length, each with its own GPU. It does
+            not change the results, so steps with another number are the same.
     """
 
     tasks: tuple[str, ...] = ()
@@ -140,6 +143,7 @@ class EvaluationSpec(EvaluationOptions):
     device: str = "auto"
     trust_remote_code: bool = False
     model_config: dict = dataclasses.field(default_factory=dict)
+    processes: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -473,6 +477,8 @@ def _cell_spec(
     with worded({k: v for name, cls in options.items() for k, v in keys(cls, name).items()}):
         spec = from_dict(CellSpec, body, where)
     from_dict(HydraConfig, spec.hydra, f"{where}, hydra")
+    if spec.evaluation.processes < 1:
+        raise HydraError(f"{where}, evaluation: processes is {spec.evaluation.processes}, below 1")
     stages = []
     for name, part in spec.stages.items():
         stage = from_dict(StageSpec, part or {}, f"{where}, stages.{name}")

@@ -176,3 +176,27 @@ def test_later_keys_reach_what_they_are_for(tmp_path, monkeypatch):
     actions.evaluate(actions.Context(step, tmp_path / "out", {}))
     assert (settings[0].prefill_chunk, settings[0].lm_eval) == (64, ("arc_easy",))
     assert (settings[0].lm_eval_include, settings[0].lm_eval_limit) == ("/tasks", 7)
+
+
+def test_several_processes_score_what_one_scores(tmp_path):
+    """All options reach them: prompts are cut by depths, samples and seed."""
+    teacher = shipped_teacher()
+    tasks = ["megatron_hydra.experiments.tiny:single", "megatron_hydra.experiments.tiny:facts"]
+    spec = EvaluationSpec(
+        tasks=tuple(tasks), lengths=(128, 256), depths=(0.0, 1.0), samples=2, batch_tokens=512,
+        prefill_chunk=64, dtype="fp32", device="cpu", cache_length=32,
+    )  # fmt: skip
+    body = as_plain(spec)
+    results = []
+    for processes in (1, 2):
+        places = {"tasks": tasks, "haystack": "", "model": str(teacher), "processes": processes}
+        params = {"evaluation": body, "seed": 3}
+        step = Step("k", "evaluate", "evaluate", "t", params, {}, places)
+        out = tmp_path / str(processes)
+        actions.evaluate(actions.Context(step, out, {}))
+        results.append(json.loads((out / "results.json").read_text()))
+        for cells in results[-1]["tasks"].values():
+            for cell in cells.values():
+                del cell["seconds"]
+    assert results[0] == results[1]
+    assert results[0]["settings"]["seed"] == 3 and results[0]["cache"]

@@ -56,6 +56,12 @@ def test_gpus_are_numbers_among_those_that_are_visible(write, monkeypatch):
     assert gpus_of_workers(plan, None) == []  # each of its ranks takes one
     with pytest.raises(HydraError, match="a stage has 4 processes"):
         gpus_of_workers(plan, [0])
+    plan = make_plan(load_experiment(write("variants: {a: {evaluation: {processes: 4}}}")).cells)
+    assert gpus_of_workers(plan, None) == []
+    with pytest.raises(HydraError, match="an evaluation has 4 processes"):
+        gpus_of_workers(plan, [0])
+    with pytest.raises(HydraError, match="evaluation: processes is 0, below 1"):
+        load_experiment(write("variants: {a: {evaluation: {processes: 0}}}"))
 
 
 def test_what_is_left_when_the_time_is_over_is_no_success(write, tmp_path):

@@ -385,6 +385,7 @@ def test_code_is_fetched_of_a_model_that_is_trusted(write, hub):
     [
         ("selection: {check_heads: 24, task_weights: {}}", None),
         ("evaluation: {lm_eval: [], prefill_chunk: null}", None),
+        ("evaluation: {processes: 4}", None),  # they share the work; results are the same
         ("selection: {effects: [direct]}", "select"),
         ("selection: {task_weights: {facts: 2.0}}", "select"),
         ("evaluation: {prefill_chunk: 64}", "evaluate"),
