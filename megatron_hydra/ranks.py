@@ -1,4 +1,4 @@
-"""The processes of one torchrun that share work and exchange small results, without Megatron's groups."""
+"""The processes of one torchrun: run on the first, share work, exchange small results."""
 
 from __future__ import annotations
 
@@ -19,6 +19,27 @@ T = TypeVar("T")
 def is_first_rank() -> bool:
     """Whether this process writes files: rank 0 under torchrun, or the only process."""
     return environment_number("RANK", 0) == 0
+
+
+def on_main(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run ``action`` on rank 0 and return its (picklable) result on every rank.
+
+    Args:
+        group: all processes, with another back end or timeout; ``None``: the default group.
+
+    Raises:
+        HydraError: the error that ``action`` raised, on every rank. No rank waits for a failed one.
+    """
+    outcome: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except (HydraError, OSError) as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    if outcome[1] is not None:
+        raise HydraError(outcome[1])
+    return outcome[0]
 
 
 class Ranks:
@@ -62,23 +83,8 @@ class Ranks:
         return box[0]
 
     def on_first(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on rank 0; return its result on every rank.
-
-        Raises:
-            HydraError: it failed; on rank 0 its own error.
-        """
-        value, failure = None, None
-        if self.rank == 0:
-            try:
-                value = action()
-            except Exception as error:  # the other ranks must know, or they wait forever
-                failure = error
-        result, text = self.from_first((value, None if failure is None else str(failure)))
-        if failure is not None:
-            raise failure
-        if text is not None:
-            raise HydraError(text)
-        return result
+        """See :func:`on_main`."""
+        return action() if self.size == 1 else on_main(action, self._group)
 
     def raise_together(self, failure: BaseException | None) -> None:
         """Raise on every rank if any has failed; every rank calls it.

@@ -42,7 +42,7 @@ from megatron_hydra.parallel.world import (
     start_world,
     stop_world,
 )
-from megatron_hydra.training.agreement import on_main
+from megatron_hydra.ranks import on_main
 from megatron_hydra.training.model_state import load_model, verified_checkpoint
 from megatron_hydra.training.provenance import checkpoint_fingerprint
 from megatron_hydra.training.setup import build_chunks, freeze
@@ -222,7 +222,7 @@ class MegatronBackend:
         return None
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """See :func:`~megatron_hydra.training.agreement.on_main`."""
+        """See :func:`~megatron_hydra.ranks.on_main`."""
         return on_main(action)
 
     def anywhere(self, flag: bool) -> bool:

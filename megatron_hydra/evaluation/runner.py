@@ -187,7 +187,7 @@ def _check(
 
 def _cost(task: RetrievalTask, length: int, store: CellStore | None) -> float:
     """Cost of a cell relative to others: a finished one only has to be read."""
-    finished = store is not None and store.load(task.name, length) is not None
+    finished = store is not None and store.path(task.name, length).exists()
     return 0.0 if finished else float(length)
 
 

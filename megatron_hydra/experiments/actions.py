@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from megatron_hydra.experiments.plan import PREPARED, Step
 from megatron_hydra.experiments.spec import EvaluationSpec, SelectionSpec
 from megatron_hydra.files import write_text_atomic
 from megatron_hydra.head_map import HeadMap
-from megatron_hydra.options import keys, values, worded
+from megatron_hydra.options import flags, keys, values, worded
 from megatron_hydra.stopping import REQUEUE_EXIT_CODE, Stopped, stop_requested
 
 HEAD_MAP = "head_map.json"
@@ -253,19 +253,23 @@ def _score_in_processes(context: Context, spec: EvaluationSpec, folder: Path, tr
         sys.executable, str(root / "launch/agent.py"), "--nnodes", "1", "--standalone",
         "--nproc-per-node", str(places["processes"]), str(root / "tools/evaluate.py"),
         "--model", str(folder), "--output", str(context.out), "--quiet",
-        "--tasks", ",".join(spec.tasks), "--lengths", ",".join(map(str, spec.lengths)),
-        "--seed", str(context.step.params["seed"]), "--depths", ",".join(map(repr, spec.depths)),
-        "--samples", str(spec.samples), "--batch-tokens", str(spec.batch_tokens),
-        "--dtype", spec.dtype, "--device", spec.device, "--cache-length", "0",
+        "--tasks", _listed(spec.tasks), "--lengths", _listed(spec.lengths),
+        "--seed", str(context.step.params["seed"]), "--dtype", spec.dtype, "--device", spec.device,
         "--model-config", json.dumps(spec.model_config),
     ]  # fmt: skip
-    if spec.prefill_chunk is not None:
-        words += ["--prefill-chunk", str(spec.prefill_chunk)]
-    if places["haystack"]:
-        words += ["--haystack", str(places["haystack"])]
+    here = {"haystack": places["haystack"], "cache_length": 0, "lm_eval": (), "lm_eval_include": ""}
+    options = values(EvaluationOptions, spec) | here
+    for name, flag in flags(EvaluationOptions).items():
+        value = options[name]
+        if value not in (None, "", ()):
+            words += [flag, _listed(value) if isinstance(value, tuple) else str(value)]
     if trust:
         words.append("--trust-remote-code")
     _run(words)
+
+
+def _listed(items: Iterable[Any]) -> str:
+    return ",".join(map(str, items))
 
 
 def _renew_code(folder: Path) -> None:

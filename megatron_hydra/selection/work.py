@@ -64,10 +64,7 @@ def shares(chunks: Sequence[Chunk], processes: int) -> list[list[Chunk]]:
         chunks: any order; chunks of one batch keep theirs.
         processes: number of shares; the last ones may be empty.
     """
-    batches: dict[int, list[Chunk]] = {}
-    for chunk in chunks:
-        batches.setdefault(chunk.batch, []).append(chunk)
-    ordered = [chunk for batch in batches.values() for chunk in batch]
+    ordered = [chunk for batch in _by_batch(chunks).values() for chunk in batch]
 
     def filled(limit: float) -> list[list[Chunk]]:
         parts: list[list[Chunk]] = [[]]
@@ -91,9 +88,16 @@ def shares(chunks: Sequence[Chunk], processes: int) -> list[list[Chunk]]:
     return parts + [[] for _ in range(processes - len(parts))]
 
 
+def _by_batch(chunks: Iterable[Chunk]) -> dict[int, list[Chunk]]:
+    batches: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        batches.setdefault(chunk.batch, []).append(chunk)
+    return batches
+
+
 def share_cost(share: Sequence[Chunk]) -> float:
     """Cost of chunks on one process, which sets up each of their batches once."""
-    setups = {chunk.batch: chunk.setup for chunk in reversed(share)}
+    setups = {chunk.batch: chunk.setup for chunk in share}
     return sum(chunk.cost for chunk in share) + sum(setups.values())
 
 
@@ -142,11 +146,8 @@ class WorkBench:
 
     def plan(self, stage: Stage, chunks: Sequence[Chunk]) -> None:
         """Add the chunks of a stage to the estimate of the time left; chunks on disk have no cost."""
-        self.time_left.plan(stage, self._cost([c for c in chunks if not self._is_saved(c)]))
-
-    def _cost(self, chunks: Sequence[Chunk]) -> float:
-        """Cost of chunks over all processes."""
-        return sum(map(share_cost, shares(chunks, self.ranks.size)))
+        todo = [chunk for chunk in chunks if not self._is_saved(chunk)]
+        self.time_left.plan(stage, sum(map(share_cost, shares(todo, self.ranks.size))))
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -163,17 +164,15 @@ class WorkBench:
         self._bar.set_description(str(stage), refresh=False)
         done = self.ranks.from_first({c.key: r for c in chunks if (r := self._read(c)) is not None})
         todo = [c for c in chunks if c.key not in done]
+        parts = shares(todo, self.ranks.size)
         mine: dict[str, Result] = {}
-        batches: dict[int, list[Chunk]] = {}
-        for chunk in shares(todo, self.ranks.size)[self.ranks.rank]:
-            batches.setdefault(chunk.batch, []).append(chunk)
-        left = self.time_left.cost(stage) - self._cost(todo)
+        left = self.time_left.cost(stage) - sum(map(share_cost, parts))
         failure: BaseException | None = None
         try:
             self._exit_if_stopped()
             feed_watchdog()
             started = self.clock()
-            for batch, members in batches.items():
+            for batch, members in _by_batch(parts[self.ranks.rank]).items():
                 setup = members[0].setup
                 for chunk, result in compute(batch, members):
                     feed_watchdog()
@@ -189,8 +188,8 @@ class WorkBench:
             failure = error
         feed_watchdog(PATIENCE)  # other ranks may have longer chunks
         self.ranks.raise_together(failure)
-        for part in self.ranks.gather(mine):
-            done.update(part)
+        for results in self.ranks.gather(mine):
+            done.update(results)
         self.time_left.plan(stage, max(0.0, left))  # the actual chunks of the other ranks
         return {chunk.key: done[chunk.key] for chunk in chunks}
 

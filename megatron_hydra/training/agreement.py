@@ -1,4 +1,4 @@
-"""Run an action on rank 0 or on all ranks; an error on one rank is raised on all ranks."""
+"""Run an action on all ranks; an error on one rank is raised on all ranks. Flags that all ranks agree on."""
 
 from __future__ import annotations
 
@@ -12,24 +12,6 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.parallel import platform
 
 T = TypeVar("T")
-
-
-def on_main(action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0 and return its (picklable) result on every rank.
-
-    Raises:
-        HydraError: the error that ``action`` raised, on every rank. No rank waits for a failed one.
-    """
-    outcome: list = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except (HydraError, OSError) as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise HydraError(outcome[1])
-    return outcome[0]
 
 
 def on_all(action: Callable[[], T]) -> T:

@@ -34,7 +34,8 @@ from megatron_hydra.config.run import OptimizerConfig, RunConfig
 from megatron_hydra.errors import HydraError
 from megatron_hydra.files import JsonFormat, sync, sync_tree, write_text_atomic
 from megatron_hydra.parallel.world import World
-from megatron_hydra.training.agreement import on_all, on_main
+from megatron_hydra.ranks import on_main
+from megatron_hydra.training.agreement import on_all
 from megatron_hydra.training.checkpoint_write import CheckpointWrite, WritePlan
 from megatron_hydra.training.host_memory import HostMemory
 from megatron_hydra.training.megatron_fixes import allocate_optimizer_state, has_state

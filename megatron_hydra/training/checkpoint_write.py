@@ -19,7 +19,8 @@ import torch.distributed as dist
 from megatron_hydra.checkpoint import records, store
 from megatron_hydra.checkpoint.records import Box, Place
 from megatron_hydra.errors import HydraError
-from megatron_hydra.training.agreement import on_main, true_everywhere
+from megatron_hydra.ranks import on_main
+from megatron_hydra.training.agreement import true_everywhere
 from megatron_hydra.training.model_state import balanced_shares
 from megatron_hydra.training.snapshot import Snapshot
 

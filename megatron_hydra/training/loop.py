@@ -20,9 +20,10 @@ from megatron_hydra.data.stream import PackedStream
 from megatron_hydra.files import write_text_atomic
 from megatron_hydra.parallel import platform
 from megatron_hydra.parallel.world import World, start_world, stop_world
+from megatron_hydra.ranks import on_main
 from megatron_hydra.startup import StartupClock, startup_phase
 from megatron_hydra.stopping import REQUEUE_EXIT_CODE, StopRequest, exit_on_stop_signal
-from megatron_hydra.training.agreement import on_all, on_main, true_anywhere
+from megatron_hydra.training.agreement import on_all, true_anywhere
 from megatron_hydra.training.checkpoint import Progress, RunCheckpoints
 from megatron_hydra.training.faults import FaultTracker
 from megatron_hydra.training.metrics import MetricsLog, where_it_runs

@@ -15,7 +15,8 @@ from megatron_hydra.checkpoint import store
 from megatron_hydra.checkpoint.sharded import load_sharded, sharded_tensors
 from megatron_hydra.errors import HydraError
 from megatron_hydra.parallel.vocabulary import VOCABULARY_WEIGHTS
-from megatron_hydra.training.agreement import on_all, on_main
+from megatron_hydra.ranks import on_main
+from megatron_hydra.training.agreement import on_all
 from megatron_hydra.training.provenance import checkpoint_fingerprint
 
 SHARDING = {
