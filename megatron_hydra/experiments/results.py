@@ -98,9 +98,9 @@ class Spread:
         return statistics.fmean(self.values.values())
 
     @property
-    def deviation(self) -> float:
-        """Sample standard deviation; 0 for one seed."""
-        return statistics.stdev(self.values.values()) if len(self.values) > 1 else 0.0
+    def deviation(self) -> float | None:
+        """Sample standard deviation; ``None`` for one value, whose spread is not known."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
 
     @property
     def is_complete(self) -> bool:

@@ -115,12 +115,12 @@ def row(cells: list[str]) -> list[str]:
 
 
 def spread_text(spread: Spread | None, cells: list[CellResult]) -> str:
-    """Mean and deviation over seeds, or the reason for a missing value."""
+    """Mean over seeds, with the deviation if there are two or more, or the reason for a missing value."""
     if spread is None:
         states = {cell.state for cell in cells}
         return "failed" if "failed" in states else "–" if states == {"done"} else "not run"
     text = f"{spread.mean:.3f}"
-    if len(spread.seeds) > 1:
+    if spread.deviation is not None:
         text += f" ± {spread.deviation:.3f}"
     return text if spread.is_complete else f"{text} [{len(spread.values)} of {len(spread.seeds)}]"
 
@@ -185,17 +185,15 @@ def _differences(results: Results, across: Sequence[str], down: Sequence[str]) -
 
 
 def _difference(results: Results, variant: str, column: str) -> str:
-    """Mean and deviation of a row minus the baseline; empty if no seed has both."""
+    """Mean of a row minus the baseline, with its deviation if two seeds have both; empty if none has."""
     ours = results.spread(variant, column)
     theirs = results.spread(results.experiment.table.baseline, column)
     both = set(ours.values) & set(theirs.values) if ours and theirs else set()
     if not both or ours is None or theirs is None:
         return ""
     gaps = [ours.values[seed] - theirs.values[seed] for seed in sorted(both)]
-    spread = statistics.stdev(gaps) if len(gaps) > 1 else 0.0
     mean = round(statistics.fmean(gaps), 3) + 0.0  # no "-0.000"
-    several = len(results.experiment.seeds) > 1
-    return f"{mean:+.3f} ± {spread:.3f}" if several else f"{mean:+.3f}"
+    return f"{mean:+.3f} ± {statistics.stdev(gaps):.3f}" if len(gaps) > 1 else f"{mean:+.3f}"
 
 
 def footnotes(results: Results) -> list[str]:
