@@ -284,7 +284,8 @@ def summarise(outcomes: Sequence[Outcome], depths: Sequence[float]) -> dict[str,
 
     If samples have several facts, ``confused`` is the share of samples answered with another fact's value.
     ``asked`` and ``picked`` are shares of samples by the order of facts in the text: where the right fact was,
-    and which one the answer has. So ``max(asked)`` is the accuracy of picking the same place always.
+    and which one the answer has. So ``max(asked)`` is the accuracy of always picking the same place, and
+    ``by_place`` that of picking places as often as these answers, whatever is asked. What is above it compares.
     """
     scores = [score for outcome in outcomes for score in outcome.scores]
     by_depth: dict[float, list[float]] = {}
@@ -304,15 +305,15 @@ def summarise(outcomes: Sequence[Outcome], depths: Sequence[float]) -> dict[str,
     }
 
 
-def _by_place(places: Sequence[Places]) -> dict[str, list[float]]:
-    """Shares of samples whose right fact, and whose answered fact, has each place in the text."""
+def _by_place(places: Sequence[Places]) -> dict[str, Any]:
+    """Shares of samples whose right fact, and whose answered fact, has each place; their chance agreement."""
     if not places:
         return {}
     order = range(max(place.count for place in places))
-    return {
-        "asked": [sum(p.asked == place for p in places) / len(places) for place in order],
-        "picked": [sum(p.picked == place for p in places) / len(places) for place in order],
-    }
+    asked = [sum(p.asked == place for p in places) / len(places) for place in order]
+    picked = [sum(p.picked == place for p in places) / len(places) for place in order]
+    by_place = sum(a * b for a, b in zip(asked, picked, strict=True))
+    return {"asked": asked, "picked": picked, "by_place": by_place}
 
 
 def _public(cell: dict[str, Any]) -> dict[str, Any]:
