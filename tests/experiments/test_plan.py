@@ -227,7 +227,8 @@ BLEND = (
 )
 
 
-def test_the_chain_plans_with_its_own_base(tmp_path, monkeypatch):
+@pytest.mark.parametrize("shipped, steps, rate", [("base", 400, 8e-3), ("half", 200, 1e-3)])
+def test_the_chain_plans_with_its_own_base(tmp_path, monkeypatch, shipped, steps, rate):
     """Every stage's config is read and has the budget's steps; model and data are stand-ins."""
     from megatron_hydra.quickstart.shipped import shipped_teacher
 
@@ -235,7 +236,7 @@ def test_the_chain_plans_with_its_own_base(tmp_path, monkeypatch):
     base = tmp_path / "base.yaml"
     (tmp_path / "text.jsonl").write_text('{"tokens": [1, 2]}\n')
     base.write_text(
-        f"include: {real / 'base.yaml'}\nbase: {{teacher: {{model: {shipped_teacher()}}}}}\n"
+        f"include: {real / shipped}.yaml\nbase: {{teacher: {{model: {shipped_teacher()}}}}}\n"
         f"constants: {{gates: {{strategy: learned_gates, text: {tmp_path / 'text.jsonl'}}}}}\n"
     )
     for name in ("prose", "docs", "long"):
@@ -243,7 +244,7 @@ def test_the_chain_plans_with_its_own_base(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     files = [*(CONFIGS / "experiments").glob("*.yaml"), *(real.glob("*.yaml"))]
-    tables = [load_experiment(path, base) for path in files if path.name != "base.yaml"]
+    tables = [load_experiment(path, base) for path in files if path.stem not in ("base", "half")]
     assert make_plan((cell for table in tables for cell in table.cells), fetch=False).cells
 
     def planned(*names):
@@ -259,7 +260,8 @@ def test_the_chain_plans_with_its_own_base(tmp_path, monkeypatch):
         found = make_plan(cells, fetch=False).steps.values()
         return {step.kind: step.params["config"] for step in found if step.action == "stage"}
 
-    for scale, count in ((1.0, 400), (0.1, 40)):
+    assert training(1.0)["align"]["optimizer"]["lr"] == rate
+    for scale, count in ((1.0, steps), (0.1, steps // 10)):
         configs = training(scale)
         assert list(configs) == ["align", "distill", "finetune"]
         assert {config["schedule"]["steps"] for config in configs.values()} == {count}

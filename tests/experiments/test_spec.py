@@ -147,9 +147,12 @@ def test_a_budget_in_tokens_is_a_number_of_steps(write, tokens, scale, schedule)
 REAL = CONFIGS / "experiments" / "real"
 
 
-@pytest.mark.parametrize("base", ["real/base", "shared/tiny", "shared/qwen3_1.7b"])
+REAL_BASES = {REAL / "base.yaml", REAL / "half.yaml"}
+
+
+@pytest.mark.parametrize("base", ["real/base", "real/half", "shared/tiny", "shared/qwen3_1.7b"])
 def test_the_real_experiments_expand_at_any_scale(base):
-    for path in set(REAL.glob("*.yaml")) - {REAL / "base.yaml"}:
+    for path in set(REAL.glob("*.yaml")) - REAL_BASES:
         experiment = load_experiment(path, CONFIGS / "experiments" / f"{base}.yaml")
         assert experiment.paper and len(experiment.variants) > 1
         for cell in experiment.cells:
@@ -163,6 +166,7 @@ def test_the_real_experiments_expand_at_any_scale(base):
         (None, "quickstart", 3),
         ("shared/qwen3_1.7b.yaml", "Qwen/Qwen3-1.7B", 3),
         ("real/base.yaml", "HuggingFaceTB/SmolLM2-135M-Instruct", 1),
+        ("real/half.yaml", "HuggingFaceTB/SmolLM2-135M-Instruct", 1),
     ],
 )
 def test_the_shipped_experiments_expand_at_any_scale(base, model, seeds):
