@@ -49,6 +49,7 @@ class Scene:
         layer: layer of the student, 0-based.
         tp_rank, cp_rank: the rank whose shapes are used.
         fa_heads, gdn_heads: number of heads of each kind on this rank in this layer.
+        shape: all that distinguishes this layer's kernels from those of other layers of the model.
     """
 
     layer: int
@@ -56,6 +57,7 @@ class Scene:
     cp_rank: int
     fa_heads: int
     gdn_heads: int
+    shape: tuple[int, ...]
 
     def __str__(self) -> str:
         text = f"{self.fa_heads} FA and {self.gdn_heads} GDN heads"
@@ -71,7 +73,7 @@ def scenes(config: RunConfig, model: ModelConfig) -> list[Scene]:
     shard before it, and the last has none after it.
     """
     tensor, context = config.parallel.tensor, config.parallel.context
-    found: dict[tuple[object, ...], Scene] = {}
+    found: dict[tuple[int, ...], Scene] = {}
     for partition in plan_model(model, tensor, config.parallel.fa_partition):
         for rank in range(tensor):
             heads = LocalHeads(model, partition, rank)
@@ -81,8 +83,9 @@ def scenes(config: RunConfig, model: ModelConfig) -> list[Scene]:
                 bool(heads.num_fa_here) and model.switches.fa_rotates(partition.layer),
             )  # fmt: skip
             for cp_rank in sorted({0, min(1, context - 1), context - 1}):
-                scene = Scene(partition.layer, rank, cp_rank, heads.num_fa_here, len(heads.gdn))
-                found.setdefault((*shape, cp_rank), scene)
+                counts = heads.num_fa_here, len(heads.gdn)
+                scene = Scene(partition.layer, rank, cp_rank, *counts, (*shape, cp_rank))
+                found.setdefault(scene.shape, scene)
     return sorted(found.values(), key=lambda s: (-s.gdn_heads, -s.fa_heads, s.cp_rank))
 
 

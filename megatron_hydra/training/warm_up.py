@@ -4,9 +4,10 @@ The first rank of a node to arrive takes a lock, starts workers (:mod:`.warm_wor
 run's scenes (:mod:`.rehearsal`). If FlashQLA computes GDN heads, one more worker first lists TileLang's kernels
 of the first scene and of the start-up check (:mod:`megatron_hydra.ops.tilelang_kernels`), and the others
 compile those that have no record yet. The first scene runs alone, because it also tunes kernels. Then all other
-scenes and the start-up check run in parallel. At the end, a record next to the compilers' caches notes the
-result. The other ranks, and later runs with the same shapes, read it and compile nothing. A scene that fails is
-not an error: a warning is logged, and each rank compiles this part in its first step.
+scenes and the start-up check run in parallel. Records next to the compilers' caches name the scenes that have
+run, and the check. The other ranks, and later runs, skip what has a record. So another head map compiles only
+layers of new shapes. A scene that fails is not an error: a warning is logged, and each rank compiles this part
+in its first step.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ Task = dict[str, Any]
 
 PROGRESS_SECONDS = 10.0
 """Seconds between two lines of progress."""
+
+_NOT_COMMON = {"num_layers", "full_attention_heads", "head_map", "source", "hf_config"}
+"""Keys of a model's config that decide no kernel of one of its layers."""
 
 _MEMORY_SHARE = 0.8
 """Share of a GPU's memory for all its workers; the rest is for their contexts."""
@@ -101,7 +105,11 @@ def compile_once_per_node(
     if not cards:
         return WarmUp(True, 0, 0.0)
     started = time.monotonic()
-    key = _key(config, model, teacher)
+    tasks = _tasks_of(config, model, teacher)
+    key = f"run-{kernel_cache.key_of([task['record'] for task in tasks])}"
+
+    def still_to_do() -> list[Task]:
+        return [task for task in tasks if not kernel_cache.is_recorded(task["record"])]
 
     def waiting(seconds: float) -> None:
         feed_watchdog(PATIENCE)
@@ -109,24 +117,21 @@ def compile_once_per_node(
             tell(f"another process compiles this run's kernels: waiting, {seconds:.0f} s so far")
 
     with exit_on_stop_signal("kernels are being compiled"):
-        if kernel_cache.is_recorded(key):
+        if not still_to_do():
             return WarmUp(True, 0, time.monotonic() - started)
         with kernel_cache.alone_on_this_node(key, waiting):
-            if kernel_cache.is_recorded(key):
+            todo = still_to_do()
+            if not todo:
                 return WarmUp(True, 0, time.monotonic() - started)
             log = Path(config.output) / COMPILE_LOG
             order = {
                 "config": to_dict(config), "model": to_dict(model), "log": str(log.absolute()),
                 "teacher": None if teacher is None else to_dict(teacher),
             }  # fmt: skip
-            todo = len(scenes(config, model))
             listed = _asks_for_tilelang(config, model)
             team = _WorkerPool(order, todo, local_rank, cards, worker, tell, listed)
             problem = team.work()
-            seconds = time.monotonic() - started
-            if not problem:
-                kernel_cache.record(key, {"scenes": todo, "seconds": round(seconds, 1)})
-            return WarmUp(not problem, todo, seconds, problem)
+            return WarmUp(not problem, team.num_scenes, time.monotonic() - started, problem)
 
 
 def _asks_for_tilelang(config: RunConfig, model: ModelConfig) -> bool:
@@ -136,22 +141,45 @@ def _asks_for_tilelang(config: RunConfig, model: ModelConfig) -> bool:
     return hopper and any(fla_tuning.is_flash_qla(case, heads) for heads in case.gdn_heads)
 
 
-def _key(config: RunConfig, model: ModelConfig, teacher: ModelConfig | None) -> str:
-    """Key of the record: hash of all values that decide a run's kernels and their compilation."""
-    shape = {
-        "verb": config.verb, "precision": config.precision, "deterministic": config.deterministic,
-        "micro_batch_size": config.batch.micro_batch_size,
-        "sequence_length": config.data.sequence_length, "loss": config.loss,
+def _tasks_of(config: RunConfig, model: ModelConfig, teacher: ModelConfig | None) -> list[Task]:
+    """All scenes of a run and the start-up check, each with the name of its record.
+
+    The name is a hash of all values that decide the task's kernels and their compilation. Which heads of a
+    layer are FA is none of them. Their numbers are: a scene's shape and the check's case have these.
+    """
+    layout = {
+        "precision": config.precision, "deterministic": config.deterministic, "backend": config.backend,
         "tensor": config.parallel.tensor, "context": config.parallel.context,
         "sequence": config.parallel.sequence, "fa_partition": config.parallel.fa_partition,
-        "recompute": config.recompute, "backend": config.backend,
     }  # fmt: skip
-    models = [
-        None if of is None else dataclasses.replace(of, source={}, hf_config={}, head_map=None)
-        for of in (model, teacher)
-    ]
-    facts = [kernel_cache.fingerprint(platform.device()), _plain(shape), *map(_plain, models)]
-    return f"run-{kernel_cache.key_of(facts)}"
+    step = {
+        "verb": config.verb, "micro_batch_size": config.batch.micro_batch_size,
+        "sequence_length": config.data.sequence_length, "loss": config.loss,
+        "recompute": config.recompute,
+    }  # fmt: skip
+    facts = [kernel_cache.fingerprint(platform.device()), _plain(layout), _any_layer(model)]
+    if teacher is not None:  # a scene has its first layer
+        facts += [_any_layer(teacher), (teacher.full_attention_heads or (None,))[0]]
+
+    def task(kind: str, name: Any, about: dict[str, Any], *decisive: Any) -> Task:
+        record = f"{kind}-{kernel_cache.key_of([*facts, *decisive])}"
+        return {kind: name, "record": record, "facts": about}
+
+    found = []
+    for number, scene in enumerate(scenes(config, model)):
+        about = {"verb": config.verb, "scene": str(scene)}
+        found.append(task("scene", number, about, _plain(step), scene.shape))
+    heads = [None if of is None else kernel_case(of, config).gdn_heads for of in (model, teacher)]
+    return [*found, task("check", True, {"gdn_heads": heads}, heads)]
+
+
+def _any_layer(model: ModelConfig) -> dict[str, Any]:
+    """What the layers of a model have in common; a scene's shape says whether its FA heads are rotary."""
+    names = {field.name for field in dataclasses.fields(model)} - _NOT_COMMON
+    common = {name: _plain(getattr(model, name)) for name in names}
+    if model.hydra is not None:
+        del common["hydra"]["fa_rotary_every"]
+    return common
 
 
 def _plain(value: Any) -> Any:
@@ -168,21 +196,23 @@ class _WorkerPool:
     def __init__(
         self,
         order: dict[str, Any],
-        num_scenes: int,
+        todo: Sequence[Task],
         local_rank: int,
         cards: int,
         command: Sequence[str],
         tell: Callable[[str], None],
         list_kernels: bool = False,
     ) -> None:
-        self.order, self.num_scenes, self.cards = order, num_scenes, cards
+        self.order, self.cards = order, cards
         self.local_rank, self.command, self.tell = local_rank, command, tell
         self.list_kernels = list_kernels
         self.kernels: list[Task] = []
         self.num_kernels = 0
+        shown = [task for task in todo if "scene" in task]
+        checks = [task for task in todo if "check" in task]
         # The check takes long and runs few tokens. It starts after the first scene, which tunes, but not last.
-        others = [{"scene": number} for number in range(1, num_scenes)]
-        self.waiting: list[Task] = [{"scene": 0}, {"check": True}, *others]
+        self.waiting: list[Task] = [*shown[:1], *checks, *shown[1:]]
+        self.num_scenes = len(shown)
         self.started = time.monotonic()
         self.told = 0.0
         self.done = 0
@@ -240,7 +270,9 @@ class _WorkerPool:
 
         A kernel that fails is no problem here: the scene or the check that asks for it will tell.
         """
-        to_play: list[Task] = [{"play": 0}]
+        to_play: list[Task] = [
+            {"play": next((task["scene"] for task in self.waiting if "scene" in task), 0)}
+        ]
         while any(member.is_alive for member in team):
             if player.is_ready and to_play:
                 player.task = to_play.pop()
@@ -341,6 +373,8 @@ class _WorkerPool:
         self.done += "scene" in task
         if "kernel" in task and not problem:
             kernel_cache.record(self._key_of_kernel(task["kernel"]), task["kernel"])
+        elif "record" in task and not problem:
+            kernel_cache.record(task["record"], task["facts"])
         if problem and ("scene" in task or "check" in task):
             self.problems.append(problem)
         elif problem:

@@ -140,7 +140,7 @@ def test_no_process_group_is_left_after_an_error(tmp_path: Path, seen: _Seen) ->
 
     seen.kernels = dataclasses.replace(seen.kernels, delta_rule=broken)
     with pytest.raises(RuntimeError, match="ptxas"):
-        list(rehearse(_config(tmp_path, "finetune"), STUDENT, None, Scene(0, 0, 0, 2, 6)))
+        list(rehearse(_config(tmp_path, "finetune"), STUDENT, None, Scene(0, 0, 0, 2, 6, ())))
     assert not torch.distributed.is_initialized()
 
 

@@ -89,12 +89,14 @@ def _config(folder: Path, **sections: Any) -> Any:
 MODEL = tiny.student_config(tiny.DEEP)
 
 
-def _compile(folder: Path, *, config: Any = None, **options: Any) -> tuple[WarmUp, list[str]]:
+def _compile(
+    folder: Path, *, config: Any = None, model: Any = MODEL, **options: Any
+) -> tuple[WarmUp, list[str]]:
     lines: list[str] = []
     options = {"cards": 2, "local_rank": 1, "tell": lines.append, **options}
     options["worker"] = options.get("worker") or _worker(folder)
     with StopRequest():
-        return compile_once_per_node(config or _config(folder), MODEL, None, **options), lines
+        return compile_once_per_node(config or _config(folder), model, None, **options), lines
 
 
 def test_the_first_scene_runs_alone_and_the_check_runs_with_the_others(
@@ -123,8 +125,11 @@ def test_the_first_scene_runs_alone_and_the_check_runs_with_the_others(
 
 def test_the_check_waits_for_no_scene_but_the_first(tmp_path: Path) -> None:
     """It compiles its own kernels, so it must not start last."""
-    team = warm_up._WorkerPool({"log": "x"}, 3, 0, 1, _worker(tmp_path), print)
+    todo = [{"scene": 0}, {"scene": 1}, {"scene": 2}, {"check": True}]
+    team = warm_up._WorkerPool({"log": "x"}, todo, 0, 1, _worker(tmp_path), print)
     assert team.waiting == [{"scene": 0}, {"check": True}, {"scene": 1}, {"scene": 2}]
+    alone = warm_up._WorkerPool({"log": "x"}, todo[3:], 0, 1, _worker(tmp_path), print)
+    assert (alone.waiting, alone.num_scenes) == ([{"check": True}], 0)
 
 
 @pytest.mark.parametrize(
@@ -194,9 +199,62 @@ def test_ready_kernels_are_not_compiled_again(tmp_path: Path, caches: Path) -> N
     assert _compile(tmp_path, config=elsewhere)[0].compiled == 0  # no kernel depends on these
     longer = _config(tmp_path, data={"sequence_length": 96})
     assert _compile(tmp_path, config=longer)[0].compiled
-    for record in (caches / "TRITON_CACHE_DIR" / kernel_cache.RECORDS).glob("run-*"):
+    for record in (caches / "TRITON_CACHE_DIR" / kernel_cache.RECORDS).glob("scene-*"):
         record.unlink()  # as for the cache itself
     assert _compile(tmp_path)[0].compiled
+
+
+def _begun(folder: Path, **options: Any) -> list[Any]:
+    """What the workers of one more run begin."""
+    before = len(_journal(folder)) if (folder / "journal").exists() else 0
+    _compile(folder, **options)
+    return [what[1] for _, what, _ in _journal(folder)[before:] if what[0] == "begin"]
+
+
+def test_another_head_map_compiles_only_layers_of_new_shapes(tmp_path: Path) -> None:
+    """Which heads are FA decides no kernel; how many of a layer, and on which KV heads, does."""
+    config = _config(tmp_path, parallel={})
+    one, two = ((0,), (1,)), ((0, 1), (2,))
+    moved = ((3,), (2,))
+
+    def begun(*heads: tuple[int, ...], verb: str = "finetune", **changes: Any) -> list[Any]:
+        model = dataclasses.replace(
+            MODEL, num_layers=len(heads), full_attention_heads=heads, **changes
+        )
+        run = dataclasses.replace(config, verb=verb)
+        return _begun(tmp_path, config=run, model=model)
+
+    assert begun(*one) == [0, "check"]
+    assert begun(*moved) == []
+    assert begun(*moved, (0,), (1,)) == []  # nor does the number of layers
+    assert begun(*two) == [1, "check"]  # a new number of GDN heads is checked
+    assert begun(*two, *moved) == []
+    assert sorted(begun(*two, verb="distill"), key=str) == [0, 1]  # the check knows no verb
+    assert begun(*two, norm_eps=1e-5) == [0, "check", 1]
+
+
+def test_rotary_heads_in_every_second_layer_have_scenes_of_their_own(tmp_path: Path) -> None:
+    config = _config(tmp_path, parallel={})
+    assert MODEL.hydra is not None
+
+    def begun(every: int) -> list[Any]:
+        hydra = dataclasses.replace(MODEL.hydra, fa_rotary_every=every)  # type: ignore[type-var]
+        heads = ((0,), (0,))
+        model = dataclasses.replace(MODEL, num_layers=2, full_attention_heads=heads, hydra=hydra)
+        return _begun(tmp_path, config=config, model=model)
+
+    assert begun(0) == [0, "check"]
+    both = begun(2)
+    assert len(both) == 1 and both != ["check"]
+    assert begun(1) == []
+
+
+def test_only_what_has_failed_runs_again(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    fails = "if number == 1: say(failed='OutOfResources'); continue"
+    assert len(_begun(tmp_path, config=config, worker=_worker(tmp_path, fails))) > 2
+    assert _begun(tmp_path, config=config) == [1]
+    assert _begun(tmp_path, config=config) == []
 
 
 def test_without_a_gpu_there_is_nothing_to_do(tmp_path: Path) -> None:
@@ -248,7 +306,7 @@ def test_memory_limits_the_number_of_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first worker's memory decides: 30 of 100 bytes leave room for five workers on two cards."""
-    team = warm_up._WorkerPool({"log": ""}, 9, 0, 2, (), lambda text: None)
+    team = warm_up._WorkerPool({"log": ""}, [], 0, 2, (), lambda text: None)
     members = [warm_up._WorkerProcess(None) for _ in range(8)]  # type: ignore[arg-type]
     assert team._fitting_workers(members) == 8
     members[0].memory = 30
