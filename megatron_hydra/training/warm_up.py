@@ -162,7 +162,7 @@ def _tasks_of(config: RunConfig, model: ModelConfig, teacher: ModelConfig | None
         facts += [_any_layer(teacher), (teacher.full_attention_heads or (None,))[0]]
 
     def task(kind: str, name: Any, about: dict[str, Any], *decisive: Any) -> Task:
-        record = f"{kind}-{kernel_cache.key_of([*facts, *decisive])}"
+        record = f"warm-{kind}-{kernel_cache.key_of([*facts, *decisive])}"
         return {kind: name, "record": record, "facts": about}
 
     found = []

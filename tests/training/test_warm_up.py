@@ -199,7 +199,7 @@ def test_ready_kernels_are_not_compiled_again(tmp_path: Path, caches: Path) -> N
     assert _compile(tmp_path, config=elsewhere)[0].compiled == 0  # no kernel depends on these
     longer = _config(tmp_path, data={"sequence_length": 96})
     assert _compile(tmp_path, config=longer)[0].compiled
-    for record in (caches / "TRITON_CACHE_DIR" / kernel_cache.RECORDS).glob("scene-*"):
+    for record in (caches / "TRITON_CACHE_DIR" / kernel_cache.RECORDS).glob("warm-scene-*"):
         record.unlink()  # as for the cache itself
     assert _compile(tmp_path)[0].compiled
 
