@@ -7,17 +7,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments.results import Results, split_column
 from megatron_hydra.experiments.table import (
+    accuracy_text,
+    compared_text,
     facts_columns,
     fit_table,
     footnotes,
     question_table,
     row,
-    spread_text,
     training_table,
 )
 from megatron_hydra.files import write_text_atomic
@@ -47,14 +49,22 @@ def write_into(page: Path, results: Results) -> None:
 
 
 def section(results: Results) -> list[str]:
-    """Tables: one for each task (columns: lengths), lm-eval's metrics, cache, training, laws over tokens."""
+    """Tables: for each task (columns: lengths), lm-eval's metrics, cache, training, laws over tokens.
+
+    A task with several facts has a second table: what is right above taking places in the text as often,
+    whatever is asked.
+    """
     columns = results.columns()
     parts = [split_column(column) for column in columns]
     lines = [*_samples(results), ""]
     for task in dict.fromkeys(task for task, length in parts if length is not None):
         lengths = [length for other, length in parts if other == task and length is not None]
         headers = [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths]
-        lines += _table(results, f"`{task}`", headers, [f"{task}@{n}" for n in lengths])
+        names = [f"{task}@{n}" for n in lengths]
+        lines += _table(accuracy_text, results, f"`{task}`", headers, names)
+        if any(name in cell.compared for name in names for cell in results.cells):
+            corner = f"`{task}`, above by place"
+            lines += _table(compared_text, results, corner, headers, names)
     others = [column for column, (_, length) in zip(columns, parts, strict=True) if length is None]
     lines += question_table(results, others)
     lines += row(["", "FA heads", "KV bytes/token", "state bytes"])
@@ -86,10 +96,14 @@ def _samples(results: Results) -> list[str]:
     ]
 
 
-def _table(results: Results, corner: str, headers: list[str], columns: list[str]) -> list[str]:
+def _table(
+    text_of: Callable[[Results, str, str], str],
+    results: Results,
+    corner: str,
+    headers: list[str],
+    columns: list[str],
+) -> list[str]:
     lines = [*row([corner, *headers]), *row(["---", *["---:"] * len(headers)])]
     for variant in results.experiment.variants:
-        cells = results.of(variant)
-        shown = [spread_text(results.spread(variant, column), cells) for column in columns]
-        lines += row([variant, *shown])
+        lines += row([variant, *(text_of(results, variant, column) for column in columns)])
     return [*lines, ""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_hydra.config.loading import from_dict
@@ -50,6 +51,8 @@ class CellResult:
             ``missing``.
         accuracy: ``task@length`` → share of right answers, ``task/metric`` → lm-eval's. An unfinished
             evaluation has some of them.
+        compared: the same for tasks with several facts, minus the share that is right by taking places in the
+            text as often, whatever is asked (``by_place`` of an evaluation).
         kv_bytes_per_token, state_bytes: of the cache, measured on the running model.
         fa_heads: for each layer the FA heads; ``None``: no head map chose them.
         attention: without a head map, the kind of attention; ``–``: not known.
@@ -64,6 +67,7 @@ class CellResult:
     seed: int
     state: str
     accuracy: dict[str, float] = dataclasses.field(default_factory=dict)
+    compared: dict[str, float] = dataclasses.field(default_factory=dict)
     kv_bytes_per_token: float | None = None
     state_bytes: float | None = None
     fa_heads: tuple[tuple[int, ...], ...] | None = None
@@ -134,8 +138,15 @@ class Results:
 
     def spread(self, variant: str, column: str) -> Spread | None:
         """Accuracy of a row in a column; ``None`` if no seed has it."""
-        values = {c.seed: c.accuracy[column] for c in self.of(variant) if column in c.accuracy}
-        return Spread(values, self.experiment.seeds) if values else None
+        return self._spread({c.seed: c.accuracy.get(column) for c in self.of(variant)})
+
+    def spread_compared(self, variant: str, column: str) -> Spread | None:
+        """``compared`` of a row in a column; ``None`` if no seed has it."""
+        return self._spread({c.seed: c.compared.get(column) for c in self.of(variant)})
+
+    def _spread(self, values: dict[int, float | None]) -> Spread | None:
+        known = {seed: value for seed, value in values.items() if value is not None}
+        return Spread(known, self.experiment.seeds) if known else None
 
     def failed(self) -> list[CellResult]:
         """The cells that failed."""
@@ -188,6 +199,20 @@ def _accuracy(body: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def _compared(body: dict[str, Any]) -> dict[str, float]:
+    """Accuracy above that of taking places; an evaluation that did not count places has none."""
+    return {
+        f"{task}@{length}": part["accuracy"] - _by_place(part["asked"], part["picked"])
+        for task, lengths in body["tasks"].items()
+        for length, part in lengths.items()
+        if "picked" in part
+    }
+
+
+def _by_place(asked: Sequence[float], picked: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(asked, picked, strict=True))
+
+
 def _training(step: Step, store: StepStore) -> Training | None:
     """A finished stage's curve and speed; ``None`` without metrics."""
     path = store.out(step) / METRICS_FILE
@@ -232,12 +257,14 @@ def _cell(cell: Cell, plan: Plan, store: StepStore) -> CellResult:
     records = [(step.kind, record) for step in steps if (record := store.record(step))]
     sources = tuple(sorted({str(record.get("package_source")) for _, record in records}))
     if not store.is_done(last):
-        accuracy = _accuracy(unfinished_results(store.out(last)))
+        body = unfinished_results(store.out(last))
+        accuracy = _accuracy(body)
         made = CellResult(
             cell.variant,
             cell.seed,
             "unfinished" if accuracy else "missing",
             accuracy=accuracy,
+            compared=_compared(body),
             fa_heads=heads if accuracy else None,
             attention=_attention(cell.spec) if accuracy and not maps else "",
             training=training,
@@ -255,6 +282,7 @@ def _cell(cell: Cell, plan: Plan, store: StepStore) -> CellResult:
         cell.seed,
         "done",
         accuracy=_accuracy(body),
+        compared=_compared(body),
         kv_bytes_per_token=cache.get("kv_bytes_per_token"),
         state_bytes=cache.get("state_bytes"),
         fa_heads=heads,

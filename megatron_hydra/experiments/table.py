@@ -31,10 +31,9 @@ def markdown(results: Results) -> str:
     lines += row(["", *across, "FA heads", "KV bytes/token", "state bytes"])
     lines += row(["---", *["---:"] * (len(across) + 3)])
     for variant in experiment.variants:
-        cells = results.of(variant)
-        values = [spread_text(results.spread(variant, column), cells) for column in across]
-        lines += row([f"**{variant}**", *values, *facts_columns(cells)])
-    lines += ["", *question_table(results, down)]
+        values = [accuracy_text(results, variant, column) for column in across]
+        lines += row([f"**{variant}**", *values, *facts_columns(results.of(variant))])
+    lines += ["", *_compared_table(results, across), *question_table(results, down)]
     lines += _differences(results, across, down)
     lines += training_table(results)
     lines += fit_table(results)
@@ -46,6 +45,23 @@ def markdown(results: Results) -> str:
         lines += row([cell.variant, str(cell.seed), *shown, _heads(cell)])
     lines += ["", *footnotes(results)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _compared_table(results: Results, across: Sequence[str]) -> list[str]:
+    """For tasks with several facts, what is right above taking places in the text as often."""
+    columns = [
+        column for column in across if any(column in cell.compared for cell in results.cells)
+    ]
+    if not columns:
+        return []
+    lines = [
+        "Right above by place: above a model that takes places in the text as often, whatever is asked.",
+        "",
+    ]
+    lines += [*row(["", *columns]), *row(["---", *["---:"] * len(columns)])]
+    for variant in results.experiment.variants:
+        lines += row([variant, *(compared_text(results, variant, column) for column in columns)])
+    return [*lines, ""]
 
 
 def _over(seeds: Sequence[int]) -> str:
@@ -125,6 +141,19 @@ def spread_text(spread: Spread | None, cells: list[CellResult]) -> str:
     return text if spread.is_complete else f"{text} [{len(spread.values)} of {len(spread.seeds)}]"
 
 
+def accuracy_text(results: Results, variant: str, column: str) -> str:
+    """Accuracy of a row in a column."""
+    return spread_text(results.spread(variant, column), results.of(variant))
+
+
+def compared_text(results: Results, variant: str, column: str) -> str:
+    """Accuracy above that of taking places."""
+    found = results.spread_compared(variant, column)
+    if found is None and results.spread(variant, column) is not None:
+        return "not counted"  # by an evaluation of an earlier version
+    return spread_text(found, results.of(variant))
+
+
 def facts_columns(cells: list[CellResult]) -> list[str]:
     """FA heads, bytes per token, bytes of state: one number, or the range over seeds."""
     shown = []
@@ -151,9 +180,7 @@ def _short(cell: CellResult) -> str:
 def question_table(results: Results, columns: Sequence[str]) -> list[str]:
     """lm-eval's metrics, one on each line; the experiment's rows are its columns."""
     variants = results.experiment.variants
-    shown = {
-        v: [spread_text(results.spread(v, c), results.of(v)) for c in columns] for v in variants
-    }
+    shown = {v: [accuracy_text(results, v, c) for c in columns] for v in variants}
     return _down("questions", columns, shown)
 
 

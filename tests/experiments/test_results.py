@@ -11,9 +11,10 @@ import pytest
 from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation.storage import CellStore
 from megatron_hydra.experiments import fingerprint, plots
+from megatron_hydra.experiments.page import section
 from megatron_hydra.experiments.plan import make_plan
 from megatron_hydra.experiments.plots import draw
-from megatron_hydra.experiments.results import collect
+from megatron_hydra.experiments.results import Results, collect
 from megatron_hydra.experiments.spec import load_experiment
 from megatron_hydra.experiments.store import StepStore
 from megatron_hydra.experiments.table import markdown
@@ -63,6 +64,37 @@ def test_mean_and_spread_over_seeds(made):
     assert line(text, "b")[1] == "+0.000 ± 0.141"
     assert line(text, "a | 1")[2:4] == ["0.400", "0.800"]
     assert "not there" not in text
+
+
+def test_what_taking_places_gets_right_is_subtracted(write, tmp_path):
+    """Three of four answers are the first fact, which is asked for in half of the questions."""
+    experiment = load_experiment(write(ROWS))
+    plan, store = make_plan(experiment.cells), StepStore(tmp_path / "s")
+    picks = {"asked": [0.5, 0.5], "picked": [0.75, 0.25]}
+    for cell, accuracy in zip(experiment.cells[:2], (0.75, 0.5), strict=True):
+        step = plan.steps[plan.cells[cell.name]]
+        store.out(step).mkdir(parents=True)
+        lengths = {"128": {"accuracy": accuracy, **picks}, "256": {"accuracy": accuracy}}
+        (store.out(step) / "results.json").write_text(json.dumps({"tasks": {"facts": lengths}}))
+        store.finish(step, 1.0)
+    results = collect(experiment, plan, store)
+    assert [cell.compared for cell in results.cells[:2]] == [
+        {"facts@128": 0.25},
+        {"facts@128": 0.0},
+    ]
+    text = markdown(results)
+    assert "Right above by place" in text
+    assert line(text, "a")[1] == "0.125 ± 0.177"  # the first table that has the row's name in plain
+    page = "\n".join(section(results))
+    corner = "`facts`, above by place"
+    assert line(page, corner) == [corner, "128", "256"]
+    assert [row.split("|")[2].strip() for row in page.split(corner)[1].splitlines()[2:4]] == [
+        "0.125 ± 0.177", "not run",
+    ]  # fmt: skip
+    assert line(page, "a")[1:] == ["0.625 ± 0.177", "0.625 ± 0.177"]
+    assert page.split(corner)[1].splitlines()[2].split("|")[3].strip() == "not counted"
+    plain = tuple(dataclasses.replace(cell, compared={}) for cell in results.cells)
+    assert "above by place" not in "\n".join(section(Results(experiment, plain)))
 
 
 def test_no_seed_is_dropped_in_silence(made):
