@@ -19,7 +19,13 @@ from megatron_hydra.evaluation.backend import Backend
 from megatron_hydra.evaluation.finding import load_task
 from megatron_hydra.evaluation.hf_backend import HfBackend
 from megatron_hydra.evaluation.lm_eval_suite import lm_eval_version, require_lm_eval, run_lm_eval
-from megatron_hydra.evaluation.scoring import Outcome, Places, forecast, score_samples
+from megatron_hydra.evaluation.scoring import (
+    Outcome,
+    Places,
+    accuracy_by_place,
+    forecast,
+    score_samples,
+)
 from megatron_hydra.evaluation.sharing import compute_shared
 from megatron_hydra.evaluation.storage import QUESTIONS, CellStore
 from megatron_hydra.evaluation.tasks import RetrievalTask, Sample, SampleRequest
@@ -312,8 +318,7 @@ def _by_place(places: Sequence[Places]) -> dict[str, Any]:
     order = range(max(place.count for place in places))
     asked = [sum(p.asked == place for p in places) / len(places) for place in order]
     picked = [sum(p.picked == place for p in places) / len(places) for place in order]
-    by_place = sum(a * b for a, b in zip(asked, picked, strict=True))
-    return {"asked": asked, "picked": picked, "by_place": by_place}
+    return {"asked": asked, "picked": picked, "by_place": accuracy_by_place(asked, picked)}
 
 
 def _public(cell: dict[str, Any]) -> dict[str, Any]:

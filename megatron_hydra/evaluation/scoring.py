@@ -48,6 +48,15 @@ class Places:
     picked: int | None
 
 
+def accuracy_by_place(asked: Sequence[float], picked: Sequence[float]) -> float:
+    """Accuracy of answers that take places with these shares, whatever is asked.
+
+    Args:
+        asked, picked: for each place, the share of samples that have the right, or the answered, fact there.
+    """
+    return sum(a * b for a, b in zip(asked, picked, strict=True))
+
+
 MOST_PLACES = 16
 """Samples with more facts, such as RULER's third multi-key task, are not counted by place."""
 

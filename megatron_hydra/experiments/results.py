@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
 from megatron_hydra.config.loading import from_dict
 from megatron_hydra.config.model import HydraConfig
 from megatron_hydra.errors import HydraError
+from megatron_hydra.evaluation.scoring import accuracy_by_place
 from megatron_hydra.evaluation.storage import unfinished_results
 from megatron_hydra.experiments.actions import HEAD_MAP
 from megatron_hydra.experiments.plan import Plan, Step
@@ -202,15 +202,11 @@ def _accuracy(body: dict[str, Any]) -> dict[str, float]:
 def _compared(body: dict[str, Any]) -> dict[str, float]:
     """Accuracy above that of taking places; an evaluation that did not count places has none."""
     return {
-        f"{task}@{length}": part["accuracy"] - _by_place(part["asked"], part["picked"])
+        f"{task}@{length}": part["accuracy"] - accuracy_by_place(part["asked"], part["picked"])
         for task, lengths in body["tasks"].items()
         for length, part in lengths.items()
         if "picked" in part
     }
-
-
-def _by_place(asked: Sequence[float], picked: Sequence[float]) -> float:
-    return sum(a * b for a, b in zip(asked, picked, strict=True))
 
 
 def _training(step: Step, store: StepStore) -> Training | None:
