@@ -61,7 +61,9 @@ def test_folders_and_files_are_left_alone(loads, tmp_path):
 
 
 def test_a_data_set_that_cannot_be_loaded_is_named(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # Both libraries read the variable at their import; without a network they would try for half a minute.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     corpus = CorpusConfig(("no/such-set",), hub=True)
     with pytest.raises(HydraError, match="--dataset no/such-set: cannot load it"):
         hub.load_hub(corpus, "no/such-set", False)

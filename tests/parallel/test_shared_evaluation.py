@@ -55,7 +55,7 @@ def _results(output: Path) -> dict:
 
 def test_two_processes_write_what_one_writes(arguments: list[str], tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    torchrun("tools.evaluate", 1, *arguments, str(one))
+    forked("tools.evaluate", 1, *arguments, str(one))
     said = torchrun("tools.evaluate", 2, *arguments, str(two))
     assert _results(two) == _results(one)
     assert said.count("results: ") == 1  # only the first process reports
@@ -83,7 +83,7 @@ def test_an_error_of_one_process_ends_all(arguments: list[str], tmp_path: Path) 
     output.mkdir()
     (output / "mine.txt").write_text("")
     with pytest.raises(AssertionError, match="is not empty and not an evaluation") as caught:
-        torchrun("tools.evaluate", 2, *arguments, str(output))
+        forked("tools.evaluate", 2, *arguments, str(output))
     assert str(caught.value).count("is not empty and not an evaluation") >= 2
     assert [path.name for path in output.iterdir()] == ["mine.txt"]
 
