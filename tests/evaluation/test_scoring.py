@@ -77,9 +77,8 @@ def test_the_place_of_the_fact_that_was_picked(tokenizer):
     assert [o.places for o in outcomes] == [*(Places(3, 1, place) for place in picked), None]
     cell = summarise(outcomes, ())
     assert (cell["asked"], cell["picked"]) == ([0.0, 1.0, 0.0], [0.25, 0.25, 0.25])
-    assert (
-        cell["by_place"] == 0.25
-    )  # always asked for the second fact, which a quarter of the answers have
+    # Always asked for is the second fact, which a quarter of the answers have.
+    assert cell["by_place"] == 0.25
     assert "picked" not in summarise(outcomes[4:], ())
 
 
