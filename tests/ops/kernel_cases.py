@@ -180,7 +180,7 @@ def check_delta_rule_gates(device, dtype, tokens=150):
         )  # fmt: skip
 
 
-def check_delta_rule_inputs(device, dtype, d=16, tokens=70):
+def check_delta_rule_inputs(device, dtype, d=16, tokens=40):
     from megatron_hydra.ops import triton_delta_rule_inputs
 
     lengths = (5, 1, 2, tokens - 8)
