@@ -230,7 +230,7 @@ class _WorkerPool:
             f"compiling this run's kernels: {self.num_scenes} combinations of heads, documents and "
             f"shards; the compilers' output is in {self.order['log']}"
         )
-        useful = MOST_WORKERS if self.list_kernels else min(MOST_WORKERS, self.num_scenes + 1)
+        useful = MOST_WORKERS if self.list_kernels else min(MOST_WORKERS, len(self.waiting))
         count = min(useful, max(1, (os.cpu_count() or 1) // 2))
         with contextlib.ExitStack() as stack:
             team = [stack.enter_context(self._worker(i, count)) for i in range(count)]
