@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_hydra.errors import HydraError
-from megatron_hydra.experiments.results import Results, split_column
+from megatron_hydra.experiments.results import Results, length_name, split_column
 from megatron_hydra.experiments.table import (
     accuracy_text,
     compared_text,
@@ -59,7 +59,7 @@ def section(results: Results) -> list[str]:
     lines = [*_samples(results), ""]
     for task in dict.fromkeys(task for task, length in parts if length is not None):
         lengths = [length for other, length in parts if other == task and length is not None]
-        headers = [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths]
+        headers = [length_name(n) for n in lengths]
         names = [f"{task}@{n}" for n in lengths]
         lines += _table(accuracy_text, results, f"`{task}`", headers, names)
         if any(name in cell.compared for name in names for cell in results.cells):

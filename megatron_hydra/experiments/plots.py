@@ -1,13 +1,14 @@
-"""Pictures of an experiment: accuracy against length, bars at some lengths, losses against tokens."""
+"""Pictures of an experiment: accuracy against length, a grid of all rows, bars, losses against tokens."""
 
 from __future__ import annotations
 
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
 
 from megatron_hydra.experiments import scaling
-from megatron_hydra.experiments.results import Results, split_column
+from megatron_hydra.experiments.results import Results, length_name, split_column
 from megatron_hydra.files import write_figure_atomic
 
 _MARKERS = "os^Dv<>Pp*hX"
@@ -18,8 +19,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
     Returns:
         ``<name>_<task>.png`` (mean and range over seeds against length) for every task with several lengths,
-        ``<name>_bars.png``, ``<name>_losses.png`` if a stage has metrics, and ``<name>_fit.png`` if the table
-        has rows to fit.
+        ``<name>_grid.png`` (these tasks side by side, a row for each variant), ``<name>_bars.png``,
+        ``<name>_losses.png`` if a stage has metrics, and ``<name>_fit.png`` if the table has rows to fit.
     """
     parts = [split_column(column) for column in results.columns()]
     columns = [(task, length) for task, length in parts if length is not None]
@@ -29,6 +30,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
         lengths = [length for other, length in columns if other == task]
         if len(lengths) > 1:
             paths.append(_lengths(results, task, lengths, folder / f"{name}_{task}.png"))
+    if paths:
+        paths.append(_grid(results, columns, folder / f"{name}_grid.png"))
     # Columns that the table leaves out may exist for some rows only.
     chosen = results.experiment.table.columns
     shown = [(task, n) for task, n in columns if not chosen or f"{task}@{n}" in chosen]
@@ -83,6 +86,53 @@ def _lengths(results: Results, task: str, lengths: list[int], path: Path) -> Pat
     _title(figure, results, f": {task}", seeds="; mean and range over seeds")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return write_figure_atomic(figure, path, dpi=120)
+
+
+def _grid(results: Results, columns: list[tuple[str, int]], path: Path) -> Path:
+    """One panel for each task: a row for each variant, a column for each length, the mean over seeds.
+
+    Lines of many rows hide each other where all answers are right, or all wrong; cells do not.
+    """
+    from matplotlib.figure import Figure
+
+    tasks = [
+        t for t in dict.fromkeys(t for t, _ in columns) if [u for u, _ in columns].count(t) > 1
+    ]
+    lengths = {task: [n for other, n in columns if other == task] for task in tasks}
+    variants = list(results.experiment.variants)
+    widths = [len(lengths[task]) for task in tasks]
+    figure = Figure(
+        figsize=(0.5 * sum(widths) + 3.2, 0.32 * len(variants) + 1.3), layout="constrained"
+    )
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False, width_ratios=widths)[0]
+    native = results.experiment.table.train_length
+    for task, axes in zip(tasks, panels, strict=True):
+        means = []
+        for variant in variants:
+            spreads = [results.spread(variant, f"{task}@{n}") for n in lengths[task]]
+            means.append([math.nan if s is None else s.mean for s in spreads])
+        axes.imshow(means, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for row, values in enumerate(means):
+            for column, value in enumerate(values):
+                text = "–" if math.isnan(value) else f"{value:.2f}"
+                color = "white" if value > 0.6 else "#202124"
+                axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+        if native and any(n > native for n in lengths[task]):
+            axes.axvline(
+                sum(n <= native for n in lengths[task]) - 0.5, color="#d93025", linewidth=1.5
+            )
+        axes.set_xticks(
+            range(len(lengths[task])), [length_name(n) for n in lengths[task]], fontsize=8
+        )
+        axes.set_yticks(range(len(variants)), variants, fontsize=8)
+        axes.set_title(task, fontsize=9)
+        axes.tick_params(length=0)
+    figure.supxlabel(
+        "context length (tokens)" + ("; red line: the teacher's own length" if native else ""),
+        fontsize=8,
+    )
+    _title(figure, results, ": right answers", seeds="; mean over seeds")
     return write_figure_atomic(figure, path, dpi=120)
 
 

@@ -164,6 +164,11 @@ class Results:
         }
 
 
+def length_name(tokens: int) -> str:
+    """``4K`` for 4096 tokens; a number for what is no multiple of 1024."""
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
+
+
 def split_column(column: str) -> tuple[str, int | None]:
     """``task@length`` in its parts; lm-eval's ``task/metric`` is one part without a length.
 

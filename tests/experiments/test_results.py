@@ -231,6 +231,24 @@ def test_curves_are_means_and_bands_reach_over_seeds(made, tmp_path, monkeypatch
     assert list(mark.get_xdata()) == [128, 128]  # the length of training
 
 
+def test_the_grid_has_every_row_and_marks_missing_values(made, tmp_path, monkeypatch):
+    results = made({("a", 0): 0.2, ("a", 1): 0.4, ("b", 0): 0.1})
+    cells = tuple(
+        dataclasses.replace(
+            cell, accuracy={k: v for k, v in cell.accuracy.items() if k == "facts@256"}
+        )
+        if cell.variant == "b"
+        else cell
+        for cell in results.cells
+    )
+    axes = drawn(dataclasses.replace(results, cells=cells), monkeypatch, tmp_path)["trial_grid.png"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    assert [text.get_text() for text in axes.texts] == ["0.30", "0.60", "–", "0.20"]
+    assert axes.get_title() == "facts"
+    (mark,) = axes.lines
+    assert list(mark.get_xdata()) == [0.5, 0.5]  # between 128, the length of training, and 256
+
+
 def test_every_row_with_a_bar_is_in_the_legend(made, tmp_path, monkeypatch):
     """Also a row without a value at the first position."""
     results = made({("a", 0): 0.2, ("a", 1): 0.4, ("b", 0): 0.1, ("b", 1): 0.3})
@@ -248,7 +266,7 @@ def test_every_row_with_a_bar_is_in_the_legend(made, tmp_path, monkeypatch):
 
 def test_pictures_are_written(made, tmp_path):
     paths = draw(made({("a", 0): 0.2}), tmp_path / "pictures")
-    assert [path.name for path in paths] == ["trial_facts.png", "trial_bars.png"]
+    assert [path.name for path in paths] == ["trial_facts.png", "trial_grid.png", "trial_bars.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
