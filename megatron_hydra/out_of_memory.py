@@ -11,6 +11,10 @@ from megatron_hydra.errors import HydraError
 GIB = 2**30
 
 
+class OutOfMemory(HydraError):
+    """A GPU's memory did not suffice."""
+
+
 @contextlib.contextmanager
 def convert_out_of_memory(message: Callable[[BaseException], str]) -> Iterator[None]:
     """Convert torch's error within the block to ours.
@@ -19,14 +23,14 @@ def convert_out_of_memory(message: Callable[[BaseException], str]) -> Iterator[N
         message: makes the text, from torch's error.
 
     Raises:
-        HydraError: instead of ``torch.OutOfMemoryError``.
+        OutOfMemory: instead of ``torch.OutOfMemoryError``.
     """
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise HydraError(message(error)) from error
+        raise OutOfMemory(message(error)) from error
 
 
 def out_of_memory_names(what: str, *advice: str) -> AbstractContextManager[None]:

@@ -8,9 +8,6 @@ from typing import Any
 
 from megatron_hydra.errors import HydraError
 
-TOKENS_OF_A_REQUEST = 4096
-"""Assumed length of a request of lm-eval in tokens, to compute the batch size."""
-
 
 def require_lm_eval() -> None:
     """Check that lm-eval is installed.
@@ -53,7 +50,7 @@ def run_lm_eval(
         include: a folder with the user's own task files (YAML), or ``""``. Relative ``data_files`` in them are
             relative to this folder.
         limit: number of questions of each task, from the first; 0: all.
-        batch_tokens: approximate number of tokens of a batch (at least one request).
+        batch_tokens: largest number of tokens of a batch (at least one request).
         seed: seed of few-shot examples and of other random numbers of lm-eval.
 
     Returns:
@@ -69,7 +66,8 @@ def run_lm_eval(
     if include and not Path(include).is_dir():
         raise HydraError(f"--lm-eval-include {include} is not a folder")
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+
+    from megatron_hydra.evaluation.lm_eval_model import BatchedByTokens
 
     include = include and str(Path(include).absolute())
     tasks = _tasks_with(task, include)
@@ -77,11 +75,8 @@ def run_lm_eval(
         loaded = tasks.load([task])
     groups = loaded.get("groups") or {}
     chosen = [groups[task]] if task in groups else list(loaded["tasks"].values())
-    batch = max(1, batch_tokens // TOKENS_OF_A_REQUEST)
-    # By default, lm-eval rounds and adds log-likelihoods in the model's dtype: in bf16, options would tie.
-    scored = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, softmax_dtype="float32")
     found = simple_evaluate(
-        model=scored,
+        model=BatchedByTokens(model, tokenizer, batch_tokens),
         tasks=chosen,
         task_manager=tasks,
         limit=limit or None,

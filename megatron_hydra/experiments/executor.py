@@ -17,7 +17,7 @@ from megatron_hydra.experiments import fingerprint
 from megatron_hydra.experiments.plan import Plan, Step
 from megatron_hydra.experiments.progress import ProgressLine
 from megatron_hydra.experiments.store import StepStore
-from megatron_hydra.experiments.worker import serve
+from megatron_hydra.experiments.worker import Outcome, serve
 from megatron_hydra.stopping import Stopped, StopRequest
 
 _POLL_SECONDS = 0.5
@@ -46,6 +46,9 @@ def run_plan(
 ) -> list[Failure]:
     """Run the missing steps; steps that depend on a failed step are skipped, all others still run.
 
+    Workers may share a GPU. A step that runs out of its memory beside others starts again when fewer of them
+    run there; alone, it fails.
+
     Args:
         workers: steps at a time.
         say: prints a line for the user.
@@ -72,13 +75,13 @@ def run_plan(
     with StopRequest(ctrl_c=True) as stop, _Pool(store, pool_size, threads, gpus) as pool:
         while not stopping:
             may_begin = begin_until is None or time.monotonic() < begin_until
-            for step in schedule.ready(pool.idle if may_begin else 0):
+            for step in schedule.ready(pool.idle if may_begin else 0, pool.steps_beside_next):
                 pool.start(step, {n: store.out(plan.steps[k]) for n, k in step.inputs.items()})
             if not pool.busy:
                 break
-            for key, message in pool.finished(_POLL_SECONDS):
+            for end in pool.finished(_POLL_SECONDS):
                 line.clear()
-                say(schedule.note(key, message, workers))
+                say(schedule.note(end, workers))
             line.show(schedule.running.values(), schedule.left(workers))
             stopping = stop.requested
         line.clear()
@@ -120,6 +123,15 @@ def missing_steps(plan: Plan, store: StepStore) -> dict[str, Step]:
     return {key: step for key, step in plan.steps.items() if key in needed}
 
 
+@dataclasses.dataclass(frozen=True)
+class _End:
+    """A step has ended, beside ``beside`` other steps on its GPU."""
+
+    key: str
+    outcome: Outcome
+    beside: int
+
+
 class _Schedule:
     """Scheduler: which steps are ready, in the order of the plan, and the remaining time."""
 
@@ -133,13 +145,21 @@ class _Schedule:
         self.seconds: dict[str, list[float]] = {}
         self.before = store.seconds_by_kind()
         self.started: dict[str, float] = {}
+        self.too_many: dict[str, int] = {}
+        """Of a step: the number of others on a GPU beside which its memory did not suffice."""
 
-    def ready(self, count: int) -> Iterator[Step]:
-        """At most ``count`` steps whose inputs exist; they count as running."""
+    def ready(self, count: int, beside: Callable[[], int]) -> Iterator[Step]:
+        """At most ``count`` steps whose inputs exist; they count as running.
+
+        Args:
+            beside: the number of steps that already run where the next one would start.
+        """
         for key in list(self.waiting):
             if count == 0:
                 return
             step = self.waiting[key]
+            if key in self.too_many and beside() >= self.too_many[key]:
+                continue
             if all(self._has_result(other) for other in step.inputs.values()):
                 self.running[key] = self.waiting.pop(key)
                 self.started[key] = time.monotonic()
@@ -150,13 +170,18 @@ class _Schedule:
         blocked = key in self.waiting or key in self.running
         return not blocked and all(failure.step.key != key for failure in self.failures)
 
-    def note(self, key: str, message: str, workers: int) -> str:
-        """Record a finished step; returns the line for the user."""
-        step = self.running.pop(key)
-        taken = time.monotonic() - self.started.pop(key)
+    def note(self, end: _End, workers: int) -> str:
+        """Record that a step has ended; returns the line for the user."""
+        step = self.running.pop(end.key)
+        taken = time.monotonic() - self.started.pop(end.key)
+        if end.outcome.short_of_memory and end.beside:
+            self.waiting = {end.key: step, **self.waiting}
+            self.too_many[end.key] = end.beside
+            others = "another step" if end.beside == 1 else f"{end.beside} others"
+            return f"{step.title}: out of GPU memory beside {others}; starts again when fewer run there"
         self.number += 1
         head = f"[{self.number}/{self.total}] {step.title}"
-        if message:
+        if message := end.outcome.message:
             self.failures.append(Failure(step, message))
             self._drop_dependents()
             return f"{head}: FAILED: {message}"
@@ -222,14 +247,27 @@ class _Pool:
         return self.count - len(self.busy)
 
     def start(self, step: Step, folders: dict) -> None:
-        """Give a step to a worker."""
-        process, connection = self.free.pop() if self.free else self._spawn()
+        """Give a step to a worker of the GPU with the fewest running steps."""
+        device = self._next_device()
+        ours = [n for n, (process, _) in enumerate(self.free) if self.device_of[process] == device]
+        process, connection = self.free.pop(ours[-1]) if ours else self._spawn(device)
         connection.send((step, folders))
         self.busy[connection] = (process, step)
 
-    def _spawn(self) -> tuple[BaseProcess, Connection]:
+    def steps_beside_next(self) -> int:
+        """The number of steps that already run where the next one would start."""
+        return self._load(self._next_device())
+
+    def _next_device(self) -> str | None:
+        free = [self.device_of[process] for process, _ in reversed(self.free)]
+        return min([*free, *reversed(self.devices)], key=self._load)
+
+    def _load(self, device: str | None) -> int:
+        return sum(self.device_of[process] == device for process, _step in self.busy.values())
+
+    def _spawn(self, device: str | None) -> tuple[BaseProcess, Connection]:
         mine, theirs = self.context.Pipe()
-        device = self.devices.pop()
+        self.devices.remove(device)
         variables = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
         with _environment(
             OMP_NUM_THREADS=str(self.threads),
@@ -251,21 +289,23 @@ class _Pool:
         theirs.close()
         return process, mine
 
-    def finished(self, timeout: float) -> list[tuple[str, str]]:
-        """(key, error) of the steps that have ended."""
+    def finished(self, timeout: float) -> list[_End]:
+        """The steps that have ended."""
         done = []
         for connection in wait(list(self.busy), timeout):
             assert isinstance(connection, Connection)
             process, step = self.busy.pop(connection)
+            beside = self._load(self.device_of[process])
             try:
-                done.append(connection.recv())
+                key, outcome = connection.recv()
                 self.free.append((process, connection))
             except EOFError:
                 process.join()
                 self.devices.append(self.device_of.pop(process))
-                message = f"the worker process died (exit status {process.exitcode})"
-                self.store.fail(step, message)
-                done.append((step.key, message))
+                outcome = Outcome(f"the worker process died (exit status {process.exitcode})")
+                self.store.fail(step, outcome.message)
+                key = step.key
+            done.append(_End(key, outcome, beside))
         return done
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -16,24 +17,38 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments.actions import ACTIONS, Context
 from megatron_hydra.experiments.plan import Step
 from megatron_hydra.experiments.store import StepStore
+from megatron_hydra.out_of_memory import OutOfMemory, is_out_of_memory
 from megatron_hydra.stopping import Stopped, StopRequest
 
 
-def compute(store: StepStore, step: Step, folders: dict[str, Path]) -> str:
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a step has ended.
+
+    Attributes:
+        message: the reason of its failure; empty: it is finished.
+        short_of_memory: whether the reason is that a GPU's memory did not suffice.
+    """
+
+    message: str = ""
+    short_of_memory: bool = False
+
+
+def compute(store: StepStore, step: Step, folders: dict[str, Path]) -> Outcome:
     """Compute one step if it is missing; the step's log gets its output.
 
     Args:
         folders: name of an input → its ``out`` folder.
 
     Returns:
-        ``""``, or the reason of its failure (also recorded in the store).
+        Its outcome; a failure is also recorded in the store.
 
     Raises:
         Stopped: it was asked to stop; its work is saved.
     """
     with store.claimed(step) as todo:
         if not todo:
-            return ""
+            return Outcome()
         started, cpu = time.monotonic(), _cpu_seconds()
         with _output_to(store.log(step)):
             print(f"== {step.title} ({time.strftime('%Y-%m-%d %H:%M:%S')})", flush=True)
@@ -45,20 +60,20 @@ def compute(store: StepStore, step: Step, folders: dict[str, Path]) -> str:
                 store.stop(step, time.monotonic() - started, _cpu_seconds() - cpu)
                 raise
             except HydraError as error:
-                message = str(error)
+                message, short = str(error), isinstance(error, OutOfMemory)
             except Exception as error:
                 traceback.print_exc()
-                message = f"{type(error).__name__}: {error}"
+                message, short = f"{type(error).__name__}: {error}", is_out_of_memory(error)
             else:
                 store.finish(step, time.monotonic() - started, _cpu_seconds() - cpu)
-                return ""
+                return Outcome()
             print(f"error: {message}", file=sys.stderr, flush=True)
         store.fail(step, message)
-        return message
+        return Outcome(message, short)
 
 
 def serve(connection: Connection, root: str) -> None:
-    """Compute incoming steps; sends (key, error) for each."""
+    """Compute incoming steps; sends (key, outcome) for each."""
     # Ctrl-C reaches every process of a terminal. The executor handles it and sends SIGTERM to its workers,
     # which save. If workers ignored the signal, the processes that a step starts would also ignore it.
     signal.signal(signal.SIGINT, lambda *_: None)
@@ -71,9 +86,9 @@ def serve(connection: Connection, root: str) -> None:
             step, folders = connection.recv()
         except EOFError:
             return
-        message = compute(store, step, folders)
+        outcome = compute(store, step, folders)
         platform.free_cached_memory()  # other workers may share the GPU
-        connection.send((step.key, message))
+        connection.send((step.key, outcome))
 
 
 def _cpu_seconds() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -213,6 +214,60 @@ def test_log_likelihoods_of_a_bf16_model_are_added_in_fp32(tokenizer, tmp_path, 
         model.bfloat16(), tokenizer, "tiny_choice", include=str(tmp_path)
     )
     assert found["tiny_choice"]["acc,none"] == 1.0
+
+
+@needs_lm_eval
+@pytest.mark.slow
+def test_batches_hold_a_number_of_tokens_and_are_halved_where_memory_is_short(
+    model, tokenizer, caplog
+):
+    from lm_eval.api.instance import Instance
+
+    from megatron_hydra.evaluation.lm_eval_model import BatchedByTokens
+
+    pairs = [("word " * n, "answer"[: 1 + n % 6]) for n in range(1, 13)]
+    scored = [Instance("loglikelihood", doc={}, arguments=pair, idx=0) for pair in pairs]
+    until = {"until": [], "do_sample": False, "max_gen_toks": 4}
+    written = [
+        Instance("generate_until", doc={}, arguments=(text, until), idx=0) for text, _ in pairs
+    ]
+    shapes, most = [], [1000]
+
+    def record(_module, args, kwargs):
+        ids = args[0] if args else kwargs["input_ids"]
+        if len(ids) > most[0]:
+            raise torch.OutOfMemoryError("played")
+        shapes.append(tuple(ids.shape))
+
+    with contextlib.closing(_Hook(model.register_forward_pre_hook(record, with_kwargs=True))):
+        alone = BatchedByTokens(model, tokenizer, 1)
+        wanted = alone.loglikelihood(scored, disable_tqdm=True)
+        assert {rows for rows, _ in shapes} == {1}
+        texts = alone.generate_until(written, disable_tqdm=True)
+        shapes.clear()
+        together = BatchedByTokens(model, tokenizer, 200)
+        found = together.loglikelihood(scored, disable_tqdm=True)
+        assert all(rows * width <= 200 for rows, width in shapes)
+        assert max(rows for rows, _ in shapes) == 3  # of the longest request, 60 tokens and one
+        assert [log for log, _ in found] == pytest.approx([log for log, _ in wanted], abs=1e-4)
+        shapes.clear()
+        assert together.generate_until(written, disable_tqdm=True) == texts
+        assert max(rows for rows, _ in shapes) == 3
+        shapes.clear()
+        most[0] = 2
+        short = BatchedByTokens(model, tokenizer, 500)
+        found = short.loglikelihood(scored, disable_tqdm=True)
+        assert [log for log, _ in found] == pytest.approx([log for log, _ in wanted], abs=1e-4)
+        assert max(rows for rows, _ in shapes) == 2
+        assert "batches of 2 requests" in caplog.text
+        most[0] = 0
+        with pytest.raises(HydraError, match="a single request does not fit"):
+            short.loglikelihood(scored, disable_tqdm=True)
+
+
+class _Hook:
+    def __init__(self, handle) -> None:
+        self.close = handle.remove
 
 
 def test_without_lm_eval_the_extra_is_named(model, tokenizer, monkeypatch):

@@ -6,9 +6,12 @@ import os
 import time
 from pathlib import Path
 
+import torch
+
 from megatron_hydra.errors import HydraError
 from megatron_hydra.experiments import fingerprint
 from megatron_hydra.experiments.plan import Plan, Step
+from megatron_hydra.out_of_memory import out_of_memory_names
 from megatron_hydra.stopping import Stopped, stop_requested
 
 
@@ -48,6 +51,17 @@ def wait_for(folder: Path, model: Path, seed: int, started: str, file: str) -> N
     while not Path(file).exists():
         time.sleep(0.05)
     (folder / "made").write_text("waited")
+
+
+def need_room(folder: Path, model: Path, seed: int, other: str, end: str, made: str) -> None:
+    """Run out of GPU memory until another step has written ``made``; it then may end."""
+    wait_for(folder, model, seed, str(folder.parent / "pid"), other)
+    with open(other + ".calls", "a") as file:
+        file.write("call\n")
+    if not Path(made).exists():
+        Path(end).touch()
+        with out_of_memory_names("a step", "a smaller batch"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def save_when_stopped(folder: Path, model: Path, seed: int, started: str) -> None:

@@ -10,12 +10,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from megatron_hydra.experiments.executor import missing_steps, run_plan
-from megatron_hydra.experiments.plan import Plan
+from megatron_hydra.experiments.executor import _Pool, missing_steps, run_plan
+from megatron_hydra.experiments.plan import Plan, Step
 from megatron_hydra.experiments.store import WITHOUT_WEIGHTS, StepStore
+from megatron_hydra.experiments.worker import Outcome
 from megatron_hydra.stopping import Stopped
 from tests.experiments.helpers import plan_of, step
 
@@ -72,6 +74,65 @@ def test_workers_share_out_the_gpus_and_a_dead_one_gives_its_own_back(tmp_path):
     assert sorted(said[:2]) == sorted(said[2:]) == ["3", "GPU-7"]
     # Exports' code is copied to this folder and imported, so no two workers share it.
     assert len(set(modules[:2])) == 2 and not any(Path(name).exists() for name in modules)
+
+
+def _holder_and_needy(tmp_path: Path, store: StepStore) -> tuple[Step, Step]:
+    """A step that runs until the other one asks it to end, and one that has no memory before that."""
+    started, end = str(tmp_path / "started"), str(tmp_path / "end")
+    holder = step("holder", "wait_for", started=started, file=end)
+    made = str(store.out(holder) / "made")
+    return holder, step("needy", "need_room", other=started, end=end, made=made)
+
+
+def test_a_step_without_gpu_memory_starts_again_beside_fewer(tmp_path):
+    store, lines = StepStore(tmp_path / "s"), []
+    holder, needy = _holder_and_needy(tmp_path, store)
+    assert run_plan(plan_of(holder, needy), store, 2, lines.append, gpus=["3"]) == []
+    assert store.is_done(needy) and (tmp_path / "started.calls").read_text() == "call\n" * 2
+    assert (
+        lines[1]
+        == "needy: out of GPU memory beside another step; starts again when fewer run there"
+    )
+    assert [line.split(": ")[0] for line in lines[2:]] == ["[1/2] holder", "[2/2] needy"]
+
+
+def test_a_step_without_gpu_memory_fails_if_its_gpu_has_no_other(tmp_path):
+    store = StepStore(tmp_path / "s")
+    holder, needy = _holder_and_needy(tmp_path, store)
+    (failure,) = run_plan(plan_of(holder, needy), store, 2, print, gpus=["3", "4"])
+    assert failure.step == needy and failure.message.startswith("out of GPU memory in a step")
+    assert store.is_done(holder) and (tmp_path / "started.calls").read_text() == "call\n"
+
+
+def test_the_next_step_goes_to_the_gpu_with_the_fewest(tmp_path, monkeypatch):
+    """Workers are played: the pool only counts them."""
+    pool = _Pool(StepStore(tmp_path / "s"), 4, 1, ["3", "4"])
+    pipes = [mock.Mock(name=f"pipe {n}") for n in range(4)]
+
+    def spawn(device):
+        pool.devices.remove(device)
+        process = mock.Mock(name=f"worker on {device}")
+        pool.device_of[process] = device
+        return process, pipes[len(pool.device_of) - 1]
+
+    monkeypatch.setattr(pool, "_spawn", spawn)
+    for beside in (0, 0, 1):  # on 3, 4 and 3
+        assert pool.steps_beside_next() == beside
+        pool.start(step("any"), {})
+    assert [pool.device_of[process] for process, _ in pool.busy.values()] == ["3", "4", "3"]
+    pipes[1].recv.return_value = ("key", Outcome())
+    monkeypatch.setattr("megatron_hydra.experiments.executor.Connection", mock.Mock)
+    monkeypatch.setattr("megatron_hydra.experiments.executor.wait", lambda *_: [pipes[1]])
+    (ended,) = pool.finished(0.5)
+    assert (ended.beside, ended.outcome) == (0, Outcome())
+    assert pool.steps_beside_next() == 0
+    pool.start(step("any"), {})
+    assert len(pool.device_of) == 3 and pipes[1].send.call_count == 2  # its worker is used again
+    monkeypatch.setattr("megatron_hydra.experiments.executor.wait", lambda *_: [pipes[0]])
+    pipes[0].recv.side_effect = EOFError
+    (died,) = pool.finished(0.5)
+    assert died.beside == 1 and "died" in died.outcome.message
+    pool.modules.cleanup()
 
 
 def test_no_step_begins_after_the_time_is_over(tmp_path):
