@@ -67,7 +67,10 @@ OF_VLLM = tuple(
     f"megatron_hydra.serving.vllm.{module}" for module in ("attention", "gated_delta_net", "model")
 )
 """Modules that import vLLM, which is in a separate environment."""
-OF_LM_EVAL = ("megatron_hydra.evaluation.question_tasks",)
+OF_LM_EVAL = (
+    "megatron_hydra.evaluation.lm_eval_model",
+    "megatron_hydra.evaluation.question_tasks",
+)
 """Modules that only lm-eval imports, which is an extra."""
 
 
@@ -274,7 +277,7 @@ print(len(names), "modules")
 
 
 def test_every_module_imports_without_gpu_libraries() -> None:
-    """Only Triton kernels (``ops/triton_*.py``), two modules for vLLM and one for lm-eval need a library.
+    """Only Triton kernels (``ops/triton_*.py``), two modules for vLLM and two for lm-eval need a library.
 
     They are imported when used. Megatron-Core 0.18 and later import triton themselves; with these releases the
     test checks the other libraries only.
