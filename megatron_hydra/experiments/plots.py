@@ -179,7 +179,7 @@ def _losses(results: Results, path: Path) -> Path:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    stages = list(dict.fromkeys(stage for cell in results.cells for stage in cell.training))
+    stages = results.stages()
     variants = results.experiment.variants
     colors = colormaps["tab10" if len(variants) <= 10 else "tab20"]
     figure = Figure(figsize=(1.5 + 3.6 * len(stages), 3.6), layout="constrained")
@@ -198,8 +198,9 @@ def _losses(results: Results, path: Path) -> Path:
         axes.set(title=stage, xlabel="tokens (millions)", ylabel="loss")
         axes.set_yscale("log")
         axes.grid(alpha=0.3, which="both")
+    shown = [variant for variant in variants if variant in drawn]
     panels[-1].legend(
-        list(drawn.values()), list(drawn), fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)
+        [drawn[v] for v in shown], shown, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)
     )
     _title(figure, results)
     return write_figure_atomic(figure, path, dpi=120)

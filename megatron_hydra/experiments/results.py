@@ -136,6 +136,11 @@ class Results:
         known = [f"{task}@{n}" for task, lengths in tasks.items() for n in sorted(lengths)]
         return [*known, *others]
 
+    def stages(self) -> list[str]:
+        """All trained stages, in their order. A row may skip some, so the row with the most comes first."""
+        longest_first = sorted(self.cells, key=lambda cell: -len(cell.training))
+        return list(dict.fromkeys(stage for cell in longest_first for stage in cell.training))
+
     def spread(self, variant: str, column: str) -> Spread | None:
         """Accuracy of a row in a column; ``None`` if no seed has it."""
         return self._spread({c.seed: c.accuracy.get(column) for c in self.of(variant)})

@@ -71,9 +71,7 @@ def _over(seeds: Sequence[int]) -> str:
 
 def training_table(results: Results) -> list[str]:
     """Stages of every row: steps, tokens, minutes, speed, first and last loss; mean over seeds."""
-    # A row may skip stages, so the order is that of the row with the most.
-    longest_first = sorted(results.cells, key=lambda cell: -len(cell.training))
-    stages = dict.fromkeys(stage for cell in longest_first for stage in cell.training)
+    stages = results.stages()
     if not stages:
         return []
     lines = ["## Training", "", "Minutes are of the whole step, loading and saving included.", ""]

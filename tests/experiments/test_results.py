@@ -14,7 +14,7 @@ from megatron_hydra.experiments import fingerprint, plots
 from megatron_hydra.experiments.page import section
 from megatron_hydra.experiments.plan import make_plan
 from megatron_hydra.experiments.plots import draw
-from megatron_hydra.experiments.results import Results, collect
+from megatron_hydra.experiments.results import Results, Training, collect
 from megatron_hydra.experiments.spec import load_experiment
 from megatron_hydra.experiments.store import StepStore
 from megatron_hydra.experiments.table import markdown
@@ -229,6 +229,26 @@ def test_curves_are_means_and_bands_reach_over_seeds(made, tmp_path, monkeypatch
     assert (band.min(), band.max()) == pytest.approx((0.2, 0.8))
     (mark,) = [line for line in axes.lines if line.get_label() not in ("a", "b")]
     assert list(mark.get_xdata()) == [128, 128]  # the length of training
+
+
+def test_losses_are_in_the_order_of_the_stages(made, tmp_path, monkeypatch):
+    """Also if the first row skips the first stage."""
+    results = made({("a", 0): 0.2, ("b", 0): 0.1})
+    stages = {"a": ("distill", "finetune"), "b": ("align", "distill", "finetune")}
+    stage = Training(2, 20, 1.0, 1.0, ((10, 2.0), (20, 1.0)))
+    cells = tuple(
+        dataclasses.replace(cell, training=dict.fromkeys(stages[cell.variant], stage))
+        if not cell.seed
+        else cell
+        for cell in results.cells
+    )
+    axes = drawn(dataclasses.replace(results, cells=cells), monkeypatch, tmp_path)[
+        "trial_losses.png"
+    ]
+    panels = axes.figure.axes
+    assert [panel.get_title() for panel in panels] == ["align", "distill", "finetune"]
+    assert [len(panel.lines) for panel in panels] == [1, 2, 2]
+    assert [text.get_text() for text in panels[-1].get_legend().get_texts()] == ["a", "b"]
 
 
 def test_the_grid_has_every_row_and_marks_missing_values(made, tmp_path, monkeypatch):
