@@ -10,6 +10,12 @@ from megatron_hydra.errors import HydraError
 
 GIB = 2**30
 
+_OTHER_TEXTS = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+)
+
 
 class OutOfMemory(HydraError):
     """A GPU's memory did not suffice."""
@@ -44,8 +50,14 @@ def out_of_memory_names(what: str, *advice: str) -> AbstractContextManager[None]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is torch's out-of-memory error of a device; does not import torch."""
-    return any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    """Whether a device's memory did not suffice; does not import torch.
+
+    Torch has a class for it, but libraries that allocate without torch's allocator report other errors.
+    """
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return named or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _OTHER_TEXTS)
+    )
 
 
 def explained(

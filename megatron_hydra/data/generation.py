@@ -35,6 +35,7 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.files import sync, write_json_atomic
 from megatron_hydra.head_map import fingerprint_tensors
 from megatron_hydra.options import option
+from megatron_hydra.out_of_memory import OutOfMemory
 from megatron_hydra.stopping import exit_if_stopped
 
 _SHOWN = 5
@@ -410,7 +411,7 @@ class Generation:
                     input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=how
                 )
             except torch.OutOfMemoryError as error:
-                raise HydraError(
+                raise OutOfMemory(
                     f"a batch of {len(batch)} texts does not fit into the GPU's memory: give a smaller "
                     f"--batch-size (with --force) or a smaller --max-new-tokens ({error})"
                 ) from None

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import torch
 
 from megatron_hydra.data.tokenizer import end_tokens_of
-from megatron_hydra.errors import HydraError
 from megatron_hydra.evaluation.backend import Continuation, T, cut, is_over
 from megatron_hydra.evaluation.cache_bytes import measure_cache_bytes, returned_cache
 from megatron_hydra.head_map import fingerprint_tensors
+from megatron_hydra.out_of_memory import OutOfMemory
 
 U = TypeVar("U")
 
@@ -126,13 +126,13 @@ class HfBackend:
         """Return ``run(batch)``. If the batch does not fit into the GPU's memory, run its halves.
 
         Raises:
-            HydraError: a single sample does not fit.
+            OutOfMemory: a single sample does not fit.
         """
         try:
             return run(batch)
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
-                raise HydraError(
+                raise OutOfMemory(
                     f"a single sample does not fit into the GPU's memory: give a shorter length, or "
                     f"--prefill-chunk below {self.chunk or 'its length'} ({error})"
                 ) from None

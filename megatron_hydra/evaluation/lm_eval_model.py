@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from megatron_hydra.out_of_memory import OutOfMemory
 
@@ -23,11 +24,10 @@ T = TypeVar("T")
 _LOGITS_GPU, _LOGITS_CPU = 2**33, 2**29
 """Bytes of a batch's logits. On a CPU, larger batches are not faster."""
 
-_BYTES_OF_A_LOGIT = 8
-"""The model's logit in its dtype, and the log-probability in fp32."""
+_BYTES_OF_A_LOGIT = 14
+"""In the model's dtype (bf16), in fp32, its log-probability, and the log-probability of the batch before."""
 
-_MEASURED = 64
-"""Number of prompts, the longest in characters, whose tokens are counted."""
+_UNBOUNDED = 2**20
 
 
 class BatchedByTokens(HFLM):
@@ -35,7 +35,7 @@ class BatchedByTokens(HFLM):
 
     lm-eval's own batches have a fixed number of requests, whatever their length, or as many as fit into the
     GPU's memory, which other processes may share. Here, the longest request of a task decides the number.
-    If memory is short all the same, the task is asked again in halves.
+    If memory is short all the same, all requests are asked again, in batches of half the size.
 
     Args:
         model: in evaluation mode, on its device.
@@ -45,15 +45,14 @@ class BatchedByTokens(HFLM):
 
     def __init__(self, model: Any, tokenizer: Any, batch_tokens: int) -> None:
         # By default, lm-eval rounds and adds log-likelihoods in the model's dtype: in bf16, options would tie.
+        # lm-eval asks for windows of long texts, for perplexities, in batches of its own; each is divided here.
         super().__init__(
-            pretrained=model, tokenizer=tokenizer, batch_size=1, softmax_dtype="float32"
+            pretrained=model, tokenizer=tokenizer, batch_size=_UNBOUNDED, softmax_dtype="float32"
         )
         self._batch_tokens = batch_tokens
         vocabulary = int(model.get_input_embeddings().weight.shape[0])
         room = _LOGITS_GPU if self.device.type == "cuda" else _LOGITS_CPU
         self._scored_tokens = min(batch_tokens, room // (_BYTES_OF_A_LOGIT * vocabulary))
-        # lm-eval cuts long texts, for perplexities, into windows of this length before it asks for batches.
-        self._set_batch(self._scored_tokens // self.max_length)
 
     def _loglikelihood_tokens(
         self,
@@ -76,13 +75,10 @@ class BatchedByTokens(HFLM):
         )
 
     def _longest(self, requests: Sequence[Instance]) -> int:
-        """Tokens of the longest prompt with its continuation, at most the model's length."""
-        prompts = sorted((request.args for request in requests), key=lambda pair: len(pair[0]))
-        tokens = [
-            len(self.tok_encode(text)) + int(settings.get("max_gen_toks", self.max_gen_toks))
-            for text, settings in prompts[-_MEASURED:]
-        ]
-        return min(max(tokens, default=1), self.max_length)
+        """Tokens of the longest prompt and of the longest continuation, at most the model's length."""
+        prompt = max((len(self.tok_encode(request.args[0])) for request in requests), default=1)
+        new = (normalize_gen_kwargs(r.args[1], self.max_gen_toks)["max_gen_toks"] for r in requests)
+        return min(prompt + max(new, default=0), self.max_length)
 
     def _ask(self, rows: int, ask: Callable[[], T]) -> T:
         """Return ``ask()`` with batches of ``rows`` requests, or of fewer if they do not fit.
@@ -90,7 +86,6 @@ class BatchedByTokens(HFLM):
         Raises:
             OutOfMemory: a single request does not fit.
         """
-        before = self.batch_size
         self._set_batch(rows)
         try:
             while True:
@@ -110,7 +105,7 @@ class BatchedByTokens(HFLM):
                     self.batch_size,
                 )
         finally:
-            self._set_batch(before)
+            self._set_batch(_UNBOUNDED)
 
     def _set_batch(self, rows: int) -> None:
         self.batch_size_per_gpu = max(1, rows)

@@ -58,6 +58,7 @@ def run_lm_eval(
         group also for its members.
 
     Raises:
+        OutOfMemory: a single request does not fit into the GPU's memory.
         HydraError: lm-eval is not installed, the tokenizer is missing, or the folder or task does not exist.
     """
     require_lm_eval()

@@ -46,8 +46,8 @@ def run_plan(
 ) -> list[Failure]:
     """Run the missing steps; steps that depend on a failed step are skipped, all others still run.
 
-    Workers may share a GPU. A step that runs out of its memory beside others starts again when fewer of them
-    run there; alone, it fails.
+    Workers may share a GPU. A step of one process that runs out of its memory beside others starts again when
+    fewer of them run there, and then keeps more of them away; alone, it fails.
 
     Args:
         workers: steps at a time.
@@ -76,7 +76,8 @@ def run_plan(
         while not stopping:
             may_begin = begin_until is None or time.monotonic() < begin_until
             for step in schedule.ready(pool.idle if may_begin else 0, pool.steps_beside_next):
-                pool.start(step, {n: store.out(plan.steps[k]) for n, k in step.inputs.items()})
+                folders = {n: store.out(plan.steps[k]) for n, k in step.inputs.items()}
+                pool.start(step, folders, schedule.too_many.get(step.key))
             if not pool.busy:
                 break
             for end in pool.finished(_POLL_SECONDS):
@@ -125,7 +126,7 @@ def missing_steps(plan: Plan, store: StepStore) -> dict[str, Step]:
 
 @dataclasses.dataclass(frozen=True)
 class _End:
-    """A step has ended, beside ``beside`` other steps on its GPU."""
+    """A step has ended. At most ``beside`` other steps of this run were on its GPU at the same time."""
 
     key: str
     outcome: Outcome
@@ -148,19 +149,21 @@ class _Schedule:
         self.too_many: dict[str, int] = {}
         """Of a step: the number of others on a GPU beside which its memory did not suffice."""
 
-    def ready(self, count: int, beside: Callable[[], int]) -> Iterator[Step]:
+    def ready(self, count: int, beside: Callable[[], int | None]) -> Iterator[Step]:
         """At most ``count`` steps whose inputs exist; they count as running.
 
         Args:
-            beside: the number of steps that already run where the next one would start.
+            beside: the number of steps that already run where the next one would start; ``None``: no GPU may
+                take another one.
         """
         for key in list(self.waiting):
-            if count == 0:
+            others = beside() if count else None
+            if others is None:
                 return
             step = self.waiting[key]
-            if key in self.too_many and beside() >= self.too_many[key]:
-                continue
             if all(self._has_result(other) for other in step.inputs.values()):
+                if others >= self.too_many.get(key, others + 1):
+                    return  # the room that becomes free is kept for it
                 self.running[key] = self.waiting.pop(key)
                 self.started[key] = time.monotonic()
                 count -= 1
@@ -176,7 +179,8 @@ class _Schedule:
         taken = time.monotonic() - self.started.pop(end.key)
         if end.outcome.short_of_memory and end.beside:
             self.waiting = {end.key: step, **self.waiting}
-            self.too_many[end.key] = end.beside
+            self.too_many[end.key] = min(end.beside, self.too_many.get(end.key, end.beside))
+            self.store.forget_failure(step)
             others = "another step" if end.beside == 1 else f"{end.beside} others"
             return f"{step.title}: out of GPU memory beside {others}; starts again when fewer run there"
         self.number += 1
@@ -222,6 +226,10 @@ class _Pool:
         self.context = multiprocessing.get_context("spawn")
         self.free: list[tuple[BaseProcess, Connection]] = []
         self.busy: dict[Connection, tuple[BaseProcess, Step]] = {}
+        self.beside: dict[Connection, int] = {}
+        """Of a running step: the largest number of others on its GPU so far."""
+        self.limits: dict[Connection, int] = {}
+        """Of a running step that had no memory beside so many others: fewer may join it."""
         self.modules = tempfile.TemporaryDirectory(prefix="hydra_modules_")
 
     def __enter__(self) -> _Pool:
@@ -246,24 +254,45 @@ class _Pool:
         """The number of further steps that may run."""
         return self.count - len(self.busy)
 
-    def start(self, step: Step, folders: dict) -> None:
-        """Give a step to a worker of the GPU with the fewest running steps."""
-        device = self._next_device()
+    def start(self, step: Step, folders: dict, limit: int | None = None) -> None:
+        """Give a step to a worker of the GPU with the fewest running steps.
+
+        Args:
+            limit: fewer than so many other steps may run on its GPU.
+        """
+        device = self._open_devices()[0]
         ours = [n for n, (process, _) in enumerate(self.free) if self.device_of[process] == device]
         process, connection = self.free.pop(ours[-1]) if ours else self._spawn(device)
         connection.send((step, folders))
         self.busy[connection] = (process, step)
+        if limit is not None:
+            self.limits[connection] = limit
+        mates = self._on(device)
+        for mate in mates:
+            self.beside[mate] = max(self.beside.get(mate, 0), len(mates) - 1)
 
-    def steps_beside_next(self) -> int:
-        """The number of steps that already run where the next one would start."""
-        return self._load(self._next_device())
+    def steps_beside_next(self) -> int | None:
+        """The number of steps that already run where the next one would start; ``None``: it may start nowhere.
 
-    def _next_device(self) -> str | None:
-        free = [self.device_of[process] for process, _ in reversed(self.free)]
-        return min([*free, *reversed(self.devices)], key=self._load)
+        With workers that all see the same GPUs, or none, these are all steps.
+        """
+        devices = self._open_devices()
+        return len(self._on(devices[0])) if devices else None
 
-    def _load(self, device: str | None) -> int:
-        return sum(self.device_of[process] == device for process, _step in self.busy.values())
+    def _open_devices(self) -> list[str | None]:
+        """Devices of idle workers whose running steps allow one more; those with the fewest come first."""
+        idle = [self.device_of[process] for process, _ in reversed(self.free)]
+        devices = dict.fromkeys([*idle, *reversed(self.devices)])
+        return sorted(
+            filter(self._allows_one_more, devices), key=lambda device: len(self._on(device))
+        )
+
+    def _allows_one_more(self, device: str | None) -> bool:
+        mates = self._on(device)
+        return all(len(mates) < self.limits.get(mate, len(mates) + 1) for mate in mates)
+
+    def _on(self, device: str | None) -> list[Connection]:
+        return [c for c, (process, _) in self.busy.items() if self.device_of[process] == device]
 
     def _spawn(self, device: str | None) -> tuple[BaseProcess, Connection]:
         mine, theirs = self.context.Pipe()
@@ -295,7 +324,8 @@ class _Pool:
         for connection in wait(list(self.busy), timeout):
             assert isinstance(connection, Connection)
             process, step = self.busy.pop(connection)
-            beside = self._load(self.device_of[process])
+            beside = self.beside.pop(connection)
+            self.limits.pop(connection, None)
             try:
                 key, outcome = connection.recv()
                 self.free.append((process, connection))

@@ -107,6 +107,7 @@ def _grid(results: Results, columns: list[tuple[str, int]], path: Path) -> Path:
     )
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False, width_ratios=widths)[0]
     native = results.experiment.table.train_length
+    marked = [task for task in tasks if native and any(n > native for n in lengths[task])]
     for task, axes in zip(tasks, panels, strict=True):
         means = []
         for variant in variants:
@@ -118,7 +119,7 @@ def _grid(results: Results, columns: list[tuple[str, int]], path: Path) -> Path:
                 text = "–" if math.isnan(value) else f"{value:.2f}"
                 color = "white" if value > 0.6 else "#202124"
                 axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
-        if native and any(n > native for n in lengths[task]):
+        if task in marked:
             axes.axvline(
                 sum(n <= native for n in lengths[task]) - 0.5, color="#d93025", linewidth=1.5
             )
@@ -129,7 +130,7 @@ def _grid(results: Results, columns: list[tuple[str, int]], path: Path) -> Path:
         axes.set_title(task, fontsize=9)
         axes.tick_params(length=0)
     figure.supxlabel(
-        "context length (tokens)" + ("; red line: the teacher's own length" if native else ""),
+        "context length (tokens)" + ("; red line: the teacher's own length" if marked else ""),
         fontsize=8,
     )
     _title(figure, results, ": right answers", seeds="; mean over seeds")

@@ -137,9 +137,10 @@ class Results:
         return [*known, *others]
 
     def stages(self) -> list[str]:
-        """All trained stages, in their order. A row may skip some, so the row with the most comes first."""
-        longest_first = sorted(self.cells, key=lambda cell: -len(cell.training))
-        return list(dict.fromkeys(stage for cell in longest_first for stage in cell.training))
+        """All trained stages, in the order of the experiment's file. A row may skip some."""
+        order = dict.fromkeys(stage for cell in self.experiment.cells for stage in cell.spec.stages)
+        found = dict.fromkeys(stage for cell in self.cells for stage in cell.training)
+        return [stage for stage in {**order, **found} if stage in found]
 
     def spread(self, variant: str, column: str) -> Spread | None:
         """Accuracy of a row in a column; ``None`` if no seed has it."""

@@ -133,6 +133,10 @@ class StepStore:
         body = {"error": message, "log": str(self.log(step))}
         write_json_atomic(folder / "failed.json", body)
 
+    def forget_failure(self, step: Step) -> None:
+        """Forget a failed attempt, because the step will be tried again."""
+        (self.folder(step) / "failed.json").unlink(missing_ok=True)
+
     def discard(self, steps: Iterable[Step]) -> None:
         """Delete steps, finished or not, so that they are computed again.
 

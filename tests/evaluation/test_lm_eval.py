@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import math
@@ -239,7 +238,7 @@ def test_batches_hold_a_number_of_tokens_and_are_halved_where_memory_is_short(
             raise torch.OutOfMemoryError("played")
         shapes.append(tuple(ids.shape))
 
-    with contextlib.closing(_Hook(model.register_forward_pre_hook(record, with_kwargs=True))):
+    with model.register_forward_pre_hook(record, with_kwargs=True):
         alone = BatchedByTokens(model, tokenizer, 1)
         wanted = alone.loglikelihood(scored, disable_tqdm=True)
         assert {rows for rows, _ in shapes} == {1}
@@ -253,8 +252,31 @@ def test_batches_hold_a_number_of_tokens_and_are_halved_where_memory_is_short(
         shapes.clear()
         assert together.generate_until(written, disable_tqdm=True) == texts
         assert max(rows for rows, _ in shapes) == 3
+        mixed = [*written, Instance("generate_until", {}, ("w", until | {"max_new_tokens": 90}), 0)]
+        mixed[-1].arguments[1].pop("max_gen_toks")
+        shapes.clear()
+        together.generate_until(mixed, disable_tqdm=True)
+        assert (
+            max(rows for rows, _ in shapes) == 1
+        )  # 60 tokens of one prompt, 90 new ones of another
+        texts_of = [
+            Instance("loglikelihood_rolling", doc={}, arguments=(t,), idx=0) for t, _ in pairs
+        ]
+        sums = alone.loglikelihood_rolling(texts_of, disable_tqdm=True)
+        shapes.clear()
+        assert together.loglikelihood_rolling(texts_of, disable_tqdm=True) == pytest.approx(
+            sums, abs=1e-3
+        )
+        assert max(rows for rows, _ in shapes) == 3
+        assert all(rows * width <= 200 for rows, width in shapes)
         shapes.clear()
         most[0] = 2
+        assert (
+            BatchedByTokens(model, tokenizer, 560).generate_until(written, disable_tqdm=True)
+            == texts
+        )
+        assert max(rows for rows, _ in shapes) == 2
+        shapes.clear()
         short = BatchedByTokens(model, tokenizer, 500)
         found = short.loglikelihood(scored, disable_tqdm=True)
         assert [log for log, _ in found] == pytest.approx([log for log, _ in wanted], abs=1e-4)
@@ -263,11 +285,6 @@ def test_batches_hold_a_number_of_tokens_and_are_halved_where_memory_is_short(
         most[0] = 0
         with pytest.raises(HydraError, match="a single request does not fit"):
             short.loglikelihood(scored, disable_tqdm=True)
-
-
-class _Hook:
-    def __init__(self, handle) -> None:
-        self.close = handle.remove
 
 
 def test_without_lm_eval_the_extra_is_named(model, tokenizer, monkeypatch):

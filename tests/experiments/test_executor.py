@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from megatron_hydra.experiments.executor import _Pool, missing_steps, run_plan
+from megatron_hydra.experiments.executor import _Pool, _Schedule, missing_steps, run_plan
 from megatron_hydra.experiments.plan import Plan, Step
 from megatron_hydra.experiments.store import WITHOUT_WEIGHTS, StepStore
 from megatron_hydra.experiments.worker import Outcome
@@ -104,35 +104,93 @@ def test_a_step_without_gpu_memory_fails_if_its_gpu_has_no_other(tmp_path):
     assert store.is_done(holder) and (tmp_path / "started.calls").read_text() == "call\n"
 
 
-def test_the_next_step_goes_to_the_gpu_with_the_fewest(tmp_path, monkeypatch):
-    """Workers are played: the pool only counts them."""
-    pool = _Pool(StepStore(tmp_path / "s"), 4, 1, ["3", "4"])
-    pipes = [mock.Mock(name=f"pipe {n}") for n in range(4)]
+class PlayedPool(_Pool):
+    """Workers are played: the pool only counts them, and steps end as :meth:`end` says."""
 
-    def spawn(device):
-        pool.devices.remove(device)
-        process = mock.Mock(name=f"worker on {device}")
-        pool.device_of[process] = device
-        return process, pipes[len(pool.device_of) - 1]
+    def __init__(self, folder: Path, count: int, gpus: list[str]) -> None:
+        super().__init__(StepStore(folder), count, 1, gpus)
+        self.modules.cleanup()
 
-    monkeypatch.setattr(pool, "_spawn", spawn)
-    for beside in (0, 0, 1):  # on 3, 4 and 3
+    def _spawn(self, device):
+        self.devices.remove(device)
+        process, pipe = mock.Mock(exitcode=1), mock.Mock()
+        self.device_of[process] = device
+        return process, pipe
+
+    def where(self) -> dict[str, str | None]:
+        return {one.title: self.device_of[process] for process, one in self.busy.values()}
+
+    def end(self, *titles: str, outcome: Outcome | None = None) -> list:
+        """End these steps; without an outcome, their workers die."""
+        pipes = [pipe for pipe, (_, one) in self.busy.items() if one.title in titles]
+        for pipe in pipes:
+            said = (self.busy[pipe][1].key, outcome)
+            pipe.recv.side_effect = [said] if outcome else EOFError
+        names = "megatron_hydra.experiments.executor."
+        with (
+            mock.patch(names + "wait", return_value=pipes),
+            mock.patch(names + "Connection", mock.Mock),
+        ):
+            return self.finished(0.0)
+
+
+SHORT = Outcome("out of GPU memory", short_of_memory=True)
+
+
+def begin(schedule: _Schedule, pool: PlayedPool) -> list[str]:
+    started = []
+    for one in schedule.ready(pool.idle, pool.steps_beside_next):
+        pool.start(one, {}, schedule.too_many.get(one.key))
+        started.append(one.title)
+    return started
+
+
+def test_the_next_step_goes_to_the_gpu_with_the_fewest(tmp_path):
+    pool = PlayedPool(tmp_path / "s", 4, ["3", "4"])
+    for title, beside in (("a", 0), ("b", 0), ("c", 1)):
         assert pool.steps_beside_next() == beside
-        pool.start(step("any"), {})
-    assert [pool.device_of[process] for process, _ in pool.busy.values()] == ["3", "4", "3"]
-    pipes[1].recv.return_value = ("key", Outcome())
-    monkeypatch.setattr("megatron_hydra.experiments.executor.Connection", mock.Mock)
-    monkeypatch.setattr("megatron_hydra.experiments.executor.wait", lambda *_: [pipes[1]])
-    (ended,) = pool.finished(0.5)
-    assert (ended.beside, ended.outcome) == (0, Outcome())
-    assert pool.steps_beside_next() == 0
-    pool.start(step("any"), {})
-    assert len(pool.device_of) == 3 and pipes[1].send.call_count == 2  # its worker is used again
-    monkeypatch.setattr("megatron_hydra.experiments.executor.wait", lambda *_: [pipes[0]])
-    pipes[0].recv.side_effect = EOFError
-    (died,) = pool.finished(0.5)
+        pool.start(step(title), {})
+    assert pool.where() == {"a": "3", "b": "4", "c": "3"}
+    (ended,) = pool.end("b", outcome=Outcome())
+    assert (ended.key, ended.beside) == (step("b").key, 0) and pool.steps_beside_next() == 0
+    pool.start(step("d"), {})
+    assert pool.where()["d"] == "4" and len(pool.device_of) == 3  # b's worker is used again
+    (died,) = pool.end("a")
     assert died.beside == 1 and "died" in died.outcome.message
-    pool.modules.cleanup()
+
+
+def test_others_that_have_just_ended_count_for_the_memory(tmp_path):
+    """Also the second of two steps that end at once, and run out of memory, starts again."""
+    a, b = step("a"), step("b")
+    pool = PlayedPool(tmp_path / "s", 2, ["3"])
+    schedule = _Schedule(plan_of(a, b), pool.store, {one.key: one for one in (a, b)})
+    assert begin(schedule, pool) == ["a", "b"]
+    ends = pool.end("a", "b", outcome=SHORT)
+    assert [end.beside for end in ends] == [1, 1]
+    assert all("starts again" in schedule.note(end, 2) for end in ends)
+    assert begin(schedule, pool) == ["b"]  # alone
+    (end,) = pool.end("b", outcome=SHORT)
+    assert "FAILED" in schedule.note(end, 2) and begin(schedule, pool) == ["a"]
+
+
+def test_a_step_that_starts_again_keeps_others_away(tmp_path):
+    """Room is kept for it while it waits, and none joins it beyond the number that was one too many."""
+    titles = [step(name) for name in "abcdef"]
+    pool = PlayedPool(tmp_path / "s", 3, ["3"])
+    schedule = _Schedule(plan_of(*titles), pool.store, {one.key: one for one in titles})
+    assert begin(schedule, pool) == ["a", "b", "c"]
+    pool.store.fail(titles[2], "out of GPU memory")
+    schedule.note(pool.end("c", outcome=SHORT)[0], 3)
+    assert pool.store.failure(titles[2]) is None
+    assert begin(schedule, pool) == []  # d could take the free worker, but c needs less company
+    schedule.note(pool.end("a", outcome=Outcome())[0], 3)
+    assert begin(schedule, pool) == ["c"]  # beside b, and d would be the second
+    schedule.note(pool.end("c", outcome=SHORT)[0], 3)
+    assert begin(schedule, pool) == []
+    schedule.note(pool.end("b", outcome=Outcome())[0], 3)
+    assert begin(schedule, pool) == ["c"] and pool.steps_beside_next() is None
+    schedule.note(pool.end("c", outcome=Outcome())[0], 3)
+    assert begin(schedule, pool) == ["d", "e", "f"]
 
 
 def test_no_step_begins_after_the_time_is_over(tmp_path):
