@@ -78,7 +78,7 @@ class BatchedByTokens(HFLM):
         """Tokens of the longest prompt and of the longest continuation, at most the model's length."""
         prompt = max((len(self.tok_encode(request.args[0])) for request in requests), default=1)
         new = (normalize_gen_kwargs(r.args[1], self.max_gen_toks)["max_gen_toks"] for r in requests)
-        return min(prompt + max(new, default=0), self.max_length)
+        return max(1, min(prompt + max(new, default=0), self.max_length))
 
     def _ask(self, rows: int, ask: Callable[[], T]) -> T:
         """Return ``ask()`` with batches of ``rows`` requests, or of fewer if they do not fit.
