@@ -35,7 +35,7 @@ from megatron_hydra.errors import HydraError
 from megatron_hydra.files import sync, write_json_atomic
 from megatron_hydra.head_map import fingerprint_tensors
 from megatron_hydra.options import option
-from megatron_hydra.out_of_memory import OutOfMemory
+from megatron_hydra.out_of_memory import convert_out_of_memory
 from megatron_hydra.stopping import exit_if_stopped
 
 _SHOWN = 5
@@ -406,15 +406,15 @@ class Generation:
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(derive_key(settings.seed, "batch", number) % 2**63)
-            try:
+            with convert_out_of_memory(
+                lambda error: (
+                    f"a batch of {len(batch)} texts does not fit into the GPU's memory: give a smaller "
+                    f"--batch-size (with --force) or a smaller --max-new-tokens ({error})"
+                )
+            ):
                 out = self.model.generate(
                     input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=how
                 )
-            except torch.OutOfMemoryError as error:
-                raise OutOfMemory(
-                    f"a batch of {len(batch)} texts does not fit into the GPU's memory: give a smaller "
-                    f"--batch-size (with --force) or a smaller --max-new-tokens ({error})"
-                ) from None
         return out[:, width:].tolist()
 
 

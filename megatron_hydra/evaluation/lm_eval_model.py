@@ -8,18 +8,17 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from megatron_hydra.evaluation.backend import T
 from megatron_hydra.out_of_memory import OutOfMemory
 
 _log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _LOGITS_GPU, _LOGITS_CPU = 2**33, 2**29
 """Bytes of a batch's logits. On a CPU, larger batches are not faster."""
@@ -33,9 +32,9 @@ _UNBOUNDED = 2**20
 class BatchedByTokens(HFLM):
     """A loaded Hugging Face causal model.
 
-    lm-eval's own batches have a fixed number of requests, whatever their length, or as many as fit into the
-    GPU's memory, which other processes may share. Here, the longest request of a task decides the number.
-    If memory is short all the same, all requests are asked again, in batches of half the size.
+    lm-eval itself gives every batch the same number of requests, short or long. Or it fills the GPU's memory,
+    which other processes may share. Here, the longest request of a task decides the number. If memory is short
+    all the same, all requests are asked again, in batches of half the size.
 
     Args:
         model: in evaluation mode, on its device.

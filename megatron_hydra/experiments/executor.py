@@ -162,7 +162,7 @@ class _Schedule:
                 return
             step = self.waiting[key]
             if all(self._has_result(other) for other in step.inputs.values()):
-                if others >= self.too_many.get(key, others + 1):
+                if key in self.too_many and others >= self.too_many[key]:
                     return  # the room that becomes free is kept for it
                 self.running[key] = self.waiting.pop(key)
                 self.started[key] = time.monotonic()
@@ -289,7 +289,7 @@ class _Pool:
 
     def _allows_one_more(self, device: str | None) -> bool:
         mates = self._on(device)
-        return all(len(mates) < self.limits.get(mate, len(mates) + 1) for mate in mates)
+        return all(len(mates) < self.limits[mate] for mate in mates if mate in self.limits)
 
     def _on(self, device: str | None) -> list[Connection]:
         return [c for c, (process, _) in self.busy.items() if self.device_of[process] == device]

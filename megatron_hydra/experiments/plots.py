@@ -26,12 +26,14 @@ def draw(results: Results, folder: Path) -> list[Path]:
     columns = [(task, length) for task, length in parts if length is not None]
     paths = []
     name = results.experiment.name
-    for task in dict.fromkeys(task for task, _ in columns):
-        lengths = [length for other, length in columns if other == task]
-        if len(lengths) > 1:
-            paths.append(_lengths(results, task, lengths, folder / f"{name}_{task}.png"))
-    if paths:
-        paths.append(_grid(results, columns, folder / f"{name}_grid.png"))
+    lengths: dict[str, list[int]] = {}
+    for task, length in columns:
+        lengths.setdefault(task, []).append(length)
+    several = {task: found for task, found in lengths.items() if len(found) > 1}
+    for task, its_lengths in several.items():
+        paths.append(_lengths(results, task, its_lengths, folder / f"{name}_{task}.png"))
+    if several:
+        paths.append(_grid(results, several, folder / f"{name}_grid.png"))
     # Columns that the table leaves out may exist for some rows only.
     chosen = results.experiment.table.columns
     shown = [(task, n) for task, n in columns if not chosen or f"{task}@{n}" in chosen]
@@ -89,29 +91,25 @@ def _lengths(results: Results, task: str, lengths: list[int], path: Path) -> Pat
     return write_figure_atomic(figure, path, dpi=120)
 
 
-def _grid(results: Results, columns: list[tuple[str, int]], path: Path) -> Path:
+def _grid(results: Results, lengths: dict[str, list[int]], path: Path) -> Path:
     """One panel for each task: a row for each variant, a column for each length, the mean over seeds.
 
     Lines of many rows hide each other where all answers are right, or all wrong; cells do not.
     """
     from matplotlib.figure import Figure
 
-    tasks = [
-        t for t in dict.fromkeys(t for t, _ in columns) if [u for u, _ in columns].count(t) > 1
-    ]
-    lengths = {task: [n for other, n in columns if other == task] for task in tasks}
-    variants = list(results.experiment.variants)
-    widths = [len(lengths[task]) for task in tasks]
+    variants = results.experiment.variants
+    widths = [len(found) for found in lengths.values()]
     figure = Figure(
         figsize=(0.5 * sum(widths) + 3.2, 0.32 * len(variants) + 1.3), layout="constrained"
     )
-    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False, width_ratios=widths)[0]
+    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False, width_ratios=widths)[0]
     native = results.experiment.table.train_length
-    marked = [task for task in tasks if native and any(n > native for n in lengths[task])]
-    for task, axes in zip(tasks, panels, strict=True):
+    marked = [task for task, found in lengths.items() if native and max(found) > native]
+    for (task, found), axes in zip(lengths.items(), panels, strict=True):
         means = []
         for variant in variants:
-            spreads = [results.spread(variant, f"{task}@{n}") for n in lengths[task]]
+            spreads = [results.spread(variant, f"{task}@{n}") for n in found]
             means.append([math.nan if s is None else s.mean for s in spreads])
         axes.imshow(means, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for row, values in enumerate(means):
@@ -120,12 +118,8 @@ def _grid(results: Results, columns: list[tuple[str, int]], path: Path) -> Path:
                 color = "white" if value > 0.6 else "#202124"
                 axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
         if task in marked:
-            axes.axvline(
-                sum(n <= native for n in lengths[task]) - 0.5, color="#d93025", linewidth=1.5
-            )
-        axes.set_xticks(
-            range(len(lengths[task])), [length_name(n) for n in lengths[task]], fontsize=8
-        )
+            axes.axvline(sum(n <= native for n in found) - 0.5, color="#d93025", linewidth=1.5)
+        axes.set_xticks(range(len(found)), [length_name(n) for n in found], fontsize=8)
         axes.set_yticks(range(len(variants)), variants, fontsize=8)
         axes.set_title(task, fontsize=9)
         axes.tick_params(length=0)

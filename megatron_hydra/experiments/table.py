@@ -55,7 +55,7 @@ def _compared_table(results: Results, across: Sequence[str]) -> list[str]:
     if not columns:
         return []
     lines = [
-        "Right above by place: above a model that takes places in the text as often, whatever is asked.",
+        "Right above by place: a model that takes places as often as the row, but ignores the question, has 0.",
         "",
     ]
     lines += [*row(["", *columns]), *row(["---", *["---:"] * len(columns)])]

@@ -20,7 +20,7 @@ def out_of_memory_explained(config: RunConfig) -> AbstractContextManager[None]:
     """Replace torch's out-of-memory error of a training run by an error that names the keys to change.
 
     Raises:
-        HydraError: instead of ``torch.OutOfMemoryError``.
+        OutOfMemory: instead of ``torch.OutOfMemoryError``.
     """
     return convert_out_of_memory(lambda error: _explain(config, error))
 

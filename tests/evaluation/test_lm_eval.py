@@ -256,9 +256,8 @@ def test_batches_hold_a_number_of_tokens_and_are_halved_where_memory_is_short(
         mixed[-1].arguments[1].pop("max_gen_toks")
         shapes.clear()
         together.generate_until(mixed, disable_tqdm=True)
-        assert (
-            max(rows for rows, _ in shapes) == 1
-        )  # 60 tokens of one prompt, 90 new ones of another
+        # The longest prompt has 60 tokens, the longest continuation 90.
+        assert max(rows for rows, _ in shapes) == 1
         texts_of = [
             Instance("loglikelihood_rolling", doc={}, arguments=(t,), idx=0) for t, _ in pairs
         ]
